@@ -1,0 +1,27 @@
+"""Symmetric matrices on one layer's weight: what every approximation makes and every metric reads."""
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.dense import Dense
+from fisherlab.blocks.diagonal import Diagonal
+from fisherlab.blocks.direct_sum import DirectSum
+from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.from_inverse import FromInverse
+from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
+from fisherlab.blocks.mini_block import MiniBlock
+from fisherlab.blocks.numerics import BlockError, BlockTooLarge
+from fisherlab.blocks.outer import Outer
+
+__all__ = [
+    "Block",
+    "BlockError",
+    "BlockTooLarge",
+    "Dense",
+    "Diagonal",
+    "DirectSum",
+    "Eigen",
+    "FromInverse",
+    "Kronecker",
+    "KroneckerSum",
+    "MiniBlock",
+    "Outer",
+]

@@ -1,0 +1,219 @@
+"""`Block`: a symmetric matrix on one layer's weight, and the slow, obviously right definitions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherlab.blocks.numerics import (
+    BlockError,
+    BlockTooLarge,
+    check_damping,
+    check_dense,
+    dense_budget,
+    eigh,
+    symmetrise,
+)
+
+
+class Block(ABC):
+    """A symmetric positive semi-definite matrix on one layer's weight; acts on tensors `[..., o, i]`.
+
+    `vec` is row-major (what `torch.flatten` does), so a Kronecker product is output factor (x)
+    input factor: `(G (x) A) vec(V) = vec(G V A)`. The bias is the last column of the weight.
+
+    A form implements `__matmul__`, `shape`, `dtype` and `device`; every other method has a
+    definition here from `dense()` and is overridden only to be cheaper.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """`(o, i)`, the shape of the weight the matrix acts on."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the entries live."""
+
+    @abstractmethod
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """`F vec(V)` for each matrix of `V` `[..., o, i]`."""
+
+    @property
+    def size(self) -> int:
+        """`N = o i`, the number of parameters and the side of the dense matrix."""
+        return self.shape[0] * self.shape[1]
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        """`(F + damping I)^exponent` as a block; exponent -1 is the damped inverse."""
+        from fisherlab.blocks.dense import Dense
+
+        return Dense(self.dense(), self.shape).power(exponent, damping)
+
+    def solve(self, V: Tensor, damping: float) -> Tensor:
+        """`(F + damping I)^{-1} vec(V)` for each matrix of `V`."""
+        return self.power(-1, damping) @ V
+
+    def quadratic(self, V: Tensor) -> Tensor:
+        """`<V, F V>` per matrix, `[...]` in float64."""
+        self.check(V)
+        return (V * (self @ V)).sum((-2, -1), dtype=torch.float64)
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        """`<D, F D>` for every per-example gradient `D = sum_t g a^T`, `[m, n]` in float64."""
+        from fisherlab.blocks.contractions import per_example_chunks
+
+        result = a.new_empty(g.shape[0], g.shape[1], dtype=torch.float64)
+        for part, D in per_example_chunks(a, g):
+            result[:, part] = self.quadratic(D)
+        return result
+
+    def inner(self, other: Block) -> Tensor:
+        """`<F, other>_F`, a 0-d float64 tensor.
+
+        Closed form for two structured forms, through `quadratic` against a low-rank one; any other
+        pair goes through `dense()` and raises `BlockTooLarge`, naming both forms, past the budget.
+        """
+        if self.shape != other.shape:
+            raise BlockError(f"blocks of shapes {self.shape} and {other.shape} have no product")
+        for one, two in ((self, other), (other, self)):
+            value = one._inner(two)
+            if value is not None:
+                return value
+        try:
+            check_dense(self.size, self.dtype, self.device, type(self).__name__)
+        except BlockTooLarge as error:
+            raise BlockTooLarge(
+                f"no closed inner product of {type(self).__name__} and {type(other).__name__}, and "
+                f"{error}"
+            ) from None
+        return (self.dense().double() * other.dense().double()).sum()
+
+    def _inner(self, other: Block) -> Tensor | None:
+        """The closed form with `other`, or None where this form knows none."""
+        return None
+
+    def trace(self) -> Tensor:
+        """`tr F`, 0-d float64."""
+        return self.diagonal().sum(dtype=torch.float64)
+
+    def squared_norm(self) -> Tensor:
+        """`||F||_F^2`, 0-d float64."""
+        return self.dense().double().square().sum()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of the matrix, as a weight `[o, i]`."""
+        return self.dense().diagonal().reshape(self.shape)
+
+    def eigenvalues(self) -> Tensor:
+        """All `N` eigenvalues in float64, descending."""
+        return eigh(self.dense().double(), type(self).__name__)[0].flip(0)
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues `[k]` and their unit eigenvectors `[k, o, i]`."""
+        values, vectors = eigh(self.dense().double(), type(self).__name__)
+        k = min(k, self.size)
+        top = vectors[:, -k:].flip(1).mT.reshape(k, *self.shape)
+        return values[-k:].flip(0), top.to(self.dtype)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        """`diag(Q^T other Q)` for this block's eigenvectors `Q`, float64.
+
+        Of a low-rank form only the eigenvectors that it defines, those of its range, are used.
+        """
+        _, vectors = self.leading(self.size)
+        return other.quadratic(vectors)
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
+        result = Q_G.new_empty(Q_G.shape[1], Q_A.shape[1], dtype=torch.float64)
+        for row, q in enumerate(Q_G.mT):
+            result[row] = self.quadratic(q[None, :, None] * Q_A.mT[:, None, :])
+        return result
+
+    def logdet(self, damping: float) -> Tensor:
+        """`log det (F + damping I)`, 0-d float64."""
+        return (self.eigenvalues().clamp(min=0) + check_damping(damping)).log().sum()
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Tensor:
+        """One draw `[o, i]` from `N(0, (F + damping I)^{-1})`, the Laplace posterior of a layer.
+
+        `generator` None is a fresh one seeded with 0; the global stream is never used.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        noise = torch.randn(self.shape, generator=generator, dtype=self.dtype)
+        return self.power(-0.5, damping) @ noise.to(self.device)
+
+    def dense(self) -> Tensor:
+        """The matrix itself, `[o i, o i]`; raises `BlockTooLarge` past the memory budget."""
+        check_dense(self.size, self.dtype, self.device, type(self).__name__)
+        return symmetrise(torch.cat([rows for _, rows in self.rows()]))
+
+    def rows(self, budget: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """`(slice, rows [chunk, o i])` of the matrix, a few at a time; never all of them."""
+        budget = budget or min(dense_budget(self.device) // 8, 64 * 1024**2)
+        step = max(1, budget // (self.size * self.dtype.itemsize))
+        for start in range(0, self.size, step):
+            stop = min(start + step, self.size)
+            unit = torch.zeros(stop - start, self.size, dtype=self.dtype, device=self.device)
+            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            product = self @ unit.view(-1, *self.shape)
+            yield slice(start, stop), product.reshape(stop - start, self.size)
+
+    def as_linear_operator(self) -> LinearOperator:
+        """The matrix as a SciPy `LinearOperator` on flat float vectors of length `N`."""
+
+        def matmat(X: np.ndarray) -> np.ndarray:
+            V = torch.as_tensor(np.ascontiguousarray(X.T), dtype=self.dtype, device=self.device)
+            product = self @ V.reshape(-1, *self.shape)
+            return product.reshape(V.shape[0], self.size).mT.cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            (self.size, self.size),
+            matvec=lambda v: matmat(v.reshape(-1, 1))[:, 0],
+            rmatvec=lambda v: matmat(v.reshape(-1, 1))[:, 0],
+            matmat=matmat,
+            rmatmat=matmat,
+            dtype=dtype,
+        )
+
+    @property
+    def clamped(self) -> float:
+        """Share of the spectrum's absolute sum that was negative and taken as zero; 0 if PSD."""
+        return 0.0
+
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors that represent the block."""
+        seen: dict[int, int] = {}
+        for value in vars(self).values():
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, Tensor):
+                    seen[id(item)] = item.numel() * item.element_size()
+                elif isinstance(item, Block):
+                    seen[id(item)] = item.memory_bytes()
+        return sum(seen.values())
+
+    def check(self, V: Tensor) -> None:
+        """Refuse a tensor whose last two axes are not the weight's."""
+        if tuple(V.shape[-2:]) != self.shape:
+            raise BlockError(
+                f"this {type(self).__name__} acts on [..., {self.shape[0]}, {self.shape[1]}], got "
+                f"a tensor of shape {tuple(V.shape)}; a bias is the last column of the weight"
+            )
+
+    def __repr__(self) -> str:
+        o, i = self.shape
+        return f"{type(self).__name__}({o} x {i}, {str(self.dtype).removeprefix('torch.')})"
+

@@ -1,0 +1,68 @@
+"""The diagonal form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.numerics import check_damping, spectrum_power
+
+
+class Diagonal(Block):
+    """`F = diag(vec(entries))`, with `entries` `[o, i]`."""
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.entries.shape[0], self.entries.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entries.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        return self.entries * V
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        damping = check_damping(damping)
+        return Diagonal(spectrum_power(self.entries, exponent, damping, "diagonal block"))
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        if a.shape[1] == 1:
+            inputs = (a[:, 0].square() @ self.entries.mT).double()
+            return (g[:, :, 0].square() * inputs).sum(-1)
+        return super().column_quadratics(a, g)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        return (self.entries.double() * other.diagonal().double()).sum()
+
+    def diagonal(self) -> Tensor:
+        return self.entries
+
+    def squared_norm(self) -> Tensor:
+        return self.entries.double().square().sum()
+
+    def eigenvalues(self) -> Tensor:
+        return self.entries.double().flatten().sort(descending=True).values
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        values, flat = self.entries.double().flatten().topk(min(k, self.size))
+        vectors = torch.zeros(len(flat), self.size, dtype=self.dtype, device=self.device)
+        vectors[torch.arange(len(flat)), flat] = 1
+        return values, vectors.view(-1, *self.shape)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        return other.diagonal().double()
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        return Q_G.double().square().mT @ self.entries.double() @ Q_A.double().square()
+
+

@@ -1,0 +1,108 @@
+"""One layer made of independent parts, as the groups of a convolution are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.numerics import BlockError
+
+
+class DirectSum(Block):
+    """`F = blockdiag(parts)`; part k acts on its own rows of the weight `[sum_k o_k, i]`.
+
+    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices, so
+    the exact block of the layer is the direct sum of one block per group.
+    """
+
+    def __init__(self, parts: Sequence[Block]) -> None:
+        if not parts or len({part.shape[1] for part in parts}) != 1:
+            raise BlockError(
+                "a direct sum takes at least one block, all with the same number of columns; got "
+                f"shapes {[part.shape for part in parts]}"
+            )
+        self.parts = tuple(parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def split(self, V: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each part."""
+        self.check(V)
+        return V.split([part.shape[0] for part in self.parts], -2)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        return torch.cat([p @ v for p, v in zip(self.parts, self.split(V), strict=True)], -2)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        return DirectSum([part.power(exponent, damping) for part in self.parts])
+
+    def quadratic(self, V: Tensor) -> Tensor:
+        pairs = zip(self.parts, self.split(V), strict=True)
+        return torch.stack([part.quadratic(v) for part, v in pairs]).sum(0)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        if not isinstance(other, DirectSum) or [p.shape for p in self.parts] != [
+            p.shape for p in other.parts
+        ]:
+            return None
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.stack([one.inner(two) for one, two in pairs]).sum()
+
+    def _total(self, value: Callable[[Block], Tensor]) -> Tensor:
+        return torch.stack([value(part) for part in self.parts]).sum(0)
+
+    def gram(self) -> Tensor:
+        """`sum_k K_k`: the Gram matrix of the whole layer's per-example gradients."""
+        return self._total(lambda part: part.gram())
+
+    def trace(self) -> Tensor:
+        return self._total(lambda part: part.trace())
+
+    def squared_norm(self) -> Tensor:
+        return self._total(lambda part: part.squared_norm())
+
+    def logdet(self, damping: float) -> Tensor:
+        return self._total(lambda part: part.logdet(damping))
+
+    def diagonal(self) -> Tensor:
+        return torch.cat([part.diagonal() for part in self.parts])
+
+    def eigenvalues(self) -> Tensor:
+        values = torch.cat([part.eigenvalues() for part in self.parts])
+        return values.sort(descending=True).values
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        values, vectors, start = [], [], 0
+        for part in self.parts:
+            top, inside = part.leading(k)
+            whole = inside.new_zeros(len(top), *self.shape)
+            whole[:, start : start + part.shape[0]] = inside
+            values.append(top)
+            vectors.append(whole)
+            start += part.shape[0]
+        everything = torch.cat(values)
+        order = everything.argsort(descending=True)[:k]
+        return everything[order], torch.cat(vectors)[order]
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        if not isinstance(other, DirectSum):
+            return super().diagonal_of(other)
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
+
+    @property
+    def clamped(self) -> float:
+        return max(part.clamped for part in self.parts)

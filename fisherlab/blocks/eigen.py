@@ -1,0 +1,194 @@
+"""A matrix that is diagonal in a Kronecker eigenbasis, full or thin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.numerics import BlockError, check_damping, spectrum_power
+
+
+class Eigen(Block):
+    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus an isotropic complement of a thin basis.
+
+    `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
+    basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
+    `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
+    both complements; they default to 0.
+    """
+
+    def __init__(
+        self,
+        Q_G: Tensor,
+        Q_A: Tensor,
+        spectrum: Tensor,
+        tail_G: Tensor | None = None,
+        tail_A: Tensor | None = None,
+        tail: Tensor | None = None,
+    ) -> None:
+        if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
+            raise BlockError(
+                f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that shape, "
+                f"got {tuple(spectrum.shape)}"
+            )
+        self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
+        self.tail_G = spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G
+        self.tail_A = spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A
+        self.tail = spectrum.new_zeros(()) if tail is None else tail
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.Q_G.shape[0], self.Q_A.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.Q_A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.Q_A.device
+
+    @property
+    def thin(self) -> bool:
+        """Whether a basis spans less than its space."""
+        return self._missing != (0, 0)
+
+    @property
+    def _missing(self) -> tuple[int, int]:
+        return self.shape[0] - self.Q_G.shape[1], self.shape[1] - self.Q_A.shape[1]
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        spectrum, tail_G, tail_A, tail = (
+            x.to(self.dtype) for x in (self.spectrum, self.tail_G, self.tail_A, self.tail)
+        )
+        VQ, GV = V @ self.Q_A, self.Q_G.mT @ V
+        core = self.Q_G.mT @ VQ
+        if not self.thin:
+            return self.Q_G @ (spectrum * core) @ self.Q_A.mT
+        # F = core (x) + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
+        inside = spectrum - tail_G[:, None] - tail_A + tail
+        result = (self.Q_G @ (inside * core) + VQ * (tail_A - tail)) @ self.Q_A.mT
+        return result + self.Q_G @ ((tail_G - tail)[:, None] * GV) + tail * V
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        damping = check_damping(damping)
+        if exponent == 1 and damping == 0:
+            return self
+        missing_G, missing_A = self._missing
+        parts = {
+            "spectrum": (self.spectrum, True),
+            "tail_G": (self.tail_G, missing_A > 0),
+            "tail_A": (self.tail_A, missing_G > 0),
+            "tail": (self.tail, missing_G > 0 and missing_A > 0),
+        }
+        powers = {
+            key: spectrum_power(x, exponent, damping, type(self).__name__)
+            for key, (x, present) in parts.items()
+            if present
+        }
+        return Eigen(self.Q_G, self.Q_A, **powers)
+
+    def quadratic(self, V: Tensor) -> Tensor:
+        self.check(V)
+        core = (self.Q_G.mT @ V @ self.Q_A).double().square()
+        value = (core * self.spectrum).sum((-2, -1))
+        if self.thin:
+            rows = (self.Q_G.mT @ V).double().square().sum(-1) - core.sum(-1)
+            columns = (V @ self.Q_A).double().square().sum(-2) - core.sum(-2)
+            rest = V.double().square().sum((-2, -1)) - core.sum((-2, -1))
+            rest = rest - rows.sum(-1) - columns.sum(-1)
+            value = value + rows @ self.tail_G.double() + columns @ self.tail_A.double()
+            value = value + rest * self.tail.double()
+        return value
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        if a.shape[1] == 1 and not self.thin:
+            # <D, F D> = sum_o (g Q_G)_o^2 sum_i spectrum_oi (a Q_A)_i^2
+            inputs = (a[:, 0] @ self.Q_A).square().double() @ self.spectrum.double().mT
+            return ((g[:, :, 0] @ self.Q_G).square() * inputs).sum(-1)
+        return super().column_quadratics(a, g)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        from fisherlab.blocks.kronecker import Kronecker
+
+        if not isinstance(other, Kronecker | Eigen):
+            return None
+        if not self.thin:
+            return (self.spectrum * other.rotated_diagonal(self.Q_G, self.Q_A)).sum()
+        inside = self.spectrum - self.tail_G[:, None] - self.tail_A + self.tail
+        value = (inside * other.rotated_diagonal(self.Q_G, self.Q_A)).sum()
+        eye_G = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        eye_A = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+        ones_G = other.rotated_diagonal(self.Q_G, eye_A).sum(1)
+        ones_A = other.rotated_diagonal(eye_G, self.Q_A).sum(0)
+        value = value + ((self.tail_G - self.tail) * ones_G).sum()
+        value = value + ((self.tail_A - self.tail) * ones_A).sum()
+        return value + self.tail * other.trace()
+
+    def _tails(self) -> tuple[tuple[Tensor, int], ...]:
+        """Each distinct value outside the spectrum, with its multiplicity."""
+        missing_G, missing_A = self._missing
+        return (
+            (self.tail_G.double(), missing_A),
+            (self.tail_A.double(), missing_G),
+            (self.tail.double().reshape(1), missing_G * missing_A),
+        )
+
+    def trace(self) -> Tensor:
+        return sum((x.sum() * k for x, k in self._tails()), self.spectrum.double().sum())
+
+    def squared_norm(self) -> Tensor:
+        start = self.spectrum.double().square().sum()
+        return sum((x.square().sum() * k for x, k in self._tails()), start)
+
+    def logdet(self, damping: float) -> Tensor:
+        damping = check_damping(damping)
+
+        def logs(x: Tensor) -> Tensor:
+            return (x.double().clamp(min=0) + damping).log().sum()
+
+        return sum((logs(x) * k for x, k in self._tails() if k), logs(self.spectrum))
+
+    def diagonal(self) -> Tensor:
+        G2, A2 = self.Q_G.square(), self.Q_A.square()
+        core = G2 @ self.spectrum.to(self.dtype) @ A2.mT
+        if not self.thin:
+            return core
+        rest_G, rest_A = 1 - G2.sum(1), 1 - A2.sum(1)
+        core = core + torch.outer(G2 @ self.tail_G.to(self.dtype), rest_A)
+        core = core + torch.outer(rest_G, A2 @ self.tail_A.to(self.dtype))
+        return core + self.tail.to(self.dtype) * torch.outer(rest_G, rest_A)
+
+    def eigenvalues(self) -> Tensor:
+        parts = [self.spectrum.double().flatten()]
+        parts += [x.repeat(k) for x, k in self._tails()]
+        return torch.cat(parts).sort(descending=True).values
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        k = min(k, self.spectrum.numel())
+        values, flat = self.spectrum.double().flatten().topk(k)
+        rows, columns = flat // self.Q_A.shape[1], flat % self.Q_A.shape[1]
+        return values, torch.einsum("ok,ik->koi", self.Q_G[:, rows], self.Q_A[:, columns])
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        return other.rotated_diagonal(self.Q_G, self.Q_A)
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        R_G = (self.Q_G.mT @ Q_G).double().square()
+        R_A = (self.Q_A.mT @ Q_A).double().square()
+        core = R_G.mT @ self.spectrum.double() @ R_A
+        if not self.thin:
+            return core
+        norm_G, norm_A = (Q.double().square().sum(0) for Q in (Q_G, Q_A))
+        rest_G, rest_A = norm_G - R_G.sum(0), norm_A - R_A.sum(0)
+        core = core + torch.outer(R_G.mT @ self.tail_G.double(), rest_A)
+        core = core + torch.outer(rest_G, R_A.mT @ self.tail_A.double())
+        return core + self.tail.double() * torch.outer(rest_G, rest_A)
+
+    @property
+    def clamped(self) -> float:
+        values = self.spectrum.double()
+        return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))

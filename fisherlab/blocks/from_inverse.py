@@ -1,0 +1,72 @@
+"""A block known by its inverse, as quasi-Newton methods keep it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.base import Block
+
+
+class FromInverse(Block):
+    """`F = P^{-1}` for a positive definite block `P`; `power(-1, 0)` is `P` itself, untouched."""
+
+    def __init__(self, inverse: Block) -> None:
+        self.inverse = inverse
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inverse.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inverse.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.inverse.device
+
+    @cached_property
+    def forward(self) -> Block:
+        """`F` in the form that the inverse of `P` takes."""
+        return self.inverse.power(-1, 0.0)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        return self.forward @ V
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        if exponent == -1 and damping == 0:
+            return self.inverse
+        return self.forward.power(exponent, damping)
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        return self.forward.column_quadratics(a, g)
+
+    def quadratic(self, V: Tensor) -> Tensor:
+        return self.forward.quadratic(V)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        return self.forward.inner(other)
+
+    def trace(self) -> Tensor:
+        return self.forward.trace()
+
+    def squared_norm(self) -> Tensor:
+        return self.forward.squared_norm()
+
+    def diagonal(self) -> Tensor:
+        return self.forward.diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        return self.forward.eigenvalues()
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.forward.leading(k)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        return self.forward.diagonal_of(other)
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        return self.forward.rotated_diagonal(Q_G, Q_A)

@@ -1,0 +1,213 @@
+"""Kronecker products `G (x) A` and sums of them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks import contractions
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.dense import Dense
+from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.numerics import (
+    BlockError,
+    check_damping,
+    eigh,
+    spectrum_power,
+    symmetrise,
+)
+
+
+def _square(matrix: Tensor, role: str) -> Tensor:
+    if matrix.shape[-1] != matrix.shape[-2]:
+        raise BlockError(f"the {role} factor must be square, got {tuple(matrix.shape)}")
+    return matrix
+
+
+class Kronecker(Block):
+    """`F = G (x) A`, `F vec(V) = vec(G V A)`, with `G` `[o, o]` of outputs and `A` `[i, i]` of inputs."""
+
+    def __init__(self, G: Tensor, A: Tensor) -> None:
+        self.G, self.A = _square(G, "output"), _square(A, "input")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.G.shape[0], self.A.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        return self.G @ V @ self.A
+
+    @cached_property
+    def eigen(self) -> Eigen:
+        """The same matrix in its Kronecker eigenbasis."""
+        l_G, Q_G = eigh(self.G, "output factor G")
+        l_A, Q_A = eigh(self.A, "input factor A")
+        return Eigen(Q_G, Q_A, torch.outer(l_G, l_A))
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        if exponent == 1 and damping == 0:
+            return self
+        if check_damping(damping) > 0:
+            return self.eigen.power(exponent, damping)
+        return Kronecker(*(_factor_power(F, exponent, name) for F, name in self._named()))
+
+    def factored_power(self, exponent: float, damping_G: float, damping_A: float) -> Kronecker:
+        """`(G + damping_G I)^exponent (x) (A + damping_A I)^exponent`: damping inside the factors."""
+        powers = (
+            _factor_power(factor, exponent, name, damping)
+            for (factor, name), damping in zip(self._named(), (damping_G, damping_A), strict=True)
+        )
+        return Kronecker(*powers)
+
+    def _named(self) -> tuple[tuple[Tensor, str], tuple[Tensor, str]]:
+        return (self.G, "output factor G"), (self.A, "input factor A")
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        return contractions.kronecker_quadratic(a, g, self.G, self.A)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        if isinstance(other, Kronecker):
+            return _dot(self.G, other.G) * _dot(self.A, other.A)
+        return None
+
+    def trace(self) -> Tensor:
+        return self.G.double().trace() * self.A.double().trace()
+
+    def squared_norm(self) -> Tensor:
+        return _dot(self.G, self.G) * _dot(self.A, self.A)
+
+    def diagonal(self) -> Tensor:
+        return torch.outer(self.G.diagonal(), self.A.diagonal())
+
+    def eigenvalues(self) -> Tensor:
+        return self.eigen.eigenvalues()
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.eigen.leading(k)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        return self.eigen.diagonal_of(other)
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        rotated_G = ((self.G @ Q_G) * Q_G).sum(0, dtype=torch.float64)
+        rotated_A = ((self.A @ Q_A) * Q_A).sum(0, dtype=torch.float64)
+        return torch.outer(rotated_G, rotated_A)
+
+    def dense(self) -> Tensor:
+        from fisherlab.blocks.numerics import check_dense
+
+        check_dense(self.size, self.dtype, self.device, "Kronecker")
+        return torch.kron(self.G.contiguous(), self.A.contiguous())
+
+
+class KroneckerSum(Block):
+    """`F = sum_k G_k (x) A_k`, with `G` `[k, o, o]` and `A` `[k, i, i]`.
+
+    A sum of two or more terms need not be positive semi-definite; `power` goes through the dense
+    form (refused past the budget), takes negative eigenvalues as zero, and `clamped` says how much.
+    """
+
+    def __init__(self, G: Tensor, A: Tensor) -> None:
+        if G.ndim != 3 or A.ndim != 3 or G.shape[0] != A.shape[0]:
+            raise BlockError(
+                f"a Kronecker sum takes [k, o, o] and [k, i, i] factors, got {tuple(G.shape)} and "
+                f"{tuple(A.shape)}"
+            )
+        self.G, self.A = _square(G, "output"), _square(A, "input")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.G.shape[-1], self.A.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    @property
+    def terms(self) -> list[Kronecker]:
+        """The products, largest first as the approximation ordered them."""
+        return [Kronecker(G, A) for G, A in zip(self.G, self.A, strict=True)]
+
+    @cached_property
+    def _dense(self) -> Dense:
+        return Dense(self.dense(), self.shape)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        result = torch.zeros_like(V)
+        for G, A in zip(self.G, self.A, strict=True):
+            result += G @ V @ A
+        return result
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        if self.G.shape[0] == 1:
+            return self.terms[0].power(exponent, damping)
+        return self._dense.power(exponent, damping)
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        return torch.stack([term.column_quadratics(a, g) for term in self.terms]).sum(0)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        if isinstance(other, KroneckerSum):
+            return sum_of(one.inner(two) for one in self.terms for two in other.terms)
+        if isinstance(other, Kronecker | Eigen):
+            return sum_of(term.inner(other) for term in self.terms)
+        return None
+
+    def trace(self) -> Tensor:
+        return sum_of(term.trace() for term in self.terms)
+
+    def squared_norm(self) -> Tensor:
+        G, A = self.G.double().flatten(1), self.A.double().flatten(1)
+        return ((G @ G.mT) * (A @ A.mT)).sum()
+
+    def diagonal(self) -> Tensor:
+        return torch.einsum("ko,ki->oi", self.G.diagonal(0, 1, 2), self.A.diagonal(0, 1, 2))
+
+    def eigenvalues(self) -> Tensor:
+        return self.terms[0].eigenvalues() if len(self.G) == 1 else self._dense.eigenvalues()
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.terms[0].leading(k) if len(self.G) == 1 else self._dense.leading(k)
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        return sum_of(term.rotated_diagonal(Q_G, Q_A) for term in self.terms)
+
+    @property
+    def clamped(self) -> float:
+        return 0.0 if len(self.G) == 1 else self._dense.clamped
+
+
+def sum_of(tensors) -> Tensor:
+    """The sum of an iterable of tensors."""
+    first, *rest = tensors
+    for tensor in rest:
+        first = first + tensor
+    return first
+
+
+def _dot(one: Tensor, two: Tensor) -> Tensor:
+    return (one.double() * two.double()).sum()
+
+
+def _factor_power(factor: Tensor, exponent: float, name: str, damping: float = 0.0) -> Tensor:
+    if exponent == 1:
+        return factor + damping * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    values, vectors = eigh(factor, name)
+    powers = spectrum_power(values, exponent, check_damping(damping), name)
+    return symmetrise(vectors * powers @ vectors.mT)

@@ -1,0 +1,114 @@
+"""Block diagonal inside the layer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.numerics import check_damping, eigh, spectrum_power
+
+
+class MiniBlock(Block):
+    """`F = blockdiag(blocks)`: one `[k, k]` matrix per output feature and group of k inputs.
+
+    `blocks` is `[o, c, k, k]` for a weight whose first `c k` columns fall into c groups, `bias`
+    `[o]` the entries of a last column of its own (None where every column is in a group).
+    """
+
+    def __init__(self, blocks: Tensor, bias: Tensor | None = None) -> None:
+        self.blocks, self.bias = blocks, bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        o, c, k, _ = self.blocks.shape
+        return o, c * k + (self.bias is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @cached_property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        return eigh(self.blocks, "mini-blocks")
+
+    def split(self, V: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`V [..., o, i]` as `[..., o, c, k]` and the bias column `[..., o]`."""
+        o, c, k, _ = self.blocks.shape
+        body = V[..., : c * k].reshape(*V.shape[:-2], o, c, k)
+        return body, None if self.bias is None else V[..., -1]
+
+    def join(self, body: Tensor, column: Tensor | None) -> Tensor:
+        """The inverse of `split`."""
+        flat = body.flatten(-2)
+        return flat if column is None else torch.cat([flat, column[..., None]], -1)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        body, column = self.split(V)
+        product = torch.einsum("ockl,...ocl->...ock", self.blocks, body)
+        return self.join(product, None if column is None else column * self.bias)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        damping = check_damping(damping)
+        values, vectors = self._eigh
+        powers = spectrum_power(values, exponent, damping, "a mini-block")
+        bias = self.bias
+        if bias is not None:
+            bias = spectrum_power(bias, exponent, damping, "the bias mini-block")
+        return MiniBlock(vectors * powers[..., None, :] @ vectors.mT, bias)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        if not isinstance(other, MiniBlock) or other.blocks.shape != self.blocks.shape:
+            return None
+        total = (self.blocks.double() * other.blocks.double()).sum()
+        if self.bias is None or other.bias is None:
+            return total
+        return total + (self.bias.double() * other.bias.double()).sum()
+
+    def squared_norm(self) -> Tensor:
+        value = self.blocks.double().square().sum()
+        return value if self.bias is None else value + self.bias.double().square().sum()
+
+    def diagonal(self) -> Tensor:
+        return self.join(self.blocks.diagonal(0, -2, -1), self.bias)
+
+    def eigenvalues(self) -> Tensor:
+        values = self._eigh[0].double().flatten()
+        if self.bias is not None:
+            values = torch.cat([values, self.bias.double()])
+        return values.sort(descending=True).values
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        values, vectors = self._eigh
+        o, c, width, _ = self.blocks.shape
+        flat = values.double().flatten()
+        if self.bias is not None:
+            flat = torch.cat([flat, self.bias.double()])
+        top, index = flat.topk(min(k, self.size))
+        result = torch.zeros(len(index), *self.shape, dtype=self.dtype, device=self.device)
+        for row, position in enumerate(index.tolist()):
+            if position >= o * c * width:
+                result[row, position - o * c * width, -1] = 1
+                continue
+            group, column = divmod(position, width)
+            output, channel = divmod(group, c)
+            inside = slice(channel * width, (channel + 1) * width)
+            result[row, output, inside] = vectors[output, channel, :, column]
+        return top, result
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        if isinstance(other, MiniBlock) and other.blocks.shape == self.blocks.shape:
+            Q = self._eigh[1]
+            return MiniBlock(other.blocks, other.bias)._rotated(Q)
+        return super().diagonal_of(other)
+
+    def _rotated(self, Q: Tensor) -> Tensor:
+        rotated = (self.blocks @ Q * Q).sum(-2, dtype=torch.float64)
+        return self.join(rotated, None if self.bias is None else self.bias.double())

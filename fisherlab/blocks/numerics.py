@@ -1,0 +1,143 @@
+"""Dense linear algebra that does not die quietly: eigh, Cholesky, powers of a spectrum, memory budgets."""
+
+from __future__ import annotations
+
+import math
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+GIB = 1024**3
+# A spectrum is numerically zero below this multiple of eps * size * largest eigenvalue.
+RANK_TOLERANCE = 8.0
+
+_DECOMPOSITIONS = WeakTensorKeyDictionary()
+
+
+class BlockError(ValueError):
+    """A block was asked for something it cannot give: singular, too large, or of the wrong shape."""
+
+
+class BlockTooLarge(BlockError):
+    """A dense form would exceed the memory budget."""
+
+
+def symmetrise(matrix: Tensor) -> Tensor:
+    """`(S + S^T) / 2`, the nearest symmetric matrix."""
+    return (matrix + matrix.mT) / 2
+
+
+def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
+    """`S = Q diag(values) Q^T`, eigenvalues ascending.
+
+    The result travels with the tensor it belongs to: a second call on the same, unchanged tensor
+    costs nothing, which is how approximations share eigenbases without knowing each other.
+
+    Raises `BlockError` when the matrix is not finite or LAPACK fails in float64, on the CPU, and
+    with jitter.
+    """
+    known = _DECOMPOSITIONS.get(matrix)
+    if known is not None and known[0] == matrix._version:
+        return known[1], known[2]
+    values, vectors = _eigh(matrix, name)
+    _DECOMPOSITIONS[matrix] = (matrix._version, values, vectors)
+    return values, vectors
+
+
+def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if not torch.isfinite(matrix).all():
+        raise BlockError(
+            f"{name} of shape {tuple(matrix.shape)} has NaN or inf entries, so it has no "
+            "eigendecomposition; check the data, the model's weights and the loss"
+        )
+    symmetric = symmetrise(matrix)
+    largest = symmetric.abs().amax() if symmetric.numel() else symmetric.new_zeros(())
+    attempts = (
+        lambda: symmetric,
+        lambda: symmetric.double(),
+        lambda: symmetric.double().cpu(),
+        lambda: symmetric.double().cpu()
+        + 1e-14 * largest.double().cpu() * torch.eye(symmetric.shape[-1], dtype=torch.float64),
+    )
+    for attempt in attempts:
+        try:
+            values, vectors = torch.linalg.eigh(attempt())
+        except torch.linalg.LinAlgError:
+            continue
+        if torch.isfinite(values).all() and torch.isfinite(vectors).all():
+            return values.to(matrix), vectors.to(matrix)
+    raise BlockError(
+        f"eigendecomposition of {name}, shape {tuple(matrix.shape)}, failed in {matrix.dtype}, in "
+        "float64, on the CPU and with jitter; the matrix is finite but LAPACK did not converge"
+    )
+
+
+def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
+    """Lower `L` with `S = L L^T`; `BlockError` names the matrix when it is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
+    if info.any():
+        raise BlockError(
+            f"{name} of shape {tuple(matrix.shape)} is not positive definite; use a larger damping"
+        )
+    return factor
+
+
+def spectrum_power(values: Tensor, exponent: float, damping: float, name: str) -> Tensor:
+    """`(values + damping)^exponent` for eigenvalues that are non-negative up to rounding.
+
+    Raises `BlockError` for a negative power of a zero eigenvalue.
+    """
+    shifted = values.clamp(min=0) + damping
+    if exponent < 0 and shifted.numel():
+        smallest, largest = shifted.min().item(), shifted.max().item()
+        floor = RANK_TOLERANCE * torch.finfo(values.dtype).eps * largest
+        if smallest <= floor and (damping == 0 or smallest == 0):
+            raise BlockError(
+                f"{name} is singular (smallest eigenvalue {smallest:.2e}, largest {largest:.2e}), "
+                f"so its power {exponent:g} needs damping > 0"
+            )
+    return shifted.pow(exponent)
+
+
+def check_damping(damping: float) -> float:
+    """The damping as a float; negative, NaN or infinite ones are refused."""
+    value = float(damping)
+    if not math.isfinite(value) or value < 0:
+        raise BlockError(f"damping must be a finite number >= 0, got {damping!r}")
+    return value
+
+
+def rank_of(values: Tensor) -> int:
+    """Number of eigenvalues above rounding, `values > 8 eps size max`."""
+    if not values.numel():
+        return 0
+    largest = values.abs().max()
+    floor = RANK_TOLERANCE * torch.finfo(values.dtype).eps * values.numel() * largest
+    return int((values > floor).sum().item())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def dense_budget(device: torch.device) -> int:
+    """Bytes a dense block may take: a quarter of what is free, at most 4 GiB."""
+    return min(free_memory(device) // 4, 4 * GIB)
+
+
+def check_dense(size: int, dtype: torch.dtype, device: torch.device, form: str) -> None:
+    """Refuse a dense `[size, size]` matrix past the budget, naming what to call instead."""
+    needed = size * size * dtype.itemsize
+    budget = dense_budget(device)
+    if needed > budget:
+        raise BlockTooLarge(
+            f"the dense form of this {form} is {size} x {size}, {needed / GIB:.3g} GiB, over the "
+            f"budget of {budget / GIB:.3g} GiB ({free_memory(device) / GIB:.3g} GiB free); stay "
+            "matrix-free: `block @ V`, `quadratic`, `inner`, `trace`, `squared_norm`, `power`, "
+            "`as_linear_operator` or the functions of fl.metrics"
+        )

@@ -1,0 +1,237 @@
+"""`capture`: one forward and R backward vectors to `{layer name: LayerCapture}`; and `support`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.extract import fisher
+from fisherlab.extract.hooks import fill
+from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.record import Call, Record, find_activations, recording
+from fisherlab.extract.select import check_batch, check_model, choices, select
+
+BACKENDS = ("auto", "backpack", "hooks")
+# The faster backend where `fisherlab bench capture` has been run; hooks where it has not.
+MEASURED = {"cpu": "measured 1.2 to 1.9 x faster than BackPACK on CPU"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which backend made a capture and why, and which modules have no block."""
+
+    backend: str
+    reason: str
+    seconds: float
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}: {self.reason} ({self.seconds:.3f} s)"]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.skipped.items()])
+
+
+class Captures(dict[str, LayerCapture]):
+    """`{layer name: LayerCapture}`, with the outputs, labels and `report` of the pass."""
+
+    def __init__(
+        self, layers: dict[str, LayerCapture], report: Report, outputs: Tensor, labels: Tensor
+    ) -> None:
+        super().__init__(layers)
+        self.report, self.outputs, self.labels = report, outputs, labels
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}: {layer.shape}" for name, layer in self.items())
+        return f"Captures({inside}; {self.report.backend})"
+
+
+def capture(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    x: object,
+    y: Tensor,
+    *,
+    fisher_type: str = "exact",
+    backend: str = "auto",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    layers: Iterable[str] | None = None,
+) -> Captures:
+    """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
+
+    `x` is a tensor, a tuple or a dict of the model's arguments; `y` the labels. `fisher_type` is
+    "exact" (a root of the loss Hessian), "mc" (labels drawn from the model with `generator`, None a
+    fresh one seeded with 0) or "empirical" (the observed labels). The model comes back untouched:
+    no hooks, `.grad`, buffers, mode and global random streams as they were.
+
+    A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
+
+    Raises `CaptureError` naming the layer, tensor or criterion that cannot be captured, and why.
+    """
+    if fisher_type not in fisher.FISHER_TYPES:
+        raise CaptureError(
+            f"unknown fisher_type {fisher_type!r}; one of {', '.join(fisher.FISHER_TYPES)}"
+        )
+    if backend not in BACKENDS:
+        raise CaptureError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
+    criterion = fisher.as_module(criterion)
+    fisher.reduction_of(criterion)
+    check_batch(x, y, model)
+    check_model(model)
+    modules = select(model, layers)
+    if not modules:
+        raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d/2d/3d")
+
+    def vectors(outputs: Tensor) -> Iterator[Tensor]:
+        return fisher.output_vectors(fisher_type, criterion, outputs, y, mc_samples, generator)
+
+    def check(outputs: Tensor) -> Tensor:
+        return _check_outputs(outputs, criterion, y)
+
+    start = time.perf_counter()
+    name, reason = _choose(backend, x if isinstance(x, Tensor) else y)
+    columns = None if fisher_type == "empirical" else vectors
+    with _isolated(x):
+        if name == "backpack":
+            from fisherlab.extract import backpack
+
+            record, outputs, activations = backpack.run(
+                model, modules, partial(_forward, model, x), check, criterion, y, columns
+            )
+        else:
+            record, outputs, activations = _by_hooks(
+                model, modules, partial(_forward, model, x), check, criterion, y, columns
+            )
+    captured = _assemble(modules, record, activations, outputs.shape[0], fisher_type)
+    skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
+    skipped |= {n: "not called in this forward pass" for n in modules if n not in record.calls}
+    skipped |= {n: _NO_GRAPH for n in record.without_graph}
+    if layers is not None:
+        for layer in modules:
+            if layer not in record.calls:
+                raise CaptureError(f"layer {layer!r}: {skipped[layer]}")
+    report = Report(name, reason, time.perf_counter() - start, skipped)
+    return Captures(captured, report, outputs.detach(), y)
+
+
+_NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
+
+
+def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:
+    if backend != "auto":
+        return backend, "asked for"
+    device = tensor.device.type
+    return "hooks", MEASURED.get(device, f"the default: BackPACK has not been measured on {device}")
+
+
+def _forward(model: nn.Module, x: object) -> Tensor:
+    if isinstance(x, dict):
+        outputs = model(**x)
+    else:
+        outputs = model(*x) if isinstance(x, tuple | list) else model(x)
+    outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise CaptureError(
+            f"the model returned {type(outputs).__name__}; FisherLab needs one tensor of outputs "
+            "(or an object with `.logits`): wrap the model"
+        )
+    return outputs
+
+
+@contextmanager
+def _isolated(x: object) -> Iterator[None]:
+    """Gradients on, and the global random streams as they were, whatever the model draws."""
+    devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
+    with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor) -> Tensor:
+    """The gradient of the per-example loss at the observed labels, after every check of it."""
+    if not torch.isfinite(outputs).all():
+        raise CaptureError("the model's outputs have NaN or inf entries; check its weights")
+    if outputs.shape[0] != y.shape[0]:
+        raise CaptureError(
+            f"the model returned {outputs.shape[0]} rows for {y.shape[0]} labels; the first axis "
+            "of outputs and labels is the example"
+        )
+    fisher.check_labels(criterion, outputs, y)
+    fisher.check_additive(criterion, outputs.detach(), y)
+    return fisher.label_vectors(criterion, outputs, y)
+
+
+def _by_hooks(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    forward: Callable[[], Tensor],
+    check: Callable[[Tensor], Tensor],
+    criterion: Callable,
+    y: Tensor,
+    vectors: Callable[[Tensor], Iterator[Tensor]] | None,
+) -> tuple[Record, Tensor, dict[str, Callable | None]]:
+    with recording(modules, model) as record:
+        outputs = forward()
+        labels = check(outputs)
+        columns = None if vectors is None else partial(vectors, outputs.detach())
+        if record.calls:
+            fill(outputs, record, labels, columns)
+        record.check_inputs()
+        return record, outputs, find_activations(outputs, record)
+
+
+def _assemble(
+    modules: dict[str, nn.Module],
+    record: Record,
+    activations: dict[str, Callable | None],
+    examples: int,
+    fisher_type: str,
+) -> dict[str, LayerCapture]:
+    owners: dict[int, str] = {}
+    joined: dict[str, list[Call]] = {}
+    for name, module in modules.items():
+        owner = owners.setdefault(id(module.weight), name)
+        joined.setdefault(owner, []).extend(record.calls.get(name, []))
+    captured = {}
+    for name, calls in joined.items():
+        if not calls:
+            continue
+        _check_calls(name, calls, examples)
+        module = modules[name]
+        bias = module.bias is not None and module.bias.requires_grad
+        groups = getattr(module, "groups", 1)
+        preactivations = tuple(call.preactivation for call in calls)
+        for group in range(groups):
+            captured[f"{name}:{group}" if groups > 1 else name] = LayerCapture(
+                name=name,
+                layer_type=type(module).__name__,
+                geometry=Geometry.of(module, bias, group),
+                raw_inputs=tuple(_matching(call.raw_input, call.gradients) for call in calls),
+                raw_output_gradients=tuple(call.gradients for call in calls),
+                raw_label_gradients=tuple(call.label_gradient for call in calls),
+                raw_outputs=tuple(call.output for call in calls),
+                activation=activations.get(name),
+                raw_preactivations=None if None in preactivations else preactivations,
+                fisher_type=fisher_type,
+            )
+    return captured
+
+
+def _matching(raw: Tensor, gradients: Tensor) -> Tensor:
+    return raw if raw.dtype == gradients.dtype else raw.to(gradients.dtype)
+
+
+def _check_calls(name: str, calls: list[Call], examples: int) -> None:
+    for index, call in enumerate(calls):
+        if call.raw_input.ndim < 2 or call.raw_input.shape[0] != examples:
+            raise CaptureError(
+                f"call {index} of layer {name!r} received {tuple(call.raw_input.shape)}, but the "
+                f"batch has {examples} examples and the first axis must be the example; keep "
+                "[n, ..., features] instead of flattening positions into the batch"
+            )
+        if not torch.isfinite(call.gradients).all():
+            raise CaptureError(f"the gradient at the output of layer {name!r} has NaN or inf entries")

@@ -1,0 +1,56 @@
+"""Capture from hooks and autograd: for any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fisherlab.extract.record import Record
+
+
+def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tensor]:
+    """`J^T v` at the output of every recorded call, zeros where the outputs do not depend on it.
+
+    Only as far as layer outputs: no parameter gradient is formed and `.grad` is not touched.
+    """
+    calls = record.every()
+    gradients = torch.autograd.grad(
+        outputs, [call.edge for call in calls], vector, retain_graph=True, allow_unused=True
+    )
+    return [
+        _widened(torch.zeros_like(call.output) if gradient is None else gradient)
+        for call, gradient in zip(calls, gradients, strict=True)
+    ]
+
+
+def fill(
+    outputs: Tensor, record: Record, labels: Tensor, vectors: Callable[[], Iterator[Tensor]] | None
+) -> None:
+    """Send the loss gradient and every output vector backwards; leave the results on the calls.
+
+    `vectors` None: the loss gradient is the only column (the empirical Fisher).
+    """
+    calls = record.every()
+    record.active = False
+    for call, gradient in zip(calls, send_backwards(outputs, record, labels), strict=True):
+        call.label_gradient = gradient
+    if vectors is None:
+        for call in calls:
+            call.gradients = call.label_gradient[None]
+        return
+    columns: list[list[Tensor]] = [[] for _ in calls]
+    for vector in vectors():
+        gradients = send_backwards(outputs, record, vector)
+        for column, gradient in zip(columns, gradients, strict=True):
+            column.append(gradient)
+    for call, column in zip(calls, columns, strict=True):
+        call.gradients = torch.stack(column)
+        column.clear()
+
+
+def _widened(gradient: Tensor) -> Tensor:
+    """Half-precision gradients of an autocast region, raised to float32 before any product."""
+    half = gradient.dtype in (torch.float16, torch.bfloat16)
+    return gradient.float() if half else gradient

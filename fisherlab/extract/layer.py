@@ -1,0 +1,306 @@
+"""`LayerCapture`: what the passes leave at one layer, and the weight-sharing form made of it on demand.
+
+Every layer is an affine map with shared weights, `s[n,t] = W a[n,t]`: a `Linear` over `[n, ..., i]`
+has its middle axes as positions, a convolution its output pixels, a module called several times its
+calls. Positions, patches and biases end here; nothing below knows what a convolution is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherlab.blocks import Outer, contractions
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class CaptureError(ValueError):
+    """A model, criterion or batch that cannot be captured, or a field that was not captured."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one raw input `[n, ...]` becomes `[n, t, i]` and one raw output `[n, ...]` `[n, t, o]`.
+
+    `conv` holds the convolution's hyper-parameters (None for a linear map); `group` is the group
+    this capture covers, of `groups`; `bias` says whether a trailing 1 stands for the bias.
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+    conv: dict[str, object] | None = None
+    group: int = 0
+    groups: int = 1
+
+    @classmethod
+    def of(cls, module: nn.Module, bias: bool, group: int = 0) -> Geometry:
+        """The geometry of a `Linear` or `Conv1d/2d/3d`, one group of it."""
+        if isinstance(module, nn.Linear):
+            return cls(module.in_features, module.out_features, bias)
+        if not isinstance(module, CONVOLUTIONS):
+            raise CaptureError(f"no weight-sharing form for {type(module).__name__}")
+        groups = module.groups
+        kernel = math.prod(module.kernel_size)
+        conv = {
+            "kernel": module.kernel_size,
+            "stride": module.stride,
+            "dilation": module.dilation,
+            # last axis first, as F.pad takes it; right for numbers, "same" and "valid" alike
+            "padding": tuple(module._reversed_padding_repeated_twice),
+            "mode": "constant" if module.padding_mode == "zeros" else module.padding_mode,
+        }
+        return cls(
+            module.in_channels // groups * kernel,
+            module.out_channels // groups,
+            bias,
+            conv,
+            group,
+            groups,
+        )
+
+    def inputs(self, raw: Tensor) -> Tensor:
+        """The raw input of one call as `a` `[n, t, i]`, contiguous, the bias's 1 included."""
+        n = raw.shape[0]
+        if self.conv is None:
+            rows = raw.reshape(n, -1, self.in_features)
+            if not self.bias:
+                return rows
+            return torch.cat([rows, rows.new_ones(n, rows.shape[1], 1)], -1)
+        patches = self._patches(raw)
+        positions = math.prod(patches.shape[1 : 1 + len(self.conv["kernel"])])
+        a = raw.new_empty(n, positions, self.in_features + self.bias)
+        # one copy, straight from the strided view into the rows that carry the trailing 1
+        body = a.as_strided(patches.shape, self._row_strides(patches.shape, a.stride()))
+        body.copy_(patches)
+        if self.bias:
+            a[..., -1] = 1
+        return a
+
+    def _patches(self, raw: Tensor) -> Tensor:
+        """A strided view `[n, *out, c, *kernel]` of the padded input of this group."""
+        channels = raw.shape[1] // self.groups
+        raw = raw[:, self.group * channels : (self.group + 1) * channels]
+        conv = self.conv
+        padded = F.pad(raw, conv["padding"], mode=conv["mode"]) if any(conv["padding"]) else raw
+        kernel, stride, dilation = conv["kernel"], conv["stride"], conv["dilation"]
+        out = [
+            (length - d * (k - 1) - 1) // s + 1
+            for length, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+        ]
+        step_n, step_c, *steps = padded.stride()
+        strides = [step_n, *(s * z for s, z in zip(stride, steps, strict=True))]
+        strides += [step_c, *(d * z for d, z in zip(dilation, steps, strict=True))]
+        size = [padded.shape[0], *out, channels, *kernel]
+        return padded.as_strided(size, strides, padded.storage_offset())
+
+    def _row_strides(self, size: torch.Size, rows: tuple[int, ...]) -> list[int]:
+        dims = len(self.conv["kernel"])
+        out, inside = size[1 : 1 + dims], size[1 + dims :]
+        strides = [rows[0]]
+        strides += [math.prod(out[d + 1 :]) * rows[1] for d in range(dims)]
+        return strides + [math.prod(inside[d + 1 :]) for d in range(dims + 1)]
+
+    def outputs(self, raw: Tensor, leading: int = 1) -> Tensor:
+        """A raw output or output gradient `[*leading, ...]` as `[*leading, t, o]`."""
+        lead = raw.shape[:leading]
+        if self.conv is None:
+            return raw.reshape(*lead, -1, self.out_features)
+        start = self.group * self.out_features
+        channels = raw.narrow(leading, start, self.out_features)
+        return channels.flatten(leading + 1).transpose(leading, leading + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCapture:
+    """Raw inputs, raw output gradients and geometry of one layer; views of them on demand.
+
+    One entry of each `raw_*` list per call of the module. `raw_output_gradients` are `[m, n, ...]`,
+    of the per-example loss `l_n`, never divided by `M`, with each column's scale inside, so that
+    `F = (1/M) sum_{m,n} vec(D) vec(D)^T`; `raw_label_gradients` are `[n, ...]`, at the observed
+    labels, whatever the Fisher type.
+    """
+
+    name: str
+    layer_type: str
+    geometry: Geometry
+    raw_inputs: tuple[Tensor, ...]
+    raw_output_gradients: tuple[Tensor, ...] | None
+    raw_label_gradients: tuple[Tensor, ...] | None
+    raw_outputs: tuple[Tensor, ...] | None = None
+    # what the layer feeds: the element-wise activation and the values it is evaluated at
+    activation: Callable[[Tensor], Tensor] | None = None
+    raw_preactivations: tuple[Tensor, ...] | None = None
+    fisher_type: str = "empirical"
+    # the share of each example's output vectors that this capture holds: 1 unless it is a chunk
+    column_share: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(o, i)` of the weight, the bias as last column."""
+        return self.geometry.out_features, self.geometry.in_features + self.geometry.bias
+
+    @property
+    def examples(self) -> float:
+        """Loss terms covered: the number of examples, times the share of their output vectors."""
+        return self.raw_inputs[0].shape[0] * self.column_share
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw_inputs[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.raw_inputs[0].dtype
+
+    @property
+    def inputs(self) -> Tensor:
+        """`a` `[n, t, i]`, last feature 1 where there is a bias; made anew at each access."""
+        calls = [self.geometry.inputs(raw) for raw in self.raw_inputs]
+        return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+
+    @property
+    def output_gradients(self) -> Tensor:
+        """`g` `[m, n, t, o]` of the per-example loss, the column scale inside."""
+        raw = self._present("raw_output_gradients", "output_gradients")
+        calls = [self.geometry.outputs(x, 2) for x in raw]
+        return calls[0] if len(calls) == 1 else torch.cat(calls, 2)
+
+    @property
+    def label_gradients(self) -> Tensor:
+        """`g` `[n, t, o]` of the per-example loss at the observed labels."""
+        raw = self._present("raw_label_gradients", "label_gradients")
+        calls = [self.geometry.outputs(x) for x in raw]
+        return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+
+    @property
+    def outputs(self) -> Tensor:
+        """`s` `[n, t, o]`, the layer's outputs."""
+        raw = self._present("raw_outputs", "outputs")
+        calls = [self.geometry.outputs(x) for x in raw]
+        return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+
+    @property
+    def activation_slope(self) -> Tensor:
+        """`nu = E f'(s)` of the element-wise activation the layer feeds, 0-d float64; 1 for none.
+
+        The mean over examples, positions and units; behind a normalisation, evaluated there.
+        """
+        raw = self._present("raw_preactivations", "activation_slope")
+        if self.activation is None:
+            return torch.ones((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for values in raw:
+            free = values.detach().requires_grad_()
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(self.activation(free).sum(), free)
+            total += slope.sum(dtype=torch.float64)
+        return total / sum(values.numel() for values in raw)
+
+    @property
+    def gradient(self) -> Tensor:
+        """`[o, i]`, the gradient of the mean per-example loss at the observed labels."""
+        g = self.label_gradients
+        n, t, o = g.shape
+        return g.reshape(n * t, o).mT @ self.inputs.reshape(n * t, -1) / n
+
+    def per_example_gradients(self) -> Tensor:
+        """`D[m,n,o,i] = sum_t g a^T`, all of them: m n o i numbers."""
+        return contractions.per_example(self.inputs, self.output_gradients)
+
+    def gram(self) -> Tensor:
+        """`U^T U`, `[m n, m n]` in float64."""
+        return Outer(self.inputs, self.output_gradients).gram()
+
+    def chunks(self, memory: int | None = None) -> Iterator[LayerCapture]:
+        """Captures over some examples and, where one example is too large, some output vectors.
+
+        `memory` in bytes bounds the weight-sharing form of each (None: no bound, the capture
+        itself). Sums over the chunks are the sums over the whole.
+        """
+        n = self.raw_inputs[0].shape[0]
+        columns = self.columns_per_example
+        o, i = self.shape
+        t = self.positions
+        size = self.raw_inputs[0].element_size()
+        per_column, per_input = t * o * size, t * i * size
+        if memory is None or n * (columns * per_column + per_input) <= memory:
+            yield self
+            return
+        if per_column + per_input > memory:
+            raise CaptureError(
+                f"layer {self.name!r} needs {per_column + per_input:,} bytes for one output vector "
+                f"of one example, over the budget of {memory:,}; raise `memory`"
+            )
+        rows = max(1, memory // (columns * per_column + per_input))
+        per_chunk = columns if rows > 1 else max(1, (memory - per_input) // per_column)
+        for start in range(0, n, rows):
+            for first in range(0, columns, per_chunk):
+                yield self.part(slice(start, start + rows), slice(first, first + per_chunk))
+
+    @property
+    def columns_per_example(self) -> int:
+        """m, the number of output vectors of one example."""
+        raw = self.raw_output_gradients
+        return 1 if raw is None else raw[0].shape[0]
+
+    @property
+    def positions(self) -> int:
+        """t, summed over the calls of the module."""
+        raw = self.raw_output_gradients or self.raw_label_gradients or self.raw_outputs
+        if raw is None:
+            return self.inputs.shape[1]
+        leading = 2 if self.raw_output_gradients is not None else 1
+        width = self.geometry.out_features * self.geometry.groups
+        return sum(math.prod(x.shape[leading:]) // width for x in raw)
+
+    def part(self, examples: slice, columns: slice = slice(None)) -> LayerCapture:
+        """The capture of some examples and some of their output vectors."""
+
+        def cut(raw: tuple[Tensor, ...] | None, *index: slice) -> tuple[Tensor, ...] | None:
+            return None if raw is None else tuple(x[index] for x in raw)
+
+        total = self.columns_per_example
+        held = len(range(*columns.indices(total)))
+        return replace(
+            self,
+            raw_inputs=cut(self.raw_inputs, examples),
+            raw_output_gradients=cut(self.raw_output_gradients, columns, examples),
+            raw_label_gradients=cut(self.raw_label_gradients, examples),
+            raw_outputs=cut(self.raw_outputs, examples),
+            raw_preactivations=cut(self.raw_preactivations, examples),
+            column_share=self.column_share * held / total,
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerCapture:
+        """The capture with `function` (a move, a cast) applied to every raw tensor."""
+
+        def each(raw: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            return None if raw is None else tuple(function(x) for x in raw)
+
+        return replace(
+            self,
+            raw_inputs=each(self.raw_inputs),
+            raw_output_gradients=each(self.raw_output_gradients),
+            raw_label_gradients=each(self.raw_label_gradients),
+            raw_outputs=each(self.raw_outputs),
+            raw_preactivations=each(self.raw_preactivations),
+        )
+
+    def _present(self, attribute: str, public: str) -> tuple[Tensor, ...]:
+        value = getattr(self, attribute)
+        if value is None:
+            raise CaptureError(self._absent(public, public))
+        return value
+
+    def _absent(self, public: str, need: str) -> str:
+        return (
+            f"{public} of layer {self.name!r} was not captured; name {need!r} in the "
+            "approximation's `needs`, or call fl.capture, which captures everything"
+        )
