@@ -140,6 +140,8 @@ class LayerCapture:
     fisher_type: str = "empirical"
     # the share of each example's output vectors that this capture holds: 1 unless it is a chunk
     column_share: float = 1.0
+    # the same batch captured again after a step, for quasi-Newton pairs
+    after: LayerCapture | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -276,6 +278,7 @@ class LayerCapture:
             raw_outputs=cut(self.raw_outputs, examples),
             raw_preactivations=cut(self.raw_preactivations, examples),
             column_share=self.column_share * held / total,
+            after=None if self.after is None else self.after.part(examples, columns),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerCapture:

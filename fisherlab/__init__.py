@@ -1,0 +1,48 @@
+"""FisherLab: how good is an approximation of a layer's Fisher block, and what does it buy?"""
+
+from fisherlab import approximations, blocks, metrics
+from fisherlab.approximations.diagonal import Diagonal
+from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
+from fisherlab.approximations.eva import Eva
+from fisherlab.approximations.exact import Exact
+from fisherlab.approximations.ifang import IFANG
+from fisherlab.approximations.kbfgs import KBFGS
+from fisherlab.approximations.kfac import KFAC, KFACReduce
+from fisherlab.approximations.kronecker_optimal import KroneckerOptimal, KroneckerSum
+from fisherlab.approximations.mini_block import MiniBlock
+from fisherlab.approximations.shampoo import Shampoo
+from fisherlab.approximations.sngd import SNGD
+from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
+from fisherlab.comparison import Comparison, compare
+from fisherlab.extract import CaptureError, LayerCapture, capture, support
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EKFAC",
+    "IFANG",
+    "KBFGS",
+    "KFAC",
+    "SNGD",
+    "TEKFAC",
+    "TKFAC",
+    "CaptureError",
+    "Comparison",
+    "Diagonal",
+    "EigenCorrected",
+    "Eva",
+    "Exact",
+    "KFACReduce",
+    "KroneckerOptimal",
+    "KroneckerSum",
+    "LayerCapture",
+    "MiniBlock",
+    "Shampoo",
+    "TKFACExpand",
+    "approximations",
+    "blocks",
+    "capture",
+    "compare",
+    "metrics",
+    "support",
+]

@@ -1,0 +1,119 @@
+"""`Approximation`: the sums it needs and the block their means make; defining one registers it."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC
+from typing import ClassVar
+
+from torch import Tensor
+
+from fisherlab.blocks import Block, BlockError
+from fisherlab.extract import LayerCapture
+
+_REGISTRY: dict[str, type[Approximation]] = {}
+
+
+class Means(dict[str, Tensor]):
+    """The means of one layer's sums, and the blocks already made of them."""
+
+    def __init__(self, means: dict[str, Tensor]) -> None:
+        super().__init__(means)
+        self._blocks: dict[Approximation, Block] = {}
+
+    def block(self, approximation: Approximation) -> Block:
+        """The block of an approximation that needs nothing but these means; made once."""
+        if approximation not in self._blocks:
+            basis = approximation.basis(self)
+            self._blocks[approximation] = approximation.block(self, basis, {})
+        return self._blocks[approximation]
+
+
+class Approximation(ABC):
+    """An approximation of a layer's Fisher block: the sums it needs and the block their means make.
+
+    It never divides by the number of examples, never remembers and never loops over batches:
+    `Running` and `Memo` (running.py) do, for every approximation alike. Subclasses are frozen
+    dataclasses, so that equal ones are equal and share work. `class X(Approximation, name="x")`
+    registers; the comparison, the optimizers, the command line and the law tests read the registry.
+    """
+
+    name: ClassVar[str] = ""
+    exponent: ClassVar[float] = -1.0
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "output_gradients"})
+    # False where the block belongs to the batch at hand and cannot be averaged over batches
+    additive: ClassVar[bool] = True
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is None:
+            return
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"an approximation named {name!r} exists already: {_REGISTRY[name]}")
+        cls.name = name
+        _REGISTRY[name] = cls
+
+    @property
+    def origin(self) -> Approximation:
+        """The approximation whose sums this one uses: itself, or the one it corrects."""
+        return self
+
+    @property
+    def placement(self) -> str:
+        """Where the damping goes: "tikhonov" is `F + lambda I`."""
+        return "tikhonov"
+
+    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+        """Terms additive over examples, output vectors, chunks, batches and ranks."""
+        raise NotImplementedError(f"{type(self).__name__} has no running sums")  # pragma: no cover
+
+    def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The expensive part made of the means (eigenvectors, inverses); has its own interval."""
+        return {}
+
+    def corrections(self, layer: LayerCapture, basis: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Terms additive over examples in a given basis: a second sweep over the data."""
+        return {}
+
+    def carry(
+        self, corrections: dict[str, Tensor], old: dict[str, Tensor], new: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The corrections, known in the old basis, expressed in the new one."""
+        return {}
+
+    def block(
+        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
+    ) -> Block:
+        """The approximate block."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no block of means"
+        )  # pragma: no cover
+
+    def damped(self, block: Block, damping: float) -> Block:
+        """The preconditioner `(block + damping I)^exponent`, or wherever the paper puts the damping."""
+        return block.power(self.exponent, damping)
+
+    def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
+        """The block of captures that cannot be reduced to sums (`additive = False`)."""
+        raise NotImplementedError(f"{type(self).__name__} is additive")  # pragma: no cover
+
+    def __call__(self, *layers: LayerCapture) -> Block:
+        """The block of one batch, of chunks of it, or of many batches: the same number."""
+        from fisherlab.approximations.running import Memo
+
+        if not layers:
+            raise BlockError(f"{type(self).__name__}() needs at least one LayerCapture")
+        return Memo(layers).block(self)
+
+
+def names() -> list[str]:
+    """Every registered name, the exact block first."""
+    return sorted(_REGISTRY, key=lambda name: (name != "exact", name))
+
+
+def get(name: str) -> type[Approximation]:
+    """The class registered under a name; an unknown one is refused with the nearest names."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, 3) or names()
+        raise ValueError(f"no approximation named {name!r}; nearest: {', '.join(near)}")
+    return _REGISTRY[name]

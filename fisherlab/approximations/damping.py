@@ -1,0 +1,104 @@
+"""Damping: *where* it enters a block, and *how much* of it there is.
+
+Where (`methods.md` 5):
+
+    tikhonov     (F + lambda I)^p
+    factored     (G + sqrt(lambda)/pi I)^p (x) (A + pi sqrt(lambda) I)^p      Martens & Grosse 2015, 6.3
+    factorwise   (G + lambda I)^p (x) (A + lambda I)^p                        ANG (8)
+    eigenvalue   the products of the factors' eigenvalues, each + lambda: for a Kronecker product
+                 the same matrix as tikhonov, named as FNGD VI and [21] run KFAC
+
+How much: a rule `dict[layer, Block] -> dict[layer, lambda]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fisherlab.blocks import Block, BlockError, Kronecker, Outer
+
+PLACEMENTS = ("tikhonov", "factored", "factorwise", "eigenvalue")
+Rule = Callable[[dict[str, Block]], dict[str, float]]
+
+
+def trace_ratio_pi(G: Tensor, A: Tensor) -> float:
+    """`pi = sqrt((tr A / dim A) / (tr G / dim G))`; 1 where a trace is zero."""
+    ratio_A = A.double().trace().item() / len(A)
+    ratio_G = G.double().trace().item() / len(G)
+    return math.sqrt(ratio_A / ratio_G) if ratio_A > 0 and ratio_G > 0 else 1.0
+
+
+def check_placement(placement: str) -> None:
+    """Refuse an unknown placement by name."""
+    if placement not in PLACEMENTS:
+        raise BlockError(f"unknown placement {placement!r}; one of {', '.join(PLACEMENTS)}")
+
+
+def place(
+    block: Kronecker, exponent: float, damping: float, placement: str, pi: float | None = None
+) -> Block:
+    """A Kronecker block raised to `exponent` with the damping at `placement`; `pi` None: by traces."""
+    check_placement(placement)
+    if placement == "factored":
+        ratio = trace_ratio_pi(block.G, block.A) if pi is None else pi
+        root = math.sqrt(damping)
+        return block.factored_power(exponent, root / ratio, root * ratio)
+    if placement == "factorwise":
+        return block.factored_power(exponent, damping, damping)
+    return block.power(exponent, damping)
+
+
+def constant(damping: float) -> Rule:
+    """`lambda_l = damping` for every layer."""
+    return lambda blocks: dict.fromkeys(blocks, float(damping))
+
+
+def relative(share: float) -> Rule:
+    """`lambda_l = share * tr F_l / N_l`: a share of the mean eigenvalue."""
+    return lambda blocks: {
+        name: share * block.trace().item() / block.size for name, block in blocks.items()
+    }
+
+
+def trace(
+    vartheta: float, convolutions: set[str], constant: float = 1e-3, fc_expansion: bool = True
+) -> Rule:
+    """`lambda_l = max(tr Theta_l, vartheta) / dim Theta_l` for convolutions.  TEKFAC (3.4), (3.5).
+
+    A fully-connected block is `beta (Theta + lambda I)` with `beta` the largest lambda of the
+    convolutions and lambda the `constant`; the rule returns lambda, the caller reads `beta` from
+    `fully_connected_scale`. Without `fc_expansion`, or without convolutions, beta is 1.
+    """
+
+    def rule(blocks: dict[str, Block]) -> dict[str, float]:
+        return {
+            name: max(block.trace().item(), vartheta) / block.size
+            if name in convolutions
+            else constant
+            for name, block in blocks.items()
+        }
+
+    rule.fully_connected_scale = lambda lambdas: (  # type: ignore[attr-defined]
+        max((lambdas[name] for name in convolutions if name in lambdas), default=1.0)
+        if fc_expansion
+        else 1.0
+    )
+    return rule
+
+
+def gram_norm(alpha: float) -> Rule:
+    """`lambda_l = alpha ||U_l^T U_l||_F`, of exact blocks only.      FNGD (14)."""
+
+    def rule(blocks: dict[str, Block]) -> dict[str, float]:
+        for name, block in blocks.items():
+            if not isinstance(block, Outer):
+                raise BlockError(
+                    f"gram_norm needs the exact block of each layer; {name!r} is a "
+                    f"{type(block).__name__}"
+                )
+        return {name: alpha * block.gram().norm().item() for name, block in blocks.items()}
+
+    return rule

@@ -1,0 +1,25 @@
+"""The diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fisherlab import blocks
+from fisherlab.approximations.base import Approximation, Means
+from fisherlab.blocks import Block, contractions
+from fisherlab.extract import LayerCapture
+
+
+@dataclass(frozen=True)
+class Diagonal(Approximation, name="diagonal"):
+    """`F ~ diag((1/M) sum_r D_r^2)`, the exact diagonal of the block."""
+
+    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+        return {"squares": contractions.diagonal(layer.inputs, layer.output_gradients)}
+
+    def block(
+        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
+    ) -> Block:
+        return blocks.Diagonal(means["squares"])

@@ -1,0 +1,44 @@
+"""Eva: one Kronecker pair of vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation, Means
+from fisherlab.blocks import Block, Eigen
+from fisherlab.extract import LayerCapture
+
+
+@dataclass(frozen=True)
+class Eva(Approximation, name="eva"):
+    """`F ~ (gbar gbar^T) (x) (abar abar^T)`.      FNGD fig. 2; Zhang et al. 2023.
+
+    `abar = mean_{n,t} a`, `gbar = mean_n sum_t g` at the *observed* labels, whatever the Fisher type:
+    under mc the mean gradient has expectation 0, under exact its columns have no sign.
+    """
+
+    needs = frozenset({"inputs", "label_gradients"})
+
+    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+        share = layer.column_share
+        return {
+            "a": share * layer.inputs.mean(1).sum(0),
+            "g": share * layer.label_gradients.sum((0, 1)),
+        }
+
+    def block(
+        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
+    ) -> Block:
+        (g, g_energy), (a, a_energy) = _direction(means["g"]), _direction(means["a"])
+        return Eigen(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
+
+
+def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit vector and the squared length; any unit vector for zero."""
+    energy = vector.square().sum()
+    if energy == 0:
+        return torch.eye(len(vector), dtype=vector.dtype, device=vector.device)[0], energy
+    return vector / energy.sqrt(), energy

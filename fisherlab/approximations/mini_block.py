@@ -1,0 +1,58 @@
+"""Mini-block Fisher."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation, Means
+from fisherlab.blocks import Block, BlockTooLarge, contractions
+from fisherlab.blocks import MiniBlock as Form
+from fisherlab.blocks.numerics import GIB, dense_budget
+from fisherlab.extract import LayerCapture
+
+
+@dataclass(frozen=True)
+class MiniBlock(Approximation, name="mini_block"):
+    """`F ~ blockdiag`, the exact restriction of `F`.      FNGD fig. 2; Bahamou et al. 2022 (MBF).
+
+    Linear: one `[i, i]` block per output row. Convolution: one `[k, k]` block per pair of output and
+    input channel, k the kernel's size, the bias a block of its own. `shared=True` gives every row
+    (every pair) of the layer the mean of its blocks.
+
+    Raises `BlockTooLarge` where the blocks exceed the memory budget.
+    """
+
+    shared: bool = False
+
+    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+        a, g = layer.inputs, layer.output_gradients
+        o, i = layer.shape
+        conv = layer.geometry.conv
+        k = math.prod(conv["kernel"]) if conv else i
+        c = (i - (layer.geometry.bias if conv else 0)) // k
+        needed = o * c * k * k * a.element_size()
+        if needed > dense_budget(a.device):
+            raise BlockTooLarge(
+                f"the mini-blocks of layer {layer.name!r} are {o} x {c} blocks of {k} x {k}, "
+                f"{needed / GIB:.3g} GiB, over the budget of {dense_budget(a.device) / GIB:.3g} GiB"
+            )
+        total = a.new_zeros(o * c, k, k)
+        for _, D in contractions.per_example_chunks(a, g):
+            rows = D[..., : c * k].reshape(-1, o * c, k).transpose(0, 1)
+            total += rows.mT @ rows
+        result = {"blocks": total.view(o, c, k, k)}
+        if c * k < i:
+            result["bias"] = contractions.diagonal(a[..., -1:], g)[:, 0]
+        return result
+
+    def block(
+        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
+    ) -> Block:
+        blocks, bias = means["blocks"], means.get("bias")
+        if self.shared:
+            blocks = blocks.mean((0, 1), keepdim=True).expand_as(blocks).contiguous()
+            bias = None if bias is None else bias.mean().expand_as(bias).contiguous()
+        return Form(blocks, bias)

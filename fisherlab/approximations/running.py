@@ -1,0 +1,173 @@
+"""The only place that divides, remembers or reduces: means of sums, over chunks, batches, ranks, time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation, Means
+from fisherlab.blocks import Block, BlockError
+from fisherlab.extract import LayerCapture
+
+Sums = dict[str, Tensor]
+
+
+def add(terms: Iterable[Sums]) -> Sums:
+    """Entrywise sum of dictionaries with the same keys, in place on copies of the first."""
+    total: Sums = {}
+    for term in terms:
+        for key, value in term.items():
+            if key in total:
+                total[key] = total[key] + value
+            else:
+                total[key] = value
+    return total
+
+
+def divide(sums: Sums, count: float | Tensor) -> Sums:
+    """The means: every sum over the number of loss terms it covers."""
+    return {key: value / count for key, value in sums.items()}
+
+
+class Memo:
+    """The statistics of one layer, computed once and shared by every approximation that asks.
+
+    `layers` are captures of the same layer: one batch, chunks of it, or many batches. The memo dies
+    with the layer.
+    """
+
+    def __init__(self, layers: Sequence[LayerCapture], memory: int | None = None) -> None:
+        self.layers = tuple(layers)
+        self.memory = memory
+        self.count = sum(layer.examples for layer in self.layers)
+        self._means: dict[Approximation, Means] = {}
+        self._basis: dict[Approximation, Sums] = {}
+        self._blocks: dict[Approximation, Block] = {}
+
+    def _chunks(self) -> Iterable[LayerCapture]:
+        return (chunk for layer in self.layers for chunk in layer.chunks(self.memory))
+
+    def means(self, approximation: Approximation) -> Means:
+        """The means of the sums of `approximation.origin`."""
+        origin = approximation.origin
+        if origin not in self._means:
+            self._means[origin] = Means(
+                divide(add(origin.sums(chunk) for chunk in self._chunks()), self.count)
+            )
+        return self._means[origin]
+
+    def basis(self, approximation: Approximation) -> Sums:
+        """The basis of the approximation, from its means."""
+        if approximation not in self._basis:
+            self._basis[approximation] = approximation.basis(self.means(approximation))
+        return self._basis[approximation]
+
+    def block(self, approximation: Approximation) -> Block:
+        """The block of the approximation."""
+        if approximation not in self._blocks:
+            self._blocks[approximation] = self._make(approximation)
+        return self._blocks[approximation]
+
+    def _make(self, approximation: Approximation) -> Block:
+        if not approximation.additive:
+            return approximation.of_batch(self.layers)
+        means, basis = self.means(approximation), self.basis(approximation)
+        corrections = add(approximation.corrections(chunk, basis) for chunk in self._chunks())
+        if not corrections and not basis:
+            return means.block(approximation)
+        return approximation.block(means, basis, divide(corrections, self.count))
+
+
+class Running:
+    """Means of an approximation's sums over time: `mean = S / c`, `S <- decay S + s`, `c <- decay c + n`.
+
+    A sum travels with the number of loss terms it covers and both decay together, so the first
+    estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
+    refreshed by separate calls, at whatever intervals the caller keeps.
+
+    Raises `BlockError` for an approximation whose blocks are of the current batch only.
+    """
+
+    def __init__(
+        self,
+        approximation: Approximation,
+        decay: float = 0.95,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not approximation.additive:
+            raise BlockError(
+                f"{type(approximation).__name__} has no memory: its blocks are of the current "
+                "batch; call it on the captures instead"
+            )
+        if not 0 <= decay <= 1:
+            raise BlockError(f"decay is the weight of the past, in [0, 1]; got {decay}")
+        self.approximation, self.decay, self.reduce = approximation, decay, reduce
+        self.sums: Sums = {}
+        self.count = 0.0
+        self.basis: Sums = {}
+        self.corrections: Sums = {}
+        self.corrections_count = 0.0
+
+    @property
+    def means(self) -> Means:
+        """The current means."""
+        return Means(divide(self.sums, self.count))
+
+    def update(self, *layers: LayerCapture) -> None:
+        """Add one batch, given whole or in chunks; the past decays once."""
+        total = add(self.approximation.origin.sums(layer) for layer in layers)
+        count = sum(layer.examples for layer in layers)
+        self.count = self._blend(self.sums, self.count, total, count)
+
+    def refresh_basis(self) -> None:
+        """Recompute the basis from the means; corrections are carried into the new one."""
+        new = self.approximation.basis(self.means, self.basis or None)
+        if self.basis and self.corrections:
+            self.corrections = self.approximation.carry(self.corrections, self.basis, new)
+        self.basis = new
+
+    def correct(self, *layers: LayerCapture) -> None:
+        """Add one batch to the corrections, in the current basis."""
+        total = add(self.approximation.corrections(layer, self.basis) for layer in layers)
+        if not total:
+            return
+        count = sum(layer.examples for layer in layers)
+        self.corrections_count = self._blend(self.corrections, self.corrections_count, total, count)
+
+    def block(self) -> Block:
+        """The block of the current means, basis and corrections."""
+        if not self.sums:
+            raise BlockError("no batch has been seen yet: call update() first")
+        corrections = divide(self.corrections, self.corrections_count) if self.corrections else {}
+        return self.approximation.block(self.means, self.basis, corrections)
+
+    def _blend(self, into: Sums, count: float, total: Sums, terms: float) -> float:
+        if self.reduce is not None:
+            total = {key: self.reduce(value) for key, value in total.items()}
+            terms = float(self.reduce(torch.tensor(terms, dtype=torch.float64)))
+        for key, value in total.items():
+            if key in into:
+                into[key].mul_(self.decay).add_(value)
+            else:
+                into[key] = value.clone()
+        return self.decay * count + terms
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything remembered, as flat named tensors."""
+        state = {f"sums.{k}": v for k, v in self.sums.items()}
+        state |= {f"basis.{k}": v for k, v in self.basis.items()}
+        state |= {f"corrections.{k}": v for k, v in self.corrections.items()}
+        counts = torch.tensor([self.count, self.corrections_count], dtype=torch.float64)
+        return {**state, "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned, dtypes included."""
+        self.sums, self.basis, self.corrections = {}, {}, {}
+        groups = {"sums": self.sums, "basis": self.basis, "corrections": self.corrections}
+        for key, value in state.items():
+            group, _, field = key.partition(".")
+            if field:
+                groups[group][field] = value.clone()
+        self.count, self.corrections_count = state["counts"].tolist()

@@ -1,0 +1,83 @@
+"""Shampoo as an approximation of the block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation, Means
+from fisherlab.blocks import Block, BlockError, Kronecker, contractions
+from fisherlab.blocks.numerics import check_damping, eigh, spectrum_power
+from fisherlab.extract import LayerCapture
+
+
+@dataclass(frozen=True)
+class Shampoo(Approximation, name="shampoo"):
+    """`F ~ L^{1/2} (x) R^{1/2}`,  `L = (1/M) sum D D^T`, `R = (1/M) sum D^T D`.      Gupta et al. 2018.
+
+    form="squared": `L (x) R / tr L` (Morwani et al. 2024), which is TKFAC with partial traces.
+    statistics="per_example" takes the second moments of per-example gradients;
+    statistics="gradient" those of the mean gradient of a batch at the observed labels, as the
+    optimizer does. The optimizer applies the power -1/2: `(L + lambda)^{-1/4} V (R + lambda)^{-1/4}`,
+    the damping inside `L` and `R`.
+    """
+
+    exponent = -0.5
+    form: str = "root"
+    statistics: str = "per_example"
+
+    def __post_init__(self) -> None:
+        if self.form not in ("root", "squared"):
+            raise BlockError(f"Shampoo's form is 'root' or 'squared', got {self.form!r}")
+        if self.statistics not in ("per_example", "gradient"):
+            raise BlockError(
+                f"Shampoo's statistics are 'per_example' or 'gradient', got {self.statistics!r}"
+            )
+
+    @property
+    def placement(self) -> str:
+        return "factorwise"
+
+    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+        if self.statistics == "gradient":
+            D, count = layer.gradient, layer.examples
+            return {"L": count * D @ D.mT, "R": count * D.mT @ D}
+        a, g = layer.inputs, layer.output_gradients
+        return {"L": contractions.left_moment(a, g), "R": contractions.right_moment(a, g)}
+
+    def block(
+        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
+    ) -> Block:
+        L, R = means["L"], means["R"]
+        if self.form == "squared":
+            trace = L.trace()
+            scale = torch.where(trace > 0, trace.rsqrt(), torch.zeros_like(trace))
+            return _Sided(L, R, L * scale, R * scale)
+        return _Sided(L, R, _power(L, 0.5, 0.0), _power(R, 0.5, 0.0))
+
+    def damped(self, block: Block, damping: float) -> Block:
+        damping = check_damping(damping)
+        exponent = self.exponent / 2 if self.form == "root" else self.exponent
+        scale = 1.0 if self.form == "root" else block.L.trace().sqrt()
+        left, right = (_power(side, exponent, damping) for side in (block.L, block.R))
+        return Kronecker(scale * left, right)
+
+
+class _Sided(Kronecker):
+    """Shampoo's product with the second moments it was made of."""
+
+    def __init__(self, L: Tensor, R: Tensor, G: Tensor, A: Tensor) -> None:
+        super().__init__(G, A)
+        self.L, self.R = L, R
+
+
+def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
+    values, vectors = eigh(side, "Shampoo's second moment")
+    # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
+    noise = 8 * torch.finfo(values.dtype).eps * len(values) * values.abs().max()
+    values = torch.where(values > noise, values, torch.zeros_like(values))
+    return (
+        vectors * spectrum_power(values, exponent, damping, "Shampoo's second moment") @ vectors.mT
+    )

@@ -1,0 +1,40 @@
+"""SNGD's local Fisher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation, Means
+from fisherlab.blocks import Block, Kronecker
+from fisherlab.blocks.contractions import second_moment
+from fisherlab.extract import LayerCapture
+
+
+@dataclass(frozen=True)
+class SNGD(Approximation, name="sngd"):
+    """`F ~ I (x) nu A`,  `A = E[a a^T]`,  `nu = E f'(s)` of the activation fed.      SNGD (12).
+
+    It has no output gradients in it, so it is not on the scale of `F`: read its cosine and its
+    scaled error only.
+    """
+
+    needs = frozenset({"inputs", "outputs"})
+
+    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+        a = layer.inputs
+        one = torch.ones((), dtype=a.dtype, device=a.device)
+        return {
+            "A": second_moment(a) * (layer.column_share / a.shape[1]),
+            "slope": layer.activation_slope * layer.examples,
+            "identity": one * layer.examples * layer.shape[0],
+        }
+
+    def block(
+        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
+    ) -> Block:
+        A = means["A"]
+        size = int(means["identity"].round().item())
+        return Kronecker(torch.eye(size, dtype=A.dtype, device=A.device), means["slope"].to(A) * A)

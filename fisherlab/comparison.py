@@ -1,0 +1,437 @@
+"""`compare`: every approximation x layer x damping against the exact block, in one pass over the layers."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fisherlab import approximations as registry
+from fisherlab import metrics
+from fisherlab.approximations import Approximation, Memo
+from fisherlab.approximations.exact import Exact
+from fisherlab.blocks import Block, BlockError, DirectSum
+from fisherlab.extract import CaptureError, Captures, LayerCapture, capture
+from fisherlab.extract.api import _forward
+from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
+from fisherlab.extract.select import check_batch, check_model
+from fisherlab.metrics.alignment import default_rank
+
+Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
+# Share of ||F||^2 that is sampling noise, above which the in-sample error misleads.
+NOISY = 0.2
+EXACT_UP_TO = 20
+
+IDENTITY = ["layer", "layer_type", "n_parameters", "approximation", "fisher_type", "examples"]
+IDENTITY += ["reference_examples", "reference_fisher_type", "seed", "step", "dtype"]
+IDENTITY += ["damping", "damping_relative", "placement"]
+MEASURES = ["relative_error", "population_error", "population_error_se", "diagonal_share"]
+MEASURES += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
+MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
+MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
+MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
+COLUMNS = [*IDENTITY, *MEASURES, "note"]
+
+
+@dataclass
+class Comparison:
+    """A table of measurements: `frame` has one row per layer x approximation x damping.
+
+    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` against examples the
+    approximation has not seen. `config` says what was measured and reruns it; `note` what to mind.
+    """
+
+    frame: pd.DataFrame
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether more than a fifth of `||F||^2` is sampling noise of the batch."""
+        return bool(self.frame["diagonal_share"].median() > NOISY)
+
+    @property
+    def leading(self) -> str:
+        """The error column that deserves to be read first."""
+        known = self.frame["population_error"].notna().any()
+        return "population_error" if self.noisy and known else "relative_error"
+
+    @property
+    def note(self) -> str:
+        """What a reader has to know before the first number."""
+        if not self.noisy:
+            return ""
+        share = self.frame["diagonal_share"].median()
+        text = (
+            f"{share:.0%} of ||F||^2 is the diagonal of the Gram matrix, i.e. sampling noise of this "
+            "batch: in-sample errors mostly measure the batch"
+        )
+        if self.leading == "population_error":
+            return text + ", so the table leads with the population error."
+        return text + "; pass `reference=` (unseen examples) for the population error."
+
+    def summary(self) -> pd.DataFrame:
+        """One row per approximation, the median over layers (and seeds) at the last step.
+
+        Sorted by `leading`; direction cosines get one column per relative damping.
+        """
+        last = self.frame[self.frame["step"] == self.frame["step"].max()]
+        columns = [self.leading]
+        columns += [c for c in ("relative_error", "population_error") if c not in columns]
+        columns += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
+        columns += ["subspace_overlap", "build_seconds"]
+        once = last.drop_duplicates(["layer", "approximation", "seed", "step"])
+        table = once.groupby("approximation")[columns].median()
+        direction = last.pivot_table(
+            index="approximation",
+            columns="damping_relative",
+            values="direction_cosine",
+            aggfunc="median",
+        )
+        direction.columns = [f"direction_cosine @ {d:g}" for d in direction.columns]
+        table = table.join(direction).dropna(axis=1, how="all")
+        return table.sort_values(self.leading)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `comparison.csv`, `comparison.parquet` and `config.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.frame.to_csv(folder / "comparison.csv", index=False)
+        self.frame.to_parquet(folder / "comparison.parquet", index=False)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        frame = pd.read_parquet(folder / "comparison.parquet")
+        return cls(frame, json.loads((folder / "config.json").read_text()))
+
+    @classmethod
+    def concat(cls, tables: Sequence[Comparison]) -> Comparison:
+        """Several comparisons (steps of a training run, seeds) as one."""
+        frame = pd.concat([table.frame for table in tables], ignore_index=True)
+        return cls(frame, tables[-1].config if tables else {})
+
+    def plot(self, kind: str = "error", **options: Any) -> Any:
+        """A figure by name: any function of `fl.plots` that takes a comparison."""
+        # resolved when called: a table does not depend on its pictures
+        import importlib
+
+        return getattr(importlib.import_module("fisherlab.plots"), kind)(self, **options)
+
+    def _repr_html_(self) -> str:
+        styled = self.summary().style.format(precision=4, na_rep="-")
+        styled = styled.background_gradient(subset=[self.leading], cmap="Blues_r")
+        note = f"<p>{self.note}</p>" if self.note else ""
+        return f"{note}{styled.to_html()}"
+
+    def __repr__(self) -> str:
+        return f"{self.note}\n{self.summary().to_string(float_format=lambda v: f'{v:.4f}')}".strip()
+
+
+def compare(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    x: object,
+    y: Tensor | None = None,
+    *,
+    approximations: Mapping[str, Maker] | Iterable[str | Approximation] | None = None,
+    fisher_type: str | None = None,
+    dampings: Sequence[float] = (1e-3, 1e-1),
+    reference: object = None,
+    generator: torch.Generator | None = None,
+    memory: int | None = None,
+    layers: Iterable[str] | None = None,
+    backend: str = "auto",
+    mc_samples: int = 1,
+    step: int = 0,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
+) -> Comparison:
+    """How well each approximation matches the exact Fisher block of every layer.
+
+    `x, y` is one batch, or `x` a loader of batches (y None), which count as one sample.
+    `approximations`: names or instances, or a dict name -> approximation, block or
+    callable(layer) -> block; a dict layer -> block, as `opt.blocks()` hands out, is one
+    preconditioner. Default: everything registered that one capture can build.
+    `fisher_type`: default exact up to 20 outputs, else mc (empirical for a criterion without a known
+    distribution). `dampings` are relative to `tr F / N` of each layer.
+    `reference`: unseen examples `(x, y)` or a loader for the population error, or the name of a
+    Fisher type to measure against on the same batch. `memory` bounds the weight-sharing form of a
+    layer in bytes.
+
+    Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input; an
+    approximation that must refuse a layer is a row of NaN with the reason in `note`.
+    """
+    batches = _batches(x, y)
+    check_model(model)
+    for batch in batches:
+        check_batch(*batch, model)
+    if not dampings or any(not math.isfinite(d) or d <= 0 for d in dampings):
+        raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
+    makers = _makers(approximations)
+    fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0])
+    if isinstance(reference, str) and reference not in FISHER_TYPES:
+        raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
+    options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
+    options["generator"] = generator
+
+    def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
+        return [capture(model, criterion, *b, fisher_type=kind, **options) for b in sample]
+
+    captures = captured(batches, fisher_type)
+    target, unseen = captures, None
+    if isinstance(reference, str):
+        target = captured(batches, reference)
+    elif reference is not None:
+        pair = reference if isinstance(reference, tuple) else (reference, None)
+        unseen = captured(_batches(*pair), fisher_type)
+    _check_blocks(makers, captures[0])
+    facts = {
+        "fisher_type": fisher_type,
+        "reference_fisher_type": reference if isinstance(reference, str) else fisher_type,
+        "seed": generator.initial_seed() if generator else 0,
+        "step": step,
+    }
+    rows: list[dict[str, Any]] = []
+    names = list(_by_layer(captures[0]))
+    for name in progress(names) if progress else names:
+        measured = _Layer(name, captures, target, unseen, memory)
+        rows += measured.rows(makers, dampings, facts)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    config = {
+        **facts,
+        "dampings": list(dampings),
+        "approximations": {k: repr(v) for k, v in makers.items()},
+    }
+    config |= {"backend": captures[0].report.backend, "skipped": captures[0].report.skipped}
+    config |= {
+        "model": type(model).__name__,
+        "criterion": repr(criterion),
+        "mc_samples": mc_samples,
+    }
+    return Comparison(frame, config | versions())
+
+
+def default_fisher_type(model: nn.Module, criterion: Callable, x: object) -> str:
+    """exact up to 20 output elements per example, else mc; empirical for an unknown criterion."""
+    criterion = as_module(criterion)
+    if not isinstance(criterion, nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss):
+        return "empirical"
+    with torch.no_grad():
+        outputs = _forward(model, x)
+    return "exact" if exact_columns(outputs) <= EXACT_UP_TO else "mc"
+
+
+def versions() -> dict[str, str]:
+    """The versions a measurement depends on."""
+    import fisherlab
+
+    return {
+        "fisherlab": fisherlab.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _batches(x: object, y: Tensor | None) -> list[tuple[object, Tensor]]:
+    if y is not None:
+        return [(x, y)]
+    if isinstance(x, Tensor) or not isinstance(x, Iterable):
+        raise ValueError("pass labels y, or a loader of (x, y) batches as x")
+    batches = [(b[0], b[1]) for b in x]
+    if not batches:
+        raise CaptureError("the loader is empty")
+    return batches
+
+
+def _makers(
+    approximations: Mapping[str, Maker] | Iterable[str | Approximation] | None,
+) -> dict[str, Maker]:
+    if approximations is None:
+        known = {name: registry.get(name)() for name in registry.names()}
+        return {name: a for name, a in known.items() if "pair" not in a.needs}
+    if isinstance(approximations, Mapping):
+        if approximations and all(isinstance(v, Block) for v in approximations.values()):
+            return {"preconditioner": dict(approximations)}
+        return dict(approximations)
+    if isinstance(approximations, str):
+        approximations = [approximations]
+    makers: dict[str, Maker] = {}
+    for item in approximations:
+        maker = registry.get(item)() if isinstance(item, str) else item
+        if not isinstance(maker, Approximation):
+            raise ValueError(f"{item!r} is neither a name nor an approximation; name it in a dict")
+        name = maker.name or type(maker).__name__
+        makers[name if name not in makers else repr(maker)] = maker
+    return makers
+
+
+def _check_blocks(makers: dict[str, Maker], captures: Captures) -> None:
+    """A dict of blocks must name layers of this model; a block must fit one of them."""
+    layers = _by_layer(captures)
+    known = set(captures) | set(layers)
+    for name, maker in makers.items():
+        if isinstance(maker, Mapping) and not set(maker) & known:
+            raise ValueError(
+                f"the blocks of {name!r} are named {sorted(maker)}, the layers {sorted(known)}"
+            )
+        if isinstance(maker, Block) and maker.shape not in {c.shape for c in captures.values()}:
+            raise BlockError(f"block {name!r} of shape {maker.shape} fits no layer of this model")
+
+
+def _by_layer(captures: Captures) -> dict[str, list[str]]:
+    """Layer names and the captures (groups) that each consists of."""
+    found: dict[str, list[str]] = {}
+    for key, layer in captures.items():
+        found.setdefault(layer.name, []).append(key)
+    return found
+
+
+def _joined(parts: Sequence[Block]) -> Block:
+    return parts[0] if len(parts) == 1 else DirectSum(parts)
+
+
+class _Layer:
+    """One layer under measurement: its exact block, and a memo per group that all methods share."""
+
+    def __init__(
+        self,
+        name: str,
+        captures: list[Captures],
+        target: list[Captures],
+        unseen: list[Captures] | None,
+        memory: int | None,
+    ) -> None:
+        self.name = name
+        self.keys = _by_layer(captures[0])[name]
+        self.parts = [[batch[key] for batch in captures] for key in self.keys]
+        self.first = self.parts[0][0]
+        self.memos = [Memo(part, memory) for part in self.parts]
+        same = target is captures
+        self.F = (
+            self._exact(target) if not same else _joined([m.block(Exact()) for m in self.memos])
+        )
+        self.unseen = self._exact(unseen) if unseen else None
+        gradients = [sum(c.gradient * c.examples for c in p) / m.count for p, m in self._pairs()]
+        self.gradient = torch.cat(gradients)
+        self.examples = int(self.memos[0].count)
+        self.reference_examples = (
+            sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
+        )
+
+    def _pairs(self) -> Iterator[tuple[list[LayerCapture], Memo]]:
+        return zip(self.parts, self.memos, strict=True)
+
+    def _exact(self, captures: list[Captures]) -> Block:
+        return _joined([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
+
+    def build(self, maker: Maker) -> Block | None:
+        """The block of one method on this layer; None where a given block is of another layer."""
+        if isinstance(maker, Approximation):
+            return _joined([memo.block(maker) for memo in self.memos])
+        if isinstance(maker, Block):
+            return maker if maker.shape == self.F.shape else None
+        if isinstance(maker, Mapping):
+            parts = [maker[key] for key in self.keys if key in maker]
+            return maker.get(self.name) or (_joined(parts) if parts else None)
+        return _joined([maker(part[0]) for part in self.parts])
+
+    def rows(
+        self, makers: dict[str, Maker], dampings: Sequence[float], facts: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        base = {
+            "layer": self.name,
+            "layer_type": self.first.layer_type,
+            "n_parameters": self.F.size,
+            "examples": self.examples,
+            "reference_examples": self.reference_examples,
+            "dtype": str(self.F.dtype).removeprefix("torch."),
+            "diagonal_share": metrics.diagonal_share(self.unseen or self.F).item(),
+            **facts,
+        }
+        rows = []
+        for name, maker in makers.items():
+            for row in self._measure(maker, dampings):
+                rows.append({**base, "approximation": name, **row})
+        best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
+        for row in rows:
+            row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
+        return rows
+
+    def _measure(self, maker: Maker, dampings: Sequence[float]) -> Iterator[dict[str, Any]]:
+        empty = dict.fromkeys(MEASURES, math.nan)
+        del empty["diagonal_share"], empty["optimality_gap"]
+        unit = self.F.trace().item() / self.F.size
+        start = time.perf_counter()
+        try:
+            X = self.build(maker)
+            if X is None:
+                return
+            if X.shape != self.F.shape:
+                raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
+            built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
+            common = {**empty, **built, **self._static(X)}
+        except BlockError as error:
+            for share in dampings:
+                damping = {"damping": share * unit, "damping_relative": share}
+                yield {**empty, **damping, "placement": "", "note": str(error)}
+            return
+        for share in dampings:
+            row = {**common, "damping": share * unit, "damping_relative": share, "note": ""}
+            try:
+                row |= self._damped(maker, X, share * unit)
+            except BlockError as error:
+                row |= {"placement": "", "note": str(error)}
+            yield row
+
+    def _static(self, X: Block) -> dict[str, float]:
+        F = self.F
+        error, spread = math.nan, math.nan
+        if self.unseen is not None:
+            error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
+        cosine = metrics.cosine(X, F)
+        return {
+            "diagonalisation": metrics.diagonalisation(X, F).item(),
+            "relative_error": metrics.relative_error(X, F).item(),
+            "population_error": error,
+            "population_error_se": spread,
+            "trace_ratio": metrics.trace_ratio(X, F).item(),
+            "cosine": cosine.item(),
+            "scaled_error": (1 - cosine.square()).clamp(min=0).sqrt().item(),
+            "subspace_overlap": metrics.subspace_overlap(X, F, default_rank(F)).item(),
+        }
+
+    def _damped(self, maker: Maker, X: Block, damping: float) -> dict[str, Any]:
+        start = time.perf_counter()
+        inverse = isinstance(maker, Approximation) and maker.exponent == -1
+        if damping == 0:
+            raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
+        P = self._preconditioner(maker, X, damping) if inverse else None
+        step = metrics.step(X, self.F, self.gradient, damping, P)
+        seconds = time.perf_counter() - start
+        return {
+            "placement": maker.placement if inverse else "tikhonov",
+            "direction_cosine": step.cosine.item(),
+            "direction_error": step.error.item(),
+            "quadratic_decrease": step.decrease.item(),
+            "quadratic_decrease_scaled": step.decrease_scaled.item(),
+            "stein_loss": metrics.stein_loss(X, self.F, damping).item(),
+            "condition": metrics.condition(X, self.F, damping).item(),
+            "solve_seconds": seconds,
+            "clamped": X.clamped,
+        }
+
+    def _preconditioner(self, maker: Approximation, X: Block, damping: float) -> Block:
+        if isinstance(X, DirectSum):
+            return DirectSum([maker.damped(part, damping) for part in X.parts])
+        return maker.damped(X, damping)

@@ -1,0 +1,90 @@
+"""What an approximate block does to a gradient: direction and quadratic-model decrease.
+
+`d = -P g` is the approximate natural-gradient step, `P = (X + lambda I)^{-1}` unless a preconditioner
+with the damping placed elsewhere is given; `d* = -(F + lambda I)^{-1} g` the exact one;
+`q(d) = g.d + d^T (F + lambda I) d / 2` the quadratic model. `g` is the gradient of the mean loss at the
+observed labels, `[o, i]`, whatever the Fisher type; `damping` is the absolute lambda.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks import Block
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pair of steps and the inner products that every direction metric is made of."""
+
+    ours: Tensor
+    exact: Tensor
+    slope: Tensor  # g.d
+    curvature: Tensor  # d^T (F + lambda I) d
+    exact_slope: Tensor  # g.d*, which is -g^T (F + lambda I)^{-1} g
+
+    @property
+    def cosine(self) -> Tensor:
+        """`d.d* / (|d| |d*|)`."""
+        size = (_dot(self.ours, self.ours) * _dot(self.exact, self.exact)).sqrt()
+        product = _dot(self.ours, self.exact)
+        return torch.where(size > 0, product / size.clamp(min=1e-300), torch.ones_like(size))
+
+    @property
+    def error(self) -> Tensor:
+        """`|d - d*| / |d*|`."""
+        difference, size = self.ours - self.exact, _dot(self.exact, self.exact)
+        return (_dot(difference, difference) / size.clamp(min=1e-300)).sqrt()
+
+    @property
+    def decrease(self) -> Tensor:
+        """`q(d) / q(d*)`, negative where the step overshoots."""
+        return _ratio(self.slope + self.curvature / 2, self.exact_slope / 2)
+
+    @property
+    def decrease_scaled(self) -> Tensor:
+        """`(g.d)^2 / (d^T (F + lambda) d  g^T (F + lambda)^{-1} g)` in [0, 1]: at the best length."""
+        return _ratio(self.slope.square(), -self.curvature * self.exact_slope)
+
+
+def step(
+    X: Block, F: Block, gradient: Tensor, damping: float, preconditioner: Block | None = None
+) -> Step:
+    """Both steps at once; `preconditioner` replaces `(X + damping I)^{-1}`."""
+    P = X.power(-1, damping) if preconditioner is None else preconditioner
+    gradient = gradient.to(F.dtype)
+    ours, exact = -(P @ gradient), -F.solve(gradient, damping)
+    curvature = F.quadratic(ours) + damping * _dot(ours, ours)
+    return Step(ours, exact, _dot(gradient, ours), curvature, _dot(gradient, exact))
+
+
+def direction_cosine(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
+    """Cosine of `(X + damping I)^{-1} g` and `(F + damping I)^{-1} g`; 0-d float64."""
+    return step(X, F, gradient, damping).cosine
+
+
+def direction_error(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
+    """`|d - d*| / |d*|` of the two natural-gradient steps; 0-d float64."""
+    return step(X, F, gradient, damping).error
+
+
+def quadratic_decrease(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
+    """`q(d) / q(d*)`: 1 for the exact step, negative where the step overshoots; 0-d float64."""
+    return step(X, F, gradient, damping).decrease
+
+
+def quadratic_decrease_scaled(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
+    """The share of the exact decrease at the best step length, in [0, 1]; 0-d float64."""
+    return step(X, F, gradient, damping).decrease_scaled
+
+
+def _dot(one: Tensor, two: Tensor) -> Tensor:
+    return (one.double() * two.double()).sum()
+
+
+def _ratio(value: Tensor, base: Tensor) -> Tensor:
+    # a zero gradient asks for no step, and any preconditioner gives it
+    return torch.where(base == 0, torch.ones_like(value), value / base)

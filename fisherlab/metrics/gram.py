@@ -1,0 +1,54 @@
+"""Gram matrices of per-example gradients: correlations, classes, layers (FNGD fig. 3)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class HasGram(Protocol):
+    """Anything with a Gram matrix: an exact block, a direct sum of them, a layer capture."""
+
+    def gram(self) -> Tensor:
+        """`U^T U`, `[R, R]`."""
+        ...
+
+
+def gram_correlation(F: HasGram) -> Tensor:
+    """`U^T U` scaled to unit diagonal, `[R, R]` float64.      FNGD fig. 3.
+
+    A column with zero gradient has row 0 and diagonal 1; `zero_gradients` counts them.
+    """
+    K = F.gram().double()
+    norms = K.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    correlation = (K * scale[:, None] * scale).clamp(-1, 1)
+    return correlation.fill_diagonal_(1)
+
+
+def zero_gradients(F: HasGram) -> int:
+    """How many columns of `U` are zero."""
+    return int((F.gram().diagonal() == 0).sum())
+
+
+def class_means(correlation: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean correlation of distinct examples within a class and between classes; 0-d float64 each."""
+    same = labels[:, None] == labels
+    distinct = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return correlation[same & distinct].mean(), correlation[~same].mean()
+
+
+def similarity(one: Tensor, two: Tensor) -> Tensor:
+    """Cosine of the centred off-diagonal entries of two correlation matrices; 0-d float64."""
+    keep = ~torch.eye(len(one), dtype=torch.bool, device=one.device)
+    a, b = (x[keep] - x[keep].mean() for x in (one, two))
+    return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300)
+
+
+def diagonal_share(F: HasGram) -> Tensor:
+    """Share of `||F||^2` on the diagonal of the Gram matrix: sampling noise of the batch; float64."""
+    K = F.gram().double()
+    total = K.square().sum()
+    return torch.where(total > 0, K.diagonal().square().sum() / total, torch.ones_like(total))

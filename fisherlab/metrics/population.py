@@ -1,0 +1,72 @@
+"""The error against the population's block, unbiased by the sampling noise of a mini-batch.
+
+A mini-batch block is mostly its own noise: `||F||^2` holds the squared norms of single examples. With
+per-example blocks `F_n = sum_m u_mn u_mn^T` of a reference the approximation has not seen,
+
+    ||E F_n||^2       = mean_{n != k} <F_n, F_k>            a U-statistic of the off-diagonal Gram
+    <E F_n, X>        = mean_n <F_n, X>
+    population error  = sqrt(||X||^2 - 2 <E F_n, X> + ||E F_n||^2) / ||E F_n||
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks import Block, DirectSum, Outer
+
+
+def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
+    """The relative error against the population and its standard error; 0-d float64 each.
+
+    `reference` is the exact block (`Outer`, or a `DirectSum` of them) of examples that `X` was not
+    built from. NaN for fewer than three examples, or where the estimated population norm is not
+    positive. The standard error is that of the first-order (Hajek) projection.
+    """
+    pairs, products = _pair_products(reference), _example_products(X, reference)
+    M = len(products)
+    nan = torch.full((), torch.nan, dtype=torch.float64, device=pairs.device)
+    if M < 3:
+        return nan, nan
+    rows = (pairs.sum(1) - pairs.diagonal()) / (M - 1)
+    norm, product = rows.mean(), products.mean()
+    if norm <= 0:
+        return nan, nan
+    rest = X.squared_norm() - 2 * product
+    squared = 1 + rest / norm
+    influence = -2 * (products - product) / norm - rest * 2 * (rows - norm) / norm.square()
+    spread = influence.std() / M**0.5
+    error = squared.clamp(min=0).sqrt()
+    return error, torch.where(error > 0, spread / (2 * error.clamp(min=1e-300)), nan)
+
+
+def population_norm(reference: Block) -> Tensor:
+    """`||E F_n||`, from the off-diagonal Gram; 0-d float64, NaN where the estimate is negative."""
+    pairs = _pair_products(reference)
+    M = len(pairs)
+    return ((pairs.sum() - pairs.trace()) / (M * (M - 1))).sqrt()
+
+
+def _parts(block: Block) -> tuple[Block, ...]:
+    return block.parts if isinstance(block, DirectSum) else (block,)
+
+
+def _pair_products(reference: Block) -> Tensor:
+    """`<F_n, F_k>` of per-example blocks, `[n, n]` float64."""
+    total = None
+    for part in _parts(reference):
+        if not isinstance(part, Outer):
+            raise TypeError(f"the reference must be an exact block (Outer), got {part!r}")
+        m, n = part.g.shape[:2]
+        pairs = part.gram().square().view(m, n, m, n).sum((0, 2))
+        total = pairs if total is None else total + pairs
+    assert total is not None
+    return total
+
+
+def _example_products(X: Block, reference: Block) -> Tensor:
+    """`<F_n, X>`, `[n]` float64."""
+    if isinstance(X, DirectSum) != isinstance(reference, DirectSum):
+        raise TypeError("a layer in groups needs an approximation in groups")
+    pairs = zip(_parts(X), _parts(reference), strict=True)
+    return torch.stack([x.column_quadratics(f.a, f.g).sum(0) for x, f in pairs]).sum(0)
