@@ -161,8 +161,9 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor) -> Tensor:
             "of outputs and labels is the example"
         )
     fisher.check_labels(criterion, outputs, y)
+    labels = fisher.label_vectors(criterion, outputs, y)
     fisher.check_additive(criterion, outputs.detach(), y)
-    return fisher.label_vectors(criterion, outputs, y)
+    return labels
 
 
 def _by_hooks(

@@ -1,0 +1,299 @@
+"""Capture from BackPACK: our own extensions, on the user's own model, inside a context.
+
+    V_s = J_{f,s}^T V      all columns V = [v_1 .. v_R, probe] `[r, n, ...]` in one backward pass
+
+A first-order extension leaves the gradient at each layer's output (empirical), a second-order one
+the back-propagated columns (exact, mc). Both stop there: nothing of a parameter's size is formed.
+
+The last column is the gradient of the loss, and must arrive at every layer as autograd delivers it:
+BackPACK follows modules only and keys what it sends by `data_ptr()`, so that it is silently wrong
+behind functional transposes, in-place operations and paddings other than zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from backpack.core.derivatives import (
+    adaptive_avg_pool_nd,
+    avgpool1d,
+    avgpool2d,
+    avgpool3d,
+    batchnorm_nd,
+    conv1d,
+    conv2d,
+    conv3d,
+    dropout,
+    elu,
+    flatten,
+    leakyrelu,
+    linear,
+    logsigmoid,
+    maxpool1d,
+    maxpool2d,
+    maxpool3d,
+    relu,
+    sigmoid,
+    sum_module,
+    tanh,
+    zeropad2d,
+)
+from backpack.custom_module.branching import SumModule
+from backpack.extensions.firstorder.base import (
+    FirstOrderBackpropExtension,
+    FirstOrderModuleExtension,
+)
+from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
+from backpack.extensions.module_extension import ModuleExtension
+from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from fisherlab.extract.hooks import send_backwards
+from fisherlab.extract.layer import CaptureError
+from fisherlab.extract.record import Record, find_activations, recording
+
+# BackPACK saves what an extension returns under this attribute of the weight; it is taken at once.
+SAVED = "_fisherlab_columns"
+# How far the probe may be off, relative; or one rounding per module where that is more (a net of 60
+# Linear and Tanh: 2e-6 in float32). The silent mistakes known are above 0.1.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+LAYERS = {
+    nn.Linear: linear.LinearDerivatives,
+    nn.Conv1d: conv1d.Conv1DDerivatives,
+    nn.Conv2d: conv2d.Conv2DDerivatives,
+    nn.Conv3d: conv3d.Conv3DDerivatives,
+}
+PASSED = {
+    nn.ReLU: relu.ReLUDerivatives,
+    nn.Sigmoid: sigmoid.SigmoidDerivatives,
+    nn.Tanh: tanh.TanhDerivatives,
+    nn.LeakyReLU: leakyrelu.LeakyReLUDerivatives,
+    nn.LogSigmoid: logsigmoid.LogSigmoidDerivatives,
+    nn.ELU: elu.ELUDerivatives,
+    nn.MaxPool1d: maxpool1d.MaxPool1DDerivatives,
+    nn.MaxPool2d: maxpool2d.MaxPool2DDerivatives,
+    nn.MaxPool3d: maxpool3d.MaxPool3DDerivatives,
+    nn.AvgPool1d: avgpool1d.AvgPool1DDerivatives,
+    nn.AvgPool2d: avgpool2d.AvgPool2DDerivatives,
+    nn.AvgPool3d: avgpool3d.AvgPool3DDerivatives,
+    nn.AdaptiveAvgPool1d: adaptive_avg_pool_nd.AdaptiveAvgPool1dDerivatives,
+    nn.AdaptiveAvgPool2d: adaptive_avg_pool_nd.AdaptiveAvgPool2dDerivatives,
+    nn.AdaptiveAvgPool3d: adaptive_avg_pool_nd.AdaptiveAvgPool3dDerivatives,
+    nn.Dropout: dropout.DropoutDerivatives,
+    nn.Flatten: flatten.FlattenDerivatives,
+    nn.ZeroPad2d: zeropad2d.ZeroPad2dDerivatives,
+    SumModule: sum_module.SumModuleDerivatives,
+} | dict.fromkeys(
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), batchnorm_nd.BatchNormNdDerivatives
+)
+_ADVICE = "use backend='hooks', which takes any model"
+
+
+class OutputVectors(_Loss):
+    """`sum(f * v_R)`: a loss whose gradient is the last column and whose root is all of them.
+
+    BackPACK starts from modules that subclass torch's `_Loss`, and from no others.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return (outputs * self.columns[-1]).sum()
+
+
+class LeaveRoot(ModuleExtension):
+    """The loss: send our own columns, of any criterion and from any generator."""
+
+    def backpropagate(self, extension, module, g_inp, g_out, columns) -> Tensor:
+        return module.columns
+
+
+class LeaveColumns(MatToJacMat):
+    """A layer: leave the columns that reach its output, then send them through its Jacobian."""
+
+    def weight(self, extension, module, g_inp, g_out, columns) -> Tensor:
+        return columns
+
+
+class LeaveGradient(FirstOrderModuleExtension):
+    """A layer: leave the gradient that reaches its output."""
+
+    def weight(self, extension, module, g_inp, g_out, _) -> Tensor:
+        return g_out[0][None]
+
+
+class OutputColumns(SecondOrderBackpropExtension):
+    """All columns at the output of every layer."""
+
+    def __init__(self) -> None:
+        rules = {kind: LeaveColumns(rule(), ["weight"]) for kind, rule in LAYERS.items()}
+        rules |= {kind: MatToJacMat(rule()) for kind, rule in PASSED.items()}
+        super().__init__(SAVED, rules | {OutputVectors: LeaveRoot()})
+
+    def accumulate_backpropagated_quantities(self, existing: Tensor, other: Tensor) -> Tensor:
+        return existing + other
+
+
+class OutputGradient(FirstOrderBackpropExtension):
+    """The gradient at the output of every layer."""
+
+    def __init__(self) -> None:
+        super().__init__(SAVED, dict.fromkeys(LAYERS, LeaveGradient(["weight"])), "SILENT")
+
+
+def run(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    forward: Callable[[], Tensor],
+    check: Callable[[Tensor], Tensor],
+    criterion: Callable,
+    y: Tensor,
+    vectors: Callable[[Tensor], Iterator[Tensor]] | None,
+) -> tuple[Record, Tensor, dict[str, Callable | None]]:
+    """The calls of `modules` with their gradients, the outputs, the activations."""
+    follower = Follower(OutputColumns() if vectors else OutputGradient(), kept=modules)
+    with recording(modules, model) as record, follower.following(model):
+        outputs = forward()
+        labels = check(outputs)
+        record.check_inputs()
+        activations = find_activations(outputs, record)
+        if record.calls:
+            columns = [] if vectors is None else vectors(outputs.detach())
+            fill(outputs, record, follower, labels, list(columns))
+        return record, outputs, activations
+
+
+def fill(
+    outputs: Tensor, record: Record, follower: Follower, labels: Tensor, columns: list[Tensor]
+) -> None:
+    """Send columns and probe backwards in one pass; compare the probe; leave the rest on the calls."""
+    # a loss at its minimum has a zero gradient, which would compare equal to anything
+    vanished = bool(columns) and not labels.any()
+    probe = torch.ones_like(labels) if vanished else labels
+    root = OutputVectors(torch.stack([*columns, probe]))
+    follower.follow("the loss", root)
+    loss = root(outputs)
+    arrived = send_backwards(loss, record, torch.ones_like(loss))
+    # from the outputs on, so that the layer named is the one in front of the mistake
+    layers = [*zip(record.calls, record.every(), arrived, strict=True)]
+    for name, call, expected in reversed(layers):
+        left = follower.columns.pop(name, expected.new_zeros(1)).to(expected.dtype)
+        left = left.expand(len(columns) + 1, *expected.shape)
+        _compare(name, left[-1], expected, len(follower.called))
+        call.label_gradient = torch.zeros_like(expected) if vanished else expected
+        call.gradients = left[:-1] if columns else left
+
+
+def _compare(name: str, probe: Tensor, expected: Tensor, modules: int) -> None:
+    error, size = (probe - expected).norm(), expected.norm()
+    tolerance = max(TOLERANCE[expected.dtype], modules * torch.finfo(expected.dtype).eps)
+    if error > tolerance * size:
+        raise CaptureError(
+            f"BackPACK's gradient at the output of layer {name!r} differs from autograd's by "
+            f"{error / size:.1e} relative: what follows the layer is not the module BackPACK took "
+            f"it for (a functional transpose, an in-place operation); {_ADVICE}"
+        )
+
+
+class Follower:
+    """Runs an extension on each module at the moment the gradient of that module's output arrives.
+
+    As `backpack.extend` does, with two differences: a call's input and output are bound to the call
+    and shown to BackPACK only while it looks at them, and every hook is gone afterwards. Nothing
+    can be left on the model, and no output is wrapped.
+    """
+
+    def __init__(self, extension: OutputColumns | OutputGradient, kept: Container[str]) -> None:
+        self.extension, self.kept = extension, kept
+        self.columns: dict[str, Tensor] = {}
+        self.called: set[str] = set()
+        self._handles: list = []
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Follow every module that computes; those that hold others only call them."""
+        try:
+            for name, module in model.named_modules():
+                if next(module.children(), None) is None:
+                    self.follow(name or type(model).__name__.lower(), module)
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+
+    def follow(self, name: str, module: nn.Module) -> None:
+        """Run the extension on `module` whenever a gradient arrives at an output of it."""
+        hook = partial(self._called_with, name)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _called_with(
+        self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> None:
+        inputs = (*args, *kwargs.values())
+        # a Dropout in evaluation, an Identity or a Flatten of a matrix hands its input through
+        if any(output is given for given in inputs):
+            return
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        if not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):
+            return
+        _refuse(name, module, again=name in self.called)
+        self.called.add(name)
+        arrive = partial(self._arrived, name, module, inputs, output)
+        self._handles.append(output.register_hook(arrive))
+
+    def _arrived(
+        self, name: str, module: nn.Module, inputs: tuple, output: Tensor, gradient: Tensor
+    ) -> None:
+        with _shown(module, inputs, output):
+            try:
+                self.extension(module, (None,) * len(inputs), (gradient,))
+            except (CaptureError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise CaptureError(
+                    f"BackPACK cannot send output vectors through {name!r} "
+                    f"({type(module).__name__}): {error}. An operation between modules that is no "
+                    f"module itself is the usual cause; {_ADVICE}"
+                ) from error
+            if name in self.kept:
+                self.columns[name] = vars(module.weight).get(SAVED)
+
+
+@contextmanager
+def _shown(module: nn.Module, inputs: tuple, output: Tensor) -> Iterator[None]:
+    """`module.input0 ...` and `module.output`, where BackPACK's derivatives look, for one call."""
+    shown = {f"input{k}": value for k, value in enumerate(inputs)} | {"output": output}
+    try:
+        vars(module).update(shown)
+        yield
+    finally:
+        for attribute in shown:
+            vars(module).pop(attribute, None)
+        for parameter in module.parameters(recurse=False):
+            vars(parameter).pop(SAVED, None)
+
+
+def _refuse(name: str, module: nn.Module, again: bool) -> None:
+    kind = type(module)
+    padding = getattr(module, "padding", 0) if kind in LAYERS else 0
+    mode = getattr(module, "padding_mode", "zeros")
+    if kind not in LAYERS and kind not in PASSED and kind is not OutputVectors:
+        reason = "has no rule in BackPACK (a subclass has none either)"
+    elif again and next(module.parameters(), None) is not None:
+        reason = "is called more than once, and BackPACK keeps one set of columns per module"
+    elif getattr(module, "inplace", False):
+        reason = "works in place, on the tensor by which BackPACK finds its columns"
+    elif isinstance(padding, str):
+        reason = f"has padding={padding!r}, where BackPACK takes numbers"
+    elif mode != "zeros":
+        reason = f"has padding_mode={mode!r}, which BackPACK takes for zeros"
+    else:
+        return
+    raise CaptureError(f"{name!r} ({kind.__name__}) {reason}; {_ADVICE}")
