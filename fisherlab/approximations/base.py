@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,12 +15,24 @@ from fisherlab.extract import LayerCapture
 _REGISTRY: dict[str, type[Approximation]] = {}
 
 
-class Means(dict[str, Tensor]):
-    """The means of one layer's sums, and the blocks already made of them."""
+class Means(Mapping[str, Tensor]):
+    """The means of one layer's sums, divided when asked for, and the blocks made of them."""
 
-    def __init__(self, means: dict[str, Tensor]) -> None:
-        super().__init__(means)
+    def __init__(self, sums: Mapping[str, Tensor], count: float) -> None:
+        self._sums, self._count = sums, count
+        self._means: dict[str, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._means:
+            self._means[key] = self._sums[key] / self._count
+        return self._means[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
 
     def block(self, approximation: Approximation) -> Block:
         """The block of an approximation that needs nothing but these means; made once."""

@@ -56,10 +56,14 @@ def constant(damping: float) -> Rule:
     return lambda blocks: dict.fromkeys(blocks, float(damping))
 
 
-def relative(share: float) -> Rule:
-    """`lambda_l = share * tr F_l / N_l`: a share of the mean eigenvalue."""
+def relative(share: float, floor: float = 1e-10) -> Rule:
+    """`lambda_l = max(share * tr F_l / N_l, floor)`: a share of the mean eigenvalue.
+
+    The floor keeps the inverse of an all-zero block (a dead layer, a fitted batch) finite.
+    """
     return lambda blocks: {
-        name: share * block.trace().item() / block.size for name, block in blocks.items()
+        name: max(share * block.trace().item() / block.size, floor)
+        for name, block in blocks.items()
     }
 
 

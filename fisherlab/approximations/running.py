@@ -53,9 +53,8 @@ class Memo:
         """The means of the sums of `approximation.origin`."""
         origin = approximation.origin
         if origin not in self._means:
-            self._means[origin] = Means(
-                divide(add(origin.sums(chunk) for chunk in self._chunks()), self.count)
-            )
+            sums = add(origin.sums(chunk) for chunk in self._chunks())
+            self._means[origin] = Means(sums, self.count)
         return self._means[origin]
 
     def basis(self, approximation: Approximation) -> Sums:
@@ -113,7 +112,7 @@ class Running:
     @property
     def means(self) -> Means:
         """The current means."""
-        return Means(divide(self.sums, self.count))
+        return Means(self.sums, self.count)
 
     def update(self, *layers: LayerCapture) -> None:
         """Add one batch, given whole or in chunks; the past decays once."""

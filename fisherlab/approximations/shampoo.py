@@ -37,6 +37,11 @@ class Shampoo(Approximation, name="shampoo"):
             )
 
     @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        per_example = frozenset({"inputs", "output_gradients"})
+        return per_example if self.statistics == "per_example" else frozenset({"gradient"})
+
+    @property
     def placement(self) -> str:
         return "factorwise"
 

@@ -10,6 +10,7 @@ from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
 from fisherlab.blocks.mini_block import MiniBlock
 from fisherlab.blocks.numerics import BlockError, BlockTooLarge
 from fisherlab.blocks.outer import Outer
+from fisherlab.blocks.serialise import from_dict, to_dict
 
 __all__ = [
     "Block",
@@ -24,4 +25,6 @@ __all__ = [
     "KroneckerSum",
     "MiniBlock",
     "Outer",
+    "from_dict",
+    "to_dict",
 ]

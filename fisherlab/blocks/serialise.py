@@ -1,0 +1,59 @@
+"""Blocks as nested dictionaries of tensors and numbers: no pickle, dtypes kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.dense import Dense
+from fisherlab.blocks.diagonal import Diagonal
+from fisherlab.blocks.direct_sum import DirectSum
+from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.from_inverse import FromInverse
+from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
+from fisherlab.blocks.mini_block import MiniBlock
+from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.outer import Outer
+
+_FIELDS: dict[type[Block], tuple[str, ...]] = {
+    Dense: ("matrix", "shape"),
+    Diagonal: ("entries",),
+    DirectSum: ("parts",),
+    Eigen: ("Q_G", "Q_A", "spectrum", "tail_G", "tail_A", "tail"),
+    FromInverse: ("inverse",),
+    Kronecker: ("G", "A"),
+    KroneckerSum: ("G", "A"),
+    MiniBlock: ("blocks", "bias"),
+    Outer: ("a", "g", "core", "shift"),
+}
+_FORMS = {form.__name__: form for form in _FIELDS}
+
+
+def to_dict(block: Block) -> dict[str, Any]:
+    """The form's name and the tensors it is made of; a subclass is saved as the form it is."""
+    form = next(form for form in type(block).__mro__ if form in _FIELDS)
+    state: dict[str, Any] = {"form": form.__name__}
+    for name in _FIELDS[form]:
+        value = getattr(block, name)
+        if isinstance(value, Block):
+            value = to_dict(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Block):
+            value = [to_dict(part) for part in value]
+        state[name] = value
+    return state
+
+
+def from_dict(state: dict[str, Any]) -> Block:
+    """The block that `to_dict` described."""
+    if state.get("form") not in _FORMS:
+        raise BlockError(f"unknown block form {state.get('form')!r}; known: {', '.join(_FORMS)}")
+    form = _FORMS[state["form"]]
+    values = []
+    for name in _FIELDS[form]:
+        value = state[name]
+        if isinstance(value, dict):
+            value = from_dict(value)
+        elif isinstance(value, list):
+            value = [from_dict(part) for part in value]
+        values.append(value)
+    return form(*values)

@@ -1,0 +1,242 @@
+"""What every curvature optimizer shares: layers, groups, checks, and the step after preconditioning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from fisherlab.optim.recorder import OptimizerError, blocked_layers
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The trainable matrix of one layer: its parameters, and the group that the weight is in."""
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    group: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, which are slices of the rows."""
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of its captures: one per group."""
+        k = self.groups
+        return [f"{self.name}:{j}" for j in range(k)] if k > 1 else [self.name]
+
+    def gradient(self) -> Tensor | None:
+        """`[weight | bias]` of `.grad`, `[o, i]`; None where there is none."""
+        if self.weight.grad is None:
+            return None
+        matrix = self.weight.grad.flatten(1)
+        if self.bias is None:
+            return matrix
+        bias = torch.zeros_like(self.bias) if self.bias.grad is None else self.bias.grad
+        return torch.cat([matrix, bias[:, None]], 1)
+
+    def split(self, matrix: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The matrix as one tensor per parameter."""
+        if self.bias is None:
+            return {self.weight: matrix.reshape(self.weight.shape)}
+        return {
+            self.weight: matrix[:, :-1].reshape(self.weight.shape),
+            self.bias: matrix[:, -1].contiguous(),
+        }
+
+
+class CurvatureOptimizer(torch.optim.Optimizer):
+    """Momentum, weight decay and learning rate per parameter group, after preconditioning.
+
+    A subclass returns the directions of the layers that have a block; every other parameter takes
+    its plain gradient. `weight_decay` is added to the direction (coupled, as `torch.optim.SGD`
+    does) or, with `decoupled`, shrinks the parameter by `1 - lr weight_decay` (as AdamW does).
+
+    `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm of
+    all directions together; `kl_clip` scales them so that `lr^2 <direction, gradient> <= kl_clip`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        max_norm: float | None = None,
+        kl_clip: float | None = None,
+        nonfinite: str = "raise",
+        **options: Any,
+    ) -> None:
+        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if nesterov and momentum == 0:
+            raise ValueError("Nesterov momentum needs momentum > 0")
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite is 'raise' or 'skip', got {nonfinite!r}")
+        for name, value in {"max_norm": max_norm, "kl_clip": kl_clip}.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, got {value!r}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            **options,
+        }
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
+        self.steps = 0
+        self.weights = self._find_weights(model)
+
+    def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
+        where = {id(p): k for k, group in enumerate(self.param_groups) for p in group["params"]}
+        found: dict[str, Weight] = {}
+        for name, module in blocked_layers(model).items():
+            if id(module.weight) not in where or any(
+                w.weight is module.weight for w in found.values()
+            ):
+                continue
+            bias = module.bias
+            if bias is not None and (not bias.requires_grad or id(bias) not in where):
+                bias = None
+            found[name] = Weight(name, module, module.weight, bias, where[id(module.weight)])
+        return found
+
+    def option(self, weight: Weight, name: str) -> Any:
+        """An option of the group that the layer's weight is in."""
+        return self.param_groups[weight.group][name]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step from the gradients that the last `backward()` left."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._ready():
+            self._discard()
+            return loss
+        directions = self._directions()
+        self._apply(self._clipped(directions))
+        self.steps += 1
+        return loss
+
+    def _directions(self) -> dict[nn.Parameter, Tensor]:
+        """The preconditioned gradient of each parameter that has one; must not change parameters."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _discard(self) -> None:
+        """Forget what a skipped step recorded."""
+
+    def _ready(self) -> bool:
+        """Whether there are finite gradients; raises, before anything is changed, where not."""
+        gradients = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if not gradients:
+            raise OptimizerError("step() found no gradient: call loss.backward() first")
+        norms = torch.stack([n.to(gradients[0].device) for n in torch._foreach_norm(gradients)])
+        if bool(torch.isfinite(norms).all()):
+            return True
+        if self.nonfinite == "skip":
+            return False
+        names = [
+            name
+            for name, weight in self.weights.items()
+            if weight.weight.grad is not None and not torch.isfinite(weight.weight.grad).all()
+        ]
+        where = f"layers {', '.join(names)}" if names else "a parameter without a block"
+        raise OptimizerError(
+            f"the gradient of {where} has NaN or inf entries; no parameter was changed. Lower the "
+            "learning rate, raise the damping, or pass nonfinite='skip'"
+        )
+
+    def _clipped(self, directions: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        if not directions or (self.max_norm is None and self.kl_clip is None):
+            return directions
+        scale = 1.0
+        if self.max_norm is not None:
+            norm = torch.stack(torch._foreach_norm(list(directions.values()))).norm().item()
+            scale = min(scale, self.max_norm / max(norm, 1e-300))
+        if self.kl_clip is not None:
+            lr = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+            change = sum(
+                (lr[id(p)] ** 2 * (d * p.grad).sum()).item() for p, d in directions.items()
+            )
+            scale = min(scale, math.sqrt(self.kl_clip / max(abs(change), 1e-300)))
+        return {p: d * scale for p, d in directions.items()}
+
+    def _apply(self, directions: dict[nn.Parameter, Tensor]) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            lr, decay = float(group["lr"]), group["weight_decay"]
+            if group["decoupled"] and decay:
+                torch._foreach_mul_(params, 1 - lr * decay)
+            buffers = [self.state[p].get("momentum_buffer") for p in params]
+            sgd(
+                params,
+                [directions.get(p, p.grad) for p in params],
+                buffers,
+                weight_decay=0.0 if group["decoupled"] else decay,
+                momentum=group["momentum"],
+                lr=lr,
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+                foreach=True,
+            )
+            if group["momentum"]:
+                for p, buffer in zip(params, buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
+
+    # state --------------------------------------------------------------------------------------
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a subclass remembers, as nested dicts of tensors and numbers."""
+        return {}
+
+    def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        """Restore `_extra_state`, dtypes included."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's own state, and under "fisherlab" what the method remembers."""
+        state = super().state_dict()
+        # a rule is code, not state: the loading optimizer brings its own
+        state["param_groups"] = [
+            {key: value for key, value in group.items() if not callable(value)}
+            for group in state["param_groups"]
+        ]
+        state["fisherlab"] = {"steps": self.steps, **self._extra_state()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; refused before anything is changed if it is not one of this optimizer's."""
+        if "fisherlab" not in state_dict:
+            raise ValueError("this state was not saved by a FisherLab optimizer: no 'fisherlab' key")
+        rest = {k: v for k, v in state_dict.items() if k != "fisherlab"}
+        extra = dict(state_dict["fisherlab"])
+        rest["param_groups"] = [
+            {**{key: value for key, value in ours.items() if callable(value)}, **theirs}
+            for ours, theirs in zip(self.param_groups, rest["param_groups"], strict=True)
+        ]
+        super().load_state_dict(rest)
+        self.steps = extra.pop("steps")
+        self._load_extra_state(extra)

@@ -1,0 +1,362 @@
+"""`NaturalGradient`: one optimizer for every registered approximation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fisherlab.approximations import Approximation, Running
+from fisherlab.approximations.damping import Rule
+from fisherlab.approximations.damping import constant as constant_rule
+from fisherlab.blocks import Block, DirectSum, from_dict, to_dict
+from fisherlab.extract import LayerCapture
+from fisherlab.optim.base import CurvatureOptimizer, Weight
+from fisherlab.optim.recorder import OptimizerError, Recorder, delivered
+
+
+class NaturalGradient(CurvatureOptimizer):
+    """`W <- W - lr (F~ + lambda I)^{exponent} dW`, for any approximation `F~` of the Fisher blocks.
+
+    `damping`: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`
+    (`approximations.damping`). `fisher_type` "empirical", "mc" (columns drawn from the model, on the
+    graph of the loop's own forward) or "exact". Statistics are refreshed every `statistics_every`
+    steps (T_FIM), the basis and the damped inverse every `basis_every` (T_EIG, T_INV), corrected
+    eigenvalues every `corrections_every` (T_RE; None: with the statistics), all at step 0.
+    `statistics_examples` uses the first rows of a batch only. `graft` gives each layer's step the
+    length of its gradient.
+
+    `criterion` may be left out for softmax cross entropy with one term per example, which is
+    recognised; otherwise pass the very object the loop calls. Parameters without a block
+    (normalisation, embeddings) take the plain gradient. On networks with batch norm in training mode
+    `g = M dL/ds` holds cross-example terms, as in every hook-based K-FAC.
+
+    Create it before `torch.compile`. `p.grad` is read, never changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        approximation: Approximation,
+        *,
+        criterion: Callable | None = None,
+        fisher_type: str = "empirical",
+        params: Iterable[Any] | None = None,
+        lr: float,
+        damping: float | Rule,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        decay: float = 0.95,
+        statistics_every: int = 10,
+        basis_every: int = 100,
+        corrections_every: int | None = None,
+        statistics_examples: int | None = None,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        graft: bool = False,
+        max_norm: float | None = None,
+        kl_clip: float | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        if not isinstance(approximation, Approximation):
+            raise TypeError(
+                f"approximation is an instance such as fl.KFAC(), got {approximation!r}; by name: "
+                "fl.optim.create(name, model)"
+            )
+        every = {"statistics_every": statistics_every, "basis_every": basis_every}
+        every["corrections_every"] = corrections_every or statistics_every
+        for name, value in every.items():
+            if int(value) != value or value < 1:
+                raise ValueError(f"{name} counts steps and is at least 1, got {value!r}")
+        if not callable(damping) and not damping >= 0:
+            raise ValueError(f"damping is a number >= 0 or a rule, got {damping!r}")
+        if statistics_examples is not None and statistics_examples < 1:
+            raise ValueError(f"statistics_examples is at least 1, got {statistics_examples}")
+        super().__init__(
+            model,
+            params,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            max_norm=max_norm,
+            kl_clip=kl_clip,
+            nonfinite=nonfinite,
+            damping=damping,
+            **every,
+        )
+        self.approximation, self.decay, self.graft = approximation, decay, graft
+        self._running = {
+            key: Running(approximation, decay) if approximation.additive else None
+            for weight in self.weights.values()
+            for key in weight.keys
+        }
+        self._blocks: dict[str, Block] = {}
+        self._preconditioners: dict[str, Block] = {}
+        self._lambdas: dict[str, float] = {}
+        self._scale: dict[str, float] = {}
+        self.recorder: Recorder | None = None
+        if approximation.needs - {"gradient"}:
+            modules = {w.name: w.module for w in self.weights.values()}
+            modules |= self._tied(model, modules)
+            self.recorder = Recorder(
+                model,
+                modules,
+                criterion=criterion,
+                fisher_type=fisher_type,
+                mc_samples=mc_samples,
+                generator=generator,
+                examples=statistics_examples,
+                slopes="outputs" in approximation.needs,
+            )
+            self.recorder.wanted = True
+
+    @staticmethod
+    def _tied(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        weights = {id(m.weight) for m in modules.values()}
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and id(module.weight) in weights
+        }
+
+    def remove(self) -> None:
+        """Take the optimizer's hooks off the model."""
+        if self.recorder is not None:
+            self.recorder.remove()
+
+    def __del__(self) -> None:
+        if getattr(self, "recorder", None) is not None:
+            self.recorder.remove()
+
+    # the step -----------------------------------------------------------------------------------
+
+    def _due(self, weight: Weight, what: str, step: int | None = None) -> bool:
+        return (self.steps if step is None else step) % self.option(weight, what) == 0
+
+    def _collects(self, weight: Weight, step: int | None = None) -> bool:
+        due = self._due(weight, "statistics_every", step)
+        return due or (self._corrected and self._due(weight, "corrections_every", step))
+
+    def _directions(self) -> dict[nn.Parameter, Tensor]:
+        gradients = {n: g for n, w in self.weights.items() if (g := w.gradient()) is not None}
+        try:
+            self._refresh(gradients)
+            found = {
+                name: self._precondition(self.weights[name], gradient)
+                for name, gradient in gradients.items()
+            }
+        finally:
+            self._prepare_next()
+        return {
+            p: d
+            for name, matrix in self.combine(gradients, found).items()
+            for p, d in self.weights[name].split(matrix).items()
+        }
+
+    def combine(
+        self, gradients: dict[str, Tensor], directions: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The step of each layer from its gradient and its natural direction."""
+        return directions
+
+    def _discard(self) -> None:
+        if self.recorder is not None:
+            self.recorder.clear()
+
+    def _prepare_next(self) -> None:
+        if self.recorder is not None:
+            self.recorder.clear()
+            following = self.steps + 1
+            self.recorder.wanted = any(self._collects(w, following) for w in self.weights.values())
+
+    def _precondition(self, weight: Weight, gradient: Tensor) -> Tensor:
+        parts = gradient.tensor_split(weight.groups)
+        steps = [
+            self._preconditioners[key] @ part if key in self._preconditioners else part
+            for key, part in zip(weight.keys, parts, strict=True)
+        ]
+        direction = torch.cat(steps) * self._scale.get(weight.name, 1.0)
+        if self.graft:
+            direction = direction * (gradient.norm() / direction.norm().clamp(min=1e-30))
+        return direction
+
+    def _refresh(self, gradients: dict[str, Tensor]) -> None:
+        """Statistics, basis, corrections and damped inverses that are due at this step."""
+        present = [self.weights[name] for name in gradients]
+        due = [weight for weight in present if self._collects(weight)]
+        captures = self._captures(due, gradients)
+        changed: set[str] = set()
+        for weight in present:
+            for key in weight.keys:
+                self._update(weight, key, captures.get(key, []))
+                if self._changes(weight, key):
+                    changed.add(key)
+        for key in changed:
+            running = self._running[key]
+            if running is not None:
+                self._blocks[key] = running.block()
+        if changed:
+            self._damp(changed)
+
+    def _captures(
+        self, due: Sequence[Weight], gradients: dict[str, Tensor]
+    ) -> dict[str, list[LayerCapture]]:
+        if self.recorder is None:
+            return {
+                key: [_GradientOnly(part)]  # type: ignore[list-item]
+                for weight in due
+                for key, part in zip(
+                    weight.keys, gradients[weight.name].tensor_split(weight.groups), strict=True
+                )
+            }
+        if not due:
+            return {}
+        passes = self.recorder.captures()
+        found = {key: delivered(passes, key) for weight in due for key in weight.keys}
+        for weight in due:
+            layers = found[weight.keys[0]]
+            if not layers:
+                raise OptimizerError(
+                    f"layer {weight.name!r} has a gradient but delivered nothing on a statistics "
+                    "step; no parameter was changed. Usual causes: the model was compiled before "
+                    "the optimizer was made; the loop calls model.forward or a part of the model; "
+                    "the layer runs inside activation checkpointing"
+                )
+            for layer in layers:
+                if not torch.isfinite(layer.raw_output_gradients[0]).all():
+                    raise OptimizerError(
+                        f"the gradient at the output of layer {weight.name!r} has NaN or inf "
+                        "entries; no parameter was changed"
+                    )
+        return found
+
+    def _update(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
+        running = self._running[key]
+        if running is None:
+            if layers:
+                self._blocks[key] = self.approximation(*layers)
+            return
+        if layers and (self._due(weight, "statistics_every") or not running.sums):
+            running.update(*layers)
+        if self._has_basis and running.sums:
+            if self._due(weight, "basis_every") or not running.basis:
+                running.refresh_basis()
+            due = self._due(weight, "corrections_every") or not running.corrections
+            if layers and self._corrected and due:
+                running.correct(*layers)
+
+    def _changes(self, weight: Weight, key: str) -> bool:
+        """Whether the damped inverse of a layer is recomputed at this step."""
+        running = self._running[key]
+        if running is None:
+            return key in self._blocks and self._due(weight, "statistics_every")
+        if not running.sums:
+            return False
+        if key not in self._preconditioners or self._due(weight, "basis_every"):
+            return True
+        return self._corrected and self._due(weight, "corrections_every")
+
+    @property
+    def _has_basis(self) -> bool:
+        return type(self.approximation).basis is not Approximation.basis
+
+    @property
+    def _corrected(self) -> bool:
+        return type(self.approximation).corrections is not Approximation.corrections
+
+    def _damp(self, keys: Iterable[str]) -> None:
+        owner = {key: w for w in self.weights.values() for key in w.keys}
+        for k, group in enumerate(self.param_groups):
+            names = [w.name for w in self.weights.values() if w.group == k]
+            blocks = {n: self._joined(self._blocks, self.weights[n]) for n in names}
+            blocks = {n: b for n, b in blocks.items() if b is not None}
+            damping = group["damping"]
+            rule = damping if callable(damping) else constant_rule(damping)
+            lambdas = rule(blocks) if blocks else {}
+            expand = getattr(rule, "fully_connected_scale", None)
+            for name, value in lambdas.items():
+                self._lambdas[name] = float(value)
+                if expand is not None and isinstance(self.weights[name].module, nn.Linear):
+                    self._scale[name] = 1 / expand(lambdas)
+        for key in keys:
+            block, name = self._blocks[key], owner[key].name
+            self._preconditioners[key] = self.approximation.damped(block, self._lambdas[name])
+
+    @staticmethod
+    def _joined(blocks: dict[str, Block], weight: Weight) -> Block | None:
+        parts = [blocks[key] for key in weight.keys if key in blocks]
+        if len(parts) < len(weight.keys):
+            return None
+        return parts[0] if len(parts) == 1 else DirectSum(parts)
+
+    # what a user looks at -----------------------------------------------------------------------
+
+    def blocks(self) -> dict[str, Block]:
+        """The current block of each layer: goes into `fl.compare(approximations=...)` as it is."""
+        found = {n: self._joined(self._blocks, w) for n, w in self.weights.items()}
+        return {name: block for name, block in found.items() if block is not None}
+
+    def summary(self) -> pd.DataFrame:
+        """Per layer: damping, absolute and relative to `tr F / N`, and the eigenvalues above it.
+
+        Where next to no eigenvalue exceeds the damping, the step is the gradient's direction.
+        """
+        rows = []
+        for name, block in self.blocks().items():
+            damping = self._lambdas.get(name, float("nan"))
+            mean = block.trace().item() / block.size
+            above = (block.eigenvalues() > damping).double().mean().item()
+            rows.append(
+                {
+                    "layer": name,
+                    "n_parameters": block.size,
+                    "damping": damping,
+                    "damping_relative": damping / mean if mean else float("inf"),
+                    "eigenvalues_above_damping": above,
+                    "steps": self.steps,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    # state --------------------------------------------------------------------------------------
+
+    def _extra_state(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {
+            "running": {k: r.state_dict() for k, r in self._running.items() if r and r.sums},
+            "blocks": {key: to_dict(block) for key, block in self._blocks.items()},
+            "preconditioners": {key: to_dict(P) for key, P in self._preconditioners.items()},
+            "lambdas": dict(self._lambdas),
+            "scale": dict(self._scale),
+        }
+        if self.recorder is not None:
+            extra["generator"] = self.recorder.generator.get_state()
+        return extra
+
+    def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        unknown = set(extra["running"]) - set(self._running)
+        if unknown:
+            raise ValueError(f"this state has layers that the model lacks: {sorted(unknown)}")
+        for key, state in extra["running"].items():
+            self._running[key].load_state_dict(state)
+        self._blocks = {key: from_dict(state) for key, state in extra["blocks"].items()}
+        loaded = extra["preconditioners"]
+        self._preconditioners = {key: from_dict(state) for key, state in loaded.items()}
+        self._lambdas, self._scale = dict(extra["lambdas"]), dict(extra["scale"])
+        if self.recorder is not None:
+            self.recorder.generator.set_state(extra["generator"].cpu())
+            self.recorder.wanted = any(self._collects(w) for w in self.weights.values())
+
+
+class _GradientOnly:
+    """The mean gradient of a step, for approximations that need nothing else."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient, self.examples = gradient, 1.0
+

@@ -1,0 +1,365 @@
+"""The pair (a, g) of every layer, taken in the user's own forward and backward.
+
+Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input, so a
+forward without a backward leaves nothing behind and an evaluation pass between two steps disturbs
+nothing. The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
+recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would give a
+Fisher matrix that is c^2 off without any error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from fisherlab.extract import fisher
+from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
+from fisherlab.extract.record import Call as GraphCall
+from fisherlab.extract.select import choices
+
+
+class OptimizerError(RuntimeError):
+    """A step that cannot be taken; nothing has been changed."""
+
+
+@dataclass
+class _Call:
+    raw_input: Tensor
+    output: Tensor
+    gradient: Tensor | None = None
+    columns: list[Tensor] = field(default_factory=list)
+    graph: GraphCall | None = None
+
+
+@dataclass
+class _Pass:
+    """One forward of the model: its layer calls, its output, and what the backward brought."""
+
+    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    norms: dict[Any, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None
+    output_gradient: Tensor | None = None
+    loss_scale: Tensor | None = None
+    labels: Tensor | None = None
+    activations: dict[str, Callable | None] = field(default_factory=dict)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a backward pass came through."""
+        return any(c.gradient is not None for calls in self.calls.values() for c in calls)
+
+
+def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that an optimizer preconditions; a weight tied to another kind of layer is plain."""
+    found = choices(model)
+    byname = {choice.name: choice for choice in found}
+    modules = {c.name: c.module for c in found if c.status == "exact"}
+    for choice in found:
+        if choice.status != "tied":
+            continue
+        first = choice.reason.split("'")[1]
+        both_linear = isinstance(choice.module, nn.Linear) and isinstance(
+            byname[first].module, nn.Linear
+        )
+        if both_linear:
+            modules[choice.name] = choice.module
+        else:
+            modules.pop(first, None)
+    return modules
+
+
+class Recorder:
+    """Hooks on a model's layers that deliver `LayerCapture`s of each step's own passes.
+
+    `wanted` switches the recording; the hooks are installed once, before any `torch.compile`, since
+    compiled code ignores later ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        *,
+        criterion: Callable | None = None,
+        fisher_type: str = "empirical",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        examples: int | None = None,
+        slopes: bool = False,
+    ) -> None:
+        self.modules, self.criterion = modules, criterion
+        self.fisher_type, self.mc_samples = fisher_type, mc_samples
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.examples, self.slopes = examples, slopes
+        self.wanted = False
+        self.passes: list[_Pass] = []
+        self._open: _Pass | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end),
+        ]
+        for name, module in modules.items():
+            self._handles.append(
+                module.register_forward_hook(self._layer_hook(name), with_kwargs=True)
+            )
+        if slopes:
+            norms = [m for m in model.modules() if isinstance(m, NORMALISATIONS)]
+            self._handles += [m.register_forward_hook(self._norm) for m in norms]
+        if isinstance(criterion, nn.Module):
+            self._handles.append(criterion.register_forward_hook(self._loss))
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget the passes since the last step."""
+        self.passes.clear()
+        self._open = None
+
+    # hooks ------------------------------------------------------------------------------------
+
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        self._open = _Pass() if self.wanted and torch.is_grad_enabled() else None
+
+    def _layer_hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            current = self._open
+            if current is None or not output.requires_grad:
+                return
+            raw = (args[0] if args else kwargs["input"]).detach()
+            call = _Call(raw[: self.examples], output.detach()[: self.examples])
+            if self.fisher_type != "empirical" or self.slopes:
+                edge = get_gradient_edge(output)
+                call.graph = GraphCall(raw, edge, output.detach(), raw._version, output._version)
+            current.calls.setdefault(name, []).append(call)
+
+            def arrive(gradient: Tensor) -> None:
+                part = gradient[: self.examples].detach()
+                call.gradient = part if call.gradient is None else call.gradient + part
+
+            output.register_hook(arrive)
+
+        return hook
+
+    def _norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._open is not None and output.requires_grad:
+            self._open.norms[get_gradient_edge(output).node] = output.detach()
+
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        current, self._open = self._open, None
+        if current is None or not current.calls:
+            return
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        current.output = output.detach()
+
+        def arrive(gradient: Tensor) -> None:
+            current.output_gradient = gradient.detach()
+
+        output.register_hook(arrive)
+        self.passes.append(current)
+        if self.slopes:
+            calls = {n: [c.graph for c in cs if c.graph] for n, cs in current.calls.items()}
+            current.activations = find_activations(output, Record(calls, norms=current.norms))
+        if self.fisher_type != "empirical" and not isinstance(self.criterion, nn.Module):
+            self._send_columns(current, output, None)
+
+    def _send_columns(self, current: _Pass, output: Tensor, labels: Tensor | None) -> None:
+        """The model's own output vectors, on the live graph and only as far as layer outputs.
+
+        `output` is what the criterion sees, which may have the examples' positions as rows.
+        """
+        criterion = fisher.as_module(self.criterion or nn.CrossEntropyLoss())
+        calls = [c for cs in current.calls.values() for c in cs if c.graph is not None]
+        free = output.detach().float() if output.dtype.itemsize < 4 else output.detach()
+        if labels is None:
+            # mc and exact vectors depend on the labels through nothing but their shape
+            is_class = isinstance(criterion, nn.CrossEntropyLoss)
+            labels = free.argmax(1) if is_class else torch.zeros_like(free)
+        M, rows = len(current.output), len(free)
+        if rows != M and self.fisher_type == "exact":
+            raise OptimizerError(
+                f"the criterion sees {rows} rows for {M} examples, so the exact columns of one "
+                "example cannot be told apart; keep the example as first axis or use 'mc'"
+            )
+        mean = fisher.reduction_of(criterion) == "mean"
+        scale = (M / rows) ** 0.5 if mean else 1.0
+        vectors = fisher.output_vectors(
+            self.fisher_type, criterion, free, labels, self.mc_samples, self.generator
+        )
+        for vector in vectors:
+            gradients = torch.autograd.grad(
+                output,
+                [call.graph.edge for call in calls],
+                (scale * vector).to(output.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for call, gradient in zip(calls, gradients, strict=True):
+                if gradient is None:
+                    gradient = torch.zeros_like(call.graph.output)
+                call.columns.append(gradient[: self.examples].detach())
+        for call in calls:
+            # the hook on the output tensor has seen these columns too: only the loss's own counts
+            call.gradient = None
+        current.output_gradient = None
+
+    def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
+        if not self.passes or not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        current = self.passes[-1]
+        current.labels = args[1].detach() if len(args) > 1 else None
+
+        def arrive(gradient: Tensor) -> None:
+            current.loss_scale = gradient.detach()
+
+        loss.register_hook(arrive)
+        if self.fisher_type != "empirical":
+            self._send_columns(current, args[0], current.labels)
+
+    # what the passes delivered ------------------------------------------------------------------
+
+    def captures(self) -> list[dict[str, LayerCapture]]:
+        """One dict of captures per forward and backward since the last step, checked and scaled."""
+        return [self._capture(p) for p in self.passes if p.arrived]
+
+    def _capture(self, one: _Pass) -> dict[str, LayerCapture]:
+        assert one.output is not None
+        factor = self._factor(one)
+        owners: dict[int, str] = {}
+        joined: dict[str, list[_Call]] = {}
+        for name, module in self.modules.items():
+            owner = owners.setdefault(id(module.weight), name)
+            calls = [c for c in one.calls.get(name, []) if c.gradient is not None]
+            joined.setdefault(owner, []).extend(calls)
+        found = {}
+        for name, calls in joined.items():
+            if calls:
+                found |= self._layer(name, calls, factor, one)
+        return found
+
+    def _layer(
+        self, name: str, calls: list[_Call], factor: float, one: _Pass
+    ) -> dict[str, LayerCapture]:
+        module = self.modules[name]
+        expected = one.output.shape[0] if self.examples is None else None
+        for index, call in enumerate(calls):
+            rows = call.raw_input.shape[0]
+            if call.raw_input.ndim < 2 or (expected is not None and rows != expected):
+                raise CaptureError(
+                    f"call {index} of layer {name!r} received {tuple(call.raw_input.shape)} in a "
+                    f"batch of {one.output.shape[0]}: the first axis must be the example"
+                )
+        labels = tuple(_wide(call.gradient) * factor for call in calls)
+        if self.fisher_type == "empirical":
+            columns = tuple(g[None] for g in labels)
+        else:
+            columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
+        bias = module.bias is not None and module.bias.requires_grad
+        groups = getattr(module, "groups", 1)
+        pre = [c.graph.preactivation if c.graph else None for c in calls]
+        return {
+            f"{name}:{k}" if groups > 1 else name: LayerCapture(
+                name=name,
+                layer_type=type(module).__name__,
+                geometry=Geometry.of(module, bias, k),
+                raw_inputs=tuple(_wide(c.raw_input).to(g.dtype) for c, g in zip(calls, labels, strict=True)),
+                raw_output_gradients=columns,
+                raw_label_gradients=labels,
+                raw_outputs=tuple(_wide(call.output) for call in calls),
+                activation=one.activations.get(name),
+                raw_preactivations=tuple(pre) if self.slopes and None not in pre else None,
+                fisher_type=self.fisher_type,
+            )
+            for k in range(groups)
+        }
+
+    def _factor(self, one: _Pass) -> float:
+        """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
+        if one.loss_scale is not None:
+            M = one.output.shape[0]
+            reduction = fisher.reduction_of(self.criterion)
+            return (M if reduction == "mean" else 1.0) / float(one.loss_scale)
+        if one.output_gradient is None:
+            raise OptimizerError(
+                "no gradient arrived at the model's output in this backward pass; call the model "
+                "itself (not model.forward or parts of it) and backpropagate its output"
+            )
+        return recognised_factor(one.output, one.output_gradient, self.criterion)
+
+
+def recognised_factor(
+    output: Tensor, gradient: Tensor, criterion: Callable | None = None
+) -> float:
+    """`1 / kappa` for `dL/df = kappa (p - onehot(y))`, summed terms scaled as `criterion` says.
+
+    kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError` when
+    the gradient is not that of softmax cross entropy, or when an output has several terms and no
+    criterion says whether they are averaged.
+    """
+    criterion = fisher.as_module(criterion) if criterion is not None else None
+    if criterion is not None and not isinstance(criterion, nn.CrossEntropyLoss):
+        raise OptimizerError(
+            f"the scale of the loss cannot be read off its gradient for {type(criterion).__name__}; "
+            "call the very `criterion` object given to the optimizer in the training loop, so that "
+            "its loss can be followed"
+        )
+    if output.ndim < 2 or output.shape[1] < 2:
+        raise OptimizerError(_ASK)
+    f, G = output.double(), gradient.double()
+    smoothing = 0.0 if criterion is None else criterion.label_smoothing
+    classes = f.shape[1]
+    p = f.softmax(1)
+    # only the label's entry is negative; where it was rounded to zero the model is sure of it
+    lowest, labels = G.min(1, keepdim=True)
+    labels = torch.where(lowest < 0, labels, p.argmax(1, keepdim=True))
+    target = torch.full_like(f, smoothing / classes)
+    target.scatter_add_(1, labels, torch.full_like(labels, 1, dtype=f.dtype) * (1 - smoothing))
+    # a row of zeros is an ignored label, unless the model is so sure that its gradient underflowed
+    sure = 1 - p.amax(1, keepdim=True) < 1e-4
+    arrived = (G != 0).any(1, keepdim=True)
+    score = (p - target) * arrived
+    size, rounding = G.norm().item(), torch.finfo(gradient.dtype).eps
+    if size == 0:
+        return 1.0  # every per-example gradient is zero, at any scale
+    kappa = ((G * score).sum() / score.square().sum().clamp(min=1e-300)).item()
+    wrong = (G - kappa * score).norm().item()
+    tolerance = 1e-2 if gradient.dtype.itemsize < 4 else 1e-3
+    if not kappa > 0 or not wrong <= tolerance * size + 16 * rounding * kappa * len(f) ** 0.5:
+        raise OptimizerError(_ASK)
+    terms = int((arrived | sure).sum())
+    if output.ndim == 2 and terms == len(output):
+        return 1 / kappa
+    if criterion is None:
+        raise OptimizerError(
+            "the model's output has several loss terms per example (or ignored ones), so mean and "
+            "sum cannot be told apart: pass `criterion=` (its reduction says which)"
+        )
+    c = len(output) / terms if fisher.reduction_of(criterion) == "mean" else 1.0
+    return c / kappa
+
+
+_ASK = (
+    "the gradient at the model's output is not that of softmax cross entropy, so the scale between the "
+    "loss and the per-example loss is not known; pass `criterion=` (the criterion object that the "
+    "training loop calls) to the optimizer"
+)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:
+    """The captures of one layer, one per pass in which it took part."""
+    return [capture[name] for capture in captures if name in capture]
