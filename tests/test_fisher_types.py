@@ -1,4 +1,4 @@
-"""What exact, mc and empirical mean, for every criterion: against dense autograd, and by counting."""
+"""What exact, mc and empirical mean, for every criterion: by dense autograd, and by counting."""
 
 import itertools
 import math

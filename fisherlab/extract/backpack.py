@@ -15,32 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from backpack.core.derivatives import (
-    adaptive_avg_pool_nd,
-    avgpool1d,
-    avgpool2d,
-    avgpool3d,
-    batchnorm_nd,
-    conv1d,
-    conv2d,
-    conv3d,
-    dropout,
-    elu,
-    flatten,
-    leakyrelu,
-    linear,
-    logsigmoid,
-    maxpool1d,
-    maxpool2d,
-    maxpool3d,
-    relu,
-    sigmoid,
-    sum_module,
-    tanh,
-    zeropad2d,
-)
+from backpack.core import derivatives as rules
 from backpack.custom_module.branching import SumModule
 from backpack.extensions.firstorder.base import (
     FirstOrderBackpropExtension,
@@ -62,70 +40,91 @@ SAVED = "_fisherlab_columns"
 # Linear and Tanh: 2e-6 in float32). The silent mistakes known are above 0.1.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
+
+class LinearRule:
+    """`J^T v` of a linear map without parameters, by autograd: J is the same at every input."""
+
+    def jac_t_mat_prod(
+        self, module: nn.Module, g_inp: tuple, g_out: tuple, columns: Tensor, **_: Any
+    ) -> Tensor:
+        """The columns `[r, n, *out]` as `[r, n, *in]`."""
+        r, n = columns.shape[:2]
+        free = columns.new_zeros(r * n, *module.input0.shape[1:]).requires_grad_()
+        with torch.enable_grad():
+            outputs = module.forward(free)
+        (result,) = torch.autograd.grad(outputs, free, columns.flatten(0, 1))
+        return result.unflatten(0, (r, n))
+
+
+# rules' submodules are loaded by backpack.extensions, above
 LAYERS = {
-    nn.Linear: linear.LinearDerivatives,
-    nn.Conv1d: conv1d.Conv1DDerivatives,
-    nn.Conv2d: conv2d.Conv2DDerivatives,
-    nn.Conv3d: conv3d.Conv3DDerivatives,
+    nn.Linear: rules.linear.LinearDerivatives,
+    nn.Conv1d: rules.conv1d.Conv1DDerivatives,
+    nn.Conv2d: rules.conv2d.Conv2DDerivatives,
+    nn.Conv3d: rules.conv3d.Conv3DDerivatives,
 }
 PASSED = {
-    nn.ReLU: relu.ReLUDerivatives,
-    nn.Sigmoid: sigmoid.SigmoidDerivatives,
-    nn.Tanh: tanh.TanhDerivatives,
-    nn.LeakyReLU: leakyrelu.LeakyReLUDerivatives,
-    nn.LogSigmoid: logsigmoid.LogSigmoidDerivatives,
-    nn.ELU: elu.ELUDerivatives,
-    nn.MaxPool1d: maxpool1d.MaxPool1DDerivatives,
-    nn.MaxPool2d: maxpool2d.MaxPool2DDerivatives,
-    nn.MaxPool3d: maxpool3d.MaxPool3DDerivatives,
-    nn.AvgPool1d: avgpool1d.AvgPool1DDerivatives,
-    nn.AvgPool2d: avgpool2d.AvgPool2DDerivatives,
-    nn.AvgPool3d: avgpool3d.AvgPool3DDerivatives,
-    nn.AdaptiveAvgPool1d: adaptive_avg_pool_nd.AdaptiveAvgPool1dDerivatives,
-    nn.AdaptiveAvgPool2d: adaptive_avg_pool_nd.AdaptiveAvgPool2dDerivatives,
-    nn.AdaptiveAvgPool3d: adaptive_avg_pool_nd.AdaptiveAvgPool3dDerivatives,
-    nn.Dropout: dropout.DropoutDerivatives,
-    nn.Flatten: flatten.FlattenDerivatives,
-    nn.ZeroPad2d: zeropad2d.ZeroPad2dDerivatives,
-    SumModule: sum_module.SumModuleDerivatives,
-} | dict.fromkeys(
-    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), batchnorm_nd.BatchNormNdDerivatives
-)
+    nn.ReLU: rules.relu.ReLUDerivatives,
+    nn.Sigmoid: rules.sigmoid.SigmoidDerivatives,
+    nn.Tanh: rules.tanh.TanhDerivatives,
+    nn.LeakyReLU: rules.leakyrelu.LeakyReLUDerivatives,
+    nn.ELU: rules.elu.ELUDerivatives,
+    nn.MaxPool1d: rules.maxpool1d.MaxPool1DDerivatives,
+    nn.MaxPool2d: rules.maxpool2d.MaxPool2DDerivatives,
+    nn.MaxPool3d: rules.maxpool3d.MaxPool3DDerivatives,
+    nn.BatchNorm1d: rules.batchnorm_nd.BatchNormNdDerivatives,
+    nn.BatchNorm2d: rules.batchnorm_nd.BatchNormNdDerivatives,
+    nn.BatchNorm3d: rules.batchnorm_nd.BatchNormNdDerivatives,
+    nn.Dropout: rules.dropout.DropoutDerivatives,
+    nn.Flatten: rules.flatten.FlattenDerivatives,
+    SumModule: rules.sum_module.SumModuleDerivatives,
+}
+# BackPACK's own rule for means builds a float32 convolution, which fails in float64
+MEANS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+MEANS += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+PASSED |= dict.fromkeys((*MEANS, nn.Identity, nn.Unflatten, nn.ZeroPad2d), LinearRule)
 _ADVICE = "use backend='hooks', which takes any model"
 
 
 class OutputVectors(_Loss):
-    """`sum(f * v_R)`: a loss whose gradient is the last column and whose root is all of them.
-
-    BackPACK starts from modules that subclass torch's `_Loss`, and from no others.
-    """
+    """`sum(f * v_R)`: a loss, which is where BackPACK starts; its gradient is the last column."""
 
     def __init__(self, columns: Tensor) -> None:
         super().__init__()
         self.columns = columns
 
     def forward(self, outputs: Tensor) -> Tensor:
+        """A number, for autograd to start from."""
         return (outputs * self.columns[-1]).sum()
 
 
 class LeaveRoot(ModuleExtension):
     """The loss: send our own columns, of any criterion and from any generator."""
 
-    def backpropagate(self, extension, module, g_inp, g_out, columns) -> Tensor:
+    def backpropagate(
+        self, extension: Any, module: nn.Module, g_inp: tuple, g_out: tuple, columns: None
+    ) -> Tensor:
+        """`[r, n, ...]`, where BackPACK would take a root of the Hessian of its own."""
         return module.columns
 
 
 class LeaveColumns(MatToJacMat):
     """A layer: leave the columns that reach its output, then send them through its Jacobian."""
 
-    def weight(self, extension, module, g_inp, g_out, columns) -> Tensor:
+    def weight(
+        self, extension: Any, module: nn.Module, g_inp: tuple, g_out: tuple, columns: Tensor
+    ) -> Tensor:
+        """What is saved on the weight: `[r, n, ...]` at the layer's output."""
         return columns
 
 
 class LeaveGradient(FirstOrderModuleExtension):
     """A layer: leave the gradient that reaches its output."""
 
-    def weight(self, extension, module, g_inp, g_out, _) -> Tensor:
+    def weight(
+        self, extension: Any, module: nn.Module, g_inp: tuple, g_out: tuple, columns: None
+    ) -> Tensor:
+        """What is saved on the weight: `[1, n, ...]` at the layer's output."""
         return g_out[0][None]
 
 
@@ -133,11 +132,12 @@ class OutputColumns(SecondOrderBackpropExtension):
     """All columns at the output of every layer."""
 
     def __init__(self) -> None:
-        rules = {kind: LeaveColumns(rule(), ["weight"]) for kind, rule in LAYERS.items()}
-        rules |= {kind: MatToJacMat(rule()) for kind, rule in PASSED.items()}
-        super().__init__(SAVED, rules | {OutputVectors: LeaveRoot()})
+        table = {kind: LeaveColumns(rule(), ["weight"]) for kind, rule in LAYERS.items()}
+        table |= {kind: MatToJacMat(rule()) for kind, rule in PASSED.items()}
+        super().__init__(SAVED, table | {OutputVectors: LeaveRoot()})
 
     def accumulate_backpropagated_quantities(self, existing: Tensor, other: Tensor) -> Tensor:
+        """Where the graph branches, columns add."""
         return existing + other
 
 
@@ -173,7 +173,7 @@ def run(
 def fill(
     outputs: Tensor, record: Record, follower: Follower, labels: Tensor, columns: list[Tensor]
 ) -> None:
-    """Send columns and probe backwards in one pass; compare the probe; leave the rest on the calls."""
+    """Send columns and probe backwards in one pass; compare the probe, leave the rest."""
     # a loss at its minimum has a zero gradient, which would compare equal to anything
     vanished = bool(columns) and not labels.any()
     probe = torch.ones_like(labels) if vanished else labels
@@ -237,14 +237,14 @@ class Follower:
         self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> None:
         inputs = (*args, *kwargs.values())
-        # a Dropout in evaluation, an Identity or a Flatten of a matrix hands its input through
-        if any(output is given for given in inputs):
-            return
         outputs = output if isinstance(output, tuple | list) else (output,)
         if not any(isinstance(o, Tensor) and o.requires_grad for o in outputs):
             return
         _refuse(name, module, again=name in self.called)
         self.called.add(name)
+        # a Dropout in evaluation, an Identity or a Flatten of a matrix hands its input through
+        if any(output is given for given in inputs):
+            return
         arrive = partial(self._arrived, name, module, inputs, output)
         self._handles.append(output.register_hook(arrive))
 

@@ -90,19 +90,20 @@ def recording(modules: dict[str, nn.Module], model: nn.Module) -> Iterator[Recor
     handles = []
 
     def remember(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if not record.active:
-                return
+                return None
             raw = args[0] if args else kwargs["input"]
             if not output.requires_grad:
                 record.without_graph.add(name)
-                return
+                return None
             # the edge is taken here, before an in-place activation can rewire the output
-            call = Call(
-                raw.detach(), get_gradient_edge(output), output.detach(), raw._version, 0
-            )
+            call = Call(raw.detach(), get_gradient_edge(output), output.detach(), raw._version, 0)
             call.output_version = call.output._version
             record.calls.setdefault(name, []).append(call)
+            # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
+            # view's history, and the edge would silently receive nothing
+            return output.clone() if output._is_view() else None
 
         return hook
 
