@@ -94,6 +94,11 @@ def recording(modules: dict[str, nn.Module], model: nn.Module) -> Iterator[Recor
             if not record.active:
                 return None
             raw = args[0] if args else kwargs["input"]
+            if not isinstance(output, Tensor):
+                raise CaptureError(
+                    f"layer {name!r} is a {type(module).__name__} that returns "
+                    f"{type(output).__name__}, not one tensor; leave it out with `layers=`"
+                )
             if not output.requires_grad:
                 record.without_graph.add(name)
                 return None
