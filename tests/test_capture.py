@@ -240,6 +240,7 @@ def test_tied_and_repeated_layers_join_their_positions():
     layers = capture(model, CE, x, y)
     assert list(layers) == ["first", "head"]
     assert layers["first"].positions == 2
+    assert capture(model, CE, x, y, layers="first")["first"].positions == 2
     model, x, y = HOOKS_ONLY["called several times"]()
     assert capture(model, CE, x, y)["map"].inputs.shape == (3, 3, 5)
 

@@ -279,3 +279,32 @@ def test_models_that_return_no_tensor_and_weights_shared_across_kinds():
     tokens = torch.tensor([[0, 1], [3, 4]])
     with pytest.raises(CaptureError, match="'decode' .*shares its weight with 'embed'"):
         capture(Language().double(), CE, tokens, tokens)
+
+    class Reversed(Language):
+        def __init__(self):
+            super().__init__()
+            del self.embed
+            self.embed = nn.Embedding(5, 4)
+            self.embed.weight = self.decode.weight
+
+    with pytest.raises(CaptureError, match="'embed' .*shares its weight with 'decode'"):
+        capture(Reversed().double(), CE, tokens, tokens, layers=["decode"])
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_model_compiled_before_the_capture_is_refused(backend):
+    """`torch.compile` ignores later hooks without a word: an empty result is no result."""
+    model, x, y = torch.compile(net(nn.Linear(4, 3)), backend="eager"), randn(3, 4), torch.arange(3)
+    model(x)
+    with pytest.raises(CaptureError, match="none of _orig_mod.0 was called"):
+        capture(model, CE, x, y, backend=backend)
+
+
+def test_every_argument_of_the_model_is_checked():
+    model, x, y = net(nn.Linear(4, 3)), randn(3, 4), torch.arange(3)
+    wrong = x.clone()
+    wrong[1, 2] = float("inf")
+    with pytest.raises(CaptureError, match=r"x\['mask'\] has NaN or inf entries, first in row 1"):
+        capture(model, CE, {"input": x, "mask": wrong}, y)
+    with pytest.raises(CaptureError, match=r"x\[1\] is torch.float32"):
+        capture(model, CE, (x, x.float()), y)

@@ -85,7 +85,7 @@ def capture(
     check_model(model)
     modules = select(model, layers)
     if not modules:
-        raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d/2d/3d")
+        raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d-3d")
 
     def vectors(outputs: Tensor) -> Iterator[Tensor]:
         return fisher.output_vectors(fisher_type, criterion, outputs, y, mc_samples, generator)
@@ -107,6 +107,11 @@ def capture(
             record, outputs, activations = _by_hooks(
                 model, modules, partial(_forward, model, x), check, criterion, y, columns
             )
+    if layers is None and not record.calls and not record.without_graph:
+        raise CaptureError(
+            f"none of {', '.join(modules)} was called; a model compiled before the capture ignores "
+            "new hooks: pass the module that was compiled"
+        )
     captured = _assemble(modules, record, activations, outputs.shape[0], fisher_type)
     skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
     skipped |= {n: "not called in this forward pass" for n in modules if n not in record.calls}
@@ -235,4 +240,4 @@ def _check_calls(name: str, calls: list[Call], examples: int) -> None:
                 "[n, ..., features] instead of flattening positions into the batch"
             )
         if not torch.isfinite(call.gradients).all():
-            raise CaptureError(f"the gradient at the output of layer {name!r} has NaN or inf entries")
+            raise CaptureError(f"the gradient at the output of {name!r} has NaN or inf entries")

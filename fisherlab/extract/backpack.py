@@ -45,7 +45,7 @@ class LinearRule:
     """`J^T v` of a linear map without parameters, by autograd: J is the same at every input."""
 
     def jac_t_mat_prod(
-        self, module: nn.Module, g_inp: tuple, g_out: tuple, columns: Tensor, **_: Any
+        self, module: Any, g_inp: tuple, g_out: tuple, columns: Tensor, **_: Any
     ) -> Tensor:
         """The columns `[r, n, *out]` as `[r, n, *in]`."""
         r, n = columns.shape[:2]
@@ -81,8 +81,8 @@ PASSED = {
 }
 # BackPACK's own rule for means builds a float32 convolution, which fails in float64
 MEANS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-MEANS += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-PASSED |= dict.fromkeys((*MEANS, nn.Identity, nn.Unflatten, nn.ZeroPad2d), LinearRule)
+ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+PASSED |= dict.fromkeys((*MEANS, *ADAPTIVE, nn.Identity, nn.Unflatten, nn.ZeroPad2d), LinearRule)
 _ADVICE = "use backend='hooks', which takes any model"
 
 
@@ -102,7 +102,7 @@ class LeaveRoot(ModuleExtension):
     """The loss: send our own columns, of any criterion and from any generator."""
 
     def backpropagate(
-        self, extension: Any, module: nn.Module, g_inp: tuple, g_out: tuple, columns: None
+        self, extension: Any, module: OutputVectors, g_inp: tuple, g_out: tuple, columns: None
     ) -> Tensor:
         """`[r, n, ...]`, where BackPACK would take a root of the Hessian of its own."""
         return module.columns
@@ -263,7 +263,7 @@ class Follower:
                     f"module itself is the usual cause; {_ADVICE}"
                 ) from error
             if name in self.kept:
-                self.columns[name] = vars(module.weight).get(SAVED)
+                self.columns[name] = vars(module.weight)[SAVED]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def as_module(criterion: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Terms:
-    """The loss terms of one batch: the scale `c` and which terms count, `[n, ...]` or None for all."""
+    """The loss terms of one batch: the scale `c`, and which count, `[n, ...]` or None for all."""
 
     scale: float
     counted: Tensor | None = None
@@ -117,8 +117,8 @@ def check_additive(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
     if not torch.allclose(whole, parts, rtol=1e-3 if whole.dtype == torch.float32 else 1e-8):
         raise CaptureError(
             f"{_name(criterion)} is not a {reduction_of(criterion)} of per-example losses "
-            f"({whole.item():.6g} for the batch, {parts.item():.6g} from its two halves), so it has "
-            "no per-example gradient"
+            f"({whole.item():.6g} for the batch, {parts.item():.6g} from its two halves), so it "
+            "has no per-example gradient"
         )
 
 

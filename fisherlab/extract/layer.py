@@ -1,4 +1,4 @@
-"""`LayerCapture`: what the passes leave at one layer, and the weight-sharing form made of it on demand.
+"""`LayerCapture`: what the passes leave at one layer; its weight-sharing form, made on demand.
 
 Every layer is an affine map with shared weights, `s[n,t] = W a[n,t]`: a `Linear` over `[n, ..., i]`
 has its middle axes as positions, a convolution its output pixels, a module called several times its

@@ -49,9 +49,9 @@ def _choice(
 ) -> Choice:
     plain = "plain gradient"
     if fused:
-        return Choice(name, module, plain, "packed inside nn.MultiheadAttention, which calls no layer")
+        return Choice(name, module, plain, "inside nn.MultiheadAttention, which calls no layer")
     if isinstance(module, _RECURRENT):
-        return Choice(name, module, plain, "fused recurrence; fl.models' lstm is built of Linear maps")
+        return Choice(name, module, plain, "fused recurrence; fl.models' lstm is of Linear maps")
     if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         kind = type(module).__name__
         tied = owners.get(id(getattr(module, "weight", None)))
@@ -72,26 +72,35 @@ def select(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modul
     """The modules to capture by name; unknown or unsupported names are refused with the reason."""
     known = {choice.name: choice for choice in choices(model)}
     if layers is None:
-        tied = [c for c in known.values() if c.status == "tied"]
-        for choice in tied:
-            first = known[choice.reason.split("'")[1]]
-            if not (isinstance(choice.module, nn.Linear) and isinstance(first.module, nn.Linear)):
-                raise CaptureError(
-                    f"layer {choice.name!r} {choice.reason}: the block of a weight used by two "
-                    "different kinds of layer is not defined; name the others with `layers=`"
-                )
-        return {c.name: c.module for c in known.values() if c.status in ("exact", "tied")}
-    if isinstance(layers, str):
-        layers = [layers]
+        chosen = {c.name: c.module for c in known.values() if c.status == "exact"}
+        return chosen | _sharing(known, set(known))
     chosen = {}
-    for name in layers:
+    for name in [layers] if isinstance(layers, str) else layers:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3) or list(known)[:5]
             raise CaptureError(f"no layer {name!r} in this model; nearest: {', '.join(near)}")
         if known[name].status != "exact":
             raise CaptureError(f"layer {name!r} has no block: {known[name].reason}")
         chosen[name] = known[name].module
-    return chosen
+    return chosen | _sharing(known, set(chosen))
+
+
+def _sharing(known: dict[str, Choice], owners: set[str]) -> dict[str, nn.Module]:
+    """The layers that share the weight of one of `owners`: one block, the positions of all."""
+    found: dict[str, nn.Module] = {}
+    for choice in known.values():
+        owner = choice.reason.split("'")[1] if choice.status == "tied" else None
+        if owner not in owners:
+            continue
+        if not (
+            isinstance(choice.module, nn.Linear) and isinstance(known[owner].module, nn.Linear)
+        ):
+            raise CaptureError(
+                f"layer {choice.name!r} {choice.reason}: the block of a weight used by two "
+                "different kinds of layer is not defined; name other layers with `layers=`"
+            )
+        found[choice.name] = choice.module
+    return found
 
 
 def check_model(model: nn.Module) -> None:
@@ -122,30 +131,32 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
-    """Refuse an empty batch, NaN or inf, and an input of another floating dtype than the model's."""
+    """Refuse an empty batch, NaN or inf, and inputs of another dtype or device than the model's."""
     parameter = next(model.parameters(), None)
-    for tensor, role in ((_first(x), "x"), (y, "y")):
-        if tensor is None:
-            continue
+    for tensor, role in (*_tensors(x), (y, "y")):
         if tensor.ndim == 0 or tensor.shape[0] == 0:
             raise CaptureError(f"{role} is an empty batch, shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.ndim > 1 else None
             rows = "" if bad is None else f", first in row {int(bad.nonzero()[0])}"
             raise CaptureError(f"{role} has NaN or inf entries{rows}")
-    tensor = _first(x)
-    if parameter is None or tensor is None:
+    if parameter is None:
         return
-    if tensor.is_floating_point() and tensor.dtype != parameter.dtype:
-        raise CaptureError(
-            f"x is {tensor.dtype} and the model {parameter.dtype}; convert one of them"
-        )
-    if tensor.device != parameter.device:
-        raise CaptureError(f"x is on {tensor.device} and the model on {parameter.device}")
+    for tensor, role in _tensors(x):
+        if tensor.is_floating_point() and tensor.dtype != parameter.dtype:
+            raise CaptureError(
+                f"{role} is {tensor.dtype} and the model {parameter.dtype}; convert one of them"
+            )
+        if tensor.device != parameter.device:
+            raise CaptureError(f"{role} is on {tensor.device} and the model on {parameter.device}")
 
 
-def _first(x: object) -> Tensor | None:
-    if isinstance(x, Tensor):
-        return x
-    values = x.values() if isinstance(x, dict) else x if isinstance(x, tuple | list) else ()
-    return next((value for value in values if isinstance(value, Tensor)), None)
+def _tensors(x: object) -> list[tuple[Tensor, str]]:
+    """The tensors among the model's arguments, and what to call each."""
+    if isinstance(x, dict):
+        named = [(value, f"x[{key!r}]") for key, value in x.items()]
+    elif isinstance(x, tuple | list):
+        named = [(value, f"x[{k}]") for k, value in enumerate(x)]
+    else:
+        named = [(x, "x")]
+    return [(value, role) for value, role in named if isinstance(value, Tensor)]

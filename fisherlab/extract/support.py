@@ -44,10 +44,14 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
         }
         if choice.status == "exact":
             calls = record.calls.get(choice.name)
-            row |= {"status": "plain gradient", "reason": "not called"} if not calls else {
-                "backend": "hooks",
-                **_costs(choice.module, calls, rate),
-            }
+            row |= (
+                {"status": "plain gradient", "reason": "not called"}
+                if not calls
+                else {
+                    "backend": "hooks",
+                    **_costs(choice.module, calls, rate),
+                }
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
