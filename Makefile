@@ -1,0 +1,42 @@
+# Every target makes .venv if it is missing, and again when pyproject.toml or constraints.txt change.
+# Recipes are short on purpose: what a test run consists of is in .ci/run.
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# These nets are small: a second thread per process costs more than it gives.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint notebooks bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       compare every approximation on scikit-learn's digits -> runs/demo"
+	@echo "make test       format, lint, types, tests, notebooks"
+	@echo "make lint       format, lint, types"
+	@echo "make notebooks  execute the notebooks"
+	@echo "make bench      measure speed"
+	@echo "make clean      remove .venv, caches and runs (not data/downloads)"
+
+demo: $(STAMP)
+	$(BIN)/fisherlab compare --data digits --model mlp --out runs/demo --overwrite
+
+test: $(STAMP)
+	.ci/run
+
+lint: $(STAMP)
+	.ci/run lint
+
+notebooks: $(STAMP)
+	.ci/run notebooks
+
+bench: $(STAMP)
+	$(BIN)/fisherlab bench
+
+clean:
+	rm -rf .venv runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find fisherlab tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	.ci/install
