@@ -1,0 +1,73 @@
+"""The registry of data sets, and `load`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import TensorDataset
+
+from fisherlab.datasets.card import Card, DatasetError
+from fisherlab.datasets.files import data_folder, verified
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory: inputs float32 (tokens int64), labels int64 `[n]`, targets `[n, 1]`."""
+
+    train: TensorDataset
+    test: TensorDataset
+    card: Card
+    valid: TensorDataset | None = None  # where the source has one
+    vocabulary: tuple[str, ...] = ()  # the word of every token
+    # A regression target is `target_mean + target_std * y` in the units of the source.
+    target_mean: float = 0.0
+    target_std: float = 1.0
+
+
+Loader = Callable[[Card, dict[str, Path]], Dataset]
+_REGISTRY: dict[str, tuple[Card, Loader]] = {}
+
+
+def register(card: Card) -> Callable[[Loader], Loader]:
+    """Enter a loader under its card's name; it gets the card and `{path: verified file}`."""
+
+    def enter(loader: Loader) -> Loader:
+        if card.name in _REGISTRY:
+            raise DatasetError(f"a data set named {card.name!r} is already registered")
+        _REGISTRY[card.name] = card, loader
+        return loader
+
+    return enter
+
+
+def names() -> list[str]:
+    """The registered names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def card(name: str) -> Card:
+    """The card of a data set, which need not be installed. Raises `DatasetError` if unknown."""
+    return _entry(name)[0]
+
+
+def load(name: str, *, root: str | Path | None = None) -> Dataset:
+    """Read a data set; deterministic, offline, and the global random state stays as it was.
+
+    `root` is the folder that holds one folder per data set, default `$FISHERLAB_DATA`, else the
+    downloads of `fisherlab data fetch`. Bundled data sets need none. Raises `DatasetError` for an
+    unknown name, a missing file, or one whose sha256 is not the card's.
+    """
+    card, loader = _entry(name)
+    folder = data_folder(root) if card.files else Path()
+    return loader(card, verified(card, folder))
+
+
+def _entry(name: str) -> tuple[Card, Loader]:
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise DatasetError(f"unknown data set {name!r}{hint} Known: {', '.join(names())}")
