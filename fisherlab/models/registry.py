@@ -1,0 +1,172 @@
+"""The registry of models, and `create`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "identity": nn.Identity,
+}
+
+
+class ModelError(ValueError):
+    """A model that is unknown, or arguments that make none."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every model is told; each uses what it needs."""
+
+    num_classes: int
+    in_channels: int
+    size: tuple[int, ...] | None  # of one example without its channels; None: the model's default
+    width: float
+    batch_norm: bool
+    activation: str
+
+    def scaled(self, features: int) -> int:
+        """A number of features times the width, at least 1."""
+        return max(1, round(self.width * features))
+
+    def activate(self) -> nn.Module:
+        """A new activation module: never in place, and never one module in two places."""
+        return ACTIVATIONS[self.activation]()
+
+    def normalise(self, channels: int) -> nn.Module:
+        """A batch norm over channels, or nothing."""
+        return nn.BatchNorm2d(channels) if self.batch_norm else nn.Identity()
+
+    def image_size(self, default: int) -> tuple[int, int]:
+        """Height and width of the images; a vector is refused."""
+        height, *rest = self.size or (default, default)
+        if len(rest) != 1:
+            raise ModelError(
+                f"this model takes images, input_size (c, h, w) or (h, w); got {self.size}"
+            )
+        return height, rest[0]
+
+
+Builder = Callable[..., nn.Module]
+_REGISTRY: dict[str, Builder] = {}
+
+
+def register(builder: Builder) -> Builder:
+    """Enter a function `(spec, *, options) -> module` under its own name."""
+    if builder.__name__ in _REGISTRY:
+        raise ModelError(f"a model named {builder.__name__!r} is already registered")
+    _REGISTRY[builder.__name__] = builder
+    return builder
+
+
+def names() -> list[str]:
+    """The registered names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    input_size: int | tuple[int, ...] | None = None,
+    width: float = 1.0,
+    batch_norm: bool = True,
+    activation: str = "relu",
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A model by name, on the CPU, with torch's own initialisation drawn from `generator`.
+
+    `input_size` is the shape of one example: all of it, `(c, h, w)` or `(features,)`, or without
+    channels `(h, w)`; an int is the number of features of an mlp or autoencoder and the side of a
+    square image elsewhere. `width` multiplies every hidden layer. `batch_norm` is for the vgg and
+    resnet; the others have none. `generator=None` is a fresh one seeded with 0; the global random
+    state stays as it was. `options` are the model's own: `hidden` (mlp, autoencoder), `code`
+    (autoencoder), `layers` (lstm, transformer), `heads` (transformer).
+
+    Raises `ModelError` for an unknown name, activation or option, and for sizes that make no model.
+    """
+    builder = _builder(name)
+    _check_options(name, builder, options)
+    for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{key} must be a positive integer, got {value!r}")
+    if not 0 < width < math.inf:
+        raise ModelError(f"width must be positive and finite, got {width!r}")
+    if activation not in ACTIVATIONS:
+        raise ModelError(_unknown("activation", activation, sorted(ACTIVATIONS)))
+    channels, size = _input_shape(name, in_channels, input_size)
+    spec = Spec(num_classes, channels, size, width, batch_norm, activation)
+    return _initialised(lambda: builder(spec, **options), generator)
+
+
+def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | None) -> nn.Module:
+    """What `build` makes when torch's initialisation draws from a stream of the generator's."""
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    # On the CPU, so that one seed is one model whatever the default device is.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Not torch.manual_seed: it would reset the streams of the GPUs, which are not forked.
+        torch.default_generator.manual_seed(int(seed))
+        return build()
+
+
+def _builder(name: str) -> Builder:
+    if name not in _REGISTRY:
+        raise ModelError(_unknown("model", name, names()))
+    return _REGISTRY[name]
+
+
+def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None:
+    known = list(inspect.signature(builder).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ModelError(_unknown(f"option of {name!r}", option, known))
+
+
+def _unknown(kind: str, got: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"unknown {kind}: {got!r}{hint} Known: {', '.join(known) or 'none'}"
+
+
+def _input_shape(
+    name: str, in_channels: int, input_size: int | tuple[int, ...] | None
+) -> tuple[int, tuple[int, ...] | None]:
+    """The channels and the size without them."""
+    if input_size is None:
+        return in_channels, None
+    size: tuple[int, ...]
+    if isinstance(input_size, int):
+        flat = name in ("mlp", "autoencoder")
+        size = (input_size,) if flat else (input_size, input_size)
+    else:
+        size = tuple(input_size)
+    if not 1 <= len(size) <= 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ModelError(
+            f"input_size must be an int, (features,), (h, w) or (c, h, w), all positive; "
+            f"got {input_size!r}"
+        )
+    if len(size) < 3:
+        return in_channels, size
+    if in_channels not in (3, size[0]):
+        raise ModelError(
+            f"in_channels={in_channels} contradicts input_size={input_size!r}; leave one out"
+        )
+    return size[0], size[1:]

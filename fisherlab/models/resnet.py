@@ -1,0 +1,85 @@
+"""Residual networks for small images, with a 3 x 3 stem (He et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fisherlab.models.registry import Spec, register
+
+
+class BasicBlock(nn.Module):
+    """`activation(x' + conv(activation(conv(x))))`, where x' is x, or a 1 x 1 convolution of it."""
+
+    def __init__(self, spec: Spec, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(spec, channels, out, 3, stride)
+        self.norm1 = spec.normalise(out)
+        self.activation1 = spec.activate()
+        self.conv2 = _conv(spec, out, out, 3)
+        self.norm2 = spec.normalise(out)
+        self.activation2 = spec.activate()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(
+                _conv(spec, channels, out, 1, stride), spec.normalise(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, channels, h, w] -> [n, out, h / stride, w / stride]`."""
+        residual = self.activation1(self.norm1(self.conv1(x)))
+        residual = self.norm2(self.conv2(residual))
+        return self.activation2(self.shortcut(x) + residual)
+
+
+class ResNet(nn.Sequential):
+    """A stem, stages of basic blocks of which all but the first halve the image, a linear head."""
+
+    def __init__(self, spec: Spec, widths: Sequence[int], depths: Sequence[int]) -> None:
+        spec.image_size(32)  # any will do, but a vector
+        channels = spec.scaled(widths[0])
+        stem = [_conv(spec, spec.in_channels, channels, 3), spec.normalise(channels)]
+        blocks = list[nn.Module]()
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(BasicBlock(spec, channels, spec.scaled(width), stride))
+                channels = spec.scaled(width)
+        super().__init__(
+            *stem,
+            spec.activate(),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, spec.num_classes),
+        )
+
+
+@register
+def resnet20(spec: Spec) -> ResNet:
+    """Three stages of three blocks, 16 to 64 channels: 0.27 M parameters."""
+    return ResNet(spec, (16, 32, 64), (3, 3, 3))
+
+
+@register
+def resnet32(spec: Spec) -> ResNet:
+    """Three stages of five blocks, 16 to 64 channels: 0.47 M parameters."""
+    return ResNet(spec, (16, 32, 64), (5, 5, 5))
+
+
+@register
+def resnet18(spec: Spec) -> ResNet:
+    """Four stages of two blocks, 64 to 512 channels: 11.17 M parameters."""
+    return ResNet(spec, (64, 128, 256, 512), (2, 2, 2, 2))
+
+
+@register
+def resnet34(spec: Spec) -> ResNet:
+    """Four stages of 3, 4, 6, 3 blocks, 64 to 512 channels: 21.28 M parameters."""
+    return ResNet(spec, (64, 128, 256, 512), (3, 4, 6, 3))
+
+
+def _conv(spec: Spec, channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    # The bias of a convolution below a batch norm has no effect.
+    return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=not spec.batch_norm)
