@@ -4,10 +4,6 @@
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# These nets are small: a second thread per process costs more than it gives.
-export OMP_NUM_THREADS ?= 1
-export MKL_NUM_THREADS ?= 1
-
 .PHONY: help demo test lint notebooks bench clean
 .DELETE_ON_ERROR:
 
