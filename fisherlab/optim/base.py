@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from fisherlab.optim.recorder import OptimizerError, blocked_layers
+from fisherlab.optim.recorder import blocked_layers
+from fisherlab.optim.scale import OptimizerError
 
 
 @dataclass(frozen=True)

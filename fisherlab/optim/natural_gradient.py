@@ -15,7 +15,8 @@ from fisherlab.approximations.damping import constant as constant_rule
 from fisherlab.blocks import Block, DirectSum, from_dict, to_dict
 from fisherlab.extract import LayerCapture
 from fisherlab.optim.base import CurvatureOptimizer, Weight
-from fisherlab.optim.recorder import OptimizerError, Recorder, delivered
+from fisherlab.optim.recorder import Recorder, delivered
+from fisherlab.optim.scale import OptimizerError
 
 
 class NaturalGradient(CurvatureOptimizer):

@@ -22,10 +22,7 @@ from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.select import choices
-
-
-class OptimizerError(RuntimeError):
-    """A step that cannot be taken; nothing has been changed."""
+from fisherlab.optim.scale import OptimizerError, scale_factor
 
 
 @dataclass
@@ -286,74 +283,7 @@ class Recorder:
 
     def _factor(self, one: _Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
-        if one.loss_scale is not None:
-            M = one.output.shape[0]
-            reduction = fisher.reduction_of(self.criterion)
-            return (M if reduction == "mean" else 1.0) / float(one.loss_scale)
-        if one.output_gradient is None:
-            raise OptimizerError(
-                "no gradient arrived at the model's output in this backward pass; call the model "
-                "itself (not model.forward or parts of it) and backpropagate its output"
-            )
-        return recognised_factor(one.output, one.output_gradient, self.criterion)
-
-
-def recognised_factor(
-    output: Tensor, gradient: Tensor, criterion: Callable | None = None
-) -> float:
-    """`1 / kappa` for `dL/df = kappa (p - onehot(y))`, summed terms scaled as `criterion` says.
-
-    kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError` when
-    the gradient is not that of softmax cross entropy, or when an output has several terms and no
-    criterion says whether they are averaged.
-    """
-    criterion = fisher.as_module(criterion) if criterion is not None else None
-    if criterion is not None and not isinstance(criterion, nn.CrossEntropyLoss):
-        raise OptimizerError(
-            f"the scale of the loss cannot be read off its gradient for {type(criterion).__name__}; "
-            "call the very `criterion` object given to the optimizer in the training loop, so that "
-            "its loss can be followed"
-        )
-    if output.ndim < 2 or output.shape[1] < 2:
-        raise OptimizerError(_ASK)
-    f, G = output.double(), gradient.double()
-    smoothing = 0.0 if criterion is None else criterion.label_smoothing
-    classes = f.shape[1]
-    p = f.softmax(1)
-    # only the label's entry is negative; where it was rounded to zero the model is sure of it
-    lowest, labels = G.min(1, keepdim=True)
-    labels = torch.where(lowest < 0, labels, p.argmax(1, keepdim=True))
-    target = torch.full_like(f, smoothing / classes)
-    target.scatter_add_(1, labels, torch.full_like(labels, 1, dtype=f.dtype) * (1 - smoothing))
-    # a row of zeros is an ignored label, unless the model is so sure that its gradient underflowed
-    sure = 1 - p.amax(1, keepdim=True) < 1e-4
-    arrived = (G != 0).any(1, keepdim=True)
-    score = (p - target) * arrived
-    size, rounding = G.norm().item(), torch.finfo(gradient.dtype).eps
-    if size == 0:
-        return 1.0  # every per-example gradient is zero, at any scale
-    kappa = ((G * score).sum() / score.square().sum().clamp(min=1e-300)).item()
-    wrong = (G - kappa * score).norm().item()
-    tolerance = 1e-2 if gradient.dtype.itemsize < 4 else 1e-3
-    if not kappa > 0 or not wrong <= tolerance * size + 16 * rounding * kappa * len(f) ** 0.5:
-        raise OptimizerError(_ASK)
-    terms = int((arrived | sure).sum())
-    if output.ndim == 2 and terms == len(output):
-        return 1 / kappa
-    if criterion is None:
-        raise OptimizerError(
-            "the model's output has several loss terms per example (or ignored ones), so mean and "
-            "sum cannot be told apart: pass `criterion=` (its reduction says which)"
-        )
-    c = len(output) / terms if fisher.reduction_of(criterion) == "mean" else 1.0
-    return c / kappa
-
-
-_ASK = (
-    "the gradient at the model's output is not that of softmax cross entropy, so the scale between the "
-    "loss and the per-example loss is not known; pass `criterion=` (the criterion object that the "
-    "training loop calls) to the optimizer"
-)
+        return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
 
 
 def _wide(tensor: Tensor) -> Tensor:

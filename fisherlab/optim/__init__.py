@@ -1,0 +1,28 @@
+"""Runnable optimizers: one for every approximation, and those that are more than a preconditioner."""
+
+from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
+from fisherlab.optim.create import create, names
+from fisherlab.optim.fngd import FNGD
+from fisherlab.optim.kbfgs import KBFGSOptimizer
+from fisherlab.optim.natural_gradient import NaturalGradient
+from fisherlab.optim.ngd import NGD
+from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.sngd import reconstruct, refresh, restore
+from fisherlab.optim.woodbury import NGDSMW, TENGraD
+
+__all__ = [
+    "ANG",
+    "FNGD",
+    "NGD",
+    "NGDSMW",
+    "KBFGSOptimizer",
+    "NaturalGradient",
+    "OptimizerError",
+    "TENGraD",
+    "TruncatedNaturalGradient",
+    "create",
+    "names",
+    "reconstruct",
+    "refresh",
+    "restore",
+]

@@ -1,0 +1,130 @@
+"""ANG: from the natural gradient to SGD's direction along the sphere; and truncated KFAC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.approximations import Approximation
+from fisherlab.optim.natural_gradient import NaturalGradient
+
+Schedule = Callable[[float], float]
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": lambda p: p,
+    "concave": lambda p: (1 - math.exp(-5 * p)) / (1 - math.exp(-5)),
+    "convex": lambda p: (math.exp(5 * p) - 1) / (math.exp(5) - 1),
+}
+
+
+class ANG(NaturalGradient):
+    """`W <- W + lr u`, `u` between the natural direction `d = G^{-1} t` and `t = -grad`.
+
+        u = rho (sin((1 - s) Omega) d/|d| + sin(s Omega) t/|t|) / sin Omega,
+        rho = |d|,   Omega = arccos(d.t / (|d| |t|)),   s from 0 (natural) to 1 (Euclidean)
+
+    ANG (5)-(7), Alg. 2; linear blending where Omega vanishes, `t` where `d.t < 0`. `s` follows
+    `schedule` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`.
+    The amplitude stays `rho` (`"natural"`, the paper): at s = 1 the step is `(|d|/|t|) t`, SGD with a
+    layer-wise factor, kept in `factors`; `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer"
+    (Alg. 2) or "global", over all layers together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        approximation: Approximation,
+        *,
+        total_steps: int,
+        schedule: str | Schedule = "concave",
+        scope: str = "layer",
+        amplitude: str = "natural",
+        **options: Any,
+    ) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps is the length of the run, at least 1; got {total_steps}")
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)} or a callable")
+        if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
+            raise ValueError(
+                f"scope is 'layer' or 'global' and amplitude 'natural' or 'blended', got {scope!r} "
+                f"and {amplitude!r}"
+            )
+        super().__init__(model, approximation, **options)
+        self.total_steps, self.scope, self.amplitude = total_steps, scope, amplitude
+        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        self.factors: dict[str, float] = {}
+
+    @property
+    def blend(self) -> float:
+        """`s` of the current step: 0 natural, 1 Euclidean."""
+        progress = min(1.0, self.steps / max(1, self.total_steps - 1))
+        return float(self.schedule(progress))
+
+    def combine(
+        self, gradients: dict[str, Tensor], directions: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        s = self.blend
+        groups = [[name] for name in directions] if self.scope == "layer" else [list(directions)]
+        found: dict[str, Tensor] = {}
+        for names in groups:
+            d = torch.cat([directions[name].flatten() for name in names])
+            t = torch.cat([gradients[name].flatten() for name in names])
+            u = blended(d, t, s, self.amplitude)
+            if len(names) == 1:
+                self.factors[names[0]] = (d.norm() / t.norm().clamp(min=1e-30)).item()
+            pieces = u.split([directions[name].numel() for name in names])
+            found |= {
+                name: piece.view_as(directions[name])
+                for name, piece in zip(names, pieces, strict=True)
+            }
+        return found
+
+
+def blended(d: Tensor, t: Tensor, s: float, amplitude: str = "natural") -> Tensor:
+    """The point between `d` and `t` on the sphere, of the length of `d`.      ANG (6), (7)."""
+    rho, size = d.norm(), t.norm()
+    if rho == 0 or size == 0:
+        return d
+    cosine = ((d / rho) @ (t / size)).clamp(-1, 1)
+    if cosine < 0:
+        return t
+    omega = cosine.double().arccos()
+    if omega < 1e-4:
+        unit = (1 - s) * d / rho + s * t / size
+    else:
+        toward_d = torch.sin((1 - s) * omega) / torch.sin(omega)
+        toward_t = torch.sin(s * omega) / torch.sin(omega)
+        unit = toward_d.to(d) * d / rho + toward_t.to(d) * t / size
+    return unit * (rho if amplitude == "natural" else rho ** (1 - s) * size**s)
+
+
+class TruncatedNaturalGradient(NaturalGradient):
+    """The natural gradient until `switch_step`, then SGD with a fresh momentum buffer.      ANG 3.1.
+
+    The paper states neither learning rate nor buffer after the switch: the schedule goes on and the
+    buffer, whose velocity has another scale, is emptied.
+    """
+
+    def __init__(
+        self, model: nn.Module, approximation: Approximation, *, switch_step: int, **options: Any
+    ) -> None:
+        if switch_step < 1:
+            raise ValueError(f"switch_step counts steps, at least 1; got {switch_step}")
+        super().__init__(model, approximation, **options)
+        self.switch_step = switch_step
+
+    def _directions(self) -> dict[nn.Parameter, Tensor]:
+        if self.steps < self.switch_step:
+            return super()._directions()
+        if self.recorder is not None:
+            self.recorder.clear()
+            self.recorder.wanted = False
+        if self.steps == self.switch_step:
+            for state in self.state.values():
+                state.pop("momentum_buffer", None)
+        return {}

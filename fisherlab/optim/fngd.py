@@ -1,0 +1,194 @@
+"""FNGD: coefficients of the first epoch, shared afterwards at the cost of SGD."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fisherlab.optim.base import Weight
+from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.woodbury import Woodbury
+
+# Spread of the shared coefficients below which a run is SGD with a per-layer factor.
+FLAT = 0.05
+
+
+class FNGD(Woodbury):
+    """Phase 1: `W <- W - lr U v`;  phase 2: `W <- W - lr U v~`, `v~` the mean of phase 1's `v`.
+
+    FNGD Alg. 1, (9), (14); details 1. For `coefficient_steps` steps (one epoch) each layer solves for
+    its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and no
+    inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary weight
+    gradient taken, the bias included.
+
+    `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled loader
+    they average to a constant, and the run says once that it now is SGD), "example" (one per
+    data-set index, given by `set_batch(indices)` before each forward), "none" (NGD-SMW).
+    `control=True` is the run to compare with: SGD with FNGD's per-layer factor `c_l = sum_n v~_n`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        criterion: Callable | None = None,
+        params: Iterable[Any] | None = None,
+        lr: float,
+        alpha: float = 0.005,
+        fold: bool = True,
+        coefficient_steps: int = 100,
+        share: str = "position",
+        control: bool = False,
+        **options: Any,
+    ) -> None:
+        if share not in ("position", "example", "none"):
+            raise ValueError(f"share is 'position', 'example' or 'none', got {share!r}")
+        if int(coefficient_steps) != coefficient_steps or coefficient_steps < 1:
+            raise ValueError(f"coefficient_steps counts steps, at least 1; got {coefficient_steps}")
+        super().__init__(
+            model, criterion=criterion, params=params, lr=lr, alpha=alpha, fold=fold, **options
+        )
+        self.share, self.control, self.coefficient_steps = share, control, coefficient_steps
+        self.batch_size: int | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._fresh: dict[str, Tensor] = {}
+        self._indices: Tensor | None = None
+        self._told = False
+
+    def set_batch(self, indices: Tensor) -> None:
+        """The data-set indices of the next batch, for `share="example"`."""
+        self._indices = torch.as_tensor(indices, dtype=torch.long).cpu()
+
+    @property
+    def collecting(self) -> bool:
+        """Whether the first phase is still going on."""
+        return self.share == "none" or self.steps < self.coefficient_steps
+
+    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
+        if not self.collecting:
+            return self._shared(weight, len(g)).to(g.device)
+        rows = super().rows(weight, x, g)
+        self._fresh[weight.name] = rows
+        return rows
+
+    def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if not self.collecting:
+            return self._shared(weight, len(calls[0][1])).to(calls[0][1].device)
+        rows = super().solve_repeated(weight, calls)
+        self._fresh[weight.name] = rows
+        return rows
+
+    def _shared(self, weight: Weight, n: int) -> Tensor:
+        """`M v~` of this layer for a batch of n, `[groups, n]`."""
+        if weight.name not in self._sums:
+            return torch.ones(weight.groups, n, dtype=torch.float64)
+        mean = self._mean(weight.name)
+        if self.control:
+            return mean.mean(1, keepdim=True).expand(-1, n)
+        if self.share == "example":
+            if self._indices is None or len(self._indices) != n:
+                raise OptimizerError(
+                    f"share='example' needs opt.set_batch(indices) with the {n} data-set indices "
+                    "of this batch, before its forward pass"
+                )
+            return mean[:, self._indices]
+        if n > mean.shape[1]:
+            raise OptimizerError(
+                f"a batch of {n} examples, but the first phase left coefficients for "
+                f"{mean.shape[1]}; use the batch size of the first {self.coefficient_steps} steps"
+            )
+        # M v~ is already relative to the batch size: a short batch takes the matching slice
+        return mean[:, :n]
+
+    def _mean(self, name: str) -> Tensor:
+        counts = self._counts[name]
+        mean = self._sums[name] / counts.clamp(min=1)
+        if bool((counts == 0).any()):
+            # an example never seen in the first phase weighs what the average one does
+            mean[:, counts == 0] = mean[:, counts > 0].mean(1, keepdim=True)
+        return mean
+
+    def _directions(self) -> dict[nn.Parameter, Tensor]:
+        directions = super()._directions()
+        if self.collecting and self.share != "none":
+            self._collect()
+        self._fresh = {}
+        if self.share != "none" and self.steps + 1 == self.coefficient_steps:
+            self._tell()
+        return directions
+
+    def _discard(self) -> None:
+        super()._discard()
+        self._fresh = {}
+
+    def _collect(self) -> None:
+        for name, rows in self._fresh.items():
+            rows = rows.cpu()
+            n = rows.shape[1]
+            if self.batch_size is None:
+                self.batch_size = n
+            if self.share == "example":
+                self._collect_examples(name, rows)
+            elif n == self.batch_size:
+                if name not in self._sums:
+                    self._sums[name] = torch.zeros_like(rows)
+                    self._counts[name] = torch.zeros(n, dtype=torch.float64)
+                self._sums[name] += rows
+                self._counts[name] += 1
+
+    def _collect_examples(self, name: str, rows: Tensor) -> None:
+        if self._indices is None or len(self._indices) != rows.shape[1]:
+            raise OptimizerError(
+                "share='example' needs opt.set_batch(indices) before each forward pass"
+            )
+        size = int(self._indices.max()) + 1
+        known = self._counts.get(name, torch.zeros(0, dtype=torch.float64))
+        if len(known) < size:
+            grown = torch.zeros(len(rows), size, dtype=torch.float64)
+            grown[:, : len(known)] = self._sums.get(name, grown[:, :0])
+            self._sums[name] = grown
+            self._counts[name] = torch.cat([known, known.new_zeros(size - len(known))])
+        self._sums[name].index_add_(1, self._indices, rows)
+        ones = torch.ones(len(self._indices), dtype=torch.float64)
+        self._counts[name].index_add_(0, self._indices, ones)
+
+    def _tell(self) -> None:
+        spread = self.summary()["spread"]
+        if len(spread) and not self._told and spread.max() < FLAT:
+            self._told = True
+            warnings.warn(
+                f"FNGD's shared coefficients are flat (spread at most {spread.max():.1%} over "
+                "slots): from here on this is SGD with a per-layer factor; see opt.summary(), "
+                "share='example' or share='none'",
+                stacklevel=4,
+            )
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """`M v~` per layer, `[groups, slots]` (or data-set indices); 1 is SGD's weight."""
+        return {name: self._mean(name) for name in self._sums}
+
+    def summary(self) -> pd.DataFrame:
+        """Per layer: the factor `c_l = sum v~` on SGD's step, and the spread of `M v~` over slots."""
+        rows = []
+        for name, mean in self.coefficients().items():
+            factor = mean.mean().item()
+            spread = mean.std(1).max().item() / factor if mean.shape[1] > 1 and factor else 0.0
+            batches = int(self._counts[name].max())
+            rows.append({"layer": name, "factor": factor, "spread": spread, "batches": batches})
+        return pd.DataFrame(rows, columns=["layer", "factor", "spread", "batches"])
+
+    def _extra_state(self) -> dict[str, Any]:
+        sums = {name: value.clone() for name, value in self._sums.items()}
+        counts = {name: value.clone() for name, value in self._counts.items()}
+        return {"sums": sums, "counts": counts, "batch_size": self.batch_size, "told": self._told}
+
+    def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._sums = {name: value.clone() for name, value in extra["sums"].items()}
+        self._counts = {name: value.clone() for name, value in extra["counts"].items()}
+        self.batch_size, self._told = extra["batch_size"], extra["told"]

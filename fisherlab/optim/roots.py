@@ -1,0 +1,104 @@
+"""Square roots of a positive definite matrix and their inverses: SNGD (14), (15), and `eigh`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.numerics import BlockError, eigh
+
+
+@dataclass(frozen=True)
+class Roots:
+    """`S^{1/2}`, `S^{-1/2}`, and what the iteration cost: `||I - Z Y||` after each iteration."""
+
+    root: Tensor
+    inverse: Tensor
+    residuals: tuple[float, ...] = ()
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations were taken."""
+        return len(self.residuals)
+
+
+def by_eigh(S: Tensor) -> Roots:
+    """`Q sqrt(l) Q^T` and `Q / sqrt(l) Q^T`."""
+    values, Q = eigh(S, "local Fisher")
+    if values[0] <= 0:
+        raise BlockError(f"the local Fisher has eigenvalue {values[0]:.2e}; use a larger eps")
+    return Roots(Q * values.sqrt() @ Q.mT, Q / values.sqrt() @ Q.mT)
+
+
+def newton_schulz(
+    S: Tensor, tolerance: float | None = None, iterations: int = 100, scale: bool = True
+) -> Roots:
+    """`Y <- Y (3 I - Z Y)/2`, `Z <- (3 I - Z Y)/2 Z` from `Y = S/||S||`, `Z = I`.      SNGD (15).
+
+    `S^{1/2} = sqrt(||S||) Y`, `S^{-1/2} = Z / sqrt(||S||)`. The paper omits the scaling (`scale=False`),
+    without which an eigenvalue above 3 diverges or ends at minus the root. Where the residual stops
+    falling above 100 times the tolerance, `eigh` finishes the work.
+    """
+    tolerance = tolerance or 4 * torch.finfo(S.dtype).eps * len(S)
+    norm = S.norm() if scale else torch.ones_like(S.norm())
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    Y, Z = S / norm, eye
+    residuals: list[float] = []
+    for _ in range(iterations):
+        ZY = Z @ Y
+        residual = (eye - ZY).norm().item()
+        residuals.append(residual)
+        converged = residual <= tolerance
+        stalled = len(residuals) > 3 and residual < 0.1 and residual >= 0.5 * residuals[-2]
+        if converged or stalled or not residual < 1e6:
+            break
+        half = (3 * eye - ZY) / 2
+        Y, Z = Y @ half, half @ Z
+    return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, scale)
+
+
+def denman_beavers(S: Tensor, tolerance: float | None = None, iterations: int = 100) -> Roots:
+    """`Y <- (Y + Z^{-1})/2`, `Z <- (Z + Y^{-1})/2` from `Y = S`, `Z = I`.      SNGD (14)."""
+    tolerance = tolerance or 4 * torch.finfo(S.dtype).eps * len(S)
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    norm = S.norm()
+    Y, Z = S / norm, eye
+    residuals: list[float] = []
+    for _ in range(iterations):
+        residual = (eye - Z @ Y).norm().item()
+        residuals.append(residual)
+        stalled = len(residuals) > 3 and residual < 0.1 and residual >= 0.5 * residuals[-2]
+        if residual <= tolerance or stalled or not residual < 1e12:
+            break
+        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
+    return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, True)
+
+
+def nystroem(S: Tensor, rank: int, eps: float) -> Roots:
+    """Roots of `C W^+ C^T + eps I` from the `rank` columns with the largest diagonal of `S - eps I`.
+
+    Named in the SNGD paper for wide layers and specified nowhere; the landmark rule is ours.
+    """
+    inner = S - eps * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    columns = inner.diagonal().topk(min(rank, len(S))).indices
+    C = inner[:, columns]
+    values, Q = eigh(C[columns], "Nystroem core")
+    kept = values > values.max() * 1e-10
+    thin = C @ (Q[:, kept] / values[kept].sqrt())
+    left, sizes, _ = torch.linalg.svd(thin, full_matrices=False)
+    base = eps**0.5
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    roots = (sizes.square() + eps).sqrt()
+    root = base * eye + left * (roots - base) @ left.mT
+    return Roots(root, eye / base + left * (1 / roots - 1 / base) @ left.mT)
+
+
+def _finished(
+    S: Tensor, root: Tensor, inverse: Tensor, residuals: list[float], tolerance: float, scale: bool
+) -> Roots:
+    if scale and not residuals[-1] <= 100 * tolerance:
+        exact = by_eigh(S)
+        return Roots(exact.root, exact.inverse, tuple(residuals))
+    return Roots(root, inverse, tuple(residuals))

@@ -1,0 +1,143 @@
+"""The factor between `dL/ds` and the gradient of the per-example loss: followed or recognised.
+
+Mean or sum, gradient accumulation and loss scaling all hide in it, and a wrong factor c gives a
+Fisher matrix that is c^2 off without any error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.extract import fisher
+
+
+class OptimizerError(RuntimeError):
+    """A step that cannot be taken; nothing has been changed."""
+
+
+def scale_factor(
+    output: Tensor,
+    output_gradient: Tensor | None,
+    loss_scale: Tensor | None,
+    criterion: Callable | None,
+) -> float:
+    """From the criterion's own loss tensor where it was seen, else from the output's gradient."""
+    if loss_scale is not None:
+        mean = fisher.reduction_of(criterion) == "mean"
+        return (len(output) if mean else 1.0) / float(loss_scale)
+    if output_gradient is None:
+        raise OptimizerError(
+            "no gradient arrived at the model's output in this backward pass; call the model "
+            "itself (not model.forward or parts of it) and backpropagate its output"
+        )
+    return recognised_factor(output, output_gradient, criterion)
+
+
+def recognised_factor(
+    output: Tensor, gradient: Tensor, criterion: Callable | None = None
+) -> float:
+    """`1 / kappa` for `dL/df = kappa (p - onehot(y))`, summed terms scaled as `criterion` says.
+
+    kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError` when
+    the gradient is not that of softmax cross entropy, or when an output has several terms and no
+    criterion says whether they are averaged.
+    """
+    criterion = fisher.as_module(criterion) if criterion is not None else None
+    if criterion is not None and not isinstance(criterion, nn.CrossEntropyLoss):
+        raise OptimizerError(
+            f"the scale of the loss cannot be read off its gradient for {type(criterion).__name__}; "
+            "call the very `criterion` object given to the optimizer in the training loop, so that "
+            "its loss can be followed"
+        )
+    if output.ndim < 2 or output.shape[1] < 2:
+        raise OptimizerError(_ASK)
+    f, G = output.double(), gradient.double()
+    smoothing = 0.0 if criterion is None else criterion.label_smoothing
+    classes = f.shape[1]
+    p = f.softmax(1)
+    # only the label's entry is negative; where it was rounded to zero the model is sure of it
+    lowest, labels = G.min(1, keepdim=True)
+    labels = torch.where(lowest < 0, labels, p.argmax(1, keepdim=True))
+    target = torch.full_like(f, smoothing / classes)
+    target.scatter_add_(1, labels, torch.full_like(labels, 1, dtype=f.dtype) * (1 - smoothing))
+    # a row of zeros is an ignored label, unless the model is so sure that its gradient underflowed
+    sure = 1 - p.amax(1, keepdim=True) < 1e-4
+    arrived = (G != 0).any(1, keepdim=True)
+    score = (p - target) * arrived
+    size, rounding = G.norm().item(), torch.finfo(gradient.dtype).eps
+    if size == 0:
+        return 1.0  # every per-example gradient is zero, at any scale
+    kappa = ((G * score).sum() / score.square().sum().clamp(min=1e-300)).item()
+    wrong = (G - kappa * score).norm().item()
+    tolerance = 1e-2 if gradient.dtype.itemsize < 4 else 1e-3
+    if not kappa > 0 or not wrong <= tolerance * size + 16 * rounding * kappa * len(f) ** 0.5:
+        raise OptimizerError(_ASK)
+    terms = int((arrived | sure).sum())
+    if output.ndim == 2 and terms == len(output):
+        return 1 / kappa
+    if criterion is None:
+        raise OptimizerError(
+            "the model's output has several loss terms per example (or ignored ones), so mean and "
+            "sum cannot be told apart: pass `criterion=` (its reduction says which)"
+        )
+    c = len(output) / terms if fisher.reduction_of(criterion) == "mean" else 1.0
+    return c / kappa
+
+
+_ASK = (
+    "the gradient at the model's output is not that of softmax cross entropy, so the scale between the "
+    "loss and the per-example loss is not known; pass `criterion=` (the criterion object that the "
+    "training loop calls) to the optimizer"
+)
+
+
+class LossScale:
+    """The factor of the latest forward, known as soon as its backward has begun."""
+
+    def __init__(self, model: nn.Module, criterion: Callable | None) -> None:
+        self.criterion = criterion
+        self._output: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._known: float | None = None
+        self.handles = [model.register_forward_hook(self._end)]
+        if isinstance(criterion, nn.Module):
+            self.handles.append(criterion.register_forward_hook(self._loss))
+
+    @property
+    def factor(self) -> float:
+        """What turns `dL/ds` into the gradient of the per-example loss."""
+        if self._known is None:
+            if self._output is None:
+                raise OptimizerError("a backward pass came without a forward of the model itself")
+            self._known = scale_factor(self._output, self._gradient, self._scale, self.criterion)
+        return self._known
+
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        self._output, self._gradient, self._scale = output.detach(), None, None
+        self._known = None
+        output.register_hook(self._arrive)
+
+    def _arrive(self, gradient: Tensor) -> None:
+        self._gradient, self._known = gradient.detach(), None
+
+    def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(self._scaled)
+
+    def _scaled(self, gradient: Tensor) -> None:
+        self._scale, self._known = gradient.detach(), None
+
+
+_ASK = (
+    "the gradient at the model's output is not that of softmax cross entropy, so the scale between "
+    "the loss and the per-example loss is not known; pass `criterion=` (the criterion object that "
+    "the training loop calls) to the optimizer"
+)

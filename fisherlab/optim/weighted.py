@@ -1,0 +1,185 @@
+"""Layers whose own backward returns a weighted gradient: what TENGraD, NGD-SMW and FNGD need.
+
+`p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's output
+gradient is scaled by `M v_n` before the ordinary weight gradient is taken, and only for the weight;
+what is propagated further back is untouched. The plain weight gradient is never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fisherlab.extract.layer import Geometry
+from fisherlab.optim.base import Weight
+
+# rows(weight, raw input, raw output gradient) -> [groups, n] weights, or None for the plain gradient
+Rows = Callable[[Weight, Tensor, Tensor], Tensor | None]
+
+
+@dataclass
+class _Layer:
+    """One call's output on its way into the graph, and how its backward is to be weighted."""
+
+    weight: Weight
+    rows: Rows
+    output: Tensor | None
+    calls: list[int] = field(default_factory=list)
+    repeated: Callable[[Weight, Tensor, Tensor], None] | None = None
+
+
+class _Weighted(torch.autograd.Function):
+    """The layer itself forwards; backwards the weight's gradient has its rows weighted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.bias_size = layer, None if bias is None else list(bias.shape)
+        output, layer.output = layer.output, None
+        assert output is not None
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layer: _Layer = ctx.layer
+        if layer.calls[0] > 1 and layer.repeated is not None:
+            # several calls share one Gram matrix, which exists only when all have arrived
+            layer.repeated(layer.weight, x, g)
+            rows = None
+        else:
+            rows = layer.rows(layer.weight, x, g)
+        weighted = g if rows is None else _scale_rows(g, rows)
+        x, kernel = x.to(g.dtype), weight.to(g.dtype)
+        needs = ctx.needs_input_grad
+        gradients = _gradients(layer.weight.module, x, kernel, ctx.bias_size, g, weighted, needs)
+        grad_x, grad_weight, grad_bias = gradients
+        return (
+            grad_x,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
+        )
+
+
+def _scale_rows(g: Tensor, rows: Tensor) -> Tensor:
+    """`g` `[n, ...]` with row n (of each group's channels) scaled by `rows` `[groups, n]`."""
+    rows = rows.to(g.dtype)
+    if len(rows) == 1:
+        return g * rows[0].view(-1, *[1] * (g.ndim - 1))
+    channels = g.shape[1] // len(rows)
+    by_channel = rows.mT.repeat_interleave(channels, 1)
+    return g * by_channel.view(*by_channel.shape, *[1] * (g.ndim - 2))
+
+
+def _gradients(
+    module: nn.Module,
+    x: Tensor,
+    kernel: Tensor,
+    bias_size: list[int] | None,
+    g: Tensor,
+    weighted: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    bias_wanted = bias_size is not None and needs[2]
+    if isinstance(module, nn.Linear):
+        flat = weighted.reshape(-1, weighted.shape[-1])
+        return (
+            g @ kernel if needs[0] else None,
+            flat.mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
+            flat.sum(0) if bias_wanted else None,
+        )
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return _by_autograd(module, x, kernel, g, weighted, needs, bias_wanted)
+    zeros = [0] * len(module.stride)
+    options = (module.stride, module.padding, module.dilation, False, zeros, module.groups)
+    backward = torch.ops.aten.convolution_backward
+    if weighted is g:
+        return backward(g, x, kernel, bias_size, *options, [needs[0], needs[1], bias_wanted])
+    grad_x = None
+    if needs[0]:
+        grad_x = backward(g, x, kernel, bias_size, *options, [True, False, False])[0]
+    rest = backward(weighted, x, kernel, bias_size, *options, [False, needs[1], bias_wanted])
+    return grad_x, rest[1], rest[2]
+
+
+def _by_autograd(
+    module: nn.Module,
+    x: Tensor,
+    kernel: Tensor,
+    g: Tensor,
+    weighted: Tensor,
+    needs: tuple[bool, ...],
+    bias_wanted: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Paddings that are an operation of their own: the layer once more, under autograd."""
+    with torch.enable_grad():
+        free_x, free_kernel = x.detach().requires_grad_(), kernel.detach().requires_grad_()
+        bias = x.new_zeros(kernel.shape[0], requires_grad=True)
+        output = module._conv_forward(free_x, free_kernel, bias)
+        grad_x = torch.autograd.grad(output, free_x, g, retain_graph=True)[0] if needs[0] else None
+        grad_kernel, grad_bias = torch.autograd.grad(output, (free_kernel, bias), weighted)
+    return grad_x, grad_kernel if needs[1] else None, grad_bias if bias_wanted else None
+
+
+class WeightedLayers:
+    """Hooks that put `_Weighted` behind every layer of an optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: dict[str, Weight],
+        rows: Rows,
+        repeated: Callable[[Weight, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.rows, self.repeated = rows, repeated
+        self._calls: dict[str, list[int]] = {}
+        self.handles = [model.register_forward_pre_hook(self._begin)]
+        for weight in weights.values():
+            self.handles.append(
+                weight.module.register_forward_hook(self._hook(weight), with_kwargs=True)
+            )
+
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        self._calls = {}
+
+    def _hook(self, weight: Weight) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not (torch.is_grad_enabled() and output.requires_grad):
+                return None
+            calls = self._calls.setdefault(weight.name, [0])
+            calls[0] += 1
+            layer = _Layer(weight, self.rows, output.detach(), calls, self.repeated)
+            x = args[0] if args else kwargs["input"]
+            return _Weighted.apply(x, module.weight, module.bias, layer)
+
+        return hook
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def captured(weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> list[tuple]:
+    """`(a, g)` of each group from the raw pairs of a layer's calls, `g` `[1, n, t, o]` scaled."""
+    found = []
+    for group in range(weight.groups):
+        geometry = Geometry.of(weight.module, weight.bias is not None, group)
+        a = torch.cat([geometry.inputs(_wide(x)) for x, _ in calls], 1)
+        g = torch.cat([geometry.outputs(_wide(g)) for _, g in calls], 1)
+        found.append((a, factor * g[None]))
+    return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,130 @@
+"""TENGraD and NGD-SMW: the exact block's damped inverse, solved inside each layer's own backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.blocks import contractions
+from fisherlab.blocks.numerics import cholesky
+from fisherlab.optim.base import CurvatureOptimizer, Weight
+from fisherlab.optim.scale import LossScale
+from fisherlab.optim.weighted import WeightedLayers, captured
+
+
+class Woodbury(CurvatureOptimizer):
+    """`W <- W - lr U v`,  `v = (M lambda I + K)^{-1} 1`,  `K = U^T U`, per layer and batch.
+
+    With `U 1 / M` the mean gradient this is `(F + lambda I)^{-1} g` exactly (TENGraD, NGM 36-43; FNGD
+    (8), (9)), for the empirical Fisher and observed labels. `fold=True` multiplies by lambda, as
+    FNGD does, so that lr is of SGD's size. `damping` is lambda, or `alpha` gives
+    `lambda = alpha ||K||_F` per layer and batch (FNGD (14)); exactly one of them.
+
+    `p.grad` is the weighted gradient after `backward()`, so clipping, loss scaling and accumulation
+    see what will be used (accumulation: the mean of the micro-batches' steps). A layer called several
+    times in one forward is solved in `step()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        criterion: Callable | None = None,
+        params: Iterable[Any] | None = None,
+        lr: float,
+        damping: float | None = None,
+        alpha: float | None = None,
+        fold: bool = False,
+        **options: Any,
+    ) -> None:
+        if (damping is None) == (alpha is None):
+            raise ValueError("give either damping (lambda) or alpha (lambda = alpha ||K||_F)")
+        for name, value in {"damping": damping, "alpha": alpha}.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        super().__init__(model, params, lr=lr, damping=damping, **options)
+        self.alpha, self.fold = alpha, fold
+        self.scale = LossScale(model, criterion)
+        self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._factor = 1.0
+        self.layers = WeightedLayers(model, self.weights, self.rows, self._remember)
+
+    def remove(self) -> None:
+        """Take the optimizer's hooks off the model."""
+        self.layers.remove()
+        for handle in self.scale.handles:
+            handle.remove()
+
+    def __del__(self) -> None:
+        if hasattr(self, "layers"):
+            self.remove()
+
+    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
+        """`M v`, `[groups, n]`, for one call of a layer."""
+        return self.solve(weight, [(x, g)], self.scale.factor)
+
+    def solve(self, weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> Tensor:
+        """`M v` of every group from the raw pairs of a layer's calls."""
+        found = []
+        for a, g in captured(weight, calls, factor):
+            K = contractions.gram(a, g)
+            damping = self.option(weight, "damping") if self.alpha is None else self.alpha * K.norm()
+            found.append(weights_of(K, damping, self.fold, weight.name))
+        return torch.stack(found)
+
+    def _remember(self, weight: Weight, x: Tensor, g: Tensor) -> None:
+        self._factor = self.scale.factor
+        self._repeated.setdefault(weight.name, []).append((x, g))
+
+    def _discard(self) -> None:
+        self._repeated.clear()
+
+    def _directions(self) -> dict[nn.Parameter, Tensor]:
+        found: dict[nn.Parameter, Tensor] = {}
+        repeated, self._repeated = self._repeated, {}
+        for name, calls in repeated.items():
+            weight = self.weights[name]
+            rows = self.solve_repeated(weight, calls)
+            parts = [
+                contractions.combine(a, g, row[None].to(g.dtype)) / g.shape[1]
+                for (a, g), row in zip(captured(weight, calls, self._factor), rows, strict=True)
+            ]
+            found |= weight.split(torch.cat(parts).to(weight.weight.dtype))
+        return found
+
+    def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """`M v` of a layer that was called several times."""
+        return self.solve(weight, calls, self._factor)
+
+
+def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Tensor:
+    """`M v = M (M lambda I + K)^{-1} 1`, times lambda where folded, `[M]` float64.      FNGD (9).
+
+    `lambda (M lambda I + K)^{-1} 1` has no cancellation, where the printed
+    `(1/M)(1 - (lambda I + K/M)^{-1} K 1/M)` loses all digits in float32.
+    """
+    M = len(K)
+    damping = torch.as_tensor(damping, dtype=torch.float64, device=K.device)
+    if damping == 0:
+        # alpha ||K|| of a layer whose gradients are all zero: any weights give the same step
+        return torch.ones(M, dtype=torch.float64, device=K.device)
+    eye = torch.eye(M, dtype=torch.float64, device=K.device)
+    factor = cholesky(K + M * damping * eye, f"damped Gram matrix of layer {name!r}")
+    ones = torch.ones(M, 1, dtype=torch.float64, device=K.device)
+    v = torch.cholesky_solve(ones, factor)[:, 0]
+    return M * v * (damping if fold else 1.0)
+
+
+class TENGraD(Woodbury):
+    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.      NGM (36)-(43)."""
+
+
+class NGDSMW(Woodbury):
+    """FNGD without sharing: its coefficients recomputed at every step.      FNGD tab. IV."""
+
+    def __init__(self, model: nn.Module, *, fold: bool = True, **options: Any) -> None:
+        super().__init__(model, fold=fold, **options)
