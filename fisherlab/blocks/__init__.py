@@ -1,4 +1,4 @@
-"""Symmetric matrices on one layer's weight: what every approximation makes and every metric reads."""
+"""Symmetric matrices on one layer's weight: what approximations make and metrics read."""
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.dense import Dense

@@ -22,7 +22,7 @@ from fisherlab.blocks.numerics import (
 
 
 class Block(ABC):
-    """A symmetric positive semi-definite matrix on one layer's weight; acts on tensors `[..., o, i]`.
+    """A symmetric positive semi-definite matrix on one layer's weight; acts on `[..., o, i]`.
 
     `vec` is row-major (what `torch.flatten` does), so a Kronecker product is output factor (x)
     input factor: `(G (x) A) vec(V) = vec(G V A)`. The bias is the last column of the weight.
@@ -132,14 +132,19 @@ class Block(ABC):
 
         Of a low-rank form only the eigenvectors that it defines, those of its range, are used.
         """
+        check_dense(self.size, self.dtype, self.device, type(self).__name__)
         _, vectors = self.leading(self.size)
         return other.quadratic(vectors)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
+        from fisherlab.blocks.contractions import slices
+
         result = Q_G.new_empty(Q_G.shape[1], Q_A.shape[1], dtype=torch.float64)
         for row, q in enumerate(Q_G.mT):
-            result[row] = self.quadratic(q[None, :, None] * Q_A.mT[:, None, :])
+            for part in slices(Q_A.shape[1], self.size * self.dtype.itemsize):
+                vectors = q[None, :, None] * Q_A.mT[part, None, :]
+                result[row, part] = self.quadratic(vectors)
         return result
 
     def logdet(self, damping: float) -> Tensor:
@@ -152,7 +157,9 @@ class Block(ABC):
         `generator` None is a fresh one seeded with 0; the global stream is never used.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        noise = torch.randn(self.shape, generator=generator, dtype=self.dtype)
+        noise = torch.randn(
+            self.shape, generator=generator, dtype=self.dtype, device=generator.device
+        )
         return self.power(-0.5, damping) @ noise.to(self.device)
 
     def dense(self) -> Tensor:
@@ -194,16 +201,19 @@ class Block(ABC):
         """Share of the spectrum's absolute sum that was negative and taken as zero; 0 if PSD."""
         return 0.0
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that represent the block, not what is remembered beside them."""
+        for name, value in vars(self).items():
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Tensor) and not name.startswith("_"):
+                    yield item
+                elif isinstance(item, Block) and not name.startswith("_"):
+                    yield from item.tensors()
+
     def memory_bytes(self) -> int:
-        """Bytes of the tensors that represent the block."""
-        seen: dict[int, int] = {}
-        for value in vars(self).values():
-            for item in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(item, Tensor):
-                    seen[id(item)] = item.numel() * item.element_size()
-                elif isinstance(item, Block):
-                    seen[id(item)] = item.memory_bytes()
-        return sum(seen.values())
+        """Bytes of the tensors that represent the block; one used twice counts once."""
+        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors()}
+        return sum(sizes.values())
 
     def check(self, V: Tensor) -> None:
         """Refuse a tensor whose last two axes are not the weight's."""
@@ -216,4 +226,3 @@ class Block(ABC):
     def __repr__(self) -> str:
         o, i = self.shape
         return f"{type(self).__name__}({o} x {i}, {str(self.dtype).removeprefix('torch.')})"
-

@@ -1,10 +1,10 @@
-"""Sums over per-example gradients `D[m,n] = sum_t g[m,n,t] a[n,t]^T`, without ever keeping them all.
+"""Sums over per-example gradients `D[m,n] = sum_t g[m,n,t] a[n,t]^T`, never keeping them all.
 
 The alphabet of every einsum in FisherLab:
 
     n example    t, s position    m, l output vector    o, p output feature    i, j input feature
 
-`a` is `[n, t, i]`, `g` is `[m, n, t, o]`; a column of `U` is `vec(D[m,n])`, columns run with m major.
+`a` is `[n, t, i]`, `g` is `[m, n, t, o]`; a column of `U` is `vec(D[m,n])`, columns run m major.
 Each function chooses between contracting *position pairs* and forming `D` in chunks by counting
 multiplications; the counts stand beside the choice.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 WORKSPACE = 256 * 1024**2
 
 
-def _slices(length: int, bytes_each: int) -> Iterator[slice]:
+def slices(length: int, bytes_each: int) -> Iterator[slice]:
+    """`range(length)` in parts of at most `WORKSPACE` bytes."""
     step = max(1, int(WORKSPACE // max(1, bytes_each)))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
@@ -50,44 +51,55 @@ def per_example(a: Tensor, g: Tensor) -> Tensor:
 def per_example_chunks(a: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """`(examples, D[m, chunk, o, i])` with each chunk inside the workspace."""
     m, n, _, o, i = _sizes(a, g)
-    for part in _slices(n, m * o * i * a.element_size()):
+    for part in slices(n, m * o * i * a.element_size()):
         yield part, per_example(a[part], g[:, part])
 
 
 def gram(a: Tensor, g: Tensor) -> Tensor:
-    """`K = U^T U`, `[m n, m n]` in float64.
+    """`K = U^T U`, `[m n, m n]` in float64.      FNGD (12), NGM (41) are t = 1 by pairs."""
+    return cross_gram(a, g, a, g)
 
-    Position pairs `sum_{t,s} (g_t . g_s)(a_t . a_s)`: (n t)^2 i + (m n t)^2 (o + 1).
-    Per-example gradients: m n t o i + (m n)^2 o i.      FNGD (12), NGM (41) are t = 1 of the first.
+
+def cross_gram(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """`U^T W` for the columns `U` of `a, g` and `W` of `b, h`, `[m n, p q]` in float64.
+
+    Its products are made in float64 whatever the dtype: the damping of a wide layer lies 1e-9 below
+    the largest eigenvalue, where a float32 Gram matrix is noise and not positive semi-definite.
+
+    Position pairs `sum_{t,s} (g_t . h_s)(a_t . b_s)`: (n t)(q s) i + (m n t)(p q s)(o + 1).
+    Per-example gradients: (m n t + p q s) o i + (m n)(p q) o i.
     """
     m, n, t, o, i = _sizes(a, g)
-    pairs = (n * t) ** 2 * i + (m * n * t) ** 2 * (o + 1)
-    formed = m * n * t * o * i + (m * n) ** 2 * o * i
-    if t == 1 or pairs <= formed:
-        return _gram_by_pairs(a, g)
-    result = a.new_zeros(m * n, m * n, dtype=torch.float64)
+    p, q, s = h.shape[:3]
+    pairs = n * t * q * s * i + m * n * t * p * q * s * (o + 1)
+    formed = (m * n * t + p * q * s) * o * i + m * n * p * q * o * i
+    if (t == 1 and s == 1) or pairs <= formed:
+        return _gram_by_pairs(a, g, b, h)
+    result = a.new_zeros(m * n, p * q, dtype=torch.float64)
     # chunks over output rows, so that no gradient is formed twice
-    for rows in _slices(o, m * n * i * a.element_size()):
-        columns = per_example(a, g[..., rows]).reshape(m * n, -1)
-        result += (columns @ columns.mT).double()
+    for rows in slices(o, 8 * (m * n + p * q) * i):
+        ours = per_example(a, g[..., rows]).reshape(m * n, -1).double()
+        same = b is a and h is g
+        theirs = ours if same else per_example(b, h[..., rows]).reshape(p * q, -1).double()
+        result += ours @ theirs.mT
     return result
 
 
-def _gram_by_pairs(a: Tensor, g: Tensor) -> Tensor:
+def _gram_by_pairs(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     m, n, t, o, i = _sizes(a, g)
-    if t == 1:
-        aa = (a[:, 0] @ a[:, 0].mT).double()
-        flat = g.reshape(m * n, o)
-        gg = (flat @ flat.mT).double()
-        return (gg.view(m, n, m, n) * aa[None, :, None, :]).reshape(m * n, m * n)
-    result = a.new_empty(m, n, m, n, dtype=torch.float64)
-    all_a, all_g = a.reshape(n * t, i), g.reshape(m * n * t, o)
-    for part in _slices(n, m * t * m * n * t * a.element_size()):
-        rows = part.stop - part.start
-        aa = (a[part].reshape(rows * t, i) @ all_a.mT).view(1, rows, t, 1, n, t)
-        gg = (g[:, part].reshape(-1, o) @ all_g.mT).view(m, rows, t, m, n, t)
-        result[:, part] = (gg * aa).sum((2, 5), dtype=torch.float64)
-    return result.view(m * n, m * n)
+    p, q, s = h.shape[:3]
+    a, b, g, h = (
+        a.double(),
+        b.double().reshape(q * s, i).mT,
+        g.double(),
+        h.double().reshape(-1, o).mT,
+    )
+    result = a.new_empty(m, n, p, q)
+    for part in slices(n, 8 * m * t * p * q * s):
+        aa = (a[part].reshape(-1, i) @ b).view(1, -1, t, 1, q, s)
+        gg = (g[:, part].reshape(-1, o) @ h).view(m, -1, t, p, q, s)
+        result[:, part] = (gg * aa).sum((2, 5))
+    return result.view(m * n, p * q)
 
 
 def energies(a: Tensor, g: Tensor) -> Tensor:
@@ -100,7 +112,7 @@ def energies(a: Tensor, g: Tensor) -> Tensor:
         return g[:, :, 0].double().square().sum(-1) * a[:, 0].double().square().sum(-1)
     result = a.new_empty(m, n, dtype=torch.float64)
     if t * (i + m * o) <= m * o * i:
-        for part in _slices(n, (m + 1) * t * t * a.element_size()):
+        for part in slices(n, (m + 1) * t * t * a.element_size()):
             aa = torch.bmm(a[part], a[part].mT)
             result[:, part] = ((g[:, part] @ g[:, part].mT) * aa).sum((-2, -1), dtype=torch.float64)
         return result
@@ -119,7 +131,7 @@ def project(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
     b = flat.shape[0]
     result = a.new_empty(b, m, n)
     if b * t * (i + m) <= m * i * (t + b):
-        for matrices in _slices(b, n * t * o * a.element_size()):
+        for matrices in slices(b, n * t * o * a.element_size()):
             aV = torch.einsum("nti,boi->bnto", a, flat[matrices])
             result[matrices] = torch.einsum("bnto,mnto->bmn", aV, g)
     else:
@@ -134,7 +146,7 @@ def combine(a: Tensor, g: Tensor, coefficients: Tensor) -> Tensor:
     flat = coefficients.reshape(-1, m, n).to(g.dtype)
     rows = a.reshape(n * t, i)
     result = a.new_empty(flat.shape[0], o, i)
-    for part in _slices(flat.shape[0], n * t * o * a.element_size()):
+    for part in slices(flat.shape[0], n * t * o * a.element_size()):
         weighted = torch.einsum("bmn,mnto->bnto", flat[part], g)
         result[part] = weighted.reshape(-1, n * t, o).mT @ rows
     return result.view(*coefficients.shape[:-2], o, i)
@@ -147,6 +159,16 @@ def diagonal(a: Tensor, g: Tensor) -> Tensor:
     result = a.new_zeros(g.shape[-1], a.shape[-1])
     for _, D in per_example_chunks(a, g):
         result += D.square().sum((0, 1))
+    return result
+
+
+def grouped_diagonal(a: Tensor, g: Tensor, Q: Tensor) -> Tensor:
+    """`sum_{m,n} <Q[o,c,:,l], D[m,n,o,c,:]>^2`, `[o, c, l]`: one basis per group of k inputs."""
+    o, c, k, _ = Q.shape
+    result = Q.new_zeros(o, c, Q.shape[-1])
+    for _, D in per_example_chunks(a[..., : c * k], g):
+        groups = D.reshape(-1, o, c, k)
+        result += torch.einsum("rock,ockl->rocl", groups, Q).square().sum(0)
     return result
 
 
@@ -179,7 +201,7 @@ def kronecker_quadratic(a: Tensor, g: Tensor, G: Tensor, A: Tensor) -> Tensor:
     result = a.new_empty(m, n, dtype=torch.float64)
     pairs = n * t * i * (i + t) + m * n * t * o * (o + t)
     if t == 1 or pairs <= m * n * o * i * (t + o + i):
-        for part in _slices(n, ((m + 1) * t * t + t * i + m * t * o) * a.element_size()):
+        for part in slices(n, ((m + 1) * t * t + t * i + m * t * o) * a.element_size()):
             aAa = torch.bmm(a[part] @ A, a[part].mT)
             gGg = (g[:, part] @ G) @ g[:, part].mT
             result[:, part] = (gGg.double() * aAa.double()).sum((-2, -1))
@@ -203,7 +225,7 @@ def left_moment(a: Tensor, g: Tensor, A: Tensor | None = None) -> Tensor:
     extra = 0 if A is None else i
     result = a.new_zeros(o, o)
     if n * t * i * t + m * n * t * o * (t + o) <= m * n * o * i * (t + o + extra):
-        for part in _slices(n, (t * t + m * t * o) * a.element_size()):
+        for part in slices(n, (t * t + m * t * o) * a.element_size()):
             aa = torch.bmm(weight[part], a[part].mT)
             result += (aa @ g[:, part]).reshape(-1, o).mT @ g[:, part].reshape(-1, o)
         return symmetric(result)
@@ -227,7 +249,7 @@ def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
     extra = 0 if G is None else o
     result = a.new_zeros(i, i)
     if m * n * t * o * t + n * t * i * (t + i) <= m * n * o * i * (t + i + extra):
-        for part in _slices(n, ((m + 1) * t * t + t * i) * a.element_size()):
+        for part in slices(n, ((m + 1) * t * t + t * i) * a.element_size()):
             S = (weight[:, part] @ g[:, part].mT).sum(0)
             result += torch.bmm(S, a[part]).reshape(-1, i).mT @ a[part].reshape(-1, i)
         return symmetric(result)

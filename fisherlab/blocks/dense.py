@@ -1,8 +1,6 @@
-"""The matrix as it stands: for small layers, references and forms without a structure of their own."""
+"""The matrix as it stands: for small layers, references and forms without structure."""
 
 from __future__ import annotations
-
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from fisherlab.blocks.numerics import BlockError, check_damping, eigh, spectrum_
 
 
 class Dense(Block):
-    """`F` given as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
+    """`F` as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
 
     def __init__(self, matrix: Tensor, shape: tuple[int, int]) -> None:
         if matrix.shape != (shape[0] * shape[1],) * 2:
@@ -35,7 +33,7 @@ class Dense(Block):
     def device(self) -> torch.device:
         return self.matrix.device
 
-    @cached_property
+    @property
     def _eigh(self) -> tuple[Tensor, Tensor]:
         return eigh(self.matrix, "dense block")
 
@@ -73,5 +71,5 @@ class Dense(Block):
 
     @property
     def clamped(self) -> float:
-        values = self._eigh[0]
+        values = self._eigh[0].double()
         return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))

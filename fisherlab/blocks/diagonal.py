@@ -33,7 +33,8 @@ class Diagonal(Block):
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
-        return Diagonal(spectrum_power(self.entries, exponent, damping, "diagonal block"))
+        powers = spectrum_power(self.entries, exponent, damping, "diagonal block", rounded=False)
+        return Diagonal(powers)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         if a.shape[1] == 1:
@@ -64,5 +65,3 @@ class Diagonal(Block):
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return Q_G.double().square().mT @ self.entries.double() @ Q_A.double().square()
-
-

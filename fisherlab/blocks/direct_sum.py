@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.outer import Outer
 
 
 class DirectSum(Block):
@@ -53,6 +54,11 @@ class DirectSum(Block):
         pairs = zip(self.parts, self.split(V), strict=True)
         return torch.stack([part.quadratic(v) for part, v in pairs]).sum(0)
 
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        groups = g.split([part.shape[0] for part in self.parts], -1)
+        pairs = zip(self.parts, groups, strict=True)
+        return torch.stack([part.column_quadratics(a, rows) for part, rows in pairs]).sum(0)
+
     def _inner(self, other: Block) -> Tensor | None:
         if not isinstance(other, DirectSum) or [p.shape for p in self.parts] != [
             p.shape for p in other.parts
@@ -66,7 +72,10 @@ class DirectSum(Block):
 
     def gram(self) -> Tensor:
         """`sum_k K_k`: the Gram matrix of the whole layer's per-example gradients."""
-        return self._total(lambda part: part.gram())
+        outers = [part for part in self.parts if isinstance(part, Outer)]
+        if len(outers) < len(self.parts):
+            raise BlockError(f"only exact blocks have a Gram matrix, got {self.parts}")
+        return torch.stack([part.gram() for part in outers]).sum(0)
 
     def trace(self) -> Tensor:
         return self._total(lambda part: part.trace())
@@ -102,6 +111,10 @@ class DirectSum(Block):
             return super().diagonal_of(other)
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        pairs = zip(self.parts, Q_G.split([part.shape[0] for part in self.parts]), strict=True)
+        return torch.stack([part.rotated_diagonal(rows, Q_A) for part, rows in pairs]).sum(0)
 
     @property
     def clamped(self) -> float:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.numerics import BlockError, check_damping, spectrum_power
 
 
 class Eigen(Block):
-    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus an isotropic complement of a thin basis.
+    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus what a thin basis leaves out.
 
     `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
     basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
@@ -30,8 +29,8 @@ class Eigen(Block):
     ) -> None:
         if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
             raise BlockError(
-                f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that shape, "
-                f"got {tuple(spectrum.shape)}"
+                f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that "
+                f"shape, got {tuple(spectrum.shape)}"
             )
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
         self.tail_G = spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G
@@ -68,7 +67,7 @@ class Eigen(Block):
         core = self.Q_G.mT @ VQ
         if not self.thin:
             return self.Q_G @ (spectrum * core) @ self.Q_A.mT
-        # F = core (x) + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
+        # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
         inside = spectrum - tail_G[:, None] - tail_A + tail
         result = (self.Q_G @ (inside * core) + VQ * (tail_A - tail)) @ self.Q_A.mT
         return result + self.Q_G @ ((tail_G - tail)[:, None] * GV) + tail * V
@@ -168,6 +167,7 @@ class Eigen(Block):
         return torch.cat(parts).sort(descending=True).values
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenpairs within the bases; at most as many as those have."""
         k = min(k, self.spectrum.numel())
         values, flat = self.spectrum.double().flatten().topk(k)
         rows, columns = flat // self.Q_A.shape[1], flat % self.Q_A.shape[1]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.remembered import remembered
 
 
 class FromInverse(Block):
@@ -28,7 +27,7 @@ class FromInverse(Block):
     def device(self) -> torch.device:
         return self.inverse.device
 
-    @cached_property
+    @remembered("inverse")
     def forward(self) -> Block:
         """`F` in the form that the inverse of `P` takes."""
         return self.inverse.power(-1, 0.0)
@@ -59,6 +58,9 @@ class FromInverse(Block):
     def diagonal(self) -> Tensor:
         return self.forward.diagonal()
 
+    def logdet(self, damping: float) -> Tensor:
+        return self.forward.logdet(damping)
+
     def eigenvalues(self) -> Tensor:
         return self.forward.eigenvalues()
 
@@ -70,3 +72,7 @@ class FromInverse(Block):
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return self.forward.rotated_diagonal(Q_G, Q_A)
+
+    @property
+    def clamped(self) -> float:
+        return self.inverse.clamped

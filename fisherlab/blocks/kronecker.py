@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
+    check_dense,
     eigh,
     spectrum_power,
     symmetrise,
 )
+from fisherlab.blocks.remembered import remembered
 
 
 def _square(matrix: Tensor, role: str) -> Tensor:
@@ -27,7 +29,7 @@ def _square(matrix: Tensor, role: str) -> Tensor:
 
 
 class Kronecker(Block):
-    """`F = G (x) A`, `F vec(V) = vec(G V A)`, with `G` `[o, o]` of outputs and `A` `[i, i]` of inputs."""
+    """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs."""
 
     def __init__(self, G: Tensor, A: Tensor) -> None:
         self.G, self.A = _square(G, "output"), _square(A, "input")
@@ -48,7 +50,7 @@ class Kronecker(Block):
         self.check(V)
         return self.G @ V @ self.A
 
-    @cached_property
+    @remembered("G", "A")
     def eigen(self) -> Eigen:
         """The same matrix in its Kronecker eigenbasis."""
         l_G, Q_G = eigh(self.G, "output factor G")
@@ -63,7 +65,7 @@ class Kronecker(Block):
         return Kronecker(*(_factor_power(F, exponent, name) for F, name in self._named()))
 
     def factored_power(self, exponent: float, damping_G: float, damping_A: float) -> Kronecker:
-        """`(G + damping_G I)^exponent (x) (A + damping_A I)^exponent`: damping inside the factors."""
+        """`(G + damping_G I)^exponent (x) (A + damping_A I)^exponent`: damping in the factors."""
         powers = (
             _factor_power(factor, exponent, name, damping)
             for (factor, name), damping in zip(self._named(), (damping_G, damping_A), strict=True)
@@ -90,6 +92,9 @@ class Kronecker(Block):
     def diagonal(self) -> Tensor:
         return torch.outer(self.G.diagonal(), self.A.diagonal())
 
+    def logdet(self, damping: float) -> Tensor:
+        return self.eigen.logdet(damping)
+
     def eigenvalues(self) -> Tensor:
         return self.eigen.eigenvalues()
 
@@ -105,8 +110,6 @@ class Kronecker(Block):
         return torch.outer(rotated_G, rotated_A)
 
     def dense(self) -> Tensor:
-        from fisherlab.blocks.numerics import check_dense
-
         check_dense(self.size, self.dtype, self.device, "Kronecker")
         return torch.kron(self.G.contiguous(), self.A.contiguous())
 
@@ -143,9 +146,10 @@ class KroneckerSum(Block):
         """The products, largest first as the approximation ordered them."""
         return [Kronecker(G, A) for G, A in zip(self.G, self.A, strict=True)]
 
-    @cached_property
-    def _dense(self) -> Dense:
-        return Dense(self.dense(), self.shape)
+    @remembered("G", "A")
+    def _form(self) -> Block:
+        """A single product as it is, otherwise the dense matrix."""
+        return self.terms[0] if len(self.G) == 1 else Dense(self.dense(), self.shape)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -155,9 +159,7 @@ class KroneckerSum(Block):
         return result
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        if self.G.shape[0] == 1:
-            return self.terms[0].power(exponent, damping)
-        return self._dense.power(exponent, damping)
+        return self._form.power(exponent, damping)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         return torch.stack([term.column_quadratics(a, g) for term in self.terms]).sum(0)
@@ -180,20 +182,23 @@ class KroneckerSum(Block):
         return torch.einsum("ko,ki->oi", self.G.diagonal(0, 1, 2), self.A.diagonal(0, 1, 2))
 
     def eigenvalues(self) -> Tensor:
-        return self.terms[0].eigenvalues() if len(self.G) == 1 else self._dense.eigenvalues()
+        return self._form.eigenvalues()
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        return self.terms[0].leading(k) if len(self.G) == 1 else self._dense.leading(k)
+        return self._form.leading(k)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        return self._form.diagonal_of(other)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return sum_of(term.rotated_diagonal(Q_G, Q_A) for term in self.terms)
 
     @property
     def clamped(self) -> float:
-        return 0.0 if len(self.G) == 1 else self._dense.clamped
+        return self._form.clamped
 
 
-def sum_of(tensors) -> Tensor:
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     """The sum of an iterable of tensors."""
     first, *rest = tensors
     for tensor in rest:

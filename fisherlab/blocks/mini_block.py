@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
+from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.numerics import check_damping, eigh, spectrum_power
+from fisherlab.blocks.outer import Outer
 
 
 class MiniBlock(Block):
@@ -34,7 +34,7 @@ class MiniBlock(Block):
     def device(self) -> torch.device:
         return self.blocks.device
 
-    @cached_property
+    @property
     def _eigh(self) -> tuple[Tensor, Tensor]:
         return eigh(self.blocks, "mini-blocks")
 
@@ -53,7 +53,9 @@ class MiniBlock(Block):
         self.check(V)
         body, column = self.split(V)
         product = torch.einsum("ockl,...ocl->...ock", self.blocks, body)
-        return self.join(product, None if column is None else column * self.bias)
+        if column is None or self.bias is None:
+            return self.join(product, None)
+        return self.join(product, column * self.bias)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -61,7 +63,7 @@ class MiniBlock(Block):
         powers = spectrum_power(values, exponent, damping, "a mini-block")
         bias = self.bias
         if bias is not None:
-            bias = spectrum_power(bias, exponent, damping, "the bias mini-block")
+            bias = spectrum_power(bias, exponent, damping, "the bias mini-block", rounded=False)
         return MiniBlock(vectors * powers[..., None, :] @ vectors.mT, bias)
 
     def _inner(self, other: Block) -> Tensor | None:
@@ -106,9 +108,12 @@ class MiniBlock(Block):
     def diagonal_of(self, other: Block) -> Tensor:
         if isinstance(other, MiniBlock) and other.blocks.shape == self.blocks.shape:
             Q = self._eigh[1]
-            return MiniBlock(other.blocks, other.bias)._rotated(Q)
+            rotated = (other.blocks @ Q * Q).sum(-2, dtype=torch.float64)
+            return self.join(rotated, None if other.bias is None else other.bias.double())
+        if isinstance(other, Outer) and not isinstance(other.core, Tensor):
+            rotated = contractions.grouped_diagonal(other.a, other.g, self._eigh[1])
+            column = None
+            if self.bias is not None:
+                column = contractions.diagonal(other.a[..., -1:], other.g)[:, 0]
+            return other.core * self.join(rotated, column).double() + other.shift
         return super().diagonal_of(other)
-
-    def _rotated(self, Q: Tensor) -> Tensor:
-        rotated = (self.blocks @ Q * Q).sum(-2, dtype=torch.float64)
-        return self.join(rotated, None if self.bias is None else self.bias.double())

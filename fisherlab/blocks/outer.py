@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
     symmetrise,
 )
+from fisherlab.blocks.remembered import remembered, state_of
 
 
 class Outer(Block):
@@ -27,23 +29,21 @@ class Outer(Block):
 
     `a` is `[n, t, i]`, `g` is `[m, n, t, o]`; `core` is a number `c` (`C = c I`, `1/M` for a Fisher
     block) or a symmetric float64 `[R, R]` matrix over the `R = m n` columns, m major. Neither `F`
-    nor `U` is ever formed. `power(-1, damping)` is the Woodbury inverse of TENGraD, FNGD (7)-(9) and
-    NGM (28): the same `a` and `g` with another core and shift.
+    nor `U` is ever formed. `power(-1, damping)` is the Woodbury inverse of TENGraD, FNGD (7)-(9)
+    and NGM (28): the same `a` and `g` with another core and shift.
     """
 
     def __init__(
         self, a: Tensor, g: Tensor, core: float | Tensor | None = None, shift: float = 0.0
     ) -> None:
-        if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3]:
+        if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3] or not len(a):
             raise BlockError(
-                f"an outer block takes a [n, t, i] and g [m, n, t, o], got {tuple(a.shape)} and "
-                f"{tuple(g.shape)}"
+                f"an outer block takes a [n, t, i] and g [m, n, t, o] of n >= 1 examples, got "
+                f"{tuple(a.shape)} and {tuple(g.shape)}"
             )
         self.a, self.g = a, g
         self.core = 1.0 / a.shape[0] if core is None else core
         self.shift = float(shift)
-        self._gram: Tensor | None = None
-        self._rotated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,19 +64,21 @@ class Outer(Block):
 
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64, without the `1/M`; computed once."""
-        if self._gram is None:
-            self._gram = symmetrise(contractions.gram(self.a, self.g))
         return self._gram
 
-    @cached_property
-    def _gram_eigh(self) -> tuple[Tensor, Tensor]:
-        values, vectors = eigh(self.gram(), "Gram matrix")
-        return values.clamp(min=0), vectors
+    @remembered("a", "g")
+    def _gram(self) -> Tensor:
+        return symmetrise(contractions.gram(self.a, self.g))
 
     def _with(self, core: float | Tensor, shift: float) -> Outer:
         block = Outer(self.a, self.g, core, shift)
-        block._gram = self._gram
+        Outer._gram.share(self, block)
         return block
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """`a` and `g`, in float64 for a full core: `V/mu - U (..) U^T V` of an inverse cancels."""
+        full = isinstance(self.core, Tensor)
+        return (self.a.double(), self.g.double()) if full else (self.a, self.g)
 
     def _apply_core(self, columns: Tensor) -> Tensor:
         """`C` applied to `[..., m, n]`."""
@@ -85,24 +87,36 @@ class Outer(Block):
             return flat.view(columns.shape).to(columns.dtype)
         return self.core * columns
 
+    def _core_times(self, K: Tensor) -> Tensor:
+        """`C K` for `K` `[R, ...]`."""
+        return self.core @ K if isinstance(self.core, Tensor) else self.core * K
+
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        inner = contractions.project(self.a, self.g, V)
-        product = contractions.combine(self.a, self.g, self._apply_core(inner))
-        return product + self.shift * V if self.shift else product
+        a, g = self._factors()
+        exact = V.to(a.dtype)
+        product = contractions.combine(a, g, self._apply_core(contractions.project(a, g, exact)))
+        return (product + self.shift * exact if self.shift else product).to(V.dtype)
 
-    @cached_property
+    @remembered("a", "g", "core")
     def _range(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues `[r]` of `U C U^T`, and `W` `[R, r]` with eigenvectors `U W`."""
-        values, Z = self._gram_eigh
-        kept = values > 0
-        kept[: len(values) - rank_of(values)] = False
-        values, Z = values[kept], Z[:, kept]
+        values, Z = eigh(self.gram(), "Gram matrix")
+        # columns are rounded to their dtype, so their Gram matrix is known to its eps squared
+        eps = max(torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
+        rank = rank_of(values, eps)
+        values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
         if not isinstance(self.core, Tensor):
             return self.core * values, Z / values.sqrt()
         root = Z * values.sqrt()
         inside, P = eigh(root.mT @ self.core @ root, "core of an outer block")
         return inside, (Z / values.sqrt()) @ P
+
+    def _vectors(self, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
+        a, g = self.a.double(), self.g.double()
+        for part in contractions.slices(W.shape[1], 8 * self.size):
+            yield part, contractions.combine(a, g, W[:, part].mT.reshape(-1, *g.shape[:2]))
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -129,87 +143,111 @@ class Outer(Block):
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
-        inner = contractions.project(self.a, self.g, V)
-        value = (inner.double() * self._apply_core(inner).double()).sum((-2, -1))
+        a, g = self._factors()
+        inner = contractions.project(a, g, V.to(a.dtype)).double()
+        value = (inner * self._apply_core(inner)).sum((-2, -1))
         return value + self.shift * V.double().square().sum((-2, -1))
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        K = contractions.cross_gram(self.a, self.g, a, g)
+        value = (K * self._core_times(K)).sum(0).view(g.shape[:2])
+        return value + self.shift * contractions.energies(a, g) if self.shift else value
 
     def _inner(self, other: Block) -> Tensor | None:
         shifted = self.shift * other.trace() if self.shift else 0.0
+        if isinstance(other, Outer):
+            return shifted + other.shift * self._core_gram.trace() + self._outer_inner(other)
         if isinstance(self.core, Tensor):
-            if not isinstance(other, Outer) or isinstance(other.core, Tensor):
-                return shifted + self._general_inner(other)
-            return other._inner(self)
-        if isinstance(other, Outer) and other.a is self.a and other.g is self.g:
-            core = other.core
-            K = self.gram()
-            same = (K @ core * K).sum() if isinstance(core, Tensor) else core * K.square().sum()
-            return shifted + self.core * (same + other.shift * K.trace())
+            return shifted + self._general_inner(other)
+        if isinstance(other, Kronecker) and self._knows_basis(other):
+            other = other.eigen
         if isinstance(other, Eigen) and not other.thin:
             return shifted + (other.spectrum * self._rotated_gradients(other.Q_G, other.Q_A)).sum()
-        if isinstance(other, Kronecker) and self._knows_basis(other):
-            return shifted + self._inner(other.eigen)
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
+
+    @property
+    def _core_gram(self) -> Tensor:
+        """`C K`, whose trace and squares are those of `U C U^T`."""
+        return self._core_times(self.gram())
+
+    def _outer_inner(self, other: Outer) -> Tensor:
+        """`<U C U^T, U' C' U'^T> = <C U^T U', U^T U' C'>`."""
+        if other.a is self.a and other.g is self.g:
+            return (self._core_gram * other._core_gram.mT).sum()
+        K = contractions.cross_gram(self.a, self.g, other.a, other.g)
+        return (self._core_times(K) * other._core_times(K.mT).mT).sum()
 
     def _general_inner(self, other: Block) -> Tensor:
         """`sum_{rs} C_rs <D_r, other D_s>` for a full core."""
+        assert isinstance(self.core, Tensor)
         values, W = eigh(self.core, "core of an outer block")
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in contractions._slices(len(values), 4 * self.size * self.dtype.itemsize):
-            weights = W[:, part].mT.reshape(-1, self.g.shape[0], self.g.shape[1])
-            vectors = contractions.combine(self.a, self.g, weights.to(self.dtype))
-            total += (values[part] * other.quadratic(vectors)).sum()
+        for part, vectors in self._vectors(W):
+            total += (values[part] * other.quadratic(vectors.to(self.dtype))).sum()
         return total
 
+    @remembered("a", "g", "core")
+    def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
+        """By the state of a basis: the basis itself and `_rotated_gradients` in it."""
+        return {}
+
     def _knows_basis(self, other: Kronecker) -> bool:
-        cached = vars(other).get("eigen")
-        return cached is not None and any(
-            Q_G is cached.Q_G and Q_A is cached.Q_A for Q_G, Q_A, _ in self._rotated
-        )
+        eigen = Kronecker.eigen.known(other)
+        return eigen is not None and (state_of(eigen.Q_G), state_of(eigen.Q_A)) in self._rotated
 
     def _rotated_gradients(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         """`diag(Q^T (U C U^T) Q)` for a scalar core, remembered per basis."""
-        for known_G, known_A, value in self._rotated:
-            if known_G is Q_G and known_A is Q_A:
-                return value
-        value = self.core * contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A).double()
-        self._rotated.append((Q_G, Q_A, value))
-        return value
+        key = state_of(Q_G), state_of(Q_A)
+        if key not in self._rotated:
+            value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A).double()
+            self._rotated[key] = Q_G, Q_A, self.core * value
+        return self._rotated[key][2]
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         if isinstance(self.core, Tensor):
-            return super().rotated_diagonal(Q_G, Q_A)
-        value = self._rotated_gradients(Q_G, Q_A)
+            a, g = self._factors()
+            value = Outer(a @ Q_A.to(a), g @ Q_G.to(g), self.core).diagonal()
+        else:
+            value = self._rotated_gradients(Q_G, Q_A)
         if not self.shift:
             return value
         norms = torch.outer(Q_G.double().square().sum(0), Q_A.double().square().sum(0))
         return value + self.shift * norms
 
+    def diagonal_of(self, other: Block) -> Tensor:
+        """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
+        values, W = self._range
+        parts = [
+            other.quadratic(vectors.to(self.dtype))
+            for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
+        ]
+        return torch.cat(parts) if parts else values
+
     def trace(self) -> Tensor:
-        if isinstance(self.core, Tensor):
-            inside = (self.core * self.gram()).sum()
-        else:
-            inside = self.core * self.energies().sum()
+        full = isinstance(self.core, Tensor)
+        inside = self._core_gram.trace() if full else self.core * self.energies().sum()
         return inside + self.shift * self.size
 
     def energies(self) -> Tensor:
         """`||D[m,n]||^2`, `[m, n]` in float64."""
-        if self._gram is not None:
-            return self._gram.diagonal().view(self.g.shape[:2])
+        gram = Outer._gram.known(self)
+        if gram is not None:
+            return gram.diagonal().view(self.g.shape[:2])
         return contractions.energies(self.a, self.g)
 
     def squared_norm(self) -> Tensor:
-        K = self.gram()
-        if isinstance(self.core, Tensor):
-            CK = self.core @ K
-            inside, linear = (CK * CK.mT).sum(), CK.trace()
-        else:
-            inside, linear = self.core**2 * K.square().sum(), self.core * K.trace()
-        return inside + 2 * self.shift * linear + self.shift**2 * self.size
+        CK = self._core_gram
+        linear = 2 * self.shift * CK.trace() + self.shift**2 * self.size
+        return (CK * CK.mT).sum() + linear
 
     def diagonal(self) -> Tensor:
-        if isinstance(self.core, Tensor):
-            return super().diagonal()
-        return self.core * contractions.diagonal(self.a, self.g) + self.shift
+        if not isinstance(self.core, Tensor):
+            return self.core * contractions.diagonal(self.a, self.g) + self.shift
+        values, W = eigh(self.core, "core of an outer block")
+        total = torch.full(self.shape, self.shift, dtype=torch.float64, device=self.device)
+        for part, vectors in self._vectors(W):
+            total += torch.einsum("r,roi->oi", values[part], vectors.square())
+        return total.to(self.dtype)
 
     def eigenvalues(self) -> Tensor:
         values = self._range[0] + self.shift
@@ -220,12 +258,13 @@ class Outer(Block):
         """The largest eigenpairs of the range of `U`; fewer than k where its rank is smaller."""
         values, W = self._range
         order = values.argsort(descending=True)[:k]
-        weights = W[:, order].mT.reshape(-1, *self.g.shape[:2]).to(self.dtype)
-        return values[order] + self.shift, contractions.combine(self.a, self.g, weights)
+        vectors = [part.to(self.dtype) for _, part in self._vectors(W[:, order])]
+        empty = torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
+        return values[order] + self.shift, torch.cat([empty, *vectors])
 
     def logdet(self, damping: float) -> Tensor:
         base = self.shift + check_damping(damping)
         values = self._range[0]
         missing = self.size - len(values)
-        rest = missing * torch.tensor(base, dtype=torch.float64).log() if missing else 0.0
-        return (values + base).log().sum() + rest
+        rest = missing * math.log(base) if missing and base else -math.inf if missing else 0.0
+        return (values + base).clamp(min=0).log().sum() + rest

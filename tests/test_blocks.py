@@ -1,0 +1,387 @@
+"""Every form of block against its dense matrix, and what the dense matrix cannot show."""
+
+import copy
+
+import pytest
+import torch
+from block_laws import (
+    CASES,
+    LAWS,
+    assert_near,
+    assert_number,
+    built,
+    columns,
+    matrix_power,
+    psd,
+    randn,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fisherlab import blocks
+from fisherlab.blocks import Block, BlockError, BlockTooLarge, contractions, numerics
+
+DTYPES = [torch.float64, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", CASES)
+def test_law(name, law, dtype):
+    block, matrix = built(name, dtype)
+    LAWS[law](block, matrix, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_inner_product_with_every_form(name, dtype):
+    block, matrix = built(name, dtype)
+    for other_name in CASES:
+        other, other_matrix = built(other_name, dtype)
+        scale = (matrix.norm() * other_matrix.norm()).item()
+        assert_number(block.inner(other), (matrix * other_matrix).sum(), dtype, scale)
+    assert_number(block.inner(block), matrix.square().sum(), dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_base_class_says_the_same(name):
+    """Each override against the definition it replaces."""
+    block, _ = CASES[name](torch.float64)
+    V = randn(2, *block.shape, seed=1)
+    Q_G, Q_A = randn(block.shape[0], 2, seed=2), randn(block.shape[1], 3, seed=3)
+    a, g = randn(3, 2, block.shape[1], seed=4), randn(2, 3, 2, block.shape[0], seed=5)
+    calls = {
+        "quadratic": (V,),
+        "column_quadratics": (a, g),
+        "trace": (),
+        "squared_norm": (),
+        "diagonal": (),
+        "eigenvalues": (),
+        "rotated_diagonal": (Q_G, Q_A),
+        "logdet": (0.3,),
+        "dense": (),
+        "solve": (V, 0.3),
+    }
+    scale = block.squared_norm().sqrt().item()
+    for method, arguments in calls.items():
+        ours, base = getattr(block, method)(*arguments), getattr(Block, method)(block, *arguments)
+        assert_near(ours, base, torch.float64, scale=scale), method
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_stale_after_an_in_place_change(name):
+    def everything(block):
+        pieces = [block.trace(), block.squared_norm(), block.logdet(1.0), block.eigenvalues()]
+        pieces += [block.diagonal(), block.dense(), block.leading(2)[0]]
+        pieces += [block.power(exponent, 1.0).dense() for exponent in (-1, -0.5, 0.5)]
+        pieces += [block.rotated_diagonal(*bases), block.inner(other)]
+        return [piece.flatten() for piece in pieces]
+
+    block, _ = CASES[name](torch.float64)
+    other, _ = built("kronecker", torch.float64)
+    bases = other.eigen.Q_G, other.eigen.Q_A
+    before = torch.cat(everything(block))
+    for tensor in block.tensors():
+        tensor.mul_(0.7)
+        after, fresh = torch.cat(everything(block)), torch.cat(everything(copy.deepcopy(block)))
+        assert_near(after, fresh, torch.float64)
+    assert name == "outer_zero" or (before - after).norm() > 1e-3 * before.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_counts_the_tensors_and_no_cache(name):
+    block, _ = CASES[name](torch.float64)
+    size = block.memory_bytes()
+    assert size == sum({id(x): x.numel() * 8 for x in block.tensors()}.values()) > 0
+    block.eigenvalues(), block.power(-0.5, 1.0), block.logdet(1.0), block.leading(2)
+    assert block.memory_bytes() == size
+
+
+def test_memory_counts_a_shared_tensor_once():
+    part = blocks.Diagonal(torch.ones(2, 3))
+    assert blocks.DirectSum([part, part]).memory_bytes() == 24
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_survives_a_dictionary(name):
+    block, _ = CASES[name](torch.float32)
+    again = blocks.from_dict(blocks.to_dict(block))
+    assert again.dtype == torch.float32 and repr(again) == repr(block)
+    assert torch.equal(again.dense(), block.dense())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_work_in_inference_mode(name):
+    with torch.inference_mode():
+        block, matrix = CASES[name](torch.float64)
+        assert_number(
+            block.logdet(1.0), (matrix + torch.eye(len(matrix))).logdet(), torch.float64, 1
+        )
+        assert_near(block.power(-1, 1.0).dense(), matrix_power(matrix, -1, 1.0), torch.float64)
+
+
+# --- outer blocks of any shape --------------------------------------------------------------------
+
+
+@st.composite
+def outer_blocks(draw):
+    n, t, m = (draw(st.integers(1, top)) for top in (7, 6, 4))
+    o, i = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    seed, dtype = draw(st.integers(0, 1000)), draw(st.sampled_from(DTYPES))
+    a, g = randn(n, t, i, seed=seed, dtype=dtype), randn(m, n, t, o, seed=seed + 1, dtype=dtype)
+    kind = draw(st.sampled_from(["generic", "repeated", "some zero", "all zero", "one output"]))
+    if kind == "repeated":
+        a, g = a[:1].repeat(n, 1, 1), g[:, :1].repeat(1, n, 1, 1)
+    elif kind == "some zero":
+        g[:, ::2] = 0
+    elif kind == "all zero":
+        g[:] = 0
+    elif kind == "one output":
+        g[..., 1:] = 0
+    shift = draw(st.sampled_from([0.0, 0.0, 0.25]))
+    full = draw(st.booleans())
+    core = psd(m * n, seed=seed + 2) / n if full else 1 / n
+    C = core if full else core * torch.eye(m * n, dtype=torch.float64)
+    U = columns(a, g)
+    matrix = U @ C @ U.mT + shift * torch.eye(o * i, dtype=torch.float64)
+    return blocks.Outer(a, g, core, shift), matrix
+
+
+@settings(max_examples=60)
+@given(outer_blocks(), st.sampled_from(sorted(LAWS)))
+def test_laws_of_an_outer_block_of_any_shape(case, law):
+    block, matrix = case
+    if law == "law_power" and matrix.norm() > 0:
+        values = torch.linalg.eigvalsh(matrix)
+        # ill-conditioned beyond what the tolerance covers, yet not singular
+        if 1e-9 < values[0] / values[-1] < 1e-3:
+            return
+    if law == "law_scalars" and block.shift == 0 and len(matrix) <= block.columns:
+        return  # log det of a nearly singular matrix
+    LAWS[law](block, matrix, block.dtype)
+
+
+@settings(max_examples=40)
+@given(outer_blocks(), st.sampled_from([1e-8, 1e-5, 1e-2, 1.0]))
+def test_woodbury_inverse_is_the_inverse(case, relative):
+    """Including `(1/lambda)(I - V V^T)`, what the inverse is outside the range of the columns."""
+    block, matrix = case
+    damping = relative * torch.linalg.eigvalsh(matrix)[-1].item() or 1.0
+    inverse = block.power(-1, damping)
+    expected = matrix_power(matrix, -1, damping)
+    base = 1 / (damping + block.shift)
+    tolerance = 1e-15 / relative + 1e-12 if block.dtype == torch.float64 else 1e-6
+    assert (inverse.dense() - expected).norm() <= tolerance * base * len(matrix)
+    values, Q = torch.linalg.eigh(matrix)
+    outside = Q[:, values - block.shift <= 1e-12 * values[-1].abs()]
+    if outside.shape[1]:
+        V = outside.mT.reshape(-1, *block.shape).to(block.dtype)
+        assert ((inverse @ V).double() / base - V.double()).abs().max() < max(tolerance, 1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 4])
+def test_float32_inverse_of_a_gradient_keeps_its_digits_at_tiny_damping(t):
+    """The step of natural gradient: a vector in the range, where Woodbury's two terms cancel."""
+    a, g = randn(6, t, 120, seed=1), randn(2, 6, t, 80, seed=2)
+    V = contractions.combine(a.float(), g.float(), torch.ones(2, 6))
+    exact = blocks.Outer(a.float().double(), g.float().double())
+    damping = 1e-8 * exact.eigenvalues()[0].item()
+    for exponent in (-1, -0.5):
+        ours = blocks.Outer(a.float(), g.float()).power(exponent, damping) @ V
+        # V itself is rounded: what of it lies outside the range is divided by the damping
+        inside = exact.power(exponent, damping) @ V.double()
+        assert (ours.double() - inside).norm() < 1e-3 * inside.norm()
+    logdet = blocks.Outer(a.float(), g.float()).logdet(damping)
+    assert abs(logdet - exact.logdet(damping)) < 1e-4 * exact.size
+
+
+def test_float32_rank_is_that_of_the_data():
+    a, g = randn(40, 1, 30, seed=1, dtype=torch.float32), randn(1, 40, 1, 20, seed=2).float()
+    a[20:], g[:, 20:] = a[:20], g[:, :20]
+    block = blocks.Outer(a, g)
+    assert len(block.leading(40)[0]) == 20
+    assert (block.eigenvalues() > 0).sum() == 20
+
+
+def test_powers_share_the_gram_matrix(monkeypatch):
+    block, _ = CASES["outer"](torch.float64)
+    block.gram()
+    monkeypatch.setattr(contractions, "gram", None)
+    inverse = block.power(-1, 0.1)
+    inverse.trace(), inverse.squared_norm(), inverse.power(0.5, 0.1).trace(), block.inner(inverse)
+
+
+def test_rotated_gradients_are_computed_once(monkeypatch):
+    outer, F = CASES["outer"](torch.float64)
+    kronecker, X = CASES["kronecker"](torch.float64)
+    kronecker.diagonal_of(outer)
+    monkeypatch.setattr(contractions, "rotated_diagonal", None)
+    monkeypatch.setattr(contractions, "kronecker_quadratic", None)
+    kronecker.diagonal_of(outer)
+    assert_number(outer.inner(kronecker), (F * X).sum(), torch.float64)
+
+
+# --- single forms ---------------------------------------------------------------------------------
+
+
+def test_factored_power_damps_the_factors(generator):
+    G, A = psd(3, seed=1), psd(4, seed=2)
+    power = blocks.Kronecker(G, A).factored_power(-0.5, 0.1, 0.2)
+    expected = torch.kron(matrix_power(G, -0.5, 0.1), matrix_power(A, -0.5, 0.2))
+    assert_near(power.dense(), expected, torch.float64)
+
+
+def test_inverse_of_from_inverse_is_untouched():
+    inner = CASES["kronecker"](torch.float64)[0]
+    assert blocks.FromInverse(inner).power(-1, 0.0) is inner
+
+
+def test_indefinite_matrices_are_clamped_and_say_so():
+    matrix = torch.diag(torch.tensor([2.0, 1.0, -1.0, 0.0], dtype=torch.float64))
+    block = blocks.Dense(matrix, (2, 2))
+    assert block.clamped == pytest.approx(0.25)
+    assert_near(block.power(0.5).dense().square(), matrix.clamp(min=0), torch.float64)
+    G = torch.stack([torch.eye(2), -torch.eye(2)]).double()
+    A = torch.stack([torch.eye(2), torch.diag(torch.tensor([0.0, 4.0]))]).double()
+    assert blocks.KroneckerSum(G, A).clamped == pytest.approx(0.75)
+
+
+def test_a_diagonal_is_exact_over_a_wide_range():
+    entries = torch.tensor([[1e-12, 1.0], [1e9, 1e-3]])
+    assert torch.equal(blocks.Diagonal(entries).power(-1).entries, 1 / entries)
+    with pytest.raises(BlockError, match="damping"):
+        blocks.Diagonal(torch.tensor([[0.0, 1.0]])).power(-1)
+
+
+def test_gram_of_a_direct_sum_is_that_of_the_whole_layer():
+    block, _ = CASES["direct_sum_of_outers"](torch.float64)
+    U = torch.cat([columns(part.a, part.g) for part in block.parts])
+    assert_near(block.gram(), U.mT @ U, torch.float64)
+    with pytest.raises(BlockError, match="Gram matrix, got .*Kronecker"):
+        CASES["direct_sum"](torch.float64)[0].gram()
+
+
+def test_sample_has_the_laplace_covariance():
+    block, matrix = CASES["outer"](torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.stack([block.sample(0.5, generator).flatten() for _ in range(4000)])
+    expected = matrix_power(matrix, -1, 0.5)
+    assert (draws.mT @ draws / 4000 - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: blocks.Dense(torch.eye(5), (2, 3)),
+        lambda: blocks.Outer(torch.ones(3, 2, 4), torch.ones(1, 2, 2, 5)),
+        lambda: blocks.Outer(torch.ones(0, 2, 4), torch.ones(1, 0, 2, 5)),
+        lambda: blocks.Kronecker(torch.ones(2, 3), torch.eye(2)),
+        lambda: blocks.KroneckerSum(torch.ones(2, 3, 3), torch.ones(1, 2, 2)),
+        lambda: blocks.Eigen(torch.eye(3), torch.eye(4), torch.ones(4, 3)),
+        lambda: blocks.DirectSum([]),
+        lambda: blocks.DirectSum([blocks.Diagonal(torch.ones(2, i)) for i in (2, 3)]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(make):
+    with pytest.raises(BlockError, match="got"):
+        make()
+
+
+# --- layers too large for a dense matrix ----------------------------------------------------------
+
+
+@pytest.fixture
+def no_dense(monkeypatch):
+    monkeypatch.setattr(numerics, "free_memory", lambda device: 0)
+
+
+def test_a_large_outer_block_never_goes_dense(no_dense):
+    o, i, n = 512, 4608, 8
+    a, g = randn(n, 4, i, seed=1, dtype=torch.float32), randn(1, n, 4, o, seed=2).float()
+    block, V = blocks.Outer(a, g), randn(o, i, seed=3).float()
+    damping = 1e-3 * block.trace().item() / block.size
+    inverse = block.power(-1, damping)
+    other = blocks.Outer(a.flip(0), g)
+    values, vectors = block.leading(10)
+    assert len(values) == n and vectors.shape == (n, o, i)
+    top = vectors[0]
+    # top is rounded: what of it lies outside the range would be divided by a tiny damping
+    large = values[0].item()
+    assert_near((block.power(-1, large) @ top) * 2 * large, top, torch.float32)
+    assert_number(block.quadratic(top), values[0], torch.float32)
+    assert_number(block.inner(block), block.squared_norm(), torch.float32)
+    for pair in ((block, other), (block, inverse), (inverse, other.power(-1, damping))):
+        assert pair[0].inner(pair[1]) > 0
+    assert_number(block.inner(inverse), (values / (values + damping)).sum(), torch.float32)
+    diagonal = inverse.diagonal()
+    assert_number(diagonal.double().sum(), inverse.trace(), torch.float32)
+    expected = (values + damping).log().sum() + (block.size - n) * torch.tensor(damping).log()
+    assert_number(block.logdet(damping), expected, torch.float32)
+    assert (inverse @ V).isfinite().all() and inverse.quadratic(V) > 0
+    assert len(block.eigenvalues()) == block.size
+    with pytest.raises(BlockTooLarge, match="GiB"):
+        block.dense()
+
+
+def test_other_large_forms_never_go_dense(no_dense):
+    o, i = 12, 20
+    a, g = randn(4, 3, i, seed=1), randn(2, 4, 3, o, seed=2)
+    exact, V = blocks.Outer(a, g), randn(o, i, seed=3)
+    kronecker = blocks.Kronecker(psd(o, seed=4), psd(i, seed=5))
+    forms = [
+        kronecker,
+        kronecker.power(-1, 0.1),
+        blocks.KroneckerSum(psd(1, o, seed=6), psd(1, i, seed=7)),
+        blocks.Diagonal(randn(o, i, seed=8).square()),
+        blocks.MiniBlock(psd(o, 4, 5, seed=9)),
+        blocks.MiniBlock(psd(o, 19, 1, seed=9), torch.ones(o, dtype=torch.float64)),
+        blocks.FromInverse(kronecker),
+        exact.power(-1, 0.1),
+        blocks.Eigen(
+            torch.eye(o)[:, :3].double(), torch.eye(i)[:, :4].double(), psd(4, seed=1)[:3]
+        ),
+    ]
+    for block in forms:
+        block.trace(), block.diagonal(), block.eigenvalues(), block.leading(10), block.logdet(0.1)
+        assert block.quadratic(V) >= 0 and exact.inner(block) > 0
+        assert block.diagonal_of(exact).isfinite().all()
+        assert (block.power(-1, 0.1) @ V).isfinite().all()
+    with pytest.raises(BlockTooLarge, match="no closed inner product of MiniBlock and Kronecker"):
+        forms[4].inner(kronecker)
+    with pytest.raises(BlockTooLarge, match="GiB"):
+        blocks.DirectSum([kronecker, exact]).diagonal_of(kronecker)
+
+
+@pytest.mark.slow
+def test_a_large_kronecker_block_never_goes_dense(no_dense):
+    o, i = 512, 4608
+    block = blocks.Kronecker(psd(o, seed=1).float(), psd(i, seed=2, rank=i).float())
+    V = randn(o, i, seed=3).float()
+    values, vectors = block.leading(10)
+    assert_near(block @ vectors, values[:, None, None] * vectors, torch.float32)
+    W = block.power(-1, 0.1) @ V
+    assert_near(block @ W + 0.1 * W, V, torch.float32)
+    eigenvalues = block.eigenvalues()
+    assert_number(eigenvalues.sum(), block.trace(), torch.float32)
+    assert_number(eigenvalues.square().sum(), block.squared_norm(), torch.float32)
+    assert_number(block.logdet(0.1), (eigenvalues.clamp(min=0) + 0.1).log().sum(), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_stays_on_its_device(name):
+    def moved(value):
+        if isinstance(value, dict):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    block, matrix = CASES[name](torch.float64)
+    block = blocks.from_dict(moved(blocks.to_dict(block)))
+    inverse = block.power(-1, 1.0)
+    for value in (inverse.dense(), block.trace(), block.logdet(1.0), block.eigenvalues()):
+        assert value.is_cuda
+    assert block.sample(1.0).is_cuda and block.inner(inverse).is_cuda
+    assert_near(inverse.dense().cpu(), matrix_power(matrix, -1, 1.0), torch.float64)
