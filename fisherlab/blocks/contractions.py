@@ -76,11 +76,13 @@ def cross_gram(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     if (t == 1 and s == 1) or pairs <= formed:
         return _gram_by_pairs(a, g, b, h)
     result = a.new_zeros(m * n, p * q, dtype=torch.float64)
+    same = b is a and h is g
+    a, g = a.double(), g.double()
+    b, h = (a, g) if same else (b.double(), h.double())
     # chunks over output rows, so that no gradient is formed twice
     for rows in slices(o, 8 * (m * n + p * q) * i):
-        ours = per_example(a, g[..., rows]).reshape(m * n, -1).double()
-        same = b is a and h is g
-        theirs = ours if same else per_example(b, h[..., rows]).reshape(p * q, -1).double()
+        ours = per_example(a, g[..., rows]).reshape(m * n, -1)
+        theirs = ours if same else per_example(b, h[..., rows]).reshape(p * q, -1)
         result += ours @ theirs.mT
     return result
 
@@ -187,7 +189,19 @@ def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return diagonal(a @ Q_A, g @ Q_G)
     result = a.new_zeros(p, j)
     for _, D in per_example_chunks(a, g):
-        result += (Q_G.mT @ D @ Q_A).square().sum((0, 1))
+        result += rotated_squares(D.reshape(-1, o, i), Q_G, Q_A)
+    return result
+
+
+def rotated_squares(D: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    """`sum_r (Q_G^T D_r Q_A)^2` entrywise of formed gradients `[r, o, i]`."""
+    (o, i), (p, j) = D.shape[1:], (Q_G.shape[1], Q_A.shape[1])
+    result = D.new_zeros(p, j)
+    for part in slices(len(D), (o * i + max(p * i, o * j) + p * j) * D.element_size()):
+        # the side that shrinks the product more goes first
+        output_first = p * i * (o + j) <= o * j * (i + p)
+        rotated = (Q_G.mT @ D[part]) @ Q_A if output_first else Q_G.mT @ (D[part] @ Q_A)
+        result += rotated.square().sum(0)
     return result
 
 

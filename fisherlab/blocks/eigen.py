@@ -33,6 +33,8 @@ class Eigen(Block):
                 f"shape, got {tuple(spectrum.shape)}"
             )
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
+        # a thin basis without tails is zero elsewhere: products stay inside it
+        self._confined = tail_G is None and tail_A is None and tail is None
         self.tail_G = spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G
         self.tail_A = spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A
         self.tail = spectrum.new_zeros(()) if tail is None else tail
@@ -55,6 +57,11 @@ class Eigen(Block):
         return self._missing != (0, 0)
 
     @property
+    def confined(self) -> bool:
+        """Whether the matrix is zero outside its basis: a full one, or a thin one without tails."""
+        return self._confined or not self.thin
+
+    @property
     def _missing(self) -> tuple[int, int]:
         return self.shape[0] - self.Q_G.shape[1], self.shape[1] - self.Q_A.shape[1]
 
@@ -63,10 +70,11 @@ class Eigen(Block):
         spectrum, tail_G, tail_A, tail = (
             x.to(self.dtype) for x in (self.spectrum, self.tail_G, self.tail_A, self.tail)
         )
-        VQ, GV = V @ self.Q_A, self.Q_G.mT @ V
+        VQ = V @ self.Q_A
         core = self.Q_G.mT @ VQ
-        if not self.thin:
+        if self.confined:
             return self.Q_G @ (spectrum * core) @ self.Q_A.mT
+        GV = self.Q_G.mT @ V
         # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
         inside = spectrum - tail_G[:, None] - tail_A + tail
         result = (self.Q_G @ (inside * core) + VQ * (tail_A - tail)) @ self.Q_A.mT
@@ -94,7 +102,7 @@ class Eigen(Block):
         self.check(V)
         core = (self.Q_G.mT @ V @ self.Q_A).double().square()
         value = (core * self.spectrum).sum((-2, -1))
-        if self.thin:
+        if not self.confined:
             rows = (self.Q_G.mT @ V).double().square().sum(-1) - core.sum(-1)
             columns = (V @ self.Q_A).double().square().sum(-2) - core.sum(-2)
             rest = V.double().square().sum((-2, -1)) - core.sum((-2, -1))
@@ -104,18 +112,26 @@ class Eigen(Block):
         return value
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
-        if a.shape[1] == 1 and not self.thin:
-            # <D, F D> = sum_o (g Q_G)_o^2 sum_i spectrum_oi (a Q_A)_i^2
-            inputs = (a[:, 0] @ self.Q_A).square().double() @ self.spectrum.double().mT
-            return ((g[:, :, 0] @ self.Q_G).square() * inputs).sum(-1)
-        return super().column_quadratics(a, g)
+        if a.shape[1] != 1:
+            return super().column_quadratics(a, g)
+        # <D, F D> = sum_o (g Q_G)_o^2 sum_i spectrum_oi (a Q_A)_i^2, and the same of the tails
+        outputs = (g[:, :, 0] @ self.Q_G).square().double()
+        inputs = (a[:, 0] @ self.Q_A).square().double()
+        value = (outputs * (inputs @ self.spectrum.double().mT)).sum(-1)
+        if self.confined:
+            return value
+        rest_G = g[:, :, 0].double().square().sum(-1) - outputs.sum(-1)
+        rest_A = a[:, 0].double().square().sum(-1) - inputs.sum(-1)
+        value = value + outputs @ self.tail_G.double() * rest_A
+        value = value + rest_G * (inputs @ self.tail_A.double())
+        return value + self.tail.double() * rest_G * rest_A
 
     def _inner(self, other: Block) -> Tensor | None:
         from fisherlab.blocks.kronecker import Kronecker
 
         if not isinstance(other, Kronecker | Eigen):
             return None
-        if not self.thin:
+        if self.confined:
             return (self.spectrum * other.rotated_diagonal(self.Q_G, self.Q_A)).sum()
         inside = self.spectrum - self.tail_G[:, None] - self.tail_A + self.tail
         value = (inside * other.rotated_diagonal(self.Q_G, self.Q_A)).sum()

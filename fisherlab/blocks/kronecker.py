@@ -15,7 +15,7 @@ from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     check_dense,
-    eigh,
+    spectral,
     spectrum_power,
     symmetrise,
 )
@@ -53,8 +53,8 @@ class Kronecker(Block):
     @remembered("G", "A")
     def eigen(self) -> Eigen:
         """The same matrix in its Kronecker eigenbasis."""
-        l_G, Q_G = eigh(self.G, "output factor G")
-        l_A, Q_A = eigh(self.A, "input factor A")
+        l_G, Q_G = spectral(self.G, "output factor G")
+        l_A, Q_A = spectral(self.A, "input factor A")
         return Eigen(Q_G, Q_A, torch.outer(l_G, l_A))
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
@@ -213,6 +213,11 @@ def _dot(one: Tensor, two: Tensor) -> Tensor:
 def _factor_power(factor: Tensor, exponent: float, name: str, damping: float = 0.0) -> Tensor:
     if exponent == 1:
         return factor + damping * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    values, vectors = eigh(factor, name)
+    values, vectors = spectral(factor, name)
     powers = spectrum_power(values, exponent, check_damping(damping), name)
-    return symmetrise(vectors * powers @ vectors.mT)
+    if vectors.shape[1] == len(vectors):
+        return symmetrise(vectors * powers @ vectors.mT)
+    # zero on the complement of a thin basis, so damping^p there
+    rest = spectrum_power(values.new_zeros(1), exponent, damping, name)
+    eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return symmetrise(rest * eye + vectors * (powers - rest) @ vectors.mT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -16,6 +17,10 @@ GIB = 1024**3
 RANK_TOLERANCE = 8.0
 
 _DECOMPOSITIONS = WeakTensorKeyDictionary()
+# matrix -> (its state, a function returning a basis of its range[, values, vectors once known])
+_RANGES = WeakTensorKeyDictionary()
+# matrix -> (its state, the matrix whose eigenvectors it has, function of the eigenvalues)
+_INHERITED = WeakTensorKeyDictionary()
 
 
 class BlockError(ValueError):
@@ -47,6 +52,44 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
         if not matrix.is_inference():
             _DECOMPOSITIONS[matrix] = known
     return known[1]
+
+
+def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
+    """`S = Q diag(values) Q^T` by the cheapest way known: full, or thin where the range is declared.
+
+    A thin `Q` `[d, r]` has orthonormal columns and `S` is zero on their complement.
+    """
+    link = _INHERITED.get(matrix)
+    if link is not None and link[0] == state_of(matrix):
+        values, vectors = spectral(link[1], name)
+        return link[2](values), vectors
+    space = _RANGES.get(matrix)
+    if space is None or space[0] != state_of(matrix):
+        return eigh(matrix, name)
+    if len(space) == 2:
+        V = space[1]()
+        if V is None:
+            del _RANGES[matrix]
+            return eigh(matrix, name)
+        values, inside = _eigh(V.mT @ matrix @ V, name)
+        _RANGES[matrix] = space = (*space, values, V @ inside)
+    return space[2], space[3]
+
+
+def declare_range(matrix: Tensor, space: Callable[[], Tensor | None]) -> None:
+    """Say that the range of `S` lies in the orthonormal columns that `space()` returns.
+
+    None says that they would not be fewer than the rows, and `spectral` decomposes `S` in full.
+    """
+    if not matrix.is_inference():
+        _RANGES[matrix] = (state_of(matrix), space)
+
+
+def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Say that `target` is `source` with `function` applied to its eigenvalues; returns `target`."""
+    if not target.is_inference():
+        _INHERITED[target] = (state_of(target), source, function)
+    return target
 
 
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import (
@@ -68,17 +69,16 @@ class Outer(Block):
 
     @remembered("a", "g")
     def _gram(self) -> Tensor:
-        return symmetrise(contractions.gram(self.a, self.g))
+        if self._formed is None:
+            return symmetrise(contractions.gram(self.a, self.g))
+        # of the very gradients that products use: what an inverse cancels must be the same
+        D = self._formed.double()
+        return symmetrise(D @ D.mT)
 
     def _with(self, core: float | Tensor, shift: float) -> Outer:
         block = Outer(self.a, self.g, core, shift)
         Outer._gram.share(self, block)
         return block
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """`a` and `g`, in float64 for a full core: `V/mu - U (..) U^T V` of an inverse cancels."""
-        full = isinstance(self.core, Tensor)
-        return (self.a.double(), self.g.double()) if full else (self.a, self.g)
 
     def _apply_core(self, columns: Tensor) -> Tensor:
         """`C` applied to `[..., m, n]`."""
@@ -93,10 +93,11 @@ class Outer(Block):
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        a, g = self._factors()
-        exact = V.to(a.dtype)
-        product = contractions.combine(a, g, self._apply_core(contractions.project(a, g, exact)))
-        return (product + self.shift * exact if self.shift else product).to(V.dtype)
+        columns = self._apply_core(self._project(V, self._full))
+        product = self._combine(columns, self._full)
+        if self.shift:
+            product = product + self.shift * V.to(product.dtype)
+        return product.to(V.dtype)
 
     @remembered("a", "g", "core")
     def _range(self) -> tuple[Tensor, Tensor]:
@@ -114,9 +115,8 @@ class Outer(Block):
 
     def _vectors(self, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
-        a, g = self.a.double(), self.g.double()
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, contractions.combine(a, g, W[:, part].mT.reshape(-1, *g.shape[:2]))
+            yield part, self._combine(W[:, part].mT.reshape(-1, *self.g.shape[:2]), True)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -143,8 +143,7 @@ class Outer(Block):
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
-        a, g = self._factors()
-        inner = contractions.project(a, g, V.to(a.dtype)).double()
+        inner = self._project(V, self._full).double()
         value = (inner * self._apply_core(inner)).sum((-2, -1))
         return value + self.shift * V.double().square().sum((-2, -1))
 
@@ -161,9 +160,67 @@ class Outer(Block):
             return shifted + self._general_inner(other)
         if isinstance(other, Kronecker) and self._knows_basis(other):
             other = other.eigen
-        if isinstance(other, Eigen) and not other.thin:
-            return shifted + (other.spectrum * self._rotated_gradients(other.Q_G, other.Q_A)).sum()
+        if isinstance(other, Eigen):
+            return shifted + self._eigen_inner(other)
+        if isinstance(other, Diagonal):
+            return shifted + (other.entries.double() * self._diagonal.double()).sum()
+        if self._formed is not None:
+            D = self._formed.view(-1, *self.shape)
+            return shifted + self.core * other.quadratic(D).sum()
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
+
+    def _eigen_inner(self, other: Eigen) -> Tensor:
+        """`<U C U^T, other>` from the energies in its basis and, for tails, beside it."""
+        E = self._rotated_gradients(other.Q_G, other.Q_A)
+        value = (other.spectrum * E).sum()
+        if other.confined:
+            return value
+        rows, columns = E.sum(1), E.sum(0)
+        if other.Q_A.shape[1] < self.shape[1]:
+            L = self._sides[0]
+            rows = self.core * ((L @ other.Q_G) * other.Q_G).sum(0, dtype=torch.float64)
+        if other.Q_G.shape[1] < self.shape[0]:
+            R = self._sides[1]
+            columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
+        value = value + other.tail_G.double() @ (rows - E.sum(1))
+        value = value + other.tail_A.double() @ (columns - E.sum(0))
+        rest = self.core * self.energies().sum() - rows.sum() - columns.sum() + E.sum()
+        return value + other.tail.double() * rest
+
+    @remembered("a", "g")
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """`sum D D^T` and `sum D^T D`."""
+        return contractions.left_moment(self.a, self.g), contractions.right_moment(self.a, self.g)
+
+    @remembered("a", "g")
+    def _formed(self) -> Tensor | None:
+        """The per-example gradients themselves, where they take less room than `a` and `g` do."""
+        m, n, t, o = self.g.shape
+        if t == 1 or m * n * o * self.a.shape[2] > self.a.numel() + self.g.numel():
+            return None
+        return contractions.per_example(self.a, self.g).reshape(self.columns, -1)
+
+    def _project(self, V: Tensor, exact: bool) -> Tensor:
+        """`U^T V`, `[..., m, n]`, in float64 where `exact`: an inverse cancels."""
+        if self._formed is not None:
+            D = self._formed.double() if exact else self._formed
+            flat = V.reshape(-1, self.size).to(D.dtype) @ D.mT
+            return flat.view(*V.shape[:-2], *self.g.shape[:2])
+        a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
+        return contractions.project(a, g, V.to(a.dtype))
+
+    def _combine(self, weights: Tensor, exact: bool) -> Tensor:
+        """`U c`, `[..., o, i]`, in float64 where `exact`."""
+        if self._formed is not None:
+            D = self._formed.double() if exact else self._formed
+            flat = weights.reshape(-1, self.columns).to(D.dtype) @ D
+            return flat.view(*weights.shape[:-2], *self.shape)
+        a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
+        return contractions.combine(a, g, weights)
+
+    @property
+    def _full(self) -> bool:
+        return isinstance(self.core, Tensor)
 
     @property
     def _core_gram(self) -> Tensor:
@@ -199,13 +256,17 @@ class Outer(Block):
         """`diag(Q^T (U C U^T) Q)` for a scalar core, remembered per basis."""
         key = state_of(Q_G), state_of(Q_A)
         if key not in self._rotated:
-            value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A).double()
-            self._rotated[key] = Q_G, Q_A, self.core * value
+            if self._formed is None:
+                value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A)
+            else:
+                D = self._formed.view(-1, *self.shape)
+                value = contractions.rotated_squares(D, Q_G, Q_A)
+            self._rotated[key] = Q_G, Q_A, self.core * value.double()
         return self._rotated[key][2]
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         if isinstance(self.core, Tensor):
-            a, g = self._factors()
+            a, g = self.a.double(), self.g.double()
             value = Outer(a @ Q_A.to(a), g @ Q_G.to(g), self.core).diagonal()
         else:
             value = self._rotated_gradients(Q_G, Q_A)
@@ -242,12 +303,17 @@ class Outer(Block):
 
     def diagonal(self) -> Tensor:
         if not isinstance(self.core, Tensor):
-            return self.core * contractions.diagonal(self.a, self.g) + self.shift
+            return self._diagonal + self.shift
         values, W = eigh(self.core, "core of an outer block")
         total = torch.full(self.shape, self.shift, dtype=torch.float64, device=self.device)
         for part, vectors in self._vectors(W):
             total += torch.einsum("r,roi->oi", values[part], vectors.square())
         return total.to(self.dtype)
+
+    @remembered("a", "g", "core")
+    def _diagonal(self) -> Tensor:
+        """The diagonal of `U C U^T` for a scalar core."""
+        return self.core * contractions.diagonal(self.a, self.g)
 
     def eigenvalues(self) -> Tensor:
         values = self._range[0] + self.shift
@@ -256,6 +322,16 @@ class Outer(Block):
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         """The largest eigenpairs of the range of `U`; fewer than k where its rank is smaller."""
+        if k not in self._leading:
+            self._leading[k] = self._leading_pairs(k)
+        return self._leading[k]
+
+    @remembered("a", "g", "core")
+    def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By k: the leading eigenpairs."""
+        return {}
+
+    def _leading_pairs(self, k: int) -> tuple[Tensor, Tensor]:
         values, W = self._range
         order = values.argsort(descending=True)[:k]
         vectors = [part.to(self.dtype) for _, part in self._vectors(W[:, order])]
