@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.numerics import declare_range
 from fisherlab.extract import LayerCapture
 
 _REGISTRY: dict[str, type[Approximation]] = {}
 
 
+# Sums whose range lies in the span of the layer's inputs: their eigenbasis may be thin.
+INPUT_MOMENTS = frozenset({"A", "right"})
+
+
 class Means(Mapping[str, Tensor]):
     """The means of one layer's sums, divided when asked for, and the blocks made of them."""
 
-    def __init__(self, sums: Mapping[str, Tensor], count: float) -> None:
-        self._sums, self._count = sums, count
+    def __init__(
+        self,
+        sums: Mapping[str, Tensor],
+        count: float,
+        input_space: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        self._sums, self._count, self._input_space = sums, count, input_space
         self._means: dict[str, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._means:
-            self._means[key] = self._sums[key] / self._count
+            mean = self._means[key] = self._sums[key] / self._count
+            if key in INPUT_MOMENTS and self._input_space is not None:
+                declare_range(mean, self._input_space)
         return self._means[key]
 
     def __iter__(self) -> Iterator[str]:

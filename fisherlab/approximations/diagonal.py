@@ -17,7 +17,7 @@ class Diagonal(Approximation, name="diagonal"):
     """`F ~ diag((1/M) sum_r D_r^2)`, the exact diagonal of the block."""
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        return {"squares": contractions.diagonal(layer.inputs, layer.output_gradients)}
+        return {"squares": layer.columns.squares}
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]

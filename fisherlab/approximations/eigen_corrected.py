@@ -9,8 +9,8 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.tkfac import TKFAC
-from fisherlab.blocks import Block, Eigen, Kronecker, contractions
-from fisherlab.blocks.numerics import eigh
+from fisherlab.blocks import Block, Eigen, Kronecker
+from fisherlab.blocks.numerics import spectral
 from fisherlab.extract import LayerCapture
 
 
@@ -35,13 +35,13 @@ class EigenCorrected(Approximation):
     def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         product = means.block(self.factors)
         assert isinstance(product, Kronecker), f"{self.factors} makes no Kronecker product"
-        l_G, Q_G = eigh(product.G, "output factor G")
-        l_A, Q_A = eigh(product.A, "input factor A")
+        l_G, Q_G = spectral(product.G, "output factor G")
+        l_A, Q_A = spectral(product.A, "input factor A")
         return {"Q_G": Q_G, "Q_A": Q_A, "l_G": l_G, "l_A": l_A}
 
     def corrections(self, layer: LayerCapture, basis: dict[str, Tensor]) -> dict[str, Tensor]:
-        a, g = layer.inputs, layer.output_gradients
-        return {"spectrum": contractions.rotated_diagonal(a, g, basis["Q_G"], basis["Q_A"])}
+        spectrum = layer.columns.rotated_squares(basis["Q_G"], basis["Q_A"])
+        return {"spectrum": spectrum.to(layer.dtype)}
 
     def carry(
         self, corrections: dict[str, Tensor], old: dict[str, Tensor], new: dict[str, Tensor]

@@ -24,7 +24,8 @@ class Exact(Approximation, name="exact"):
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         if len(layers) == 1 and layers[0].column_share == 1:
-            return Outer(layers[0].inputs, layers[0].output_gradients)
+            columns = layers[0].columns
+            return Outer(columns.a, columns.g, columns=columns)
         return Outer(*_joined(layers), core=1 / sum(layer.examples for layer in layers))
 
 

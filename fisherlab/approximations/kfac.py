@@ -37,7 +37,7 @@ class KFAC(Approximation, name="kfac"):
             )
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        a, g = layer.inputs, layer.output_gradients
+        a, g = layer.columns.a, layer.columns.g
         share = layer.column_share
         if self.weight_sharing == "reduce":
             return {"A": share * second_moment(a.mean(1)), "G": second_moment(g.sum(2))}

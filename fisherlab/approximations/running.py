@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Memo:
     """
 
     def __init__(self, layers: Sequence[LayerCapture], memory: int | None = None) -> None:
-        self.layers = tuple(layers)
+        self.layers = tuple(replace(layer, shared={}) for layer in layers)
         self.memory = memory
         self.count = sum(layer.examples for layer in self.layers)
         self._means: dict[Approximation, Means] = {}
@@ -54,8 +55,14 @@ class Memo:
         origin = approximation.origin
         if origin not in self._means:
             sums = add(origin.sums(chunk) for chunk in self._chunks())
-            self._means[origin] = Means(sums, self.count)
+            self._means[origin] = Means(sums, self.count, self._input_space)
         return self._means[origin]
+
+    def _input_space(self) -> Tensor | None:
+        """A basis of the inputs of one whole batch, where they span clearly less than their space."""
+        if len(self.layers) > 1 or self.memory is not None:
+            return None
+        return self.layers[0].columns.input_space
 
     def basis(self, approximation: Approximation) -> Sums:
         """The basis of the approximation, from its means."""

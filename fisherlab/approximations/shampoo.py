@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, BlockError, Kronecker, contractions
-from fisherlab.blocks.numerics import check_damping, eigh, spectrum_power
+from fisherlab.approximations.tkfac import TKFAC
+from fisherlab.blocks import Block, BlockError, Kronecker
+from fisherlab.blocks.numerics import check_damping, inherit, spectral, spectrum_power
 from fisherlab.extract import LayerCapture
 
 
@@ -42,20 +43,23 @@ class Shampoo(Approximation, name="shampoo"):
         return per_example if self.statistics == "per_example" else frozenset({"gradient"})
 
     @property
+    def origin(self) -> Approximation:
+        return TKFAC() if self.statistics == "per_example" else self
+
+    @property
     def placement(self) -> str:
         return "factorwise"
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
         if self.statistics == "gradient":
             D, count = layer.gradient, layer.examples
-            return {"L": count * D @ D.mT, "R": count * D.mT @ D}
-        a, g = layer.inputs, layer.output_gradients
-        return {"L": contractions.left_moment(a, g), "R": contractions.right_moment(a, g)}
+            return {"left": count * D @ D.mT, "right": count * D.mT @ D}
+        return TKFAC().sums(layer)
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
-        L, R = means["L"], means["R"]
+        L, R = means["left"], means["right"]
         if self.form == "squared":
             trace = L.trace()
             scale = torch.where(trace > 0, trace.rsqrt(), torch.zeros_like(trace))
@@ -79,10 +83,19 @@ class _Sided(Kronecker):
 
 
 def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
-    values, vectors = eigh(side, "Shampoo's second moment")
-    # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
-    noise = 8 * torch.finfo(values.dtype).eps * len(values) * values.abs().max()
-    values = torch.where(values > noise, values, torch.zeros_like(values))
-    return (
-        vectors * spectrum_power(values, exponent, damping, "Shampoo's second moment") @ vectors.mT
-    )
+    def raised(values: Tensor) -> Tensor:
+        # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
+        noise = 8 * torch.finfo(values.dtype).eps * len(side) * values.abs().max()
+        values = torch.where(values > noise, values, torch.zeros_like(values))
+        return spectrum_power(values, exponent, damping, "Shampoo's second moment")
+
+    values, vectors = spectral(side, "Shampoo's second moment")
+    powers = raised(values)
+    if vectors.shape[1] == len(vectors):
+        return inherit(vectors * powers @ vectors.mT, side, raised)
+    # zero on the complement of a thin basis, so damping^p there
+    rest = raised(values.new_zeros(1))
+    if not rest:
+        return inherit(vectors * powers @ vectors.mT, side, raised)
+    eye = torch.eye(len(side), dtype=side.dtype, device=side.device)
+    return rest * eye + vectors * (powers - rest) @ vectors.mT

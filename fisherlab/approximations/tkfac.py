@@ -10,6 +10,7 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.damping import check_placement, place
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
+from fisherlab.blocks.numerics import inherit
 from fisherlab.extract import LayerCapture
 
 
@@ -39,13 +40,10 @@ class TKFAC(Approximation, name="tkfac"):
             )
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        a, g = layer.inputs, layer.output_gradients
+        a, g = layer.columns.a, layer.columns.g
         if self.weight_sharing == "partial":
-            return {
-                "left": contractions.left_moment(a, g),
-                "right": contractions.right_moment(a, g),
-                "trace": contractions.energies(a, g).sum(),
-            }
+            left, right = layer.columns.sides
+            return {"left": left, "right": right, "trace": layer.columns.energies.sum()}
         t = a.shape[1]
         inputs, outputs = a.square().sum((1, 2)), g.square().sum((0, 2, 3))
         return {
@@ -59,7 +57,8 @@ class TKFAC(Approximation, name="tkfac"):
     ) -> Block:
         root = means["trace"].sqrt()
         scale = torch.where(root > 0, 1 / root, torch.zeros_like(root)).to(means["left"])
-        return Kronecker(means["left"] * scale, means["right"] * scale)
+        sides = (means["left"], means["right"])
+        return Kronecker(*(inherit(side * scale, side, lambda v: v * scale) for side in sides))
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)

@@ -55,7 +55,7 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
 
 
 def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
-    """`S = Q diag(values) Q^T` by the cheapest way known: full, or thin where the range is declared.
+    """`S = Q diag(values) Q^T` the cheapest way known: full, or thin where the range is declared.
 
     A thin `Q` `[d, r]` has orthonormal columns and `S` is zero on their complement.
     """
@@ -86,7 +86,7 @@ def declare_range(matrix: Tensor, space: Callable[[], Tensor | None]) -> None:
 
 
 def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Say that `target` is `source` with `function` applied to its eigenvalues; returns `target`."""
+    """Say that `target` is `source` with `function` applied to its eigenvalues; return `target`."""
     if not target.is_inference():
         _INHERITED[target] = (state_of(target), source, function)
     return target

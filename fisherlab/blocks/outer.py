@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
@@ -22,7 +23,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
     symmetrise,
 )
-from fisherlab.blocks.remembered import remembered, state_of
+from fisherlab.blocks.remembered import remembered
 
 
 class Outer(Block):
@@ -35,20 +36,30 @@ class Outer(Block):
     """
 
     def __init__(
-        self, a: Tensor, g: Tensor, core: float | Tensor | None = None, shift: float = 0.0
+        self,
+        a: Tensor,
+        g: Tensor,
+        core: float | Tensor | None = None,
+        shift: float = 0.0,
+        columns: Columns | None = None,
     ) -> None:
-        if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3] or not len(a):
-            raise BlockError(
-                f"an outer block takes a [n, t, i] and g [m, n, t, o] of n >= 1 examples, got "
-                f"{tuple(a.shape)} and {tuple(g.shape)}"
-            )
-        self.a, self.g = a, g
-        self.core = 1.0 / a.shape[0] if core is None else core
+        self.of = Columns(a, g) if columns is None else columns
+        self.core = 1.0 / self.a.shape[0] if core is None else core
         self.shift = float(shift)
 
     @property
+    def a(self) -> Tensor:
+        """Inputs `[n, t, i]`."""
+        return self.of.a
+
+    @property
+    def g(self) -> Tensor:
+        """Output gradients `[m, n, t, o]`."""
+        return self.of.g
+
+    @property
     def shape(self) -> tuple[int, int]:
-        return self.g.shape[-1], self.a.shape[-1]
+        return self.of.shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,24 +72,28 @@ class Outer(Block):
     @property
     def columns(self) -> int:
         """`R = m n`, the number of columns of `U`."""
-        return self.g.shape[0] * self.g.shape[1]
+        return self.of.count
 
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64, without the `1/M`; computed once."""
-        return self._gram
+        return self.of.gram
 
-    @remembered("a", "g")
-    def _gram(self) -> Tensor:
-        if self._formed is None:
-            return symmetrise(contractions.gram(self.a, self.g))
-        # of the very gradients that products use: what an inverse cancels must be the same
-        D = self._formed.double()
-        return symmetrise(D @ D.mT)
+    def energies(self) -> Tensor:
+        """`||D[m,n]||^2`, `[m, n]` in float64."""
+        return self.of.energies
 
-    def _with(self, core: float | Tensor, shift: float) -> Outer:
-        block = Outer(self.a, self.g, core, shift)
-        Outer._gram.share(self, block)
-        return block
+    def rescaled(self, core: float | Tensor, shift: float = 0.0) -> Outer:
+        """The same columns with another core and shift; what is known of them stays known."""
+        return Outer(self.a, self.g, core, shift, self.of)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.a, self.g)
+        if isinstance(self.core, Tensor):
+            yield self.core
+
+    @property
+    def _full(self) -> bool:
+        return isinstance(self.core, Tensor)
 
     def _apply_core(self, columns: Tensor) -> Tensor:
         """`C` applied to `[..., m, n]`."""
@@ -93,8 +108,8 @@ class Outer(Block):
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        columns = self._apply_core(self._project(V, self._full))
-        product = self._combine(columns, self._full)
+        columns = self._apply_core(self.of.project(V, self._full))
+        product = self.of.combine(columns, self._full)
         if self.shift:
             product = product + self.shift * V.to(product.dtype)
         return product.to(V.dtype)
@@ -116,12 +131,12 @@ class Outer(Block):
     def _vectors(self, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self._combine(W[:, part].mT.reshape(-1, *self.g.shape[:2]), True)
+            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.g.shape[:2]), True)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
         if exponent == 1:
-            return self._with(self.core, self.shift + damping)
+            return self.rescaled(self.core, self.shift + damping)
         base = self.shift + damping
         if exponent == -1 and base > 0 and not isinstance(self.core, Tensor) and self.core > 0:
             # (mu I + c U U^T)^{-1} = I/mu - U (mu/c I + K)^{-1} U^T / mu
@@ -129,7 +144,7 @@ class Outer(Block):
                 self.columns, dtype=torch.float64, device=self.device
             )
             inverse = torch.cholesky_inverse(cholesky(kernel, "damped Gram matrix"))
-            return self._with(-inverse / base, 1 / base)
+            return self.rescaled(-inverse / base, 1 / base)
         values, W = self._range
         full = len(values) == self.size
         if base == 0 and exponent < 0 and not full:
@@ -139,11 +154,11 @@ class Outer(Block):
             )
         powers = spectrum_power(values + base, exponent, 0.0, "outer block")
         rest = 0.0 if base == 0 else base**exponent
-        return self._with(symmetrise(W * (powers - rest) @ W.mT), rest)
+        return self.rescaled(symmetrise(W * (powers - rest) @ W.mT), rest)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
-        inner = self._project(V, self._full).double()
+        inner = self.of.project(V, self._full).double()
         value = (inner * self._apply_core(inner)).sum((-2, -1))
         return value + self.shift * V.double().square().sum((-2, -1))
 
@@ -158,15 +173,16 @@ class Outer(Block):
             return shifted + other.shift * self._core_gram.trace() + self._outer_inner(other)
         if isinstance(self.core, Tensor):
             return shifted + self._general_inner(other)
-        if isinstance(other, Kronecker) and self._knows_basis(other):
-            other = other.eigen
+        if isinstance(other, Kronecker):
+            eigen = Kronecker.eigen.known(other)
+            if eigen is not None and self.of.knows(eigen.Q_G, eigen.Q_A):
+                other = eigen
         if isinstance(other, Eigen):
             return shifted + self._eigen_inner(other)
         if isinstance(other, Diagonal):
-            return shifted + (other.entries.double() * self._diagonal.double()).sum()
-        if self._formed is not None:
-            D = self._formed.view(-1, *self.shape)
-            return shifted + self.core * other.quadratic(D).sum()
+            return shifted + self.core * (other.entries.double() * self.of.squares.double()).sum()
+        if self.of.formed is not None:
+            return shifted + self.core * other.quadratic(self.of.matrices).sum()
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
@@ -177,50 +193,15 @@ class Outer(Block):
             return value
         rows, columns = E.sum(1), E.sum(0)
         if other.Q_A.shape[1] < self.shape[1]:
-            L = self._sides[0]
+            L = self.of.sides[0]
             rows = self.core * ((L @ other.Q_G) * other.Q_G).sum(0, dtype=torch.float64)
         if other.Q_G.shape[1] < self.shape[0]:
-            R = self._sides[1]
+            R = self.of.sides[1]
             columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
         value = value + other.tail_G.double() @ (rows - E.sum(1))
         value = value + other.tail_A.double() @ (columns - E.sum(0))
         rest = self.core * self.energies().sum() - rows.sum() - columns.sum() + E.sum()
         return value + other.tail.double() * rest
-
-    @remembered("a", "g")
-    def _sides(self) -> tuple[Tensor, Tensor]:
-        """`sum D D^T` and `sum D^T D`."""
-        return contractions.left_moment(self.a, self.g), contractions.right_moment(self.a, self.g)
-
-    @remembered("a", "g")
-    def _formed(self) -> Tensor | None:
-        """The per-example gradients themselves, where they take less room than `a` and `g` do."""
-        m, n, t, o = self.g.shape
-        if t == 1 or m * n * o * self.a.shape[2] > self.a.numel() + self.g.numel():
-            return None
-        return contractions.per_example(self.a, self.g).reshape(self.columns, -1)
-
-    def _project(self, V: Tensor, exact: bool) -> Tensor:
-        """`U^T V`, `[..., m, n]`, in float64 where `exact`: an inverse cancels."""
-        if self._formed is not None:
-            D = self._formed.double() if exact else self._formed
-            flat = V.reshape(-1, self.size).to(D.dtype) @ D.mT
-            return flat.view(*V.shape[:-2], *self.g.shape[:2])
-        a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
-        return contractions.project(a, g, V.to(a.dtype))
-
-    def _combine(self, weights: Tensor, exact: bool) -> Tensor:
-        """`U c`, `[..., o, i]`, in float64 where `exact`."""
-        if self._formed is not None:
-            D = self._formed.double() if exact else self._formed
-            flat = weights.reshape(-1, self.columns).to(D.dtype) @ D
-            return flat.view(*weights.shape[:-2], *self.shape)
-        a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
-        return contractions.combine(a, g, weights)
-
-    @property
-    def _full(self) -> bool:
-        return isinstance(self.core, Tensor)
 
     @property
     def _core_gram(self) -> Tensor:
@@ -243,26 +224,9 @@ class Outer(Block):
             total += (values[part] * other.quadratic(vectors.to(self.dtype))).sum()
         return total
 
-    @remembered("a", "g", "core")
-    def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
-        """By the state of a basis: the basis itself and `_rotated_gradients` in it."""
-        return {}
-
-    def _knows_basis(self, other: Kronecker) -> bool:
-        eigen = Kronecker.eigen.known(other)
-        return eigen is not None and (state_of(eigen.Q_G), state_of(eigen.Q_A)) in self._rotated
-
     def _rotated_gradients(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
-        """`diag(Q^T (U C U^T) Q)` for a scalar core, remembered per basis."""
-        key = state_of(Q_G), state_of(Q_A)
-        if key not in self._rotated:
-            if self._formed is None:
-                value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A)
-            else:
-                D = self._formed.view(-1, *self.shape)
-                value = contractions.rotated_squares(D, Q_G, Q_A)
-            self._rotated[key] = Q_G, Q_A, self.core * value.double()
-        return self._rotated[key][2]
+        """`diag(Q^T (U C U^T) Q)` for a scalar core."""
+        return self.core * self.of.rotated_squares(Q_G, Q_A)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         if isinstance(self.core, Tensor):
@@ -289,13 +253,6 @@ class Outer(Block):
         inside = self._core_gram.trace() if full else self.core * self.energies().sum()
         return inside + self.shift * self.size
 
-    def energies(self) -> Tensor:
-        """`||D[m,n]||^2`, `[m, n]` in float64."""
-        gram = Outer._gram.known(self)
-        if gram is not None:
-            return gram.diagonal().view(self.g.shape[:2])
-        return contractions.energies(self.a, self.g)
-
     def squared_norm(self) -> Tensor:
         CK = self._core_gram
         linear = 2 * self.shift * CK.trace() + self.shift**2 * self.size
@@ -303,17 +260,12 @@ class Outer(Block):
 
     def diagonal(self) -> Tensor:
         if not isinstance(self.core, Tensor):
-            return self._diagonal + self.shift
+            return self.core * self.of.squares + self.shift
         values, W = eigh(self.core, "core of an outer block")
         total = torch.full(self.shape, self.shift, dtype=torch.float64, device=self.device)
         for part, vectors in self._vectors(W):
             total += torch.einsum("r,roi->oi", values[part], vectors.square())
         return total.to(self.dtype)
-
-    @remembered("a", "g", "core")
-    def _diagonal(self) -> Tensor:
-        """The diagonal of `U C U^T` for a scalar core."""
-        return self.core * contractions.diagonal(self.a, self.g)
 
     def eigenvalues(self) -> Tensor:
         values = self._range[0] + self.shift

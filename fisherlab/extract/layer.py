@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherlab.blocks import Outer, contractions
+from fisherlab.blocks import contractions
+from fisherlab.blocks.columns import Columns
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -142,6 +143,8 @@ class LayerCapture:
     column_share: float = 1.0
     # the same batch captured again after a step, for quasi-Newton pairs
     after: LayerCapture | None = None
+    # while a memo measures this layer: its columns, made once for every approximation
+    shared: dict[str, Columns] | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -212,13 +215,22 @@ class LayerCapture:
         n, t, o = g.shape
         return g.reshape(n * t, o).mT @ self.inputs.reshape(n * t, -1) / n
 
+    @property
+    def columns(self) -> Columns:
+        """The per-example gradients in the weight-sharing form, with the sums over them."""
+        if self.shared is None:
+            return Columns(self.inputs, self.output_gradients)
+        if "columns" not in self.shared:
+            self.shared["columns"] = Columns(self.inputs, self.output_gradients)
+        return self.shared["columns"]
+
     def per_example_gradients(self) -> Tensor:
         """`D[m,n,o,i] = sum_t g a^T`, all of them: m n o i numbers."""
         return contractions.per_example(self.inputs, self.output_gradients)
 
     def gram(self) -> Tensor:
         """`U^T U`, `[m n, m n]` in float64."""
-        return Outer(self.inputs, self.output_gradients).gram()
+        return self.columns.gram
 
     def chunks(self, memory: int | None = None) -> Iterator[LayerCapture]:
         """Captures over some examples and, where one example is too large, some output vectors.
@@ -278,6 +290,7 @@ class LayerCapture:
             raw_outputs=cut(self.raw_outputs, examples),
             raw_preactivations=cut(self.raw_preactivations, examples),
             column_share=self.column_share * held / total,
+            shared=None,
             after=None if self.after is None else self.after.part(examples, columns),
         )
 
@@ -294,6 +307,7 @@ class LayerCapture:
             raw_label_gradients=each(self.raw_label_gradients),
             raw_outputs=each(self.raw_outputs),
             raw_preactivations=each(self.raw_preactivations),
+            shared=None,
         )
 
     def _present(self, attribute: str, public: str) -> tuple[Tensor, ...]:

@@ -1,0 +1,132 @@
+"""The columns of `U`: per-example gradients kept as inputs and output gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks import contractions
+from fisherlab.blocks.numerics import BlockError, symmetrise
+from fisherlab.blocks.remembered import remembered, state_of
+
+
+class Columns:
+    """`U = [vec(D[m,n])]`, `D[m,n] = sum_t g[m,n,t] a[n,t]^T`; `a` `[n, t, i]`, `g` `[m, n, t, o]`.
+
+    Everything here is a sum over columns, without any `1/M`, computed once and shared by whoever
+    holds the same object: the exact block, the approximations of a layer, the metrics.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:
+        if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3] or not len(a):
+            raise BlockError(
+                f"an outer block takes a [n, t, i] and g [m, n, t, o] of n >= 1 examples, got "
+                f"{tuple(a.shape)} and {tuple(g.shape)}"
+            )
+        self.a, self.g = a, g
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(o, i)`."""
+        return self.g.shape[-1], self.a.shape[-1]
+
+    @property
+    def count(self) -> int:
+        """`R = m n`."""
+        return self.g.shape[0] * self.g.shape[1]
+
+    @remembered("a", "g")
+    def formed(self) -> Tensor | None:
+        """The gradients themselves, `[R, o i]`, where they take less room than `a` and `g` do."""
+        m, n, t, o = self.g.shape
+        if t == 1 or m * n * o * self.a.shape[2] > self.a.numel() + self.g.numel():
+            return None
+        return contractions.per_example(self.a, self.g).reshape(self.count, -1)
+
+    @property
+    def matrices(self) -> Tensor:
+        """`formed` as `[R, o, i]`."""
+        assert self.formed is not None
+        return self.formed.view(-1, *self.shape)
+
+    @remembered("a", "g")
+    def gram(self) -> Tensor:
+        """`K = U^T U`, `[R, R]` in float64."""
+        if self.formed is None:
+            return symmetrise(contractions.gram(self.a, self.g))
+        # of the very gradients that products use: what an inverse cancels must be the same
+        D = self.formed.double()
+        return symmetrise(D @ D.mT)
+
+    @remembered("a", "g")
+    def energies(self) -> Tensor:
+        """`||D[m,n]||^2`, `[m, n]` in float64."""
+        gram = Columns.gram.known(self)
+        if gram is not None:
+            return gram.diagonal().view(self.g.shape[:2])
+        return contractions.energies(self.a, self.g)
+
+    @remembered("a", "g")
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """`sum D D^T` `[o, o]` and `sum D^T D` `[i, i]`."""
+        if self.formed is None:
+            a, g = self.a, self.g
+            return contractions.left_moment(a, g), contractions.right_moment(a, g)
+        D = self.matrices
+        o, i = self.shape
+        flat = D.transpose(0, 1).reshape(o, -1)
+        return symmetrise(flat @ flat.mT), contractions.second_moment(D.reshape(-1, i))
+
+    @remembered("a", "g")
+    def squares(self) -> Tensor:
+        """`sum D^2` entrywise, `[o, i]`."""
+        if self.formed is None:
+            return contractions.diagonal(self.a, self.g)
+        return self.formed.square().sum(0).view(self.shape)
+
+    @remembered("a", "g")
+    def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
+        """By the state of a basis: the basis itself and `rotated_squares` in it."""
+        return {}
+
+    def knows(self, Q_G: Tensor, Q_A: Tensor) -> bool:
+        """Whether `rotated_squares` of this basis costs nothing."""
+        return (state_of(Q_G), state_of(Q_A)) in self._rotated
+
+    def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
+        key = state_of(Q_G), state_of(Q_A)
+        if key not in self._rotated:
+            if self.formed is None:
+                value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A)
+            else:
+                value = contractions.rotated_squares(self.matrices, Q_G, Q_A)
+            self._rotated[key] = Q_G, Q_A, value.double()
+        return self._rotated[key][2]
+
+    def project(self, V: Tensor, exact: bool = False) -> Tensor:
+        """`U^T V`, `[..., m, n]`, in float64 where `exact`: an inverse cancels."""
+        if self.formed is None:
+            a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
+            return contractions.project(a, g, V.to(a.dtype))
+        D = self.formed.double() if exact else self.formed
+        flat = V.reshape(-1, D.shape[1]).to(D.dtype) @ D.mT
+        return flat.view(*V.shape[:-2], *self.g.shape[:2])
+
+    def combine(self, weights: Tensor, exact: bool = False) -> Tensor:
+        """`U c`, `[..., m, n] -> [..., o, i]`, in float64 where `exact`."""
+        if self.formed is None:
+            a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
+            return contractions.combine(a, g, weights)
+        D = self.formed.double() if exact else self.formed
+        return (weights.reshape(-1, self.count).to(D.dtype) @ D).view(
+            *weights.shape[:-2], *self.shape
+        )
+
+    @remembered("a")
+    def input_space(self) -> Tensor | None:
+        """Orthonormal `[i, r]` whose span holds every input, where r is clearly less than i."""
+        rows = self.a.reshape(-1, self.a.shape[-1])
+        if len(rows) > 0.7 * rows.shape[1]:
+            return None
+        return torch.linalg.qr(rows.mT).Q
