@@ -7,7 +7,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,19 @@ def _joined(parts: Sequence[Block]) -> Block:
     return parts[0] if len(parts) == 1 else DirectSum(parts)
 
 
+@contextmanager
+def _remembering_powers(block: Block) -> Iterator[None]:
+    """Make each power of a block once: every measure at one damping asks for the same inverse."""
+    if "power" in vars(block):
+        yield
+        return
+    vars(block)["power"] = cache(block.power)
+    try:
+        yield
+    finally:
+        del vars(block)["power"]
+
+
 class _Layer:
     """One layer under measurement: its exact block, and a memo per group that all methods share."""
 
@@ -324,6 +339,7 @@ class _Layer:
         self.unseen = self._exact(unseen) if unseen else None
         gradients = [sum(c.gradient * c.examples for c in p) / m.count for p, m in self._pairs()]
         self.gradient = torch.cat(gradients)
+        self.exact_steps: dict[float, Tensor] = {}
         self.examples = int(self.memos[0].count)
         self.reference_examples = (
             sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
@@ -360,9 +376,10 @@ class _Layer:
             **facts,
         }
         rows = []
-        for name, maker in makers.items():
-            for row in self._measure(maker, dampings):
-                rows.append({**base, "approximation": name, **row})
+        with _remembering_powers(self.F):
+            for name, maker in makers.items():
+                for row in self._measure(maker, dampings):
+                    rows.append({**base, "approximation": name, **row})
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
             row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
@@ -389,7 +406,8 @@ class _Layer:
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": ""}
             try:
-                row |= self._damped(maker, X, share * unit)
+                with _remembering_powers(X):
+                    row |= self._damped(maker, X, share * unit)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
@@ -417,7 +435,7 @@ class _Layer:
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         P = self._preconditioner(maker, X, damping) if inverse else None
-        step = metrics.step(X, self.F, self.gradient, damping, P)
+        step = metrics.step(X, self.F, self.gradient, damping, P, self._exact_step(damping))
         seconds = time.perf_counter() - start
         return {
             "placement": maker.placement if inverse else "tikhonov",
@@ -430,6 +448,12 @@ class _Layer:
             "solve_seconds": seconds,
             "clamped": X.clamped,
         }
+
+    def _exact_step(self, damping: float) -> Tensor:
+        """`-(F + damping I)^{-1} g`, which every approximation is compared with."""
+        if damping not in self.exact_steps:
+            self.exact_steps[damping] = -self.F.solve(self.gradient.to(self.F.dtype), damping)
+        return self.exact_steps[damping]
 
     def _preconditioner(self, maker: Approximation, X: Block, damping: float) -> Block:
         if isinstance(X, DirectSum):

@@ -51,12 +51,18 @@ class Step:
 
 
 def step(
-    X: Block, F: Block, gradient: Tensor, damping: float, preconditioner: Block | None = None
+    X: Block,
+    F: Block,
+    gradient: Tensor,
+    damping: float,
+    preconditioner: Block | None = None,
+    exact: Tensor | None = None,
 ) -> Step:
-    """Both steps at once; `preconditioner` replaces `(X + damping I)^{-1}`."""
+    """Both steps at once; `preconditioner` replaces `(X + damping I)^{-1}`, `exact` is `d*` if known."""
     P = X.power(-1, damping) if preconditioner is None else preconditioner
     gradient = gradient.to(F.dtype)
-    ours, exact = -(P @ gradient), -F.solve(gradient, damping)
+    ours = -(P @ gradient)
+    exact = -F.solve(gradient, damping) if exact is None else exact
     curvature = F.quadratic(ours) + damping * _dot(ours, ours)
     return Step(ours, exact, _dot(gradient, ours), curvature, _dot(gradient, exact))
 

@@ -16,7 +16,7 @@ from fisherlab.blocks import Block, Diagonal, Eigen, FromInverse, Kronecker, Out
 # Up to this many parameters the generalised eigenproblem is solved densely.
 DENSE_SIZE = 1500
 # Multiplications that the Lanczos iteration may cost; beyond it `condition` is NaN.
-LANCZOS_BUDGET = 2e11
+LANCZOS_BUDGET = 5e9
 _STEPS = 60
 
 
