@@ -48,7 +48,9 @@ class ANG(NaturalGradient):
         if total_steps < 1:
             raise ValueError(f"total_steps is the length of the run, at least 1; got {total_steps}")
         if not callable(schedule) and schedule not in SCHEDULES:
-            raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)} or a callable")
+            raise ValueError(
+                f"schedule {schedule!r} is none of {', '.join(SCHEDULES)} or a callable"
+            )
         if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
             raise ValueError(
                 f"scope is 'layer' or 'global' and amplitude 'natural' or 'blended', got {scope!r} "

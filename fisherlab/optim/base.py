@@ -231,7 +231,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; refused before anything is changed if it is not one of this optimizer's."""
         if "fisherlab" not in state_dict:
-            raise ValueError("this state was not saved by a FisherLab optimizer: no 'fisherlab' key")
+            raise ValueError(
+                "this state was not saved by a FisherLab optimizer: no 'fisherlab' key"
+            )
         rest = {k: v for k, v in state_dict.items() if k != "fisherlab"}
         extra = dict(state_dict["fisherlab"])
         rest["param_groups"] = [

@@ -62,9 +62,7 @@ _MAKERS: dict[str, Maker] = {
     "radam": _plain(torch.optim.RAdam, lr=1e-3),
     "ngd": _with(NGD, lr=0.1, damping=1e-2, kl_clip=KL_CLIP),
     "ngd_dense": _with(NGD, lr=0.1, damping=1e-2, kl_clip=KL_CLIP, form="dense"),
-    "blockwise_ngd": _with(
-        NGD, lr=0.1, damping=1e-2, kl_clip=KL_CLIP, scope="layer", form="dense"
-    ),
+    "blockwise_ngd": _with(NGD, lr=0.1, damping=1e-2, kl_clip=KL_CLIP, scope="layer", form="dense"),
     "tengrad": _with(TENGraD, lr=0.05, damping=0.1),
     "ngd_smw": _with(NGDSMW, lr=0.1, alpha=0.005),
     "fngd": _with(FNGD, lr=0.1, alpha=0.005),

@@ -360,4 +360,3 @@ class _GradientOnly:
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient, self.examples = gradient, 1.0
-

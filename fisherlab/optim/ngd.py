@@ -119,7 +119,10 @@ class NGD(CurvatureOptimizer):
         damping = self.param_groups[0]["damping"]
         if self.scope == "layer":
             steps = {
-                name: [self._layer_step(F, g, damping) for F, g in zip(Fs, gradients[name], strict=True)]
+                name: [
+                    self._layer_step(F, g, damping)
+                    for F, g in zip(Fs, gradients[name], strict=True)
+                ]
                 for name, Fs in blocks.items()
             }
         elif self.form == "gram":
@@ -145,7 +148,9 @@ def joint_step(
 
     Per layer one Gram matrix, one `U^T g` and one `U c`; one `R x R` Cholesky for all.
     """
-    every = [(F, g) for name, Fs in blocks.items() for F, g in zip(Fs, gradients[name], strict=True)]
+    every = [
+        (F, g) for name, Fs in blocks.items() for F, g in zip(Fs, gradients[name], strict=True)
+    ]
     M = 1 / every[0][0].core
     K = torch.stack([F.gram() for F, _ in every]).sum(0)
     products = torch.stack([contractions.project(F.a, F.g, g).double() for F, g in every]).sum(0)
@@ -165,8 +170,12 @@ def _dense_joint_step(
     blocks: dict[str, list[Outer]], gradients: dict[str, list[Tensor]], damping: float
 ) -> dict[str, list[Tensor]]:
     """The same from the dense matrix, as the survey measures it."""
-    every = [(F, g) for name, Fs in blocks.items() for F, g in zip(Fs, gradients[name], strict=True)]
-    U = torch.cat([contractions.per_example(F.a, F.g).flatten(0, 1).flatten(1) for F, _ in every], 1)
+    every = [
+        (F, g) for name, Fs in blocks.items() for F, g in zip(Fs, gradients[name], strict=True)
+    ]
+    U = torch.cat(
+        [contractions.per_example(F.a, F.g).flatten(0, 1).flatten(1) for F, _ in every], 1
+    )
     F = every[0][0].core * U.mT @ U
     flat = _solve_dense(F, torch.cat([g.flatten() for _, g in every]), damping)
     pieces = iter(flat.split([g.numel() for _, g in every]))

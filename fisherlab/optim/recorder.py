@@ -270,7 +270,9 @@ class Recorder:
                 name=name,
                 layer_type=type(module).__name__,
                 geometry=Geometry.of(module, bias, k),
-                raw_inputs=tuple(_wide(c.raw_input).to(g.dtype) for c, g in zip(calls, labels, strict=True)),
+                raw_inputs=tuple(
+                    _wide(c.raw_input).to(g.dtype) for c, g in zip(calls, labels, strict=True)
+                ),
                 raw_output_gradients=columns,
                 raw_label_gradients=labels,
                 raw_outputs=tuple(_wide(call.output) for call in calls),

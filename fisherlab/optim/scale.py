@@ -37,9 +37,7 @@ def scale_factor(
     return recognised_factor(output, output_gradient, criterion)
 
 
-def recognised_factor(
-    output: Tensor, gradient: Tensor, criterion: Callable | None = None
-) -> float:
+def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | None = None) -> float:
     """`1 / kappa` for `dL/df = kappa (p - onehot(y))`, summed terms scaled as `criterion` says.
 
     kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError` when

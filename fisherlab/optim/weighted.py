@@ -37,9 +37,7 @@ class _Weighted(torch.autograd.Function):
     """The layer itself forwards; backwards the weight's gradient has its rows weighted."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.bias_size = layer, None if bias is None else list(bias.shape)
         output, layer.output = layer.output, None

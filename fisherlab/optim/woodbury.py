@@ -72,7 +72,9 @@ class Woodbury(CurvatureOptimizer):
         found = []
         for a, g in captured(weight, calls, factor):
             K = contractions.gram(a, g)
-            damping = self.option(weight, "damping") if self.alpha is None else self.alpha * K.norm()
+            damping = (
+                self.option(weight, "damping") if self.alpha is None else self.alpha * K.norm()
+            )
             found.append(weights_of(K, damping, self.fold, weight.name))
         return torch.stack(found)
 
