@@ -25,9 +25,9 @@ ROWS = [
     {"approximations"},
     {"comparison", "optim"},
     {"claims", "experiments", "plots"},
-    {"cli"},
+    {"cli", "commands"},
 ]
-WITHIN = {("experiments", "plots"), ("experiments", "claims")}
+WITHIN = {("experiments", "plots"), ("experiments", "claims"), ("cli", "commands")}
 
 
 def tracked():

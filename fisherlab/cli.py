@@ -1,0 +1,44 @@
+"""The command line. It registers the commands of `fisherlab.commands` and does nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import fisherlab
+from fisherlab.commands import approximations
+from fisherlab.commands.common import guarded
+
+COMMANDS = [
+    approximations.approximations,
+]
+
+app = typer.Typer(
+    name="fisherlab",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in COMMANDS:
+    app.command()(guarded(command))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fisherlab {fisherlab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """How good is an approximation of a layer's Fisher block, and what does it buy in training?"""
+
+
+def main() -> None:
+    """The entry point `fisherlab`."""
+    app()

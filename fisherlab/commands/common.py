@@ -1,0 +1,214 @@
+"""What commands share: exit codes, errors without tracebacks, lists of names, progress, tables."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class Code(IntEnum):
+    """What the exit code of a command says."""
+
+    DONE = 0  # rows may say refused or diverged, with the reason
+    NOTHING = 1  # nothing succeeded, or a claim's verdict is not the recorded one
+    MISTAKE = 2  # the user's: a message, no traceback
+    BUG = 70  # ours: a short message, and a file with the traceback
+    INTERRUPTED = 130  # what was done so far is kept
+
+
+class UserError(ValueError):
+    """A mistake of the user's, in words that name the thing, what it got and the next step."""
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose every way to end is an exit code and a message.
+
+    The user's mistakes are the exceptions that this package defines, files that cannot be read or
+    written, and too little memory. A command that keeps results when interrupted raises
+    `KeyboardInterrupt` with a message that says where they are.
+    """
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as stop:
+            leave(Code.INTERRUPTED, str(stop) or "interrupted")
+        except BrokenPipeError:  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(Code.DONE) from None
+        except Exception as error:
+            if hasattr(error, "show"):  # typer's own usage errors
+                raise
+            mistake = _mistake(error)
+            if mistake is None:
+                leave(Code.BUG, _bug(error))
+            leave(Code.MISTAKE, f"error: {mistake}")
+
+    return run
+
+
+def leave(code: Code, message: str) -> NoReturn:
+    """End the command with a message on standard error."""
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to tell the user if the error is theirs, else None."""
+    if type(error).__module__.split(".")[0] == "fisherlab":
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"out of memory: {_line(error)}; take a smaller --batch-size, model or --memory"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _bug(error: Exception) -> str:
+    handle, name = tempfile.mkstemp(prefix="fisherlab-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as log:
+        log.write(f"fisherlab {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+    return (
+        f"internal error: {type(error).__name__}: {_line(error)}\n"
+        f"This is a bug of FisherLab. The traceback is in {name}"
+    )
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+# What a user types -------------------------------------------------------------------------------
+
+
+def known(kind: str, given: str, names: Iterable[str]) -> str:
+    """The name, if it is one of `names`; else a `UserError` with the nearest."""
+    names = list(names)
+    if given in names:
+        return given
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    raise UserError(f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}")
+
+
+def words(text: str | None) -> list[str]:
+    """`"a, b" -> ["a", "b"]`, each once."""
+    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
+
+
+def several(kind: str, text: str, names: Iterable[str]) -> list[str]:
+    """A comma list of known names, at least one; `all` is every one of them."""
+    names = list(names)
+    given = names if text.strip() == "all" else words(text)
+    if not given:
+        raise UserError(f"no {kind} given. Known: {', '.join(names)}")
+    return [known(kind, word, names) for word in given]
+
+
+def numbers(option: str, text: str, number: Callable[[str], T]) -> list[T]:
+    """A comma list of numbers, at least one; `number` is `int` or `float`."""
+    try:
+        found = [number(word) for word in words(text)]
+    except ValueError:
+        found = []
+    if not found:
+        kind = "whole numbers" if number is int else "numbers"
+        raise UserError(f"{option} takes {kind} separated by commas, got {text!r}")
+    return found
+
+
+def device(text: str) -> torch.device:
+    """A device that exists here."""
+    try:
+        chosen = torch.device(text)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {text!r} cannot be used: {_line(error)}; try cpu") from None
+    return chosen
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def dtype(text: str) -> torch.dtype:
+    """Single or double precision; half is refused, since curvature in it is noise."""
+    return DTYPES[known("--dtype", text, DTYPES)]
+
+
+def size(text: str | None) -> int | None:
+    """`"512M" -> 536870912`: a number of bytes with K, M, G or nothing behind it."""
+    if text is None:
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    unit = units.get(text[-1:].upper(), 1)
+    try:
+        found = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        found = 0
+    if not 1 <= found < float("inf"):
+        raise UserError(f"a size is a number of bytes such as 800M or 2G, got {text!r}")
+    return int(found)
+
+
+# What a user sees --------------------------------------------------------------------------------
+
+
+def progress(items: Iterable[T], description: str = "", total: int | None = None) -> Iterable[T]:
+    """A bar on a terminal's standard error, nothing elsewhere."""
+    return tqdm(items, desc=description, total=total, leave=False, disable=None, file=sys.stderr)
+
+
+def bar(total: int, description: str = "") -> Any:
+    """A progress bar to `update(1)` and close, or use in a `with`."""
+    return tqdm(total=total, desc=description, leave=False, disable=None, file=sys.stderr)
+
+
+def console() -> Console:
+    """The terminal, or plain text 120 columns wide where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=120, color_system=None)
+
+
+def show(frame: pd.DataFrame, title: str = "", digits: int = 3, wrap: Sequence[str] = ()) -> None:
+    """A frame as a table on the terminal; numbers to the right with `digits` significant digits."""
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    for name in frame.columns:
+        right = pd.api.types.is_numeric_dtype(frame[name])
+        table.add_column(
+            str(name), justify="right" if right else "left", no_wrap=not wrap or name not in wrap
+        )
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(value, digits) for value in row))
+    console().print(table)
+
+
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.{digits}g}"
+    return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
+
+
+def exists(folder: Path) -> Path:
+    """A folder that is there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name one that `fisherlab` wrote")
+    return folder
