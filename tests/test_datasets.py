@@ -195,6 +195,9 @@ def test_multi30k_pairs_source_and_target():
     assert ends[3] >= 0.99 * len(y)
     first = [data.vocabulary[token] for token in source[0] if token]
     assert first == "a man in an orange hat starring at something . <eos>".split()
+    # the references keep the words that the vocabulary lacks
+    assert len(data.references) == len(y) and "<unk>" not in " ".join(data.references)
+    assert data.references[0] == "ein mann mit einem orangefarbenen hut , der etwas anstarrt ."
 
 
 def test_nothing_of_the_test_set_is_in_the_scales():

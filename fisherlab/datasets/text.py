@@ -148,7 +148,8 @@ def multi30k(card: Card, files: dict[str, Path]) -> Dataset:
         return TensorDataset(torch.cat([source, given], 1), following)
 
     train, valid, test = (part(name) for name in pairs)
-    return Dataset(train, test, card, valid, vocabulary)
+    references = tuple(" ".join(sentence) for sentence in pairs["test_2016_flickr"][1])
+    return Dataset(train, test, card, valid, vocabulary, references)
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:

@@ -147,17 +147,24 @@ class Transformer(nn.Module):
                 f"shape {tuple(tokens.shape)}"
             )
         source, target = tokens.chunk(2, 1)
+        return self.decode(target, *self.encode(source)).transpose(1, 2)
+
+    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[n, s]` as the decoder's context `[n, s, d]` and its padding `[n, 1, 1, s]`."""
         padding = (source == 0)[:, None, None, :]
         context = self._embedded(source)
         for layer in self.encoder:
             context = layer(context, padding)
-        context = self.encoder_norm(context)
+        return self.encoder_norm(context), padding
+
+    def decode(self, target: Tensor, context: Tensor, padding: Tensor) -> Tensor:
+        """Tokens `[n, t]` from the first mark on -> `[n, t, vocabulary]`, each one word ahead."""
         t = target.shape[1]
-        future = torch.ones(t, t, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+        future = torch.ones(t, t, dtype=torch.bool, device=target.device).triu(1)[None, None]
         x = self._embedded(target)
         for layer in self.decoder:
             x = layer(x, future, context, padding)
-        return self.output(self.decoder_norm(x)).transpose(1, 2)
+        return self.output(self.decoder_norm(x))
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
