@@ -1,12 +1,17 @@
 """Functions of (approximate block, exact block); each returns a 0-d float64 tensor unless it says so."""
 
 from fisherlab.metrics.alignment import (
+    GroupedOverlap,
     diagonalisation,
+    eigenvalue_groups,
+    grouped_overlap,
+    off_diagonal_mass,
     overlap_matrix,
     principal_angles,
     spectral_gap,
     subspace_overlap,
 )
+from fisherlab.metrics.coefficients import coefficient_drift, example_coefficients
 from fisherlab.metrics.direction import (
     direction_cosine,
     direction_error,
@@ -14,6 +19,8 @@ from fisherlab.metrics.direction import (
     quadratic_decrease_scaled,
     step,
 )
+from fisherlab.metrics.error_split import ErrorSplit, kfac_error_split
+from fisherlab.metrics.fisher_types import Convergence, mc_convergence
 from fisherlab.metrics.frobenius import (
     absolute_error,
     cosine,
@@ -22,25 +29,38 @@ from fisherlab.metrics.frobenius import (
     trace_ratio,
 )
 from fisherlab.metrics.gram import (
+    adjacent_similarity,
+    by_class,
     class_means,
     diagonal_share,
     gram_correlation,
     similarity,
+    similarity_matrix,
     zero_gradients,
 )
 from fisherlab.metrics.invariant import condition, stein_loss
+from fisherlab.metrics.layers import dropped_mass, layer_correlation, layer_masses
 from fisherlab.metrics.population import population_error, population_norm
 from fisherlab.metrics.spectrum import (
+    condition_curve,
     condition_number,
     cumulative_trace,
     effective_rank,
     participation_ratio,
 )
+from fisherlab.metrics.staleness import staleness
 
 __all__ = [
+    "Convergence",
+    "ErrorSplit",
+    "GroupedOverlap",
     "absolute_error",
+    "adjacent_similarity",
+    "by_class",
     "class_means",
+    "coefficient_drift",
     "condition",
+    "condition_curve",
     "condition_number",
     "cosine",
     "cumulative_trace",
@@ -48,8 +68,17 @@ __all__ = [
     "diagonalisation",
     "direction_cosine",
     "direction_error",
+    "dropped_mass",
     "effective_rank",
+    "eigenvalue_groups",
+    "example_coefficients",
     "gram_correlation",
+    "grouped_overlap",
+    "kfac_error_split",
+    "layer_correlation",
+    "layer_masses",
+    "mc_convergence",
+    "off_diagonal_mass",
     "overlap_matrix",
     "participation_ratio",
     "population_error",
@@ -60,7 +89,9 @@ __all__ = [
     "relative_error",
     "scaled_error",
     "similarity",
+    "similarity_matrix",
     "spectral_gap",
+    "staleness",
     "stein_loss",
     "step",
     "subspace_overlap",

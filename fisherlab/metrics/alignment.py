@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -64,3 +67,62 @@ def overlap_matrix(X: Block, F: Block, k: int = 10) -> Tensor:
     """`|<v_i, q_j>|`, `[k, k]` float64: leading eigenvectors of `F` down, of `X` across."""
     Q, V = _bases(X, F, k)
     return (V @ Q.mT).abs()
+
+
+def off_diagonal_mass(X: Block, F: Block) -> Tensor:
+    """`1 - ||diag(Q^T F Q)||^2 / ||F||^2`: what no eigenvalues in the basis of `X` can express."""
+    return 1 - diagonalisation(X, F)
+
+
+@dataclass(frozen=True)
+class GroupedOverlap:
+    """Overlaps of eigenspaces, which are defined where single eigenvectors are not."""
+
+    matrix: Tensor  # [I, J] in [0, 1]
+    exact_values: Tensor  # [I], the mean eigenvalue of each group of F
+    values: Tensor  # [J], of X
+    exact_sizes: list[int]
+    sizes: list[int]
+
+
+def eigenvalue_groups(values: Tensor, rtol: float = 1e-3) -> list[slice]:
+    """Runs of descending eigenvalues whose neighbours differ by less than `rtol`, relatively.
+
+    Within a run the eigenvectors are any orthonormal basis of one space: LAPACK's choice, not the
+    matrix's.
+    """
+    if not len(values):
+        return []
+    gaps = (values[:-1] - values[1:]) > rtol * values[:-1].abs().clamp(min=1e-300)
+    starts = [0, *(int(s) + 1 for s in gaps.nonzero()[:, 0]), len(values)]
+    return [slice(one, two) for one, two in pairwise(starts)]
+
+
+def grouped_overlap(X: Block, F: Block, k: int = 10, rtol: float = 1e-3) -> GroupedOverlap:
+    """`||V_I^T Q_J||_F / sqrt(min(|I|, |J|))` of the leading eigenspaces of `F` (down) and `X`.
+
+    Groups of equal eigenvalues count as one space, whole: the result does not depend on the basis
+    that an eigensolver picks in it. 1: the smaller space lies in the larger. Of single eigenvectors
+    it is `|<v_i, q_j>|`.
+    """
+    # twice as many as asked for, so that the group which the k-th belongs to comes whole
+    (x_values, Q), (f_values, V) = X.leading(2 * k), F.leading(2 * k)
+    Q, V = Q.double().flatten(1), V.double().flatten(1)
+    rows = [s for s in eigenvalue_groups(f_values, rtol) if s.start < k]
+    columns = [s for s in eigenvalue_groups(x_values, rtol) if s.start < k]
+    squares = (V @ Q.mT).square()
+    sizes = [[s.stop - s.start for s in groups] for groups in (rows, columns)]
+    matrix = torch.stack(
+        [
+            torch.stack(
+                [squares[r, c].sum() / min(m, n) for c, n in zip(columns, sizes[1], strict=True)]
+            )
+            for r, m in zip(rows, sizes[0], strict=True)
+        ]
+    )
+    return GroupedOverlap(
+        matrix.sqrt().clamp(max=1),
+        torch.stack([f_values[s].double().mean() for s in rows]),
+        torch.stack([x_values[s].double().mean() for s in columns]),
+        *sizes,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -52,3 +53,24 @@ def diagonal_share(F: HasGram) -> Tensor:
     K = F.gram().double()
     total = K.square().sum()
     return torch.where(total > 0, K.diagonal().square().sum() / total, torch.ones_like(total))
+
+
+def similarity_matrix(correlations: Sequence[Tensor]) -> Tensor:
+    """`similarity` between every two correlation matrices, `[L, L]` float64."""
+    keep = ~torch.eye(len(correlations[0]), dtype=torch.bool, device=correlations[0].device)
+    rows = torch.stack([x.double()[keep] for x in correlations])
+    rows = rows - rows.mean(1, keepdim=True)
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    return rows @ rows.mT
+
+
+def adjacent_similarity(similarities: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean similarity of adjacent layers, and of all other pairs (NaN for two layers); float64."""
+    distance = torch.arange(len(similarities), device=similarities.device)
+    distance = (distance[:, None] - distance).abs()
+    return similarities[distance == 1].mean(), similarities[distance > 1].mean()
+
+
+def by_class(labels: Tensor) -> Tensor:
+    """The order that puts examples of one class side by side, as given within a class."""
+    return labels.argsort(stable=True)

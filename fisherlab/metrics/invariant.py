@@ -14,10 +14,11 @@ from torch import Tensor
 from fisherlab.blocks import Block, Diagonal, Eigen, FromInverse, Kronecker, Outer
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
-DENSE_SIZE = 1500
+DENSE_SIZE = 512
 # Multiplications that the Lanczos iteration may cost; beyond it `condition` is NaN.
 LANCZOS_BUDGET = 5e9
 _STEPS = 60
+_CHECK = 4  # steps between two looks at the Ritz value
 
 
 def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
@@ -34,7 +35,7 @@ def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
 def condition(X: Block, F: Block, damping: float) -> Tensor:
     """Condition number of `(X + damping)^{-1/2} (F + damping) (X + damping)^{-1/2}`; 0-d float64.
 
-    Dense up to 1500 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
+    Dense up to 512 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
     than its budget.
     """
     if F.size <= DENSE_SIZE:
@@ -44,10 +45,8 @@ def condition(X: Block, F: Block, damping: float) -> Tensor:
         return values[-1] / values[0].clamp(min=1e-300)
     if not _affordable(X, F):
         return torch.full((), math.nan, dtype=torch.float64, device=F.device)
-    shifted = F.power(1, damping)
-    inverse = F.power(-1, damping)
-    largest = _largest(X.power(-0.5, damping), shifted)
-    smallest = _largest(X.power(0.5, damping), inverse)
+    largest = _largest(F.power(1, damping), X.power(-1, damping))
+    smallest = _largest(X.power(1, damping), F.power(-1, damping))
     return largest * smallest
 
 
@@ -59,29 +58,36 @@ def _affordable(X: Block, F: Block) -> bool:
     return 2 * _STEPS * (2 * F.size * (o + i) + 2 * F.size * columns) <= LANCZOS_BUDGET
 
 
-def _largest(root: Block, inside: Block) -> Tensor:
-    """The largest eigenvalue of `root inside root`, by Lanczos with full reorthogonalisation."""
+def _largest(A: Block, B_inverse: Block) -> Tensor:
+    """The largest `theta` of `A v = theta B v`, by Lanczos in the inner product of `B^{-1}`.
+
+    The basis `P = B Q` is orthonormal in `B^{-1}`, fully reorthogonalised; no root of `B` is needed.
+    """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(root.shape, generator=generator, dtype=torch.float64)
-    vector = start.to(root.device) / start.norm()
-    basis = [vector]
+    residual = torch.randn(A.shape, generator=generator, dtype=torch.float64).to(A.device)
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
-    value = vector.new_zeros(())
-    for _ in range(_STEPS):
-        product = root @ (inside @ (root @ basis[-1].to(root.dtype)))
-        product = product.double()
-        alphas.append((product * basis[-1]).sum())
-        Q = torch.stack(basis).flatten(1)
-        for _ in range(2):
-            product = product - (Q.mT @ (Q @ product.flatten())).view_as(product)
-        previous, value = value, _top(alphas, betas)
-        norm = product.norm()
-        if norm <= 1e-12 * value or (value - previous).abs() <= 1e-9 * value:
+    Q: list[Tensor] = []
+    P: list[Tensor] = []
+    value = residual.new_zeros(())
+    for step in range(_STEPS):
+        image = (B_inverse @ residual.to(B_inverse.dtype)).double()
+        beta = (residual * image).sum().clamp(min=0).sqrt()
+        if step and beta <= 1e-12 * value:
             break
-        betas.append(norm)
-        basis.append(product / norm)
-    return value
+        betas.append(beta)
+        Q.append((image / beta).flatten())
+        P.append((residual / beta).flatten())
+        residual = (A @ Q[-1].view(A.shape).to(A.dtype)).double()
+        alphas.append((residual.flatten() * Q[-1]).sum())
+        basis, dual = torch.stack(Q), torch.stack(P)
+        for _ in range(2):
+            residual = residual - ((basis @ residual.flatten()) @ dual).view_as(residual)
+        if step % _CHECK == _CHECK - 1:
+            previous, value = value, _top(alphas, betas[1:])
+            if (value - previous).abs() <= 1e-9 * value:
+                return value
+    return _top(alphas, betas[1:])
 
 
 def _top(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:

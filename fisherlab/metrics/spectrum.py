@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,13 @@ def condition_number(F: Block, damping: float) -> Tensor:
     """`(max + damping) / (min + damping)` of the eigenvalues; 0-d float64."""
     values = F.eigenvalues().clamp(min=0)
     return (values[0] + damping) / (values[-1] + damping)
+
+
+def condition_curve(F: Block, dampings: Sequence[float]) -> Tensor:
+    """`condition_number` at each damping, `[len(dampings)]` float64, from one spectrum."""
+    values = F.eigenvalues().clamp(min=0)
+    shifts = torch.as_tensor(dampings, dtype=torch.float64, device=values.device)
+    return (values[0] + shifts) / (values[-1] + shifts)
 
 
 def cumulative_trace(F: Block) -> Tensor:

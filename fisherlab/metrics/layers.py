@@ -1,0 +1,49 @@
+"""The whole Fisher matrix at a glance: the blocks between layers, from Gram matrices alone.
+
+With `F_ij = U_i U_j^T / M` between layers i and j, `||F_ij||_F^2 = <K_i, K_j> / M^2`, `K = U^T U`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fisherlab.metrics.gram import HasGram
+
+
+def layer_masses(layers: Mapping[str, HasGram], examples: int) -> Tensor:
+    """`||F_ij||_F = sqrt(<K_i, K_j>) / M` between every two layers, `[L, L]` float64.
+
+    `layers` are captures or exact blocks of the same columns (examples and output vectors, in the
+    same order); `examples` is M. No block between two layers is ever formed.
+    """
+    if not layers:
+        raise ValueError("layer_masses needs at least one layer")
+    grams = [layer.gram().double().flatten() for layer in layers.values()]
+    if len({len(gram) for gram in grams}) > 1:
+        sizes = {name: len(layer.gram()) for name, layer in layers.items()}
+        raise ValueError(f"the layers have different numbers of columns: {sizes}; capture together")
+    K = torch.stack(grams)
+    return (K @ K.mT).clamp(min=0).sqrt() / examples
+
+
+def dropped_mass(masses: Tensor) -> Tensor:
+    """`sum_{i != j} ||F_ij||^2 / ||F||^2`: what block-diagonal drops; 0-d float64."""
+    squared = masses.double().square()
+    total = squared.sum()
+    dropped = total - squared.diagonal().sum()
+    return torch.where(total > 0, dropped / total.clamp(min=1e-300), torch.zeros_like(total))
+
+
+def layer_correlation(masses: Tensor) -> Tensor:
+    """`||F_ij||^2 / (||F_ii|| ||F_jj||)` in [0, 1], `[L, L]`: the cosine of two Gram matrices.
+
+    Layers differ by orders of magnitude in scale; this does not. A layer with zero gradient has
+    row 0 and diagonal 1.
+    """
+    squared = masses.double().square()
+    scale = squared.diagonal().sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    return (squared * inverse[:, None] * inverse).clamp(max=1).fill_diagonal_(1)
