@@ -1,0 +1,193 @@
+"""`Claim`: a sentence of a paper as two independent sides, a margin and the verdict on record."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fisherlab.claims.statistics import fitted_slope, wilson
+
+# Tensors, numbers and strings: what `torch.load(weights_only=True)` gives back.
+Case = dict[str, Any]
+
+HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided"
+_REGISTRY: dict[str, type[Claim]] = {}
+
+
+class ClaimError(ValueError):
+    """A claim that is unknown, or arguments that make no trial."""
+
+
+class Claim(ABC):
+    """A statement, the paper that makes it, and how to try it; its docstring is the statement.
+
+    `draw` makes a random case; `left` (FisherLab's own code) and `right` (the definition, by code of
+    its own) compute the two sides; `compare` turns them into a margin, positive where the statement
+    is true of the case. A margin below `-noise` violates the statement, one within `noise` is lost in
+    rounding.
+
+    `class X(Claim, name="x")` registers. A statement that is true under an `assumption` only checks
+    it in `assume`, and names in `outside` the claim that tries it without.
+    """
+
+    name: ClassVar[str] = ""
+    latex: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    expected: ClassVar[str] = HOLDS
+    trials: ClassVar[int] = 12
+    noise: ClassVar[float] = 1e-9
+    assumption: ClassVar[str] = ""
+    outside: ClassVar[str] = ""
+    # what the two sides are, for the picture
+    sides: ClassVar[tuple[str, str]] = ("FisherLab", "definition")
+    # tensors of a case that the search may move
+    free: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is None:
+            return
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ClaimError(f"a claim named {name!r} exists already: {_REGISTRY[name]}")
+        cls.name = name
+        _REGISTRY[name] = cls
+
+    @property
+    def statement(self) -> str:
+        """The claim in words."""
+        return " ".join((inspect.getdoc(self) or "").split())
+
+    @property
+    def paper(self) -> str:
+        """The key of the paper, as in `methods.md`."""
+        return self.source.split()[0].rstrip(",")
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        """A random case; `size` from 0, the smallest the claim speaks of, to 1."""
+
+    def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
+        """A case made of one layer of a real network, or None where the claim speaks of none."""
+        return None
+
+    def assume(self, case: Case) -> bool:
+        """Whether the claim's assumptions are true of the case."""
+        return True
+
+    @abstractmethod
+    def left(self, case: Case) -> Any:
+        """One side, by FisherLab's own code where it has some."""
+
+    @abstractmethod
+    def right(self, case: Case) -> Any:
+        """The other side, by code of its own."""
+
+    @abstractmethod
+    def compare(self, left: Any, right: Any) -> float:
+        """The margin of two sides."""
+
+    def margin(self, case: Case) -> float:
+        """How far the case is from violating the claim; negative where it does."""
+        return float(self.compare(self.left(case), self.right(case)))
+
+    def verdict(self, margins: Sequence[float]) -> tuple[str, float, str]:
+        """The verdict of all trials, the margin to report, and a note."""
+        worst = min(margins)
+        ties = sum(abs(m) <= self.noise for m in margins)
+        note = f"{ties} of {len(margins)} trials within rounding" if ties else ""
+        if any(math.isnan(m) for m in margins):
+            return UNDECIDED, math.nan, "a margin is not a number"
+        if worst < -self.noise:
+            violated = sum(m < -self.noise for m in margins)
+            return REFUTED, worst, f"violated in {violated} of {len(margins)} trials"
+        return (UNDECIDED if 2 * ties > len(margins) else HOLDS), worst, note
+
+    def smaller(self, case: Case) -> Iterator[Case]:
+        """Cases with less in them, for the search of the smallest counterexample."""
+        return iter(())
+
+
+class Identity(Claim):
+    """Two sides that are one tensor; the margin is in decades of relative difference to spare."""
+
+    tolerance: ClassVar[float] = 1e-8
+    noise = 1.0
+
+    def compare(self, left: Tensor, right: Tensor) -> float:
+        if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+            return -math.inf if torch.isfinite(right).all() else math.nan
+        scale = max(left.norm().item(), right.norm().item(), 1e-30)
+        difference = max((left - right).norm().item() / scale, 1e-17)
+        return math.log10(self.tolerance / difference)
+
+
+class AtMost(Claim):
+    """`left <= right`, numbers; the margin is the difference relative to the larger, or `scale`.
+
+    `scale` is 1 where the sides are relative errors: two errors of rounding's size are a tie.
+    """
+
+    scale: ClassVar[float] = 1e-30
+
+    def compare(self, left: Tensor | float, right: Tensor | float) -> float:
+        left, right = float(left), float(right)
+        if left == math.inf:
+            return -math.inf
+        return (right - left) / max(abs(left), abs(right), self.scale)
+
+
+class Order(Claim):
+    """`|left - right|` at step sizes halved five times falls with the power `order`, within 0.1.
+
+    Both sides are `[6]` or `[6, ...]`, the largest step first.
+    """
+
+    noise = 1e-6
+    trials = 6
+    order: ClassVar[float] = 1.0
+    within: ClassVar[float] = 0.1
+
+    def compare(self, left: Tensor, right: Tensor) -> float:
+        errors = (left - right).reshape(len(left), -1).norm(dim=1)
+        sizes = 0.5 ** torch.arange(len(errors), dtype=torch.float64)
+        return self.within - abs(fitted_slope(sizes, errors) - self.order)
+
+
+class Usually(AtMost):
+    """`left <= right` in more than half of all cases: the margin is Wilson's lower limit less 1/2."""
+
+    trials = 60
+    noise = 0.0
+
+    def verdict(self, margins: Sequence[float]) -> tuple[str, float, str]:
+        wins = sum(m >= 0 for m in margins)
+        low, high = wilson(wins, len(margins))
+        gain = sorted(margins)[len(margins) // 2]
+        note = (
+            f"true of {wins} of {len(margins)} cases, 95 % interval {low:.2f} to {high:.2f}; "
+            f"median gain {gain:.2g}"
+        )
+        if low > 0.5:
+            return HOLDS, low - 0.5, note
+        return (REFUTED, high - 0.5, note) if high < 0.5 else (UNDECIDED, low - 0.5, note)
+
+
+def names() -> list[str]:
+    """Every registered claim, grouped by paper, in the order of the files."""
+    found = list(_REGISTRY)
+    return sorted(found, key=lambda name: (get(name).paper, found.index(name)))
+
+
+def get(name: str) -> Claim:
+    """The claim of a name; an unknown one is refused with the nearest names."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, 3) or sorted(_REGISTRY)
+        raise ClaimError(f"no claim named {name!r}; nearest: {', '.join(near)}")
+    return _REGISTRY[name]()
