@@ -211,3 +211,25 @@ def test_staleness_of_an_old_state_is_its_error_on_todays_block(conv_net):
     assert [(made, age) for made, age, *_ in rows] == [(0, 0), (0, 1), (0, 2), (2, 0)]
     torch.testing.assert_close(rows[2][2], metrics.relative_error(states[0], exact[2]))
     torch.testing.assert_close(rows[2][3], metrics.cosine(states[0], exact[2]))
+
+
+def test_gram_study_orders_by_class_and_agrees_with_the_single_functions(conv_net):
+    model, x, y = conv_net
+    layers = fl.capture(*with_loss(conv_net), fisher_type="empirical")
+    study = metrics.gram_study(layers, y)
+    assert (study.labels.diff() >= 0).all()
+    torch.testing.assert_close(y[study.order], study.labels)
+    correlation = metrics.gram_correlation(layers["3"])
+    order = study.order
+    torch.testing.assert_close(study.correlations[1], correlation[order][:, order])
+    torch.testing.assert_close(study.within[1], metrics.class_means(correlation, y)[0])
+    v = metrics.example_coefficients(layers["3"])
+    torch.testing.assert_close(study.coefficients[1], v[order])
+    torch.testing.assert_close(study.dropped, metrics.dropped_mass(metrics.layer_masses(layers, 7)))
+    with pytest.raises(ValueError, match="fisher_type='empirical'"):
+        metrics.gram_study(fl.capture(*with_loss(conv_net)), y)
+
+
+def test_pareto_front_leaves_out_what_is_beaten():
+    costs, errors = [1, 2, 3, 4, 2], [0.9, 0.5, 0.6, 0.1, 0.4]
+    assert metrics.pareto_front(costs, errors) == [0, 4, 3]

@@ -1,4 +1,4 @@
-"""Functions of (approximate block, exact block); each returns a 0-d float64 tensor unless it says so."""
+"""Functions of (approximate block, exact block): 0-d float64 tensors unless they say otherwise."""
 
 from fisherlab.metrics.alignment import (
     GroupedOverlap,
@@ -38,8 +38,10 @@ from fisherlab.metrics.gram import (
     similarity_matrix,
     zero_gradients,
 )
+from fisherlab.metrics.gram_study import GramStudy, gram_study
 from fisherlab.metrics.invariant import condition, stein_loss
 from fisherlab.metrics.layers import dropped_mass, layer_correlation, layer_masses
+from fisherlab.metrics.pareto import pareto_front
 from fisherlab.metrics.population import population_error, population_norm
 from fisherlab.metrics.spectrum import (
     condition_curve,
@@ -53,6 +55,7 @@ from fisherlab.metrics.staleness import staleness
 __all__ = [
     "Convergence",
     "ErrorSplit",
+    "GramStudy",
     "GroupedOverlap",
     "absolute_error",
     "adjacent_similarity",
@@ -73,6 +76,7 @@ __all__ = [
     "eigenvalue_groups",
     "example_coefficients",
     "gram_correlation",
+    "gram_study",
     "grouped_overlap",
     "kfac_error_split",
     "layer_correlation",
@@ -80,6 +84,7 @@ __all__ = [
     "mc_convergence",
     "off_diagonal_mass",
     "overlap_matrix",
+    "pareto_front",
     "participation_ratio",
     "population_error",
     "population_norm",

@@ -1,0 +1,91 @@
+"""Everything the Gram matrices of one batch say: classes, layers, coefficients, dropped mass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.metrics.coefficients import example_coefficients
+from fisherlab.metrics.gram import (
+    HasGram,
+    adjacent_similarity,
+    by_class,
+    class_means,
+    gram_correlation,
+    similarity_matrix,
+)
+from fisherlab.metrics.layers import dropped_mass, layer_masses
+
+
+@dataclass(frozen=True)
+class Gram:
+    """A Gram matrix that is known already."""
+
+    matrix: Tensor
+
+    def gram(self) -> Tensor:
+        return self.matrix
+
+
+@dataclass(frozen=True)
+class GramStudy:
+    """FNGD fig. 3 as numbers; examples run by class, `order` says which example stands where."""
+
+    layers: list[str]
+    labels: Tensor  # [M], sorted
+    order: Tensor  # [M], indices into the batch
+    correlations: Tensor  # [L, M, M]
+    within: Tensor  # [L], mean correlation of two examples of one class
+    between: Tensor  # [L], of two classes
+    similarities: Tensor  # [L, L]
+    coefficients: Tensor  # [L, M], M v: FNGD's weight of an example, 1 is SGD's
+    masses: Tensor  # [L, L], ||F_ij||_F
+
+    @property
+    def adjacent(self) -> Tensor:
+        """Mean similarity of adjacent layers' matrices."""
+        return adjacent_similarity(self.similarities)[0]
+
+    @property
+    def apart(self) -> Tensor:
+        """Mean similarity of all other pairs of layers."""
+        return adjacent_similarity(self.similarities)[1]
+
+    @property
+    def dropped(self) -> Tensor:
+        """Share of `||F||^2` between layers, which a block-diagonal approximation drops."""
+        return dropped_mass(self.masses)
+
+
+def gram_study(layers: Mapping[str, HasGram], labels: Tensor, alpha: float = 0.005) -> GramStudy:
+    """The study of one batch: every Gram matrix is formed once.
+
+    `layers` are captures or exact blocks of the empirical Fisher, one column per example; `alpha`
+    is that of FNGD's damping.
+    """
+    order = by_class(labels)
+    grams = {}
+    for name, layer in layers.items():
+        matrix = layer.gram()
+        if len(matrix) != len(labels):
+            raise ValueError(
+                f"layer {name!r} has {len(matrix)} columns for {len(labels)} labels; capture with "
+                "fisher_type='empirical', one column per example"
+            )
+        grams[name] = Gram(matrix[order][:, order])
+    correlations = [gram_correlation(gram) for gram in grams.values()]
+    means = [class_means(correlation, labels[order]) for correlation in correlations]
+    return GramStudy(
+        layers=list(grams),
+        labels=labels[order],
+        order=order,
+        correlations=torch.stack(correlations),
+        within=torch.stack([within for within, _ in means]),
+        between=torch.stack([between for _, between in means]),
+        similarities=similarity_matrix(correlations),
+        coefficients=torch.stack([example_coefficients(gram, alpha) for gram in grams.values()]),
+        masses=layer_masses(grams, len(labels)),
+    )
