@@ -8,13 +8,14 @@ Where (`methods.md` 5):
     eigenvalue   the products of the factors' eigenvalues, each + lambda: for a Kronecker product
                  the same matrix as tikhonov, named as FNGD VI and [21] run KFAC
 
-How much: a rule `dict[layer, Block] -> dict[layer, lambda]`.
+How much: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -49,6 +50,15 @@ def place(
     if placement == "factorwise":
         return block.factored_power(exponent, damping, damping)
     return block.power(exponent, damping)
+
+
+def as_rule(damping: float | Rule) -> Rule:
+    """A rule as it is; a finite number >= 0 as the constant rule."""
+    if callable(damping):
+        return damping
+    if not math.isfinite(damping) or damping < 0:
+        raise ValueError(f"damping is a finite number >= 0 or a rule, got {damping!r}")
+    return constant(damping)
 
 
 def constant(damping: float) -> Rule:
@@ -106,3 +116,42 @@ def gram_norm(alpha: float) -> Rule:
         return {name: alpha * block.gram().norm().item() for name, block in blocks.items()}
 
     return rule
+
+
+@dataclass
+class LevenbergMarquardt:
+    """`lambda_l = share tr F_l / N_l`, the share adapted to how well the quadratic model predicts.
+
+        rho = (h(w + d) - h(w)) / (<g, d> + 1/2 <d, (F~ + lambda I) d>)
+
+    every `every` steps: `share <- share omega^every` where rho > 3/4, `share / omega^every` where
+    rho < 1/4, within `[smallest, largest]`.      Martens & Grosse 2015, 6.5.
+
+    The optimizer then needs `step(closure)` and evaluates it once more after those steps.
+    """
+
+    share: float = 1.0
+    every: int = 5
+    omega: float = 0.95
+    smallest: float = 1e-6
+    largest: float = 1e6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.omega < 1 or self.every < 1 or not self.share > 0:
+            raise ValueError(f"share > 0, every >= 1 and 0 < omega < 1 are needed, got {self}")
+
+    def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
+        return relative(self.share)(blocks)
+
+    def adapt(self, ratio: float) -> None:
+        """Less damping after a step that was predicted well, more after one that was not."""
+        factor = self.omega**self.every
+        if ratio > 0.75:
+            self.share = max(self.share * factor, self.smallest)
+        elif not ratio >= 0.25:
+            self.share = min(self.share / factor, self.largest)
+
+
+def levenberg_marquardt(share: float = 1.0, every: int = 5, omega: float = 0.95) -> Rule:
+    """The damping rule adapted by reduction ratio; see `LevenbergMarquardt`."""
+    return LevenbergMarquardt(share, every, omega)

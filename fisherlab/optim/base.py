@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from fisherlab.blocks.numerics import eigh
 from fisherlab.optim.recorder import blocked_layers
 from fisherlab.optim.scale import OptimizerError
+
+
+class Removable(Protocol):
+    """Hooks on a model."""
+
+    def remove(self) -> None:
+        """Take them off."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,18 @@ class Weight:
         """`[weight | bias]` of `.grad`, `[o, i]`; None where there is none."""
         if self.weight.grad is None:
             return None
-        matrix = self.weight.grad.flatten(1)
+        found = {self.weight: self.weight.grad}
+        if self.bias is not None:
+            no_gradient = self.bias.grad is None
+            found[self.bias] = torch.zeros_like(self.bias) if no_gradient else self.bias.grad
+        return self.joined(found)
+
+    def joined(self, tensors: dict[nn.Parameter, Tensor]) -> Tensor:
+        """One tensor per parameter as the matrix `[weight | bias]`, `[o, i]`."""
+        matrix = tensors[self.weight].flatten(1)
         if self.bias is None:
             return matrix
-        bias = torch.zeros_like(self.bias) if self.bias.grad is None else self.bias.grad
-        return torch.cat([matrix, bias[:, None]], 1)
+        return torch.cat([matrix, tensors[self.bias][:, None]], 1)
 
     def split(self, matrix: Tensor) -> dict[nn.Parameter, Tensor]:
         """The matrix as one tensor per parameter."""
@@ -56,7 +73,7 @@ class Weight:
         }
 
 
-class CurvatureOptimizer(torch.optim.Optimizer):
+class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     """Momentum, weight decay and learning rate per parameter group, after preconditioning.
 
     A subclass returns the directions of the layers that have a block; every other parameter takes
@@ -89,9 +106,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise ValueError("Nesterov momentum needs momentum > 0")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite is 'raise' or 'skip', got {nonfinite!r}")
-        for name, value in {"max_norm": max_norm, "kl_clip": kl_clip}.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None, got {value!r}")
+        for name, bound in {"max_norm": max_norm, "kl_clip": kl_clip}.items():
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name} must be positive or None, got {bound!r}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -103,6 +120,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         super().__init__(model.parameters() if params is None else params, defaults)
         self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
         self.steps = 0
+        self.hooked: list[Removable] = []
         self.weights = self._find_weights(model)
 
     def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
@@ -113,10 +131,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 w.weight is module.weight for w in found.values()
             ):
                 continue
-            bias = module.bias
+            weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
             if bias is not None and (not bias.requires_grad or id(bias) not in where):
                 bias = None
-            found[name] = Weight(name, module, module.weight, bias, where[id(module.weight)])
+            found[name] = Weight(name, module, weight, bias, where[id(weight)])
         return found
 
     def option(self, weight: Weight, name: str) -> Any:
@@ -138,9 +156,19 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.steps += 1
         return loss
 
+    @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         """The preconditioned gradient of each parameter that has one; must not change parameters."""
-        raise NotImplementedError  # pragma: no cover
+
+    def remove(self) -> None:
+        """Take the optimizer's hooks off the model."""
+        for hooks in self.hooked:
+            hooks.remove()
+
+    def __del__(self) -> None:
+        # the model may outlive its optimizer, and is then as it was
+        for hooks in getattr(self, "hooked", ()):
+            hooks.remove()
 
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""
@@ -176,25 +204,32 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             norm = torch.stack(torch._foreach_norm(list(directions.values()))).norm().item()
             scale = min(scale, self.max_norm / max(norm, 1e-300))
         if self.kl_clip is not None:
-            lr = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-            change = sum(
-                (lr[id(p)] ** 2 * (d * p.grad).sum()).item() for p, d in directions.items()
-            )
+            products = [
+                group["lr"] ** 2 * torch.dot(directions[p].flatten(), p.grad.flatten())
+                for group in self.param_groups
+                for p in group["params"]
+                if p in directions
+            ]
+            change = torch.stack(products).sum().item()
             scale = min(scale, math.sqrt(self.kl_clip / max(abs(change), 1e-300)))
-        return {p: d * scale for p, d in directions.items()}
+        if scale == 1.0:
+            return directions
+        scaled = torch._foreach_mul(list(directions.values()), scale)
+        return dict(zip(directions, scaled, strict=True))
 
     def _apply(self, directions: dict[nn.Parameter, Tensor]) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            steps = [directions.get(p, cast(Tensor, p.grad)) for p in params]
             lr, decay = float(group["lr"]), group["weight_decay"]
             if group["decoupled"] and decay:
                 torch._foreach_mul_(params, 1 - lr * decay)
             buffers = [self.state[p].get("momentum_buffer") for p in params]
             sgd(
                 params,
-                [directions.get(p, p.grad) for p in params],
+                steps,
                 buffers,
                 weight_decay=0.0 if group["decoupled"] else decay,
                 momentum=group["momentum"],
@@ -243,3 +278,27 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         super().load_state_dict(rest)
         self.steps = extra.pop("steps")
         self._load_extra_state(extra)
+
+
+def summary_row(name: str, size: int, damping: float, eigenvalues: Tensor) -> dict[str, Any]:
+    """A layer's damping, relative to `tr F / N` too, and the share of eigenvalues above it.
+
+    `eigenvalues` may leave out those that are zero.
+    """
+    mean = eigenvalues.sum().item() / size
+    return {
+        "layer": name,
+        "n_parameters": size,
+        "damping": damping,
+        "damping_relative": damping / mean if mean > 0 else float("inf"),
+        "eigenvalues_above_damping": (eigenvalues > damping).sum().item() / size,
+    }
+
+
+def last_steps(last: dict[str, tuple[int, float, list[Tensor]]], steps: int) -> pd.DataFrame:
+    """`summary_row`s of exact blocks, from each layer's size, damping and Gram matrices `K / M`."""
+    rows = [
+        summary_row(name, size, damping, torch.cat([eigh(K, name)[0] for K in grams]))
+        for name, (size, damping, grams) in last.items()
+    ]
+    return pd.DataFrame(rows).assign(steps=steps)

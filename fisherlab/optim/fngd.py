@@ -159,7 +159,7 @@ class FNGD(Woodbury):
         self._counts[name].index_add_(0, self._indices, ones)
 
     def _tell(self) -> None:
-        spread = self.summary()["spread"]
+        spread = self.summary()["spread"].dropna()
         if len(spread) and not self._told and spread.max() < FLAT:
             self._told = True
             warnings.warn(
@@ -174,14 +174,19 @@ class FNGD(Woodbury):
         return {name: self._mean(name) for name in self._sums}
 
     def summary(self) -> pd.DataFrame:
-        """Per layer: the factor `c_l = sum v~` on SGD's step, and the spread of `M v~` over slots."""
+        """Per layer: the factor `c_l = sum v~` on SGD's step, the spread of `M v~`, and the damping.
+
+        The spread is over slots (or data-set indices); the damping is that of the last solve.
+        """
         rows = []
         for name, mean in self.coefficients().items():
             factor = mean.mean().item()
             spread = mean.std(1).max().item() / factor if mean.shape[1] > 1 and factor else 0.0
             batches = int(self._counts[name].max())
             rows.append({"layer": name, "factor": factor, "spread": spread, "batches": batches})
-        return pd.DataFrame(rows, columns=["layer", "factor", "spread", "batches"])
+        coefficients = pd.DataFrame(rows, columns=["layer", "factor", "spread", "batches"])
+        solved = super().summary()
+        return coefficients.merge(solved, on="layer", how="outer") if len(solved) else coefficients
 
     def _extra_state(self) -> dict[str, Any]:
         sums = {name: value.clone() for name, value in self._sums.items()}

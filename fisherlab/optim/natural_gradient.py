@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -10,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.approximations import Approximation, Running
-from fisherlab.approximations.damping import Rule
-from fisherlab.approximations.damping import constant as constant_rule
+from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.blocks import Block, DirectSum, from_dict, to_dict
 from fisherlab.extract import LayerCapture
-from fisherlab.optim.base import CurvatureOptimizer, Weight
+from fisherlab.optim.base import CurvatureOptimizer, Weight, summary_row
 from fisherlab.optim.recorder import Recorder, delivered
 from fisherlab.optim.scale import OptimizerError
 
@@ -74,8 +75,7 @@ class NaturalGradient(CurvatureOptimizer):
         for name, value in every.items():
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} counts steps and is at least 1, got {value!r}")
-        if not callable(damping) and not damping >= 0:
-            raise ValueError(f"damping is a number >= 0 or a rule, got {damping!r}")
+        as_rule(damping)
         if statistics_examples is not None and statistics_examples < 1:
             raise ValueError(f"statistics_examples is at least 1, got {statistics_examples}")
         super().__init__(
@@ -117,6 +117,7 @@ class NaturalGradient(CurvatureOptimizer):
                 slopes="outputs" in approximation.needs,
             )
             self.recorder.wanted = True
+            self.hooked.append(self.recorder)
 
     @staticmethod
     def _tied(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -127,16 +128,53 @@ class NaturalGradient(CurvatureOptimizer):
             if isinstance(module, nn.Linear) and id(module.weight) in weights
         }
 
-    def remove(self) -> None:
-        """Take the optimizer's hooks off the model."""
-        if self.recorder is not None:
-            self.recorder.remove()
-
-    def __del__(self) -> None:
-        if getattr(self, "recorder", None) is not None:
-            self.recorder.remove()
-
     # the step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
+        rules = [group["damping"] for group in self.param_groups]
+        adapting = [r for r in rules if isinstance(r, LevenbergMarquardt)]
+        adapting = [rule for rule in adapting if self.steps % rule.every == 0]
+        if not adapting:
+            return super().step(closure)
+        if closure is None:
+            raise OptimizerError(
+                "levenberg_marquardt compares the loss before and after a step on the same batch: "
+                "call step(closure), with a closure that zeroes the gradients, computes the loss, "
+                "calls backward() and returns the loss"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        before, count = {p: p.clone() for p in params}, self.steps
+        loss = super().step(closure)
+        if self.steps > count and loss is not None:
+            predicted = self._predicted_change({p: p - before[p] for p in params})
+            with self._unrecorded(), torch.enable_grad():
+                change = float(closure()) - float(loss)
+            for rule in adapting:
+                rule.adapt(change / predicted if predicted < 0 else -math.inf)
+            self._damp(set(self._blocks))
+        return loss
+
+    def _predicted_change(self, moved: dict[nn.Parameter, Tensor]) -> float:
+        """`<g, d> + 1/2 <d, (F~ + lambda I) d>` of the step just taken."""
+        value = sum((d * p.grad).sum().item() for p, d in moved.items() if p.grad is not None)
+        for name, block in self.blocks().items():
+            d = self.weights[name].joined(moved)
+            value += 0.5 * block.quadratic(d).item()
+            value += 0.5 * self._lambdas[name] * d.square().sum().item()
+        return value
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        wanted = self.recorder is not None and self.recorder.wanted
+        try:
+            if self.recorder is not None:
+                self.recorder.wanted = False
+            yield
+        finally:
+            if self.recorder is not None:
+                self.recorder.wanted = wanted
 
     def _due(self, weight: Weight, what: str, step: int | None = None) -> bool:
         return (self.steps if step is None else step) % self.option(weight, what) == 0
@@ -231,7 +269,8 @@ class NaturalGradient(CurvatureOptimizer):
                     "the layer runs inside activation checkpointing"
                 )
             for layer in layers:
-                if not torch.isfinite(layer.raw_output_gradients[0]).all():
+                gradients_out = layer.raw_output_gradients or ()
+                if not all(bool(torch.isfinite(g).all()) for g in gradients_out):
                     raise OptimizerError(
                         f"the gradient at the output of layer {weight.name!r} has NaN or inf "
                         "entries; no parameter was changed"
@@ -276,10 +315,9 @@ class NaturalGradient(CurvatureOptimizer):
         owner = {key: w for w in self.weights.values() for key in w.keys}
         for k, group in enumerate(self.param_groups):
             names = [w.name for w in self.weights.values() if w.group == k]
-            blocks = {n: self._joined(self._blocks, self.weights[n]) for n in names}
-            blocks = {n: b for n, b in blocks.items() if b is not None}
-            damping = group["damping"]
-            rule = damping if callable(damping) else constant_rule(damping)
+            joined = {n: self._joined(self._blocks, self.weights[n]) for n in names}
+            blocks = {n: b for n, b in joined.items() if b is not None}
+            rule = as_rule(group["damping"])
             lambdas = rule(blocks) if blocks else {}
             expand = getattr(rule, "fully_connected_scale", None)
             for name, value in lambdas.items():
@@ -309,22 +347,11 @@ class NaturalGradient(CurvatureOptimizer):
 
         Where next to no eigenvalue exceeds the damping, the step is the gradient's direction.
         """
-        rows = []
-        for name, block in self.blocks().items():
-            damping = self._lambdas.get(name, float("nan"))
-            mean = block.trace().item() / block.size
-            above = (block.eigenvalues() > damping).double().mean().item()
-            rows.append(
-                {
-                    "layer": name,
-                    "n_parameters": block.size,
-                    "damping": damping,
-                    "damping_relative": damping / mean if mean else float("inf"),
-                    "eigenvalues_above_damping": above,
-                    "steps": self.steps,
-                }
-            )
-        return pd.DataFrame(rows)
+        rows = [
+            summary_row(name, block.size, self._lambdas.get(name, math.nan), block.eigenvalues())
+            for name, block in self.blocks().items()
+        ]
+        return pd.DataFrame(rows).assign(steps=self.steps)
 
     # state --------------------------------------------------------------------------------------
 
@@ -335,6 +362,7 @@ class NaturalGradient(CurvatureOptimizer):
             "preconditioners": {key: to_dict(P) for key, P in self._preconditioners.items()},
             "lambdas": dict(self._lambdas),
             "scale": dict(self._scale),
+            "shares": [getattr(group["damping"], "share", None) for group in self.param_groups],
         }
         if self.recorder is not None:
             extra["generator"] = self.recorder.generator.get_state()
@@ -350,6 +378,9 @@ class NaturalGradient(CurvatureOptimizer):
         loaded = extra["preconditioners"]
         self._preconditioners = {key: from_dict(state) for key, state in loaded.items()}
         self._lambdas, self._scale = dict(extra["lambdas"]), dict(extra["scale"])
+        for group, share in zip(self.param_groups, extra["shares"], strict=True):
+            if isinstance(group["damping"], LevenbergMarquardt):
+                group["damping"].share = share
         if self.recorder is not None:
             self.recorder.generator.set_state(extra["generator"].cpu())
             self.recorder.wanted = any(self._collects(w) for w in self.weights.values())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.approximations.exact import Exact
-from fisherlab.blocks import Outer, contractions
+from fisherlab.blocks import Block, DirectSum, Outer, contractions
 from fisherlab.blocks.numerics import cholesky
-from fisherlab.optim.base import CurvatureOptimizer
+from fisherlab.optim.base import CurvatureOptimizer, last_steps
 from fisherlab.optim.recorder import Recorder, delivered
 from fisherlab.optim.scale import OptimizerError
 
@@ -24,11 +26,13 @@ class NGD(CurvatureOptimizer):
     """`W <- W - lr (F + lambda I)^{-1} dW` with the exact Fisher matrix of the batch.
 
     `scope="joint"`: `F` over all layers together; its Gram matrix is the sum of the layers', so the
-    step is one `R x R` solve at any number of parameters (methods 2):
+    step is one `R x R` solve at any number of parameters (methods 2). With one lambda per layer,
+    as a relative damping rule gives,
 
-        d_l = (g_l - U_l (M lambda I + sum_k K_k)^{-1} sum_k U_k^T g_k) / lambda
+        d_l = (g_l - U_l c) / lambda_l,
+        c = (M I + sum_k K_k / lambda_k)^{-1} sum_k U_k^T g_k / lambda_k
 
-    `scope="layer"`: one block per layer.  `form="dense"` builds the matrices as NGM measures them,
+    `scope="layer"`: one block per layer. `form="dense"` builds the matrices as NGM measures them,
     and refuses more than 5,000 parameters; both forms agree.      NGM (28), A.5.
     """
 
@@ -40,7 +44,7 @@ class NGD(CurvatureOptimizer):
         fisher_type: str = "empirical",
         params: Iterable[Any] | None = None,
         lr: float,
-        damping: float,
+        damping: float | Rule,
         scope: str = "joint",
         form: str = "gram",
         mc_samples: int = 1,
@@ -51,8 +55,9 @@ class NGD(CurvatureOptimizer):
             raise ValueError(
                 f"scope is 'joint' or 'layer' and form 'gram' or 'dense', got {scope!r}, {form!r}"
             )
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping!r}")
+        as_rule(damping)
+        if damping == 0:
+            raise ValueError("the exact block is singular, so damping must be positive, got 0")
         super().__init__(model, params, lr=lr, damping=damping, **options)
         self.scope, self.form = scope, form
         if form == "dense":
@@ -66,6 +71,9 @@ class NGD(CurvatureOptimizer):
             generator=generator,
         )
         self.recorder.wanted = True
+        self.hooked.append(self.recorder)
+        # of the last step: size, damping and, for the spectrum, the Gram matrices
+        self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
 
     def _check_size(self) -> None:
         sizes = {
@@ -85,14 +93,6 @@ class NGD(CurvatureOptimizer):
                 f"{DENSE_LAYER:,}. fl.optim.create('tengrad') takes the same step at any size"
             )
 
-    def remove(self) -> None:
-        """Take the optimizer's hooks off the model."""
-        self.recorder.remove()
-
-    def __del__(self) -> None:
-        if hasattr(self, "recorder"):
-            self.recorder.remove()
-
     def _discard(self) -> None:
         self.recorder.clear()
 
@@ -101,8 +101,8 @@ class NGD(CurvatureOptimizer):
             passes = self.recorder.captures()
         finally:
             self.recorder.clear()
-        blocks: dict[str, list[Outer]] = {}
-        gradients: dict[str, list[Tensor]] = {}
+        blocks: dict[str, Outer | DirectSum] = {}
+        gradients: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             gradient = weight.gradient()
             if gradient is None:
@@ -114,75 +114,96 @@ class NGD(CurvatureOptimizer):
                     "changed. Was the model compiled before the optimizer was made, or is the "
                     "layer inside activation checkpointing?"
                 )
-            blocks[name] = [Exact()(*captured) for captured in layers]
-            gradients[name] = list(gradient.tensor_split(weight.groups))
-        damping = self.param_groups[0]["damping"]
-        if self.scope == "layer":
-            steps = {
-                name: [
-                    self._layer_step(F, g, damping)
-                    for F, g in zip(Fs, gradients[name], strict=True)
-                ]
-                for name, Fs in blocks.items()
-            }
-        elif self.form == "gram":
-            steps = joint_step(blocks, gradients, damping)
-        else:
-            steps = _dense_joint_step(blocks, gradients, damping)
-        return {
-            p: d
-            for name, parts in steps.items()
-            for p, d in self.weights[name].split(torch.cat(parts)).items()
+            parts = [cast(Outer, Exact()(*captured)) for captured in layers]
+            blocks[name] = parts[0] if len(parts) == 1 else DirectSum(parts)
+            gradients[name] = gradient
+        lambdas = self._damping(blocks)
+        steps = self._solve(blocks, gradients, lambdas)
+        self._last = {
+            name: (block.size, lambdas[name], [F.core * F.gram() for F in _parts(block)])
+            for name, block in blocks.items()
         }
+        return {p: d for n, step in steps.items() for p, d in self.weights[n].split(step).items()}
 
-    def _layer_step(self, F: Outer, gradient: Tensor, damping: float) -> Tensor:
-        if self.form == "gram":
-            return F.solve(gradient, damping)
-        return _solve_dense(F.dense(), gradient.flatten(), damping).view_as(gradient)
+    def _damping(self, blocks: dict[str, Outer | DirectSum]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for k, group in enumerate(self.param_groups):
+            ours: dict[str, Block] = {n: F for n, F in blocks.items() if self.weights[n].group == k}
+            found |= as_rule(group["damping"])(ours)
+        return found
+
+    def _solve(
+        self,
+        blocks: dict[str, Outer | DirectSum],
+        gradients: dict[str, Tensor],
+        lambdas: dict[str, float],
+    ) -> dict[str, Tensor]:
+        if self.scope == "layer":
+            solve = _solve_dense if self.form == "dense" else _solve_gram
+            return {n: solve(F, gradients[n], lambdas[n]) for n, F in blocks.items()}
+        return (joint_step if self.form == "gram" else _dense_joint_step)(
+            blocks, gradients, lambdas
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """Per layer, of the last step: damping, relative to `tr F / N` too, eigenvalues above it."""
+        return last_steps(self._last, self.steps)
+
+
+def _parts(block: Outer | DirectSum) -> tuple[Outer, ...]:
+    return (block,) if isinstance(block, Outer) else cast(tuple[Outer, ...], block.parts)
 
 
 def joint_step(
-    blocks: dict[str, list[Outer]], gradients: dict[str, list[Tensor]], damping: float
-) -> dict[str, list[Tensor]]:
-    """`(F + damping I)^{-1} g` for the full matrix over all layers, from the sum of Gram matrices.
+    blocks: dict[str, Outer | DirectSum], gradients: dict[str, Tensor], lambdas: dict[str, float]
+) -> dict[str, Tensor]:
+    """`(F + diag(lambda_l))^{-1} g` of the full matrix over all layers, from Gram matrices.
 
     Per layer one Gram matrix, one `U^T g` and one `U c`; one `R x R` Cholesky for all.
     """
-    every = [
-        (F, g) for name, Fs in blocks.items() for F, g in zip(Fs, gradients[name], strict=True)
+    parts = [
+        (F, g, lambdas[name])
+        for name, block in blocks.items()
+        for F, g in zip(_parts(block), _rows(block, gradients[name]), strict=True)
     ]
-    M = 1 / every[0][0].core
-    K = torch.stack([F.gram() for F, _ in every]).sum(0)
-    products = torch.stack([contractions.project(F.a, F.g, g).double() for F, g in every]).sum(0)
+    M = 1 / float(parts[0][0].core)
+    K = torch.stack([F.gram() / damping for F, _, damping in parts]).sum(0)
+    products = torch.stack([F.of.project(g).double() / damping for F, g, damping in parts]).sum(0)
     eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
-    factor = cholesky(K + M * damping * eye, "joint Gram matrix")
-    weights = torch.cholesky_solve(products.reshape(-1, 1), factor).view_as(products)
-    return {
-        name: [
-            (g - contractions.combine(F.a, F.g, weights)) / damping
-            for F, g in zip(Fs, gradients[name], strict=True)
-        ]
-        for name, Fs in blocks.items()
-    }
+    factor = cholesky(K + M * eye, "joint Gram matrix")
+    c = torch.cholesky_solve(products.reshape(-1, 1), factor).view_as(products)
+    steps = iter([(g - F.of.combine(c).to(g)) / damping for F, g, damping in parts])
+    return {name: torch.cat([next(steps) for _ in _parts(b)]) for name, b in blocks.items()}
+
+
+def _rows(block: Outer | DirectSum, gradient: Tensor) -> tuple[Tensor, ...]:
+    return (gradient,) if isinstance(block, Outer) else block.split(gradient)
 
 
 def _dense_joint_step(
-    blocks: dict[str, list[Outer]], gradients: dict[str, list[Tensor]], damping: float
-) -> dict[str, list[Tensor]]:
+    blocks: dict[str, Outer | DirectSum], gradients: dict[str, Tensor], lambdas: dict[str, float]
+) -> dict[str, Tensor]:
     """The same from the dense matrix, as the survey measures it."""
-    every = [
-        (F, g) for name, Fs in blocks.items() for F, g in zip(Fs, gradients[name], strict=True)
-    ]
-    U = torch.cat(
-        [contractions.per_example(F.a, F.g).flatten(0, 1).flatten(1) for F, _ in every], 1
-    )
-    F = every[0][0].core * U.mT @ U
-    flat = _solve_dense(F, torch.cat([g.flatten() for _, g in every]), damping)
-    pieces = iter(flat.split([g.numel() for _, g in every]))
-    return {name: [next(pieces).view_as(g) for g in parts] for name, parts in gradients.items()}
+    every = [F for block in blocks.values() for F in _parts(block)]
+    U = torch.cat([contractions.per_example(F.a, F.g).flatten(0, 1).flatten(1) for F in every], 1)
+    flat = torch.cat([gradients[name].flatten() for name in blocks]).double()
+    damping = torch.cat([flat.new_full((b.size,), lambdas[name]) for name, b in blocks.items()])
+    F = float(every[0].core) * U.double().mT @ U.double() + damping.diag()
+    step = torch.cholesky_solve(flat[:, None], cholesky(F, "dense Fisher matrix"))[:, 0]
+    pieces = step.split([block.size for block in blocks.values()])
+    return {
+        name: piece.view_as(gradients[name]).to(gradients[name])
+        for name, piece in zip(blocks, pieces, strict=True)
+    }
 
 
-def _solve_dense(F: Tensor, gradient: Tensor, damping: float) -> Tensor:
-    matrix = F.double() + damping * torch.eye(len(F), dtype=torch.float64, device=F.device)
+def _solve_gram(block: Block, gradient: Tensor, damping: float) -> Tensor:
+    return block.solve(gradient, damping)
+
+
+def _solve_dense(block: Block, gradient: Tensor, damping: float) -> Tensor:
+    F = block.dense().double()
+    matrix = F + damping * torch.eye(len(F), dtype=torch.float64, device=F.device)
     factor = cholesky(matrix, "dense Fisher matrix")
-    return torch.cholesky_solve(gradient.double()[:, None], factor)[:, 0].to(gradient)
+    step = torch.cholesky_solve(gradient.double().reshape(-1, 1), factor)
+    return step.view_as(gradient).to(gradient)

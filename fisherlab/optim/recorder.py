@@ -128,10 +128,10 @@ class Recorder:
         self._open = _Pass() if self.wanted and torch.is_grad_enabled() else None
 
     def _layer_hook(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             current = self._open
             if current is None or not output.requires_grad:
-                return
+                return None
             raw = (args[0] if args else kwargs["input"]).detach()
             call = _Call(raw[: self.examples], output.detach()[: self.examples])
             if self.fisher_type != "empirical" or self.slopes:
@@ -144,6 +144,9 @@ class Recorder:
                 call.gradient = part if call.gradient is None else call.gradient + part
 
             output.register_hook(arrive)
+            # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
+            # view's history, and the hook with it
+            return output.clone() if output._is_view() else None
 
         return hook
 

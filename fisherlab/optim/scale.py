@@ -87,9 +87,9 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
 
 
 _ASK = (
-    "the gradient at the model's output is not that of softmax cross entropy, so the scale between the "
-    "loss and the per-example loss is not known; pass `criterion=` (the criterion object that the "
-    "training loop calls) to the optimizer"
+    "the gradient at the model's output is not that of softmax cross entropy, so the scale between "
+    "the loss and the per-example loss is not known; pass `criterion=` (the criterion object that "
+    "the training loop calls) to the optimizer"
 )
 
 
@@ -105,6 +105,12 @@ class LossScale:
         self.handles = [model.register_forward_hook(self._end)]
         if isinstance(criterion, nn.Module):
             self.handles.append(criterion.register_forward_hook(self._loss))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
     @property
     def factor(self) -> float:
@@ -132,10 +138,3 @@ class LossScale:
 
     def _scaled(self, gradient: Tensor) -> None:
         self._scale, self._known = gradient.detach(), None
-
-
-_ASK = (
-    "the gradient at the model's output is not that of softmax cross entropy, so the scale between "
-    "the loss and the per-example loss is not known; pass `criterion=` (the criterion object that "
-    "the training loop calls) to the optimizer"
-)

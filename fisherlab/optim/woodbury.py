@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab.blocks import contractions
+from fisherlab.approximations.damping import Rule, as_rule, gram_norm
+from fisherlab.blocks import Outer, contractions
 from fisherlab.blocks.numerics import cholesky
-from fisherlab.optim.base import CurvatureOptimizer, Weight
-from fisherlab.optim.scale import LossScale
+from fisherlab.optim.base import CurvatureOptimizer, Weight, last_steps
+from fisherlab.optim.scale import LossScale, OptimizerError
 from fisherlab.optim.weighted import WeightedLayers, captured
 
 
@@ -21,12 +24,12 @@ class Woodbury(CurvatureOptimizer):
 
     With `U 1 / M` the mean gradient this is `(F + lambda I)^{-1} g` exactly (TENGraD, NGM 36-43; FNGD
     (8), (9)), for the empirical Fisher and observed labels. `fold=True` multiplies by lambda, as
-    FNGD does, so that lr is of SGD's size. `damping` is lambda, or `alpha` gives
+    FNGD does, so that lr is of SGD's size. `damping` is lambda or a rule, or `alpha` gives
     `lambda = alpha ||K||_F` per layer and batch (FNGD (14)); exactly one of them.
 
     `p.grad` is the weighted gradient after `backward()`, so clipping, loss scaling and accumulation
-    see what will be used (accumulation: the mean of the micro-batches' steps). A layer called several
-    times in one forward is solved in `step()`.
+    see what will be used (accumulation: the mean of the micro-batches' steps). A layer called
+    several times in one forward is solved in `step()`.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Woodbury(CurvatureOptimizer):
         criterion: Callable | None = None,
         params: Iterable[Any] | None = None,
         lr: float,
-        damping: float | None = None,
+        damping: float | Rule | None = None,
         alpha: float | None = None,
         fold: bool = False,
         **options: Any,
@@ -44,24 +47,19 @@ class Woodbury(CurvatureOptimizer):
         if (damping is None) == (alpha is None):
             raise ValueError("give either damping (lambda) or alpha (lambda = alpha ||K||_F)")
         for name, value in {"damping": damping, "alpha": alpha}.items():
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is None or callable(value):
+                continue
+            if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         super().__init__(model, params, lr=lr, damping=damping, **options)
         self.alpha, self.fold = alpha, fold
         self.scale = LossScale(model, criterion)
         self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._factor = 1.0
-        self.layers = WeightedLayers(model, self.weights, self.rows, self._remember)
-
-    def remove(self) -> None:
-        """Take the optimizer's hooks off the model."""
-        self.layers.remove()
-        for handle in self.scale.handles:
-            handle.remove()
-
-    def __del__(self) -> None:
-        if hasattr(self, "layers"):
-            self.remove()
+        # of the last step: size, damping and, for the spectrum, the Gram matrices
+        self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
+        self.layers = WeightedLayers(model, self.weights, *_unowned(self.rows, self._remember))
+        self.hooked += [self.layers, self.scale]
 
     def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
         """`M v`, `[groups, n]`, for one call of a layer."""
@@ -69,14 +67,23 @@ class Woodbury(CurvatureOptimizer):
 
     def solve(self, weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> Tensor:
         """`M v` of every group from the raw pairs of a layer's calls."""
-        found = []
-        for a, g in captured(weight, calls, factor):
-            K = contractions.gram(a, g)
-            damping = (
-                self.option(weight, "damping") if self.alpha is None else self.alpha * K.norm()
-            )
-            found.append(weights_of(K, damping, self.fold, weight.name))
+        blocks = [Outer(a, g) for a, g in captured(weight, calls, factor)]
+        rule = (
+            as_rule(self.option(weight, "damping")) if self.alpha is None else gram_norm(self.alpha)
+        )
+        found, lambdas = [], []
+        for block in blocks:
+            damping = rule({weight.name: block})[weight.name]
+            found.append(weights_of(block.gram(), damping, self.fold, weight.name))
+            lambdas.append(damping)
+        size = sum(block.size for block in blocks)
+        grams = [block.core * block.gram() for block in blocks]
+        self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
         return torch.stack(found)
+
+    def summary(self) -> pd.DataFrame:
+        """Per layer, of the last batch: damping, relative to `tr F / N` too, eigenvalues above it."""
+        return last_steps(self._last, self.steps)
 
     def _remember(self, weight: Weight, x: Tensor, g: Tensor) -> None:
         self._factor = self.scale.factor
@@ -101,6 +108,19 @@ class Woodbury(CurvatureOptimizer):
     def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
         """`M v` of a layer that was called several times."""
         return self.solve(weight, calls, self._factor)
+
+
+def _unowned(*methods: Callable) -> list[Callable]:
+    """Bound methods that do not keep their object alive: the model holds the hooks."""
+    references = [weakref.WeakMethod(method) for method in methods]
+    return [lambda *args, r=r: _call(r, args) for r in references]
+
+
+def _call(reference: weakref.WeakMethod, args: tuple) -> Any:
+    method = reference()
+    if method is None:
+        raise OptimizerError("the optimizer was deleted between this forward and its backward")
+    return method(*args)
 
 
 def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Tensor:
