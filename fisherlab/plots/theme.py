@@ -1,0 +1,155 @@
+"""One theme: print sizes, colours the colour-blind tell apart, one look per approximation."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+P = ParamSpec("P")
+
+FULL, COLUMN = 6.9, 3.35  # inches: the text width of two columns, and of one
+DPI = 200
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    **sns.plotting_context("paper"),
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "figure.titlesize": 9,
+    "figure.dpi": 110,
+    "savefig.dpi": DPI,
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.4,
+    "grid.color": "#dddddd",
+    "axes.edgecolor": "#444444",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "patch.linewidth": 0.4,
+    "pdf.fonttype": 42,  # letters stay letters
+    "svg.fonttype": "none",
+    "mathtext.fontset": "dejavusans",
+}
+
+# A family shares a hue (Okabe & Ito 2008, Tol 2021), its members differ in lightness and marker.
+# A name that is not here, a user's, gets a look from its own letters: the same one everywhere.
+LOOKS = {
+    "exact": ("#000000", "o"),
+    "kfac": ("#0072B2", "o"),
+    "kfac_reduce": ("#6A9FC8", "s"),
+    "ekfac": ("#56B4E9", "D"),
+    "tkfac": ("#D55E00", "o"),
+    "tkfac_expand": ("#8C3A00", "s"),
+    "tekfac": ("#E69F00", "D"),
+    "shampoo": ("#009E73", "^"),
+    "kronecker_optimal": ("#332288", "v"),
+    "kronecker_sum": ("#8877CC", "P"),
+    "diagonal": ("#CC79A7", "X"),
+    "mini_block": ("#882255", "p"),
+    "eva": ("#999933", "<"),
+    "ifang": ("#C9B458", ">"),
+    "sngd": ("#777777", "h"),
+    "kbfgs": ("#44AA99", "d"),
+}
+SPARE = ("#117733", "#EE8866", "#661100", "#77AADD", "#AA3377", "#4B8B3B")
+MARKERS = "osD^vPXph<>d"
+
+
+def look(name: str) -> tuple[str, str]:
+    """The colour and the marker of an approximation or optimizer, the same in every picture."""
+    if name in LOOKS:
+        return LOOKS[name]
+    letters = hashlib.sha256(name.encode()).digest()
+    return SPARE[letters[0] % len(SPARE)], MARKERS[letters[1] % len(MARKERS)]
+
+
+def colour(name: str) -> str:
+    """The colour of an approximation, the same in every picture."""
+    return look(name)[0]
+
+
+def marker(name: str) -> str:
+    """The marker of an approximation, the same in every picture."""
+    return look(name)[1]
+
+
+def styles(names: Iterable[str]) -> dict[str, Any]:
+    """`hue` options of seaborn's functions, so that each name has its own look."""
+    names = list(names)
+    return {
+        "hue_order": names,
+        "palette": {name: colour(name) for name in names},
+        "style_order": names,
+        "markers": {name: marker(name) for name in names},
+        "dashes": False,
+    }
+
+
+def themed(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """A function whose figure is made in the theme, whatever the user's own settings are."""
+
+    @wraps(draw)
+    def inside(*args: P.args, **options: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **options)
+
+    return inside
+
+
+def panels(
+    count: int, *, columns: int = 4, width: float = FULL, height: float = 2.0, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, `height` inches each, in rows of `columns`."""
+    across = min(count, columns)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(width, height * down + 0.4), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, **options).flatten().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    for above in axes[max(0, count - across) : count]:  # the last panel of every column
+        above.tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
+def title(figure: Figure, text: str) -> None:
+    """What the picture is about, at its upper left, clear of the legend."""
+    figure.suptitle(text, x=0.01, ha="left")
+
+
+def legend(figure: Figure, names: Iterable[str], title: str = "", lines: bool = True) -> None:
+    """One legend for all panels, outside on the right: it never covers data."""
+    handles = [
+        Line2D([], [], color=colour(name), marker=marker(name), ls="-" if lines else "", label=name)
+        for name in names
+    ]
+    figure.legend(handles=handles, title=title, loc="outside right upper", frameon=False)
+
+
+def save(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write `stem.png` and, for print, `stem.pdf`; returns both paths."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
+    with mpl.rc_context(STYLE):
+        figure.savefig(paths[0], dpi=DPI)
+        figure.savefig(paths[1], metadata={"CreationDate": None})
+    return paths
+
+
+def frame_of(table: Any) -> pd.DataFrame:
+    """The frame of a `Comparison`, or a frame itself."""
+    return getattr(table, "frame", table)
