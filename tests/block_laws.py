@@ -154,6 +154,16 @@ CASES |= {"kronecker_sum": kronecker_sum_of(2), "kronecker_sum_of_one": kronecke
 
 
 @case
+def kronecker_sum_with_an_antisymmetric_term(dtype):
+    G, A = psd(2, O, seed=37), psd(2, I, seed=38)
+    G[1], A[1] = (0.1 * (x - x.mT) for x in (randn(O, O, seed=39), randn(I, I, seed=40)))
+    G, A = G.to(dtype), A.to(dtype)
+    return blocks.KroneckerSum(G, A), sum(
+        torch.kron(x, y).double() for x, y in zip(G, A, strict=True)
+    )
+
+
+@case
 def eigen(dtype):
     Q_G, Q_A = orthonormal(O, O, seed=26), orthonormal(I, I, seed=27)
     spectrum = 0.1 + randn(O, I, seed=28).abs()

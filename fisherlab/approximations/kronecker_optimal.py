@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +14,17 @@ from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.numerics import eigh, symmetrise
 from fisherlab.extract import LayerCapture
 
-_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7}
-_ITERATIONS = {torch.float64: 200, torch.float32: 25}
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+# Vectors kept per eigenvector sought before the iteration is restarted.
+_WIDTH = 16
 
 
 class _Rearranged:
     """Van Loan and Pitsianis' rearrangement `R(F)`, `<G, R(F) A> = <F, G (x) A>`, never formed.
 
-    `R(F) A = (1/M) sum D A D^T` and `R(F)^T G = (1/M) sum D^T G D`: symmetric to symmetric, and
-    positive semi-definite to positive semi-definite, so a power iteration from the identity stays
-    in the cone and its factors need no sign.
+    `R(F) A = (1/M) sum D A D^T` and `R(F)^T G = (1/M) sum D^T G D`: symmetric to symmetric,
+    antisymmetric to antisymmetric, and positive semi-definite to positive semi-definite, so that
+    the leading pair is semi-definite (Perron and Frobenius) and only needs a sign.
     """
 
     def __init__(self, layers: tuple[LayerCapture, ...]) -> None:
@@ -44,6 +46,32 @@ class _Rearranged:
     def right(self, G: Tensor) -> Tensor:
         """`R(F)^T G`, `[o, o] -> [i, i]`."""
         return sum(contractions.right_moment(a, g, G) for a, g in self.pairs) / self.count
+
+    def singular_pairs(
+        self, terms: int, tolerance: float | None, iterations: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Leading `(sigma G, A)`, `||G|| = ||A|| = 1`, by Krylov iteration on the smaller side."""
+        o, i = self.shape
+        width = min(terms, o * o, i * i)
+        forth, back = (self.left, self.right) if i <= o else (self.right, self.left)
+        d = min(o, i)
+        if d * d <= _WIDTH * max(width, 4):
+            start = torch.eye(d * d).view(-1, d, d)
+        else:
+            # the identity is near the leading factor; the rest, antisymmetric parts too, is random
+            generator = torch.Generator().manual_seed(0)
+            start = torch.randn(width, d, d, generator=generator, dtype=torch.float64)
+            start[0] = torch.eye(d)
+        found = _leading(
+            lambda X: back(forth(X)),
+            start.to(self.device, self.dtype),
+            width,
+            tolerance or _TOLERANCE.get(self.dtype, 1e-5),
+            iterations,
+        )
+        found = [_symmetric_or_not(X) for X in found]
+        pairs = [(forth(X), X) if i <= o else (X, forth(X)) for X in found]
+        return [(A.norm() * G, A / A.norm().clamp(min=1e-30)) for G, A in pairs]
 
     def input_matrices(self, terms: int) -> list[Tensor]:
         """For T = 1, the leading right singular matrices from two `[M, M]` Hadamard squares.
@@ -79,13 +107,13 @@ class KroneckerOptimal(Approximation, name="kronecker_optimal"):
     """`argmin_{G, A} ||F - G (x) A||_F`: the lower bound of KFAC, TKFAC and Shampoo.
 
     Van Loan & Pitsianis 1993; Koroko et al. 2022. One position: exact, from two M x M Hadamard
-    squares. More: power iteration from the identity, until the singular value moves by less than
-    `tolerance` (relative; None: 1e-13 in float64, 1e-7 in float32) or after `iterations`.
+    squares. More: a Krylov iteration from the identity, until the residual is below `tolerance`
+    (relative; None: 1e-12 in float64, 1e-5 in float32) or after `iterations`.
     """
 
     additive = False
     tolerance: float | None = None
-    iterations: int | None = None
+    iterations: int = 100
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         operator = _Rearranged(layers)
@@ -95,37 +123,23 @@ class KroneckerOptimal(Approximation, name="kronecker_optimal"):
                 return Kronecker(*operator.zero())
             A = matrices[0] * matrices[0].trace().sign()
             return _balanced(operator.left(A / A.norm()), A / A.norm())
-        return self._iterate(operator)
-
-    def _iterate(self, operator: _Rearranged) -> Block:
-        tolerance = self.tolerance or _TOLERANCE.get(operator.dtype, 1e-7)
-        iterations = self.iterations or _ITERATIONS.get(operator.dtype, 25)
-        i = operator.shape[1]
-        A = torch.eye(i, dtype=operator.dtype, device=operator.device) / i**0.5
-        value = 0.0
-        for _ in range(iterations):
-            G = operator.left(A)
-            size = G.double().norm().item()
-            if size == 0:
-                return Kronecker(*operator.zero())
-            A = operator.right(G / size)
-            A = A / A.norm()
-            if abs(size - value) <= tolerance * size:
-                break
-            value = size
-        return _balanced(operator.left(A), A)
+        (G, A), *_ = operator.singular_pairs(1, self.tolerance, self.iterations)
+        sign = A.trace().sign()
+        return _balanced(symmetrise(sign * G), symmetrise(sign * A))
 
 
 @dataclass(frozen=True)
 class KroneckerSum(Approximation, name="kronecker_sum"):
     """`F ~ sum_k G_k (x) A_k`, the best sum of `rank` Kronecker products.      Koroko et al. 2022.
 
-    Its leading term is the optimal product; a sum of two or more need not be positive
-    semi-definite, and the block says how much of it was clamped.
+    Its leading term is the optimal product; a later one may be a product of two antisymmetric
+    factors. A sum of two or more need not be positive semi-definite, and the block says how much of
+    it was clamped.
     """
 
     additive = False
     rank: int = 2
+    tolerance: float | None = None
     iterations: int = 300
 
     def __post_init__(self) -> None:
@@ -136,42 +150,54 @@ class KroneckerSum(Approximation, name="kronecker_sum"):
         operator = _Rearranged(layers)
         if operator.flat:
             matrices = [A / A.norm() for A in operator.input_matrices(self.rank)]
+            terms = [(operator.left(A), A) for A in matrices]
         else:
-            matrices = self._subspace(operator)
-        terms = [(operator.left(A), A) for A in matrices] or [operator.zero()]
-        G, A = (torch.stack(side) for side in zip(*terms, strict=True))
+            terms = operator.singular_pairs(self.rank, self.tolerance, self.iterations)
+        G, A = (torch.stack(side) for side in zip(*(terms or [operator.zero()]), strict=True))
         return blocks.KroneckerSum(G, A)
 
-    def _subspace(self, operator: _Rearranged) -> list[Tensor]:
-        """Orthogonal iteration on `R(F)^T R(F)` with a few vectors to spare, then Rayleigh-Ritz."""
-        i = operator.shape[1]
-        width = min(self.rank + 6, i * (i + 1) // 2)
-        generator = torch.Generator().manual_seed(0)
-        options = {"dtype": torch.float64, "generator": generator}
-        start = torch.randn(width, i, i, **options).to(operator.device)
-        start[0] = torch.eye(i, dtype=torch.float64)
-        basis = _orthonormal(symmetrise(start))
-        tolerance = 1e-11 if operator.dtype == torch.float64 else 1e-6
-        known = torch.zeros(self.rank)
-        for _ in range(self.iterations):
-            images = torch.stack([operator.left(A.to(operator.dtype)).double() for A in basis])
-            left, values, mixing = torch.linalg.svd(images.flatten(1).mT, full_matrices=False)
-            ritz = torch.einsum("kb,bij->kij", mixing, basis)
-            if (values[: self.rank] - known).abs().max() <= tolerance * values[0]:
-                basis = ritz
-                break
-            known = values[: self.rank]
-            o = operator.shape[0]
-            sides = left.mT.reshape(-1, o, o).to(operator.dtype)
-            basis = _orthonormal(torch.stack([operator.right(G).double() for G in sides]))
-        kept = int((values[: self.rank] > 1e-14 * values[0]).sum())
-        return [A.to(operator.dtype) for A in basis[:kept]]
+
+def _leading(
+    apply: Callable[[Tensor], Tensor], start: Tensor, count: int, tolerance: float, iterations: int
+) -> Tensor:
+    """Leading eigenvectors `[count, d, d]`, largest first, of a symmetric operator on matrices.
+
+    Rayleigh-Ritz in a space that grows by the residuals of the eigenvectors sought (block Lanczos
+    with full reorthogonalisation), restarted from the best of it when it is full.
+    """
+    basis = _orthonormal(start.flatten(1))
+    images = torch.stack([apply(b.view_as(start[0])).flatten() for b in basis])
+    for _ in range(iterations):
+        values, mixing = eigh(basis @ images.mT, "rearranged block")
+        values, mixing = values.flip(0), mixing.flip(1).mT
+        ritz, mapped = mixing[:count] @ basis, mixing[:count] @ images
+        residuals = mapped - values[:count, None] * ritz
+        open_ = residuals.norm(dim=1) > tolerance * values[0].abs()
+        if not open_.any() or len(basis) == basis.shape[1]:
+            break
+        if len(basis) + count > _WIDTH * count:
+            kept = mixing[: count + 2]
+            basis, images = kept @ basis, kept @ images
+        fresh = _orthonormal(residuals[open_], basis)
+        basis = torch.cat([basis, fresh])
+        images = torch.cat([images, *(apply(b.view_as(start[0])).view(1, -1) for b in fresh)])
+    return (mixing[:count] @ basis).view(-1, *start.shape[1:])
 
 
-def _orthonormal(matrices: Tensor) -> Tensor:
-    """Orthonormal symmetric matrices with the same span, `[b, i, i]`."""
-    Q, _ = torch.linalg.qr(matrices.flatten(1).mT)
-    return symmetrise(Q.mT.reshape(-1, *matrices.shape[1:]))
+def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
+    """Orthonormal rows spanning these, orthogonal to those of `against`."""
+    for _ in range(2):  # twice is enough
+        if against is not None:
+            rows = rows - (rows @ against.mT) @ against
+        rows = torch.linalg.qr(rows.mT).Q.mT
+    return rows
+
+
+def _symmetric_or_not(X: Tensor) -> Tensor:
+    """The larger of the symmetric and antisymmetric parts, normalised: tied ones may be mixed."""
+    parts = (X + X.mT) / 2, (X - X.mT) / 2
+    part = max(parts, key=lambda part: part.norm().item())
+    return part / part.norm().clamp(min=1e-30)
 
 
 def _balanced(G: Tensor, A: Tensor) -> Kronecker:

@@ -206,7 +206,7 @@ def rotated_squares(D: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
 
 
 def kronecker_quadratic(a: Tensor, g: Tensor, G: Tensor, A: Tensor) -> Tensor:
-    """`<D, G D A>` for every column, `[m, n]` in float64.
+    """`<D, G D A^T>` for every column, `[m, n]` in float64.
 
     Position pairs `sum_{t,s} (g_t^T G g_s)(a_t^T A a_s)`: n t (i^2 + t i) + m n t (o^2 + t o).
     Formed: m n o i (t + o + i).
@@ -221,7 +221,7 @@ def kronecker_quadratic(a: Tensor, g: Tensor, G: Tensor, A: Tensor) -> Tensor:
             result[:, part] = (gGg.double() * aAa.double()).sum((-2, -1))
         return result
     for part, D in per_example_chunks(a, g):
-        result[:, part] = ((G @ D @ A) * D).sum((-2, -1), dtype=torch.float64)
+        result[:, part] = ((G @ D @ A.mT) * D).sum((-2, -1), dtype=torch.float64)
     return result
 
 
@@ -240,13 +240,13 @@ def left_moment(a: Tensor, g: Tensor, A: Tensor | None = None) -> Tensor:
     result = a.new_zeros(o, o)
     if n * t * i * t + m * n * t * o * (t + o) <= m * n * o * i * (t + o + extra):
         for part in slices(n, (t * t + m * t * o) * a.element_size()):
-            aa = torch.bmm(weight[part], a[part].mT)
+            aa = torch.bmm(a[part], weight[part].mT)
             result += (aa @ g[:, part]).reshape(-1, o).mT @ g[:, part].reshape(-1, o)
-        return symmetric(result)
+        return symmetric(result) if A is None else result
     for _, D in per_example_chunks(a, g):
         DA = D if A is None else D @ A
         result += DA.transpose(0, 2).reshape(o, -1) @ D.transpose(0, 2).reshape(o, -1).mT
-    return symmetric(result)
+    return symmetric(result) if A is None else result
 
 
 def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
@@ -264,13 +264,13 @@ def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
     result = a.new_zeros(i, i)
     if m * n * t * o * t + n * t * i * (t + i) <= m * n * o * i * (t + i + extra):
         for part in slices(n, ((m + 1) * t * t + t * i) * a.element_size()):
-            S = (weight[:, part] @ g[:, part].mT).sum(0)
+            S = (g[:, part] @ weight[:, part].mT).sum(0)
             result += torch.bmm(S, a[part]).reshape(-1, i).mT @ a[part].reshape(-1, i)
-        return symmetric(result)
+        return symmetric(result) if G is None else result
     for _, D in per_example_chunks(a, g):
         GD = D if G is None else G @ D
-        result += GD.reshape(-1, i).mT @ D.reshape(-1, i)
-    return symmetric(result)
+        result += D.reshape(-1, i).mT @ GD.reshape(-1, i)
+    return symmetric(result) if G is None else result
 
 
 def symmetric(matrix: Tensor) -> Tensor:

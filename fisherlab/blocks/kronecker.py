@@ -155,7 +155,7 @@ class KroneckerSum(Block):
         self.check(V)
         result = torch.zeros_like(V)
         for G, A in zip(self.G, self.A, strict=True):
-            result += G @ V @ A
+            result += G @ V @ A.mT
         return result
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
