@@ -304,16 +304,16 @@ def _joined(parts: Sequence[Block]) -> Block:
 
 
 @contextmanager
-def _remembering_powers(block: Block) -> Iterator[None]:
-    """Make each power of a block once: every measure at one damping asks for the same inverse."""
-    if "power" in vars(block):
+def _remembering(block: Block, method: str) -> Iterator[None]:
+    """Let a block's `power` or `inner` remember its results: several measures ask for the same."""
+    if method in vars(block):
         yield
         return
-    vars(block)["power"] = cache(block.power)
+    vars(block)[method] = cache(getattr(block, method))
     try:
         yield
     finally:
-        del vars(block)["power"]
+        del vars(block)[method]
 
 
 class _Layer:
@@ -376,10 +376,11 @@ class _Layer:
             **facts,
         }
         rows = []
-        with _remembering_powers(self.F):
+        with _remembering(self.F, "power"):
             for name, maker in makers.items():
-                for row in self._measure(maker, dampings):
-                    rows.append({**base, "approximation": name, **row})
+                with _remembering(self.F, "inner"):
+                    measured = list(self._measure(maker, dampings))
+                rows += [{**base, "approximation": name, **row} for row in measured]
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
             row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
@@ -397,37 +398,46 @@ class _Layer:
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
             built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
-            common = {**empty, **built, **self._static(X)}
+            static, reason = self._static(X)
+            common = {**empty, **built, **static}
         except BlockError as error:
             for share in dampings:
                 damping = {"damping": share * unit, "damping_relative": share}
                 yield {**empty, **damping, "placement": "", "note": str(error)}
             return
         for share in dampings:
-            row = {**common, "damping": share * unit, "damping_relative": share, "note": ""}
+            row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
             try:
-                with _remembering_powers(X):
+                with _remembering(X, "power"):
                     row |= self._damped(maker, X, share * unit)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
 
-    def _static(self, X: Block) -> dict[str, float]:
+    def _static(self, X: Block) -> tuple[dict[str, float], str]:
+        """What does not depend on the damping, and why a measure of the spectrum is missing."""
         F = self.F
         error, spread = math.nan, math.nan
         if self.unseen is not None:
             error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
+        spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
+        reason = ""
+        try:
+            spectral["diagonalisation"] = metrics.diagonalisation(X, F).item()
+            spectral["subspace_overlap"] = metrics.subspace_overlap(X, F, default_rank(F)).item()
+        except BlockError as error:
+            reason = str(error)
+        # after the diagonalisation, whose rotated gradients the inner product uses
         cosine = metrics.cosine(X, F)
         return {
-            "diagonalisation": metrics.diagonalisation(X, F).item(),
+            **spectral,
             "relative_error": metrics.relative_error(X, F).item(),
             "population_error": error,
             "population_error_se": spread,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
             "cosine": cosine.item(),
             "scaled_error": (1 - cosine.square()).clamp(min=0).sqrt().item(),
-            "subspace_overlap": metrics.subspace_overlap(X, F, default_rank(F)).item(),
-        }
+        }, reason
 
     def _damped(self, maker: Maker, X: Block, damping: float) -> dict[str, Any]:
         start = time.perf_counter()

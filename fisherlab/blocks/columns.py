@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.numerics import BlockError, symmetrise
+from fisherlab.blocks.numerics import BlockError, eigh, symmetrise
 from fisherlab.blocks.remembered import remembered, state_of
 
 
@@ -57,6 +57,19 @@ class Columns:
         # of the very gradients that products use: what an inverse cancels must be the same
         D = self.formed.double()
         return symmetrise(D @ D.mT)
+
+    @remembered("a", "g")
+    def gram_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the Gram matrix, ascending, and their vectors in its columns.
+
+        From the smaller of `U^T U` and `U U^T`: with more columns than parameters `[R, o i]`.
+        """
+        o, i = self.shape
+        if self.count <= o * i:
+            return eigh(self.gram, "Gram matrix")
+        D = contractions.per_example(self.a, self.g).reshape(self.count, -1).double()
+        values, V = eigh(D.mT @ D, "Gram matrix")
+        return values, D @ (V / values.clamp(min=1e-300).sqrt())
 
     @remembered("a", "g")
     def energies(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -114,11 +115,17 @@ class Kronecker(Block):
         return torch.kron(self.G.contiguous(), self.A.contiguous())
 
 
+# A sum of two or more products has no cheap spectrum: up to this many parameters it is found
+# densely (9 N^3 operations, a few seconds at 3000), beyond it refused.
+DENSE_SPECTRUM = 3000
+
+
 class KroneckerSum(Block):
     """`F = sum_k G_k (x) A_k`, with `G` `[k, o, o]` and `A` `[k, i, i]`.
 
-    A sum of two or more terms need not be positive semi-definite; `power` goes through the dense
-    form (refused past the budget), takes negative eigenvalues as zero, and `clamped` says how much.
+    `G_k` and `A_k` of a term are both symmetric or both antisymmetric, and the term is symmetric.
+    A sum of two or more need not be positive semi-definite; `power` goes through the dense
+    form (refused past `DENSE_SPECTRUM`), takes negative eigenvalues as zero, and `clamped` says how much.
     """
 
     def __init__(self, G: Tensor, A: Tensor) -> None:
@@ -149,7 +156,16 @@ class KroneckerSum(Block):
     @remembered("G", "A")
     def _form(self) -> Block:
         """A single product as it is, otherwise the dense matrix."""
-        return self.terms[0] if len(self.G) == 1 else Dense(self.dense(), self.shape)
+        if len(self.G) == 1:
+            return self.terms[0]
+        if self.size > DENSE_SPECTRUM:
+            raise BlockError(
+                f"the spectrum of a sum of {len(self.G)} Kronecker products needs a dense "
+                f"eigendecomposition of {self.size} x {self.size}, over the limit of "
+                f"{DENSE_SPECTRUM} (fl.blocks.kronecker.DENSE_SPECTRUM); products, norms and inner "
+                "products need none, and kronecker_optimal has a spectrum at any size"
+            )
+        return Dense(self.dense(), self.shape)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -195,7 +211,9 @@ class KroneckerSum(Block):
 
     @property
     def clamped(self) -> float:
-        return self._form.clamped
+        """NaN where the spectrum is out of reach."""
+        within = len(self.G) == 1 or self.size <= DENSE_SPECTRUM
+        return self._form.clamped if within else math.nan
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

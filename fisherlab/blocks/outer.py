@@ -117,7 +117,7 @@ class Outer(Block):
     @remembered("a", "g", "core")
     def _range(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues `[r]` of `U C U^T`, and `W` `[R, r]` with eigenvectors `U W`."""
-        values, Z = eigh(self.gram(), "Gram matrix")
+        values, Z = self.of.gram_eigen
         # columns are rounded to their dtype, so their Gram matrix is known to its eps squared
         eps = max(torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
         rank = rank_of(values, eps)
@@ -242,6 +242,8 @@ class Outer(Block):
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
         values, W = self._range
+        if other is self:
+            return values.sort(descending=True).values + self.shift
         parts = [
             other.quadratic(vectors.to(self.dtype))
             for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
@@ -254,6 +256,10 @@ class Outer(Block):
         return inside + self.shift * self.size
 
     def squared_norm(self) -> Tensor:
+        return self._squared_norm
+
+    @remembered("a", "g", "core", "shift")
+    def _squared_norm(self) -> Tensor:
         CK = self._core_gram
         linear = 2 * self.shift * CK.trace() + self.shift**2 * self.size
         return (CK * CK.mT).sum() + linear
