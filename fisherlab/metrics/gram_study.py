@@ -17,7 +17,7 @@ from fisherlab.metrics.gram import (
     gram_correlation,
     similarity_matrix,
 )
-from fisherlab.metrics.layers import dropped_mass, layer_masses
+from fisherlab.metrics.layers import dropped_mass, layer_correlation, layer_masses
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class GramStudy:
     def dropped(self) -> Tensor:
         """Share of `||F||^2` between layers, which a block-diagonal approximation drops."""
         return dropped_mass(self.masses)
+
+    @property
+    def relative_masses(self) -> Tensor:
+        """`||F_ij||^2 / (||F_ii|| ||F_jj||)`, `[L, L]`: the masses without the layers' scales."""
+        return layer_correlation(self.masses)
 
 
 def gram_study(layers: Mapping[str, HasGram], labels: Tensor, alpha: float = 0.005) -> GramStudy:

@@ -5,7 +5,64 @@ belongs to nobody: no global state, nothing to close.
 """
 
 from fisherlab.plots import theme
+from fisherlab.plots.alignment import eigenbasis_overlap, off_diagonal_mass, principal_angles
 from fisherlab.plots.comparison import cost, direction, error, trace_ratio, training
+from fisherlab.plots.errors import (
+    error_facets,
+    in_sample_against_population,
+    pareto,
+    staleness,
+    why_bad,
+)
+from fisherlab.plots.fisher_matrix import (
+    dropped_over_training,
+    fisher_types,
+    layer_masses,
+    mc_convergence,
+)
+from fisherlab.plots.gram import (
+    coefficient_drift,
+    coefficients,
+    gram_matrices,
+    gram_over_training,
+    gram_similarity,
+)
+from fisherlab.plots.spectra import (
+    condition_against_damping,
+    cumulative_trace,
+    effective_rank,
+    eigenvalues,
+)
 from fisherlab.plots.theme import colour, save
 
-__all__ = ["colour", "cost", "direction", "error", "save", "theme", "trace_ratio", "training"]
+__all__ = [
+    "coefficient_drift",
+    "coefficients",
+    "colour",
+    "condition_against_damping",
+    "cost",
+    "cumulative_trace",
+    "direction",
+    "dropped_over_training",
+    "effective_rank",
+    "eigenbasis_overlap",
+    "eigenvalues",
+    "error",
+    "error_facets",
+    "fisher_types",
+    "gram_matrices",
+    "gram_over_training",
+    "gram_similarity",
+    "in_sample_against_population",
+    "layer_masses",
+    "mc_convergence",
+    "off_diagonal_mass",
+    "pareto",
+    "principal_angles",
+    "save",
+    "staleness",
+    "theme",
+    "trace_ratio",
+    "training",
+    "why_bad",
+]

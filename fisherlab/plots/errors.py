@@ -1,0 +1,182 @@
+"""Errors over everything: facets, the cost-error plane, batch size, causes, age."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fisherlab.metrics import ErrorSplit
+from fisherlab.plots import comparison, theme
+from fisherlab.plots.matrices import BLUE
+
+UNITS = {
+    "examples": "batch size [examples]",
+    "depth": "depth [hidden layers]",
+    "width": "width [units]",
+    "fisher_type": "Fisher type",
+    "build_seconds": "time to build the block [s]",
+    "memory_bytes": "memory of the block [bytes]",
+}
+
+
+def label(column: str) -> str:
+    """What an axis of this column says, with its unit."""
+    return UNITS.get(column, comparison.label(column))
+
+
+@theme.themed
+def error_facets(
+    table: Any, over: str = "layer", measure: str = "relative_error", facet: str | None = None
+) -> Figure:
+    """A measure over layer, depth, width, batch size, Fisher type or step; a line per method.
+
+    A line is the median over what is left (layers, seeds), its band the middle half. `facet` names
+    a column that gives one panel per value.
+    """
+    frame = theme.frame_of(table)
+    groups = [("", frame)] if facet is None else list(frame.groupby(facet, sort=False))
+    names = comparison.ranked(frame, measure)
+    numeric = pd.api.types.is_numeric_dtype(frame[over])
+    across = 3 if numeric or frame[over].nunique() <= 8 else 1
+    figure, axes = theme.panels(len(groups), columns=across, height=2.3, sharey=True)
+    for ax, (value, part) in zip(axes, groups, strict=True):
+        sns.lineplot(
+            part, x=over, y=measure, hue="approximation", style="approximation", legend=False,
+            sort=numeric, estimator="median", errorbar=("pi", 50), markeredgewidth=0.3,
+            err_kws={"alpha": 0.12, "linewidth": 0}, ax=ax, **theme.styles(names),
+        )  # fmt: skip
+        ax.set(xlabel=label(over), ylabel=label(measure))
+        ax.label_outer()
+        _ticks(ax, part[over], numeric)
+        if facet is not None:
+            ax.set_title(f"{facet.replace('_', ' ')} {value}")
+    theme.legend(figure, names)
+    named = label(measure).replace("\n", " ")
+    figure.suptitle(f"{named[0].upper()}{named[1:]}, over {over.replace('_', ' ')}")
+    return figure
+
+
+def _ticks(ax: Axes, values: pd.Series, numeric: bool) -> None:
+    """Powers of something as they are on a log axis; names that do not touch."""
+    kinds = list(dict.fromkeys(values))
+    if not numeric:
+        many = len(kinds) > 8 or max(len(str(kind)) for kind in kinds) > 6
+        ax.tick_params(axis="x", rotation=90 if many else 0)
+    elif min(kinds) > 0 and max(kinds) >= 8 * min(kinds):
+        ax.set_xscale("log")
+        if len(kinds) <= 7:
+            ax.set_xticks(sorted(kinds), [f"{kind:g}" for kind in sorted(kinds)])
+            ax.minorticks_off()
+    elif len(kinds) <= 7:
+        ax.set_xticks(sorted(kinds))
+
+
+@theme.themed
+def pareto(
+    points: pd.DataFrame,
+    front: Sequence[int],
+    cost: str = "build_seconds",
+    measure: str = "relative_error",
+) -> Figure:
+    """Cost against error, one point per approximation; a line joins those that nothing beats.
+
+    `points` has one row per approximation, `front` the rows of `fl.metrics.pareto_front`.
+    """
+    figure, (ax,) = theme.panels(1, height=3.2)
+    best = points.iloc[list(front)]
+    ax.step(best[cost], best[measure], where="post", color="0.55", lw=1, zorder=1)
+    for index, row in points.reset_index(drop=True).iterrows():
+        on = index in front
+        ax.scatter(
+            row[cost], row[measure], 42 if on else 24, color=theme.colour(row["approximation"]),
+            marker=theme.marker(row["approximation"]), edgecolor="black", lw=0.9 if on else 0,
+            zorder=3 if on else 2,
+        )  # fmt: skip
+    if (points[cost] > 0).all():
+        ax.set_xscale("log")
+    ax.set(xlabel=label(cost), ylabel=label(measure))
+    theme.legend(figure, points["approximation"], lines=False)
+    figure.suptitle(
+        "What an approximation costs and gives (outlined: nothing is better and cheaper)"
+    )
+    return figure
+
+
+@theme.themed
+def in_sample_against_population(table: Any) -> Figure:
+    """Both errors over batch size: full lines in sample, dashed on examples not seen."""
+    frame = theme.frame_of(table)
+    names = comparison.ranked(frame, "population_error")
+    figure, (ax,) = theme.panels(1, height=3.0)
+    medians = frame.groupby(["approximation", "examples"]).median(numeric_only=True)
+    for name in names:
+        rows = medians.loc[name]
+        for column, dash in (("relative_error", "-"), ("population_error", "--")):
+            ax.plot(
+                rows.index, rows[column], ls=dash, color=theme.colour(name),
+                marker=theme.marker(name),
+            )  # fmt: skip
+    _ticks(ax, frame["examples"], numeric=True)
+    ax.set(xlabel=label("examples"), ylabel=r"$\|X - F\| \,/\, \|F\|$, median over layers")
+    theme.legend(figure, names)
+    kinds = [("in sample", "-"), ("on unseen examples", "--")]
+    handles = [Line2D([], [], color="black", ls=dash, label=kind) for kind, dash in kinds]
+    figure.legend(handles=handles, loc="outside right lower", frameon=False)
+    figure.suptitle("How much a small batch flatters: error in sample and on unseen examples")
+    return figure
+
+
+@theme.themed
+def why_bad(splits: Mapping[str, ErrorSplit]) -> Figure:
+    """KFAC's squared error by layer: dependence of a and g, positions, batch noise."""
+    figure, (ax,) = theme.panels(1, height=2.8)
+    places = np.arange(len(splits))
+    above, below = np.zeros(len(splits)), np.zeros(len(splits))
+    for part, text, colour, hatch in (
+        ("dependence", "dependence\nof $a$ and $g$", BLUE, ""),
+        ("positions", "correlation\nof positions", "#E69F00", "///"),
+        ("noise", "batch noise", "#BBBBBB", "..."),
+    ):
+        values = np.array([float(getattr(split, part)) for split in splits.values()])
+        bottom = np.where(values >= 0, above, below)
+        ax.bar(
+            places, values, 0.7, bottom, color=colour, hatch=hatch, edgecolor="white", label=text
+        )
+        above, below = above + values.clip(min=0), below + values.clip(max=0)
+    total = [float(split.total) for split in splits.values()]
+    ax.plot(places, total, ls="", marker="_", ms=12, mew=1.6, color="black", label="total")
+    ax.axhline(0, color="black", lw=0.6)
+    names = list(splits)
+    many = len(names) > 8 or max(map(len, names)) > 6
+    ax.set_xticks(places, names, rotation=90 if many else 0)
+    ax.grid(False, axis="x")
+    ax.set(xlabel="layer", ylabel=r"$\|F - G \otimes A\|^2 \,/\, \|F\|^2$")
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.suptitle("Why KFAC misses each layer's block")
+    return figure
+
+
+@theme.themed
+def staleness(frame: pd.DataFrame) -> Figure:
+    """Error of a preconditioner's block over the steps since it was made.
+
+    `frame` has columns age, approximation, layer and relative_error.
+    """
+    names = comparison.ranked(frame, "relative_error")
+    figure, (ax,) = theme.panels(1, height=2.8)
+    sns.lineplot(
+        frame, x="age", y="relative_error", hue="approximation", style="approximation",
+        estimator="median", errorbar=("pi", 50), err_kws={"alpha": 0.12, "linewidth": 0},
+        legend=False, ax=ax, **theme.styles(names),
+    )  # fmt: skip
+    ax.set(xlabel="age of the block [training steps]", ylabel=label("relative_error"))
+    theme.legend(figure, names)
+    figure.suptitle("How a preconditioner ages (line: median over layers, band: half of them)")
+    return figure

@@ -1,0 +1,165 @@
+"""Gram correlation matrices (FNGD fig. 3), the layers they make alike, and FNGD's coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fisherlab.metrics import GramStudy
+from fisherlab.plots import theme
+from fisherlab.plots.matrices import BLUE, ORANGE, SIGNED, heat, multiples, name_axis, write_values
+
+
+@theme.themed
+def gram_matrices(
+    study: GramStudy, layers: Sequence[str] | None = None, classes: Sequence[str] | None = None
+) -> Figure:
+    """`U^T U` scaled to unit diagonal, layer by layer on one colour scale, examples by class.
+
+    Above each: the mean correlation within a class and between classes. `layers` are those to draw
+    (default: all), `classes` the names of the classes.
+    """
+    chosen = [study.layers.index(name) for name in (layers or study.layers)]
+    many = len(chosen) > 8
+    figure, axes = multiples(len(chosen), 7 if many else 4, 1.1 if many else 1.7)
+    for ax, k in zip(axes, chosen, strict=True):
+        image = heat(ax, study.correlations[k], -1, 1, SIGNED)
+        _classes(ax, study.labels, classes, named=ax is axes[0] and not many)
+        means = f"{study.within[k]:.2f} | {study.between[k]:.2f}"
+        ax.set_title(f"{study.layers[k]}\n{means}", fontsize=6 if many else 8)
+    bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30)
+    bar.outline.set_linewidth(0)
+    subject = "Correlation of per-example gradients, by class"
+    figure.suptitle(f"{subject}\n(above each: layer, mean within | between classes)")
+    return figure
+
+
+def _classes(ax: Axes, labels: Tensor, names: Sequence[str] | None, named: bool) -> None:
+    """Lines between classes and, where there is room, their names at the middle of each."""
+    values = labels.cpu().numpy()
+    edges = np.flatnonzero(np.diff(values)) + 0.5
+    for edge in edges:
+        ax.axhline(edge, color="0.2", lw=0.3)
+        ax.axvline(edge, color="0.2", lw=0.3)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    if named:
+        middles = [(one + two) / 2 for one, two in pairwise([-0.5, *edges, len(values) - 0.5])]
+        present = [int(value) for value in np.unique(values)]
+        ax.set_yticks(middles, [names[c] if names else str(c) for c in present], fontsize=6)
+        ax.set_ylabel("class")
+
+
+@theme.themed
+def gram_similarity(study: GramStudy) -> Figure:
+    """Which layers' correlation matrices are alike; the title says whether adjacent ones are."""
+    figure, (ax,) = multiples(1, 1, 3.8)
+    low = min(0.0, float(study.similarities.min()))
+    image = heat(ax, study.similarities, low)
+    name_axis(ax, study.layers)
+    write_values(ax, study.similarities, low)
+    figure.colorbar(image, ax=ax, label="cosine of the centred matrices", shrink=0.85)
+    numbers = f"adjacent layers {study.adjacent:.2f}, other pairs {study.apart:.2f}"
+    figure.suptitle(f"Similarity of the layers' Gram correlations\n{numbers}")
+    return figure
+
+
+@theme.themed
+def gram_over_training(studies: Mapping[int, GramStudy]) -> Figure:
+    """Correlation within and between classes, and similarity of layers, by training step."""
+    figure, (left, right) = theme.panels(2, columns=2, height=2.6)
+    rows = [
+        {"step": step, "layer": name, "pairs": pairs, "correlation": float(value)}
+        for step, study in studies.items()
+        for pairs, values in (("one class", study.within), ("two classes", study.between))
+        for name, value in zip(study.layers, values, strict=True)
+    ]
+    sns.lineplot(
+        pd.DataFrame(rows), x="step", y="correlation", hue="pairs", style="pairs",
+        palette=[BLUE, ORANGE], markers=["o", "s"], dashes=False, errorbar=("pi", 100),
+        err_kws={"alpha": 0.15, "linewidth": 0}, ax=left,
+    )  # fmt: skip
+    left.set(title="correlation (line: mean, band: range over layers)", xlabel="training step")
+    left.legend(title="two examples of", loc="best", frameon=False)
+    for name, shape, colour in (("adjacent", "o", BLUE), ("apart", "s", ORANGE)):
+        values = [float(getattr(study, name)) for study in studies.values()]
+        right.plot(list(studies), values, marker=shape, color=colour, label=name)
+    right.set(title="similarity of the layers' matrices", xlabel="training step", ylabel="cosine")
+    right.set_ylim(top=1.02)
+    right.legend(title="layers that are", frameon=False)
+    figure.suptitle("How the Gram correlations move while the network is trained")
+    return figure
+
+
+@theme.themed
+def coefficients(
+    study: GramStudy,
+    losses: Tensor,
+    layers: Sequence[str] | None = None,
+    mislabelled: Tensor | None = None,
+) -> Figure:
+    """FNGD's weight `M v` of each example against its loss: who is weighted up.
+
+    `losses`, and `mislabelled`, which marks changed labels, are in the order of the batch.
+    """
+    chosen = [study.layers.index(name) for name in (layers or study.layers)]
+    figure, axes = theme.panels(len(chosen), columns=4, height=1.9, sharex=True, sharey=True)
+    loss = losses[study.order].numpy()
+    wrong = np.zeros(len(loss), bool) if mislabelled is None else mislabelled[study.order].numpy()
+    kinds = [(~wrong, "o", BLUE, "label as given"), (wrong, "X", ORANGE, "label changed")]
+    for ax, k in zip(axes, chosen, strict=True):
+        weight = study.coefficients[k].numpy()
+        for kind, shape, colour, name in kinds:
+            ax.scatter(
+                loss[kind],
+                weight[kind],
+                14,
+                color=colour,
+                marker=shape,
+                lw=0,
+                alpha=0.8,
+                label=name,
+            )
+        ax.axhline(1, color="0.3", lw=0.8, ls="--", zorder=0)
+        ax.set_title(f"layer {study.layers[k]}")
+    figure.supxlabel("loss of the example [nats]", fontsize=8)
+    figure.supylabel("$M v_n$ (SGD: 1)", fontsize=8)
+    if wrong.any():
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    figure.suptitle("FNGD's weight of each example, against its loss")
+    return figure
+
+
+@theme.themed
+def coefficient_drift(frame: pd.DataFrame) -> Figure:
+    """What sharing loses: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
+
+    `frame` has columns epoch, layer, drift, and the standard deviations of `M v`: `spread` of the
+    batch's own coefficients, `shared_spread` of the shared ones.
+    """
+    figure, (left, right) = theme.panels(2, columns=2, height=2.6)
+    sns.lineplot(frame, x="epoch", y="drift", hue="layer", marker="o", palette="viridis", ax=left)
+    left.axhline(1, color="0.3", lw=0.8, ls="--", zorder=0)
+    left.set(title="drift (1: one factor per layer does as well)", ylim=(0, None))
+    left.set_ylabel(r"$\|v - \tilde v\| \,/\, \|v - \bar v\|$")
+    left.legend(title="layer", frameon=False)
+    for column, name, shape, colour in (
+        ("spread", "of the batch", "o", BLUE),
+        ("shared_spread", "shared", "s", ORANGE),
+    ):
+        sns.lineplot(
+            frame, x="epoch", y=column, color=colour, marker=shape, label=name,
+            errorbar=("pi", 100), err_kws={"alpha": 0.15, "linewidth": 0}, ax=right,
+        )  # fmt: skip
+    right.set(title="spread (band: range over layers)", yscale="log")
+    right.set_ylabel("standard deviation of $M v$")
+    right.legend(title="coefficients", frameon=False)
+    figure.suptitle("FNGD's coefficients from epoch to epoch")
+    return figure

@@ -1,0 +1,94 @@
+"""Spectra of exact and approximate blocks: eigenvalues, cumulative trace, conditioning, rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fisherlab.plots import theme
+from fisherlab.plots.alignment import titled
+
+
+@theme.themed
+def eigenvalues(spectra: Mapping[str, Tensor], layer: str = "", floor: float = 1e-12) -> Figure:
+    """Eigenvalues in descending order on log axes, the exact block's thick.
+
+    Values below `floor` times the largest are not drawn: they are rounding, or zero.
+    """
+    figure, (ax,) = theme.panels(1, height=3.0)
+    top = max(float(values[0]) for values in spectra.values())
+    for name, values in spectra.items():
+        _curve(ax, name, values[values > floor * top])
+    ax.set(xscale="log", yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue")
+    theme.legend(figure, spectra)
+    figure.suptitle(titled("Spectrum of the block and of its approximations", layer))
+    return figure
+
+
+def _curve(ax: Axes, name: str, values: Tensor) -> None:
+    """One descending curve, thinned to what a log axis can show."""
+    if not len(values):
+        return
+    index = np.unique(np.geomspace(1, len(values), 400).astype(int))
+    ax.plot(
+        index, values.cpu().numpy()[index - 1], color=theme.colour(name), lw=_width(name),
+        marker=theme.marker(name), markevery=0.12, zorder=2.5 if name == "exact" else 2,
+    )  # fmt: skip
+
+
+def _width(name: str) -> float:
+    return 2.2 if name == "exact" else 1.2
+
+
+@theme.themed
+def cumulative_trace(shares: Mapping[str, Tensor], layer: str = "") -> Figure:
+    """Share of the trace in the k largest eigenvalues."""
+    figure, (ax,) = theme.panels(1, height=2.8)
+    for name, values in shares.items():
+        _curve(ax, name, values)
+    ax.set(xscale="log", xlabel="number of leading eigenvalues, $k$", ylim=(0, 1.03))
+    ax.set_ylabel(r"$\sum_{j \leq k} \lambda_j \,/\, \mathrm{tr}$")
+    theme.legend(figure, shares)
+    figure.suptitle(titled("Trace in the leading eigenvalues", layer))
+    return figure
+
+
+@theme.themed
+def condition_against_damping(
+    dampings: Sequence[float], numbers: Mapping[str, Tensor], layer: str = ""
+) -> Figure:
+    """Condition number of `X + lambda I` over lambda, in units of `tr F / N`."""
+    figure, (ax,) = theme.panels(1, height=2.8)
+    for name, values in numbers.items():
+        ax.plot(
+            dampings, values.cpu().numpy(), color=theme.colour(name), lw=_width(name),
+            marker=theme.marker(name),
+        )  # fmt: skip
+    ax.set(xscale="log", yscale="log")
+    ax.set_xlabel(r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$")
+    ax.set_ylabel(r"$(\lambda_{\max} + \lambda) \,/\, (\lambda_{\min} + \lambda)$")
+    theme.legend(figure, numbers)
+    figure.suptitle(titled("Condition number against damping", layer))
+    return figure
+
+
+@theme.themed
+def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
+    """`exp(entropy of the spectrum)` by layer: `ranks[approximation][layer]`."""
+    figure, (ax,) = theme.panels(1, height=2.8)
+    layers = list(next(iter(ranks.values())))
+    for name, values in ranks.items():
+        places = [values[layer] for layer in layers]
+        ax.plot(
+            places, color=theme.colour(name), marker=theme.marker(name), lw=_width(name), alpha=0.9
+        )
+    long = len(layers) > 8 or max(map(len, layers)) > 6
+    ax.set_xticks(range(len(layers)), layers, rotation=90 if long else 0)
+    ax.set(yscale="log", xlabel="layer", ylabel="effective rank")
+    theme.legend(figure, ranks)
+    figure.suptitle("Effective rank of the block and of its approximations")
+    return figure
