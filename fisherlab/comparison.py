@@ -141,6 +141,14 @@ class Comparison:
         return f"{self.note}\n{self.summary().to_string(float_format=lambda v: f'{v:.4f}')}".strip()
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a comparison; `comparison` holds the layers that were measured before it."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__("interrupted; `.comparison` holds the layers measured so far")
+        self.comparison = comparison
+
+
 def compare(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -172,7 +180,8 @@ def compare(
     layer in bytes.
 
     Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input; an
-    approximation that must refuse a layer is a row of NaN with the reason in `note`.
+    approximation that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
+    `Interrupted` with what was measured.
     """
     batches = _batches(x, y)
     check_model(model)
@@ -206,10 +215,6 @@ def compare(
     }
     rows: list[dict[str, Any]] = []
     names = list(_by_layer(captures[0]))
-    for name in progress(names) if progress else names:
-        measured = _Layer(name, captures, target, unseen, memory)
-        rows += measured.rows(makers, dampings, facts)
-    frame = pd.DataFrame(rows, columns=COLUMNS)
     config = {
         **facts,
         "dampings": list(dampings),
@@ -221,7 +226,14 @@ def compare(
         "criterion": repr(criterion),
         "mc_samples": mc_samples,
     }
-    return Comparison(frame, config | versions())
+    config |= versions()
+    try:
+        for name in progress(names) if progress else names:
+            measured = _Layer(name, captures, target, unseen, memory)
+            rows += measured.rows(makers, dampings, facts)
+    except KeyboardInterrupt:
+        raise Interrupted(Comparison(pd.DataFrame(rows, columns=COLUMNS), config)) from None
+    return Comparison(pd.DataFrame(rows, columns=COLUMNS), config)
 
 
 def default_fisher_type(model: nn.Module, criterion: Callable, x: object) -> str:
