@@ -7,6 +7,7 @@ belongs to nobody: no global state, nothing to close.
 from fisherlab.plots import theme
 from fisherlab.plots.alignment import eigenbasis_overlap, off_diagonal_mass, principal_angles
 from fisherlab.plots.comparison import cost, direction, error, trace_ratio, training
+from fisherlab.plots.curves import training_cost, training_curves
 from fisherlab.plots.errors import (
     error_facets,
     in_sample_against_population,
@@ -14,6 +15,7 @@ from fisherlab.plots.errors import (
     staleness,
     why_bad,
 )
+from fisherlab.plots.explorer import Explorer, explore
 from fisherlab.plots.fisher_matrix import (
     dropped_over_training,
     fisher_types,
@@ -36,6 +38,7 @@ from fisherlab.plots.spectra import (
 from fisherlab.plots.theme import colour, save
 
 __all__ = [
+    "Explorer",
     "coefficient_drift",
     "coefficients",
     "colour",
@@ -49,6 +52,7 @@ __all__ = [
     "eigenvalues",
     "error",
     "error_facets",
+    "explore",
     "fisher_types",
     "gram_matrices",
     "gram_over_training",
@@ -64,5 +68,7 @@ __all__ = [
     "theme",
     "trace_ratio",
     "training",
+    "training_cost",
+    "training_curves",
     "why_bad",
 ]

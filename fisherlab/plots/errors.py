@@ -103,9 +103,7 @@ def pareto(
         ax.set_xscale("log")
     ax.set(xlabel=label(cost), ylabel=label(measure))
     theme.legend(figure, points["approximation"], lines=False)
-    figure.suptitle(
-        "What an approximation costs and gives (outlined: nothing is better and cheaper)"
-    )
+    figure.suptitle("Cost against error (outlined: nothing is cheaper and better)")
     return figure
 
 

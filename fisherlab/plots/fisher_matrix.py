@@ -29,7 +29,7 @@ def layer_masses(study: GramStudy) -> Figure:
     The title gives the share of `||F||^2` that a block-diagonal approximation drops.
     """
     masses = study.masses.numpy()
-    figure, (left, right) = multiples(2, 2, 3.2, 0.6)
+    figure, (left, right) = multiples(2, 2, 3.2, 0)
     positive = masses[masses > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
     left.grid(False)

@@ -20,13 +20,18 @@ def eigenvalues(spectra: Mapping[str, Tensor], layer: str = "", floor: float = 1
     Values below `floor` times the largest are not drawn: they are rounding, or zero.
     """
     figure, (ax,) = theme.panels(1, height=3.0)
+    draw_spectrum(ax, spectra, floor)
+    theme.legend(figure, spectra)
+    figure.suptitle(titled("Spectrum of the block and of its approximations", layer))
+    return figure
+
+
+def draw_spectrum(ax: Axes, spectra: Mapping[str, Tensor], floor: float = 1e-12) -> None:
+    """The curves of `eigenvalues` in a panel of another picture."""
     top = max(float(values[0]) for values in spectra.values())
     for name, values in spectra.items():
         _curve(ax, name, values[values > floor * top])
     ax.set(xscale="log", yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue")
-    theme.legend(figure, spectra)
-    figure.suptitle(titled("Spectrum of the block and of its approximations", layer))
-    return figure
 
 
 def _curve(ax: Axes, name: str, values: Tensor) -> None:
@@ -36,7 +41,8 @@ def _curve(ax: Axes, name: str, values: Tensor) -> None:
     index = np.unique(np.geomspace(1, len(values), 400).astype(int))
     ax.plot(
         index, values.cpu().numpy()[index - 1], color=theme.colour(name), lw=_width(name),
-        marker=theme.marker(name), markevery=0.12, zorder=2.5 if name == "exact" else 2,
+        marker=theme.marker(name), markevery=0.12 if len(index) > 8 else 1,
+        zorder=2.5 if name == "exact" else 2,
     )  # fmt: skip
 
 
