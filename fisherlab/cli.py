@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import fisherlab
-from fisherlab.commands import approximations
+from fisherlab.commands import approximations, compare, train
 from fisherlab.commands.common import guarded
 
-COMMANDS = [
+COMMANDS: list[Callable[..., None]] = [
+    compare.compare,
     approximations.approximations,
+    train.train,
 ]
 
 app = typer.Typer(

@@ -194,11 +194,16 @@ def show(frame: pd.DataFrame, title: str = "", digits: int = 3, wrap: Sequence[s
     for name in frame.columns:
         right = pd.api.types.is_numeric_dtype(frame[name])
         table.add_column(
-            str(name), justify="right" if right else "left", no_wrap=not wrap or name not in wrap
+            _heading(str(name)), justify="right" if right else "left", no_wrap=name not in wrap
         )
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(value, digits) for value in row))
     console().print(table)
+
+
+def _heading(name: str) -> str:
+    """A column's name on as many lines as it has words."""
+    return name.replace(" @ ", " @").replace("_", " ").replace(" ", "\n")
 
 
 def _cell(value: Any, digits: int) -> str:

@@ -1,0 +1,165 @@
+"""`fisherlab compare`: how well every approximation matches the exact Fisher block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from fisherlab import approximations, datasets, models, optim
+from fisherlab.commands.common import (
+    Code,
+    device,
+    dtype,
+    known,
+    leave,
+    numbers,
+    progress,
+    several,
+    show,
+    size,
+    words,
+)
+from fisherlab.comparison import Comparison
+
+FISHER_TYPES = ("exact", "mc", "empirical")
+TABLE = "comparison"
+SHOWN = 8  # layers that a terminal has room for
+OVERVIEW = ("approximation", "relative_error", "population_error", "trace_ratio", "cosine")
+OVERVIEW += ("diagonalisation", "subspace_overlap", "build_seconds")
+
+
+def compare(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
+    data: Annotated[str, typer.Option(help=f"One of {', '.join(datasets.names())}.")] = "digits",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.names())}.")] = "mlp",
+    names: Annotated[
+        str,
+        typer.Option(
+            "--approximations", "-a", help=f"Comma list of {', '.join(approximations.names())}."
+        ),
+    ] = "all",
+    fisher_type: Annotated[
+        str | None,
+        typer.Option(help="exact, mc or empirical; by default exact up to 20 outputs, else mc."),
+    ] = None,
+    mc_samples: Annotated[int, typer.Option(help="Labels drawn per example (mc).")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples measured on; by default up to 128.")
+    ] = None,
+    reference: Annotated[
+        int | None,
+        typer.Option(help="Unseen examples for the population error; 0 none; default up to 256."),
+    ] = None,
+    dampings: Annotated[
+        str, typer.Option(help="Comma list, in units of each block's mean eigenvalue.")
+    ] = "1e-3,1e-2,1e-1,1",
+    layers: Annotated[str | None, typer.Option(help="Comma list of layers; default all.")] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of training; 0 measures at the start.")] = 3,
+    at: Annotated[
+        str, typer.Option(help="Comma list of training steps, start, middle, end.")
+    ] = "start,middle,end",
+    optimizer: Annotated[str, typer.Option(help="What trains the model.")] = "sgd",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; the optimizer's own.")] = None,
+    train_batch: Annotated[int, typer.Option(help="Examples per training step.")] = 64,
+    seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "0",
+    hidden: Annotated[str | None, typer.Option(help="Widths of hidden layers (mlp).")] = None,
+    width: Annotated[float, typer.Option(help="Multiplies every hidden width.")] = 1.0,
+    activation: Annotated[str, typer.Option(help="relu, tanh, sigmoid, ...")] = "relu",
+    on: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    precision: Annotated[str, typer.Option("--dtype", help="float64 or float32.")] = "float64",
+    memory: Annotated[
+        str | None, typer.Option(help="Bound on the columns of one layer, such as 800M.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+) -> None:
+    """Train a model and compare every approximation with the exact Fisher block of every layer.
+
+    Prints a table and leaves config.json, comparison.csv, comparison.parquet, figures and a
+    self-contained report.html in the folder. Ctrl-C keeps what was measured so far.
+    """
+    known("data set", data, datasets.names())
+    known("model", model, models.names())
+    known("optimizer", optimizer, optim.names())
+    chosen = (
+        None if names == "all" else tuple(several("approximation", names, approximations.names()))
+    )
+    if fisher_type is not None:
+        known("--fisher-type", fisher_type, FISHER_TYPES)
+    dtype(precision)
+    device(on)
+    from fisherlab.experiments import measure, report
+    from fisherlab.experiments.rundir import RunDir
+
+    rundir = RunDir(out)
+    rundir.check(overwrite, (TABLE,))
+    study = measure.Study(
+        measure.Settings(
+            data=data,
+            model=model,
+            approximations=chosen,
+            layers=tuple(words(layers)) or None,
+            fisher_type=fisher_type,
+            mc_samples=mc_samples,
+            batch_size=batch_size,
+            reference=reference,
+            dampings=tuple(numbers("--dampings", dampings, float)),
+            epochs=epochs,
+            at=tuple(words(at)),
+            optimizer=optimizer,
+            lr=lr,
+            train_batch=train_batch,
+            seeds=tuple(numbers("--seeds", seeds, int)),
+            hidden=tuple(numbers("--hidden", hidden, int)) if hidden else None,
+            width=width,
+            activation=activation,
+            device=on,
+            dtype=precision,
+            memory=size(memory),
+        )
+    )
+    rundir.begin(study.config, (TABLE,))
+    measured = lambda table: rundir.write_table(TABLE, table.frame)  # noqa: E731
+    try:
+        table = study.run(measured, lambda title: lambda names: progress(names, title))
+    except KeyboardInterrupt:
+        rundir.write_config({**study.config, "status": "interrupted"})
+        kept = rundir.table(TABLE)
+        if kept is None:
+            leave(Code.INTERRUPTED, "interrupted before anything was measured")
+        path = report.write(rundir)
+        leave(Code.INTERRUPTED, f"interrupted; {len(kept)} rows were measured: {path}")
+    rundir.write_config({**study.config, "status": "complete"})
+    path = report.write(rundir)
+    if table.note:
+        typer.echo(table.note)
+    show(*by_layer(table))
+    show(*overview(table))
+    typer.echo(f"report: {path}")
+    for note in study.notes:
+        typer.echo(note)
+    if table.frame["relative_error"].isna().all():
+        leave(Code.NOTHING, "nothing could be measured; the column `note` says why")
+
+
+def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
+    """The leading error of every layer at the last step, as printed; many layers as their range."""
+    frame, column = table.frame, table.leading
+    last = frame[frame["step"] == frame["step"].max()]
+    layers = list(last["layer"].unique())
+    errors = last.pivot_table(index="approximation", columns="layer", values=column)[layers]
+    order = errors.median(axis=1).sort_values().index
+    if len(layers) > SHOWN:
+        parts = {"best layer": errors.min(1), "median": errors.median(1), "worst": errors.max(1)}
+        errors = pd.DataFrame(parts | {"worst is": errors.idxmax(axis=1)})
+    title = f"{column.replace('_', ' ')} of every layer at step {frame['step'].max()}"
+    return errors.loc[order].reset_index(), title
+
+
+def overview(table: Comparison) -> tuple[pd.DataFrame, str]:
+    """The rest of the summary, as printed."""
+    summary = table.summary().reset_index()
+    wanted = [name for name in summary if name in OVERVIEW or name.startswith("direction_cosine")]
+    return summary[wanted], "medians over the layers"

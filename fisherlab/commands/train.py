@@ -1,0 +1,177 @@
+"""`fisherlab train`: every optimizer on the same model, batches and clock."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from fisherlab import plots
+from fisherlab.commands.common import Code, UserError, bar, leave, numbers, show
+from fisherlab.experiments import training
+from fisherlab.experiments.training.task import AUGMENTED
+
+PATH = Path  # typer reads the annotation
+
+
+def train(
+    data: Annotated[str, typer.Option(help="Data set: `fisherlab data` lists them.")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
+    optimizer: Annotated[
+        str, typer.Option(help="Names separated by commas, LABEL=NAME to run one twice, or all.")
+    ] = "kfac,tekfac,fngd,sgd",
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 5,
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of all; else its own each.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="OPTIMIZER.OPTION=VALUE: kfac.damping='relative(0.01)'."),
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Beside FNGD: SGD with its per-layer factors.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 128,
+    examples: Annotated[int | None, typer.Option(help="Train on this many examples.")] = None,
+    test_examples: Annotated[int | None, typer.Option(help="Test on this many.")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="constant, cosine, or step: x 0.1 at 50 % and 75 %.")
+    ] = "constant",
+    augment: Annotated[
+        bool | None, typer.Option(help="Crop and flip images; by default on CIFAR.")
+    ] = None,
+    width: Annotated[float, typer.Option(help="Factor on every hidden layer.")] = 1.0,
+    hidden: Annotated[str | None, typer.Option(help="Hidden layers of an mlp: 80,80.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
+    activation: Annotated[str, typer.Option(help="relu, tanh, ...")] = "relu",
+    batch_norm: Annotated[bool, typer.Option(help="In vgg and resnet.")] = True,
+    compare_every: Annotated[
+        int | None,
+        typer.Option(help="Epochs between measurements of the blocks against the exact ones."),
+    ] = None,
+    compare_examples: Annotated[int, typer.Option(help="Examples of such a measurement.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    out: Annotated[
+        PATH | None, typer.Option(help="Run folder; default runs/train-DATA-MODEL.")
+    ] = None,
+) -> None:
+    """Train a model with several optimizers: a table, and curves against steps and against time.
+
+    The same command on the same folder goes on where it was stopped, or shows what is there.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds counts seeds and is at least 1, got {seeds}")
+    common = {} if lr is None else {"lr": lr}
+    settings = training.Settings(
+        data=data,
+        model=model,
+        entries=training.entries(optimizer, assign or (), control=control, common=common),
+        epochs=epochs,
+        batch_size=batch_size,
+        seeds=tuple(range(seed, seed + seeds)),
+        width=width,
+        hidden=None if hidden is None else tuple(numbers("--hidden", hidden, int)),
+        layers=layers,
+        activation=activation,
+        batch_norm=batch_norm,
+        schedule=schedule,
+        examples=examples,
+        test_examples=test_examples,
+        augment=data in AUGMENTED if augment is None else augment,
+        device=device,
+        dtype=dtype,
+        compare_every=compare_every,
+        compare_examples=compare_examples,
+    )
+    out = out or Path("runs") / f"train-{data}-{model}"
+    results = training.train(settings, out, watch=Bars(settings))
+    _pictures(results, out)
+    _report(results, out)
+
+
+class Bars(training.Watch):
+    """A bar per run on a terminal, a line per finished run everywhere."""
+
+    def __init__(self, settings: training.Settings) -> None:
+        self.total = len(settings.entries) * len(settings.seeds)
+        self.done = 0
+        self.bar: Any = None
+
+    def started(self, record: training.Record, done: int, steps: int) -> None:
+        self.bar = bar(steps, f"{self._name(record)} ({self.done + 1}/{self.total})")
+        self.bar.update(done)
+
+    def stepped(self, loss: float) -> None:
+        self.bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+        self.bar.update(1)
+
+    def ended(self, record: training.Record) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.done += 1
+        said = record.status if record.status == "done" else f"{record.status}: {record.note}"
+        typer.echo(f"[{self.done}/{self.total}] {self._name(record)}: {said}", err=True)
+
+    def _name(self, record: training.Record) -> str:
+        return f"{record.entry.label}, seed {record.seed}"
+
+
+def _pictures(results: training.Results, out: Path) -> None:
+    summary = results.summary()
+    if "final" not in summary:
+        return
+    best = list(summary["optimizer"][summary["final"].notna()])
+    rows, curve = results.rows, results.curve
+    plots.save(plots.training_curves(rows, curve, results.metric, best), out / "curves")
+    plots.save(plots.training_cost(summary, results.metric), out / "cost")
+    if len(results.comparisons):
+        plots.save(plots.training(results.comparisons), out / "comparisons")
+
+
+def _report(results: training.Results, out: Path) -> None:
+    """The table, where everything lies, and the exit code."""
+    summary = results.summary()
+    show(_readable(summary), f"{results.metric} on the test set", wrap=["status"])
+    typer.echo(f"rows, curves, checkpoints and pictures are in {out}")
+    if results.interrupted:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
+    if results.failures:
+        log = out / "failures.log"
+        log.write_text("\n".join(record.traceback for record in results.failures))
+        leave(Code.BUG, f"a method failed in a way that is a bug of FisherLab; see {log}")
+    if not results.succeeded:
+        leave(Code.NOTHING, "no optimizer came to its end")
+
+
+def _readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary as people read it."""
+    table = pd.DataFrame({"optimizer": summary["optimizer"]})
+    if "final" in summary:
+        for name in ("final", "best"):
+            table[name] = [
+                _spread(mean, sd)
+                for mean, sd in zip(summary[name], summary[f"{name}_sd"], strict=True)
+            ]
+        table["train loss"] = summary["train_loss"]
+        table["s/step"] = summary["seconds_per_step"]
+        table["s/epoch"] = summary["seconds_per_epoch"]
+        table["x SGD"] = summary["ratio_to_sgd"]
+        table["peak MB"] = summary["peak_memory_bytes"] / 1e6
+        table["state MB"] = summary["state_bytes"] / 1e6
+    table["status"] = [
+        status if not note else f"{status}: {note}"
+        for status, note in zip(summary["status"], summary["note"], strict=True)
+    ]
+    return table
+
+
+def _spread(mean: float, sd: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4g}" if math.isnan(sd) else f"{mean:.4g} ± {sd:.1g}"

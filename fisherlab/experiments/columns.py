@@ -1,0 +1,45 @@
+"""What every column of a comparison means, in the words of the report."""
+
+MEANING = {
+    "layer": "name of the module whose weight (bias as last column) the block is of",
+    "layer_type": "class of the module",
+    "n_parameters": "size N of the block, which is N x N",
+    "approximation": "name; `fisherlab approximations` has the equations",
+    "fisher_type": "output vectors sent backwards: exact, mc (labels drawn from the model) or "
+    "empirical (observed labels)",
+    "examples": "examples that X and F were made of",
+    "reference_examples": "unseen examples that the population error was measured on",
+    "reference_fisher_type": "Fisher type of the exact block",
+    "seed": "of initialisation, batches and drawn labels",
+    "step": "training steps taken before the measurement",
+    "dtype": "precision of the measurement",
+    "damping": "the lambda of F + lambda I",
+    "damping_relative": "lambda in units of tr F / N, the mean eigenvalue",
+    "placement": "where the approximation puts the damping: tikhonov is X + lambda I",
+    "relative_error": "||X - F|| / ||F|| in the Frobenius norm, on the same examples; 0 is best",
+    "population_error": "the same against the block of the whole distribution, estimated without "
+    "bias on unseen examples",
+    "population_error_se": "its standard error",
+    "diagonal_share": "share of ||F||^2 on the diagonal of the Gram matrix: sampling noise of the "
+    "batch",
+    "optimality_gap": "relative error minus that of the best Kronecker product; negative for "
+    "blocks that are no Kronecker product",
+    "trace_ratio": "tr X / tr F; 1 keeps the trace",
+    "cosine": "<X, F> / (||X|| ||F||); 1 is right up to scale",
+    "scaled_error": "relative error after the best rescaling, sqrt(1 - cosine^2)",
+    "diagonalisation": "share of ||F||^2 on the diagonal in the eigenbasis of X; 1: only "
+    "eigenvalues can be wrong",
+    "subspace_overlap": "overlap of the leading eigenspaces (10, or the rank) of X and F; 1: equal",
+    "direction_cosine": "cosine between the damped natural gradients of X and of F; 1 is best",
+    "direction_error": "|d - d*| / |d*| of the same two steps",
+    "quadratic_decrease": "decrease of F's quadratic model by X's step over the best possible",
+    "quadratic_decrease_scaled": "the same with the best step length along X's direction",
+    "stein_loss": "tr S - log det S - N of S = (X + lambda)^-1/2 (F + lambda) (X + lambda)^-1/2; 0 "
+    "is equal",
+    "condition": "condition number of S: how well X preconditions F; 1 is best",
+    "build_seconds": "time to make the block; work shared with an earlier one is counted there",
+    "solve_seconds": "time to invert it and take one step",
+    "memory_bytes": "tensors that the block keeps",
+    "clamped": "whether negative eigenvalues from rounding were set to zero",
+    "note": "why a row has no numbers",
+}

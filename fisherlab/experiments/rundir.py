@@ -1,0 +1,95 @@
+"""A folder that holds one run: refused if another is in it, and readable at any moment."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import fisherlab
+from fisherlab.experiments import checkpoint
+
+CONFIG = "config.json"
+FIGURES = "figures"
+REPORT = "report.html"
+
+
+class RunDirError(ValueError):
+    """A folder that cannot take a run, or holds none."""
+
+
+class RunDir:
+    """The folder of one run; every file in it is whole or absent."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def check(self, overwrite: bool = False, tables: tuple[str, ...] = ()) -> None:
+        """Refuse a folder that is a file, or holds a run that may not be overwritten."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunDirError(f"{self.folder} is a file; name a folder for the run")
+        there = [path.name for path in self._files(tables) if path.exists()]
+        if there and not overwrite:
+            raise RunDirError(
+                f"{self.folder} already holds a run ({', '.join(there)}); "
+                "pass --overwrite to replace it, or another --out"
+            )
+
+    def begin(self, config: dict[str, Any], tables: tuple[str, ...] = ()) -> None:
+        """Clear what an earlier run left, and write down what this one is before it starts."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep_parts(self.folder)
+        for path in self._files(tables):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.write_config({**config, "status": "running"})
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """`config.json`: what reruns the run, on what it ran, and how it ended."""
+        content = json.dumps(config | {"versions": versions()}, indent=2, default=str)
+        checkpoint.write(self.folder / CONFIG, content + "\n")
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """`name.csv` and `name.parquet`."""
+        checkpoint.write(self.folder / f"{name}.csv", frame.to_csv(index=False))
+        checkpoint.write(
+            self.folder / f"{name}.parquet",
+            lambda stream: frame.to_parquet(stream, index=False),
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says; `RunDirError` where there is none."""
+        path = self.folder / CONFIG
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirError(f"{self.folder} holds no run: there is no {CONFIG} in it") from None
+        except json.JSONDecodeError as error:
+            raise RunDirError(f"{path} is damaged ({error}); run it again") from None
+
+    def table(self, name: str) -> pd.DataFrame | None:
+        """A table of the run; None if it has not been written."""
+        path = self.folder / f"{name}.parquet"
+        return pd.read_parquet(path) if path.is_file() else None
+
+    def _files(self, tables: tuple[str, ...]) -> list[Path]:
+        names = [f"{name}{suffix}" for name in tables for suffix in (".csv", ".parquet")]
+        return [self.folder / name for name in (CONFIG, *names, REPORT, FIGURES)]
+
+
+def versions() -> dict[str, str]:
+    """The versions and the machine that numbers depend on."""
+    return {
+        "fisherlab": fisherlab.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pandas": pd.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
