@@ -41,6 +41,11 @@ class Weight:
         return getattr(self.module, "groups", 1)
 
     @property
+    def size(self) -> int:
+        """Parameters of the matrix."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
+    @property
     def keys(self) -> list[str]:
         """The names of its captures: one per group."""
         k = self.groups
@@ -204,18 +209,22 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             norm = torch.stack(torch._foreach_norm(list(directions.values()))).norm().item()
             scale = min(scale, self.max_norm / max(norm, 1e-300))
         if self.kl_clip is not None:
-            products = [
-                group["lr"] ** 2 * torch.dot(directions[p].flatten(), p.grad.flatten())
-                for group in self.param_groups
-                for p in group["params"]
-                if p in directions
-            ]
-            change = torch.stack(products).sum().item()
+            change = self._predicted_kl(directions)
             scale = min(scale, math.sqrt(self.kl_clip / max(abs(change), 1e-300)))
         if scale == 1.0:
             return directions
         scaled = torch._foreach_mul(list(directions.values()), scale)
         return dict(zip(directions, scaled, strict=True))
+
+    def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
+        """`sum lr^2 <direction, gradient>`, to second order twice the KL divergence of the step."""
+        products = [
+            group["lr"] ** 2 * torch.dot(directions[p].flatten(), p.grad.flatten())
+            for group in self.param_groups
+            for p in group["params"]
+            if p in directions
+        ]
+        return torch.stack(products).sum().item()
 
     def _apply(self, directions: dict[nn.Parameter, Tensor]) -> None:
         for group in self.param_groups:

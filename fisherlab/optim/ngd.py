@@ -76,10 +76,7 @@ class NGD(CurvatureOptimizer):
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
 
     def _check_size(self) -> None:
-        sizes = {
-            name: w.weight.numel() + (0 if w.bias is None else w.bias.numel())
-            for name, w in self.weights.items()
-        }
+        sizes = {name: weight.size for name, weight in self.weights.items()}
         total, (largest, size) = sum(sizes.values()), max(sizes.items(), key=lambda x: x[1])
         if self.scope == "joint" and total > DENSE_JOINT:
             raise ValueError(

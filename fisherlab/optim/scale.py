@@ -53,6 +53,11 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
         )
     if output.ndim < 2 or output.shape[1] < 2:
         raise OptimizerError(_ASK)
+    if not bool(torch.isfinite(gradient).all()):
+        raise OptimizerError(
+            "the gradient at the model's output has NaN or inf entries: the loss has diverged, or the "
+            "data or the model hold such values"
+        )
     f, G = output.double(), gradient.double()
     smoothing = 0.0 if criterion is None else criterion.label_smoothing
     classes = f.shape[1]

@@ -56,6 +56,7 @@ class Woodbury(CurvatureOptimizer):
         self.scale = LossScale(model, criterion)
         self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._factor = 1.0
+        self._changes: dict[str, float] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
         self.layers = WeightedLayers(model, self.weights, *_unowned(self.rows, self._remember))
@@ -71,11 +72,15 @@ class Woodbury(CurvatureOptimizer):
         rule = (
             as_rule(self.option(weight, "damping")) if self.alpha is None else gram_norm(self.alpha)
         )
-        found, lambdas = [], []
+        found, lambdas, change = [], [], 0.0
         for block in blocks:
-            damping = rule({weight.name: block})[weight.name]
-            found.append(weights_of(block.gram(), damping, self.fold, weight.name))
+            K, damping = block.gram(), rule({weight.name: block})[weight.name]
+            rows = weights_of(K, damping, self.fold, weight.name)
+            # <U v, U 1 / M>, where rows is M v
+            change += (K @ rows).sum().item() / len(K) ** 2
+            found.append(rows)
             lambdas.append(damping)
+        self._changes[weight.name] = change
         size = sum(block.size for block in blocks)
         grams = [block.core * block.gram() for block in blocks]
         self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
@@ -103,7 +108,15 @@ class Woodbury(CurvatureOptimizer):
                 for (a, g), row in zip(captured(weight, calls, self._factor), rows, strict=True)
             ]
             found |= weight.split(torch.cat(parts).to(weight.weight.dtype))
-        return found
+        if self.kl_clip is None and self.max_norm is None:
+            return found
+        every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
+        return {p: p.grad for p in every if p.grad is not None} | found
+
+    def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
+        # p.grad is the direction already: its product with the gradient comes from the Gram matrix
+        changes, self._changes = self._changes, {}
+        return sum(self.option(self.weights[n], "lr") ** 2 * c for n, c in changes.items())
 
     def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
         """`M v` of a layer that was called several times."""
