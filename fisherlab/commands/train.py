@@ -137,7 +137,9 @@ def _pictures(results: training.Results, out: Path) -> None:
 def _report(results: training.Results, out: Path) -> None:
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
-    show(_readable(summary), f"{results.metric} on the test set", wrap=["status"])
+    show(_readable(summary), f"{results.metric} on the test set")
+    for row in summary[summary["note"] != ""].itertuples():
+        typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
     typer.echo(f"rows, curves, checkpoints and pictures are in {out}")
     if results.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
@@ -164,11 +166,7 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
         table["x SGD"] = summary["ratio_to_sgd"]
         table["peak MB"] = summary["peak_memory_bytes"] / 1e6
         table["state MB"] = summary["state_bytes"] / 1e6
-    table["status"] = [
-        status if not note else f"{status}: {note}"
-        for status, note in zip(summary["status"], summary["note"], strict=True)
-    ]
-    return table
+    return table.assign(status=summary["status"])
 
 
 def _spread(mean: float, sd: float) -> str:

@@ -64,6 +64,19 @@ LOOKS = {
     "ifang": ("#C9B458", ">"),
     "sngd": ("#777777", "h"),
     "kbfgs": ("#44AA99", "d"),
+    "sgd": ("#000000", "s"),
+    "adam": ("#666666", "^"),
+    "adamw": ("#999999", "v"),
+    "radam": ("#BBBBBB", "<"),
+    "ngd": ("#CC3311", "o"),
+    "ngd_dense": ("#E07B66", "s"),
+    "blockwise_ngd": ("#99230B", "D"),
+    "tengrad": ("#F28E8E", "^"),
+    "ngd_smw": ("#F4B8A6", "v"),
+    "fngd": ("#EE3377", "P"),
+    "fngd_control": ("#F7A1C0", "X"),
+    "ang": ("#117733", "p"),
+    "truncated_kfac": ("#4C6FA5", "X"),
 }
 SPARE = ("#117733", "#EE8866", "#661100", "#77AADD", "#AA3377", "#4B8B3B")
 MARKERS = "osD^vPXph<>d"

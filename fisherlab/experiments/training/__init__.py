@@ -1,0 +1,20 @@
+"""`fisherlab train`: every optimizer on the same model, batches and clock."""
+
+from fisherlab.experiments.training.entries import entries
+from fisherlab.experiments.training.loop import Watch, train
+from fisherlab.experiments.training.record import Record
+from fisherlab.experiments.training.results import CLOCK, COLUMNS, Results
+from fisherlab.experiments.training.settings import Entry, Settings, SettingsError
+
+__all__ = [
+    "CLOCK",
+    "COLUMNS",
+    "Entry",
+    "Record",
+    "Results",
+    "Settings",
+    "SettingsError",
+    "Watch",
+    "entries",
+    "train",
+]

@@ -1,0 +1,134 @@
+"""The optimizers of a run by name, with their options: parsed, checked, made."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherlab import optim
+from fisherlab.approximations import damping
+from fisherlab.experiments.training.settings import Entry, SettingsError, check_known
+
+RULES = ("constant", "relative", "gram_norm", "trace")
+# Not a user's to set: the loop passes them, or they are the method itself.
+_OURS = {"self", "model", "params", "criterion", "approximation", "generator", "options", "kwargs"}
+
+
+def entries(
+    wanted: str | Iterable[str],
+    assignments: Sequence[str] = (),
+    *,
+    control: bool = False,
+    common: dict[str, Any] | None = None,
+) -> tuple[Entry, ...]:
+    """`kfac,slow=sgd` and `slow.lr=0.01` as entries; every option checked on a tiny model.
+
+    `all` is every optimizer there is. `common` holds options of all (a learning rate), which an
+    assignment overrides. `control` adds SGD with FNGD's per-layer factors to each FNGD.
+    """
+    items = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    items = [name for item in items for name in (optim.names() if item == "all" else [item])]
+    pairs = [_named(item.strip()) for item in dict.fromkeys(items)]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise SettingsError(f"two optimizers have one label in {', '.join(items)}")
+    options: dict[str, dict[str, Any]] = {label: dict(common or {}) for label in named}
+    for assignment in assignments:
+        label, option, value = _assignment(assignment, named)
+        options[label][option] = value
+    found = [Entry(label, name, options[label]) for label, name in named.items()]
+    if control:
+        fngd = [entry for entry in found if entry.name == "fngd"]
+        if not fngd:
+            raise SettingsError("--control is the control of fngd, which is not among --optimizer")
+        found += [Entry(f"{e.label}_control", "fngd", {**e.options, "control": True}) for e in fngd]
+    for entry in found:
+        check(entry)
+    return tuple(found)
+
+
+def known_options(name: str) -> list[str]:
+    """The options that an optimizer takes, read off its constructors."""
+    return [option for option in _parameters(name) if option not in _OURS]
+
+
+def check(entry: Entry) -> None:
+    """Refuse an option or a value that the method does not take, whatever the model."""
+    for option in entry.options:
+        check_known(f"option of {entry.name!r}", option, known_options(entry.name))
+    try:
+        make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"{entry}: {error}") from None
+
+
+def make(
+    entry: Entry, model: nn.Module, criterion: nn.Module, *, steps_per_epoch: int, epochs: int
+) -> torch.optim.Optimizer:
+    """The optimizer of an entry over a model; what depends on the run's length is filled in."""
+    known, total = known_options(entry.name), steps_per_epoch * epochs
+    lengths = {
+        "coefficient_steps": steps_per_epoch,  # FNGD: one epoch
+        "total_steps": total,  # ANG: to the gradient's direction at the end
+        "switch_step": max(1, total // 2),  # truncated KFAC: the second half is SGD
+    }
+    options: dict[str, Any] = {k: v for k, v in lengths.items() if k in known}
+    options |= {k: value(v, model) for k, v in entry.options.items()}
+    if "criterion" in _parameters(entry.name):
+        options["criterion"] = criterion
+    return optim.create(entry.name, model, **options)
+
+
+def value(text: Any, model: nn.Module) -> Any:
+    """`0.1`, `true`, `none`, a word, or a damping rule `relative(0.1)` as an option's value."""
+    if not isinstance(text, str):
+        return text
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    call = re.fullmatch(rf"({'|'.join(RULES)})\(([^()]*)\)", text)
+    if call:
+        rule, number = call[1], float(call[2])
+        if rule == "trace":
+            kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            convolutions = {n for n, m in model.named_modules() if isinstance(m, kinds)}
+            return damping.trace(number, convolutions)
+        return getattr(damping, rule)(number)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2))
+
+
+def _parameters(name: str) -> list[str]:
+    """What the constructors of the optimizer's class and of its bases take."""
+    kinds = type(optim.create(name, _tiny())).__mro__
+    ours = kinds[: kinds.index(torch.optim.Optimizer)]
+    return list(dict.fromkeys(option for k in ours for option in inspect.signature(k).parameters))
+
+
+def _named(item: str) -> tuple[str, str]:
+    label, _, name = item.rpartition("=")
+    check_known("optimizer", name, optim.names())
+    return label or name, name
+
+
+def _assignment(text: str, named: dict[str, str]) -> tuple[str, str, str]:
+    match = re.fullmatch(r"([^=]+)\.(\w+)=(.+)", text)
+    if not match:
+        raise SettingsError(
+            f"--set takes OPTIMIZER.OPTION=VALUE, such as kfac.lr=0.05; got {text!r}"
+        )
+    label, option, given = match.groups()
+    check_known("optimizer in --set", label, named)
+    check_known(f"option of {named[label]!r}", option, known_options(named[label]))
+    return label, option, given

@@ -1,0 +1,154 @@
+"""Training by several optimizers side by side, on the same model, batches and clock."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from fisherlab import optim
+from fisherlab.blocks import BlockError
+from fisherlab.experiments import checkpoint
+from fisherlab.experiments.training.cost import SGDReference
+from fisherlab.experiments.training.divergence import Diverged, blame, finite
+from fisherlab.experiments.training.record import FINAL, Record
+from fisherlab.experiments.training.results import Results
+from fisherlab.experiments.training.run import Run
+from fisherlab.experiments.training.settings import Settings, SettingsError
+from fisherlab.experiments.training.task import Task
+from fisherlab.extract import CaptureError
+
+# What a method may say to a model, a batch or a number; anything else is a bug.
+REFUSALS: tuple[type[Exception], ...] = (
+    optim.OptimizerError,
+    BlockError,
+    CaptureError,
+    MemoryError,
+    torch.linalg.LinAlgError,
+    torch.OutOfMemoryError,
+)
+
+
+class Watch:
+    """What a caller may want to know while it waits; every method may be overridden."""
+
+    def started(self, record: Record, done: int, steps: int) -> None:
+        """A run begins, or goes on after `done` of its steps."""
+
+    def stepped(self, loss: float) -> None:
+        """One step was taken."""
+
+    def measured(self, record: Record) -> None:
+        """An epoch has ended, and is on the disk."""
+
+    def ended(self, record: Record) -> None:
+        """A run has ended."""
+
+
+def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None) -> Results:
+    """Train every optimizer with every seed, and leave rows and checkpoints in the folder.
+
+    Runs that are in the folder already are taken over where they ended, interrupted ones go on from
+    their last epoch: the rows are those of an uninterrupted run, times and peak memory aside. A
+    method that refuses or diverges ends with the reason, and the others go on. Ctrl-C ends with
+    what there is (`results.interrupted`).
+    """
+    folder, watch = Path(folder), watch or Watch()
+    _check_same(settings, folder)
+    task = Task(settings)
+    records = [Record(entry, seed) for seed in settings.seeds for entry in settings.entries]
+    checkpoint.sweep_parts(folder)
+    for record in records:
+        record.restore(folder, settings)
+    results = Results(task, records)
+    results.write_config(folder)
+    reference = SGDReference(task.model(0).train(), task.criterion())
+    try:
+        for record in records:
+            if record.status not in FINAL:
+                _train_one(task, record, folder, reference, watch)
+                results.write(folder)
+            watch.ended(record)
+    except KeyboardInterrupt:
+        results.interrupted = True
+    results.write(folder)
+    return results
+
+
+def _check_same(settings: Settings, folder: Path) -> None:
+    """Refuse a folder that holds a run with other settings."""
+    if not (folder / "config.json").exists():
+        return
+    ours, there = settings.to_json(), Settings.load(folder).to_json()
+    other = [f"{key} {there[key]}, not {ours[key]}" for key in ours if ours[key] != there[key]]
+    if other:
+        raise SettingsError(f"{folder} holds another run ({'; '.join(other)}); give another folder")
+
+
+def _train_one(
+    task: Task, record: Record, folder: Path, reference: SGDReference, watch: Watch
+) -> None:
+    """One optimizer with one seed, from its checkpoint or from the start, to its end."""
+    devices = [task.x.device] if task.x.device.type == "cuda" else []
+    record.status, record.traceback = "interrupted", ""
+    with torch.random.fork_rng(devices), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _train_epochs(task, record, folder, reference, watch, caught)
+        except Diverged as error:
+            record.status, record.note = "diverged", str(error)
+            record.stopped_at, record.layer = error.step, error.layer
+        except REFUSALS as error:
+            record.status, record.note = "refused", str(error)
+        except Exception as error:
+            record.status = "failed"
+            record.note = f"{type(error).__name__}: {error}"
+            record.traceback = traceback.format_exc()
+    if record.status in ("diverged", "refused"):
+        record.save(folder, task.settings)
+    gc.collect()  # a scheduler and its optimizer hold each other
+
+
+def _train_epochs(
+    task: Task,
+    record: Record,
+    folder: Path,
+    reference: SGDReference,
+    watch: Watch,
+    caught: list[warnings.WarningMessage],
+) -> None:
+    settings = task.settings
+    state = record.restore(folder, settings)
+    try:
+        run = Run(task, record)
+    except ValueError as error:  # the options were checked on another model: it is this one's size
+        raise optim.OptimizerError(str(error)) from error
+    if state is not None:
+        run.load(state)
+    else:
+        run.before()
+        record.save(folder, settings, run.state())
+    watch.started(record, run.steps, settings.epochs * task.steps_per_epoch)
+    while run.epoch < settings.epochs:
+        try:
+            run.train_epoch(reference, watch.stepped)
+        except REFUSALS as error:
+            record.stopped_at = run.steps
+            if finite(run.model):
+                raise
+            layer, why = blame(run.model, run.start, task.x[:1])
+            raise Diverged(run.steps, layer, f"{why}; {error}") from error
+        said = [record.note, *(str(warning.message) for warning in caught)]
+        if settings.compare_every and run.epoch % settings.compare_every == 0:
+            try:
+                run.compare()
+            except REFUSALS as error:  # of the exact block, not of the method
+                said.append(f"not compared: {error}")
+        record.note = "; ".join(dict.fromkeys(filter(None, said)))
+        if run.epoch == settings.epochs:
+            record.status = "done"
+        record.save(folder, settings, run.state())
+        watch.measured(record)

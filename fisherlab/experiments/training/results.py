@@ -1,0 +1,151 @@
+"""The rows of a training run, its table, and the files they are written to."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.experiments.rundir import RunDir
+from fisherlab.experiments.training.record import Record
+from fisherlab.experiments.training.task import HIGHER_IS_BETTER, Task
+
+# The columns that a resumed run cannot repeat.
+CLOCK = (
+    "seconds_per_step",
+    "sgd_seconds_per_step",
+    "ratio_to_sgd",
+    "train_seconds",
+    "peak_memory_bytes",
+)
+
+COLUMNS = {
+    "optimizer": "label of the run",
+    "method": "name of the optimizer",
+    "seed": "of initialisation and batches",
+    "epoch": "epochs done; 0 is before the first step",
+    "step": "steps done",
+    "lr": "learning rate of the epoch",
+    "train_loss": "mean over the batches of the epoch, each before its step",
+    "test_loss": "mean over the test set after the epoch",
+    "accuracy": "share of right answers on the test set",
+    "rmse": "root mean squared error on the test set, in the units of the source",
+    "perplexity": "exp(test_loss)",
+    "bleu": "of greedy translations of the test set, 0 to 100, on lower-case words and marks",
+    "seconds_per_step": "forward, backward and step; mean over the epoch",
+    "sgd_seconds_per_step": "SGD with momentum on the same model, right after the epoch",
+    "ratio_to_sgd": "seconds_per_step / sgd_seconds_per_step",
+    "train_seconds": "seconds in steps so far, without evaluation",
+    "peak_memory_bytes": "peak of the allocator (GPU) or of the process (Linux) in the epoch",
+    "state_bytes": "tensors in the optimizer's state_dict",
+}
+
+
+class Results:
+    """What a run has measured so far: `rows`, `curve`, `comparisons` and `summary()`."""
+
+    def __init__(self, task: Task, records: list[Record]) -> None:
+        self.settings, self.records = task.settings, records
+        self.card, self.metric = task.card, task.metric
+        self.higher_is_better = task.metric in HIGHER_IS_BETTER
+        self.steps_per_epoch = task.steps_per_epoch
+        self.interrupted = False
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """One row per optimizer, seed and epoch."""
+        frame = pd.DataFrame([row for record in self.records for row in record.rows])
+        return frame.reindex(columns=[name for name in COLUMNS if name in frame])
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        """The training loss, some 20 times per epoch."""
+        return pd.DataFrame([point for record in self.records for point in record.curve])
+
+    @property
+    def comparisons(self) -> pd.DataFrame:
+        """The optimizers' blocks against the exact ones, in the columns of `fl.compare`."""
+        return pd.DataFrame([row for record in self.records for row in record.comparisons])
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether anything was trained to its end."""
+        return any(record.status == "done" for record in self.records)
+
+    @property
+    def failures(self) -> list[Record]:
+        """Runs that ended in an error that nobody foresaw."""
+        return [record for record in self.records if record.status == "failed"]
+
+    def summary(self) -> pd.DataFrame:
+        """One row per optimizer, the best first, then those without a result and why.
+
+        The metric at the last and at the best epoch, mean and deviation over the seeds that came to
+        their end; the median over epochs of the cost of a step.
+        """
+        found = [self._summary(entry.label) for entry in self.settings.entries]
+        frame = pd.DataFrame(found)
+        if "final" not in frame:
+            return frame
+        return frame.sort_values(
+            "final", ascending=not self.higher_is_better, na_position="last", ignore_index=True
+        )
+
+    def _summary(self, label: str) -> dict[str, Any]:
+        mine = [record for record in self.records if record.entry.label == label]
+        done = [record for record in mine if record.status == "done"]
+        odd = [record for record in mine if record.status != "done"]
+        notes = [record.note for record in odd or mine if record.note]
+        row: dict[str, Any] = {
+            "optimizer": label,
+            "seeds": len(done),
+            "status": ", ".join(dict.fromkeys(record.status for record in [*odd, *done])),
+            "stopped_at": next((r.stopped_at for r in odd if r.stopped_at is not None), None),
+            "layer": next((r.layer for r in odd if r.layer), ""),
+            "note": notes[0] if notes else "",  # other seeds say the like
+        }
+        if not done:
+            return row
+        rows = pd.DataFrame([r for record in done for r in record.rows])
+        by_seed = rows.groupby("seed")[self.metric]
+        final = by_seed.last()
+        best = by_seed.max() if self.higher_is_better else by_seed.min()
+        last = rows.groupby("seed").last()
+        per_step = rows["seconds_per_step"].median()
+        return row | {
+            "final": final.mean(),
+            "final_sd": final.std() if len(final) > 1 else math.nan,
+            "best": best.mean(),
+            "best_sd": best.std() if len(best) > 1 else math.nan,
+            "train_loss": last["train_loss"].mean(),
+            "test_loss": last["test_loss"].mean(),
+            "seconds_per_step": per_step,
+            "seconds_per_epoch": per_step * self.steps_per_epoch,
+            "ratio_to_sgd": rows["ratio_to_sgd"].median(),
+            "peak_memory_bytes": rows["peak_memory_bytes"].max(),
+            "state_bytes": rows["state_bytes"].max(),
+        }
+
+    def write_config(self, folder: Path) -> None:
+        """`config.json`: what reruns it, and what it ran on."""
+        config = {
+            "command": "train",
+            "settings": self.settings.to_json(),
+            "metric": self.metric,
+            "data": {"name": self.card.name, "sha256": self.card.sha256},
+        }
+        RunDir(folder).write_config(config)
+
+    def write(self, folder: Path) -> None:
+        """`rows`, `curve`, `comparisons` and `summary` as csv and Parquet."""
+        tables = {
+            "rows": self.rows,
+            "curve": self.curve,
+            "comparisons": self.comparisons,
+            "summary": self.summary(),
+        }
+        for name, frame in tables.items():
+            if len(frame):
+                RunDir(folder).write_table(name, frame)

@@ -1,0 +1,184 @@
+"""One optimizer with one seed: its steps, its rows, and the state that a resumed run needs."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from fisherlab import comparison, optim
+from fisherlab.experiments.training.cost import PeakMemory, SGDReference, finished, tensor_bytes
+from fisherlab.experiments.training.divergence import EXPLODED, Diverged, blame, weight_norms
+from fisherlab.experiments.training.entries import make
+from fisherlab.experiments.training.record import Record
+from fisherlab.experiments.training.settings import SCHEDULES
+from fisherlab.experiments.training.task import Task
+
+WINDOWS = 20  # points of the loss curve per epoch
+
+
+class Run:
+    """One optimizer with one seed, epoch by epoch; its rows go into the record."""
+
+    def __init__(self, task: Task, record: Record) -> None:
+        self.task, self.record = task, record
+        settings = task.settings
+        self.model, self.criterion = task.model(record.seed).train(), task.criterion()
+        self.start = weight_norms(self.model)
+        self.optimizer = make(
+            record.entry,
+            self.model,
+            self.criterion,
+            steps_per_epoch=task.steps_per_epoch,
+            epochs=settings.epochs,
+        )
+        schedule = SCHEDULES[settings.schedule]
+        self.scheduler = LambdaLR(self.optimizer, lambda epoch: schedule(epoch / settings.epochs))
+        self.epoch = self.steps = 0
+        self.seconds = 0.0
+        self.first_loss: float | None = None
+
+    # state ----------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as dicts of tensors, numbers and strings."""
+        return {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "first_loss": self.first_loss,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state, bit for bit."""
+        for name in ("epoch", "steps", "seconds", "first_loss"):
+            setattr(self, name, state[name])
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+
+    # epochs ---------------------------------------------------------------------------------------
+
+    def before(self) -> None:
+        """Measure the model before the first step."""
+        found = self.task.evaluate(self.model, translate=False)
+        self.record.rows.append({**self._identity(), "train_loss": math.nan, **found})
+
+    def train_epoch(self, reference: SGDReference, stepped: Callable[[float], None]) -> None:
+        """Train one epoch, evaluate, and time SGD beside it."""
+        task, memory = self.task, PeakMemory(self.task.x.device)
+        # of a model's own draws, such as dropout; each epoch starts its own stream
+        torch.manual_seed(1_000_003 * self.record.seed + self.epoch)
+        every = max(1, task.steps_per_epoch // WINDOWS)
+        losses: list[float] = []
+        before = self.seconds
+        for indices, x, y in task.batches(self.record.seed, self.epoch):
+            start = time.perf_counter()
+            losses.append(self.step(indices, x, y))
+            self.seconds += time.perf_counter() - start
+            stepped(losses[-1])
+            if len(losses) % every == 0:
+                self._point(len(losses), sum(losses[-every:]) / every)
+        peak, state = memory.bytes(), tensor_bytes(self.optimizer.state_dict())
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        with warnings.catch_warnings():
+            # a skipped step is the optimizer's business, not the schedule's
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
+            self.scheduler.step()
+        per_step = (self.seconds - before) / len(losses)
+        sgd = reference.seconds_per_step(self._some_batches())
+        self.epoch += 1
+        self.record.rows.append(
+            {
+                **self._identity(),
+                "lr": lr,
+                "train_loss": sum(losses) / len(losses),
+                **task.evaluate(self.model),
+                "seconds_per_step": per_step,
+                "sgd_seconds_per_step": sgd,
+                "ratio_to_sgd": per_step / sgd,
+                "train_seconds": self.seconds,
+                "peak_memory_bytes": math.nan if peak is None else float(peak),
+                "state_bytes": state,
+            }
+        )
+
+    def step(self, indices: Tensor, x: Tensor, y: Tensor) -> float:
+        """One step on one batch; returns its loss, before the step."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, optim.FNGD):
+            optimizer.set_batch(indices)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.criterion(self.model(x), y)
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, optim.KBFGSOptimizer):  # it takes a second pass
+            loss = self._checked(optimizer.step(closure), x)
+        else:
+            loss = self._checked(closure(), x)
+            optimizer.step()
+        finished(x.device)
+        self.steps += 1
+        return loss
+
+    def _checked(self, loss: Tensor, x: Tensor) -> float:
+        value = loss.item()
+        if self.first_loss is None:
+            self.first_loss = value
+        if not math.isfinite(value) or value > EXPLODED * max(self.first_loss, 1e-3):
+            layer, why = blame(self.model, self.start, x)
+            raise Diverged(self.steps, layer, f"the loss is {value:.3g}; {why}")
+        return value
+
+    def compare(self) -> None:
+        """Measure the optimizer's current blocks against the exact ones, at the same weights."""
+        if not hasattr(self.optimizer, "blocks"):
+            return
+        blocks = self.optimizer.blocks()
+        model = self.task.model(self.record.seed).eval()  # without the optimizer's hooks
+        model.load_state_dict(self.model.state_dict())
+        n = self.task.settings.compare_examples
+        table = comparison.compare(
+            model,
+            self.task.criterion(),
+            self.task.x[:n],
+            self.task.y[:n],
+            approximations={self.record.entry.label: blocks},
+        )
+        self.record.comparisons += table.frame.assign(**self._identity()).to_dict("records")
+
+    def _point(self, done: int, loss: float) -> None:
+        epoch = self.epoch + done / self.task.steps_per_epoch
+        point = {"epoch": epoch, "train_loss": loss, "train_seconds": self.seconds}
+        self.record.curve.append({**self._identity(), **point})
+
+    def _identity(self) -> dict[str, Any]:
+        entry = self.record.entry
+        return {
+            "optimizer": entry.label,
+            "method": entry.name,
+            "seed": self.record.seed,
+            "epoch": self.epoch,
+            "step": self.steps,
+        }
+
+    def _some_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A twentieth of an epoch, between 10 and 50 steps, for the clock."""
+        wanted = min(max(10, self.task.steps_per_epoch // 20), 50)
+        while wanted > 0:
+            for batch in self.task.batches(self.record.seed, self.epoch):
+                if wanted == 0:
+                    return
+                wanted -= 1
+                yield batch

@@ -1,0 +1,126 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fisherlab import datasets, models
+
+# Factor on the learning rate from the share of the epochs that is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class SettingsError(ValueError):
+    """A setting that is the user's mistake."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One curve of the comparison: a label, the optimizer's name, and its options as typed."""
+
+    label: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{option}={value}" for option, value in self.options.items())
+        return f"{self.label} ({given})" if given else self.label
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines the rows of a run, timings aside.
+
+    `examples` limits the training set, `test_examples` the test set. `compare_every` counts epochs
+    between measurements of the optimizers' blocks against the exact ones, on `compare_examples`.
+    """
+
+    data: str = "digits"
+    model: str = "mlp"
+    entries: tuple[Entry, ...] = (Entry("sgd", "sgd"),)
+    epochs: int = 5
+    batch_size: int = 128
+    seeds: tuple[int, ...] = (0,)
+    width: float = 1.0
+    hidden: tuple[int, ...] | None = None
+    layers: int | None = None
+    activation: str = "relu"
+    batch_norm: bool = True
+    schedule: str = "constant"
+    examples: int | None = None
+    test_examples: int | None = None
+    augment: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    compare_every: int | None = None
+    compare_examples: int = 256
+
+    def __post_init__(self) -> None:
+        counts = ["epochs", "batch_size", "examples", "test_examples", "layers"]
+        counts += ["compare_every", "compare_examples"]
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is at least 1, got {value}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise SettingsError(f"seeds are different numbers, at least one; got {self.seeds}")
+        check_known("schedule", self.schedule, SCHEDULES)
+        check_known("dtype", self.dtype, DTYPES)
+        check_known("data set", self.data, datasets.names())
+        check_known("model", self.model, models.names())
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingsError(f"device {self.device!r}: {str(error).splitlines()[0]}") from None
+        labels = [entry.label for entry in self.entries]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise SettingsError(f"two optimizers are labelled {label!r}; name one NEW={label}")
+            if not re.fullmatch(r"[\w.+-]+", label):
+                raise SettingsError(f"a label is letters, digits, _ . + -; got {label!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As `config.json` holds them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> Settings:
+        """What `to_json` wrote."""
+        known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        for name in ("seeds", "hidden"):
+            known[name] = None if known.get(name) is None else tuple(known[name])
+        known["entries"] = tuple(Entry(**entry) for entry in config["entries"])
+        return cls(**known)
+
+    @classmethod
+    def load(cls, folder: Path) -> Settings:
+        """The settings of a run folder."""
+        path = folder / "config.json"
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise SettingsError(f"{path} is not the config of a training run: {error!r}") from None
+
+
+def check_known(kind: str, got: str, known: Iterable[str]) -> None:
+    """Raise `SettingsError`, with the nearest, for a name that is not known."""
+    known = list(known)
+    if got in known:
+        return
+    near = difflib.get_close_matches(got, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise SettingsError(f"unknown {kind}: {got!r}{hint} Known: {', '.join(known)}")

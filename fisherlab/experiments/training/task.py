@@ -1,0 +1,167 @@
+"""A data set and a model that fit each other: batches, the criterion, and how good a model is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fisherlab import datasets, models
+from fisherlab.experiments.training.settings import DTYPES, Settings, SettingsError
+from fisherlab.experiments.training.translation import bleu
+from fisherlab.models.sequence import Transformer
+
+EVALUATION_BATCH = 500
+AUGMENTED = ("cifar10", "cifar100")  # where the papers crop and flip
+HIGHER_IS_BETTER = ("accuracy", "bleu")
+
+
+class Task:
+    """What every optimizer of a run is given alike, made from the settings.
+
+    Every draw has a generator of its own, named by seed and epoch, so that an epoch's batches do
+    not depend on what was run before it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.dataset = datasets.load(settings.data)
+        self.card = self.dataset.card
+        self.autoencoder = settings.model == "autoencoder"
+        self.x, self.y = self._placed(self.dataset.train.tensors)
+        if settings.examples is not None and settings.examples < len(self.x):
+            chosen = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
+            chosen = chosen[: settings.examples].to(self.x.device)
+            self.x, self.y = self.x[chosen], self.y[chosen]
+        x, y = self._placed(self.dataset.test.tensors)
+        # the first ones, to which the references of a translation belong
+        self.test = x[: settings.test_examples], y[: settings.test_examples]
+        if settings.augment and self.x.ndim != 4:
+            raise SettingsError(f"--augment crops and flips images; {settings.data} has none")
+        self.batch_size = min(settings.batch_size, len(self.x))
+        self.steps_per_epoch = len(self.x) // self.batch_size
+        self._check_fit()
+
+    def _placed(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x, y = tensors
+        dtype, device = DTYPES[self.settings.dtype], self.settings.device
+        x = x.to(device, dtype if x.is_floating_point() else None)
+        if self.autoencoder:
+            return x, x.flatten(1)
+        return x, y.to(device, dtype if y.is_floating_point() else None)
+
+    def _check_fit(self) -> None:
+        model, x = self.model(0).eval(), self.x[:2]
+        try:
+            with torch.no_grad():
+                loss = self.criterion()(model(x), self.y[:2])
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise SettingsError(
+                f"model {self.settings.model!r} does not take {self.settings.data!r} "
+                f"({tuple(x.shape[1:])}): {str(error).splitlines()[0]}"
+            ) from None
+        if not torch.isfinite(loss):
+            raise SettingsError(
+                f"the loss of {self.settings.model!r} is {loss.item()} from the start"
+            )
+
+    def model(self, seed: int) -> nn.Module:
+        """The model of a seed at initialisation: the same for every optimizer."""
+        s = self.settings
+        options: dict[str, Any] = {"hidden": s.hidden, "layers": s.layers}
+        model = models.create(
+            s.model,
+            num_classes=self.card.num_outputs,
+            input_size=self.card.input_shape,
+            width=s.width,
+            batch_norm=s.batch_norm,
+            activation=s.activation,
+            generator=torch.Generator().manual_seed(seed),
+            **{name: option for name, option in options.items() if option is not None},
+        )
+        return model.to(s.device, DTYPES[s.dtype])
+
+    def criterion(self) -> nn.Module:
+        """A new one: optimizers hook the object that their loop calls."""
+        if self.regression:
+            return nn.MSELoss()
+        ignored = self.card.ignore_index
+        return (
+            nn.CrossEntropyLoss() if ignored is None else nn.CrossEntropyLoss(ignore_index=ignored)
+        )
+
+    @property
+    def regression(self) -> bool:
+        """Whether the loss is the squared error."""
+        return self.autoencoder or self.card.task == "regression"
+
+    @property
+    def metric(self) -> str:
+        """The column by which models are compared."""
+        if self.regression:
+            return "rmse"
+        if self.y.ndim == 1:
+            return "accuracy"
+        return "bleu" if self.dataset.references else "perplexity"
+
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices, inputs and targets of an epoch's whole batches; the rest is left out."""
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(len(self.x), generator=generator)
+        whole = self.steps_per_epoch * self.batch_size
+        for indices in order[:whole].view(self.steps_per_epoch, -1):
+            chosen = indices.to(self.x.device)
+            x = self.x[chosen]
+            if self.settings.augment:
+                x = augmented(x, generator)
+            yield indices, x, self.y[chosen]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, *, translate: bool = True) -> dict[str, float]:
+        """`test_loss` and the metrics on the test set, in evaluation mode."""
+        x, y = self.test
+        size = EVALUATION_BATCH if y.ndim == 1 else self.batch_size
+        criterion, loss, right, terms = self.criterion(), 0.0, 0, 0
+        model.eval()
+        for part, target in zip(x.split(size), y.split(size), strict=True):
+            output = model(part)
+            counted = torch.ones_like(target, dtype=torch.bool)
+            if not self.regression:
+                counted = target != criterion.ignore_index
+                right += int((output.argmax(1) == target)[counted].sum())
+            n = int(counted.sum())
+            loss += criterion(output, target).double().item() * n
+            terms += n
+        found = self._metrics(loss / terms, right / terms)
+        if translate and self.metric == "bleu" and isinstance(model, Transformer):
+            found["bleu"] = bleu(model, self.dataset, x, EVALUATION_BATCH)
+        model.train()
+        return found
+
+    def _metrics(self, loss: float, accuracy: float) -> dict[str, float]:
+        if self.regression:
+            unit = 1.0 if self.autoencoder else self.dataset.target_std
+            return {"test_loss": loss, "rmse": math.sqrt(loss) * unit}
+        found = {"test_loss": loss, "accuracy": accuracy}
+        if self.y.ndim > 1:
+            found["perplexity"] = math.exp(min(loss, 700.0))
+        return found
+
+
+def augmented(x: Tensor, generator: torch.Generator, border: int = 4) -> Tensor:
+    """Each image cropped at a random place from itself with a border; half of them flipped."""
+    n, c, h, w = x.shape
+    top, left = torch.randint(2 * border + 1, (2, n), generator=generator)
+    rows, columns = top[:, None] + torch.arange(h), left[:, None] + torch.arange(w)
+    flipped = torch.rand(n, generator=generator) < 0.5
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    return pad(x, (border,) * 4)[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(c)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]

@@ -1,0 +1,107 @@
+"""Pictures of training: loss and metric against steps and against time, what a step buys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fisherlab.plots import theme
+
+LABELS = {
+    "step": "steps",
+    "train_seconds": "seconds in steps",
+    "train_loss": "training loss",
+    "accuracy": "test accuracy",
+    "rmse": "test RMSE",
+    "perplexity": "test perplexity",
+    "bleu": "test BLEU",
+    "ratio_to_sgd": "seconds per step, SGD = 1",
+}
+LOGARITHMIC = ("train_loss", "perplexity", "rmse")
+AT_MOST = 9  # curves in colour; more cannot be told apart
+OTHERS = "#d9d9d9"
+
+
+@theme.themed
+def training_curves(
+    rows: pd.DataFrame, curve: pd.DataFrame, metric: str, best: Sequence[str] = ()
+) -> Figure:
+    """Training loss and a metric against steps (left) and against time (right).
+
+    A line is the mean over seeds, its band their range. The first of `best` (all, in the order of
+    `rows`, if not given) have their own colours, the rest are grey.
+    """
+    present = list(dict.fromkeys([*best, *rows["optimizer"]]))
+    names = present[:AT_MOST]
+    figure, axes = theme.panels(4, columns=2, height=2.2)
+    for row, (table, column) in enumerate([(curve, "train_loss"), (rows, metric)]):
+        for ax, x in zip(axes[2 * row : 2 * row + 2], ("step", "train_seconds"), strict=True):
+            _lines(ax, table, x, column, names)
+    theme.legend(figure, names, "optimizer")
+    others = len(present) - len(names)
+    theme.title(
+        figure,
+        "Training against steps and against time" + (f"; {others} more in grey" if others else ""),
+    )
+    return figure
+
+
+def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[str]) -> None:
+    for name, mine in table.dropna(subset=[column]).groupby("optimizer", sort=False):
+        # seeds take the same steps, and not quite the same time
+        grouped = mine.fillna({"train_seconds": 0.0}).groupby("step")
+        places, values = grouped[x].mean(), grouped[column]
+        known = name in names
+        colour = theme.colour(str(name)) if known else OTHERS
+        ax.plot(
+            places,
+            values.mean(),
+            color=colour,
+            marker=theme.marker(str(name)) if known else None,
+            markevery=max(1, len(places) // 6),
+            lw=1.2 if known else 0.7,
+            zorder=3 if known else 1,
+        )
+        if known and mine["seed"].nunique() > 1:
+            ax.fill_between(places, values.min(), values.max(), color=colour, alpha=0.15, lw=0)
+    if column in LOGARITHMIC:
+        ax.set_yscale("log")
+    _leave_out_explosions(ax, table[column].dropna())
+    ax.set_xlabel(LABELS[x])
+    ax.set_ylabel(LABELS.get(column, column))
+
+
+def _leave_out_explosions(ax: Axes, values: pd.Series) -> None:
+    """No axis for the sake of a run that diverges: at most 3 times what most start from."""
+    if len(values) and values.max() > 3 * (bound := values.quantile(0.9)) > 0:
+        ax.set_ylim(top=3 * bound)
+
+
+@theme.themed
+def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
+    """The metric at the end over the cost of a step; every optimizer is named at its point."""
+    known = summary.dropna(subset=["final"])
+    figure, (ax,) = theme.panels(1, height=3.4)
+    ax.set_xscale("log")
+    ax.axvline(1.0, color="#444444", lw=0.8, ls="--", zorder=0)
+    for row in known.itertuples():
+        colour, marker = theme.look(str(row.optimizer))
+        ax.errorbar(
+            row.ratio_to_sgd, row.final, yerr=row.final_sd, color=colour, marker=marker, lw=0.8
+        )
+        ax.annotate(
+            str(row.optimizer),
+            (row.ratio_to_sgd, row.final),
+            xytext=(4, 3),
+            textcoords="offset points",
+            color=colour,
+            fontsize=7,
+        )
+    ax.margins(x=0.12)
+    ax.set_xlabel(LABELS["ratio_to_sgd"])
+    ax.set_ylabel(f"{LABELS.get(metric, metric)} at the end")
+    theme.title(figure, "What an optimizer reaches, and what its steps cost")
+    return figure
