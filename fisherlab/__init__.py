@@ -1,5 +1,8 @@
 """FisherLab: how good is an approximation of a layer's Fisher block, and what does it buy?"""
 
+from importlib import import_module
+from types import ModuleType
+
 from fisherlab import approximations, blocks, metrics
 from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
@@ -17,6 +20,21 @@ from fisherlab.comparison import Comparison, compare
 from fisherlab.extract import CaptureError, LayerCapture, capture, support
 
 __version__ = "0.1.0"
+
+# Parts that `import fisherlab` leaves alone until they are named: pictures need matplotlib's fonts,
+# data sets scikit-learn.
+LAZY = ("claims", "datasets", "experiments", "models", "optim", "plots")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in LAZY:
+        return import_module(f"fisherlab.{name}")
+    raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
+
 
 __all__ = [
     "EKFAC",
