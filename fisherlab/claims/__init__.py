@@ -1,7 +1,26 @@
-"""The papers' theorems as executable claims, with margins and counterexamples."""
+"""The papers' theorems as executable claims, with margins and counterexamples: `verify`."""
 
 # Importing a module registers its claims; the order is that of the table.
-from fisherlab.claims import foundations
+from fisherlab.claims import foundations, tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
+from fisherlab.claims import convergence, complexity  # isort: skip
 from fisherlab.claims.base import Claim, ClaimError, get, names
+from fisherlab.claims.table import Verdicts, load, verify
 
-__all__ = ["Claim", "ClaimError", "foundations", "get", "names"]
+__all__ = [
+    "Claim",
+    "ClaimError",
+    "Verdicts",
+    "ang",
+    "complexity",
+    "convergence",
+    "fngd",
+    "foundations",
+    "get",
+    "kronecker",
+    "load",
+    "memory",
+    "names",
+    "sngd",
+    "tekfac",
+    "verify",
+]

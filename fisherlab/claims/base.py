@@ -43,6 +43,8 @@ class Claim(ABC):
     expected: ClassVar[str] = HOLDS
     trials: ClassVar[int] = 12
     noise: ClassVar[float] = 1e-9
+    # a margin that much below zero is a counterexample worth looking at
+    clear: ClassVar[float] = 1e-3
     assumption: ClassVar[str] = ""
     outside: ClassVar[str] = ""
     # what the two sides are, for the picture
@@ -93,9 +95,13 @@ class Claim(ABC):
     def compare(self, left: Any, right: Any) -> float:
         """The margin of two sides."""
 
+    def values(self, case: Case) -> tuple[Any, Any]:
+        """Both sides."""
+        return self.left(case), self.right(case)
+
     def margin(self, case: Case) -> float:
         """How far the case is from violating the claim; negative where it does."""
-        return float(self.compare(self.left(case), self.right(case)))
+        return float(self.compare(*self.values(case)))
 
     def verdict(self, margins: Sequence[float]) -> tuple[str, float, str]:
         """The verdict of all trials, the margin to report, and a note."""
@@ -119,6 +125,7 @@ class Identity(Claim):
 
     tolerance: ClassVar[float] = 1e-8
     noise = 1.0
+    clear = 3.0
 
     def compare(self, left: Tensor, right: Tensor) -> float:
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev
+from torch.func import jacrev, vmap
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
@@ -17,9 +17,7 @@ from fisherlab.claims.instances import (
     OfNetwork,
     captured,
     criterion_of,
-    integer,
     labels,
-    layer_case,
     layer_of,
     model_of,
     network_case,
@@ -182,7 +180,9 @@ class SecondOrderKL(OfNetwork, Order, name="kl_is_quadratic_to_second_order"):
     source = "NGM (14)"
     latex = r"\mathrm{KL}(p_\theta \| p_{\theta + \epsilon v}) = \tfrac{1}{2} \epsilon^2 v^\top F v + O(\epsilon^3)"
     order = 3.0
-    assumption = "the third derivative does not vanish, as it does for a linear map and squared error"
+    assumption = (
+        "the third derivative does not vanish, as it does for a linear map and squared error"
+    )
     free = ()
     start = 1e-2
 
@@ -236,16 +236,12 @@ class SteepestDescent(OfNetwork, AtMost, name="natural_gradient_is_steepest_in_k
     def _lowered(self, case: Case, directions: Tensor) -> Tensor:
         """The change of the linearised loss along each direction at KL divergence `radius`."""
         net = dense.Layered(case)
-        g = net.gradient().flatten()
-        found = []
-        for d in directions.flatten(1):
-            d = d / d.norm()
-            size = 1e-5
-            for _ in range(20):
-                value = net.divergence(net.theta + size * d).item()
-                size *= min(1e3, math.sqrt(self.radius / max(value, 1e-22)))
-            found.append(size * (g @ d))
-        return torch.stack(found)
+        unit = directions.flatten(1) / directions.flatten(1).norm(dim=1, keepdim=True)
+        sizes = torch.full((len(unit), 1), 1e-5, dtype=torch.float64)
+        for _ in range(12):
+            values = vmap(net.divergence)(net.theta + sizes * unit)[:, None].clamp(min=1e-22)
+            sizes = sizes * (self.radius / values).sqrt().clamp(max=1e3)
+        return sizes[:, 0] * (unit @ net.gradient().flatten())
 
     def left(self, case: Case) -> Tensor:
         layer = seen(case, "exact")
@@ -272,9 +268,9 @@ class SteepestDescent(OfNetwork, AtMost, name="natural_gradient_is_steepest_in_k
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
         return super().adapt(real, generator) if real["V"][0].numel() <= 700 else None
 
-    def margin(self, case: Case) -> float:
+    def values(self, case: Case) -> tuple[Tensor, Tensor]:
         rivals = self._lowered(case, self.right(case)).min()
-        return self.compare(self._lowered(case, self.left(case)[None])[0], rivals)
+        return self._lowered(case, self.left(case)[None])[0], rivals
 
 
 class Reparameterised(OfNetwork, Order, name="natural_gradient_is_invariant_to_first_order"):
@@ -336,7 +332,9 @@ class Woodbury(OfLayer, Identity, name="woodbury_step_is_dense_step"):
     """The damped natural step from the Gram matrix of the examples is that of the dense block."""
 
     source = "NGM (28), FNGD (7)-(9)"
-    latex = r"\tfrac{1}{\lambda}(v - U(M \lambda I + U^\top U)^{-1} U^\top v) = (F + \lambda I)^{-1} v"
+    latex = (
+        r"\tfrac{1}{\lambda}(v - U(M \lambda I + U^\top U)^{-1} U^\top v) = (F + \lambda I)^{-1} v"
+    )
 
     def left(self, case: Case) -> Tensor:
         return Exact()(captured(case)).solve(case["V"], case["damping"])
@@ -415,7 +413,8 @@ def layer_names(case: Case) -> list[str]:
 def joint(model: nn.Module, name: str) -> Tensor:
     """`[weight | bias]` of a layer."""
     module = model.get_submodule(name)
-    return torch.cat([module.weight.detach().flatten(1), module.bias.detach()[:, None]], 1)
+    weight = module.weight.detach().flatten(1)
+    return weight if module.bias is None else torch.cat([weight, module.bias.detach()[:, None]], 1)
 
 
 def _solve(U: Tensor, damping: float, v: Tensor) -> Tensor:

@@ -1,0 +1,299 @@
+"""Asymptotic natural gradient: its minimiser, its sphere, its inverse-free factors (ANG)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.ifang import IFANG
+from fisherlab.approximations.kfac import KFAC
+from fisherlab.claims import dense
+from fisherlab.claims.base import REFUTED, AtMost, Case, Identity
+from fisherlab.claims.instances import (
+    OfLayer,
+    OfNetwork,
+    captured,
+    criterion_of,
+    layer_case,
+    layer_of,
+    log_uniform,
+    model_of,
+)
+from fisherlab.optim.ang import ANG, SCHEDULES, blended
+
+POINTS = 5
+
+
+class _Minimiser(OfLayer):
+    """The quadratic (1): `-t.u + l1/2 u.Gu - l2/2 (u + t).G(u + t)`, `t = V[0]`, G damped KFAC."""
+
+    source = "ANG Proposition 2"
+
+    def point(self, case: Case) -> Tensor:
+        """`((1/(l1 - l2)) G^{-1} + (l2/(l1 - l2)) I) t`."""
+        t, l1, l2 = case["V"][0], case["l1"], case["l2"]
+        inverse = KFAC(placement="factorwise").damped(KFAC()(captured(case)), case["damping"])
+        return (inverse @ t + l2 * t) / (l1 - l2)
+
+    def metric(self, case: Case) -> tuple[Tensor, Tensor]:
+        """The damped factors, by their definition."""
+        G, A = dense.kfac(case)
+        damping = case["damping"]
+        eyes = (torch.eye(len(X), dtype=X.dtype) for X in (G, A))
+        return tuple(X + damping * eye for X, eye in zip((G, A), eyes, strict=True))
+
+    def objective(self, case: Case, u: Tensor) -> Tensor:
+        """The value of (1) at `u`."""
+        G, A = self.metric(case)
+        t, l1, l2 = case["V"][0], case["l1"], case["l2"]
+        ahead = u + t
+        first, second = ((x * (G @ x @ A)).sum() for x in (u, ahead))
+        return -(t * u).sum() + l1 / 2 * first - l2 / 2 * second
+
+    def weights(self, generator: torch.Generator) -> tuple[float, float]:
+        """`l1 > l2 > 0`."""
+        low = log_uniform(generator, 0.1, 2.0)
+        return low + log_uniform(generator, 0.1, 2.0), low
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return self._weighted(layer_case(generator, size), generator)
+
+    def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
+        return self._weighted(super().adapt(real, generator), generator)
+
+    def _weighted(self, case: Case, generator: torch.Generator) -> Case:
+        l1, l2 = self.weights(generator)
+        return {**case, "damping": max(case["damping"], 0.05), "l1": l1, "l2": l2}
+
+
+class Minimiser(_Minimiser, Identity, name="ang_point_is_the_minimiser"):
+    """The combination of natural and Euclidean gradient minimises the regularised model (1)."""
+
+    latex = r"\arg\min_u (1) = (\tfrac{1}{\lambda_1 - \lambda_2} G^{-1} + \tfrac{\lambda_2}{\lambda_1 - \lambda_2} I) t"
+    assumption = "lambda_1 > lambda_2 > 0 and G positive definite"
+    outside = "ang_point_is_the_minimiser_for_any_weights"
+
+    def assume(self, case: Case) -> bool:
+        return case["l1"] > case["l2"] > 0
+
+    def left(self, case: Case) -> Tensor:
+        return self.point(case)
+
+    def right(self, case: Case) -> Tensor:
+        """From the gradient and the curvature of (1) itself: `(l1 - l2) G u A = t + l2 G t A`."""
+        G, A = self.metric(case)
+        zero = torch.zeros_like(case["V"][0], requires_grad=True)
+        (slope,) = torch.autograd.grad(self.objective(case, zero), zero)
+        inside = torch.linalg.solve(G, torch.linalg.solve(A, -slope, left=False))
+        return inside / (case["l1"] - case["l2"])
+
+
+class AnyWeights(_Minimiser, AtMost, name="ang_point_is_the_minimiser_for_any_weights"):
+    """As printed, `lambda_1 > 0` and `lambda_2 > 0` is enough for the point to be the minimiser."""
+
+    source = "ANG Propositions 1-2"
+    latex = r"\lambda_1, \lambda_2 > 0 \Rightarrow (1)(u^*) \le (1)(u)\ \forall u"
+    expected = REFUTED
+    sides = ("value at the point", "best value near by")
+
+    def weights(self, generator: torch.Generator) -> tuple[float, float]:
+        return log_uniform(generator, 0.1, 2.0), log_uniform(generator, 0.1, 2.0)
+
+    def left(self, case: Case) -> Tensor:
+        return self.objective(case, self.point(case))
+
+    def right(self, case: Case) -> Tensor:
+        around = self.point(case) + torch.stack([*case["V"], -case["V"][0]])
+        return torch.stack([self.objective(case, u) for u in around]).min()
+
+
+class _Blend(OfLayer):
+    """Natural direction `d = G^{-1} t` and `t = -gradient`, blended at five points of the way."""
+
+    source = "ANG Proposition 4"
+    free = ("d", "t")
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return self._pair(layer_case(generator, size))
+
+    def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
+        return self._pair(real)
+
+    def _pair(self, case: Case) -> Case:
+        G, A = dense.kfac(case)
+        damping = max(case["damping"], 0.01)
+        G, A = (X + damping * torch.eye(len(X), dtype=X.dtype) for X in (G, A))
+        t = case["V"][0]
+        d = torch.linalg.solve(G, torch.linalg.solve(A, t, left=False))
+        return {"d": d.flatten(), "t": t.flatten()}
+
+    def smaller(self, case: Case):  # noqa: ANN201
+        for k in range(len(case["d"]) if len(case["d"]) > 2 else 0):
+            keep = torch.tensor([j for j in range(len(case["d"])) if j != k])
+            yield {"d": case["d"][keep], "t": case["t"][keep]}
+
+    def assume(self, case: Case) -> bool:
+        # in between: the two do not point the same way, where any blend is a blend
+        cosine = case["d"] @ case["t"] / (case["d"].norm() * case["t"].norm())
+        return bool(0 < cosine < 0.999)
+
+    @property
+    def way(self) -> Tensor:
+        """The points between 0 and 1."""
+        return torch.linspace(0, 1, POINTS + 2, dtype=torch.float64)[1:-1]
+
+
+class Sphere(_Blend, Identity, name="ang_blend_rotates_on_the_sphere"):
+    """The spherical blend turns the natural direction towards the gradient at constant length."""
+
+    latex = r"\|\tfrac{\sin(1-\lambda)\Omega}{\sin\Omega} \hat d + \tfrac{\sin\lambda\Omega}{\sin\Omega} \hat t\| = 1"
+
+    def left(self, case: Case) -> Tensor:
+        return torch.stack([blended(case["d"], case["t"], float(s)) for s in self.way])
+
+    def right(self, case: Case) -> Tensor:
+        """A rotation in the plane of both, by the share `s` of the angle between them."""
+        d, t = case["d"], case["t"]
+        e = d / d.norm()
+        across = t - (t @ e) * e
+        angle = torch.atan2(across.norm(), t @ e)
+        turned = self.way[:, None] * angle
+        return d.norm() * (turned.cos() * e + turned.sin() * across / across.norm())
+
+
+class Chord(_Blend, AtMost, name="ang_chord_is_shorter_than_the_sphere"):
+    """The linear blend of two unit vectors is shorter than one, so it underestimates the step."""
+
+    source = "ANG Proposition 3"
+    latex = r"\|(1-\lambda) \hat d + \lambda \hat t\| < 1"
+    sides = ("longest chord point", "sphere")
+
+    def left(self, case: Case) -> Tensor:
+        d, t = (x / x.norm() for x in (case["d"], case["t"]))
+        s = self.way[:, None]
+        return ((1 - s) * d + s * t).norm(dim=1).max()
+
+    def right(self, case: Case) -> Tensor:
+        points = [blended(case["d"], case["t"], float(s)) for s in self.way]
+        return torch.stack(points).norm(dim=1).min() / case["d"].norm()
+
+
+class GNorm(_Blend, Identity, name="ang_blend_has_unit_length_in_the_g_norm"):
+    """With `||t||_G = sqrt(t.G t)`, as the symbol says, the spherical blend still has length one."""
+
+    source = "ANG (4), (7)"
+    latex = r"\|t\|_G = \sqrt{t^\top G t} \Rightarrow \|\text{blend}\| = 1"
+    expected = REFUTED
+
+    def _pair(self, case: Case) -> Case:
+        G, A = dense.kfac(case)
+        damping = max(case["damping"], 0.01)
+        G, A = (X + damping * torch.eye(len(X), dtype=X.dtype) for X in (G, A))
+        t = case["V"][0]
+        g_norm = (t * (G @ t @ A)).sum().sqrt()
+        return {**super()._pair(case), "g_norm": g_norm}
+
+    def smaller(self, case: Case):  # noqa: ANN201
+        return iter(())
+
+    def left(self, case: Case) -> Tensor:
+        d, t = case["d"] / case["g_norm"], case["t"] / case["t"].norm()
+        omega = (case["d"] @ t / case["g_norm"]).clamp(-1, 1).arccos()
+        s = self.way[:, None]
+        blend = (torch.sin((1 - s) * omega) * d + torch.sin(s * omega) * t) / torch.sin(omega)
+        return blend.norm(dim=1)
+
+    def right(self, case: Case) -> Tensor:
+        return torch.ones(POINTS, dtype=torch.float64)
+
+    def compare(self, left: Tensor, right: Tensor) -> float:
+        # an angle of nought or pi leaves nothing to blend, and that is not of length one either
+        return super().compare(torch.nan_to_num(left, nan=0.0, posinf=1e9), right)
+
+
+class Factors(OfLayer, Identity, name="ang_factors_by_a_scalar_inverse"):
+    """The damped inverse of a factor of one mean row needs no more than the inverse of a scalar."""
+
+    source = "ANG Propositions 5-6"
+    latex = r"(\lambda I + \tilde a \tilde a^\top)^{-1} = \tfrac{1}{\lambda}(I - \tilde a (\lambda + \tilde a^\top \tilde a)^{-1} \tilde a^\top)"
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return layer_case(generator, size, fisher_type="empirical")
+
+    def left(self, case: Case) -> Tensor:
+        return IFANG().damped(IFANG()(captured(case)), case["damping"]) @ case["V"]
+
+    def right(self, case: Case) -> Tensor:
+        # one mean row of inputs, and of gradients summed over positions
+        a, g = case["a"].mean((0, 1)), case["g"][0].sum(1).mean(0)
+        sides = [
+            case["damping"] * torch.eye(len(x), dtype=x.dtype) + torch.outer(x, x) for x in (g, a)
+        ]
+        return torch.linalg.inv(sides[0]) @ case["V"] @ torch.linalg.inv(sides[1])
+
+
+class PrintedFactors(Factors, name="ang_factors_as_printed"):
+    """As printed the reduced rows are in the middle scalar only, and the full ones outside."""
+
+    source = "ANG (11)-(12)"
+    latex = r"(\lambda I + \tilde A^\top \tilde A)^{-1} = \tfrac{1}{\lambda} I - \tfrac{1}{\lambda} A^\top (\lambda + \tilde A \tilde A^\top)^{-1} A"
+    expected = REFUTED
+
+    def assume(self, case: Case) -> bool:
+        return len(case["a"]) > 1
+
+    def right(self, case: Case) -> Tensor:
+        damping, found = case["damping"], []
+        g = case["g"][0].sum(1)
+        for rows in (g, case["a"].mean(1)):
+            reduced = rows.mean(0)
+            eye = torch.eye(rows.shape[1], dtype=rows.dtype)
+            inside = rows.mT @ rows / (damping + reduced @ reduced)
+            found.append((eye - inside) / damping)
+        return found[0] @ case["V"] @ found[1]
+
+
+class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
+    """The last step of ANG is the gradient's, times a factor of each layer's own."""
+
+    source = "ANG (7), details 7"
+    latex = r"\lambda = 1 \Rightarrow u = (\|G^{-1} t\| / \|t\|) \, t"
+
+    def left(self, case: Case) -> Tensor:
+        model, criterion = model_of(case), criterion_of(case)
+        name = layer_of(case)
+        module = model.get_submodule(name)
+        optimizer = ANG(
+            model, KFAC(), total_steps=2, criterion=criterion, lr=0.0, damping=0.1, momentum=0.0
+        )
+        for _ in range(2):
+            # the first step, of length nought, leaves the network where it is
+            optimizer.zero_grad()
+            criterion(model(case["x"]), case["y"]).backward()
+            old = module.weight.detach().clone()
+            if optimizer.steps == 1:
+                optimizer.param_groups[0]["lr"] = 1.0
+            optimizer.step()
+        return (old - module.weight.detach()) / self.factor(optimizer, name)
+
+    def factor(self, optimizer: ANG, name: str) -> float:
+        """What the step is longer by than the gradient."""
+        assert SCHEDULES["concave"](1.0) == 1.0
+        return optimizer.factors[name]
+
+    def right(self, case: Case) -> Tensor:
+        gradient = dense.Layered(case).gradient() * len(case["x"])
+        return gradient[:, :-1]
+
+
+class AngIsSGD(AngEnd, name="ang_ends_as_sgd"):
+    """The last step of ANG is that of SGD."""
+
+    source = "ANG section 2.2"
+    latex = r"\lambda = 1 \Rightarrow u = t"
+    expected = REFUTED
+
+    def factor(self, optimizer: ANG, name: str) -> float:
+        return 1.0
+
+

@@ -1,0 +1,244 @@
+"""What the methods cost: fitted exponents of counted operations and of the largest tensor.
+
+Counted, not timed: a count does not depend on the machine, nor on what else it is doing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fisherlab.approximations.exact import Exact
+from fisherlab.approximations.ifang import IFANG
+from fisherlab.approximations.kfac import KFAC
+from fisherlab.claims.base import REFUTED, AtMost, Case, Order
+from fisherlab.claims.instances import captured, normal
+from fisherlab.optim import create
+
+aten = torch.ops.aten
+# n^3 / 3 multiplications of a Cholesky factorisation, and about as many n^3 as is usual of others.
+_CUBIC: dict[Any, float] = {
+    aten.linalg_cholesky_ex: 1 / 3,
+    aten.cholesky_inverse: 2 / 3,
+    aten.linalg_inv_ex: 2.0,
+    aten._linalg_eigh: 9.0,
+    aten._linalg_solve_ex: 2 / 3,
+}
+HALVINGS = 6
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations of products and factorisations, and the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.largest, self.written = 0.0, 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif packet in _CUBIC:
+            self.operations += _CUBIC[packet] * args[0].shape[-1] * args[0].numel()
+        elif packet is aten.cholesky_solve:
+            self.operations += 2 * args[0].numel() * args[1].shape[-1]
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        self.written += 0 if func.is_view else sum(sizes)
+        return out
+
+
+def counted(work: Callable[[], object]) -> Counted:
+    """The counts of one call."""
+    with Counted() as count:
+        work()
+    return count
+
+
+def network(case: Case, inputs: int, examples: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """One layer of three outputs on random data; what is counted does not depend on the numbers."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    layer = nn.Linear(inputs - 1, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(normal(generator, 3, inputs - 1) / inputs)
+        layer.bias.zero_()
+    x = normal(generator, examples, inputs - 1)
+    return nn.Sequential(layer), x, torch.randint(3, (examples,), generator=generator)
+
+
+def training_step(name: str, case: Case, inputs: int, examples: int, **options: Any) -> Counted:
+    """Forward, backward and step of one optimizer."""
+    model, x, y = network(case, inputs, examples)
+    optimizer = create(name, model, lr=0.01, **options)
+    with warnings.catch_warnings():
+        # that FNGD's coefficients are flat is another claim's matter
+        warnings.simplefilter("ignore")
+        for _ in range(options.get("coefficient_steps", 0)):
+            _step(optimizer, model, x, y)
+    return counted(lambda: _step(optimizer, model, x, y))
+
+
+def _step(optimizer: torch.optim.Optimizer, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+class _Exponent(Order):
+    """Counts at a size halved five times grow with the stated power of it."""
+
+    source = "NGM section 3"
+    sides = ("counted", "power law")
+    trials = 1
+    largest_size = 512
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return {"seed": int(torch.randint(1000, (), generator=generator))}
+
+    @property
+    def sizes(self) -> list[int]:
+        """The largest first."""
+        return [self.largest_size >> k for k in range(HALVINGS)]
+
+    def count(self, case: Case, size: int) -> float:
+        """What is counted at a size."""
+        raise NotImplementedError  # pragma: no cover
+
+    def left(self, case: Case) -> Tensor:
+        return torch.tensor([self.count(case, n) for n in self.sizes], dtype=torch.float64)
+
+    def right(self, case: Case) -> Tensor:
+        # the counts themselves are fitted: they are compared with nothing
+        return torch.zeros(HALVINGS, dtype=torch.float64)
+
+
+class DenseTime(_Exponent, name="dense_ngd_takes_p3_operations"):
+    """Natural gradient descent with the dense Fisher takes O(p^3) operations for p parameters."""
+
+    latex = r"\text{operations} \propto p^3"
+    order = 3.0
+
+    def count(self, case: Case, size: int) -> float:
+        return training_step("ngd_dense", case, size, 2).operations
+
+
+class DenseMemory(_Exponent, name="dense_ngd_stores_p2_numbers"):
+    """Natural gradient descent with the dense Fisher stores O(p^2) numbers for p parameters."""
+
+    latex = r"\text{memory} \propto p^2"
+    order = 2.0
+
+    def count(self, case: Case, size: int) -> float:
+        return training_step("ngd_dense", case, size, 2).largest
+
+
+class ExactTime(_Exponent, name="exact_ngd_needs_p3_operations"):
+    """The exact natural gradient over all parameters needs O(p^3) operations in any form."""
+
+    latex = r"\text{operations of } (F + \lambda I)^{-1} g \propto p^3"
+    expected = REFUTED
+    order = 3.0
+    largest_size = 4096
+
+    def count(self, case: Case, size: int) -> float:
+        return training_step("ngd", case, size, 2).operations
+
+
+class TengradTime(_Exponent, name="tengrad_scales_like_sgd"):
+    """TENGraD's operations grow with the number of parameters like SGD's, linearly."""
+
+    source = "NGM figure 5"
+    latex = r"\text{operations} \propto p"
+    order = 1.0
+    largest_size = 4096
+
+    def count(self, case: Case, size: int) -> float:
+        return training_step("tengrad", case, size, 2).operations
+
+
+class FngdLikeSGD(_Exponent, AtMost, name="fngd_second_phase_costs_like_sgd"):
+    """After its first phase FNGD makes no product that SGD does not make."""
+
+    source = "FNGD table I"
+    latex = r"\text{operations of FNGD} \le 1.02 \, \text{operations of SGD}"
+    sides = ("FNGD", "1.02 SGD")
+    compare = AtMost.compare
+    scale = 1e-30
+
+    def left(self, case: Case) -> float:
+        return training_step("fngd", case, 256, 32, coefficient_steps=1).operations
+
+    def right(self, case: Case) -> float:
+        return 1.02 * training_step("sgd", case, 256, 32).operations
+
+
+class FngdExtra(_Exponent, name="fngd_second_phase_adds_md_numbers"):
+    """What FNGD's second phase computes beside SGD is O(M D): the scaled rows of a layer."""
+
+    source = "FNGD table I"
+    latex = r"\text{numbers written beside SGD's} \propto M"
+    order = 1.0
+    largest_size = 1024
+
+    def count(self, case: Case, size: int) -> float:
+        ours = training_step("fngd", case, 4, size, coefficient_steps=1).written
+        return ours - training_step("sgd", case, 4, size).written
+
+
+class GramTime(_Exponent, name="gram_matrix_costs_m2"):
+    """The Gram matrix by inputs and output gradients takes O((O + I) M^2) operations."""
+
+    source = "FNGD (12), errata"
+    latex = r"\text{operations of } U^\top U \propto (O + I) M^2"
+    order = 2.0
+    largest_size = 256
+
+    def count(self, case: Case, size: int) -> float:
+        generator = torch.Generator().manual_seed(case["seed"])
+        a, g = normal(generator, size, 1, 8), normal(generator, 1, size, 1, 4)
+        layer = captured({"a": a, "g": g})
+        return counted(lambda: Exact()(layer).gram()).operations
+
+
+class GramTimePrinted(GramTime, name="gram_matrix_cost_as_printed"):
+    """The Gram matrix takes O(O^2 M + I^2 M) operations, as printed: linear in the batch."""
+
+    source = "FNGD section IV-B"
+    latex = r"\text{operations of } U^\top U \propto O^2 M + I^2 M"
+    expected = REFUTED
+    order = 1.0
+
+
+class IfangTime(_Exponent, name="ifang_inverse_is_free_of_n3"):
+    """IFANG's damped inverse and its product with a gradient take O(n^2) operations."""
+
+    source = "ANG section 2.3"
+    latex = r"\text{operations} \propto n^2"
+    order = 2.0
+    largest_size = 256
+    approximation = IFANG()
+
+    def count(self, case: Case, size: int) -> float:
+        generator = torch.Generator().manual_seed(case["seed"])
+        a, g = normal(generator, 4, 1, size), normal(generator, 1, 4, 1, size)
+        block = self.approximation(captured({"a": a, "g": g}))
+        V = normal(generator, size, size)
+        return counted(lambda: self.approximation.damped(block, 0.1) @ V).operations
+
+
+class KfacTime(IfangTime, name="kfac_inverse_takes_n3"):
+    """KFAC's damped inverse takes O(n^3) operations."""
+
+    latex = r"\text{operations} \propto n^3"
+    order = 3.0
+    approximation = KFAC(placement="factored")

@@ -1,0 +1,204 @@
+"""Inverse-free fast natural gradient: its coefficients, and what sharing them leaves (FNGD)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fisherlab.claims import dense
+from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Identity
+from fisherlab.claims.foundations import Tengrad, joint
+from fisherlab.claims.instances import (
+    OfLayer,
+    captured,
+    criterion_of,
+    layer_of,
+    model_of,
+    network_case,
+)
+from fisherlab.approximations.exact import Exact
+from fisherlab.optim import FNGD
+from fisherlab.optim.woodbury import weights_of
+
+
+class ClosedForm(OfLayer, Identity, name="fngd_coefficients_are_the_natural_step"):
+    """The natural step (5) is a weighted sum of the examples' gradients, with the weights (9)."""
+
+    source = "FNGD (5), (9)"
+    latex = r"(F + \lambda I)^{-1} g = U v,\quad v = (M \lambda I + U^\top U)^{-1} 1"
+    assumption = "g is the mean of the same gradients: same batch, observed labels, no decay term"
+    outside = "fngd_coefficients_with_weight_decay"
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return self._observed(super().draw(generator, size))
+
+    def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
+        return self._observed(super().adapt(real, generator))
+
+    def _observed(self, case: Case) -> Case:
+        return {**case, "g": case["g"][:1]}
+
+    def left(self, case: Case) -> Tensor:
+        layer = captured(case)
+        v = weights_of(Exact()(layer).gram(), case["damping"], False, "layer") / len(case["a"])
+        return torch.einsum("n,noi->oi", v, layer.per_example_gradients()[0])
+
+    def right(self, case: Case) -> Tensor:
+        return dense.damped_solve(case, case["damping"], self.gradient(case)[None])[0]
+
+    def gradient(self, case: Case) -> Tensor:
+        """What the step is taken along, `[o, i]`."""
+        return dense.gradients(case).mean(0)
+
+
+class WithDecay(ClosedForm, name="fngd_coefficients_with_weight_decay"):
+    """The weights (9) give the natural step of a gradient with a decay term too."""
+
+    latex = r"(F + \lambda I)^{-1} (g + \delta W) = U v"
+    expected = REFUTED
+    assumption = ""
+    outside = ""
+
+    def gradient(self, case: Case) -> Tensor:
+        return super().gradient(case) + 0.1 * case["V"][0]
+
+
+class FirstPhase(Tengrad, name="fngd_first_phase_is_folded_natural_gradient"):
+    """A step of FNGD's first phase is lambda times the natural step, lambda of the Gram norm."""
+
+    source = "FNGD Algorithm 1, (14)"
+    latex = r"\lambda (F + \lambda I)^{-1} g,\quad \lambda = \alpha \|U^\top U\|_F"
+    alpha = 0.05
+
+    def left(self, case: Case) -> Tensor:
+        model, criterion, name = model_of(case), criterion_of(case, "mean"), layer_of(case)
+        options = {"lr": 1.0, "alpha": self.alpha, "momentum": 0.0, "coefficient_steps": 9}
+        optimizer = FNGD(model, criterion=criterion, **options)
+        before = joint(model, name)
+        criterion(model(case["x"]), case["y"]).backward()
+        optimizer.step()
+        return (before - joint(model, name)).flatten()
+
+    def right(self, case: Case) -> Tensor:
+        c = 1.0 if case["criterion"] == "cross_entropy" else 1.0 / case["y"][0].numel()
+        U = c * dense.Layered(case).scores(case["y"])
+        damping = self.alpha * (U @ U.mT).norm().item()
+        rows = {"a": U[:, None, :], "g": torch.ones(1, len(U), 1, 1, dtype=U.dtype)}
+        return damping * dense.damped_solve(rows, damping, -U.mean(0)[None, None])[0, 0]
+
+
+class _Shared(Claim):
+    """Two epochs of FNGD on a small network at a learning rate of nought: only sampling moves."""
+
+    batch, batches = 16, 16
+    alpha = 0.005
+    shuffled = True
+    trials = 6
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        n = self.batch * self.batches
+        case = network_case(
+            generator, 1.0, examples=(n, n), positions=1, criteria=("cross_entropy",)
+        )
+        epochs = [torch.randperm(n, generator=generator) for _ in range(2)]
+        if not self.shuffled:
+            epochs[1] = epochs[0]
+        return {**case, "layer": 0, "epochs": torch.stack(epochs)}
+
+    def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
+        return None
+
+    def shared(self, case: Case) -> Tensor:
+        """FNGD's `M v~` of the first layer after its first phase, `[M]`."""
+        model, criterion = model_of(case), criterion_of(case, "mean")
+        options = {"lr": 0.0, "alpha": self.alpha, "momentum": 0.0}
+        optimizer = FNGD(model, criterion=criterion, coefficient_steps=self.batches, **options)
+        with warnings.catch_warnings():
+            # that the coefficients are flat is what is measured here
+            warnings.simplefilter("ignore")
+            for rows in case["epochs"][0].split(self.batch):
+                optimizer.zero_grad()
+                criterion(model(case["x"][rows]), case["y"][rows]).backward()
+                optimizer.step()
+        return optimizer.coefficients()[layer_of(case)][0]
+
+    def own(self, case: Case, epoch: int) -> Tensor:
+        """`M v` of every batch of an epoch on its own, by definition, `[B, M]`."""
+        U = dense.Layered(case).scores(case["y"])
+        found = []
+        for rows in case["epochs"][epoch].split(self.batch):
+            K = U[rows] @ U[rows].mT
+            damping = self.alpha * K.norm()
+            eye = torch.eye(len(K), dtype=K.dtype)
+            ones = torch.ones(len(K), dtype=K.dtype)
+            found.append(len(K) * damping * torch.linalg.solve(K + len(K) * damping * eye, ones))
+        return torch.stack(found)
+
+
+class FlatCoefficients(_Shared, AtMost, name="fngd_coefficients_become_flat"):
+    """After a shuffled first phase FNGD is SGD with a layer's own factor, up to noise std/sqrt(B)."""
+
+    source = "FNGD IV-C, details 1"
+    latex = r"\mathrm{std}_m(\tilde v_m) \approx \mathrm{std}_m(v_m) / \sqrt{B}"
+    sides = ("spread of shared coefficients", "1.6 std / sqrt(B)")
+
+    def left(self, case: Case) -> Tensor:
+        return self.shared(case).std()
+
+    def right(self, case: Case) -> Tensor:
+        # over M slots the spread itself is known within 1/sqrt(2 M), 18 %: three times that
+        return 1.6 * self.own(case, 0).std(1).square().mean().sqrt() / self.batches**0.5
+
+
+class SharedInformation(_Shared, AtMost, name="fngd_shared_coefficients_keep_information"):
+    """After a shuffled epoch shared coefficients still tell the examples of a batch apart."""
+
+    source = "FNGD IV-C, trap A14"
+    latex = r"\mathrm{std}_m(\tilde v_m) \ge \tfrac{1}{2} \mathrm{std}_m(v_m)"
+    expected = REFUTED
+    sides = ("half the spread in a batch", "spread of shared coefficients")
+
+    def left(self, case: Case) -> Tensor:
+        return self.own(case, 0).std(1).mean() / 2
+
+    def right(self, case: Case) -> Tensor:
+        return self.shared(case).std()
+
+
+class _Nearer(_Shared, AtMost):
+    """How far shared coefficients are from those of the next epoch's batches, and a constant is."""
+
+    source = "FNGD IV-C"
+    latex = r"\sum_b \|\tilde v - v_b\|^2 \le \sum_b \|\bar v - v_b\|^2"
+    sides = ("shared coefficients", "their mean for all")
+
+    def left(self, case: Case) -> Tensor:
+        return (self.shared(case) - self.own(case, 1)).norm()
+
+    def right(self, case: Case) -> Tensor:
+        return (self.own(case, 0).mean() - self.own(case, 1)).norm()
+
+    def smaller(self, case: Case) -> Iterator[Case]:
+        return iter(())
+
+
+class SharingShuffled(_Nearer, name="fngd_sharing_predicts_the_next_epoch"):
+    """Shared coefficients predict a shuffled epoch's own better than one number for all."""
+
+    expected = REFUTED
+
+
+class SharingFixed(_Nearer, name="fngd_sharing_predicts_fixed_batches"):
+    """In an epoch of one and the same batch, over and over, shared coefficients are its own."""
+
+    assumption = "the batches are not shuffled: every batch is the same one"
+    outside = "fngd_sharing_predicts_the_next_epoch"
+    shuffled = False
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        case = super().draw(generator, size)
+        case["epochs"] = torch.arange(self.batch).repeat(2, self.batches)
+        return case

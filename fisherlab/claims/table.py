@@ -1,0 +1,247 @@
+"""`verify`: every claim tried, and the table of verdicts."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fisherlab.blocks import BlockError
+from fisherlab.claims import base, real, search
+from fisherlab.claims.base import HOLDS, REFUTED, Case, Claim, ClaimError
+
+# Draws per wanted trial, where many fail a claim's assumption.
+DRAWS = 30
+COLUMNS = (
+    "claim",
+    "paper",
+    "source",
+    "holds",
+    "expected",
+    "verdict",
+    "margin",
+    "trials",
+    "seconds",
+    "counterexample",
+    "numbers",
+    "note",
+)
+
+
+@dataclass
+class Trials:
+    """What was seen of one claim: margins, both sides where they are numbers, and the worst case."""
+
+    margins: list[float] = field(default_factory=list)
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+    case: Case | None = None
+    left: Any = None
+    right: Any = None
+
+    def add(self, claim: Claim, case: Case) -> None:
+        """Try the claim on one more case."""
+        try:
+            left, right = claim.values(case)
+            margin = float(claim.compare(left, right))
+        except (torch.linalg.LinAlgError, BlockError):
+            left, right, margin = math.nan, math.nan, math.nan
+        if _is_number(left) and _is_number(right):
+            self.pairs.append((float(left), float(right)))
+        if self.case is None or margin < min(self.margins, default=math.inf):
+            self.case, self.left, self.right = case, left, right
+        self.margins.append(margin)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+class Verdicts:
+    """The table of a `verify`: a row per claim, and the smallest counterexample of each refuted one."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], trials: dict[str, Trials], on: str) -> None:
+        self.frame = pd.DataFrame(list(rows), columns=list(COLUMNS))
+        self.trials, self.on = trials, on
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Claims whose verdict is not the one on record.
+
+        On a real network a claim that is refuted elsewhere may well hold: only one that is on
+        record as true can be contradicted there.
+        """
+        frame = self.frame
+        wrong = frame.verdict != frame.expected
+        if self.on:
+            wrong &= (frame.expected == HOLDS) & (frame.verdict == REFUTED)
+        return list(frame.claim[wrong])
+
+    def counterexample(self, name: str) -> Case | None:
+        """The smallest counterexample found to a claim, or None."""
+        paths = self.frame.set_index("claim").counterexample
+        if name not in paths:
+            raise ClaimError(f"{name!r} was not tried; tried: {', '.join(paths.index)}")
+        return load(paths[name]) if paths[name] else None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write claims.json, claims.parquet and counterexamples/NAME.pt; returns the folder."""
+        folder = Path(folder)
+        (folder / "counterexamples").mkdir(parents=True, exist_ok=True)
+        frame = self.frame.copy()
+        for row, path in self.frame.counterexample.items():
+            if path:
+                target = folder / "counterexamples" / Path(path).name
+                if target.resolve() != Path(path).resolve():
+                    target.write_bytes(Path(path).read_bytes())
+                frame.loc[row, "counterexample"] = f"counterexamples/{target.name}"
+        frame.to_parquet(folder / "claims.parquet", index=False)
+        records = [
+            {**row, **_described(base.get(row["claim"]))} for row in frame.to_dict("records")
+        ]
+        text = json.dumps({"on": self.on, "claims": records}, indent=1, default=str)
+        # JSON has no NaN
+        (folder / "claims.json").write_text(text.replace("NaN", "null"), encoding="utf-8")
+        return folder
+
+    def _repr_html_(self) -> str:
+        shown = self.frame.drop(columns=["counterexample"])
+        return shown.to_html(index=False, float_format=lambda v: f"{v:.3g}")
+
+    def __repr__(self) -> str:
+        counts = self.frame.verdict.value_counts().to_dict()
+        parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        wrong = self.unexpected
+        tail = f"; not as on record: {', '.join(wrong)}" if wrong else "; all as on record"
+        return f"Verdicts({len(self.frame)} claims: {parts}{tail})"
+
+
+def _described(claim: Claim) -> dict[str, str]:
+    return {
+        "statement": claim.statement,
+        "latex": claim.latex,
+        "assumption": claim.assumption,
+        "outside": claim.outside,
+    }
+
+
+def load(path: str | Path) -> Case:
+    """A saved counterexample: `fl.claims.get(name).margin(fl.claims.load(path))` is its margin."""
+    return torch.load(path, weights_only=True)
+
+
+def chosen(names: str | Iterable[str] | None) -> list[str]:
+    """The claims of names, of the keys of papers, or all."""
+    if names is None:
+        return base.names()
+    wanted = [names] if isinstance(names, str) else list(names)
+    papers = {base.get(name).paper.lower(): [] for name in base.names()}
+    for name in base.names():
+        papers[base.get(name).paper.lower()].append(name)
+    found = [
+        name for want in wanted for name in papers.get(want.lower(), None) or [base.get(want).name]
+    ]
+    return list(dict.fromkeys(found))
+
+
+def verify(
+    names: str | Iterable[str] | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    *,
+    on: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Verdicts:
+    """Try claims on random cases, and return their verdicts.
+
+    `names`: claims or papers (`"tekfac"`); None: all. `trials` per claim, None: each claim's own
+    number. A claim's cases depend on `seed` and its name alone, not on what else is tried. `on`:
+    "dataset:model", cases of a real network at several training steps instead of random ones; claims
+    that cannot be asked of it are left out. `progress` is called with each name before its trials.
+
+    Raises `ClaimError` for an unknown name.
+    """
+    if trials is not None and trials < 1:
+        raise ClaimError(f"trials is at least 1, got {trials}")
+    wanted = chosen(names)
+    reals = list(real.real_cases(on, seed)) if on else None
+    folder = Path(tempfile.mkdtemp(prefix="fisherlab-claims-"))
+    rows, seen = [], {}
+    for name in wanted:
+        claim = base.get(name)
+        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        if progress is not None:
+            progress(name)
+        start = time.perf_counter()
+        cases = _adapted(claim, reals, generator) if reals is not None else None
+        if cases is not None and not cases:
+            continue
+        found = _try(claim, cases, trials or claim.trials, generator)
+        row = _judged(claim, found, generator, folder)
+        rows.append({**row, "seconds": time.perf_counter() - start})
+        seen[name] = found
+    return Verdicts(rows, seen, on or "")
+
+
+def _adapted(claim: Claim, reals: list[Case], generator: torch.Generator) -> list[Case]:
+    found = (claim.adapt(case, generator) for case in reals)
+    return [case for case in found if case is not None and claim.assume(case)]
+
+
+def _try(claim: Claim, cases: list[Case] | None, trials: int, generator: torch.Generator) -> Trials:
+    found = Trials()
+    if cases is not None:
+        for case in cases:
+            found.add(claim, case)
+        return found
+    for _ in range(DRAWS * trials):
+        # from the smallest cases to the largest
+        case = claim.draw(generator, len(found.margins) / max(1, trials - 1))
+        if claim.assume(case):
+            found.add(claim, case)
+        if len(found.margins) == trials:
+            return found
+    raise ClaimError(
+        f"{claim.name}: {len(found.margins)} of {DRAWS * trials} cases meet its assumption "
+        f"({claim.assumption}); {trials} are needed"
+    )
+
+
+def _judged(
+    claim: Claim, found: Trials, generator: torch.Generator, folder: Path
+) -> dict[str, Any]:
+    verdict, margin, note = claim.verdict(found.margins)
+    if verdict == HOLDS and search.hunted(claim) and found.case is not None:
+        case, lowest = search.hunt(claim, found.case, min(found.margins), generator)
+        if lowest < min(found.margins):
+            found.add(claim, case)
+        verdict, margin, note = claim.verdict(found.margins)
+        if verdict == REFUTED:
+            note = "violated by a case that was hunted down, by none that was drawn"
+    path, numbers = "", 0
+    if verdict == REFUTED and found.case is not None and min(found.margins) < -claim.noise:
+        case, _ = search.smallest(claim, found.case)
+        path, numbers = str(folder / f"{claim.name}.pt"), search.numbers_in(case)
+        torch.save(case, path)
+    return {
+        "claim": claim.name,
+        "paper": claim.paper,
+        "source": claim.source,
+        "holds": verdict == HOLDS,
+        "expected": claim.expected,
+        "verdict": verdict,
+        "margin": margin,
+        "trials": len(found.margins),
+        "counterexample": path,
+        "numbers": numbers,
+        "note": note,
+    }
