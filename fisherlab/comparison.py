@@ -437,8 +437,8 @@ class _Layer:
         try:
             spectral["diagonalisation"] = metrics.diagonalisation(X, F).item()
             spectral["subspace_overlap"] = metrics.subspace_overlap(X, F, default_rank(F)).item()
-        except BlockError as error:
-            reason = str(error)
+        except BlockError as refusal:
+            reason = str(refusal)
         # after the diagonalisation, whose rotated gradients the inner product uses
         cosine = metrics.cosine(X, F)
         return {
