@@ -27,8 +27,8 @@ from fisherlab.comparison import Comparison
 FISHER_TYPES = ("exact", "mc", "empirical")
 TABLE = "comparison"
 SHOWN = 8  # layers that a terminal has room for
-OVERVIEW = ("approximation", "relative_error", "population_error", "trace_ratio", "cosine")
-OVERVIEW += ("diagonalisation", "subspace_overlap", "build_seconds")
+OVERVIEW = ["approximation", "relative_error", "population_error", "trace_ratio", "cosine"]
+OVERVIEW += ["diagonalisation", "subspace_overlap", "build_seconds"]
 
 
 def compare(

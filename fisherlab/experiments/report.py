@@ -246,7 +246,8 @@ def _what(frame: pd.DataFrame, config: dict[str, Any]) -> str:
     against = f" and, for the population error, {unseen} unseen ones" if unseen else ""
     return (
         f"Model {settings.get('model')} on {settings.get('data')}, measured at training steps "
-        f"{steps}: {frame['layer'].nunique()} layers, {frame['approximation'].nunique()} approximations, "
+        f"{steps}: {frame['layer'].nunique()} layers, "
+        f"{frame['approximation'].nunique()} approximations, "
         f"seeds {', '.join(map(str, sorted(frame['seed'].unique())))}. "
         f"{first['fisher_type']} Fisher of {first['examples']} examples{against}, in "
         f"{first['dtype']}."
