@@ -366,6 +366,8 @@ def law_spectrum(block, F, dtype):
         flat = vec(vectors)
         assert_near(flat @ flat.mT, torch.eye(len(top), dtype=torch.float64), dtype)
         assert_near(flat @ F, top[:, None] * flat, dtype, scale=spectrum(F)[0].item())
+        V = randn(2, *block.shape, seed=54).to(dtype)
+        assert_near(block.leading_products(k, V), flat @ vec(V).mT, dtype)
         if k == block.size and spectrum(F)[-1] >= 0 and len(top) < k:
             continue
         if not _is_inverse(block):

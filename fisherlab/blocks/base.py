@@ -127,6 +127,11 @@ class Block(ABC):
         top = vectors[:, -k:].flip(1).mT.reshape(k, *self.shape)
         return values[-k:].flip(0), top.to(self.dtype)
 
+    def leading_products(self, k: int, V: Tensor) -> Tensor:
+        """`<q_j, V_b>` of the k leading eigenvectors with each matrix of `V` `[b, o, i]`: `[k, b]`."""
+        _, vectors = self.leading(k)
+        return vectors.flatten(1) @ V.to(vectors.dtype).flatten(1).mT
+
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for this block's eigenvectors `Q`, float64.
 

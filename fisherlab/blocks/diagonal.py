@@ -60,6 +60,10 @@ class Diagonal(Block):
         vectors[torch.arange(len(flat)), flat] = 1
         return values, vectors.view(-1, *self.shape)
 
+    def leading_products(self, k: int, V: Tensor) -> Tensor:
+        _, flat = self.entries.double().flatten().topk(min(k, self.size))
+        return V.to(self.dtype).flatten(1)[:, flat].mT
+
     def diagonal_of(self, other: Block) -> Tensor:
         return other.diagonal().double()
 

@@ -184,10 +184,19 @@ class Eigen(Block):
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         """The largest eigenpairs within the bases; at most as many as those have."""
+        values, q_G, q_A = self._leading(k)
+        return values, torch.einsum("ok,ik->koi", q_G, q_A)
+
+    def leading_products(self, k: int, V: Tensor) -> Tensor:
+        _, q_G, q_A = self._leading(k)
+        return torch.einsum("kbi,ik->kb", torch.einsum("ok,boi->kbi", q_G, V.to(self.dtype)), q_A)
+
+    def _leading(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest of the spectrum, and the two factors `[o, k]`, `[i, k]` of their vectors."""
         k = min(k, self.spectrum.numel())
         values, flat = self.spectrum.double().flatten().topk(k)
         rows, columns = flat // self.Q_A.shape[1], flat % self.Q_A.shape[1]
-        return values, torch.einsum("ok,ik->koi", self.Q_G[:, rows], self.Q_A[:, columns])
+        return values, self.Q_G[:, rows], self.Q_A[:, columns]
 
     def diagonal_of(self, other: Block) -> Tensor:
         return other.rotated_diagonal(self.Q_G, self.Q_A)

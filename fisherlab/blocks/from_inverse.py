@@ -64,6 +64,9 @@ class FromInverse(Block):
     def eigenvalues(self) -> Tensor:
         return self.forward.eigenvalues()
 
+    def leading_products(self, k: int, V: Tensor) -> Tensor:
+        return self.forward.leading_products(k, V)
+
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         return self.forward.leading(k)
 

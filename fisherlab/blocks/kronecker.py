@@ -102,6 +102,9 @@ class Kronecker(Block):
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         return self.eigen.leading(k)
 
+    def leading_products(self, k: int, V: Tensor) -> Tensor:
+        return self.eigen.leading_products(k, V)
+
     def diagonal_of(self, other: Block) -> Tensor:
         return self.eigen.diagonal_of(other)
 
@@ -225,7 +228,8 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:
-    return (one.double() * two.double()).sum()
+    # products in the matrices' own dtype: no float64 copies of a factor of 4608^2
+    return (one * two).sum(dtype=torch.float64)
 
 
 def _factor_power(factor: Tensor, exponent: float, name: str, damping: float = 0.0) -> Tensor:

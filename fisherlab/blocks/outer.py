@@ -128,10 +128,10 @@ class Outer(Block):
         inside, P = eigh(root.mT @ self.core @ root, "core of an outer block")
         return inside, (Z / values.sqrt()) @ P
 
-    def _vectors(self, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _vectors(self, W: Tensor, exact: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.g.shape[:2]), True)
+            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.g.shape[:2]), exact)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -292,7 +292,9 @@ class Outer(Block):
     def _leading_pairs(self, k: int) -> tuple[Tensor, Tensor]:
         values, W = self._range
         order = values.argsort(descending=True)[:k]
-        vectors = [part.to(self.dtype) for _, part in self._vectors(W[:, order])]
+        # the leading vectors of a scalar core cancel nothing
+        parts = self._vectors(W[:, order], self._full)
+        vectors = [part.to(self.dtype) for _, part in parts]
         empty = torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
         return values[order] + self.shift, torch.cat([empty, *vectors])
 

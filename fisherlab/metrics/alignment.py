@@ -43,8 +43,7 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     k = default_rank(F, k)
     if k == 0:
         return torch.ones((), dtype=torch.float64, device=F.device)
-    Q, V = _bases(X, F, k)
-    return (Q @ V.mT).square().sum() / k
+    return X.leading_products(k, F.leading(k)[1]).double().square().sum() / k
 
 
 def spectral_gap(F: Block, k: int = 10) -> Tensor:

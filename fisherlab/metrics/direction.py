@@ -88,7 +88,7 @@ def quadratic_decrease_scaled(X: Block, F: Block, gradient: Tensor, damping: flo
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:
-    return (one.double() * two.double()).sum()
+    return (one * two).sum(dtype=torch.float64)
 
 
 def _ratio(value: Tensor, base: Tensor) -> Tensor:

@@ -11,12 +11,23 @@ import math
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import Block, Diagonal, Eigen, FromInverse, Kronecker, Outer
+from fisherlab.blocks import (
+    Block,
+    Diagonal,
+    DirectSum,
+    Eigen,
+    FromInverse,
+    Kronecker,
+    MiniBlock,
+    Outer,
+)
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
 DENSE_SIZE = 512
 # Multiplications that the Lanczos iteration may cost; beyond it `condition` is NaN.
 LANCZOS_BUDGET = 5e9
+# Forms whose inverse is as cheap to apply as they are.
+_MATRIX_FREE = Eigen | Kronecker | Diagonal | FromInverse | MiniBlock | Outer
 _STEPS = 60
 _CHECK = 4  # steps between two looks at the Ritz value
 
@@ -38,20 +49,29 @@ def condition(X: Block, F: Block, damping: float) -> Tensor:
     Dense up to 512 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
     than its budget.
     """
+    if isinstance(X, DirectSum) and isinstance(F, DirectSum):
+        parts = [_extremes(x, f, damping) for x, f in zip(X.parts, F.parts, strict=True)]
+    else:
+        parts = [_extremes(X, F, damping)]
+    smallest, largest = torch.stack(parts).unbind(1)
+    return largest.max() / smallest.min().clamp(min=1e-300)
+
+
+def _extremes(X: Block, F: Block, damping: float) -> Tensor:
+    """The smallest and the largest eigenvalue of the preconditioned block, `[2]`."""
     if F.size <= DENSE_SIZE:
         eye = damping * torch.eye(F.size, dtype=torch.float64, device=F.device)
         root = X.power(-0.5, damping).dense().double()
-        values = torch.linalg.eigvalsh(root @ (F.dense().double() + eye) @ root)
-        return values[-1] / values[0].clamp(min=1e-300)
+        return torch.linalg.eigvalsh(root @ (F.dense().double() + eye) @ root)[[0, -1]]
     if not _affordable(X, F):
-        return torch.full((), math.nan, dtype=torch.float64, device=F.device)
+        return torch.full((2,), math.nan, dtype=torch.float64, device=F.device)
     largest = _largest(F.power(1, damping), X.power(-1, damping))
-    smallest = _largest(X.power(1, damping), F.power(-1, damping))
-    return largest * smallest
+    smallest = 1 / _largest(X.power(1, damping), F.power(-1, damping))
+    return torch.stack([smallest, largest])
 
 
 def _affordable(X: Block, F: Block) -> bool:
-    if not isinstance(X, Eigen | Kronecker | Diagonal | FromInverse | Outer):
+    if not isinstance(X, _MATRIX_FREE):
         return False
     o, i = F.shape
     columns = getattr(F, "columns", 0)
