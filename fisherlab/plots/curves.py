@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -31,11 +32,12 @@ def training_curves(
 ) -> Figure:
     """Training loss and a metric against steps (left) and against time (right).
 
-    A line is the mean over seeds, its band their range. The first of `best` (all, in the order of
-    `rows`, if not given) have their own colours, the rest are grey.
+    A line is the mean over seeds, its band their range. The first of `best` (of all, in the order
+    of `rows`, if not given) and SGD have their own colours, the rest are grey.
     """
     present = list(dict.fromkeys([*best, *rows["optimizer"]]))
     names = present[:AT_MOST]
+    names += [name for name in present[AT_MOST:] if name == "sgd"]  # what all are compared with
     figure, axes = theme.panels(4, columns=2, height=2.2)
     for row, (table, column) in enumerate([(curve, "train_loss"), (rows, metric)]):
         for ax, x in zip(axes[2 * row : 2 * row + 2], ("step", "train_seconds"), strict=True):
@@ -50,9 +52,15 @@ def training_curves(
 
 
 def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[str]) -> None:
-    for name, mine in table.dropna(subset=[column]).groupby("optimizer", sort=False):
+    table = table.dropna(subset=[column]).fillna({"train_seconds": 0.0})
+    if x == "train_seconds":
+        ends = table.groupby("optimizer")[x].max()
+        if ends.max() > 10 * ends.min():  # on a linear axis the fast ones would be one line
+            ax.set_xscale("log")
+            table = table[table[x] > 0]
+    for name, mine in table.groupby("optimizer", sort=False):
         # seeds take the same steps, and not quite the same time
-        grouped = mine.fillna({"train_seconds": 0.0}).groupby("step")
+        grouped = mine.groupby("step")
         places, values = grouped[x].mean(), grouped[column]
         known = name in names
         colour = theme.colour(str(name)) if known else OTHERS
@@ -69,7 +77,7 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
             ax.fill_between(places, values.min(), values.max(), color=colour, alpha=0.15, lw=0)
     if column in LOGARITHMIC:
         ax.set_yscale("log")
-    _leave_out_explosions(ax, table[column].dropna())
+    _leave_out_explosions(ax, table[column])
     ax.set_xlabel(LABELS[x])
     ax.set_ylabel(LABELS.get(column, column))
 
@@ -82,26 +90,23 @@ def _leave_out_explosions(ax: Axes, values: pd.Series) -> None:
 
 @theme.themed
 def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
-    """The metric at the end over the cost of a step; every optimizer is named at its point."""
+    """What each optimizer reaches at the end, and beside it what a step costs; the best on top."""
     known = summary.dropna(subset=["final"])
-    figure, (ax,) = theme.panels(1, height=3.4)
-    ax.set_xscale("log")
-    ax.axvline(1.0, color="#444444", lw=0.8, ls="--", zorder=0)
-    for row in known.itertuples():
+    places = range(len(known) - 1, -1, -1)
+    figure, (reached, paid) = theme.panels(
+        2, columns=2, height=0.8 + 0.16 * len(known), sharey=True
+    )
+    for place, row in zip(places, known.itertuples(), strict=True):
         colour, marker = theme.look(str(row.optimizer))
-        ax.errorbar(
-            row.ratio_to_sgd, row.final, yerr=row.final_sd, color=colour, marker=marker, lw=0.8
-        )
-        ax.annotate(
-            str(row.optimizer),
-            (row.ratio_to_sgd, row.final),
-            xytext=(4, 3),
-            textcoords="offset points",
-            color=colour,
-            fontsize=7,
-        )
-    ax.margins(x=0.12)
-    ax.set_xlabel(LABELS["ratio_to_sgd"])
-    ax.set_ylabel(f"{LABELS.get(metric, metric)} at the end")
+        look: dict[str, Any] = {"color": colour, "marker": marker, "ls": ""}
+        reached.errorbar(row.final, place, xerr=row.final_sd, elinewidth=0.8, **look)
+        paid.plot([row.ratio_to_sgd], [place], **look)
+    reached.set_yticks(list(places), list(known["optimizer"]))
+    reached.set_xlabel(f"{LABELS.get(metric, metric)} at the end")
+    if metric in LOGARITHMIC:
+        reached.set_xscale("log")
+    paid.set_xscale("log")
+    paid.axvline(1.0, color="#444444", lw=0.8, ls="--", zorder=0)
+    paid.set_xlabel(LABELS["ratio_to_sgd"])
     theme.title(figure, "What an optimizer reaches, and what its steps cost")
     return figure

@@ -45,8 +45,9 @@ class Entry:
 class Settings:
     """Everything that determines the rows of a run, timings aside.
 
-    `examples` limits the training set, `test_examples` the test set. `compare_every` counts epochs
-    between measurements of the optimizers' blocks against the exact ones, on `compare_examples`.
+    `examples` limits the training set, `test_examples` the test set; `validation` holds out so many
+    training examples and tests on them instead, to choose settings by. `compare_every` counts
+    epochs between measurements of the optimizers' blocks, on `compare_examples`.
     """
 
     data: str = "digits"
@@ -63,6 +64,7 @@ class Settings:
     schedule: str = "constant"
     examples: int | None = None
     test_examples: int | None = None
+    validation: int | None = None
     augment: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -70,7 +72,7 @@ class Settings:
     compare_examples: int = 256
 
     def __post_init__(self) -> None:
-        counts = ["epochs", "batch_size", "examples", "test_examples", "layers"]
+        counts = ["epochs", "batch_size", "examples", "test_examples", "validation", "layers"]
         counts += ["compare_every", "compare_examples"]
         for name in counts:
             value = getattr(self, name)

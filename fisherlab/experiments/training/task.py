@@ -32,19 +32,30 @@ class Task:
         self.dataset = datasets.load(settings.data)
         self.card = self.dataset.card
         self.autoencoder = settings.model == "autoencoder"
-        self.x, self.y = self._placed(self.dataset.train.tensors)
-        if settings.examples is not None and settings.examples < len(self.x):
-            chosen = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
-            chosen = chosen[: settings.examples].to(self.x.device)
-            self.x, self.y = self.x[chosen], self.y[chosen]
-        x, y = self._placed(self.dataset.test.tensors)
-        # the first ones, to which the references of a translation belong
-        self.test = x[: settings.test_examples], y[: settings.test_examples]
+        self.x, self.y, self.test = self._split()
         if settings.augment and self.x.ndim != 4:
             raise SettingsError(f"--augment crops and flips images; {settings.data} has none")
         self.batch_size = min(settings.batch_size, len(self.x))
         self.steps_per_epoch = len(self.x) // self.batch_size
         self._check_fit()
+
+    def _split(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Training inputs and targets, and what the metrics are measured on."""
+        s = self.settings
+        x, y = self._placed(self.dataset.train.tensors)
+        x_test, y_test = self._placed(self.dataset.test.tensors)
+        # the first ones, to which the references of a translation belong
+        test = x_test[: s.test_examples], y_test[: s.test_examples]
+        held = s.validation or 0
+        if held >= len(x):
+            raise SettingsError(f"--validation {held} leaves none of {len(x)} training examples")
+        if not held and (s.examples or len(x)) >= len(x):
+            return x, y, test
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+        if held:  # the end of the order, so that fewer examples from its start never meet them
+            test = x[order[-held:]], y[order[-held:]]
+        chosen = order[: len(x) - held][: s.examples]
+        return x[chosen], y[chosen], test
 
     def _placed(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x, y = tensors
@@ -106,7 +117,8 @@ class Task:
             return "rmse"
         if self.y.ndim == 1:
             return "accuracy"
-        return "bleu" if self.dataset.references else "perplexity"
+        translation = self.dataset.references and not self.settings.validation
+        return "bleu" if translation else "perplexity"
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Indices, inputs and targets of an epoch's whole batches; the rest is left out."""
