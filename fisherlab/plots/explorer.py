@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import html
-import io
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fisherlab import approximations as registry
@@ -80,7 +77,7 @@ class Explorer:
 
     def look(
         self, layer: str | None = None, approximation: str | None = None, damping: float = 1e-2
-    ) -> Figure:
+    ) -> theme.Picture:
         """Spectra, overlap of leading eigenvectors and direction over damping, of one choice."""
         layer = layer or self.layers[0]
         approximation = approximation or self.approximations[0]
@@ -108,7 +105,7 @@ class Explorer:
 
         def show(_: Any = None) -> None:
             try:
-                picture.value = as_html(self.look(layer.value, method.value, damping.value))
+                picture.value = self.look(layer.value, method.value, damping.value)._repr_html_()
             except BlockError as error:
                 picture.value = f"<p>{html.escape(str(error))}</p>"
 
@@ -118,12 +115,12 @@ class Explorer:
         return ipywidgets.VBox([ipywidgets.HBox([layer, method, damping]), picture])
 
     def _ipython_display_(self) -> None:
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        display(self.widgets() if interactive() else HTML(self._repr_html_()))
+        display(self.widgets() if interactive() else self.look())
 
     def _repr_html_(self) -> str:
-        return as_html(self.look())
+        return self.look()._repr_html_()
 
     def __repr__(self) -> str:
         return (
@@ -153,15 +150,6 @@ def interactive() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-def as_html(figure: Figure) -> str:
-    """A figure as an `<img>` with everything inside, no wider than its cell."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = b64encode(buffer.getvalue()).decode()
-    title = html.escape(figure.get_suptitle())
-    return f'<img style="max-width:100%" alt="{title}" src="data:image/png;base64,{data}">'
-
-
 @theme.themed
 def _draw(
     layer: str,
@@ -172,7 +160,7 @@ def _draw(
     cosines: Sequence[float],
     damping: float,
     numbers: dict[str, float],
-) -> Figure:
+) -> theme.Picture:
     figure, (left, middle, right) = theme.panels(3, columns=3, height=2.3)
     if values:
         draw_spectrum(left, values)

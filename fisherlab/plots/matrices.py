@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+
+from fisherlab.plots.theme import Picture
 
 # One map for what has a sign, one for what has none; both read in grey and by the colour-blind.
 SIGNED, POSITIVE = "RdBu_r", "viridis"
@@ -18,12 +19,12 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 
 def multiples(
     count: int, columns: int, size: float, extra: float = 0.3
-) -> tuple[Figure, list[Axes]]:
+) -> tuple[Picture, list[Axes]]:
     """A figure of `count` square axes of `size` inches in rows of `columns`."""
     across = min(count, columns)
     down = -(-count // across)
     shape = (across * size + 0.9, down * (size + extra) + 0.5)
-    figure = Figure(figsize=shape, layout="constrained")
+    figure = Picture(figsize=shape, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel().tolist()
     for spare in axes[count:]:
         spare.remove()
