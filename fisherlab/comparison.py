@@ -1,4 +1,4 @@
-"""`compare`: every approximation x layer x damping against the exact block, in one pass over the layers."""
+"""`compare`: every approximation x layer x damping against the exact block, layer by layer."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Comparison:
             return ""
         share = self.frame["diagonal_share"].median()
         text = (
-            f"{share:.0%} of ||F||^2 is the diagonal of the Gram matrix, i.e. sampling noise of this "
-            "batch: in-sample errors mostly measure the batch"
+            f"{share:.0%} of ||F||^2 is the diagonal of the Gram matrix, i.e. sampling noise of "
+            "this batch: in-sample errors mostly measure the batch"
         )
         if self.leading == "population_error":
             return text + ", so the table leads with the population error."
@@ -173,14 +173,14 @@ def compare(
     `approximations`: names or instances, or a dict name -> approximation, block or
     callable(layer) -> block; a dict layer -> block, as `opt.blocks()` hands out, is one
     preconditioner. Default: everything registered that one capture can build.
-    `fisher_type`: default exact up to 20 outputs, else mc (empirical for a criterion without a known
-    distribution). `dampings` are relative to `tr F / N` of each layer.
+    `fisher_type`: default exact up to 20 outputs, else mc (empirical for a criterion without a
+    known distribution). `dampings` are relative to `tr F / N` of each layer.
     `reference`: unseen examples `(x, y)` or a loader for the population error, or the name of a
     Fisher type to measure against on the same batch. `memory` bounds the weight-sharing form of a
     layer in bytes.
 
-    Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input; an
-    approximation that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
+    Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input;
+    one that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
     `Interrupted` with what was measured.
     """
     batches = _batches(x, y)

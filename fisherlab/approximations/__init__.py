@@ -1,4 +1,4 @@
-"""Approximations of a layer's Fisher block: one paper, one file; defining the class registers it."""
+"""Approximations of a layer's Fisher block: one paper, one file; a class registers itself."""
 
 import importlib
 import pkgutil

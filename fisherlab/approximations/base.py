@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
@@ -54,7 +53,7 @@ class Means(Mapping[str, Tensor]):
         return self._blocks[approximation]
 
 
-class Approximation(ABC):
+class Approximation:
     """An approximation of a layer's Fisher block: the sums it needs and the block their means make.
 
     It never divides by the number of examples, never remembers and never loops over batches:
@@ -90,7 +89,7 @@ class Approximation(ABC):
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
         """Terms additive over examples, output vectors, chunks, batches and ranks."""
-        raise NotImplementedError(f"{type(self).__name__} has no running sums")  # pragma: no cover
+        raise BlockError(f"{type(self).__name__} has no running sums; define `sums(layer)`")
 
     def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The expensive part made of the means (eigenvectors, inverses); has its own interval."""
@@ -110,17 +109,18 @@ class Approximation(ABC):
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
         """The approximate block."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no block of means"
-        )  # pragma: no cover
+        raise BlockError(
+            f"{type(self).__name__} makes no block of means; define `block(means, basis, "
+            "corrections)`, or `additive = False` and `of_batch(layers)`"
+        )
 
     def damped(self, block: Block, damping: float) -> Block:
-        """The preconditioner `(block + damping I)^exponent`, or wherever the paper puts the damping."""
+        """The preconditioner `(block + damping I)^exponent`, or damped where the paper puts it."""
         return block.power(self.exponent, damping)
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         """The block of captures that cannot be reduced to sums (`additive = False`)."""
-        raise NotImplementedError(f"{type(self).__name__} is additive")  # pragma: no cover
+        raise BlockError(f"{type(self).__name__} is made of sums; call `block` on their means")
 
     def __call__(self, *layers: LayerCapture) -> Block:
         """The block of one batch, of chunks of it, or of many batches: the same number."""

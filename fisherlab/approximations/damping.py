@@ -3,7 +3,7 @@
 Where (`methods.md` 5):
 
     tikhonov     (F + lambda I)^p
-    factored     (G + sqrt(lambda)/pi I)^p (x) (A + pi sqrt(lambda) I)^p      Martens & Grosse 2015, 6.3
+    factored     (G + sqrt(lambda)/pi I)^p (x) (A + pi sqrt(lambda) I)^p  Martens & Grosse 2015, 6.3
     factorwise   (G + lambda I)^p (x) (A + lambda I)^p                        ANG (8)
     eigenvalue   the products of the factors' eigenvalues, each + lambda: for a Kronecker product
                  the same matrix as tikhonov, named as FNGD VI and [21] run KFAC
@@ -41,7 +41,7 @@ def check_placement(placement: str) -> None:
 def place(
     block: Kronecker, exponent: float, damping: float, placement: str, pi: float | None = None
 ) -> Block:
-    """A Kronecker block raised to `exponent` with the damping at `placement`; `pi` None: by traces."""
+    """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: by traces."""
     check_placement(placement)
     if placement == "factored":
         ratio = trace_ratio_pi(block.G, block.A) if pi is None else pi

@@ -18,7 +18,7 @@ from fisherlab.extract import LayerCapture
 
 @dataclass(frozen=True)
 class EigenCorrected(Approximation):
-    """`F ~ Q diag(Lambda) Q^T`,  `Q = Q_G (x) Q_A` of `factors`,  `Lambda = (1/M) sum_r (Q^T u_r)^2`.
+    """`F ~ Q diag(Lambda) Q^T`, `Q = Q_G (x) Q_A` of `factors`, `Lambda = (1/M) sum_r (Q^T u_r)^2`.
 
     `Lambda` is the best diagonal in its basis (George et al. 2018). Corrections known in an old
     basis are carried over by `Lambda <- (Q_G'^T Q_G)^2 Lambda ((Q_A'^T Q_A)^2)^T`, entrywise

@@ -16,7 +16,7 @@ from fisherlab.extract import LayerCapture
 class Eva(Approximation, name="eva"):
     """`F ~ (gbar gbar^T) (x) (abar abar^T)`.      FNGD fig. 2; Zhang et al. 2023.
 
-    `abar = mean_{n,t} a`, `gbar = mean_n sum_t g` at the *observed* labels, whatever the Fisher type:
+    `abar = mean_{n,t} a`, `gbar = mean_n sum_t g` at the *observed* labels for every Fisher type:
     under mc the mean gradient has expectation 0, under exact its columns have no sign.
     """
 

@@ -30,7 +30,7 @@ class Exact(Approximation, name="exact"):
 
 
 def _joined(layers: tuple[LayerCapture, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of every capture side by side; fewer positions or columns are filled with zeros."""
+    """The columns of every capture side by side; missing positions or columns are zeros."""
     m = max(layer.columns_per_example for layer in layers)
     t = max(layer.positions for layer in layers)
     a = [F.pad(x, (0, 0, 0, t - x.shape[1])) for x in (layer.inputs for layer in layers)]

@@ -18,7 +18,7 @@ from fisherlab.extract import LayerCapture
 class KBFGS(Approximation, name="kbfgs"):
     """`F^{-1} ~ H_g (x) H_a`, each kept by BFGS.      NGM section 3; Goldfarb et al. 2020.
 
-    `H_a` starts at `(A + sqrt(lambda) I)^{-1}` and takes the pair `s = H_a E[a]`, `y = A_LM s`; `H_g`
+    `H_a` starts at `(A + sqrt(lambda) I)^{-1}`, takes the pair `s = H_a E[a]`, `y = A_LM s`; `H_g`
     starts at I and takes the change of the mean pre-activation and of its gradient over a step,
     from a second pass on the same batch (`LayerCapture.after`), doubly damped. `H_g` tracks a
     Hessian of signed means, not `E[g g^T]`, so it cannot be built from one capture, and the damping
@@ -91,7 +91,7 @@ def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 
 def double_damping(H: Tensor, s: Tensor, y: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """A pair with `s.y >= 0.2 y.H y` and then `s.y >= mu s.s`.      Goldfarb et al. 2020, Alg. 2."""
+    """A pair with `s.y >= 0.2 y.H y` and then `s.y >= mu s.s`.  Goldfarb et al. 2020, Alg. 2."""
     Hy = H @ y
     sy, yHy = s @ y, y @ Hy
     if sy < 0.2 * yHy:

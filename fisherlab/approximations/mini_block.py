@@ -18,7 +18,7 @@ from fisherlab.extract import LayerCapture
 class MiniBlock(Approximation, name="mini_block"):
     """`F ~ blockdiag`, the exact restriction of `F`.      FNGD fig. 2; Bahamou et al. 2022 (MBF).
 
-    Linear: one `[i, i]` block per output row. Convolution: one `[k, k]` block per pair of output and
+    Linear: one `[i, i]` block per output row. Convolution: one `[k, k]` per pair of output and
     input channel, k the kernel's size, the bias a block of its own. `shared=True` gives every row
     (every pair) of the layer the mean of its blocks.
 

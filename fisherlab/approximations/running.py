@@ -1,4 +1,4 @@
-"""The only place that divides, remembers or reduces: means of sums, over chunks, batches, ranks, time."""
+"""The only place that divides, remembers or reduces: means over chunks, batches, ranks, time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Memo:
         return self._means[origin]
 
     def _input_space(self) -> Tensor | None:
-        """A basis of the inputs of one whole batch, where they span clearly less than their space."""
+        """A basis of the inputs of one whole batch, if they span clearly less than their space."""
         if len(self.layers) > 1 or self.memory is not None:
             return None
         return self.layers[0].columns.input_space
@@ -87,7 +87,9 @@ class Memo:
 
 
 class Running:
-    """Means of an approximation's sums over time: `mean = S / c`, `S <- decay S + s`, `c <- decay c + n`.
+    """Means of an approximation's sums over time.
+
+    `mean = S / c`, `S <- decay S + s`, `c <- decay c + n`.
 
     A sum travels with the number of loss terms it covers and both decay together, so the first
     estimate is the first estimate and a short batch counts less. Sums, basis and corrections are

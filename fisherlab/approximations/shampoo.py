@@ -16,12 +16,12 @@ from fisherlab.extract import LayerCapture
 
 @dataclass(frozen=True)
 class Shampoo(Approximation, name="shampoo"):
-    """`F ~ L^{1/2} (x) R^{1/2}`,  `L = (1/M) sum D D^T`, `R = (1/M) sum D^T D`.      Gupta et al. 2018.
+    """`F ~ L^{1/2} (x) R^{1/2}`,  `L = (1/M) sum D D^T`, `R = (1/M) sum D^T D`.  Gupta et al. 2018.
 
     form="squared": `L (x) R / tr L` (Morwani et al. 2024), which is TKFAC with partial traces.
     statistics="per_example" takes the second moments of per-example gradients;
     statistics="gradient" those of the mean gradient of a batch at the observed labels, as the
-    optimizer does. The optimizer applies the power -1/2: `(L + lambda)^{-1/4} V (R + lambda)^{-1/4}`,
+    optimizer does. That applies the power -1/2: `(L + lambda)^{-1/4} V (R + lambda)^{-1/4}`,
     the damping inside `L` and `R`.
     """
 

@@ -128,7 +128,7 @@ class Block(ABC):
         return values[-k:].flip(0), top.to(self.dtype)
 
     def leading_products(self, k: int, V: Tensor) -> Tensor:
-        """`<q_j, V_b>` of the k leading eigenvectors with each matrix of `V` `[b, o, i]`: `[k, b]`."""
+        """`<q_j, V_b>` of the k leading eigenvectors with every `V_b` of `[b, o, i]`: `[k, b]`."""
         _, vectors = self.leading(k)
         return vectors.flatten(1) @ V.to(vectors.dtype).flatten(1).mT
 

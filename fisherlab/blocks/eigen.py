@@ -192,7 +192,7 @@ class Eigen(Block):
         return torch.einsum("kbi,ik->kb", torch.einsum("ok,boi->kbi", q_G, V.to(self.dtype)), q_A)
 
     def _leading(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The k largest of the spectrum, and the two factors `[o, k]`, `[i, k]` of their vectors."""
+        """The k largest of the spectrum, and the factors `[o, k]`, `[i, k]` of their vectors."""
         k = min(k, self.spectrum.numel())
         values, flat = self.spectrum.double().flatten().topk(k)
         rows, columns = flat // self.Q_A.shape[1], flat % self.Q_A.shape[1]

@@ -128,7 +128,8 @@ class KroneckerSum(Block):
 
     `G_k` and `A_k` of a term are both symmetric or both antisymmetric, and the term is symmetric.
     A sum of two or more need not be positive semi-definite; `power` goes through the dense
-    form (refused past `DENSE_SPECTRUM`), takes negative eigenvalues as zero, and `clamped` says how much.
+    form (refused past `DENSE_SPECTRUM`), takes negative eigenvalues as zero, and `clamped` says
+    how much.
     """
 
     def __init__(self, G: Tensor, A: Tensor) -> None:

@@ -14,8 +14,8 @@ from fisherlab.blocks import Block
 def diagonalisation(X: Block, F: Block) -> Tensor:
     """`||diag(Q^T F Q)||^2 / ||F||^2` in [0, 1] for the eigenvectors `Q` of `X`; 0-d float64.
 
-    Kronecker eigenvectors for KFAC, TKFAC and their corrected forms, the identity for a diagonal; of
-    a low-rank form those of its range. 1 means that only the eigenvalues of `X` can be wrong.
+    Kronecker eigenvectors for KFAC, TKFAC and their corrected forms, the identity for a diagonal;
+    of a low-rank form those of its range. 1 means that only the eigenvalues of `X` can be wrong.
     """
     norm = F.squared_norm()
     energy = X.diagonal_of(F).double().square().sum()

@@ -1,9 +1,9 @@
 """What an approximate block does to a gradient: direction and quadratic-model decrease.
 
-`d = -P g` is the approximate natural-gradient step, `P = (X + lambda I)^{-1}` unless a preconditioner
-with the damping placed elsewhere is given; `d* = -(F + lambda I)^{-1} g` the exact one;
-`q(d) = g.d + d^T (F + lambda I) d / 2` the quadratic model. `g` is the gradient of the mean loss at the
-observed labels, `[o, i]`, whatever the Fisher type; `damping` is the absolute lambda.
+`d = -P g` is the approximate natural-gradient step, `P = (X + lambda I)^{-1}` unless a
+preconditioner with the damping placed elsewhere is given; `d* = -(F + lambda I)^{-1} g` the exact
+one; `q(d) = g.d + d^T (F + lambda I) d / 2` the quadratic model. `g` is the gradient of the mean
+loss at the observed labels, `[o, i]`, whatever the Fisher type; `damping` is the absolute lambda.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Step:
 
     @property
     def decrease_scaled(self) -> Tensor:
-        """`(g.d)^2 / (d^T (F + lambda) d  g^T (F + lambda)^{-1} g)` in [0, 1]: at the best length."""
+        """`(g.d)^2 / (d^T (F + lambda) d g^T (F + lambda)^{-1} g)` in [0, 1]: the best length."""
         return _ratio(self.slope.square(), -self.curvature * self.exact_slope)
 
 
@@ -58,7 +58,7 @@ def step(
     preconditioner: Block | None = None,
     exact: Tensor | None = None,
 ) -> Step:
-    """Both steps at once; `preconditioner` replaces `(X + damping I)^{-1}`, `exact` is `d*` if known."""
+    """Both steps; `preconditioner` replaces `(X + damping I)^{-1}`, `exact` is `d*` if known."""
     P = X.power(-1, damping) if preconditioner is None else preconditioner
     gradient = gradient.to(F.dtype)
     ours = -(P @ gradient)

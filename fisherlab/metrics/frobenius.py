@@ -17,8 +17,8 @@ def relative_error(X: Block, F: Block) -> Tensor:
     """`||X - F|| / ||F||`, from `||X||^2 - 2 <X, F> + ||F||^2`; 0-d float64.
 
     A result below 1e-4 is recomputed from the difference itself, row by row, where that is
-    affordable; elsewhere its noise is about 1e-8 in float64. A zero `F` gives 0 for a zero `X`, else
-    inf.
+    affordable; elsewhere its noise is about 1e-8 in float64. A zero `F` gives 0 for a zero `X`,
+    else inf.
     """
     norm = F.squared_norm()
     squared = X.squared_norm() - 2 * F.inner(X) + norm

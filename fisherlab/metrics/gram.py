@@ -35,7 +35,7 @@ def zero_gradients(F: HasGram) -> int:
 
 
 def class_means(correlation: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean correlation of distinct examples within a class and between classes; 0-d float64 each."""
+    """Mean correlation of distinct examples within a class and between classes, float64."""
     same = labels[:, None] == labels
     distinct = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return correlation[same & distinct].mean(), correlation[~same].mean()
@@ -49,7 +49,7 @@ def similarity(one: Tensor, two: Tensor) -> Tensor:
 
 
 def diagonal_share(F: HasGram) -> Tensor:
-    """Share of `||F||^2` on the diagonal of the Gram matrix: sampling noise of the batch; float64."""
+    """Share of `||F||^2` on the diagonal of the Gram matrix: sampling noise of the batch."""
     K = F.gram().double()
     total = K.square().sum()
     return torch.where(total > 0, K.diagonal().square().sum() / total, torch.ones_like(total))

@@ -1,7 +1,7 @@
 """Affine-invariant measures: what is left of the curvature after preconditioning.
 
-Both compare `X + lambda I` with `F + lambda I` and do not change under a linear change of the weights:
-1 and 0 mean that the preconditioned block is the identity.
+Both compare `X + lambda I` with `F + lambda I` and do not change under a linear change of the
+weights: 1 and 0 mean that the preconditioned block is the identity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHECK = 4  # steps between two looks at the Ritz value
 
 
 def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
-    """`tr(P F_l) - log det(P F_l) - N`, `P = (X + damping I)^{-1}`, `F_l = F + damping I`; 0-d float64.
+    """`tr(P F_l) - log det(P F_l) - N`, `P = (X + damping I)^{-1}`, `F_l = F + damping I`; float64.
 
     Twice the Kullback-Leibler divergence between `N(0, F_l)` and `N(0, X + damping I)`: 0 if they
     agree. `tr(P F) + damping tr P - log det F_l + log det (X + damping I) - N`, all in closed form.
@@ -81,7 +81,7 @@ def _affordable(X: Block, F: Block) -> bool:
 def _largest(A: Block, B_inverse: Block) -> Tensor:
     """The largest `theta` of `A v = theta B v`, by Lanczos in the inner product of `B^{-1}`.
 
-    The basis `P = B Q` is orthonormal in `B^{-1}`, fully reorthogonalised; no root of `B` is needed.
+    The basis `P = B Q` is orthonormal in `B^{-1}`, fully reorthogonalised; `B` needs no root.
     """
     generator = torch.Generator().manual_seed(0)
     residual = torch.randn(A.shape, generator=generator, dtype=torch.float64).to(A.device)

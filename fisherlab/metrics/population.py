@@ -1,7 +1,7 @@
 """The error against the population's block, unbiased by the sampling noise of a mini-batch.
 
-A mini-batch block is mostly its own noise: `||F||^2` holds the squared norms of single examples. With
-per-example blocks `F_n = sum_m u_mn u_mn^T` of a reference the approximation has not seen,
+A mini-batch block is mostly its own noise: `||F||^2` holds the squared norms of single examples.
+With per-example blocks `F_n = sum_m u_mn u_mn^T` of a reference the approximation has not seen,
 
     ||E F_n||^2       = mean_{n != k} <F_n, F_k>            a U-statistic of the off-diagonal Gram
     <E F_n, X>        = mean_n <F_n, X>

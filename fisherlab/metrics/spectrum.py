@@ -11,7 +11,7 @@ from fisherlab.blocks import Block
 
 
 def effective_rank(F: Block) -> Tensor:
-    """`exp(entropy of eigenvalues / tr F)`, between 1 and the rank; 0-d float64, 0 for a zero block."""
+    """`exp(entropy of eigenvalues / tr F)`, between 1 and the rank; 0-d float64, 0 if `F = 0`."""
     values = F.eigenvalues().clamp(min=0)
     total = values.sum()
     if total == 0:
