@@ -1,4 +1,4 @@
-"""Runnable optimizers: one for every approximation, and those that are more than a preconditioner."""
+"""Optimizers: one for every approximation, and those that are more than a preconditioner."""
 
 from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
 from fisherlab.optim.create import create, names

@@ -28,10 +28,10 @@ class ANG(NaturalGradient):
         rho = |d|,   Omega = arccos(d.t / (|d| |t|)),   s from 0 (natural) to 1 (Euclidean)
 
     ANG (5)-(7), Alg. 2; linear blending where Omega vanishes, `t` where `d.t < 0`. `s` follows
-    `schedule` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`.
-    The amplitude stays `rho` (`"natural"`, the paper): at s = 1 the step is `(|d|/|t|) t`, SGD with a
-    layer-wise factor, kept in `factors`; `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer"
-    (Alg. 2) or "global", over all layers together.
+    `schedule` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over
+    `total_steps`. The amplitude stays `rho` (`"natural"`, the paper): at s = 1 the step is
+    `(|d|/|t|) t`, SGD with a layer-wise factor, kept in `factors`; `"blended"` takes
+    `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or "global", over all layers together.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ def blended(d: Tensor, t: Tensor, s: float, amplitude: str = "natural") -> Tenso
 
 
 class TruncatedNaturalGradient(NaturalGradient):
-    """The natural gradient until `switch_step`, then SGD with a fresh momentum buffer.      ANG 3.1.
+    """The natural gradient until `switch_step`, then SGD with a fresh momentum buffer.    ANG 3.1.
 
-    The paper states neither learning rate nor buffer after the switch: the schedule goes on and the
-    buffer, whose velocity has another scale, is emptied.
+    The paper states neither learning rate nor buffer after the switch: the schedule goes on and
+    the buffer, whose velocity has another scale, is emptied.
     """
 
     def __init__(

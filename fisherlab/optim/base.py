@@ -1,4 +1,4 @@
-"""What every curvature optimizer shares: layers, groups, checks, and the step after preconditioning."""
+"""What every curvature optimizer shares: layers, groups, checks, the step after preconditioning."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Weight:
             return None
         found = {self.weight: self.weight.grad}
         if self.bias is not None:
-            no_gradient = self.bias.grad is None
-            found[self.bias] = torch.zeros_like(self.bias) if no_gradient else self.bias.grad
+            bias = self.bias.grad
+            found[self.bias] = torch.zeros_like(self.bias) if bias is None else bias
         return self.joined(found)
 
     def joined(self, tensors: dict[nn.Parameter, Tensor]) -> Tensor:
@@ -85,8 +85,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     its plain gradient. `weight_decay` is added to the direction (coupled, as `torch.optim.SGD`
     does) or, with `decoupled`, shrinks the parameter by `1 - lr weight_decay` (as AdamW does).
 
-    `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm of
-    all directions together; `kl_clip` scales them so that `lr^2 <direction, gradient> <= kl_clip`.
+    `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm
+    of all directions together; `kl_clip` scales them so that
+    `sum lr^2 <direction, gradient> <= kl_clip`.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:
-        """The preconditioned gradient of each parameter that has one; must not change parameters."""
+        """The preconditioned gradient of each parameter that has one; changes no parameter."""
 
     def remove(self) -> None:
         """Take the optimizer's hooks off the model."""
@@ -273,7 +274,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; refused before anything is changed if it is not one of this optimizer's."""
+        """Restore a state; one of another optimizer is refused before anything is changed."""
         if "fisherlab" not in state_dict:
             raise ValueError(
                 "this state was not saved by a FisherLab optimizer: no 'fisherlab' key"

@@ -32,6 +32,8 @@ Maker = Callable[..., torch.optim.Optimizer]
 # damping relative to the mean eigenvalue tr F / N of each layer's block, three times it for running
 # means and ten times for the block of a single batch, which the gradient of that batch overfits;
 DAMPING, BATCH_DAMPING = 3.0, 10.0
+# (a hundred times where such a block does not hold the batch's own gradient in its range);
+LOOSE_DAMPING = 100.0
 # and steps clipped to lr^2 <direction, gradient> <= 1e-4: as a batch is fitted its Fisher matrix
 # vanishes faster than its gradient, and a relative damping lets the step grow without bound.
 # Momentum 0.9 makes of it a KL divergence near 1e-2.
@@ -67,12 +69,13 @@ def _other(name: str) -> Maker:
     approximation = approximations.get(name)()
     if approximation.additive:
         return _natural(approximation)
-    return _natural(approximation, BATCH_DAMPING, **_OF_BATCH)
+    share = BATCH_DAMPING if name == "exact" else LOOSE_DAMPING
+    return _natural(approximation, share, **_OF_BATCH)
 
 
 def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     defaults = {"statistics_every": 10, "basis_every": 10}
-    make = _natural(KroneckerSum(), BATCH_DAMPING, **defaults)
+    make = _natural(KroneckerSum(), LOOSE_DAMPING, **defaults)
     optimizer = make(model, **options)
     assert isinstance(optimizer, NaturalGradient)
     for name, weight in optimizer.weights.items():
@@ -129,8 +132,8 @@ def names() -> list[str]:
 def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, its defaults overridden by `options`.
 
-    Raises `ValueError` for an unknown name (with the nearest) and `TypeError` for an option that the
-    method does not have.
+    Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
+    and `TypeError` for an option that the method does not have.
     """
     if name not in names():
         near = difflib.get_close_matches(name, names(), 3) or names()

@@ -21,13 +21,13 @@ FLAT = 0.05
 class FNGD(Woodbury):
     """Phase 1: `W <- W - lr U v`;  phase 2: `W <- W - lr U v~`, `v~` the mean of phase 1's `v`.
 
-    FNGD Alg. 1, (9), (14); details 1. For `coefficient_steps` steps (one epoch) each layer solves for
-    its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and no
-    inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary weight
-    gradient taken, the bias included.
+    FNGD Alg. 1, (9), (14); details 1. For `coefficient_steps` steps (one epoch) each layer solves
+    for its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and
+    no inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary
+    weight gradient taken, the bias included.
 
-    `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled loader
-    they average to a constant, and the run says once that it now is SGD), "example" (one per
+    `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled
+    loader they average to a constant, and the run says once that it now is SGD), "example" (one per
     data-set index, given by `set_batch(indices)` before each forward), "none" (NGD-SMW).
     `control=True` is the run to compare with: SGD with FNGD's per-layer factor `c_l = sum_n v~_n`.
     """
@@ -73,7 +73,7 @@ class FNGD(Woodbury):
     def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
         if not self.collecting:
             return self._shared(weight, len(g)).to(g.device)
-        rows = super().rows(weight, x, g)
+        rows = self.solve(weight, [(x, g)], self.scale.factor)
         self._fresh[weight.name] = rows
         return rows
 
@@ -174,7 +174,7 @@ class FNGD(Woodbury):
         return {name: self._mean(name) for name in self._sums}
 
     def summary(self) -> pd.DataFrame:
-        """Per layer: the factor `c_l = sum v~` on SGD's step, the spread of `M v~`, and the damping.
+        """Per layer: the factor `c_l = sum v~` on SGD's step, the spread of `M v~`, the damping.
 
         The spread is over slots (or data-set indices); the damping is that of the last solve.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fisherlab.optim.scale import OptimizerError
 
 
 class KBFGSOptimizer(NaturalGradient):
-    """`W <- W - lr H_g m H_a`, `m` the EMA (`gradient_decay`) of the gradient.      Goldfarb et al. 2020.
+    """`W <- W - lr H_g m H_a`, `m` the EMA (`gradient_decay`) of the gradient.  Goldfarb 2020.
 
     `step(closure)` needs a closure that zeroes the gradients, computes the loss on the *same* batch
     and calls `backward()`: it is run before the step and once more after it, for the pair
@@ -40,6 +40,7 @@ class KBFGSOptimizer(NaturalGradient):
             if options.pop(name, 1) not in (1, None):
                 raise ValueError(f"K-BFGS updates at every step; {name} cannot be changed")
         approximation = approximation or KBFGS(damping=damping)
+        self.root = approximation.damping**0.5
         options.setdefault("momentum", 0.0)
         super().__init__(
             model,
@@ -100,13 +101,12 @@ class KBFGSOptimizer(NaturalGradient):
                 layer = layers[0]
                 a, t = layer.inputs, layer.positions
                 A = second_moment(a) / (a.shape[0] * t)
-                root = self.approximation.damping**0.5
                 eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-                H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + root * eye))
+                H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + self.root * eye))
                 H_g = torch.eye(layer.shape[0], dtype=A.dtype, device=A.device)
                 self._preconditioners[key] = Kronecker(H_g, H_a)
                 self._blocks[key] = FromInverse(self._preconditioners[key])
-                self._lambdas[name] = self.approximation.damping
+                self._lambdas[name] = self.root**2
 
     def _step_of(self, name: str, gradient: Tensor) -> Tensor:
         mean = self._mean_gradient.get(name)
@@ -123,7 +123,7 @@ class KBFGSOptimizer(NaturalGradient):
         running.update(*pairs)
         if not running.basis:
             # the first update starts from the inverses that took the first step
-            start = self._preconditioners[key]
+            start = cast(Kronecker, self._preconditioners[key])
             running.basis = {"H_a": start.A, "H_g": start.G}
         running.refresh_basis()
         self._blocks[key] = running.block()

@@ -24,17 +24,18 @@ class NaturalGradient(CurvatureOptimizer):
     """`W <- W - lr (F~ + lambda I)^{exponent} dW`, for any approximation `F~` of the Fisher blocks.
 
     `damping`: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`
-    (`approximations.damping`). `fisher_type` "empirical", "mc" (columns drawn from the model, on the
-    graph of the loop's own forward) or "exact". Statistics are refreshed every `statistics_every`
-    steps (T_FIM), the basis and the damped inverse every `basis_every` (T_EIG, T_INV), corrected
-    eigenvalues every `corrections_every` (T_RE; None: with the statistics), all at step 0.
+    (`approximations.damping`). `fisher_type` "empirical", "mc" (columns drawn from the model, on
+    the graph of the loop's own forward) or "exact". Statistics are refreshed every
+    `statistics_every` steps (T_FIM), the basis and the damped inverse every `basis_every` (T_EIG,
+    T_INV), corrected eigenvalues every `corrections_every` (T_RE; None: with the statistics), all
+    at step 0.
     `statistics_examples` uses the first rows of a batch only. `graft` gives each layer's step the
     length of its gradient.
 
     `criterion` may be left out for softmax cross entropy with one term per example, which is
     recognised; otherwise pass the very object the loop calls. Parameters without a block
-    (normalisation, embeddings) take the plain gradient. On networks with batch norm in training mode
-    `g = M dL/ds` holds cross-example terms, as in every hook-based K-FAC.
+    (normalisation, embeddings) take the plain gradient. On networks with batch norm in training
+    mode `g = M dL/ds` holds cross-example terms, as in every hook-based K-FAC.
 
     Create it before `torch.compile`. `p.grad` is read, never changed.
     """
@@ -115,6 +116,7 @@ class NaturalGradient(CurvatureOptimizer):
                 generator=generator,
                 examples=statistics_examples,
                 slopes="outputs" in approximation.needs,
+                biased={name for name, w in self.weights.items() if w.bias is not None},
             )
             self.recorder.wanted = True
             self.hooked.append(self.recorder)

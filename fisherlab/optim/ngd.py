@@ -69,6 +69,7 @@ class NGD(CurvatureOptimizer):
             fisher_type=fisher_type,
             mc_samples=mc_samples,
             generator=generator,
+            biased={name for name, weight in self.weights.items() if weight.bias is not None},
         )
         self.recorder.wanted = True
         self.hooked.append(self.recorder)
@@ -143,7 +144,7 @@ class NGD(CurvatureOptimizer):
         )
 
     def summary(self) -> pd.DataFrame:
-        """Per layer, of the last step: damping, relative to `tr F / N` too, eigenvalues above it."""
+        """Per layer, of the last step: damping, relative too, and the eigenvalues above it."""
         return last_steps(self._last, self.steps)
 
 

@@ -1,17 +1,17 @@
 """The pair (a, g) of every layer, taken in the user's own forward and backward.
 
-Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input, so a
-forward without a backward leaves nothing behind and an evaluation pass between two steps disturbs
-nothing. The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
-recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would give a
-Fisher matrix that is c^2 off without any error.
+Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input,
+so a forward without a backward leaves nothing behind and an evaluation pass between two steps
+disturbs nothing. The factor between `dL` and the per-example loss is read off the criterion's own loss
+tensor, or recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would
+give a Fisher matrix that is c^2 off without any error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class _Pass:
 
 
 def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that an optimizer preconditions; a weight tied to another kind of layer is plain."""
+    """The modules that an optimizer preconditions; a weight tied to another kind is plain."""
     found = choices(model)
     byname = {choice.name: choice for choice in found}
     modules = {c.name: c.module for c in found if c.status == "exact"}
@@ -89,8 +89,9 @@ class Recorder:
         generator: torch.Generator | None = None,
         examples: int | None = None,
         slopes: bool = False,
+        biased: Collection[str],
     ) -> None:
-        self.modules, self.criterion = modules, criterion
+        self.modules, self.biased, self.criterion = modules, biased, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.slopes = examples, slopes
@@ -186,7 +187,7 @@ class Recorder:
             # mc and exact vectors depend on the labels through nothing but their shape
             is_class = isinstance(criterion, nn.CrossEntropyLoss)
             labels = free.argmax(1) if is_class else torch.zeros_like(free)
-        M, rows = len(current.output), len(free)
+        M, rows = len(cast(Tensor, current.output)), len(free)
         if rows != M and self.fisher_type == "exact":
             raise OptimizerError(
                 f"the criterion sees {rows} rows for {M} examples, so the exact columns of one "
@@ -242,7 +243,7 @@ class Recorder:
             owner = owners.setdefault(id(module.weight), name)
             calls = [c for c in one.calls.get(name, []) if c.gradient is not None]
             joined.setdefault(owner, []).extend(calls)
-        found = {}
+        found: dict[str, LayerCapture] = {}
         for name, calls in joined.items():
             if calls:
                 found |= self._layer(name, calls, factor, one)
@@ -252,22 +253,24 @@ class Recorder:
         self, name: str, calls: list[_Call], factor: float, one: _Pass
     ) -> dict[str, LayerCapture]:
         module = self.modules[name]
-        expected = one.output.shape[0] if self.examples is None else None
+        batch = len(cast(Tensor, one.output))
+        expected = batch if self.examples is None else None
         for index, call in enumerate(calls):
             rows = call.raw_input.shape[0]
             if call.raw_input.ndim < 2 or (expected is not None and rows != expected):
                 raise CaptureError(
                     f"call {index} of layer {name!r} received {tuple(call.raw_input.shape)} in a "
-                    f"batch of {one.output.shape[0]}: the first axis must be the example"
+                    f"batch of {batch}: the first axis must be the example"
                 )
-        labels = tuple(_wide(call.gradient) * factor for call in calls)
+        labels = tuple(_wide(cast(Tensor, call.gradient)) * factor for call in calls)
         if self.fisher_type == "empirical":
             columns = tuple(g[None] for g in labels)
         else:
             columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
-        bias = module.bias is not None and module.bias.requires_grad
+        bias = name in self.biased
         groups = getattr(module, "groups", 1)
-        pre = [c.graph.preactivation if c.graph else None for c in calls]
+        pre = [c.graph.preactivation for c in calls if c.graph is not None]
+        known = self.slopes and all(value is not None for value in pre)
         return {
             f"{name}:{k}" if groups > 1 else name: LayerCapture(
                 name=name,
@@ -280,7 +283,7 @@ class Recorder:
                 raw_label_gradients=labels,
                 raw_outputs=tuple(_wide(call.output) for call in calls),
                 activation=one.activations.get(name),
-                raw_preactivations=tuple(pre) if self.slopes and None not in pre else None,
+                raw_preactivations=cast(tuple[Tensor, ...], tuple(pre)) if known else None,
                 fisher_type=self.fisher_type,
             )
             for k in range(groups)
@@ -288,6 +291,7 @@ class Recorder:
 
     def _factor(self, one: _Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
+        assert one.output is not None
         return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
 
 

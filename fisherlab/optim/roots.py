@@ -37,9 +37,9 @@ def newton_schulz(
 ) -> Roots:
     """`Y <- Y (3 I - Z Y)/2`, `Z <- (3 I - Z Y)/2 Z` from `Y = S/||S||`, `Z = I`.      SNGD (15).
 
-    `S^{1/2} = sqrt(||S||) Y`, `S^{-1/2} = Z / sqrt(||S||)`. The paper omits the scaling (`scale=False`),
-    without which an eigenvalue above 3 diverges or ends at minus the root. Where the residual stops
-    falling above 100 times the tolerance, `eigh` finishes the work.
+    `S^{1/2} = sqrt(||S||) Y`, `S^{-1/2} = Z / sqrt(||S||)`. The paper omits the scaling
+    (`scale=False`), without which an eigenvalue above 3 diverges or ends at minus the root. Where
+    the residual stops falling above 100 times the tolerance, `eigh` finishes the work.
     """
     tolerance = tolerance or 4 * torch.finfo(S.dtype).eps * len(S)
     norm = S.norm() if scale else torch.ones_like(S.norm())
@@ -77,7 +77,7 @@ def denman_beavers(S: Tensor, tolerance: float | None = None, iterations: int = 
 
 
 def nystroem(S: Tensor, rank: int, eps: float) -> Roots:
-    """Roots of `C W^+ C^T + eps I` from the `rank` columns with the largest diagonal of `S - eps I`.
+    """Roots of `C W^+ C^T + eps I` from `rank` columns, those of the largest diagonal of `S`.
 
     Named in the SNGD paper for wide layers and specified nowhere; the landmark rule is ours.
     """

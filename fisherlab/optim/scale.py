@@ -27,7 +27,7 @@ def scale_factor(
 ) -> float:
     """From the criterion's own loss tensor where it was seen, else from the output's gradient."""
     if loss_scale is not None:
-        mean = fisher.reduction_of(criterion) == "mean"
+        mean = criterion is not None and fisher.reduction_of(criterion) == "mean"
         return (len(output) if mean else 1.0) / float(loss_scale)
     if output_gradient is None:
         raise OptimizerError(
@@ -40,23 +40,23 @@ def scale_factor(
 def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | None = None) -> float:
     """`1 / kappa` for `dL/df = kappa (p - onehot(y))`, summed terms scaled as `criterion` says.
 
-    kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError` when
-    the gradient is not that of softmax cross entropy, or when an output has several terms and no
-    criterion says whether they are averaged.
+    kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError`
+    when the gradient is not that of softmax cross entropy, or when an output has several terms and
+    no criterion says whether they are averaged.
     """
     criterion = fisher.as_module(criterion) if criterion is not None else None
     if criterion is not None and not isinstance(criterion, nn.CrossEntropyLoss):
         raise OptimizerError(
-            f"the scale of the loss cannot be read off its gradient for {type(criterion).__name__}; "
-            "call the very `criterion` object given to the optimizer in the training loop, so that "
-            "its loss can be followed"
+            "the scale of the loss cannot be read off its gradient for "
+            f"{type(criterion).__name__}; call the very `criterion` object given to the optimizer "
+            "in the training loop, so that its loss can be followed"
         )
     if output.ndim < 2 or output.shape[1] < 2:
         raise OptimizerError(_ASK)
     if not bool(torch.isfinite(gradient).all()):
         raise OptimizerError(
-            "the gradient at the model's output has NaN or inf entries: the loss has diverged, or the "
-            "data or the model hold such values"
+            "the gradient at the model's output has NaN or inf entries: the loss has diverged, or "
+            "the data or the model hold such values"
         )
     f, G = output.double(), gradient.double()
     smoothing = 0.0 if criterion is None else criterion.label_smoothing

@@ -1,18 +1,19 @@
 """SNGD's network: layers `x -> f(w' G^{-1/2} x)` with the local Fisher as a parametrization.
 
-`W = w' G^{-1/2}` acts on the weight, not on the patches, so a convolution costs one small product more.
-One gradient step on `w'` is one natural-gradient step on `W` for the fixed `G` (Proposition 1).
+`W = w' G^{-1/2}` acts on the weight, not on the patches, so a convolution costs one small product
+more. One gradient step on `w'` is one natural-gradient step on `W` for the fixed `G` (Prop. 1).
 `fl.optim.create("sngd", model)` takes the same step from the optimizer's side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract.layer import Geometry
@@ -30,6 +31,10 @@ class LocalFisher(nn.Module):
     passes (`decay`, from I), buffers outside the backward pass; `eps = eps_relative tr(nu A)`.
     """
 
+    G: Tensor
+    root: Tensor
+    inverse: Tensor
+
     def __init__(
         self,
         module: nn.Module,
@@ -44,10 +49,11 @@ class LocalFisher(nn.Module):
         self.activation, self.method, self.decay = activation, method, decay
         self.eps, self.rank = eps, rank
         size = self.geometry.in_features + self.geometry.bias
-        options = {"dtype": module.weight.dtype, "device": module.weight.device}
-        eye = torch.eye(size, **options)
+        weight = cast(Tensor, module.weight)
+        eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
         for name in ("G", "root", "inverse"):
             self.register_buffer(name, eye.clone())
+        self.handles: list[RemovableHandle] = []
 
     def observe(self, x: Tensor, s: Tensor) -> None:
         """Blend one batch of inputs and pre-activations into the running `nu A`."""
@@ -136,11 +142,11 @@ def reconstruct(
         if parametrize.is_parametrized(module) or getattr(module, "groups", 1) > 1:
             continue
         fisher = LocalFisher(module, found.get(name), method, decay, eps, rank)
-        weight, bias = module.weight, module.bias
+        weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
         parametrize.register_parametrization(module, "weight", _WeightOf(fisher, bias))
         if bias is not None:
             parametrize.register_parametrization(module, "bias", _BiasOf(fisher, weight))
-        fisher.handle = module.register_forward_hook(_observer(fisher))
+        fisher.handles.append(module.register_forward_hook(_observer(fisher)))
     if optimizer is not None:
         count = [0]
 
@@ -182,9 +188,7 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     for module, fisher in local_fishers(model).values():
         roots = fisher.roots()
         change = fisher.inverse @ roots.root
-        weight = module.parametrizations.weight.original
-        has_bias = parametrize.is_parametrized(module, "bias")
-        bias = module.parametrizations.bias.original if has_bias else None
+        weight, bias = _originals(module)
         _transform(weight, bias, change)
         if optimizer is not None:
             buffers = [
@@ -195,6 +199,13 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
                 _transform(buffers[0], buffers[1], change)
         fisher.root.copy_(roots.root)
         fisher.inverse.copy_(roots.inverse)
+
+
+def _originals(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """`w'` and `b'` of a reconstructed layer."""
+    lists: Any = module.parametrizations
+    has_bias = parametrize.is_parametrized(module, "bias")
+    return lists.weight.original, lists.bias.original if has_bias else None
 
 
 def _transform(weight: Tensor, bias: Tensor | None, change: Tensor) -> None:
@@ -211,12 +222,11 @@ def _transform(weight: Tensor, bias: Tensor | None, change: Tensor) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """The plain network again, with the same outputs and the same parameter objects."""
     for module, fisher in local_fishers(model).values():
-        fisher.handle.remove()
-        effective: dict[str, Any] = {"weight": module.weight.detach().clone()}
-        names = ["weight"]
-        if parametrize.is_parametrized(module, "bias"):
-            effective["bias"] = module.bias.detach().clone()
-            names.insert(0, "bias")
+        for handle in fisher.handles:
+            handle.remove()
+        # the bias first: each is made of both originals
+        names = [n for n in ("bias", "weight") if parametrize.is_parametrized(module, n)]
+        effective = {name: getattr(module, name).detach().clone() for name in names}
         for name in names:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Layers whose own backward returns a weighted gradient: what TENGraD, NGD-SMW and FNGD need.
 
-`p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's output
-gradient is scaled by `M v_n` before the ordinary weight gradient is taken, and only for the weight;
-what is propagated further back is untouched. The plain weight gradient is never computed.
+`p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's
+output gradient is scaled by `M v_n` before the ordinary weight gradient is taken, and only for the
+weight; what is propagated further back is untouched. The plain weight gradient is never computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fisherlab.extract.layer import Geometry
 from fisherlab.optim.base import Weight
 
-# rows(weight, raw input, raw output gradient) -> [groups, n] weights, or None for the plain gradient
+# rows(weight, raw input, raw output gradient) -> [groups, n] weights; None for the plain gradient
 Rows = Callable[[Weight, Tensor, Tensor], Tensor | None]
 
 
@@ -88,7 +88,7 @@ def _gradients(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     bias_wanted = bias_size is not None and needs[2]
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         flat = weighted.reshape(-1, weighted.shape[-1])
         return (
             g @ kernel if needs[0] else None,
@@ -110,7 +110,7 @@ def _gradients(
 
 
 def _by_autograd(
-    module: nn.Module,
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
     x: Tensor,
     kernel: Tensor,
     g: Tensor,
@@ -122,7 +122,7 @@ def _by_autograd(
     with torch.enable_grad():
         free_x, free_kernel = x.detach().requires_grad_(), kernel.detach().requires_grad_()
         bias = x.new_zeros(kernel.shape[0], requires_grad=True)
-        output = module._conv_forward(free_x, free_kernel, bias)
+        output: Tensor = module._conv_forward(free_x, free_kernel, bias)
         grad_x = torch.autograd.grad(output, free_x, g, retain_graph=True)[0] if needs[0] else None
         grad_kernel, grad_bias = torch.autograd.grad(output, (free_kernel, bias), weighted)
     return grad_x, grad_kernel if needs[1] else None, grad_bias if bias_wanted else None

@@ -1,4 +1,4 @@
-"""TENGraD and NGD-SMW: the exact block's damped inverse, solved inside each layer's own backward."""
+"""TENGraD and NGD-SMW: the exact block's damped inverse, solved in each layer's own backward."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fisherlab.optim.weighted import WeightedLayers, captured
 class Woodbury(CurvatureOptimizer):
     """`W <- W - lr U v`,  `v = (M lambda I + K)^{-1} 1`,  `K = U^T U`, per layer and batch.
 
-    With `U 1 / M` the mean gradient this is `(F + lambda I)^{-1} g` exactly (TENGraD, NGM 36-43; FNGD
-    (8), (9)), for the empirical Fisher and observed labels. `fold=True` multiplies by lambda, as
-    FNGD does, so that lr is of SGD's size. `damping` is lambda or a rule, or `alpha` gives
+    With `U 1 / M` the mean gradient this is `(F + lambda I)^{-1} g` exactly (TENGraD, NGM 36-43;
+    FNGD (8), (9)), for the empirical Fisher and observed labels. `fold=True` multiplies by lambda,
+    as FNGD does, so that lr is of SGD's size. `damping` is lambda or a rule, or `alpha` gives
     `lambda = alpha ||K||_F` per layer and batch (FNGD (14)); exactly one of them.
 
     `p.grad` is the weighted gradient after `backward()`, so clipping, loss scaling and accumulation
@@ -87,7 +87,7 @@ class Woodbury(CurvatureOptimizer):
         return torch.stack(found)
 
     def summary(self) -> pd.DataFrame:
-        """Per layer, of the last batch: damping, relative to `tr F / N` too, eigenvalues above it."""
+        """Per layer, of the last batch: damping, relative too, and the eigenvalues above it."""
         return last_steps(self._last, self.steps)
 
     def _remember(self, weight: Weight, x: Tensor, g: Tensor) -> None:
@@ -155,7 +155,7 @@ def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Ten
 
 
 class TENGraD(Woodbury):
-    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.      NGM (36)-(43)."""
+    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.    NGM (36)-(43)."""
 
 
 class NGDSMW(Woodbury):
