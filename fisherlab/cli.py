@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 import fisherlab
-from fisherlab.commands import approximations, compare, train
+from fisherlab.commands import approximations, compare, sweep, train
 from fisherlab.commands.common import guarded
 
 COMMANDS: list[Callable[..., None]] = [
     compare.compare,
     approximations.approximations,
     train.train,
+    sweep.sweep,
 ]
 
 app = typer.Typer(

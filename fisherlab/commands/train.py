@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,7 +91,7 @@ def train(
         compare_examples=compare_examples,
     )
     out = out or Path("runs") / f"train-{data}-{model}"
-    results = training.train(settings, out, watch=Bars(settings))
+    results = training.train(settings, out, watch=Bars())
     _pictures(results, out)
     _report(results, out)
 
@@ -98,10 +99,12 @@ def train(
 class Bars(training.Watch):
     """A bar per run on a terminal, a line per finished run everywhere."""
 
-    def __init__(self, settings: training.Settings) -> None:
-        self.total = len(settings.entries) * len(settings.seeds)
-        self.done = 0
+    def __init__(self) -> None:
+        self.done = self.total = 0
         self.bar: Any = None
+
+    def planned(self, records: Sequence[training.Record]) -> None:
+        self.done, self.total = 0, len(records)
 
     def started(self, record: training.Record, done: int, steps: int) -> None:
         self.bar = bar(steps, f"{self._name(record)} ({self.done + 1}/{self.total})")

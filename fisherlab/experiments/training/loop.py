@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ REFUSALS: tuple[type[Exception], ...] = (
 class Watch:
     """What a caller may want to know while it waits; every method may be overridden."""
 
+    def planned(self, records: Sequence[Record]) -> None:
+        """These are the runs, some of them perhaps done already."""
+
     def started(self, record: Record, done: int, steps: int) -> None:
         """A run begins, or goes on after `done` of its steps."""
 
@@ -63,6 +67,7 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     checkpoint.sweep_parts(folder)
     for record in records:
         record.restore(folder, settings)
+    watch.planned(records)
     results = Results(task, records)
     results.write_config(folder)
     reference = SGDReference(task.model(0).train(), task.criterion())

@@ -1,0 +1,71 @@
+"""`fisherlab sweep`: a small grid for each optimizer, then the best settings at full length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherlab.commands.common import Code, leave, numbers, show
+from fisherlab.commands.train import Bars
+from fisherlab.experiments import training
+from fisherlab.experiments.sweep import grid, points
+from fisherlab.experiments.sweep import sweep as search
+from fisherlab.experiments.training.task import AUGMENTED
+
+PATH = Path  # typer reads the annotation
+
+
+def sweep(
+    choices: Annotated[
+        list[str], typer.Option("--grid", help="OPTIMIZER.OPTION=VALUE,VALUE: kfac.lr=0.03,0.1.")
+    ],
+    data: Annotated[str, typer.Option(help="Data set: `fisherlab data` lists them.")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
+    optimizer: Annotated[str, typer.Option(help="Names separated by commas.")] = "kfac,sgd",
+    epochs: Annotated[int, typer.Option(help="Epochs of each point.")] = 3,
+    examples: Annotated[int | None, typer.Option(help="Training examples of each point.")] = None,
+    validation: Annotated[int, typer.Option(help="Held-out training examples to choose by.")] = 500,
+    final_epochs: Annotated[int, typer.Option(help="Epochs of the chosen points.")] = 10,
+    final_examples: Annotated[
+        int | None, typer.Option(help="Training examples of the chosen points; default all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of the chosen points.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 128,
+    width: Annotated[float, typer.Option(help="Factor on every hidden layer.")] = 1.0,
+    hidden: Annotated[str | None, typer.Option(help="Hidden layers of an mlp: 80,80.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    out: Annotated[
+        PATH | None, typer.Option(help="Run folder; default runs/sweep-DATA-MODEL.")
+    ] = None,
+) -> None:
+    """Search settings on held-out training examples, then train the best and test them.
+
+    The same command on the same folder goes on where it was stopped.
+    """
+    found = grid(choices, optimizer)
+    settings = training.Settings(
+        data=data,
+        model=model,
+        entries=points(optimizer, found),
+        epochs=epochs,
+        batch_size=batch_size,
+        width=width,
+        hidden=None if hidden is None else tuple(numbers("--hidden", hidden, int)),
+        examples=examples,
+        validation=validation,
+        augment=data in AUGMENTED,
+        device=device,
+    )
+    final = {"epochs": final_epochs, "examples": final_examples, "seeds": tuple(range(seeds))}
+    out = out or Path("runs") / f"sweep-{data}-{model}"
+    watch = Bars()
+    result = search(settings, optimizer, found, out, final=final, watch=watch)
+    if result.chosen:
+        show(result.table, f"{result.tried.metric}: held out, then on the test set")
+        typer.echo(f"everything tried is in {out}")
+    if result.interrupted:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
+    if result.final is None or not result.final.succeeded:
+        leave(Code.NOTHING, "no point came to its end")

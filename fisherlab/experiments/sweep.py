@@ -1,0 +1,151 @@
+"""A small search: every optimizer at every point of its grid, then the best at full length."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.experiments import checkpoint
+from fisherlab.experiments.rundir import versions
+from fisherlab.experiments.training import Entry, Results, Settings, SettingsError, Watch, train
+from fisherlab.experiments.training import entries as parse
+
+Grid = dict[str, dict[str, list[str]]]  # optimizer -> option -> the values to try
+
+
+@dataclass
+class Search:
+    """What was tried, what was chosen from it, and how far the choice went on the test set."""
+
+    grid: Grid
+    tried: Results
+    chosen: tuple[Entry, ...]
+    final: Results | None  # None: interrupted before
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.final is None or self.final.interrupted
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per optimizer: the chosen options, the validation metric, and the final one."""
+        tried = self.tried.summary().set_index("optimizer")
+        final = None if self.final is None else self.final.summary().set_index("optimizer")
+        rows = []
+        for entry in self.chosen:
+            # the label of the grid point that became this entry
+            point = next(e.label for e in self.tried.settings.entries if _same(e, entry))
+            row = {
+                "optimizer": entry.label,
+                "options": ", ".join(f"{k}={v}" for k, v in entry.options.items()),
+                "at_the_edge": ", ".join(self.edges(entry)),
+                "points": sum(e.name == entry.name for e in self.tried.settings.entries),
+                "validation": tried.loc[point, "final"],
+            }
+            if final is not None and "final" in final:
+                columns = ["seeds", "final", "final_sd", "best", "train_loss", "ratio_to_sgd"]
+                row |= final.loc[entry.label, columns].to_dict()
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def edges(self, entry: Entry) -> list[str]:
+        """Options chosen at an end of their grid: a wider one may find better."""
+        grid = self.grid.get(entry.label, {})
+        ends = {option: (values[0], values[-1]) for option, values in grid.items()}
+        return [o for o, values in ends.items() if entry.options[o] in values and len(grid[o]) > 2]
+
+
+def grid(assignments: Sequence[str], wanted: str) -> Grid:
+    """`kfac.lr=0.1,0.3` per optimizer and option; commas within parentheses separate nothing."""
+    names = {entry.label for entry in parse(wanted)}
+    found: Grid = {name: {} for name in names}
+    for text in assignments:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.+)", text)
+        if not match or match[1] not in names:
+            known = ", ".join(sorted(names))
+            raise SettingsError(
+                f"--grid takes OPTIMIZER.OPTION=VALUE,VALUE of {known}; got {text!r}"
+            )
+        found[match[1]][match[2]] = re.split(r",(?![^()]*\))", match[3])
+    return found
+
+
+def points(wanted: str, choices: Grid) -> tuple[Entry, ...]:
+    """Every optimizer with every combination of its options, labelled `kfac-1`, `kfac-2`, ..."""
+    found: list[Entry] = []
+    for name in (entry.label for entry in parse(wanted)):
+        options = choices[name]
+        for k, values in enumerate(product(*options.values()), 1):
+            label = f"{name}-{k}"
+            given = [f"{label}.{o}={v}" for o, v in zip(options, values, strict=True)]
+            found += parse(f"{label}={name}", given)
+    return tuple(found)
+
+
+def sweep(
+    settings: Settings,
+    wanted: str,
+    choices: Grid,
+    folder: Path,
+    *,
+    final: dict[str, Any],
+    watch: Watch | None = None,
+) -> Search:
+    """Train every point on part of the training set, choose on held-out examples, train the best.
+
+    `settings` are those of the search, its `validation` set; `final` the fields that are others for
+    the chosen points (epochs, seeds, examples), which the test set measures. Resumes like `train`.
+    """
+    if settings.validation is None:
+        raise SettingsError("a search chooses on held-out examples: give their number, validation")
+    tried = train(
+        replace(settings, entries=points(wanted, choices)), folder / "search", watch=watch
+    )
+    chosen = _best(tried)
+    last = None
+    if not tried.interrupted and chosen:
+        full = replace(settings, entries=chosen, validation=None, **final)
+        last = train(full, folder / "final", watch=watch)
+    search = Search(choices, tried, chosen, last)
+    if chosen:
+        _write(search, folder)
+    return search
+
+
+def _best(tried: Results) -> tuple[Entry, ...]:
+    """The point of each optimizer with the best validation metric at the end, the best first."""
+    summary = tried.summary()
+    if "final" not in summary:
+        return ()
+    by_label = {entry.label: entry for entry in tried.settings.entries}
+    found: dict[str, Entry] = {}
+    for label in summary["optimizer"][summary["final"].notna()]:
+        entry = by_label[label]
+        found.setdefault(entry.name, Entry(entry.name, entry.name, entry.options))
+    return tuple(found.values())
+
+
+def _same(point: Entry, entry: Entry) -> bool:
+    return point.name == entry.name and point.options == entry.options
+
+
+def _write(search: Search, folder: Path) -> None:
+    """`sweep.json`: the table, what was tried, and on what."""
+    content = {
+        "search": search.tried.settings.to_json(),
+        "grid": search.grid,
+        "metric": search.tried.metric,
+        "final": None if search.final is None else search.final.settings.to_json(),
+        "table": search.table.to_dict("records"),
+        "tried": search.tried.summary()[["optimizer", "final", "status"]].to_dict("records"),
+        "versions": versions(),
+    }
+    checkpoint.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
