@@ -11,6 +11,7 @@ from fisherlab.plots.curves import training_cost, training_curves
 from fisherlab.plots.errors import (
     error_facets,
     in_sample_against_population,
+    lines,
     pareto,
     staleness,
     why_bad,
@@ -59,6 +60,7 @@ __all__ = [
     "gram_similarity",
     "in_sample_against_population",
     "layer_masses",
+    "lines",
     "mc_convergence",
     "off_diagonal_mass",
     "pareto",

@@ -23,6 +23,11 @@ UNITS = {
     "fisher_type": "Fisher type",
     "build_seconds": "time to build the block [s]",
     "memory_bytes": "memory of the block [bytes]",
+    "seconds": "time in steps [s]",
+    "evidence": "log evidence [nats]",
+    "precision": r"prior precision $\tau$",
+    "smooth": "training loss, mean of 10 batches [nats]",
+    "loss": "training loss [nats]",
 }
 
 
@@ -60,6 +65,26 @@ def error_facets(
     theme.legend(figure, names)
     named = label(measure).replace("\n", " ")
     figure.suptitle(f"{named[0].upper()}{named[1:]}, over {over.replace('_', ' ')}")
+    return figure
+
+
+@theme.themed
+def lines(
+    frame: pd.DataFrame, x: str, y: str, by: str = "approximation", log: str = "", title: str = ""
+) -> Figure:
+    """Any column over any other, one line per method in its own look; `log` names the log axes."""
+    figure, (ax,) = theme.panels(1, height=2.8)
+    names = list(dict.fromkeys(frame[by]))
+    for name in names:
+        rows = frame[frame[by] == name].sort_values(x)
+        ax.plot(
+            rows[x], rows[y], color=theme.colour(name), marker=theme.marker(name), markevery=0.1
+        )
+    ax.set(xlabel=label(x), ylabel=label(y))
+    for axis in log:
+        ax.set(**{f"{axis}scale": "log"})
+    theme.legend(figure, names, by)
+    figure.suptitle(title or f"{label(y)} over {label(x)}".replace("\n", " "))
     return figure
 
 

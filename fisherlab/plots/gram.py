@@ -34,7 +34,7 @@ def gram_matrices(
         _classes(ax, study.labels, classes, named=ax is axes[0] and not many)
         means = f"{study.within[k]:.2f} | {study.between[k]:.2f}"
         ax.set_title(f"{study.layers[k]}\n{means}", fontsize=6 if many else 8)
-    bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30)
+    bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30, shrink=0.5 if many else 1)
     bar.outline.set_linewidth(0)
     subject = "Correlation of per-example gradients, by class"
     figure.suptitle(f"{subject}\n(above each: layer, mean within | between classes)")
