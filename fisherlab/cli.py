@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fisherlab
-from fisherlab.commands import approximations, compare, sweep, train
+from fisherlab.commands import approximations, compare, sweep, train, verify
 from fisherlab.commands.common import guarded
 
 COMMANDS: list[Callable[..., None]] = [
@@ -16,6 +16,7 @@ COMMANDS: list[Callable[..., None]] = [
     approximations.approximations,
     train.train,
     sweep.sweep,
+    verify.verify,
 ]
 
 app = typer.Typer(

@@ -4,9 +4,11 @@
 from fisherlab.claims import foundations, tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
 from fisherlab.claims import convergence, complexity  # isort: skip
 from fisherlab.claims.base import Claim, ClaimError, get, names
+from fisherlab.claims.base import PAPERS
 from fisherlab.claims.table import Verdicts, load, verify
 
 __all__ = [
+    "PAPERS",
     "Claim",
     "ClaimError",
     "Verdicts",

@@ -295,5 +295,3 @@ class AngIsSGD(AngEnd, name="ang_ends_as_sgd"):
 
     def factor(self, optimizer: ANG, name: str) -> float:
         return 1.0
-
-

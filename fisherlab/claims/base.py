@@ -17,6 +17,13 @@ from fisherlab.claims.statistics import fitted_slope, wilson
 # Tensors, numbers and strings: what `torch.load(weights_only=True)` gives back.
 Case = dict[str, Any]
 
+PAPERS = {
+    "ANG": "ANG: Tang et al. 2021",
+    "FNGD": "FNGD: Ou et al.",
+    "NGM": "NGM: Shrestha",
+    "SNGD": "SNGD: Liu et al.",
+    "TEKFAC": "TEKFAC: Gao et al. 2021",
+}
 HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided"
 _REGISTRY: dict[str, type[Claim]] = {}
 

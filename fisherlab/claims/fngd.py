@@ -75,8 +75,8 @@ class FirstPhase(Tengrad, name="fngd_first_phase_is_folded_natural_gradient"):
 
     def left(self, case: Case) -> Tensor:
         model, criterion, name = model_of(case), criterion_of(case, "mean"), layer_of(case)
-        options = {"lr": 1.0, "alpha": self.alpha, "momentum": 0.0, "coefficient_steps": 9}
-        optimizer = FNGD(model, criterion=criterion, **options)
+        options = {"lr": 1.0, "alpha": self.alpha, "momentum": 0.0, "kl_clip": None}
+        optimizer = FNGD(model, criterion=criterion, coefficient_steps=9, **options)
         before = joint(model, name)
         criterion(model(case["x"]), case["y"]).backward()
         optimizer.step()

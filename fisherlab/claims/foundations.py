@@ -353,18 +353,14 @@ class Tengrad(OfNetwork, Identity, name="tengrad_step_is_dense_blockwise_step"):
 
     def left(self, case: Case) -> Tensor:
         model, criterion = model_of(case), criterion_of(case, "mean")
-        # without momentum, decay or clipping: the step itself
-        options = {"lr": 1.0, "damping": case["damping"], "momentum": 0.0, "criterion": criterion}
-        optimizer = create(self.optimizer, model, **options, **self.extra(case))
+        # without momentum or clipping: the step itself
+        options = {"lr": 1.0, "damping": case["damping"], "momentum": 0.0, "kl_clip": None}
+        optimizer = create(self.optimizer, model, criterion=criterion, **options)
         names = [layer_of(case)] if self.layerwise else layer_names(case)
         old = {name: joint(model, name) for name in names}
         criterion(model(case["x"]), case["y"]).backward()
         optimizer.step()
         return torch.cat([(old[name] - joint(model, name)).flatten() for name in names])
-
-    def extra(self, case: Case) -> dict[str, Any]:
-        """Further options of the optimizer."""
-        return {}
 
     def right(self, case: Case) -> Tensor:
         names = [layer_of(case)] if self.layerwise else layer_names(case)
@@ -382,9 +378,6 @@ class JointStep(Tengrad, name="joint_ngd_from_summed_gram_matrices"):
     latex = r"(F + \lambda I)^{-1} g = \tfrac{1}{\lambda}(g - U(M\lambda I + \textstyle\sum_l K_l)^{-1} U^\top g)"
     optimizer = "ngd"
     layerwise = False
-
-    def extra(self, case: Case) -> dict[str, Any]:
-        return {"kl_clip": None}
 
 
 class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):

@@ -140,7 +140,9 @@ def averaged_tkfac(past: list[Case], decay: float) -> tuple[Tensor, Tensor]:
     weights = torch.tensor([decay**age for age in reversed(range(len(past)))])
     weights = weights.double() / weights.double().sum()
     pairs = [dense.moments(part) for part in past]
-    L, R = (torch.einsum("b,bij->ij", weights, torch.stack(side)) for side in zip(*pairs, strict=True))
+    L, R = (
+        torch.einsum("b,bij->ij", weights, torch.stack(side)) for side in zip(*pairs, strict=True)
+    )
     return L, R / R.trace()
 
 
@@ -168,7 +170,9 @@ class CarriedTrace(_Batches, Identity, name="carried_theta_keeps_the_trace"):
     """Theta carried into a new basis by squared overlaps, and averaged on, keeps the trace."""
 
     source = "TEKFAC (3.6)-(3.8), trap A2"
-    latex = r"\Theta \leftarrow (Q_G'^\top Q_G)^{\circ 2} \, \Theta \, ((Q_A'^\top Q_A)^{\circ 2})^\top"
+    latex = (
+        r"\Theta \leftarrow (Q_G'^\top Q_G)^{\circ 2} \, \Theta \, ((Q_A'^\top Q_A)^{\circ 2})^\top"
+    )
     batches = 4
     reference = 8
     decay = 0.8

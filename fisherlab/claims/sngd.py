@@ -259,4 +259,3 @@ class QuadraticNewtonSchulz(Order, name="newton_schulz_is_quadratic"):
 
     def right(self, case: Case) -> Tensor:
         return torch.zeros(6, dtype=torch.float64)
-

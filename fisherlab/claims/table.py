@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,18 @@ COLUMNS = (
 class Trials:
     """What was seen of one claim: margins, both sides where they are numbers, and the worst case."""
 
+    claim: Claim
     margins: list[float] = field(default_factory=list)
     pairs: list[tuple[float, float]] = field(default_factory=list)
     case: Case | None = None
     left: Any = None
     right: Any = None
 
-    def add(self, claim: Claim, case: Case) -> None:
+    def add(self, case: Case) -> None:
         """Try the claim on one more case."""
         try:
-            left, right = claim.values(case)
-            margin = float(claim.compare(left, right))
+            left, right = self.claim.values(case)
+            margin = float(self.claim.compare(left, right))
         except (torch.linalg.LinAlgError, BlockError):
             left, right, margin = math.nan, math.nan, math.nan
         if _is_number(left) and _is_number(right):
@@ -66,12 +67,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
+# A row of the table, and what was seen.
+Verdict = tuple[dict[str, Any], Trials]
+
+
 class Verdicts:
     """The table of a `verify`: a row per claim, and the smallest counterexample of each refuted one."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], trials: dict[str, Trials], on: str) -> None:
-        self.frame = pd.DataFrame(list(rows), columns=list(COLUMNS))
-        self.trials, self.on = trials, on
+    def __init__(self, verdicts: Iterable[Verdict], on: str = "") -> None:
+        pairs = list(verdicts)
+        self.frame = pd.DataFrame([row for row, _ in pairs], columns=list(COLUMNS))
+        self.trials = {row["claim"]: found for row, found in pairs}
+        self.on = on
 
     @property
     def unexpected(self) -> list[str]:
@@ -159,37 +166,37 @@ def verify(
     trials: int | None = None,
     *,
     on: str | None = None,
-    progress: Callable[[str], None] | None = None,
 ) -> Verdicts:
     """Try claims on random cases, and return their verdicts.
 
     `names`: claims or papers (`"tekfac"`); None: all. `trials` per claim, None: each claim's own
     number. A claim's cases depend on `seed` and its name alone, not on what else is tried. `on`:
     "dataset:model", cases of a real network at several training steps instead of random ones; claims
-    that cannot be asked of it are left out. `progress` is called with each name before its trials.
+    that cannot be asked of it are left out.
 
     Raises `ClaimError` for an unknown name.
     """
+    return Verdicts(tried(chosen(names), seed, trials, on), on or "")
+
+
+def tried(
+    names: Iterable[str], seed: int = 0, trials: int | None = None, on: str | None = None
+) -> Iterator[Verdict]:
+    """The verdicts of `verify`, one by one."""
     if trials is not None and trials < 1:
         raise ClaimError(f"trials is at least 1, got {trials}")
-    wanted = chosen(names)
     reals = list(real.real_cases(on, seed)) if on else None
     folder = Path(tempfile.mkdtemp(prefix="fisherlab-claims-"))
-    rows, seen = [], {}
-    for name in wanted:
+    for name in names:
         claim = base.get(name)
         generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-        if progress is not None:
-            progress(name)
         start = time.perf_counter()
         cases = _adapted(claim, reals, generator) if reals is not None else None
         if cases is not None and not cases:
             continue
         found = _try(claim, cases, trials or claim.trials, generator)
         row = _judged(claim, found, generator, folder)
-        rows.append({**row, "seconds": time.perf_counter() - start})
-        seen[name] = found
-    return Verdicts(rows, seen, on or "")
+        yield {**row, "seconds": time.perf_counter() - start}, found
 
 
 def _adapted(claim: Claim, reals: list[Case], generator: torch.Generator) -> list[Case]:
@@ -198,16 +205,16 @@ def _adapted(claim: Claim, reals: list[Case], generator: torch.Generator) -> lis
 
 
 def _try(claim: Claim, cases: list[Case] | None, trials: int, generator: torch.Generator) -> Trials:
-    found = Trials()
+    found = Trials(claim)
     if cases is not None:
         for case in cases:
-            found.add(claim, case)
+            found.add(case)
         return found
     for _ in range(DRAWS * trials):
         # from the smallest cases to the largest
         case = claim.draw(generator, len(found.margins) / max(1, trials - 1))
         if claim.assume(case):
-            found.add(claim, case)
+            found.add(case)
         if len(found.margins) == trials:
             return found
     raise ClaimError(
@@ -223,7 +230,7 @@ def _judged(
     if verdict == HOLDS and search.hunted(claim) and found.case is not None:
         case, lowest = search.hunt(claim, found.case, min(found.margins), generator)
         if lowest < min(found.margins):
-            found.add(claim, case)
+            found.add(case)
         verdict, margin, note = claim.verdict(found.margins)
         if verdict == REFUTED:
             note = "violated by a case that was hunted down, by none that was drawn"

@@ -1,0 +1,79 @@
+"""`fisherlab verify`: the papers' theorems, tried by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherlab.commands.common import Code, UserError, bar, leave, show
+
+COLUMNS = ["claim", "source", "verdict", "margin", "trials", "seconds"]
+
+
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Claims or papers (tekfac, ngm, ...); default all.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Cases per claim; default each claim's own number.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET:MODEL", help="A real network at several training steps."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for tables, page, counterexamples.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+) -> None:
+    """Try the papers' claims on random cases, or on a real network, and print their verdicts.
+
+    With --out: claims.json, claims.parquet, counterexamples, a picture of each claim and report.html.
+    The exit code is 1 if a verdict is not the one on record.
+    """
+    from fisherlab import claims
+    from fisherlab.claims.table import chosen, tried
+    from fisherlab.experiments import report, verification
+    from fisherlab.experiments.rundir import RunDir
+
+    if trials is not None and trials < 1:
+        raise UserError(f"--trials is at least 1, got {trials}")
+    wanted = chosen(names or None)
+    rundir = None if out is None else RunDir(out)
+    settings = {"names": names or "all", "trials": trials, "seed": seed, "on": on}
+    config = {"command": "verify", "settings": settings}
+    if rundir is not None:
+        rundir.check(overwrite, ("claims",))
+        rundir.begin(config, ("claims",))
+    found, status = [], "complete"
+    with bar(len(wanted), "claims") as progress:
+        try:
+            for row, seen in tried(wanted, seed, trials, on):
+                found.append((row, seen))
+                progress.update(wanted.index(row["claim"]) + 1 - progress.n)
+        except KeyboardInterrupt:
+            status = "interrupted"
+    table = claims.Verdicts(found, on or "")
+    for paper, rows in table.frame.groupby("paper", sort=False):
+        shown = rows[COLUMNS].copy()
+        shown["verdict"] = [
+            f"{row.verdict} (on record: {row.expected})"
+            if row.claim in table.unexpected
+            else row.verdict
+            for row in rows.itertuples()
+        ]
+        show(shown, claims.PAPERS.get(paper, paper), digits=2, wrap=("claim", "source"))
+    typer.echo(repr(table))
+    if rundir is not None and len(table.frame):
+        rundir.write_config({**config, "status": status})
+        verification.write(rundir, table)
+        typer.echo(f"report: {report.write(rundir)}")
+    if status == "interrupted":
+        leave(Code.INTERRUPTED, f"interrupted; {len(found)} of {len(wanted)} claims were tried")
+    if not found:
+        leave(Code.NOTHING, f"none of these claims can be asked of {on}")
+    if table.unexpected:
+        leave(Code.NOTHING, f"not the verdict on record: {', '.join(table.unexpected)}")

@@ -1,0 +1,91 @@
+"""The page of a `fisherlab verify`: every claim with its verdict, statement and picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.claims import PAPERS, Verdicts
+from fisherlab.experiments.report import Picture, Section, Table, sections
+from fisherlab.experiments.rundir import FIGURES, RunDir, RunDirError
+from fisherlab.plots import claims as pictures
+
+SHOWN = ["claim", "source", "verdict", "expected", "margin", "trials", "seconds", "note"]
+MEANING = {
+    "claim": "name of the claim: `fl.claims.get(name)`",
+    "source": "paper and equation",
+    "verdict": "holds, refuted by a counterexample, or undecided within rounding",
+    "expected": "the verdict on record",
+    "margin": "the smallest over the trials: positive where the claim is true",
+    "trials": "cases tried",
+    "seconds": "time of all trials",
+    "note": "what else was seen",
+}
+
+
+def write(run: RunDir, table: Verdicts) -> None:
+    """The tables, the counterexamples and the pictures, in the folder of a run."""
+    table.save(run.folder)
+    folder = run.folder / FIGURES
+    folder.mkdir(exist_ok=True)
+    (folder / "verdicts.png").write_bytes(pictures.verdicts(table).png())
+    for name in pictures.worth_drawing(table):
+        (folder / f"{name}.png").write_bytes(pictures.claim(table, name).png())
+
+
+@sections("verify")
+def of_verify(run: RunDir) -> Iterator[Section]:
+    """An overview, then the claims of each paper."""
+    path = run.folder / "claims.json"
+    if not path.is_file():
+        raise RunDirError(f"{run.folder} holds a verification without claims; run it again")
+    rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    frame = pd.DataFrame(rows)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in frame.verdict.value_counts().items())
+    overview = _picture(run.folder, "verdicts", "Verdicts of each paper's claims.")
+    yield Section(
+        "Verdicts",
+        [
+            f"{len(frame)} claims: {counts}. A refuted claim has its smallest counterexample in "
+            "counterexamples/, to be read by fl.claims.load.",
+        ],
+        [Table(frame[SHOWN], "All claims; a heading sorts.", MEANING)],
+        overview,
+    )
+    for paper, claims in frame.groupby("paper", sort=False):
+        for row in claims.to_dict("records"):
+            caption = f"{row['source']}: {row['statement']}"
+            yield Section(
+                f"{PAPERS.get(paper, paper)}: {row['claim'].replace('_', ' ')}",
+                _sentences(row),
+                pictures=_picture(run.folder, row["claim"], caption),
+            )
+
+
+def _picture(folder: Path, name: str, caption: str) -> list[Picture]:
+    """The picture of a claim, where it has one."""
+    path = folder / FIGURES / f"{name}.png"
+    return [Picture(path, caption)] if path.is_file() else []
+
+
+def _sentences(row: dict[str, Any]) -> list[str]:
+    found = [
+        row["statement"],
+        f"Verdict: {row['verdict']}, smallest margin {_number(row['margin'])}",
+    ]
+    found[-1] += f" over {row['trials']} trials." + (f" {row['note']}." if row["note"] else "")
+    if row["assumption"]:
+        found.append(f"Assumed: {row['assumption']}.")
+    if row["outside"]:
+        found.append(f"Tried without it: {row['outside'].replace('_', ' ')}.")
+    if row["counterexample"]:
+        found.append(f"Counterexample of {row['numbers']:,} numbers: {row['counterexample']}.")
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"

@@ -1,0 +1,162 @@
+"""One picture per claim: both sides of every trial, or of the worst one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from fisherlab.plots import theme
+
+TRUE, FALSE, LINE = "#0072B2", "#D55E00", "#444444"
+POINTS = 300
+# What matplotlib's formulas lack.
+_FORMULAS = (
+    (r"\\tfrac|\\dfrac", r"\\frac"),
+    (r"\\textstyle", ""),
+    (r"\\iff", r"\\Leftrightarrow"),
+    (r"\\le(?![a-z])", r"\\leq"),
+    (r"\\ge(?![a-z])", r"\\geq"),
+    (r"\\top", "T"),
+    (r"\\sqrt (\w)", r"\\sqrt{\1}"),
+    (r"\\text\{([^}]*)\}", lambda m: r"\mathrm{" + m[1].replace(" ", r"\ ") + "}"),
+)
+
+
+def formula(latex: str) -> str:
+    """A claim's LaTeX as matplotlib draws it."""
+    for pattern, instead in _FORMULAS:
+        latex = re.sub(pattern, instead, latex)
+    return f"${latex}$"
+
+
+def worth_drawing(table: Any) -> list[str]:
+    """All but the tensors that are equal: points on a diagonal explain nothing."""
+    frame = table.frame
+    return [
+        name
+        for name, verdict in zip(frame.claim, frame.verdict, strict=True)
+        if verdict == "refuted"
+        or table.trials[name].pairs
+        or hasattr(table.trials[name].claim, "order")
+    ]
+
+
+@theme.themed
+def claim(table: Any, name: str) -> theme.Picture:
+    """Both sides of a claim: where a point or a curve lies on the wrong side, it is refuted.
+
+    Numbers: one point per trial. Orders: the error at each step size. Runs and tensors: the worst
+    trial, curve by curve and entry by entry. `table` is what `fl.claims.verify` returns.
+    """
+    trials = table.trials[name]
+    row = table.frame.set_index("claim").loc[name]
+    figure = theme.Picture(figsize=(theme.COLUMN * 1.25, 2.9), layout="constrained")
+    ax = figure.subplots()
+    if hasattr(trials.claim, "order"):
+        _order(ax, trials)
+    elif trials.pairs:
+        _numbers(ax, trials)
+    elif trials.left.ndim == 1 and len(trials.left) > 15 and (trials.right[1:] > 0).all():
+        _run(ax, trials)
+    else:
+        _entries(ax, trials)
+    theme.title(figure, f"{name.replace('_', ' ')}: {row.verdict}")
+    ax.set_title(formula(trials.claim.latex), loc="left", fontsize=7, pad=6)
+    return figure
+
+
+def _order(ax: Axes, trials: Any) -> None:
+    """The error, or the count, against the step size, beside the power on record."""
+    claim = trials.claim
+    errors = (trials.left - trials.right).reshape(len(trials.left), -1).norm(dim=1).numpy()
+    sizes = 0.5 ** np.arange(len(errors))
+    ax.loglog(sizes, errors, "o-", color=TRUE, label="measured")
+    ideal = errors[0] * sizes**claim.order
+    ax.loglog(sizes, ideal, "--", color=LINE, label=f"power {claim.order:g}, as stated")
+    slope = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    kind = "difference of both sides" if trials.right.any() else claim.sides[0]
+    ax.set(xlabel="size, relative to the largest", ylabel=f"{kind} (power {slope:.2f})")
+    ax.legend(frameon=False)
+
+
+def _numbers(ax: Axes, trials: Any) -> None:
+    """A point per trial; above the diagonal the left side is the larger."""
+    left, right = np.array(trials.pairs).T
+    wrong = np.array(trials.margins[: len(left)]) < -trials.claim.noise
+    both = np.concatenate([left, right])
+    span = np.abs(both[both != 0])
+    logs = bool((both > 0).all()) and span.max() > 50 * span.min()
+    ax.scatter(right[~wrong], left[~wrong], s=14, color=TRUE, label="as claimed")
+    if wrong.any():
+        ax.scatter(right[wrong], left[wrong], s=18, marker="X", color=FALSE, label="violated")
+    if logs:
+        ax.set(xscale="log", yscale="log")
+    low, high = both.min(), both.max()
+    ax.plot([low, high], [low, high], "--", color=LINE, lw=0.8, label="equal")
+    ax.set(xlabel=trials.claim.sides[1], ylabel=trials.claim.sides[0])
+    ax.legend(frameon=False)
+
+
+def _run(ax: Axes, trials: Any) -> None:
+    """The worst run, and the bound it should stay below."""
+    claim = trials.claim
+    left, right = trials.left.numpy(), trials.right.numpy()
+    wrong = min(trials.margins) < -claim.noise
+    finite = np.isfinite(left) & (left > 0)
+    steps = np.arange(len(left))
+    ax.semilogy(
+        steps[finite], left[finite], "o-", ms=3, color=FALSE if wrong else TRUE, label="worst run"
+    )
+    ax.semilogy(steps, right, "--", color=LINE, label="bound")
+    ax.set(xlabel="step", ylabel="squared residual, relative to the start")
+    ax.legend(frameon=False)
+
+
+def _entries(ax: Axes, trials: Any) -> None:
+    """Every entry of the worst trial: on the diagonal where both sides are one tensor."""
+    left, right = (_flat(side) for side in (trials.left, trials.right))
+    if len(left) > POINTS:
+        picked = torch.linspace(0, len(left) - 1, POINTS).long()
+        left, right = left[picked], right[picked]
+    wrong = min(trials.margins) < -trials.claim.noise
+    ax.scatter(
+        right, left, s=10, color=FALSE if wrong else TRUE, label="entries of the worst trial"
+    )
+    both = torch.cat([left, right])
+    low, high = both.min().item(), both.max().item()
+    ax.plot([low, high], [low, high], "--", color=LINE, lw=0.8, label="equal")
+    ax.set(xlabel=trials.claim.sides[1], ylabel=trials.claim.sides[0])
+    ax.legend(frameon=False)
+
+
+def _flat(side: Tensor) -> Tensor:
+    values = torch.nan_to_num(side.detach().flatten().double(), nan=0.0, posinf=0.0, neginf=0.0)
+    return values.clamp(-1e9, 1e9)
+
+
+@theme.themed
+def verdicts(table: Any) -> theme.Picture:
+    """How many claims of each paper hold and how many are refuted."""
+    counts = table.frame.groupby(["paper", "verdict"]).size().unstack(fill_value=0)
+    figure = theme.Picture(figsize=(theme.COLUMN * 1.25, 2.2), layout="constrained")
+    ax = figure.subplots()
+    start = np.zeros(len(counts))
+    colours = {"holds": TRUE, "refuted": FALSE, "undecided": "#999999"}
+    for verdict in (v for v in colours if v in counts):
+        bars = ax.barh(
+            counts.index, counts[verdict], left=start, color=colours[verdict], label=verdict
+        )
+        labels = [str(n) if n else "" for n in counts[verdict]]
+        ax.bar_label(bars, labels, label_type="center", color="white", fontsize=7)
+        start += counts[verdict].to_numpy()
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlabel="claims")
+    figure.legend(loc="outside right upper", frameon=False)
+    theme.title(figure, "Claims of each paper")
+    return figure
