@@ -50,7 +50,7 @@ class _Rearranged:
     def singular_pairs(
         self, terms: int, tolerance: float | None, iterations: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Leading `(sigma G, A)`, `||G|| = ||A|| = 1`, by Krylov iteration on the smaller side."""
+        """Leading `(G, A)`, `||G|| ||A|| = sigma`, by Krylov iteration on the smaller side."""
         o, i = self.shape
         width = min(terms, o * o, i * i)
         forth, back = (self.left, self.right) if i <= o else (self.right, self.left)
@@ -71,14 +71,14 @@ class _Rearranged:
         )
         found = [_symmetric_or_not(X) for X in found]
         pairs = [(forth(X), X) if i <= o else (X, forth(X)) for X in found]
-        return [(A.norm() * G, A / A.norm().clamp(min=1e-30)) for G, A in pairs]
+        return [(G, A) for G, A in pairs if G.any() and A.any()]
 
-    def input_matrices(self, terms: int) -> list[Tensor]:
-        """For T = 1, the leading right singular matrices from two `[M, M]` Hadamard squares.
+    def output_matrices(self, terms: int) -> list[Tensor]:
+        """For T = 1, the leading left singular matrices from two `[M, M]` Hadamard squares.
 
-        `R(F) = (1/M) sum_n vec(sum_m g g^T) vec(a a^T)^T`: with `B_a = (a a^T)^2` and
-        `B_g[n, k] = sum_{m,l} (g_mn . g_lk)^2` its singular values are those of
-        `B_a^{1/2} B_g B_a^{1/2} / M^2`, square-rooted.
+        `R(F) = (1/M) sum_n vec(Gamma_n) vec(a a^T)^T` with `Gamma_n = sum_m g g^T`. An eigenvector
+        `p` of `B_a^{1/2} B_g B_a^{1/2}`, `B_a = (a a^T)^2`, `B_g[n, k] = <Gamma_n, Gamma_k>`, gives
+        one, `sum_n (B_a^{1/2} p)_n Gamma_n`: no division, however alike the inputs are.
         """
         a = torch.cat([a[:, 0] for a, _ in self.pairs])
         m = max(g.shape[0] for _, g in self.pairs)
@@ -89,12 +89,12 @@ class _Rearranged:
         flat = g.reshape(m * n, -1)
         B_g = (flat @ flat.mT).double().square().view(m, n, m, n).sum((0, 2))
         values, vectors = eigh(B_a, "Hadamard square")
-        kept = values > values.max() * 1e-14 * n
-        root = vectors[:, kept] * values[kept].sqrt()
+        root = vectors * values.clamp(min=0).sqrt()
         inside, P = eigh(symmetrise(root.mT @ B_g @ root), "rearranged block")
-        top = min(terms, int((inside > 0).sum()))
-        weights = (vectors[:, kept] / values[kept].sqrt()) @ P[:, -top:].flip(1)
-        return [symmetrise((a * w[:, None].to(a)).mT @ a) for w in weights.mT] if top else []
+        top = min(terms, int((inside > 1e-14 * n * inside[-1]).sum()))
+        weights = (root @ P[:, len(P) - top :]).flip(1).to(g)
+        matrices = ((g * w[:, None]).reshape(m * n, -1).mT @ flat for w in weights.mT)
+        return [symmetrise(G / G.norm()) for G in matrices if G.any()]
 
     def zero(self) -> tuple[Tensor, Tensor]:
         o, i = self.shape
@@ -118,12 +118,13 @@ class KroneckerOptimal(Approximation, name="kronecker_optimal"):
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         operator = _Rearranged(layers)
         if operator.flat:
-            matrices = operator.input_matrices(1)
+            matrices = operator.output_matrices(1)
             if not matrices:
                 return Kronecker(*operator.zero())
-            A = matrices[0] * matrices[0].trace().sign()
-            return _balanced(operator.left(A / A.norm()), A / A.norm())
-        (G, A), *_ = operator.singular_pairs(1, self.tolerance, self.iterations)
+            G = matrices[0] * matrices[0].trace().sign()
+            return _balanced(G, operator.right(G))
+        pairs = operator.singular_pairs(1, self.tolerance, self.iterations)
+        G, A = pairs[0] if pairs else operator.zero()
         sign = A.trace().sign()
         return _balanced(symmetrise(sign * G), symmetrise(sign * A))
 
@@ -149,8 +150,7 @@ class KroneckerSum(Approximation, name="kronecker_sum"):
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         operator = _Rearranged(layers)
         if operator.flat:
-            matrices = [A / A.norm() for A in operator.input_matrices(self.rank)]
-            terms = [(operator.left(A), A) for A in matrices]
+            terms = [(G, operator.right(G)) for G in operator.output_matrices(self.rank)]
         else:
             terms = operator.singular_pairs(self.rank, self.tolerance, self.iterations)
         G, A = (torch.stack(side) for side in zip(*(terms or [operator.zero()]), strict=True))
@@ -201,8 +201,9 @@ def _symmetric_or_not(X: Tensor) -> Tensor:
 
 
 def _balanced(G: Tensor, A: Tensor) -> Kronecker:
-    """`G (x) A` with factors of equal norm, positive semi-definite."""
-    size = G.norm()
-    if size == 0:
+    """`G (x) A` with factors of equal norm."""
+    sizes = G.norm(), A.norm()
+    if not min(sizes) > 0:
         return Kronecker(torch.zeros_like(G), torch.zeros_like(A))
-    return Kronecker(G / size.sqrt(), A * size.sqrt())
+    scale = (sizes[0] / sizes[1]).sqrt()
+    return Kronecker(G / scale, A * scale)
