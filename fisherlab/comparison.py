@@ -21,7 +21,7 @@ from fisherlab import approximations as registry
 from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
-from fisherlab.blocks import Block, BlockError, DirectSum
+from fisherlab.blocks import Block, BlockError, DirectSum, Outer
 from fisherlab.extract import CaptureError, Captures, LayerCapture, capture
 from fisherlab.extract.api import _forward
 from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
@@ -276,7 +276,8 @@ def _makers(
         return {name: a for name, a in known.items() if "pair" not in a.needs}
     if isinstance(approximations, Mapping):
         if approximations and all(isinstance(v, Block) for v in approximations.values()):
-            return {"preconditioner": dict(approximations)}
+            blocks = {k: v for k, v in approximations.items() if isinstance(v, Block)}
+            return {"preconditioner": blocks}
         return dict(approximations)
     if isinstance(approximations, str):
         approximations = [approximations]
@@ -315,6 +316,10 @@ def _joined(parts: Sequence[Block]) -> Block:
     return parts[0] if len(parts) == 1 else DirectSum(parts)
 
 
+def _exactly(parts: Sequence[Outer]) -> Outer | DirectSum:
+    return parts[0] if len(parts) == 1 else DirectSum(parts)
+
+
 @contextmanager
 def _remembering(block: Block, method: str) -> Iterator[None]:
     """Let a block's `power` or `inner` remember its results: several measures ask for the same."""
@@ -345,23 +350,20 @@ class _Layer:
         self.first = self.parts[0][0]
         self.memos = [Memo(part, memory) for part in self.parts]
         same = target is captures
-        self.F = (
-            self._exact(target) if not same else _joined([m.block(Exact()) for m in self.memos])
-        )
+        shared = [m.exact() for m in self.memos] if same else []
+        self.F = _exactly(shared) if same else self._exact(target)
         self.unseen = self._exact(unseen) if unseen else None
-        gradients = [sum(c.gradient * c.examples for c in p) / m.count for p, m in self._pairs()]
-        self.gradient = torch.cat(gradients)
+        # of the mean loss; a layer in groups has one below the other
+        sums = [torch.stack([c.gradient * c.examples for c in part]).sum(0) for part in self.parts]
+        self.gradient = torch.cat(sums) / self.memos[0].count
         self.exact_steps: dict[float, Tensor] = {}
         self.examples = int(self.memos[0].count)
         self.reference_examples = (
             sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
         )
 
-    def _pairs(self) -> Iterator[tuple[list[LayerCapture], Memo]]:
-        return zip(self.parts, self.memos, strict=True)
-
-    def _exact(self, captures: list[Captures]) -> Block:
-        return _joined([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
+    def _exact(self, captures: list[Captures]) -> Outer | DirectSum:
+        return _exactly([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
 
     def build(self, maker: Maker) -> Block | None:
         """The block of one method on this layer; None where a given block is of another layer."""
@@ -453,14 +455,13 @@ class _Layer:
 
     def _damped(self, maker: Maker, X: Block, damping: float) -> dict[str, Any]:
         start = time.perf_counter()
-        inverse = isinstance(maker, Approximation) and maker.exponent == -1
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
-        P = self._preconditioner(maker, X, damping) if inverse else None
+        P, placement = self._preconditioner(maker, X, damping)
         step = metrics.step(X, self.F, self.gradient, damping, P, self._exact_step(damping))
         seconds = time.perf_counter() - start
         return {
-            "placement": maker.placement if inverse else "tikhonov",
+            "placement": placement,
             "direction_cosine": step.cosine.item(),
             "direction_error": step.error.item(),
             "quadratic_decrease": step.decrease.item(),
@@ -477,7 +478,10 @@ class _Layer:
             self.exact_steps[damping] = -self.F.solve(self.gradient.to(self.F.dtype), damping)
         return self.exact_steps[damping]
 
-    def _preconditioner(self, maker: Approximation, X: Block, damping: float) -> Block:
+    def _preconditioner(self, maker: Maker, X: Block, damping: float) -> tuple[Block | None, str]:
+        """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""
+        if not isinstance(maker, Approximation) or maker.exponent != -1:
+            return None, "tikhonov"
         if isinstance(X, DirectSum):
-            return DirectSum([maker.damped(part, damping) for part in X.parts])
-        return maker.damped(X, damping)
+            return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
+        return maker.damped(X, damping), maker.placement

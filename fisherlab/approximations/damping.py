@@ -39,10 +39,12 @@ def check_placement(placement: str) -> None:
 
 
 def place(
-    block: Kronecker, exponent: float, damping: float, placement: str, pi: float | None = None
+    block: Block, exponent: float, damping: float, placement: str, pi: float | None = None
 ) -> Block:
     """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: by traces."""
     check_placement(placement)
+    if not isinstance(block, Kronecker):
+        raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")
     if placement == "factored":
         ratio = trace_ratio_pi(block.G, block.A) if pi is None else pi
         root = math.sqrt(damping)
@@ -107,13 +109,15 @@ def gram_norm(alpha: float) -> Rule:
     """`lambda_l = alpha ||U_l^T U_l||_F`, of exact blocks only.      FNGD (14)."""
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
+        dampings = {}
         for name, block in blocks.items():
             if not isinstance(block, Outer):
                 raise BlockError(
                     f"gram_norm needs the exact block of each layer; {name!r} is a "
                     f"{type(block).__name__}"
                 )
-        return {name: alpha * block.gram().norm().item() for name, block in blocks.items()}
+            dampings[name] = alpha * block.gram().norm().item()
+        return dampings
 
     return rule
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fisherlab import blocks
 from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, contractions
+from fisherlab.blocks import Block
 from fisherlab.extract import LayerCapture
 
 

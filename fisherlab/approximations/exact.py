@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fisherlab.approximations.base import Approximation
-from fisherlab.blocks import Block, Outer
+from fisherlab.blocks import BlockError, Outer
 from fisherlab.extract import LayerCapture
 
 
@@ -22,11 +22,17 @@ class Exact(Approximation, name="exact"):
 
     additive = False
 
-    def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
+    def of_batch(self, layers: tuple[LayerCapture, ...]) -> Outer:
         if len(layers) == 1 and layers[0].column_share == 1:
             columns = layers[0].columns
             return Outer(columns.a, columns.g, columns=columns)
         return Outer(*_joined(layers), core=1 / sum(layer.examples for layer in layers))
+
+    def __call__(self, *layers: LayerCapture) -> Outer:
+        """The block of the examples of all captures together."""
+        if not layers:
+            raise BlockError("Exact() needs at least one LayerCapture")
+        return self.of_batch(layers)
 
 
 def _joined(layers: tuple[LayerCapture, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,10 +28,13 @@ class IFANG(Eva, name="ifang"):
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
-        return _Pair(super().block(means, basis, corrections), means["g"], means["a"])
+        block = super().block(means, basis, corrections)
+        assert isinstance(block, Eigen)
+        return _Pair(block, means["g"], means["a"])
 
     def damped(self, block: Block, damping: float) -> Block:
         damping = check_damping(damping)
+        assert isinstance(block, _Pair)
         if damping == 0:
             raise BlockError("IFANG's factors have rank one, so their inverse needs damping > 0")
         along_G = damping + block.g_energy

@@ -31,7 +31,7 @@ class MiniBlock(Approximation, name="mini_block"):
         a, g = layer.inputs, layer.output_gradients
         o, i = layer.shape
         conv = layer.geometry.conv
-        k = math.prod(conv["kernel"]) if conv else i
+        k = math.prod(conv.kernel) if conv else i
         c = (i - (layer.geometry.bias if conv else 0)) // k
         needed = o * c * k * k * a.element_size()
         if needed > dense_budget(a.device):

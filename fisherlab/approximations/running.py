@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, BlockError
+from fisherlab.approximations.exact import Exact
+from fisherlab.blocks import Block, BlockError, Outer
 from fisherlab.extract import LayerCapture
 
 Sums = dict[str, Tensor]
@@ -75,6 +76,12 @@ class Memo:
         if approximation not in self._blocks:
             self._blocks[approximation] = self._make(approximation)
         return self._blocks[approximation]
+
+    def exact(self) -> Outer:
+        """The block itself, of the same columns that the approximations use."""
+        block = self.block(Exact())
+        assert isinstance(block, Outer)
+        return block
 
     def _make(self, approximation: Approximation) -> Block:
         if not approximation.additive:

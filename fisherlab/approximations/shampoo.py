@@ -68,6 +68,7 @@ class Shampoo(Approximation, name="shampoo"):
 
     def damped(self, block: Block, damping: float) -> Block:
         damping = check_damping(damping)
+        assert isinstance(block, _Sided)
         exponent = self.exponent / 2 if self.form == "root" else self.exponent
         scale = 1.0 if self.form == "root" else block.L.trace().sqrt()
         left, right = (_power(side, exponent, damping) for side in (block.L, block.R))

@@ -208,9 +208,9 @@ def _assemble(
             continue
         _check_calls(name, calls, examples)
         module = modules[name]
-        bias = module.bias is not None and module.bias.requires_grad
+        bias = module.bias is not None and bool(module.bias.requires_grad)
         groups = getattr(module, "groups", 1)
-        preactivations = tuple(call.preactivation for call in calls)
+        evaluated = [c.preactivation for c in calls if c.preactivation is not None]
         for group in range(groups):
             captured[f"{name}:{group}" if groups > 1 else name] = LayerCapture(
                 name=name,
@@ -221,7 +221,7 @@ def _assemble(
                 raw_label_gradients=tuple(call.label_gradient for call in calls),
                 raw_outputs=tuple(call.output for call in calls),
                 activation=activations.get(name),
-                raw_preactivations=None if None in preactivations else preactivations,
+                raw_preactivations=tuple(evaluated) if len(evaluated) == len(calls) else None,
                 fisher_type=fisher_type,
             )
     return captured

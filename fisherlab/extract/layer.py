@@ -25,6 +25,32 @@ class CaptureError(ValueError):
     """A model, criterion or batch that cannot be captured, or a field that was not captured."""
 
 
+Raw = tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution's hyper-parameters, one number per axis of the image."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    # last axis first, as F.pad takes it; right for numbers, "same" and "valid" alike
+    padding: tuple[int, ...]
+    mode: str
+
+    @classmethod
+    def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Convolution:
+        """Those of a module."""
+        return cls(
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            tuple(module.dilation),
+            tuple(module._reversed_padding_repeated_twice),
+            "constant" if module.padding_mode == "zeros" else module.padding_mode,
+        )
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How one raw input `[n, ...]` becomes `[n, t, i]` and one raw output `[n, ...]` `[n, t, o]`.
@@ -36,7 +62,7 @@ class Geometry:
     in_features: int
     out_features: int
     bias: bool
-    conv: dict[str, object] | None = None
+    conv: Convolution | None = None
     group: int = 0
     groups: int = 1
 
@@ -48,20 +74,11 @@ class Geometry:
         if not isinstance(module, CONVOLUTIONS):
             raise CaptureError(f"no weight-sharing form for {type(module).__name__}")
         groups = module.groups
-        kernel = math.prod(module.kernel_size)
-        conv = {
-            "kernel": module.kernel_size,
-            "stride": module.stride,
-            "dilation": module.dilation,
-            # last axis first, as F.pad takes it; right for numbers, "same" and "valid" alike
-            "padding": tuple(module._reversed_padding_repeated_twice),
-            "mode": "constant" if module.padding_mode == "zeros" else module.padding_mode,
-        }
         return cls(
-            module.in_channels // groups * kernel,
+            module.in_channels // groups * math.prod(module.kernel_size),
             module.out_channels // groups,
             bias,
-            conv,
+            Convolution.of(module),
             group,
             groups,
         )
@@ -74,23 +91,23 @@ class Geometry:
             if not self.bias:
                 return rows
             return torch.cat([rows, rows.new_ones(n, rows.shape[1], 1)], -1)
-        patches = self._patches(raw)
-        positions = math.prod(patches.shape[1 : 1 + len(self.conv["kernel"])])
+        patches = self._patches(raw, self.conv)
+        dims = len(self.conv.kernel)
+        positions = math.prod(tuple(patches.shape[1 : 1 + dims]))
         a = raw.new_empty(n, positions, self.in_features + self.bias)
         # one copy, straight from the strided view into the rows that carry the trailing 1
-        body = a.as_strided(patches.shape, self._row_strides(patches.shape, a.stride()))
+        body = a.as_strided(patches.shape, _row_strides(patches.shape, a.stride(), dims))
         body.copy_(patches)
         if self.bias:
             a[..., -1] = 1
         return a
 
-    def _patches(self, raw: Tensor) -> Tensor:
+    def _patches(self, raw: Tensor, conv: Convolution) -> Tensor:
         """A strided view `[n, *out, c, *kernel]` of the padded input of this group."""
         channels = raw.shape[1] // self.groups
         raw = raw[:, self.group * channels : (self.group + 1) * channels]
-        conv = self.conv
-        padded = F.pad(raw, conv["padding"], mode=conv["mode"]) if any(conv["padding"]) else raw
-        kernel, stride, dilation = conv["kernel"], conv["stride"], conv["dilation"]
+        padded = F.pad(raw, conv.padding, mode=conv.mode) if any(conv.padding) else raw
+        kernel, stride, dilation = conv.kernel, conv.stride, conv.dilation
         out = [
             (length - d * (k - 1) - 1) // s + 1
             for length, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
@@ -100,13 +117,6 @@ class Geometry:
         strides += [step_c, *(d * z for d, z in zip(dilation, steps, strict=True))]
         size = [padded.shape[0], *out, channels, *kernel]
         return padded.as_strided(size, strides, padded.storage_offset())
-
-    def _row_strides(self, size: torch.Size, rows: tuple[int, ...]) -> list[int]:
-        dims = len(self.conv["kernel"])
-        out, inside = size[1 : 1 + dims], size[1 + dims :]
-        strides = [rows[0]]
-        strides += [math.prod(out[d + 1 :]) * rows[1] for d in range(dims)]
-        return strides + [math.prod(inside[d + 1 :]) for d in range(dims + 1)]
 
     def outputs(self, raw: Tensor, leading: int = 1) -> Tensor:
         """A raw output or output gradient `[*leading, ...]` as `[*leading, t, o]`."""
@@ -277,14 +287,14 @@ class LayerCapture:
     def part(self, examples: slice, columns: slice = slice(None)) -> LayerCapture:
         """The capture of some examples and some of their output vectors."""
 
-        def cut(raw: tuple[Tensor, ...] | None, *index: slice) -> tuple[Tensor, ...] | None:
+        def cut(raw: Raw, *index: slice) -> Raw:
             return None if raw is None else tuple(x[index] for x in raw)
 
         total = self.columns_per_example
         held = len(range(*columns.indices(total)))
         return replace(
             self,
-            raw_inputs=cut(self.raw_inputs, examples),
+            raw_inputs=tuple(x[examples] for x in self.raw_inputs),
             raw_output_gradients=cut(self.raw_output_gradients, columns, examples),
             raw_label_gradients=cut(self.raw_label_gradients, examples),
             raw_outputs=cut(self.raw_outputs, examples),
@@ -297,12 +307,12 @@ class LayerCapture:
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerCapture:
         """The capture with `function` (a move, a cast) applied to every raw tensor."""
 
-        def each(raw: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        def each(raw: Raw) -> Raw:
             return None if raw is None else tuple(function(x) for x in raw)
 
         return replace(
             self,
-            raw_inputs=each(self.raw_inputs),
+            raw_inputs=tuple(function(x) for x in self.raw_inputs),
             raw_output_gradients=each(self.raw_output_gradients),
             raw_label_gradients=each(self.raw_label_gradients),
             raw_outputs=each(self.raw_outputs),
@@ -321,3 +331,11 @@ class LayerCapture:
             f"{public} of layer {self.name!r} was not captured; name {need!r} in the "
             "approximation's `needs`, or call fl.capture, which captures everything"
         )
+
+
+def _row_strides(size: torch.Size, rows: tuple[int, ...], dims: int) -> list[int]:
+    """Strides that lay patches `[n, *out, c, *kernel]` into rows `[n, t, i]` of given strides."""
+    out, inside = tuple(size[1 : 1 + dims]), tuple(size[1 + dims :])
+    strides = [rows[0]]
+    strides += [math.prod(out[d + 1 :]) * rows[1] for d in range(dims)]
+    return strides + [math.prod(inside[d + 1 :]) for d in range(dims + 1)]

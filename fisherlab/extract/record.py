@@ -55,9 +55,10 @@ class Call:
     output: Tensor
     input_version: int
     output_version: int
-    label_gradient: Tensor | None = None
-    gradients: Tensor | None = None
     preactivation: Tensor | None = None
+    # what arrived at the output: the loss gradient, and every column of the Fisher
+    label_gradient: Tensor = field(init=False)
+    gradients: Tensor = field(init=False)
 
 
 @dataclass

@@ -57,8 +57,8 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
 
 
 def _costs(module: nn.Module, calls: list, rate: float) -> dict[str, object]:
-    o = module.weight.shape[0]
-    i = math.prod(module.weight.shape[1:]) + (module.bias is not None)
+    o, *rest = (int(length) for length in module.weight.shape)
+    i = math.prod(rest) + (module.bias is not None)
     n = calls[0].raw_input.shape[0]
     t = sum(call.output.numel() // (n * o) for call in calls)
     size = calls[0].raw_input.element_size()

@@ -51,22 +51,28 @@ def _parts(block: Block) -> tuple[Block, ...]:
     return block.parts if isinstance(block, DirectSum) else (block,)
 
 
-def _pair_products(reference: Block) -> Tensor:
-    """`<F_n, F_k>` of per-example blocks, `[n, n]` float64."""
-    total = None
+def _columns(reference: Block) -> list[Outer]:
+    parts = []
     for part in _parts(reference):
         if not isinstance(part, Outer):
             raise TypeError(f"the reference must be an exact block (Outer), got {part!r}")
-        m, n = part.g.shape[:2]
-        pairs = part.gram().square().view(m, n, m, n).sum((0, 2))
-        total = pairs if total is None else total + pairs
-    assert total is not None
-    return total
+        parts.append(part)
+    return parts
+
+
+def _pair_products(reference: Block) -> Tensor:
+    """`<F_n, F_k>` of per-example blocks, `[n, n]` float64."""
+    grams = ((part.gram(), *part.g.shape[:2]) for part in _columns(reference))
+    pairs = [K.square().view(m, n, m, n).sum((0, 2)) for K, m, n in grams]
+    return torch.stack(pairs).sum(0)
 
 
 def _example_products(X: Block, reference: Block) -> Tensor:
     """`<F_n, X>`, `[n]` float64."""
     if isinstance(X, DirectSum) != isinstance(reference, DirectSum):
         raise TypeError("a layer in groups needs an approximation in groups")
-    pairs = zip(_parts(X), _parts(reference), strict=True)
-    return torch.stack([x.column_quadratics(f.a, f.g).sum(0) for x, f in pairs]).sum(0)
+    products = [
+        x.column_quadratics(f.a, f.g).sum(0)
+        for x, f in zip(_parts(X), _columns(reference), strict=True)
+    ]
+    return torch.stack(products).sum(0)
