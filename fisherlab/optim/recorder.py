@@ -2,9 +2,9 @@
 
 Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input,
 so a forward without a backward leaves nothing behind and an evaluation pass between two steps
-disturbs nothing. The factor between `dL` and the per-example loss is read off the criterion's own loss
-tensor, or recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would
-give a Fisher matrix that is c^2 off without any error.
+disturbs nothing. The factor between `dL` and the per-example loss is read off the criterion's own
+loss tensor, or recognised from (output, its gradient) for softmax cross entropy: a wrong factor c
+would give a Fisher matrix that is c^2 off without any error.
 """
 
 from __future__ import annotations

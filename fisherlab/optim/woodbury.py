@@ -88,7 +88,8 @@ class Woodbury(CurvatureOptimizer):
 
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last batch: damping, relative too, and the eigenvalues above it."""
-        return last_steps(self._last, self.steps)
+        # solved in the order of the backward pass, told in that of the layers
+        return last_steps({n: self._last[n] for n in self.weights if n in self._last}, self.steps)
 
     def _remember(self, weight: Weight, x: Tensor, g: Tensor) -> None:
         self._factor = self.scale.factor

@@ -1,0 +1,247 @@
+"""Optimizers, slow and dense: what each method's step is on a two-layer perceptron, in float64.
+
+Written from the formulas alone. Inputs `a` `[n, i]` (last column 1) and output gradients `g`
+`[n, o]` of the per-example loss are written out by hand, every block is a dense matrix over
+`vec [W b]` (row-major), and every running mean is a loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+DECAY = 0.95
+
+
+def perceptron(inputs: int = 64, hidden: int = 8, outputs: int = 10) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        return nn.Sequential(*layers).double()
+
+
+def pairs(model: nn.Sequential, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`(a, g)` of both layers for softmax cross entropy, by hand."""
+    with torch.no_grad():
+        first, _, second = model
+        ones = x.new_ones(len(x), 1)
+        s = x @ first.weight.T + first.bias
+        h = s.clamp(min=0)
+        p = (h @ second.weight.T + second.bias).softmax(1)
+        g2 = p - nn.functional.one_hot(y, p.shape[1])
+        g1 = (g2 @ second.weight) * (s > 0)
+        return [(torch.cat([x, ones], 1), g1), (torch.cat([h, ones], 1), g2)]
+
+
+def gradient(a: Tensor, g: Tensor) -> Tensor:
+    return g.T @ a / len(a)
+
+
+def power(S: Tensor, exponent: float) -> Tensor:
+    values, Q = torch.linalg.eigh((S + S.T) / 2)
+    return Q @ torch.diag(values**exponent) @ Q.T
+
+
+def eye(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)
+
+
+def columns(a: Tensor, g: Tensor) -> Tensor:
+    """`U` `[o i, n]`."""
+    return torch.stack([torch.outer(x, z).flatten() for x, z in zip(g, a, strict=True)], 1)
+
+
+def exact(a: Tensor, g: Tensor) -> Tensor:
+    U = columns(a, g)
+    return U @ U.T / len(a)
+
+
+def mean(history: list[tuple[Tensor, Tensor]], statistic: Callable, every: int) -> Tensor:
+    """The decayed mean of a per-batch mean over the steps that are multiples of `every`."""
+    total, weight = torch.zeros(()), 0.0
+    for step, (a, g) in enumerate(history):
+        if step % every == 0:
+            total = DECAY * total + len(a) * statistic(a, g)
+            weight = DECAY * weight + len(a)
+    return total / weight
+
+
+def inverse(F: Tensor, share: float) -> Tensor:
+    """`(F + share tr F / N I)^{-1}`."""
+    return torch.linalg.inv(F + share * F.trace() / len(F) * eye(len(F)))
+
+
+def kfac(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return g.T @ g / len(a), a.T @ a / len(a)
+
+
+def tkfac(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    D = torch.einsum("no,ni->noi", g, a)
+    root = (D.square().sum() / len(a)).sqrt()
+    left = torch.einsum("noi,npi->op", D, D) / len(a)
+    right = torch.einsum("noi,noj->ij", D, D) / len(a)
+    return left / root, right / root
+
+
+def factored(G: Tensor, A: Tensor, share: float, pi: float | None) -> Tensor:
+    damping = share * G.trace() * A.trace() / (len(G) * len(A))
+    pi = pi or math.sqrt((A.trace() / len(A)) / (G.trace() / len(G)))
+    root = math.sqrt(damping)
+    damped_G, damped_A = G + root / pi * eye(len(G)), A + root * pi * eye(len(A))
+    return torch.kron(torch.linalg.inv(damped_G), torch.linalg.inv(damped_A))
+
+
+def corrected(history: list, factors: Callable, share: float) -> Tensor:
+    """EKFAC, TEKFAC: basis of step 0, eigenvalues averaged over steps 0, 10, 20."""
+    Q = torch.kron(*(torch.linalg.eigh(side)[1] for side in factors(*history[0])))
+    spectrum = mean(history, lambda a, g: (Q.T @ columns(a, g)).square().mean(1), 10)
+    return Q @ torch.diag(1 / (spectrum + share * spectrum.mean())) @ Q.T
+
+
+def rank_one(history: list) -> tuple[Tensor, Tensor]:
+    return mean(history, lambda a, g: g.mean(0), 1), mean(history, lambda a, g: a.mean(0), 1)
+
+
+def eva(history: list, damping: float) -> Tensor:
+    v = torch.kron(*rank_one(history))
+    return torch.linalg.inv(torch.outer(v, v) + damping * eye(len(v)))
+
+
+def ifang(history: list, damping: float) -> Tensor:
+    sides = (torch.outer(v, v) + damping * eye(len(v)) for v in rank_one(history))
+    return torch.kron(*(torch.linalg.inv(side) for side in sides))
+
+
+def shampoo(a: Tensor, g: Tensor, share: float) -> Tensor:
+    D = gradient(a, g)
+    L, R = D @ D.T, D.T @ D
+    # tr L^{1/2} = tr R^{1/2} = sum of the singular values of D
+    damping = share * torch.linalg.svdvals(D).sum() ** 2 / D.numel()
+    return torch.kron(*(power(S + damping * eye(len(S)), -0.25) for S in (L, R)))
+
+
+def mini_block(a: Tensor, g: Tensor) -> Tensor:
+    o, i = g.shape[1], a.shape[1]
+    F = exact(a, g).view(o, i, o, i)
+    return torch.block_diag(*(F[k, :, k] for k in range(o)))
+
+
+def kronecker_terms(a: Tensor, g: Tensor, terms: int) -> Tensor:
+    """The best sum of Kronecker products, from the SVD of Van Loan's rearrangement."""
+    o, i = g.shape[1], a.shape[1]
+    rearranged = exact(a, g).view(o, i, o, i).permute(0, 2, 1, 3).reshape(o * o, i * i)
+    left, sizes, right = torch.linalg.svd(rearranged, full_matrices=False)
+    products = (
+        sizes[k] * torch.kron(left[:, k].view(o, o), right[k].view(i, i)) for k in range(terms)
+    )
+    return sum(products, torch.zeros(o * i, o * i, dtype=torch.float64))
+
+
+def clamped_inverse(F: Tensor, share: float) -> Tensor:
+    values, Q = torch.linalg.eigh((F + F.T) / 2)
+    return Q @ torch.diag(1 / (values.clamp(min=0) + share * F.trace() / len(F))) @ Q.T
+
+
+def smw(a: Tensor, g: Tensor, alpha: float) -> Tensor:
+    """`lambda (F + lambda I)^{-1}`, `lambda = alpha ||U^T U||`.      FNGD (9), (14), folded."""
+    U = columns(a, g)
+    damping = alpha * (U.T @ U).norm()
+    return damping * torch.linalg.inv(exact(a, g) + damping * eye(len(U)))
+
+
+def blend(d: Tensor, t: Tensor, progress: float) -> Tensor:
+    """ANG (6), (7) with the concave schedule."""
+    s = (1 - math.exp(-5 * progress)) / (1 - math.exp(-5))
+    rho, size = d.norm(), t.norm()
+    omega = torch.arccos((d @ t) / (rho * size))
+    unit = torch.sin((1 - s) * omega) * d / rho + torch.sin(s * omega) * t / size
+    return rho * unit / torch.sin(omega)
+
+
+@dataclass
+class Steps:
+    """The dense directions of every named optimizer, from the pairs of all steps so far."""
+
+    histories: list[list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: [[], []])
+    slopes: list[list[float]] = field(default_factory=lambda: [[], []])
+
+    def observe(self, model: nn.Sequential, x: Tensor, y: Tensor) -> None:
+        both = pairs(model, x, y)
+        for history, pair in zip(self.histories, both, strict=True):
+            history.append(pair)
+        self.slopes[0].append((both[1][0][:, :-1] > 0).double().mean().item())
+        self.slopes[1].append(1.0)
+
+    def gradients(self) -> list[Tensor]:
+        return [gradient(*history[-1]) for history in self.histories]
+
+    def directions(self, name: str) -> list[Tensor]:
+        """One `[o, i]` per layer, before clipping."""
+        gradients = self.gradients()
+        if name in ("ngd", "ngd_dense"):
+            flat = self._joint() @ torch.cat([v.flatten() for v in gradients])
+            parts = flat.split([v.numel() for v in gradients])
+            return [part.view_as(v) for part, v in zip(parts, gradients, strict=True)]
+        found = []
+        for layer, v in enumerate(gradients):
+            d = self._preconditioner(name, layer) @ v.flatten()
+            if name in ("ang", "ifang"):
+                d = blend(d, v.flatten(), (len(self.histories[0]) - 1) / 999)
+            if name == "shampoo":
+                d = d * v.norm() / d.norm()
+            found.append(d.view_as(v))
+        return found
+
+    def _joint(self) -> Tensor:
+        now = [history[-1] for history in self.histories]
+        U = torch.cat([columns(*pair) for pair in now])
+        F = U @ U.T / len(now[0][0])
+        damping = []
+        for a, g in now:
+            block = exact(a, g)
+            damping.append(10 * block.trace() / len(block) * torch.ones(len(block)))
+        return torch.linalg.inv(F + torch.diag(torch.cat(damping).double()))
+
+    def _preconditioner(self, name: str, layer: int) -> Tensor:
+        history = self.histories[layer]
+        (a0, g0), (a, g) = history[0], history[-1]
+        if name in ("exact", "tengrad", "blockwise_ngd"):
+            return inverse(exact(a, g), 10)
+        if name in ("ngd_smw", "fngd"):
+            return smw(a, g, 0.005)
+        if name in ("kfac", "truncated_kfac", "ang"):
+            return factored(*kfac(a0, g0), 3, None)
+        if name == "kfac_reduce":
+            return inverse(torch.kron(*kfac(a0, g0)), 3)
+        if name == "tkfac":
+            return factored(*tkfac(a0, g0), 3, 1.0)
+        if name == "tkfac_expand":
+            return inverse(torch.kron(*tkfac(a0, g0)), 3)
+        if name == "ekfac":
+            return corrected(history, kfac, 3)
+        if name == "tekfac":
+            return corrected(history, tkfac, 3)
+        if name == "eva":
+            return eva(history, 0.03)
+        if name == "ifang":
+            return ifang(history, 0.1)
+        if name == "sngd":
+            A = self.slopes[layer][0] * a0.T @ a0 / len(a0)
+            return inverse(torch.kron(eye(g0.shape[1]), A), 0.1)
+        if name == "shampoo":
+            return shampoo(a0, g0, 1e-4)
+        if name == "diagonal":
+            return inverse(torch.diag(exact(a0, g0).diagonal()), 3)
+        if name == "mini_block":
+            return inverse(mini_block(a0, g0), 3)
+        if name == "kronecker_optimal":
+            return inverse(kronecker_terms(a, g, 1), 100)
+        if name == "kronecker_sum":
+            return clamped_inverse(kronecker_terms(a, g, 2), 100)
+        raise KeyError(f"no dense reference of optimizer {name!r}: write one")

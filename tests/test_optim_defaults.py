@@ -1,0 +1,145 @@
+"""By name, with default options: each trains, and each is the method it is named after."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optim_references import Steps, perceptron
+from torch import Tensor, nn
+
+import fisherlab as fl
+
+FIRST_ORDER = ["sgd", "adam", "adamw", "radam"]
+# K-BFGS has a second pass and a test of its own
+SECOND_ORDER = [name for name in fl.optim.names() if name not in [*FIRST_ORDER, "kbfgs"]]
+CLIP, MOMENTUM = 1e-4, 0.9
+UNCLIPPED = {"ngd_smw", "fngd", "shampoo"}
+
+
+def digits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    data = fl.datasets.load("digits")
+    (x, y), (x_test, y_test) = data.train.tensors, data.test.tensors
+    return x.to(dtype).flatten(1), y, x_test.to(dtype).flatten(1), y_test
+
+
+def pooled() -> tuple[Tensor, Tensor]:
+    """4 x 4 pixels, all of them used: no factor has a null space with an arbitrary basis."""
+    x, y, _, _ = digits()
+    return F.avg_pool2d(x.view(-1, 1, 8, 8), 2).flatten(1), y
+
+
+def batches(x: Tensor, size: int, steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found: list[Tensor] = []
+    while len(found) < steps:
+        order = torch.randperm(len(x), generator=generator)
+        found += [part for part in order.split(size) if len(part) == size]
+    return found[:steps]
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def moved(model: nn.Module, take_step) -> Tensor:
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    take_step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+
+def flat(matrices: list[Tensor]) -> Tensor:
+    """`[W b]` matrices in the order of `model.parameters()`."""
+    return torch.cat([part.flatten() for m in matrices for part in (m[:, :-1], m[:, -1])])
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_no_disguise(name: str) -> None:
+    x, y = pooled()
+    model, steps = perceptron(inputs=16), Steps()
+    optimizer = fl.optim.create(name, model)
+    lr = optimizer.param_groups[0]["lr"]
+    velocity = plain = torch.zeros(1)
+    for part in batches(x, 32, 21):
+        steps.observe(model, x[part], y[part])
+        backward(model, x[part], y[part])
+        gradients = steps.gradients()
+        if len(steps.histories[0]) == 21:
+            directions = steps.directions(name)
+            buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+            velocity = torch.cat([b.flatten() for b in buffers])
+        plain = MOMENTUM * plain + flat(gradients)
+        change = moved(model, optimizer.step)
+    scale = 1.0
+    if name not in UNCLIPPED:
+        products = sum(float((d * v).sum()) for d, v in zip(directions, gradients, strict=True))
+        scale = min(1.0, math.sqrt(CLIP / (lr**2 * products)))
+    expected = -lr * (MOMENTUM * velocity + scale * flat(directions))
+    error = (change - expected).norm() / (scale * lr * flat(directions).norm())
+    assert error < 1e-6
+    assert F.cosine_similarity(change, -plain, dim=0) < 0.99
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_summary_states_the_damping(name: str) -> None:
+    x, y = pooled()
+    model = perceptron(inputs=16)
+    optimizer = fl.optim.create(name, model)
+    backward(model, x[:32], y[:32])
+    optimizer.step()
+    table = optimizer.summary()
+    if name == "fngd":
+        assert list(table["layer"]) == ["0", "2"] and (table["factor"] > 0.2).all()
+    assert list(table["n_parameters"]) == [8 * 17, 10 * 9]
+    assert (table["damping"] > 0).all()
+    assert (table["damping_relative"] > 0).all()
+    share = table["eigenvalues_above_damping"]
+    assert ((share >= 0) & (share < 1)).all()
+    if name not in ("eva", "ifang", "fngd", "ngd_smw"):
+        assert (share > 0).any(), "no eigenvalue is above the damping: this is the gradient's step"
+
+
+def small_cnn() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 6, 3, padding=1, stride=2),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 12, 3, padding=1, stride=2),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(48, 10),
+        )
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", fl.optim.names())
+def test_defaults_train(name: str, kind: str) -> None:
+    x, y, x_test, y_test = digits(torch.float32)
+    if kind == "mlp":
+        generator = torch.Generator().manual_seed(0)
+        wide = name not in ("ngd_dense", "blockwise_ngd", "kronecker_sum")
+        hidden = (64, 64) if wide else (12,)
+        model = fl.models.create("mlp", input_size=64, hidden=hidden, generator=generator)
+    else:
+        model = small_cnn()
+    optimizer = fl.optim.create(name, model)
+    worst = 0.0
+    for part in batches(x, 64, 44):
+        def closure(part: Tensor = part) -> Tensor:
+            return backward(model, x[part], y[part])
+
+        loss = optimizer.step(closure)
+        worst = max(worst, loss.item())
+    model.eval()
+    with torch.no_grad():
+        outputs = model(x_test)
+    accuracy = (outputs.argmax(1) == y_test).double().mean()
+    assert accuracy > 0.4, "chance is 0.1"
+    assert worst < 4.0 and F.cross_entropy(outputs, y_test) < 2.2
