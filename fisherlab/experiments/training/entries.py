@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -94,6 +95,8 @@ def value(text: Any, model: nn.Module) -> Any:
     call = re.fullmatch(rf"({'|'.join(RULES)})\(([^()]*)\)", text)
     if call:
         rule, number = call[1], float(call[2])
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{rule} takes a finite number >= 0, got {call[2]}")
         if rule == "trace":
             kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
             convolutions = {n for n, m in model.named_modules() if isinstance(m, kinds)}

@@ -1,0 +1,357 @@
+"""Training side by side: resumed runs, divergence, refusals, the table, what is measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import nn
+
+from fisherlab import optim
+from fisherlab.experiments import checkpoint
+from fisherlab.experiments.training import CLOCK, Settings, SettingsError, Watch, entries, train
+from fisherlab.experiments.training.divergence import blame, weight_norms
+from fisherlab.experiments.training.record import Record
+
+TINY = {"data": "digits", "hidden": (4,), "examples": 192, "test_examples": 50, "batch_size": 64}
+
+
+def settings(wanted, assignments=(), **options):
+    return Settings(**{**TINY, "entries": entries(wanted, assignments), "epochs": 2, **options})
+
+
+def steady(frame):
+    """What a resumed run must repeat."""
+    return frame.drop(columns=[name for name in CLOCK if name in frame])
+
+
+def assert_same(results, others):
+    assert_frame_equal(steady(results.rows), steady(others.rows), check_exact=True)
+    assert_frame_equal(steady(results.curve), steady(others.curve), check_exact=True)
+
+
+class Interrupt(Watch):
+    """Ctrl-C after so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def stepped(self, loss):
+        self.steps -= 1
+        if self.steps == 0:
+            raise KeyboardInterrupt
+
+
+# Resume ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", optim.names())
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(name, tmp_path):
+    s = settings(name, schedule="cosine")
+    whole = train(s, tmp_path / "whole")
+    (record,) = whole.records
+    if record.status == "refused":  # before its first step: nothing to resume
+        assert "refused" in record.note and len(record.rows) == 1
+        return
+    assert record.status == "done", record.note + record.traceback
+    first = train(s, tmp_path / "cut", watch=Interrupt(5))
+    assert first.interrupted and first.rows["epoch"].max() == 1
+    resumed = train(s, tmp_path / "cut")
+    assert not resumed.interrupted
+    assert_same(resumed, whole)
+    states = [
+        checkpoint.load(tmp_path / folder / record.path)["training"]["model"]
+        for folder in ("whole", "cut")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+KILLED = """
+import os, signal, sys, torch
+from fisherlab.experiments.training import Settings, Watch, train
+from pathlib import Path
+
+folder, moment = Path(sys.argv[1]), sys.argv[2]
+steps, saves = 0, 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Kill(Watch):
+    def stepped(self, loss):
+        global steps
+        steps += 1
+        if moment == "step" and steps == 5:
+            die()
+
+save = torch.save
+def half(state, stream):
+    global saves
+    saves += 1
+    if moment == "save" and saves == 3:
+        stream.write(b"PK half of a file")
+        stream.flush()
+        die()
+    save(state, stream)
+torch.save = half
+train(Settings.load(folder.parent / "whole"), folder, watch=Kill())
+"""
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_killed_run_loses_at_most_the_current_epoch(moment, tmp_path):
+    s = settings("kfac,sgd", epochs=3)
+    whole = train(s, tmp_path / "whole")
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "killed", moment],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    left = Record(s.entries[0], 0)
+    left.restore(tmp_path / "killed", s)
+    assert [row["epoch"] for row in left.rows] == [0, 1]  # both died within the second epoch
+    parts = list((tmp_path / "killed").rglob("*.part"))
+    assert len(parts) == (moment == "save")
+    resumed = train(s, tmp_path / "killed")
+    assert_same(resumed, whole)
+    assert not list((tmp_path / "killed").rglob("*.part"))
+
+
+def test_a_finished_run_is_taken_over_as_it_is(tmp_path):
+    s = settings("sgd")
+    first, steps = train(s, tmp_path), []
+    watch = Watch()
+    watch.stepped = steps.append
+    again = train(s, tmp_path, watch=watch)
+    assert not steps
+    assert_frame_equal(again.rows, first.rows)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train(settings("sgd", epochs=1), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SettingsError, match="epochs 1, not 2"):
+        train(settings("sgd", epochs=2), tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    s = settings("sgd", epochs=1)
+    path = tmp_path / train(s, tmp_path).records[0].path
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(checkpoint.CheckpointError, match=r"sgd-seed0\.pt is not a readable"):
+        train(s, tmp_path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"format": 1, "evil": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+# Runs that do not end well -----------------------------------------------------------------------
+
+
+def test_a_diverging_run_is_stopped_and_the_others_go_on(tmp_path):
+    s = settings("wild=sgd,sgd", ["wild.lr=1e9"], seeds=(0, 1))
+    results = train(s, tmp_path)
+    table = results.summary().set_index("optimizer")
+    assert table.loc["sgd", "status"] == "done" and table.loc["sgd", "seeds"] == 2
+    wild = table.loc["wild"]
+    assert wild["status"] == "diverged" and wild["seeds"] == 0 and pd.isna(wild["final"])
+    assert wild["stopped_at"] == 1 and wild["layer"] in ("1", "3")
+    assert f"step 1, layer '{wild['layer']}'" in wild["note"]
+    assert results.succeeded
+    again = train(s, tmp_path)  # it is not tried again
+    assert again.summary().equals(results.summary())
+
+
+def test_the_layer_that_broke_is_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(torch.eye(3))
+    start, x = weight_norms(model), 2 * torch.ones(2, 3)
+    with torch.no_grad():
+        model[1].weight *= 50
+    assert blame(model, start, x)[0] == "1"
+    with torch.no_grad():
+        model[1].weight.fill_(3e38)
+    layer, why = blame(model, start, x)
+    assert layer == "1" and "output is not finite" in why
+    with torch.no_grad():
+        model[2].bias[0] = float("nan")
+    assert blame(model, start, x) == ("2", "its weights or gradients are not finite")
+
+
+def test_a_gradient_that_is_not_finite_is_a_divergence(tmp_path):
+    # float32 overflows in the step itself, so that the next gradient is the first to show it
+    s = settings("kfac,sgd", ["kfac.lr=1e30", "kfac.kl_clip=none", "kfac.momentum=0"])
+    table = train(s, tmp_path).summary().set_index("optimizer")
+    assert table.loc["kfac", "status"] == "diverged" and table.loc["kfac", "layer"]
+    assert table.loc["sgd", "status"] == "done"
+
+
+def test_a_method_that_must_refuse_is_a_row_with_the_reason(tmp_path):
+    s = settings("ngd_dense,sgd", hidden=(100,), epochs=1)
+    table = train(s, tmp_path).summary()
+    refused = table[table["status"] == "refused"]
+    assert list(refused["optimizer"]) == ["ngd_dense"]
+    assert "refused above" in refused["note"].item()
+
+
+def test_a_bug_is_told_from_a_refusal(tmp_path, monkeypatch):
+    def broken(self, closure=None):
+        raise RuntimeError("oops")
+
+    monkeypatch.setattr(optim.FNGD, "step", broken)
+    results = train(settings("fngd,sgd", epochs=1), tmp_path)
+    (record,) = results.failures
+    assert record.entry.name == "fngd" and "oops" in record.traceback
+    assert results.succeeded
+
+
+# What is measured --------------------------------------------------------------------------------
+
+
+def test_sgd_by_name_is_a_plain_loop(tmp_path):
+    s = settings("sgd", ["sgd.lr=0.05", "sgd.momentum=0.5"], seeds=(3,), schedule="step")
+    results = train(s, tmp_path)
+    from fisherlab.experiments.training.task import Task
+
+    task = Task(s)
+    model, loss_of = task.model(3), nn.CrossEntropyLoss()
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for epoch, lr in enumerate([0.05, 0.005]):
+        losses = []
+        for _, x, y in task.batches(3, epoch):
+            loss = loss_of(model(x), y)
+            losses.append(loss.item())
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for p, v, g in zip(model.parameters(), velocity, gradients, strict=True):
+                    v.mul_(0.5).add_(g)
+                    p.sub_(lr * v)
+        row = results.rows.iloc[epoch + 1]
+        assert row["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        x, y = task.test
+        assert row["accuracy"] == (model(x).argmax(1) == y).double().mean().item()
+        assert row["lr"] == pytest.approx(lr)
+
+
+def test_every_optimizer_sees_the_same_model_and_batches(tmp_path):
+    s = settings("sgd,adam,kfac", epochs=1, seeds=(0, 1))
+    rows = train(s, tmp_path).rows
+    before = rows[rows["epoch"] == 0].groupby("seed")["test_loss"]
+    assert (before.nunique() == 1).all() and before.first().nunique() == 2
+    curve = pd.read_parquet(tmp_path / "curve.parquet")
+    first = curve[curve["step"] == 1].groupby("seed")["train_loss"]
+    assert (first.nunique() == 1).all() and first.first().nunique() == 2
+
+
+def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
+    results = train(settings("sgd", seeds=(0, 1, 2)), tmp_path)
+    (row,) = results.summary().itertuples()
+    last = results.rows[results.rows["epoch"] == 2]["accuracy"]
+    best = results.rows.groupby("seed")["accuracy"].max()
+    assert row.final == pytest.approx(last.mean()) and row.final_sd == pytest.approx(last.std())
+    assert row.best == pytest.approx(best.mean()) and row.best_sd == pytest.approx(best.std())
+    assert row.seconds_per_epoch == pytest.approx(3 * row.seconds_per_step)
+    assert row.ratio_to_sgd > 0 and row.state_bytes > 0
+
+
+def test_the_run_folder_holds_config_and_tables(tmp_path):
+    s = settings("sgd,kfac")
+    results = train(s, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert Settings.from_json(config["settings"]) == s == Settings.load(tmp_path)
+    for name in ("rows", "curve", "summary"):
+        frame = pd.read_parquet(tmp_path / f"{name}.parquet")
+        assert_frame_equal(
+            frame,
+            getattr(results, name)() if name == "summary" else getattr(results, name),
+            check_dtype=False,
+        )
+
+
+def test_fngd_and_its_control_part_after_the_first_epoch(tmp_path):
+    s = Settings(**TINY, entries=entries("fngd", control=True), epochs=2)
+    rows = train(s, tmp_path).rows.pivot(index="epoch", columns="optimizer", values="train_loss")
+    assert rows.loc[1, "fngd"] == rows.loc[1, "fngd_control"]
+    assert rows.loc[2, "fngd"] != rows.loc[2, "fngd_control"]
+
+
+def test_blocks_are_compared_in_mid_training(tmp_path):
+    s = settings("kfac,sgd", epochs=2, compare_every=1, compare_examples=16)
+    frame = train(s, tmp_path).comparisons
+    assert set(frame["optimizer"]) == {"kfac"}  # SGD has no blocks
+    assert set(frame["step"]) == {3, 6} and set(frame["layer"]) == {"1", "3"}
+    assert frame["relative_error"].between(0, 100).all()
+    plain = train(settings("kfac,sgd"), tmp_path / "plain")
+    assert_same(train(s, tmp_path), plain)  # measuring changes nothing
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "assignments", "message"),
+    [
+        ("kfca", [], "did you mean 'kfac'"),
+        ("kfac", ["kfac.dampning=1"], "did you mean 'damping'"),
+        ("kfac", ["kfac.damping=-1"], "damping is a .*number >= 0"),
+        ("kfac", ["kfac.damping=relative(-1)"], "relative takes a finite number >= 0"),
+        ("kfac", ["tekfac.lr=1"], "unknown optimizer in --set: 'tekfac'"),
+        ("kfac", ["lr=1"], "OPTIMIZER.OPTION=VALUE"),
+        ("sgd", ["sgd.lr=-1"], "Invalid learning rate"),
+        ("sgd", ["sgd.lr=fast"], "sgd.lr|sgd \\(lr=fast\\)"),
+        ("a=sgd,a=adam", [], "one label"),
+    ],
+)
+def test_a_wrong_optimizer_or_option_is_named(wanted, assignments, message):
+    with pytest.raises(SettingsError, match=message):
+        entries(wanted, assignments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is at least 1"),
+        ({"seeds": (1, 1)}, "seeds are different"),
+        ({"data": "digit"}, "did you mean 'digits'"),
+        ({"model": "mpl"}, "did you mean 'mlp'"),
+        ({"schedule": "linear"}, "unknown schedule"),
+        ({"device": "gpu"}, "device 'gpu'"),
+        ({"augment": True, "data": "wine"}, "has none"),
+        ({"model": "resnet20", "data": "wine", "hidden": None}, "takes images"),
+        ({"model": "lstm", "hidden": None}, "does not take 'digits'"),
+        ({"validation": 5000}, "leaves none"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_written(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(settings("sgd", **options), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_parsed_as_numbers_words_and_rules():
+    (entry,) = entries("k=kfac", ["k.damping=relative(0.5)", "k.nesterov=true", "k.lr=1e-2"])
+    from fisherlab.experiments.training.entries import make
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = make(entry, model, nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.01 and group["nesterov"] is True and callable(group["damping"])
