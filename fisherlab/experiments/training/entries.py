@@ -16,7 +16,7 @@ from fisherlab import optim
 from fisherlab.approximations import damping
 from fisherlab.experiments.training.settings import Entry, SettingsError, check_known
 
-RULES = ("constant", "relative", "gram_norm", "trace")
+RULES = ("constant", "relative", "gram_norm", "trace", "levenberg_marquardt")
 # Not a user's to set: the loop passes them, or they are the method itself.
 _OURS = {"self", "model", "params", "criterion", "approximation", "generator", "options", "kwargs"}
 
