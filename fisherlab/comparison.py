@@ -442,15 +442,14 @@ class _Layer:
         except BlockError as refusal:
             reason = str(refusal)
         # after the diagonalisation, whose rotated gradients the inner product uses
-        cosine = metrics.cosine(X, F)
         return {
             **spectral,
             "relative_error": metrics.relative_error(X, F).item(),
             "population_error": error,
             "population_error_se": spread,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
-            "cosine": cosine.item(),
-            "scaled_error": (1 - cosine.square()).clamp(min=0).sqrt().item(),
+            "cosine": metrics.cosine(X, F).item(),
+            "scaled_error": metrics.scaled_error(X, F).item(),
         }, reason
 
     def _damped(self, maker: Maker, X: Block, damping: float) -> dict[str, Any]:

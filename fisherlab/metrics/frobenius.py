@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import Block
+from fisherlab.blocks import Block, DirectSum
 
 # Below this relative error the three-term formula has lost half its digits to cancellation.
-CANCELLATION = 1e-4
+CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2}
 # Multiplications that recomputing the difference row by row may cost.
 RECOMPUTE_BUDGET = 5e11
 
@@ -16,29 +16,40 @@ RECOMPUTE_BUDGET = 5e11
 def relative_error(X: Block, F: Block) -> Tensor:
     """`||X - F|| / ||F||`, from `||X||^2 - 2 <X, F> + ||F||^2`; 0-d float64.
 
-    A result below 1e-4 is recomputed from the difference itself, row by row, where that is
-    affordable; elsewhere its noise is about 1e-8 in float64. A zero `F` gives 0 for a zero `X`,
-    else inf.
+    A result below 1e-4 (1e-2 of float32 blocks) is recomputed from the difference itself, row by
+    row, where that is affordable; elsewhere its noise is about 1e-8 in float64. A zero `F` gives 0
+    for a zero `X`, else inf.
     """
     norm = F.squared_norm()
+    if _same(X, F):
+        return torch.zeros_like(norm)
     squared = X.squared_norm() - 2 * F.inner(X) + norm
-    if squared < CANCELLATION**2 * norm and _affordable(X, F):
-        squared = _difference(X, F)
     if norm == 0:
         return torch.where(squared > 0, torch.inf, 0.0).to(torch.float64)
+    if _cancelled(squared / norm, X, F):
+        squared = _difference(X, F)
     return (squared.clamp(min=0) / norm).sqrt()
 
 
-def _affordable(X: Block, F: Block) -> bool:
+def _same(X: Block, F: Block) -> bool:
+    if isinstance(X, DirectSum) and isinstance(F, DirectSum):
+        return all(x is f for x, f in zip(X.parts, F.parts, strict=True))
+    return X is F
+
+
+def _cancelled(share: Tensor, X: Block, F: Block) -> bool:
+    if share >= CANCELLATION.get(F.dtype, 1e-2) ** 2:
+        return False
     # a row of F costs two passes over its columns, one of X at most o i (o + i)
     columns = getattr(F, "columns", F.size)
     return F.size**2 * (2 * columns + sum(X.shape)) <= RECOMPUTE_BUDGET
 
 
-def _difference(X: Block, F: Block) -> Tensor:
+def _difference(X: Block, F: Block, scale: Tensor | float = 1.0) -> Tensor:
+    """`||scale X - F||^2`, row by row."""
     total = torch.zeros((), dtype=torch.float64, device=F.device)
     for (_, one), (_, two) in zip(X.rows(), F.rows(), strict=True):
-        total += (one.double() - two.double()).square().sum()
+        total += (scale * one.double() - two.double()).square().sum()
     return total
 
 
@@ -62,5 +73,14 @@ def cosine(X: Block, F: Block) -> Tensor:
 
 
 def scaled_error(X: Block, F: Block) -> Tensor:
-    """`min_c ||c X - F|| / ||F|| = sqrt(1 - cosine^2)`: what no scalar can repair."""
-    return (1 - cosine(X, F).square()).clamp(min=0).sqrt()
+    """`min_c ||c X - F|| / ||F|| = sqrt(1 - cosine^2)`: what no scalar can repair; 0-d float64.
+
+    Recomputed from the difference where `relative_error` would be.
+    """
+    norm = F.squared_norm()
+    if _same(X, F):
+        return torch.where(norm > 0, 0.0, 1.0).to(norm)
+    squared = 1 - cosine(X, F).square()
+    if _cancelled(squared, X, F):
+        squared = _difference(X, F, F.inner(X) / X.squared_norm()) / norm
+    return squared.clamp(min=0).sqrt()

@@ -1,0 +1,348 @@
+"""Every metric against its definition on dense matrices (methods.md 4, details.md 13)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from block_laws import matrix_power, orthonormal, psd, randn
+from test_approximations import found_and_expected
+
+import fisherlab as fl
+from fisherlab import blocks, metrics
+from fisherlab.blocks import BlockError
+
+NAMES = ["diagonal", "kfac", "ekfac", "tekfac", "tkfac", "eva", "shampoo", "mini_block"]
+NAMES += ["kronecker_optimal", "kronecker_sum", "sngd"]
+CASES = ["linear", "conv", "fewer examples than inputs"]
+DAMPING = 0.03
+
+
+def measured(case, name, fisher_type="exact"):
+    """`X`, `F` and their matrices, and the mean gradient."""
+    layer, _ = found_and_expected(case, fisher_type)
+    X, F = fl.approximations.get(name)()(layer), fl.Exact()(layer)
+    return X, F, X.dense(), F.dense(), layer.gradient
+
+
+def near(value, expected, rel=1e-10, abs=0.0):
+    assert value.dtype == torch.float64
+    assert value.ndim == 0
+    assert float(value) == pytest.approx(float(expected), rel=rel, abs=abs)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_frobenius_and_trace(name, case):
+    X, F, x, f, _ = measured(case, name)
+    near(metrics.relative_error(X, F), (x - f).norm() / f.norm(), rel=1e-8, abs=1e-13)
+    near(metrics.absolute_error(X, F), (x - f).norm(), rel=1e-8, abs=1e-13)
+    near(metrics.trace_ratio(X, F), x.trace() / f.trace())
+    cosine = (x * f).sum() / x.norm() / f.norm()
+    near(metrics.cosine(X, F), cosine)
+    c = (x * f).sum() / (x * x).sum()
+    near(metrics.scaled_error(X, F), (c * x - f).norm() / f.norm(), rel=1e-8, abs=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-5, 1e-7, 1e-9, 0.0])
+def test_small_errors_are_recomputed_without_cancellation(distance, dtype):
+    """Kronecker factors of a rank-one block, moved by a little: the three terms cancel."""
+    a, g = randn(1, 1, 6, seed=1).to(dtype), randn(1, 1, 1, 4, seed=2).to(dtype)
+    F = blocks.Outer(a, g)
+    G, A = (torch.outer(v, v) for v in (g.flatten(), a.flatten()))
+    X = blocks.Kronecker(G, A + distance * A.norm() * psd(6, seed=3).to(dtype))
+    x, f = torch.kron(X.G.double(), X.A.double()), F.dense().double()
+    exact = torch.kron(G.double(), A.double())
+    rounding = 3 * torch.finfo(dtype).eps
+    expected = (x - exact).norm() / exact.norm()
+    near(metrics.relative_error(X, F), expected, rel=1e-6 if dtype == torch.float64 else 2e-4,
+         abs=rounding)  # fmt: skip
+    c = (x * f).sum() / (x * x).sum()
+    scaled = (c * x - exact).norm() / exact.norm()
+    near(metrics.scaled_error(X, F), scaled, rel=1e-6 if dtype == torch.float64 else 2e-4,
+         abs=rounding)  # fmt: skip
+
+
+def test_a_block_is_no_distance_from_itself_and_costs_nothing(monkeypatch):
+    layer, _ = found_and_expected("conv", "exact")
+    F = fl.Exact()(layer)
+    pair = blocks.DirectSum([F, F]), blocks.DirectSum([F, F])
+    monkeypatch.setattr(blocks.Block, "rows", None)
+    for X, Y in ((F, F), pair):
+        assert metrics.relative_error(X, Y) == metrics.scaled_error(X, Y) == 0
+        assert metrics.absolute_error(X, Y) == 0
+        near(metrics.cosine(X, Y), 1)
+
+
+def test_zero_blocks_have_stated_values():
+    zero = blocks.Kronecker(torch.zeros(2, 2).double(), torch.zeros(3, 3).double())
+    F = blocks.Outer(torch.zeros(4, 1, 3).double(), torch.zeros(1, 4, 1, 2).double())
+    one = blocks.Diagonal(torch.ones(2, 3).double())
+    near(metrics.relative_error(zero, F), 0)
+    assert metrics.relative_error(one, F) == math.inf
+    near(metrics.trace_ratio(zero, F), 1)
+    assert metrics.trace_ratio(one, F) == math.inf
+    near(metrics.cosine(one, F), 0)
+    near(metrics.scaled_error(one, F), 1)
+    near(metrics.diagonalisation(one, F), 1)
+    near(metrics.subspace_overlap(one, F), 1)
+    near(metrics.effective_rank(F), 0)
+    near(metrics.participation_ratio(F), 0)
+    near(metrics.diagonal_share(F), 1)
+    assert metrics.zero_gradients(F) == 4
+
+
+# --- direction ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.03, 10.0])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "kronecker_sum"])
+def test_directions_and_the_quadratic_model(name, case, damping):
+    X, F, x, f, gradient = measured(case, name)
+    g, eye = gradient.flatten(), torch.eye(len(x)).double()
+    d, best = (-torch.linalg.solve(m + damping * eye, g) for m in (x, f))
+
+    def q(d):
+        return g @ d + d @ (f + damping * eye) @ d / 2
+
+    near(metrics.direction_cosine(X, F, gradient, damping), d @ best / d.norm() / best.norm(), 1e-8)
+    near(metrics.direction_error(X, F, gradient, damping), (d - best).norm() / best.norm(), 1e-7)
+    near(metrics.quadratic_decrease(X, F, gradient, damping), q(d) / q(best), 1e-7)
+    lengths = -(g @ d) / (d @ (f + damping * eye) @ d)  # the best multiple of d
+    scaled = metrics.quadratic_decrease_scaled(X, F, gradient, damping)
+    near(scaled, q(lengths * d) / q(best), 1e-7)
+    assert 0 <= scaled <= 1 + 1e-12
+    # a preconditioner with its damping elsewhere takes the place of the inverse
+    P = blocks.Kronecker(psd(X.shape[0], seed=7), psd(X.shape[1], seed=8))
+    step = metrics.step(X, F, gradient, damping, P)
+    d = -(P.dense() @ g)
+    near(step.cosine, d @ best / d.norm() / best.norm(), 1e-8)
+    near(step.decrease, q(d) / q(best), 1e-7)
+
+
+def test_the_exact_step_and_a_zero_gradient():
+    _, F, _, _, gradient = measured("linear", "kfac")
+    for g in (gradient, torch.zeros_like(gradient)):
+        near(metrics.direction_cosine(F, F, g, DAMPING), 1)
+        near(metrics.direction_error(F, F, g, DAMPING), 0, abs=1e-12)
+        near(metrics.quadratic_decrease(F, F, g, DAMPING), 1)
+        near(metrics.quadratic_decrease_scaled(F, F, g, DAMPING), 1)
+
+
+# --- alignment and spectrum -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["diagonal", "kfac", "ekfac", "tkfac", "tekfac", "shampoo"])
+def test_diagonalisation_in_the_eigenbasis(name, case):
+    X, F, _, f, _ = measured(case, name)
+    if name == "diagonal":
+        Q = torch.eye(len(f)).double()
+    else:
+        factors = fl.approximations.get({"ekfac": "kfac", "tekfac": "tkfac"}.get(name, name))()
+        product = factors(found_and_expected(case, "exact")[0])
+        Q = torch.kron(*(torch.linalg.eigh(side).eigenvectors for side in (product.G, product.A)))
+    expected = (Q.mT @ f @ Q).diagonal().square().sum() / f.square().sum()
+    near(metrics.diagonalisation(X, F), expected, 1e-9)
+    assert 0 <= float(metrics.diagonalisation(X, F)) <= 1 + 1e-12
+
+
+def test_the_exact_block_diagonalises_itself():
+    _, F, _, f, _ = measured("conv", "kfac")
+    near(metrics.diagonalisation(F, F), 1)
+    near(metrics.subspace_overlap(F, F, 3), 1)
+    assert metrics.principal_angles(F, F, 3).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "tkfac", "mini_block", "diagonal"])
+def test_leading_subspaces(name, k):
+    X, F, x, f, _ = measured("conv", name)
+    Q, V = (torch.linalg.eigh(m).eigenvectors[:, -k:] for m in (x, f))
+    near(metrics.subspace_overlap(X, F, k), (Q.mT @ V).square().sum() / k, 1e-8)
+    cosines = torch.linalg.svdvals(Q.mT @ V).clamp(max=1)
+    assert torch.allclose(metrics.principal_angles(X, F, k).cos(), cosines, atol=1e-8)
+    values = torch.linalg.eigvalsh(f).flip(0)
+    near(metrics.spectral_gap(F, k), (values[k - 1] - values[k]) / values[0], 1e-8)
+
+
+def test_subspaces_of_repeated_eigenvalues_and_of_low_rank():
+    """Vectors in an eigenspace are LAPACK's choice; the space is not. k is at most the rank."""
+    Q = orthonormal(12, 12, seed=4)
+    values = torch.tensor([5.0, 5, 5, 2, 2, 2, 1, 1, 1, 1, 1, 1]).double()
+    f = (Q * values) @ Q.mT
+    F = blocks.Dense(f, (3, 4))
+    turn = torch.block_diag(*(orthonormal(3, 3, seed=s) for s in (5, 6, 7, 8)))
+    X = blocks.Dense((Q @ turn * values) @ (Q @ turn).mT, (3, 4))
+    near(metrics.subspace_overlap(X, F, 3), 1)
+    near(metrics.subspace_overlap(X, F, 6), 1)
+    near(metrics.spectral_gap(F, 3), 3 / 5, 1e-9)
+    near(metrics.spectral_gap(F, 2), 0, abs=1e-12)
+    _, low, _, l, _ = measured("fewer examples than inputs", "kfac", "empirical")
+    near(metrics.subspace_overlap(low, low, 10), 1)  # rank 2
+    V = torch.linalg.eigh(l).eigenvectors[:, -2:]
+    X = blocks.Diagonal(torch.arange(1.0, l.shape[0] + 1).double().view(low.shape))
+    expected = V[-2:].square().sum() / 2
+    near(metrics.subspace_overlap(X, low, 10), expected, 1e-8)
+
+
+@pytest.mark.parametrize("case", [*CASES, "groups"])
+def test_spectra(case):
+    _, F, _, f, _ = measured(case, "kfac")
+    values = torch.linalg.eigvalsh(f).flip(0).clamp(min=0)
+    p = values[values > 1e-16 * values[0]] / values.sum()
+    near(metrics.effective_rank(F), (-(p * p.log()).sum()).exp(), 1e-9)
+    near(metrics.participation_ratio(F), f.trace() ** 2 / f.square().sum())
+    for damping in (1e-6, 0.1):
+        expected = (values[0] + damping) / (values[-1] + damping)
+        near(metrics.condition_number(F, damping), expected, 1e-8)
+    shares = metrics.cumulative_trace(F)
+    assert torch.allclose(shares, values.cumsum(0) / values.sum(), atol=1e-12)
+
+
+# --- invariant ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.5])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n != "kronecker_sum"), "exact"])
+def test_stein_loss_and_condition(name, case, damping):
+    X, F, x, f, _ = measured(case, name)
+    eye = damping * torch.eye(len(x)).double()
+    product = torch.linalg.solve(x + eye, f + eye)
+    expected = product.trace() - torch.linalg.slogdet(product).logabsdet - len(x)
+    near(metrics.stein_loss(X, F, damping), expected, rel=1e-8, abs=1e-9)
+    root = matrix_power(x, -0.5, damping)
+    values = torch.linalg.eigvalsh(root @ (f + eye) @ root)
+    near(metrics.condition(X, F, damping), values[-1] / values[0], rel=1e-7)
+
+
+def test_condition_by_lanczos_is_the_dense_one(monkeypatch):
+    for name in ("kfac", "tekfac", "diagonal", "mini_block", "exact"):
+        X, F, *_ = measured("conv", name)
+        expected = metrics.condition(X, F, 0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics.invariant, "DENSE_SIZE", 0)
+            near(metrics.condition(X, F, 0.01), expected, rel=1e-5)
+            patch.setattr(metrics.invariant, "LANCZOS_BUDGET", 0)
+            assert math.isnan(metrics.condition(X, F, 0.01))
+
+
+def test_invariant_measures_do_not_change_with_the_coordinates():
+    """`F -> S F S`, `X -> S X S`, `damping I -> S damping S`: here `S = s I`."""
+    X, F, x, f, _ = measured("linear", "tkfac")
+    s = 7.0
+    one, two = (blocks.Dense(s * s * m, X.shape) for m in (x, f))
+    near(metrics.condition(one, two, s * s * DAMPING), metrics.condition(X, F, DAMPING), 1e-8)
+    near(metrics.stein_loss(one, two, s * s * DAMPING), metrics.stein_loss(X, F, DAMPING), 1e-8)
+
+
+# --- population -----------------------------------------------------------------------------------
+
+
+def population(size, seed, o=2, i=3, m=2):
+    """Inputs and output gradients of a small population, positions included."""
+    return randn(size, 2, i, seed=seed), randn(m, size, 2, o, seed=seed + 1)
+
+
+def test_the_population_error_is_unbiased_by_enumeration():
+    """Every sample of 3, with replacement, from a population of 4: `E` is the population's."""
+    a, g = population(4, seed=1)
+    f = blocks.Outer(a, g).dense()
+    X = blocks.Kronecker(psd(2, seed=3), 60 * psd(3, seed=4))  # far: no estimate is negative
+    norms, squares = [], []
+    for sample in itertools.product(range(4), repeat=3):
+        reference = blocks.Outer(a[list(sample)], g[:, list(sample)])
+        norms.append(metrics.population_norm(reference) ** 2)
+        squares.append(metrics.population_error(X, reference)[0] ** 2 * norms[-1])
+    near(torch.stack(norms).mean(), f.square().sum())
+    near(torch.stack(squares).mean(), (X.dense() - f).square().sum())
+
+
+def test_the_population_error_of_one_sample_is_its_formula():
+    a, g = population(6, seed=5)
+    X = blocks.Kronecker(psd(2, seed=3), psd(3, seed=4))
+    D = torch.einsum("mnto,nti->mnoi", g, a).flatten(2)
+    each = torch.einsum("mnx,mny->nxy", D, D)
+    pairs = torch.stack([(each[j] * each[k]).sum() for j in range(6) for k in range(6) if j != k])
+    products = (each * X.dense()).sum((1, 2))
+    squared = 1 + (X.dense().square().sum() - 2 * products.mean()) / pairs.mean()
+    reference = blocks.Outer(a, g)
+    near(metrics.population_norm(reference), pairs.mean().sqrt())
+    near(metrics.population_error(X, reference)[0], squared.sqrt())
+    # a layer in groups: squared errors and norms add
+    two = blocks.DirectSum([reference, reference])
+    near(metrics.population_error(blocks.DirectSum([X, X]), two)[0], squared.sqrt())
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 4.0])
+def test_the_standard_error_is_the_spread_over_samples(scale):
+    a, g = population(300, seed=7)
+    f = blocks.Outer(a, g).dense()
+    X = blocks.Dense(scale * matrix_power(f, 1, 0.1), (2, 3))
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(400):
+        sample = torch.randint(300, (60,), generator=generator)
+        found.append(
+            torch.stack(metrics.population_error(X, blocks.Outer(a[sample], g[:, sample])))
+        )
+    errors, spreads = torch.stack(found).unbind(1)
+    assert float(spreads.square().mean().sqrt() / errors.std()) == pytest.approx(1, abs=0.15)
+    truth = (X.dense() - f).norm() / f.norm()
+    assert float(errors.mean()) == pytest.approx(
+        float(truth), abs=4 * float(errors.std()) / 20 + 0.02
+    )
+
+
+def test_what_no_population_error_exists_for():
+    a, g = population(4, seed=1)
+    X = blocks.Kronecker(psd(2, seed=3), psd(3, seed=4))
+    for value in metrics.population_error(X, blocks.Outer(a[:2], g[:, :2])):
+        assert math.isnan(value)
+    for value in metrics.population_error(X, blocks.Outer(0 * a, g)):
+        assert math.isnan(value)
+    with pytest.raises(TypeError, match="the reference must be an exact block"):
+        metrics.population_error(X, X)
+    with pytest.raises(TypeError, match="groups needs an approximation in groups"):
+        metrics.population_error(X, blocks.DirectSum([blocks.Outer(a, g)] * 2))
+
+
+# --- Gram -----------------------------------------------------------------------------------------
+
+
+def test_gram_correlation_and_its_means():
+    a, g = population(6, seed=9, m=1)
+    g[:, 2] = 0
+    F = blocks.Outer(a, g)
+    U = torch.einsum("mnto,nti->mnoi", g, a).flatten(0, 1).flatten(1)
+    found = metrics.gram_correlation(F)
+    for j, k in itertools.product(range(6), repeat=2):
+        expected = float(j == k) if 2 in (j, k) else U[j] @ U[k] / U[j].norm() / U[k].norm()
+        near(found[j, k], expected, abs=1e-12)
+    assert metrics.zero_gradients(F) == 1
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    within = [found[j, k] for j in range(6) for k in range(6) if j != k and labels[j] == labels[k]]
+    between = [found[j, k] for j in range(6) for k in range(6) if labels[j] != labels[k]]
+    for value, values in zip(metrics.class_means(found, labels), (within, between), strict=True):
+        near(value, torch.stack(values).mean())
+    near(metrics.similarity(found, found), 1)
+    other = metrics.gram_correlation(blocks.Outer(*population(6, seed=11, m=1)))
+    keep = ~torch.eye(6, dtype=torch.bool)
+    expected = torch.corrcoef(torch.stack([found[keep], other[keep]]))[0, 1]
+    near(metrics.similarity(found, other), expected, 1e-9)
+    K = U @ U.mT
+    near(metrics.diagonal_share(F), K.diagonal().square().sum() / K.square().sum())
+    layer, p = found_and_expected("conv", "empirical")
+    D = p.D.flatten(1)
+    scale = D.norm(dim=1)
+    assert torch.allclose(metrics.gram_correlation(layer), D @ D.mT / scale[:, None] / scale)
+
+
+def test_blocks_of_two_layers_have_no_metric():
+    X, F, *_ = measured("linear", "kfac")
+    other = fl.KFAC()(found_and_expected("conv", "exact")[0])
+    with pytest.raises(BlockError, match="have no product"):
+        metrics.relative_error(other, F)
