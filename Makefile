@@ -4,7 +4,7 @@
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint notebooks bench clean
+.PHONY: help demo test lint notebooks bench docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make lint       format, lint, types"
 	@echo "make notebooks  execute the notebooks"
 	@echo "make bench      measure speed"
+	@echo "make docs       the documentation, API and notebooks -> site/index.html"
 	@echo "make clean      remove .venv, caches and runs (not data/downloads)"
 
 demo: $(STAMP)
@@ -30,8 +31,12 @@ notebooks: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/fisherlab bench
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv runs site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find fisherlab tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

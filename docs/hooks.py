@@ -1,0 +1,75 @@
+"""What mkdocs builds beyond the pages: equations as MathML, notebooks and API pages as they are."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+import nbformat
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+PACKAGES = {
+    "comparison": "Compare approximations of every layer",
+    "extract": "Capture what the passes leave at each layer",
+    "blocks": "Forms of a block and what they answer",
+    "approximations": "One definition per paper",
+    "metrics": "Functions of an approximate and an exact block",
+    "optim": "The same definitions as optimizers",
+    "plots": "Tables to figures",
+    "models": "Models by name",
+    "datasets": "Data sets by name",
+    "claims": "The papers' claims as executable checks",
+}
+MATH = re.compile(
+    r'<(span|div) class="arithmatex">\s*\\([\(\[])(.*?)\\[\)\]]\s*</(?:span|div)>', re.DOTALL
+)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add one page per notebook, with its kept pictures, and one per package."""
+    gallery = ["# Notebooks", "", "Each asks a question; its last cell asserts the title."]
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        body, resources = MarkdownExporter().from_notebook_node(
+            notebook, resources={"output_files_dir": f"{path.stem}_files"}
+        )
+        add(files, config, f"notebooks/{path.stem}.md", unindented(body))
+        for name, picture in resources["outputs"].items():
+            add(files, config, f"notebooks/{name}", picture)
+        title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+        gallery.append(f"\n* [{title}]({path.stem}.md)")
+    add(files, config, "notebooks/index.md", "\n".join(gallery) + "\n")
+    for name, subject in PACKAGES.items():
+        page = f"# fisherlab.{name}\n\n{subject}.\n\n::: fisherlab.{name}\n"
+        add(files, config, f"api/{name}.md", page)
+    return files
+
+
+def add(files: Files, config: Any, where: str, content: str | bytes) -> None:
+    """A file that exists only in the site."""
+    files.append(File.generated(config, where, content=content))
+
+
+def unindented(body: str) -> str:
+    """nbconvert indents HTML outputs, which Markdown takes for code; tables are left as HTML."""
+    return re.sub(r"<style.*?</style>|<div>.*?</div>|<table.*?</table>", flat, body, flags=re.DOTALL)
+
+
+def flat(match: re.Match[str]) -> str:
+    """One HTML element without the blank lines and indents that would end or turn it into code."""
+    return "".join(line.strip() + " " for line in match[0].splitlines() if line.strip())
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """`$...$` as MathML, which browsers render with no script."""
+
+    def render(match: re.Match[str]) -> str:
+        display = "block" if match[2] == "[" else "inline"
+        return latex2mathml.converter.convert(html.unescape(match[3]), display=display)
+
+    return MATH.sub(render, content)
