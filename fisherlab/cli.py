@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 import fisherlab
-from fisherlab.commands import approximations, compare, sweep, train, verify
+from fisherlab.commands import approximations, compare, data, report, support, sweep, train, verify
 from fisherlab.commands.common import guarded
 
 COMMANDS: list[Callable[..., None]] = [
     compare.compare,
     approximations.approximations,
+    support.support,
+    report.report,
     train.train,
     sweep.sweep,
     verify.verify,
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(guarded(command))
+app.add_typer(data.app, name="data")
 
 
 def _version(wanted: bool) -> None:

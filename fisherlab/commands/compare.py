@@ -47,15 +47,15 @@ def compare(
     ] = None,
     mc_samples: Annotated[int, typer.Option(help="Labels drawn per example (mc).")] = 1,
     batch_size: Annotated[
-        int | None, typer.Option(help="Examples measured on; by default up to 128.")
+        int | None, typer.Option(help="Examples measured on; by default up to 64.")
     ] = None,
     reference: Annotated[
         int | None,
-        typer.Option(help="Unseen examples for the population error; 0 none; default up to 256."),
+        typer.Option(help="Unseen examples for the population error; 0 none; default up to 128."),
     ] = None,
     dampings: Annotated[
         str, typer.Option(help="Comma list, in units of each block's mean eigenvalue.")
-    ] = "1e-3,1e-2,1e-1,1",
+    ] = "1e-3,1e-2,1e-1",
     layers: Annotated[str | None, typer.Option(help="Comma list of layers; default all.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of training; 0 measures at the start.")] = 3,
     at: Annotated[

@@ -32,7 +32,7 @@ class Settings:
     """Everything that determines the numbers of a run, timings aside.
 
     `batch_size` examples make X and F, `reference` further ones the population error (0: none);
-    None takes up to 128 and 256 of the training set. `at` holds training steps, or the words start,
+    None takes up to 64 and 128 of the training set. `at` holds training steps, or the words start,
     middle and end. `dampings` are relative to `tr F / N` of each layer.
     """
 
@@ -44,7 +44,7 @@ class Settings:
     mc_samples: int = 1
     batch_size: int | None = None
     reference: int | None = None
-    dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     epochs: int = 3
     at: tuple[str, ...] = MOMENTS
     optimizer: str = "sgd"
@@ -209,8 +209,8 @@ class Study:
     def _sizes(self) -> tuple[int, int]:
         there = len(self.task.x)
         n, m = self.settings.batch_size, self.settings.reference
-        n = min(128, there // 2) if n is None else n
-        m = min(256, there - n) if m is None else m
+        n = min(64, there // 2) if n is None else n
+        m = min(128, there - n) if m is None else m
         if n < 1 or m < 0 or m == 1 or n + m > there:
             raise MeasureError(
                 f"a batch of {n} and {m} unseen examples of {self.settings.data!r}, whose training "

@@ -1,0 +1,34 @@
+"""`fisherlab report`: the HTML page of a run made anew, or of several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherlab.commands.common import UserError, exists
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The page of several runs; default report.html here."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the page that is there.")] = False,
+) -> None:
+    """Make the report of a run anew, in its folder, or one page of several runs."""
+    from fisherlab.experiments import report as pages
+    from fisherlab.experiments.rundir import REPORT, RunDir
+
+    runs = [RunDir(exists(folder)) for folder in folders]
+    for run in runs:
+        _ = run.config  # a folder without a run is refused before anything is made
+    if len(runs) == 1 and out is None:
+        typer.echo(pages.write(runs[0]))
+        return
+    path = out or Path(REPORT)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise UserError(f"{path} exists; pass --overwrite to replace it, or another --out")
+    typer.echo(pages.write_side_by_side(runs, path))

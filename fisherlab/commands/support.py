@@ -1,0 +1,45 @@
+"""`fisherlab support`: what can be done with a model, layer by layer, before a long run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fisherlab import datasets, models
+from fisherlab import support as supported
+from fisherlab.commands.common import known, show
+
+
+def support(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.names())}.")],
+    data: Annotated[str, typer.Option(help=f"One of {', '.join(datasets.names())}.")] = "digits",
+    examples: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 32,
+    width: Annotated[float, typer.Option(help="Multiplies every hidden width.")] = 1.0,
+) -> None:
+    """Say for every layer of a model whether it has an exact block, why not, and what it costs."""
+    known("model", model, models.names())
+    known("data set", data, datasets.names())
+    dataset = datasets.load(data)
+    card = dataset.card
+    net = models.create(
+        model, num_classes=card.num_outputs, input_size=card.input_shape, width=width
+    )
+    x = dataset.train.tensors[0][:examples]
+    frame = supported(net, x)
+    for column in ("capture_bytes", "dense_bytes"):
+        frame[column] = frame[column].map(_bytes)
+    frame["shape"] = [shape if isinstance(shape, tuple) else "-" for shape in frame["shape"]]
+    frame = frame.drop(columns="gram_multiplications")
+    show(frame, f"{model} on {data}, {len(x)} examples", wrap=["reason"])
+
+
+def _bytes(count: float) -> str:
+    """`2048 -> "2.0 KiB"`; nothing for no number."""
+    if count != count:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.3g} TiB"
