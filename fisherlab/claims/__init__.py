@@ -3,8 +3,7 @@
 # Importing a module registers its claims; the order is that of the table.
 from fisherlab.claims import foundations, tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
 from fisherlab.claims import convergence, complexity  # isort: skip
-from fisherlab.claims.base import Claim, ClaimError, get, names
-from fisherlab.claims.base import PAPERS
+from fisherlab.claims.base import PAPERS, Claim, ClaimError, get, names
 from fisherlab.claims.table import Verdicts, load, verify
 
 __all__ = [

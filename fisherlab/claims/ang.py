@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,10 @@ class _Minimiser(OfLayer):
 class Minimiser(_Minimiser, Identity, name="ang_point_is_the_minimiser"):
     """The combination of natural and Euclidean gradient minimises the regularised model (1)."""
 
-    latex = r"\arg\min_u (1) = (\tfrac{1}{\lambda_1 - \lambda_2} G^{-1} + \tfrac{\lambda_2}{\lambda_1 - \lambda_2} I) t"
+    latex = (
+        r"\arg\min_u (1) = (\tfrac{1}{\lambda_1 - \lambda_2} G^{-1} + "
+        r"\tfrac{\lambda_2}{\lambda_1 - \lambda_2} I) t"
+    )
     assumption = "lambda_1 > lambda_2 > 0 and G positive definite"
     outside = "ang_point_is_the_minimiser_for_any_weights"
 
@@ -100,11 +105,18 @@ class AnyWeights(_Minimiser, AtMost, name="ang_point_is_the_minimiser_for_any_we
         return log_uniform(generator, 0.1, 2.0), log_uniform(generator, 0.1, 2.0)
 
     def left(self, case: Case) -> Tensor:
-        return self.objective(case, self.point(case))
+        return self.point(case)
 
     def right(self, case: Case) -> Tensor:
-        around = self.point(case) + torch.stack([*case["V"], -case["V"][0]])
-        return torch.stack([self.objective(case, u) for u in around]).min()
+        """Rivals around the point, by its definition."""
+        G, A = self.metric(case)
+        t, l1, l2 = case["V"][0], case["l1"], case["l2"]
+        inverse = torch.linalg.solve(G, torch.linalg.solve(A, t, left=False))
+        return (inverse + l2 * t) / (l1 - l2) + torch.cat([case["V"], -case["V"][:1]])
+
+    def values(self, case: Case) -> tuple[Tensor, Tensor]:
+        rivals = torch.stack([self.objective(case, u) for u in self.right(case)])
+        return self.objective(case, self.left(case)), rivals.min()
 
 
 class _Blend(OfLayer):
@@ -112,6 +124,7 @@ class _Blend(OfLayer):
 
     source = "ANG Proposition 4"
     free = ("d", "t")
+    floor = 0.01
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
         return self._pair(layer_case(generator, size))
@@ -121,13 +134,13 @@ class _Blend(OfLayer):
 
     def _pair(self, case: Case) -> Case:
         G, A = dense.kfac(case)
-        damping = max(case["damping"], 0.01)
+        damping = max(case["damping"], self.floor)
         G, A = (X + damping * torch.eye(len(X), dtype=X.dtype) for X in (G, A))
         t = case["V"][0]
         d = torch.linalg.solve(G, torch.linalg.solve(A, t, left=False))
         return {"d": d.flatten(), "t": t.flatten()}
 
-    def smaller(self, case: Case):  # noqa: ANN201
+    def smaller(self, case: Case) -> Iterator[Case]:
         for k in range(len(case["d"]) if len(case["d"]) > 2 else 0):
             keep = torch.tensor([j for j in range(len(case["d"])) if j != k])
             yield {"d": case["d"][keep], "t": case["t"][keep]}
@@ -146,7 +159,10 @@ class _Blend(OfLayer):
 class Sphere(_Blend, Identity, name="ang_blend_rotates_on_the_sphere"):
     """The spherical blend turns the natural direction towards the gradient at constant length."""
 
-    latex = r"\|\tfrac{\sin(1-\lambda)\Omega}{\sin\Omega} \hat d + \tfrac{\sin\lambda\Omega}{\sin\Omega} \hat t\| = 1"
+    latex = (
+        r"\|\tfrac{\sin(1-\lambda)\Omega}{\sin\Omega} \hat d + "
+        r"\tfrac{\sin\lambda\Omega}{\sin\Omega} \hat t\| = 1"
+    )
 
     def left(self, case: Case) -> Tensor:
         return torch.stack([blended(case["d"], case["t"], float(s)) for s in self.way])
@@ -184,21 +200,27 @@ class GNorm(_Blend, Identity, name="ang_blend_has_unit_length_in_the_g_norm"):
     source = "ANG (4), (7)"
     latex = r"\|t\|_G = \sqrt{t^\top G t} \Rightarrow \|\text{blend}\| = 1"
     expected = REFUTED
+    floor = 1.0
 
     def _pair(self, case: Case) -> Case:
         G, A = dense.kfac(case)
-        damping = max(case["damping"], 0.01)
+        damping = max(case["damping"], self.floor)
         G, A = (X + damping * torch.eye(len(X), dtype=X.dtype) for X in (G, A))
         t = case["V"][0]
         g_norm = (t * (G @ t @ A)).sum().sqrt()
         return {**super()._pair(case), "g_norm": g_norm}
 
-    def smaller(self, case: Case):  # noqa: ANN201
+    def smaller(self, case: Case) -> Iterator[Case]:
         return iter(())
+
+    def assume(self, case: Case) -> bool:
+        # an angle of its own, else there is nothing to blend
+        cosine = case["d"] @ case["t"] / (case["g_norm"] * case["t"].norm())
+        return super().assume(case) and bool(cosine < 0.999)
 
     def left(self, case: Case) -> Tensor:
         d, t = case["d"] / case["g_norm"], case["t"] / case["t"].norm()
-        omega = (case["d"] @ t / case["g_norm"]).clamp(-1, 1).arccos()
+        omega = (case["d"] @ t / case["g_norm"]).arccos()
         s = self.way[:, None]
         blend = (torch.sin((1 - s) * omega) * d + torch.sin(s * omega) * t) / torch.sin(omega)
         return blend.norm(dim=1)
@@ -206,16 +228,15 @@ class GNorm(_Blend, Identity, name="ang_blend_has_unit_length_in_the_g_norm"):
     def right(self, case: Case) -> Tensor:
         return torch.ones(POINTS, dtype=torch.float64)
 
-    def compare(self, left: Tensor, right: Tensor) -> float:
-        # an angle of nought or pi leaves nothing to blend, and that is not of length one either
-        return super().compare(torch.nan_to_num(left, nan=0.0, posinf=1e9), right)
-
 
 class Factors(OfLayer, Identity, name="ang_factors_by_a_scalar_inverse"):
     """The damped inverse of a factor of one mean row needs no more than the inverse of a scalar."""
 
     source = "ANG Propositions 5-6"
-    latex = r"(\lambda I + \tilde a \tilde a^\top)^{-1} = \tfrac{1}{\lambda}(I - \tilde a (\lambda + \tilde a^\top \tilde a)^{-1} \tilde a^\top)"
+    latex = (
+        r"(\lambda I + \tilde a \tilde a^\top)^{-1} = \tfrac{1}{\lambda}(I - \tilde a "
+        r"(\lambda + \tilde a^\top \tilde a)^{-1} \tilde a^\top)"
+    )
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
         return layer_case(generator, size, fisher_type="empirical")
@@ -236,7 +257,10 @@ class PrintedFactors(Factors, name="ang_factors_as_printed"):
     """As printed the reduced rows are in the middle scalar only, and the full ones outside."""
 
     source = "ANG (11)-(12)"
-    latex = r"(\lambda I + \tilde A^\top \tilde A)^{-1} = \tfrac{1}{\lambda} I - \tfrac{1}{\lambda} A^\top (\lambda + \tilde A \tilde A^\top)^{-1} A"
+    latex = (
+        r"(\lambda I + \tilde A^\top \tilde A)^{-1} = \tfrac{1}{\lambda} I - "
+        r"\tfrac{1}{\lambda} A^\top (\lambda + \tilde A \tilde A^\top)^{-1} A"
+    )
     expected = REFUTED
 
     def assume(self, case: Case) -> bool:

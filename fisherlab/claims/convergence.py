@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
+from fisherlab.blocks import Block
 from fisherlab.claims.base import HOLDS, REFUTED, AtMost, Case, Claim, Identity
 from fisherlab.claims.instances import captured, log_uniform, normal, orthogonal
-from fisherlab.blocks import Block
 
 STEPS = 20
 
@@ -56,15 +56,16 @@ class Linear(Claim):
 
     def residuals(self, case: Case) -> Tensor:
         """`||v_k - y||^2` of exact natural-gradient steps, `[STEPS + 1]`."""
-        blocks, r, M = self.blocks(case), case["residual"], len(case["residual"])
-        low, _ = spectrum(case)
+        J, r = torch.stack(case["J"]), case["residual"]
+        M, (low, _) = len(r), spectrum(case)
+        # one natural step of every layer per unit of the residual, and what it does to the outputs
+        steps = [
+            F.solve(x.mT[:, None], low / M)[:, 0] for F, x in zip(self.blocks(case), J, strict=True)
+        ]
+        S = sum(step @ x for step, x in zip(steps, J, strict=True)) / M
         found = [r]
         for _ in range(STEPS):
-            change = torch.zeros_like(r)
-            for F, J in zip(blocks, case["J"], strict=True):
-                step = F.solve((J @ r / M)[None], low / M)[0]
-                change = change + J.mT @ step
-            r = r - self.rate(case) * change
+            r = r - self.rate(case) * (r @ S)
             found.append(r)
         return torch.stack(found).square().sum(1)
 

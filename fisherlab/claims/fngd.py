@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
 from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Identity
 from fisherlab.claims.foundations import Tengrad, joint
@@ -19,7 +20,6 @@ from fisherlab.claims.instances import (
     model_of,
     network_case,
 )
-from fisherlab.approximations.exact import Exact
 from fisherlab.optim import FNGD
 from fisherlab.optim.woodbury import weights_of
 

@@ -27,7 +27,10 @@ class OptimalBound(OfLayer, AtMost, name="optimal_kronecker_product_is_a_lower_b
     """No Kronecker product is nearer to the block than the leading term of its rearrangement."""
 
     source = "TEKFAC section 2.4 (Van Loan and Pitsianis)"
-    latex = r"\min_{G, A} \|F - G \otimes A\|_F \le \|F - X\|_F,\ X \in \{\mathrm{KFAC}, \mathrm{TKFAC}, \dots\}"
+    latex = (
+        r"\min_{G, A} \|F - G \otimes A\|_F \le \|F - X\|_F,\ X \in \{\mathrm{KFAC}, "
+        r"\mathrm{TKFAC}, \dots\}"
+    )
     scale = 1.0
     noise = 1e-6
     sides = ("optimal", "best of the others")
@@ -119,7 +122,10 @@ class HalfSteps(OfLayer, Identity, name="tkfac_is_the_first_step_to_the_optimum"
     """TKFAC's factors are the two half-steps from the identity of the optimal product's iteration."""
 
     source = "TEKFAC (2.10), details 11"
-    latex = r"\mathrm{vec} L = \mathcal{R}(F) \mathrm{vec} I,\quad \mathrm{vec} R = \mathcal{R}(F)^\top \mathrm{vec} I"
+    latex = (
+        r"\mathrm{vec} L = \mathcal{R}(F) \mathrm{vec} I,\quad \mathrm{vec} R = "
+        r"\mathcal{R}(F)^\top \mathrm{vec} I"
+    )
 
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
         return None if real["V"][0].numel() > 1500 else super().adapt(real, generator)
@@ -141,7 +147,10 @@ class Uncorrelated(OfLayer, Identity, name="kfac_is_tkfac_when_uncorrelated"):
     """KFAC is TKFAC, scale included, when each trace is uncorrelated with the other's factor."""
 
     source = "TEKFAC section 2.4, details 11"
-    latex = r"\mathrm{cov}(\mathrm{tr}\Gamma, \Lambda) = \mathrm{cov}(\mathrm{tr}\Lambda, \Gamma) = 0 \Rightarrow G \otimes A = \sigma \Psi \otimes \Phi"
+    latex = (
+        r"\mathrm{cov}(\mathrm{tr}\Gamma, \Lambda) = \mathrm{cov}(\mathrm{tr}\Lambda, "
+        r"\Gamma) = 0 \Rightarrow G \otimes A = \sigma \Psi \otimes \Phi"
+    )
     assumption = "one position; tr Gamma uncorrelated with Lambda and tr Lambda with Gamma"
     outside = "kfac_is_tkfac_when_one_is_uncorrelated"
     free = ()
@@ -170,7 +179,10 @@ class Uncorrelated(OfLayer, Identity, name="kfac_is_tkfac_when_uncorrelated"):
 class OneUncorrelated(Uncorrelated, name="kfac_is_tkfac_when_one_is_uncorrelated"):
     """One of the two conditions is enough for KFAC to be TKFAC up to scale."""
 
-    latex = r"\mathrm{cov}(\mathrm{tr}\Gamma, \Lambda) = 0 \Rightarrow G \otimes A \propto \Psi \otimes \Phi"
+    latex = (
+        r"\mathrm{cov}(\mathrm{tr}\Gamma, \Lambda) = 0 \Rightarrow G \otimes A \propto "
+        r"\Psi \otimes \Phi"
+    )
     expected = REFUTED
     assumption = "one position; output gradients of length one"
     outside = ""

@@ -86,7 +86,10 @@ class EkfacOutOfSample(_OutOfSample, name="ekfac_error_at_most_kfac_out_of_sampl
     """EKFAC's error is at most KFAC's on examples that it has not seen, at small M too."""
 
     source = "TEKFAC (2.7), details 6"
-    latex = r"\|F_{\mathrm{pop}} - F_{\mathrm{EKFAC}}\|_F \le \|F_{\mathrm{pop}} - F_{\mathrm{KFAC}}\|_F"
+    latex = (
+        r"\|F_{\mathrm{pop}} - F_{\mathrm{EKFAC}}\|_F \le \|F_{\mathrm{pop}} - "
+        r"F_{\mathrm{KFAC}}\|_F"
+    )
     sides = ("EKFAC", "KFAC")
     corrected = EKFAC()
 
@@ -99,7 +102,10 @@ class TekfacOutOfSample(_OutOfSample, name="tekfac_error_at_most_tkfac_out_of_sa
     """TEKFAC's error is at most TKFAC's on examples that it has not seen, at small M too."""
 
     source = "TEKFAC Theorem 3.1, details 6"
-    latex = r"\|F_{\mathrm{pop}} - F_{\mathrm{TEKFAC}}\|_F \le \|F_{\mathrm{pop}} - F_{\mathrm{TKFAC}}\|_F"
+    latex = (
+        r"\|F_{\mathrm{pop}} - F_{\mathrm{TEKFAC}}\|_F \le \|F_{\mathrm{pop}} - "
+        r"F_{\mathrm{TKFAC}}\|_F"
+    )
     sides = ("TEKFAC", "TKFAC")
     corrected = TEKFAC()
 

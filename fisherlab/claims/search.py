@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fisherlab.blocks import BlockError
 from fisherlab.claims.base import AtMost, Case, Claim, Usually
 
 # Margins looked at: in a hunt, and while cutting down.
-HUNT, CUT = 60, 300
+HUNT, CUT = 60, 150
 
 
 def margin_of(claim: Claim, case: Case) -> float:
@@ -50,7 +51,7 @@ def hunt(
     return case, margin
 
 
-def _moved(value: Tensor | list[Tensor], size: float, generator: torch.Generator):  # noqa: ANN202
+def _moved(value: Any, size: float, generator: torch.Generator) -> Any:
     if isinstance(value, list):
         return [_moved(part, size, generator) for part in value]
     scale = value.square().mean().sqrt()
@@ -90,7 +91,7 @@ def _rounded(claim: Claim, case: Case) -> Iterator[Case]:
         yield {**case, **{key: _round(case[key], decimals) for key in keys}}
 
 
-def _round(value: Tensor | list[Tensor], decimals: int):  # noqa: ANN202
+def _round(value: Any, decimals: int) -> Any:
     if isinstance(value, list):
         return [_round(part, decimals) for part in value]
     return value.round(decimals=decimals)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -80,7 +82,10 @@ class Proposition1(_Reconstructed, Identity, name="sngd_step_is_a_natural_step")
     """A gradient step on `w'` of the reconstructed network is a natural step on `W`, G held fixed."""
 
     source = "SNGD Proposition 1"
-    latex = r"w' \leftarrow w' - \eta \nabla_{w'} \ell \iff W \leftarrow W - \eta \nabla_W \ell \, G^{-1}"
+    latex = (
+        r"w' \leftarrow w' - \eta \nabla_{w'} \ell \iff W \leftarrow W - \eta \nabla_W "
+        r"\ell \, G^{-1}"
+    )
     assumption = "G is held fixed during the step"
     tolerance = 1e-6
 
@@ -230,7 +235,7 @@ class Unscaled(_Roots, Identity, name="newton_schulz_without_scaling"):
         S = case["S"]
         return bool((S - S.mT).norm() <= 1e-12 * S.norm() and torch.linalg.eigvalsh(S)[0] > 0)
 
-    def smaller(self, case: Case):  # noqa: ANN201
+    def smaller(self, case: Case) -> Iterator[Case]:
         n = len(case["S"])
         for k in range(n if n > 1 else 0):
             keep = torch.tensor([j for j in range(n) if j != k])

@@ -135,7 +135,10 @@ class LiteralTrace(_Trace, name="literal_tkfac_keeps_the_trace"):
     """TKFAC as printed, with sums over positions in each factor, has the trace of the block."""
 
     source = "TEKFAC (2.9)"
-    latex = r"\sigma = E[\mathrm{tr}\Lambda \, \mathrm{tr}\Gamma] = \mathrm{tr} F,\ \Lambda = \sum_t a a^\top"
+    latex = (
+        r"\sigma = E[\mathrm{tr}\Lambda \, \mathrm{tr}\Gamma] = \mathrm{tr} F,\ \Lambda = "
+        r"\sum_t a a^\top"
+    )
     expected = REFUTED
     approximation = TKFACExpand()
 

@@ -36,14 +36,14 @@ def formula(latex: str) -> str:
 
 def worth_drawing(table: Any) -> list[str]:
     """All but the tensors that are equal: points on a diagonal explain nothing."""
+
+    def worth(name: str, verdict: str) -> bool:
+        trials = table.trials[name]
+        order = hasattr(trials.claim, "order")
+        return verdict == "refuted" or bool(trials.pairs) or order or _is_run(trials)
+
     frame = table.frame
-    return [
-        name
-        for name, verdict in zip(frame.claim, frame.verdict, strict=True)
-        if verdict == "refuted"
-        or table.trials[name].pairs
-        or hasattr(table.trials[name].claim, "order")
-    ]
+    return [n for n, verdict in zip(frame.claim, frame.verdict, strict=True) if worth(n, verdict)]
 
 
 @theme.themed
@@ -61,13 +61,18 @@ def claim(table: Any, name: str) -> theme.Picture:
         _order(ax, trials)
     elif trials.pairs:
         _numbers(ax, trials)
-    elif trials.left.ndim == 1 and len(trials.left) > 15 and (trials.right[1:] > 0).all():
+    elif _is_run(trials):
         _run(ax, trials)
     else:
         _entries(ax, trials)
     theme.title(figure, f"{name.replace('_', ' ')}: {row.verdict}")
-    ax.set_title(formula(trials.claim.latex), loc="left", fontsize=7, pad=6)
+    ax.set_title(formula(trials.claim.latex), loc="left", fontsize=7, pad=9)
     return figure
+
+
+def _is_run(trials: Any) -> bool:
+    """Whether the sides are a quantity after each step, and its bound."""
+    return not trials.pairs and hasattr(trials.claim, "rate")
 
 
 def _order(ax: Axes, trials: Any) -> None:
@@ -90,7 +95,9 @@ def _numbers(ax: Axes, trials: Any) -> None:
     wrong = np.array(trials.margins[: len(left)]) < -trials.claim.noise
     both = np.concatenate([left, right])
     span = np.abs(both[both != 0])
-    logs = bool((both > 0).all()) and span.max() > 50 * span.min()
+    # relative errors share an axis that ends at nought
+    errors = getattr(trials.claim, "scale", 0.0) == 1.0
+    logs = not errors and bool((both > 0).all()) and span.max() > 50 * span.min()
     ax.scatter(right[~wrong], left[~wrong], s=14, color=TRUE, label="as claimed")
     if wrong.any():
         ax.scatter(right[wrong], left[wrong], s=18, marker="X", color=FALSE, label="violated")
