@@ -30,7 +30,7 @@ def eigenbasis_overlap(overlaps: Mapping[str, GroupedOverlap], layer: str = "") 
     figure.supxlabel("eigenvector $q_j$ of the approximation", fontsize=8)
     figure.supylabel("eigenvector $v_i$ of $F$", fontsize=8)
     figure.colorbar(image, ax=axes, label=r"$|\langle v_i, q_j\rangle|$", aspect=25)
-    figure.suptitle(titled("Leading eigenvectors, exact against approximate", layer))
+    theme.title(figure, titled("Leading eigenvectors, exact against approximate", layer))
     return figure
 
 
@@ -57,7 +57,9 @@ def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
     ax.set(ylim=(-3, 93), yticks=[0, 30, 60, 90])
     ax.set_xticks(range(1, max(len(values) for values in angles.values()) + 1))
     theme.legend(figure, angles)
-    figure.suptitle(titled("Angles between the leading eigenspaces, exact and approximate", layer))
+    theme.title(
+        figure, titled("Angles between the leading eigenspaces, exact and approximate", layer)
+    )
     return figure
 
 
@@ -78,5 +80,5 @@ def off_diagonal_mass(table: Any) -> Figure:
     ax.set_xlabel("layer")
     share = r"$1 - \|\mathrm{diag}(Q^\top F Q)\|^2 / \|F\|^2$"
     figure.colorbar(image, ax=ax, label=share, aspect=15)
-    figure.suptitle("Mass off the diagonal in each eigenbasis")
+    theme.title(figure, "Mass off the diagonal in each eigenbasis")
     return figure

@@ -64,7 +64,7 @@ def error_facets(
             ax.set_title(f"{facet.replace('_', ' ')} {value}")
     theme.legend(figure, names)
     named = label(measure).replace("\n", " ")
-    figure.suptitle(f"{named[0].upper()}{named[1:]}, over {over.replace('_', ' ')}")
+    theme.title(figure, f"{named[0].upper()}{named[1:]}, over {over.replace('_', ' ')}")
     return figure
 
 
@@ -84,7 +84,7 @@ def lines(
     for axis in log:
         ax.set(**{f"{axis}scale": "log"})
     theme.legend(figure, names, by)
-    figure.suptitle(title or f"{label(y)} over {label(x)}".replace("\n", " "))
+    theme.title(figure, title or f"{label(y)} over {label(x)}".replace("\n", " "))
     return figure
 
 
@@ -128,7 +128,7 @@ def pareto(
         ax.set_xscale("log")
     ax.set(xlabel=label(cost), ylabel=label(measure))
     theme.legend(figure, points["approximation"], lines=False)
-    figure.suptitle("Cost against error (outlined: nothing is cheaper and better)")
+    theme.title(figure, "Cost against error (outlined: nothing is cheaper and better)")
     return figure
 
 
@@ -152,7 +152,7 @@ def in_sample_against_population(table: Any) -> Figure:
     kinds = [("in sample", "-"), ("on unseen examples", "--")]
     handles = [Line2D([], [], color="black", ls=dash, label=kind) for kind, dash in kinds]
     figure.legend(handles=handles, loc="outside right lower", frameon=False)
-    figure.suptitle("How much a small batch flatters: error in sample and on unseen examples")
+    theme.title(figure, "How much a small batch flatters: error in sample and on unseen examples")
     return figure
 
 
@@ -182,7 +182,7 @@ def why_bad(splits: Mapping[str, ErrorSplit]) -> Figure:
     ax.grid(False, axis="x")
     ax.set(xlabel="layer", ylabel=r"$\|F - G \otimes A\|^2 \,/\, \|F\|^2$")
     figure.legend(loc="outside right upper", frameon=False)
-    figure.suptitle("Why KFAC misses each layer's block")
+    theme.title(figure, "Why KFAC misses each layer's block")
     return figure
 
 
@@ -201,5 +201,5 @@ def staleness(frame: pd.DataFrame) -> Figure:
     )  # fmt: skip
     ax.set(xlabel="age of the block [training steps]", ylabel=label("relative_error"))
     theme.legend(figure, names)
-    figure.suptitle("How a preconditioner ages (line: median over layers, band: half of them)")
+    theme.title(figure, "How a preconditioner ages (line: median over layers, band: half of them)")
     return figure

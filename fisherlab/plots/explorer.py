@@ -176,5 +176,5 @@ def _draw(
     right.set(xlabel=r"damping in units of $\mathrm{tr}\,F/N$", ylabel="cosine to the exact step")
     theme.legend(figure, ["exact", name])
     told = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
-    figure.suptitle(f"Layer {layer}, {name} at damping {damping:g}\n{told}")
+    theme.title(figure, f"Layer {layer}, {name} at damping {damping:g}\n{told}")
     return figure

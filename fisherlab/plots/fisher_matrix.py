@@ -45,7 +45,7 @@ def layer_masses(study: GramStudy) -> Figure:
     figure.colorbar(image, ax=right, label=r"$\|F_{ij}\|^2 / \|F_{ii}\|\|F_{jj}\|$", shrink=0.7)
     right.set_title("relative to its two layers")
     dropped = f"{float(study.dropped):.0%} of its mass lies between layers"
-    figure.suptitle(f"The Fisher matrix, layer by layer: {dropped}")
+    theme.title(figure, f"The Fisher matrix, layer by layer: {dropped}")
     return figure
 
 
@@ -60,7 +60,7 @@ def dropped_over_training(studies: Mapping[int, GramStudy]) -> Figure:
         ax.set_title(f"step {step}: {float(study.dropped):.0%} dropped")
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label=r"$\|F_{ij}\|^2 / \|F_{ii}\|\|F_{jj}\|$", aspect=20)
-    figure.suptitle("Blocks between layers while the network is trained")
+    theme.title(figure, "Blocks between layers while the network is trained")
     return figure
 
 
@@ -86,7 +86,7 @@ def fisher_types(
     write_values(axes[-1], table, 0, max(1.0, table.max()))
     name_axis(axes[-1], names)
     axes[-1].set_title(r"$\|F_{row} - F_{col}\| \,/\, \|F_{col}\|$")
-    figure.suptitle("One block, three Fisher types")
+    theme.title(figure, "One block, three Fisher types")
     return figure
 
 
@@ -102,5 +102,5 @@ def mc_convergence(curves: Mapping[str, Convergence]) -> Figure:
     axes[0].legend(frameon=False, loc="lower left")
     figure.supxlabel("draws per example, $s$", fontsize=8)
     figure.supylabel(r"$\|F_s - F\| \,/\, \|F\|$", fontsize=8)
-    figure.suptitle("Monte-Carlo draws until the exact Fisher block")
+    theme.title(figure, "Monte-Carlo draws until the exact Fisher block")
     return figure

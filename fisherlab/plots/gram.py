@@ -37,7 +37,7 @@ def gram_matrices(
     bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30, shrink=0.5 if many else 1)
     bar.outline.set_linewidth(0)
     subject = "Correlation of per-example gradients, by class"
-    figure.suptitle(f"{subject}\n(above each: layer, mean within | between classes)")
+    theme.title(figure, f"{subject}\n(above each: layer, mean within | between classes)")
     return figure
 
 
@@ -67,7 +67,7 @@ def gram_similarity(study: GramStudy) -> Figure:
     write_values(ax, study.similarities, low)
     figure.colorbar(image, ax=ax, label="cosine of the centred matrices", shrink=0.85)
     numbers = f"adjacent layers {study.adjacent:.2f}, other pairs {study.apart:.2f}"
-    figure.suptitle(f"Similarity of the layers' Gram correlations\n{numbers}")
+    theme.title(figure, f"Similarity of the layers' Gram correlations\n{numbers}")
     return figure
 
 
@@ -94,7 +94,7 @@ def gram_over_training(studies: Mapping[int, GramStudy]) -> Figure:
     right.set(title="similarity of the layers' matrices", xlabel="training step", ylabel="cosine")
     right.set_ylim(top=1.02)
     right.legend(title="layers that are", frameon=False)
-    figure.suptitle("How the Gram correlations move while the network is trained")
+    theme.title(figure, "How the Gram correlations move while the network is trained")
     return figure
 
 
@@ -133,7 +133,7 @@ def coefficients(
     figure.supylabel("$M v_n$ (SGD: 1)", fontsize=8)
     if wrong.any():
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
-    figure.suptitle("FNGD's weight of each example, against its loss")
+    theme.title(figure, "FNGD's weight of each example, against its loss")
     return figure
 
 
@@ -161,5 +161,5 @@ def coefficient_drift(frame: pd.DataFrame) -> Figure:
     right.set(title="spread (band: range over layers)", yscale="log")
     right.set_ylabel("standard deviation of $M v$")
     right.legend(title="coefficients", frameon=False)
-    figure.suptitle("FNGD's coefficients from epoch to epoch")
+    theme.title(figure, "FNGD's coefficients from epoch to epoch")
     return figure

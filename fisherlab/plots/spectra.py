@@ -22,7 +22,7 @@ def eigenvalues(spectra: Mapping[str, Tensor], layer: str = "", floor: float = 1
     figure, (ax,) = theme.panels(1, height=3.0)
     draw_spectrum(ax, spectra, floor)
     theme.legend(figure, spectra)
-    figure.suptitle(titled("Spectrum of the block and of its approximations", layer))
+    theme.title(figure, titled("Spectrum of the block and of its approximations", layer))
     return figure
 
 
@@ -59,7 +59,7 @@ def cumulative_trace(shares: Mapping[str, Tensor], layer: str = "") -> Figure:
     ax.set(xscale="log", xlabel="number of leading eigenvalues, $k$", ylim=(0, 1.03))
     ax.set_ylabel(r"$\sum_{j \leq k} \lambda_j \,/\, \mathrm{tr}$")
     theme.legend(figure, shares)
-    figure.suptitle(titled("Trace in the leading eigenvalues", layer))
+    theme.title(figure, titled("Trace in the leading eigenvalues", layer))
     return figure
 
 
@@ -78,7 +78,7 @@ def condition_against_damping(
     ax.set_xlabel(r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$")
     ax.set_ylabel(r"$(\lambda_{\max} + \lambda) \,/\, (\lambda_{\min} + \lambda)$")
     theme.legend(figure, numbers)
-    figure.suptitle(titled("Condition number against damping", layer))
+    theme.title(figure, titled("Condition number against damping", layer))
     return figure
 
 
@@ -96,5 +96,5 @@ def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
     ax.set_xticks(range(len(layers)), layers, rotation=90 if long else 0)
     ax.set(yscale="log", xlabel="layer", ylabel="effective rank")
     theme.legend(figure, ranks)
-    figure.suptitle("Effective rank of the block and of its approximations")
+    theme.title(figure, "Effective rank of the block and of its approximations")
     return figure
