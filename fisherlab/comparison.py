@@ -189,7 +189,7 @@ def compare(
         check_batch(*batch, model)
     if not dampings or any(not math.isfinite(d) or d <= 0 for d in dampings):
         raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
-    makers = _makers(approximations)
+    makers = _makers(approximations, model)
     fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0])
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
@@ -269,14 +269,15 @@ def _batches(x: object, y: Tensor | None) -> list[tuple[object, Tensor]]:
 
 
 def _makers(
-    approximations: Mapping[str, Maker] | Iterable[str | Approximation] | None,
+    approximations: Mapping[str, Maker] | Iterable[str | Approximation] | None, model: nn.Module
 ) -> dict[str, Maker]:
     if approximations is None:
         known = {name: registry.get(name)() for name in registry.names()}
         return {name: a for name, a in known.items() if "pair" not in a.needs}
     if isinstance(approximations, Mapping):
-        if approximations and all(isinstance(v, Block) for v in approximations.values()):
-            blocks = {k: v for k, v in approximations.items() if isinstance(v, Block)}
+        blocks = {k: v for k, v in approximations.items() if isinstance(v, Block)}
+        layers = {name for name, _ in model.named_modules()}
+        if len(blocks) == len(approximations) and any(k.split(":")[0] in layers for k in blocks):
             return {"preconditioner": blocks}
         return dict(approximations)
     if isinstance(approximations, str):

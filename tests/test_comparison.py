@@ -1,0 +1,404 @@
+"""`compare`: its columns, what it takes, what it refuses, and that the work is done once."""
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from references import Reference
+from test_approximations import randn
+from torch import nn
+
+import fisherlab as fl
+from fisherlab import blocks
+from fisherlab.blocks import BlockError
+from fisherlab.comparison import Interrupted
+
+CE = nn.CrossEntropyLoss()
+COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
+reference_fisher_type seed step dtype damping damping_relative placement relative_error
+population_error population_error_se diagonal_share optimality_gap trace_ratio cosine scaled_error
+diagonalisation subspace_overlap direction_cosine direction_error quadratic_decrease
+quadratic_decrease_scaled stein_loss condition build_seconds solve_seconds memory_bytes clamped"""
+TIMES = ["build_seconds", "solve_seconds"]
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 2, 2, stride=2), nn.Tanh(), nn.Conv2d(2, 2, 1, groups=2)]
+    layers += [nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)]
+    model = nn.Sequential(*layers).double()
+    model(randn(9, 1, 4, 4, seed=8))  # running statistics of its own
+    return model.eval()
+
+
+def batch(n=12, seed=0):
+    return randn(n, 1, 4, 4, seed=seed), torch.arange(n) % 3
+
+
+def compared(*args, **options):
+    return fl.compare(net(), CE, *(args or batch()), **options)
+
+
+def row(table, **where):
+    frame = table.frame
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+def same(one, two, rtol=1e-12):
+    pd.testing.assert_frame_equal(
+        one.frame.drop(columns=TIMES), two.frame.drop(columns=TIMES), rtol=rtol, atol=1e-8
+    )
+
+
+def test_the_columns_and_one_row_per_layer_approximation_and_damping():
+    table = compared()
+    assert list(table.frame.columns) == [*COLUMNS.split(), "note"]
+    names = set(fl.approximations.names()) - {"kbfgs"}
+    assert set(table.frame["approximation"]) == names
+    assert len(table.frame) == 3 * len(names) * 2
+    assert not table.frame.duplicated(["layer", "approximation", "damping_relative"]).any()
+    types = table.frame.groupby("layer")["layer_type"].first()
+    assert dict(types) == {"0": "Conv2d", "2": "Conv2d", "6": "Linear"}
+    exact = table.frame[table.frame["approximation"] == "exact"]
+    for column, value in (("relative_error", 0), ("trace_ratio", 1), ("cosine", 1),
+                          ("direction_cosine", 1), ("direction_error", 0), ("stein_loss", 0),
+                          ("condition", 1), ("quadratic_decrease", 1)):  # fmt: skip
+        assert np.allclose(exact[column], value, atol=1e-9), column
+    assert (table.frame["optimality_gap"].notna()).all()
+    assert (table.frame["reference_examples"] == 12).all()
+    assert table.frame["population_error"].isna().all()
+
+
+def test_every_number_is_that_of_the_dense_block():
+    model, (x, y) = net(), batch()
+    table = fl.compare(model, CE, x, y, approximations=["kfac", "tekfac"], dampings=[0.05])
+    for name in ("0", "6"):
+        layer = model.get_submodule(name)
+        reference = Reference(model, CE, x, y, layer.weight, layer.bias)
+        F, g = reference.exact(), reference.gradients().mean(0)
+        damping = 0.05 * float(F.trace()) / len(F)
+        eye = damping * torch.eye(len(F)).double()
+        for approximation in ("kfac", "tekfac"):
+            captured = fl.capture(model, CE, x, y)[name]
+            X = fl.approximations.get(approximation)()(captured).dense()
+            found = row(table, layer=name, approximation=approximation)
+            d, best = torch.linalg.solve(X + eye, g), torch.linalg.solve(F + eye, g)
+            expected = {
+                "n_parameters": len(F),
+                "damping": damping,
+                "relative_error": (X - F).norm() / F.norm(),
+                "trace_ratio": X.trace() / F.trace(),
+                "cosine": (X * F).sum() / X.norm() / F.norm(),
+                "direction_cosine": d @ best / d.norm() / best.norm(),
+                "direction_error": (d - best).norm() / best.norm(),
+            }
+            for column, value in expected.items():
+                assert found[column] == pytest.approx(float(value), rel=1e-8), column
+
+
+def test_a_layer_in_groups_is_the_direct_sum_of_its_groups():
+    model, (x, y) = net(), batch()
+    captured = fl.capture(model, CE, x, y)
+    pairs = [(fl.KFAC()(captured[f"2:{k}"]), fl.Exact()(captured[f"2:{k}"])) for k in range(2)]
+    X, F = (torch.block_diag(*(b.dense() for b in side)) for side in zip(*pairs, strict=True))
+    found = row(compared(approximations=["kfac"], dampings=[0.1]), layer="2")
+    assert found["n_parameters"] == len(F)
+    assert found["relative_error"] == pytest.approx(float((X - F).norm() / F.norm()), rel=1e-8)
+    assert found["trace_ratio"] == pytest.approx(float(X.trace() / F.trace()), rel=1e-10)
+
+
+def test_names_instances_blocks_and_callables():
+    model, (x, y) = net(), batch()
+    captured = fl.capture(model, CE, x, y)
+    block = fl.TKFAC()(captured["6"])
+    table = fl.compare(
+        model, CE, x, y, dampings=[0.1],
+        approximations={
+            "by name": fl.approximations.get("tkfac")(),
+            "block": block,
+            "callable": lambda layer: fl.TKFAC()(layer),
+            "dict": {"6": block},
+            "factored": fl.KFAC(placement="factored"),
+        },
+    )  # fmt: skip
+    errors = [
+        row(table, layer="6", approximation=name)["relative_error"]
+        for name in ("by name", "block", "callable", "dict")
+    ]
+    assert errors == pytest.approx([errors[0]] * 4, rel=1e-12)
+    assert set(table.frame[table.frame["approximation"] == "block"]["layer"]) == {"6"}
+    assert row(table, layer="6", approximation="factored")["placement"] == "factored"
+    two = fl.compare(model, CE, x, y, approximations=[fl.KFAC(), fl.KFAC(placement="factored")])
+    assert two.frame["approximation"].nunique() == 2
+    # what an optimizer hands out, as it is; and one block under a name of one's own
+    whole = fl.compare(
+        model, CE, x, y, approximations={k: fl.KFAC()(v) for k, v in captured.items()}
+    )
+    assert set(whole.frame["approximation"]) == {"preconditioner"}
+    assert set(whole.frame["layer"]) == {"0", "2", "6"}
+    alone = fl.compare(model, CE, x, y, approximations={"mine": block})
+    assert set(alone.frame["approximation"]) == {"mine"}
+
+
+def test_a_new_approximation_appears_by_itself():
+    from dataclasses import dataclass
+
+    from fisherlab.approximations import base
+
+    try:
+
+        @dataclass(frozen=True)
+        class Toy(fl.KFAC, name="toy"):
+            def block(self, means, basis, corrections):
+                return blocks.Kronecker(means["G"], means["A"].diagonal().diag())
+
+        assert "toy" in set(compared(dampings=[0.1]).frame["approximation"])
+    finally:
+        base._REGISTRY.pop("toy", None)
+
+
+def test_batches_of_a_loader_are_one_sample():
+    x, y = batch(12)
+    loader = [(x[:5], y[:5]), (x[5:], y[5:])]
+    same(compared(loader), compared(x, y), rtol=1e-8)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=5)
+    same(compared(data), compared(x, y), rtol=1e-8)
+
+
+def test_a_memory_budget_changes_nothing_but_the_memory():
+    table = compared(memory=2000)
+    same(table, compared(), rtol=1e-8)
+
+
+def test_a_reference_of_unseen_examples():
+    unseen = batch(30, seed=5)
+    table = compared(reference=unseen, dampings=[0.1])
+    model, (x, y) = net(), batch()
+    F = fl.Exact()(fl.capture(model, CE, *unseen)["6"])
+    X = fl.EKFAC()(fl.capture(model, CE, x, y)["6"])
+    found = row(table, layer="6", approximation="ekfac")
+    expected, spread = fl.metrics.population_error(X, F)
+    assert found["population_error"] == pytest.approx(float(expected), rel=1e-10)
+    assert found["population_error_se"] == pytest.approx(float(spread), rel=1e-10)
+    assert found["reference_examples"] == 30
+    assert found["examples"] == 12
+    assert found["diagonal_share"] == pytest.approx(float(fl.metrics.diagonal_share(F)), rel=1e-10)
+    again = compared(reference=[(unseen[0][:11], unseen[1][:11]), (unseen[0][11:], unseen[1][11:])],
+                     dampings=[0.1])  # fmt: skip
+    same(table, again, rtol=1e-8)
+    assert table.leading == ("population_error" if table.noisy else "relative_error")
+    assert table.summary().columns[0] == table.leading
+
+
+def test_a_reference_of_another_fisher_type():
+    table = compared(fisher_type="mc", reference="exact", approximations=["exact", "tkfac"],
+                     dampings=[0.1])  # fmt: skip
+    assert set(table.frame["fisher_type"]) == {"mc"}
+    assert set(table.frame["reference_fisher_type"]) == {"exact"}
+    model, (x, y) = net(), batch()
+    drawn = fl.Exact()(fl.capture(model, CE, x, y, fisher_type="mc")["6"]).dense()
+    F = fl.Exact()(fl.capture(model, CE, x, y)["6"]).dense()
+    found = row(table, layer="6", approximation="exact")
+    assert found["relative_error"] == pytest.approx(float((drawn - F).norm() / F.norm()), rel=1e-8)
+
+
+def test_the_default_fisher_type_is_exact_up_to_twenty_outputs():
+    for outputs, expected in ((20, "exact"), (21, "mc")):
+        model = nn.Sequential(nn.Linear(2, outputs)).double()
+        table = fl.compare(model, CE, randn(3, 2), torch.arange(3), approximations=["kfac"])
+        assert set(table.frame["fisher_type"]) == {expected}
+    model = nn.Sequential(nn.Linear(2, 3)).double()
+    table = fl.compare(model, nn.HuberLoss(), randn(3, 2), randn(3, 3), approximations=["kfac"])
+    assert set(table.frame["fisher_type"]) == {"empirical"}
+
+
+def test_mc_is_the_generators_and_leaves_the_global_stream_alone():
+    model = net()
+
+    def run(seed):
+        options = {"generator": torch.Generator().manual_seed(seed), "approximations": ["kfac"]}
+        return fl.compare(model, CE, *batch(), fisher_type="mc", **options)
+
+    before = torch.get_rng_state()
+    same(run(3), run(3))
+    assert torch.equal(before, torch.get_rng_state())
+    assert set(run(3).frame["seed"]) == {3}
+    assert not run(4).frame["relative_error"].equals(run(3).frame["relative_error"])
+
+
+def test_the_model_comes_back_untouched():
+    model, (x, y) = net(), batch()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    fl.compare(model, CE, x, y, reference=batch(5, seed=2))
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert not model.training
+    for module in model.modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        assert not any(hooks)
+        assert not any("input0" in name or "backpack" in name for name in vars(module))
+
+
+def test_the_memo_does_each_piece_of_work_once(monkeypatch):
+    calls = {}
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(self, *args):
+            calls.setdefault((owner.__name__, name), []).append(self)
+            return original(self, *args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(fl.KFAC, "sums")
+    count(fl.TKFAC, "sums")
+    count(fl.EigenCorrected, "corrections")
+    decomposed, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda S: decomposed.append(tuple(S.shape)) or eigh(S)
+    )
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    names = ["kfac", "ekfac", "tkfac", "tekfac", "shampoo"]
+    fl.compare(model, CE, randn(20, 5), torch.arange(20) % 3, approximations=names, layers=["0"])
+    assert len(calls[("KFAC", "sums")]) == 1
+    assert len(calls[("TKFAC", "sums")]) == 1
+    assert len(calls[("EigenCorrected", "corrections")]) == 2
+    # G and A of KFAC, left and right of TKFAC, and once the exact block's range
+    assert sorted(decomposed)[:4] == [(4, 4), (4, 4), (6, 6), (6, 6)]
+    assert len(decomposed) == 5
+
+
+# --- what it is kept in ---------------------------------------------------------------------------
+
+
+def test_save_load_and_concat(tmp_path):
+    table = compared(step=0)
+    folder = table.save(tmp_path / "run")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "comparison.csv", "comparison.parquet", "config.json",
+    ]  # fmt: skip
+    again = fl.Comparison.load(folder)
+    pd.testing.assert_frame_equal(table.frame, again.frame)
+    assert again.config["fisher_type"] == "exact"
+    csv = pd.read_csv(folder / "comparison.csv", dtype={"layer": str})
+    assert np.allclose(csv["relative_error"], table.frame["relative_error"])
+    both = fl.Comparison.concat([table, compared(step=5)])
+    assert len(both.frame) == 2 * len(table.frame)
+    assert set(both.frame["step"]) == {0, 5}
+    assert (both.summary()["relative_error"] == table.summary()["relative_error"]).all()
+
+
+def test_the_summary_says_what_a_noisy_batch_is():
+    table = compared(*batch(3), fisher_type="empirical")
+    assert table.noisy
+    assert "sampling noise" in table.note
+    assert "pass `reference=`" in table.note
+    with_reference = compared(*batch(3), fisher_type="empirical", reference=batch(4, seed=3))
+    assert with_reference.leading == "population_error"
+    assert with_reference.summary()["population_error"].is_monotonic_increasing
+    for text in (repr(table), table._repr_html_()):
+        assert "tekfac" in text
+        assert "sampling noise" in text
+    assert "direction_cosine @ 0.001" in table.summary().columns
+
+
+def test_ctrl_c_hands_over_what_was_measured():
+    def stops(names):
+        for k, name in enumerate(names):
+            if k == 2:
+                raise KeyboardInterrupt
+            yield name
+
+    with pytest.raises(Interrupted) as stopped:
+        compared(approximations=["kfac"], progress=stops)
+    assert set(stopped.value.comparison.frame["layer"]) == {"0", "2"}
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def with_weight(model, value):
+    with torch.no_grad():
+        model[6].weight[0, 0] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"approximations": ["kfacc"]}, "no approximation named 'kfacc'; nearest: kfac"),
+        ({"approximations": [3]}, "3 is neither a name nor an approximation"),
+        ({"fisher_type": "exakt"}, "exakt"),
+        ({"reference": "exakt"}, "reference 'exakt' is none of exact"),
+        ({"dampings": ()}, "positive, got"),
+        ({"dampings": (0.1, -1.0)}, "positive, got"),
+        ({"dampings": (math.nan,)}, "positive, got"),
+        ({"layers": ["7"]}, "no layer '7' in this model"),
+        ({"backend": "jax"}, "jax"),
+        ({"approximations": {"a": {"nowhere": None}}}, r"named \['nowhere'\], the layers"),
+        (
+            {"approximations": {"b": blocks.Diagonal(torch.ones(2, 7).double())}},
+            r"block 'b' of shape \(2, 7\) fits no layer",
+        ),
+        ({"x": torch.full((12, 1, 4, 4), math.nan).double()}, "x has NaN or inf entries"),
+        ({"x": torch.zeros(0, 1, 4, 4).double()}, "empty batch"),
+        ({"x": randn(11, 1, 4, 4)}, "11"),
+        ({"y": torch.full((12,), 3)}, "3"),
+        ({"y": torch.full((12,), -1)}, "-1"),
+        ({"x": [], "y": None}, "the loader is empty"),
+        ({"y": None}, "pass labels y, or a loader"),
+        ({"model": with_weight(net(), math.inf)}, "parameter '6.weight' has NaN or inf"),
+        ({"model": net().train()}, "'3' is a BatchNorm2d .*model.eval"),
+        ({"model": net().half()}, "float16"),
+        ({"criterion": nn.HuberLoss(), "fisher_type": "mc", "y": randn(12, 3)}, "HuberLoss"),
+        ({"criterion": nn.CrossEntropyLoss(torch.ones(3).double()), "fisher_type": "exact"},
+         "`weight`"),
+        ({"memory": 10}, "raise `memory`"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_by_name(change, message):
+    x, y = batch()
+    arguments = {"model": net(), "criterion": CE, "x": x, "y": y, **change}
+    with pytest.raises(ValueError, match=message):
+        fl.compare(**arguments)
+
+
+def test_a_block_too_large_for_dense_is_refused_with_its_size(monkeypatch):
+    F = fl.Exact()(fl.capture(net(), CE, *batch())["6"])
+    monkeypatch.setattr(blocks.numerics, "free_memory", lambda device: 4000)
+    message = "27 x 27, 5.43e-06 GiB, over the budget of .* free.*stay matrix-free: `block @ V`"
+    with pytest.raises(BlockError, match=message):
+        F.dense()
+
+
+def test_what_an_approximation_must_refuse_is_a_row_with_the_reason():
+    def refuses(layer):
+        raise BlockError("not this one")
+
+    table = compared(approximations={"refuses": refuses, "kfac": fl.KFAC()})
+    refused = table.frame[table.frame["approximation"] == "refuses"]
+    assert len(refused) == 6
+    assert (refused["note"] == "not this one").all()
+    assert refused["relative_error"].isna().all()
+    assert table.frame[table.frame["approximation"] == "kfac"]["relative_error"].notna().all()
+
+
+def test_a_layer_without_gradients_has_a_row_that_says_so():
+    model = net()
+    with torch.no_grad():
+        model[6].weight.zero_()
+    x, y = batch()
+    table = fl.compare(model, CE, x, y)
+    dead = table.frame[table.frame["layer"] == "0"]
+    assert dead["note"].str.contains("exact block is zero").all()
+    assert (dead.set_index("approximation")["relative_error"].drop("sngd") == 0).all()
