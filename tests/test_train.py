@@ -51,9 +51,12 @@ class Interrupt(Watch):
 # Resume ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", optim.names())
+ADAPTIVE = ["lm.damping=levenberg_marquardt(0.3)", "lm.statistics_every=1", "lm.basis_every=1"]
+
+
+@pytest.mark.parametrize("name", [*optim.names(), "lm=kfac"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(name, tmp_path):
-    s = settings(name, schedule="cosine")
+    s = settings(name, ADAPTIVE if name == "lm=kfac" else (), schedule="cosine")
     whole = train(s, tmp_path / "whole")
     (record,) = whole.records
     if record.status == "refused":  # before its first step: nothing to resume

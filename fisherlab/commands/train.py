@@ -166,7 +166,7 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
         table["train loss"] = summary["train_loss"]
         table["s/step"] = summary["seconds_per_step"]
         table["s/epoch"] = summary["seconds_per_epoch"]
-        table["x SGD"] = summary["ratio_to_sgd"]
+        table["×SGD"] = summary["ratio_to_sgd"]
         table["peak MB"] = summary["peak_memory_bytes"] / 1e6
         table["state MB"] = summary["state_bytes"] / 1e6
     return table.assign(status=summary["status"])

@@ -152,7 +152,7 @@ class NaturalGradient(CurvatureOptimizer):
         if self.steps > count and loss is not None:
             predicted = self._predicted_change({p: p - before[p] for p in params})
             with self._unrecorded(), torch.enable_grad():
-                change = float(closure()) - float(loss)
+                change = closure().item() - loss.item()
             for rule in adapting:
                 rule.adapt(change / predicted if predicted < 0 else -math.inf)
             self._damp(set(self._blocks))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fisherlab import comparison, optim
+from fisherlab.approximations.damping import LevenbergMarquardt
 from fisherlab.experiments.training.cost import PeakMemory, SGDReference, finished, tensor_bytes
 from fisherlab.experiments.training.divergence import EXPLODED, Diverged, blame, weight_norms
 from fisherlab.experiments.training.entries import make
@@ -40,6 +41,10 @@ class Run:
         )
         schedule = SCHEDULES[settings.schedule]
         self.scheduler = LambdaLR(self.optimizer, lambda epoch: schedule(epoch / settings.epochs))
+        # these compare the loss before and after the step, on the same batch
+        rules = [group.get("damping") for group in self.optimizer.param_groups]
+        adapts = any(isinstance(rule, LevenbergMarquardt) for rule in rules)
+        self.looks_twice = isinstance(self.optimizer, optim.KBFGSOptimizer) or adapts
         self.epoch = self.steps = 0
         self.seconds = 0.0
         self.first_loss: float | None = None
@@ -123,11 +128,10 @@ class Run:
             loss.backward()
             return loss
 
-        if isinstance(optimizer, optim.KBFGSOptimizer):  # it takes a second pass
-            loss = self._checked(optimizer.step(closure), x)
-        else:
-            loss = self._checked(closure(), x)
-            optimizer.step()
+        step: Any = optimizer.step  # torch's types know closures that return a float
+        loss = self._checked(step(closure) if self.looks_twice else closure(), x)
+        if not self.looks_twice:
+            step()
         finished(x.device)
         self.steps += 1
         return loss

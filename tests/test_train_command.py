@@ -1,0 +1,166 @@
+"""`fisherlab train` and `fisherlab sweep` as a user types them: exit codes, the table, files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from fisherlab import cli
+from fisherlab.experiments import sweep, training
+from fisherlab.experiments.training import Settings
+
+TINY = "--data digits --hidden 4 --examples 192 --batch-size 64 --test-examples 50".split()
+
+
+def typed(*words):
+    return CliRunner().invoke(cli.app, [word for text in words for word in text.split()])
+
+
+def run(command, folder, *words):
+    return typed(
+        command, " ".join(w for w in TINY if command == "train"), *words, f"--out {folder}"
+    )
+
+
+def test_train_prints_a_table_and_leaves_pictures(tmp_path):
+    words = ("--optimizer wild=sgd,kfac,fngd --control --epochs 2 --seeds 2", "--lr 0.05")
+    rest = ("--set wild.lr=1e9 --compare-every 2 --compare-examples 16",)
+    result = run("train", tmp_path, *words, *rest)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    for name in ("wild", "kfac", "fngd", "fngd_control"):
+        assert any(name in line.split() for line in lines)
+    assert "±" in result.stdout and "×SGD" in result.stdout
+    assert "wild (diverged): step 1, layer" in result.stdout
+    assert "[8/8] fngd_control, seed 1: done" in result.stderr
+    for name in ("curves", "cost", "comparisons"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    options = {e["label"]: e["options"] for e in _config(tmp_path)["settings"]["entries"]}
+    assert options["kfac"]["lr"] == 0.05 and options["wild"]["lr"] == "1e9"
+    # again: what is there is shown, nothing is trained
+    before = pd.read_parquet(tmp_path / "rows.parquet")
+    again = run("train", tmp_path, *words, *rest)
+    assert again.exit_code == 0 and again.stdout == result.stdout
+    assert pd.read_parquet(tmp_path / "rows.parquet").equals(before)
+
+
+def _config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optimizer kfca", "did you mean 'kfac'"),
+        ("--data digit", "did you mean 'digits'"),
+        ("--model mpl", "did you mean 'mlp'"),
+        ("--set kfac.lr", "OPTIMIZER.OPTION=VALUE"),
+        ("--set kfac.lrr=1", "did you mean 'lr'"),
+        ("--lr -1", "lr"),
+        ("--epochs 0", "epochs is at least 1"),
+        ("--seeds 0", "--seeds"),
+        ("--hidden a,b", "--hidden"),
+        ("--hidden=-3", "hidden must hold positive widths"),
+        ("--device nowhere", "nowhere"),
+        ("--optimizer sgd --control", "--control"),
+    ],
+)
+def test_mistakes_exit_with_2_and_leave_nothing(words, message, tmp_path):
+    result = run("train", tmp_path / "run", words)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    result = run("train", tmp_path / "run", "--optimizer sgd")
+    assert result.exit_code == 2 and (tmp_path / "run").read_text() == "mine"
+
+
+def test_nothing_succeeded_is_1(tmp_path):
+    result = run("train", tmp_path, "--optimizer sgd --lr 1e9 --epochs 1")
+    assert result.exit_code == 1 and "diverged" in result.stdout
+
+
+def test_ctrl_c_is_130_and_keeps_the_results(tmp_path):
+    command = [sys.executable, "-c", "from fisherlab.cli import main; main()", "train", *TINY]
+    command += ["--optimizer", "sgd,kfac", "--epochs", "100000", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = tmp_path / "checkpoints" / "sgd-seed0.pt"
+    for _ in range(1200):
+        if checkpoint.exists():
+            break
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err and "interrupted" in out
+    rows = pd.read_parquet(tmp_path / "rows.parquet")
+    assert set(rows["optimizer"]) == {"sgd"}
+
+
+# Sweep -------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination():
+    grid = sweep.grid(["kfac.lr=0.1,0.2,0.3", "kfac.damping=relative(1),gram_norm(2)"], "kfac,sgd")
+    points = sweep.points("kfac,sgd", grid)
+    assert [p.label for p in points] == [*(f"kfac-{k}" for k in range(1, 7)), "sgd-1"]
+    assert points[1].options == {"lr": "0.1", "damping": "gram_norm(2)"}
+
+
+def test_a_sweep_chooses_on_held_out_examples_and_tests_the_best(tmp_path):
+    result = typed(
+        "sweep --data digits --hidden 8 --batch-size 64 --examples 640 --validation 200",
+        "--optimizer sgd,adam --grid sgd.lr=1e-6,0.1,1e9 --grid adam.lr=1e-3,1e-2",
+        "--epochs 2 --final-epochs 2 --seeds 2",
+        f"--out {tmp_path}",
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    table = {row["optimizer"]: row for row in found["table"]}
+    assert table["sgd"]["options"] == "lr=0.1" and table["sgd"]["points"] == 3
+    assert table["sgd"]["at_the_edge"] == "" and table["sgd"]["seeds"] == 2
+    tried = pd.read_parquet(tmp_path / "search" / "summary.parquet").set_index("optimizer")
+    assert tried.loc["sgd-3", "status"] == "diverged"
+    assert (
+        table["sgd"]["validation"]
+        == tried.loc["sgd-2", "final"]
+        == tried["final"].filter(like="sgd").max()
+    )
+    final = Settings.load(tmp_path / "final")
+    assert final.validation is None and final.seeds == (0, 1) and final.examples is None
+    assert {str(entry) for entry in final.entries} == {
+        "sgd (lr=0.1)",
+        f"adam ({table['adam']['options']})",
+    }
+
+
+def test_a_choice_at_the_end_of_its_grid_is_said():
+    grid = {"sgd": {"lr": ["0.1", "0.2", "0.3"], "momentum": ["0", "0.9"]}}
+    found = sweep.Search(grid, None, (), None)
+    entry = training.Entry("sgd", "sgd", {"lr": "0.3", "momentum": "0.9"})
+    assert found.edges(entry) == ["lr"]
+
+
+@pytest.mark.parametrize("words", ["--grid kfac=1", "--grid adam.lr=1", "--grid kfac.lrr=1"])
+def test_a_wrong_grid_is_2(words, tmp_path):
+    result = typed(f"sweep --optimizer kfac {words} --out {tmp_path / 'run'}")
+    assert result.exit_code == 2 and not (tmp_path / "run").exists()
