@@ -90,7 +90,7 @@ def compare(
         known("--fisher-type", fisher_type, FISHER_TYPES)
     dtype(precision)
     device(on)
-    from fisherlab.experiments import measure, report
+    from fisherlab.experiments import measure, pages, report  # noqa: F401  pages: what it shows
     from fisherlab.experiments.rundir import RunDir
 
     rundir = RunDir(out)

@@ -19,16 +19,17 @@ def report(
     overwrite: Annotated[bool, typer.Option(help="Replace the page that is there.")] = False,
 ) -> None:
     """Make the report of a run anew, in its folder, or one page of several runs."""
-    from fisherlab.experiments import report as pages
+    from fisherlab.experiments import pages, verification  # noqa: F401  what each kind of run shows
+    from fisherlab.experiments.report import write, write_side_by_side
     from fisherlab.experiments.rundir import REPORT, RunDir
 
     runs = [RunDir(exists(folder)) for folder in folders]
     for run in runs:
         _ = run.config  # a folder without a run is refused before anything is made
     if len(runs) == 1 and out is None:
-        typer.echo(pages.write(runs[0]))
+        typer.echo(write(runs[0]))
         return
     path = out or Path(REPORT)
     if path.is_dir() or (path.exists() and not overwrite):
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another --out")
-    typer.echo(pages.write_side_by_side(runs, path))
+    typer.echo(write_side_by_side(runs, path))

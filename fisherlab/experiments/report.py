@@ -5,7 +5,8 @@ A kind of run, named by `command` in its config.json, adds its part of the page 
     @sections("compare")
     def of_compare(run: RunDir) -> Iterator[Section]: ...
 
-A kind without one shows its tables and pictures as they lie in its folder.
+(pages.py has those of comparisons and of training). A kind without one shows its tables and
+pictures as they lie in its folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fisherlab import plots
 from fisherlab.comparison import Comparison
 from fisherlab.experiments import checkpoint
 from fisherlab.experiments.columns import MEANING
-from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir, RunDirError
+from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir
 
 ROWS = 400  # of a table on the page; the file has all
 
@@ -115,7 +116,7 @@ def picture(run: RunDir, name: str, figure: Figure, caption: str) -> Picture:
 def cell(value: Any) -> str:
     """A value as the page shows it."""
     if isinstance(value, float):
-        return "–" if value != value else f"{value:.4g}"
+        return "–" if value != value else f"{value:.3g}"
     if isinstance(value, bool) or not isinstance(value, int):
         return html.unescape(str(value))
     return f"{value:,}"
@@ -142,11 +143,12 @@ def _sections(run: RunDir) -> Iterator[Section]:
 
 def _as_it_lies(run: RunDir) -> Iterator[Section]:
     tables = [Table(pd.read_csv(path), path.stem) for path in sorted(run.folder.glob("*.csv"))]
-    pictures = [
-        Picture(path, path.stem.replace("_", " "))
-        for path in sorted((run.folder / FIGURES).glob("*.png"))
-    ]
-    yield Section("What was measured", tables=tables, pictures=pictures)
+    yield Section("What was measured", tables=tables, pictures=_pictures(run))
+
+
+def _pictures(run: RunDir) -> list[Picture]:
+    paths = [*sorted(run.folder.glob("*.png")), *sorted((run.folder / FIGURES).glob("*.png"))]
+    return [Picture(path, path.stem.replace("_", " ")) for path in paths]
 
 
 def _made_with(run: RunDir) -> Section:
@@ -184,71 +186,3 @@ def _side_by_side(runs: Sequence[RunDir]) -> Section | None:
     frame = pd.DataFrame(columns).rename_axis("approximation").reset_index()
     text = ["The median over layers at the last step of each run."]
     return Section("Errors of every run", text, [Table(frame)])
-
-
-# comparisons -------------------------------------------------------------------------------------
-
-PICTURES = {
-    "error": "Error of every approximation over the layers, from input to output.",
-    "trace_ratio": "Trace of every approximation over the trace of the exact block.",
-    "direction": "Cosine between the damped step of every approximation and the exact one.",
-    "training": "The error over training, layer by layer.",
-    "cost": "Time to build a block and solve with it, against its error.",
-}
-
-
-@sections("compare")
-def of_compare(run: RunDir) -> Iterator[Section]:
-    """The summary, the pictures, the layers, and what the columns mean."""
-    frame = run.table("comparison")
-    if frame is None or not len(frame):
-        raise RunDirError(f"{run.folder} holds a comparison without rows; run it again")
-    table = Comparison(frame, run.config)
-    summary = table.summary().reset_index()
-    last = frame[frame["step"] == frame["step"].max()]
-    yield Section(
-        "Which approximation is nearest",
-        [_what(frame, run.config), *([table.note] if table.note else [])],
-        [Table(summary, "Median over layers and seeds at the last step, the nearest first.")],
-    )
-    shown = {name: text for name, text in PICTURES.items() if _drawable(name, frame)}
-    yield Section(
-        "Pictures",
-        ["Each is also in the folder as PNG and PDF."],
-        pictures=[picture(run, n, table.plot(n), text) for n, text in shown.items()],
-    )
-    columns = ["layer", "layer_type", "n_parameters", "approximation", table.leading]
-    columns += [c for c in ("relative_error", "population_error") if c != table.leading]
-    columns += ["population_error_se", "optimality_gap", "trace_ratio", "cosine", "diagonalisation"]
-    columns += ["subspace_overlap", "build_seconds", "memory_bytes", "note"]
-    by_layer = last.drop_duplicates(["layer", "approximation", "seed"])[columns]
-    caption = "Every layer at the last step (first seed first); all rows are in comparison.csv."
-    yield Section("Layer by layer", tables=[Table(by_layer.dropna(axis=1, how="all"), caption)])
-    steps = ["layer", "approximation", "seed", "damping_relative", "placement", "direction_cosine"]
-    steps += ["direction_error", "quadratic_decrease", "quadratic_decrease_scaled", "stein_loss"]
-    steps += ["condition", "solve_seconds"]
-    caption = "The damped natural gradient at the last step, per damping."
-    yield Section("The damped step", tables=[Table(last[steps], caption)])
-    meaning = pd.DataFrame(MEANING.items(), columns=["column", "meaning"])
-    yield Section("What the columns mean", tables=[Table(meaning)])
-
-
-def _drawable(name: str, frame: pd.DataFrame) -> bool:
-    """Whether a picture has anything to show: one step is no training, one damping no curve."""
-    alone = {"training": "step", "direction": "damping_relative"}
-    return name not in alone or frame[alone[name]].nunique() > 1
-
-
-def _what(frame: pd.DataFrame, config: dict[str, Any]) -> str:
-    first, settings = frame.iloc[0], config.get("settings", {})
-    steps = ", ".join(map(str, sorted(frame["step"].unique())))
-    unseen = settings.get("reference")
-    against = f" and, for the population error, {unseen} unseen ones" if unseen else ""
-    return (
-        f"Model {settings.get('model')} on {settings.get('data')}, measured at training steps "
-        f"{steps}: {frame['layer'].nunique()} layers, "
-        f"{frame['approximation'].nunique()} approximations, "
-        f"seeds {', '.join(map(str, sorted(frame['seed'].unique())))}. "
-        f"{first['fisher_type']} Fisher of {first['examples']} examples{against}, in "
-        f"{first['dtype']}."
-    )

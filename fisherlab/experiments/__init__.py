@@ -1,0 +1,1 @@
+"""What the command line runs: comparisons, training, sweeps, claims, and their pages."""

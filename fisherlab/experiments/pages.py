@@ -1,0 +1,106 @@
+"""What the page of a comparison and of a training run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.comparison import Comparison
+from fisherlab.experiments.columns import MEANING
+from fisherlab.experiments.report import Picture, Section, Table, picture, sections
+from fisherlab.experiments.rundir import RunDir, RunDirError
+from fisherlab.experiments.training import COLUMNS
+
+PICTURES = {
+    "error": "Error of every approximation over the layers, from input to output.",
+    "trace_ratio": "Trace of every approximation over the trace of the exact block.",
+    "direction": "Cosine between the damped step of every approximation and the exact one.",
+    "training": "The error over training, layer by layer.",
+    "cost": "Time to build a block and solve with it, against its error.",
+}
+
+
+@sections("compare")
+def of_compare(run: RunDir) -> Iterator[Section]:
+    """The summary, the pictures, the layers, and what the columns mean."""
+    frame = run.table("comparison")
+    if frame is None or not len(frame):
+        raise RunDirError(f"{run.folder} holds a comparison without rows; run it again")
+    table = Comparison(frame, run.config)
+    summary = table.summary().reset_index()
+    last = frame[frame["step"] == frame["step"].max()]
+    yield Section(
+        "Which approximation is nearest",
+        [_what(frame, run.config), *([table.note] if table.note else [])],
+        [Table(summary, "Median over layers and seeds at the last step, the nearest first.")],
+    )
+    shown = {name: text for name, text in PICTURES.items() if _drawable(name, frame)}
+    yield Section(
+        "Pictures",
+        ["Each is also in the folder as PNG and PDF."],
+        pictures=[picture(run, n, table.plot(n), text) for n, text in shown.items()],
+    )
+    columns = ["layer", "layer_type", "n_parameters", "approximation", table.leading]
+    columns += [c for c in ("relative_error", "population_error") if c != table.leading]
+    columns += ["population_error_se", "optimality_gap", "trace_ratio", "cosine", "diagonalisation"]
+    columns += ["subspace_overlap", "build_seconds", "memory_bytes", "note"]
+    by_layer = last.drop_duplicates(["layer", "approximation", "seed"])[columns]
+    caption = "Every layer at the last step (first seed first); all rows are in comparison.csv."
+    yield Section("Layer by layer", tables=[Table(by_layer.dropna(axis=1, how="all"), caption)])
+    steps = ["layer", "approximation", "seed", "damping_relative", "placement", "direction_cosine"]
+    steps += ["direction_error", "quadratic_decrease", "quadratic_decrease_scaled", "stein_loss"]
+    steps += ["condition", "solve_seconds"]
+    caption = "The damped natural gradient at the last step, per damping."
+    yield Section("The damped step", tables=[Table(last[steps], caption)])
+    meaning = pd.DataFrame(MEANING.items(), columns=["column", "meaning"])
+    yield Section("What the columns mean", tables=[Table(meaning)])
+
+
+def _drawable(name: str, frame: pd.DataFrame) -> bool:
+    """Whether a picture has anything to show: one step is no training, one damping no curve."""
+    alone = {"training": "step", "direction": "damping_relative"}
+    return name not in alone or frame[alone[name]].nunique() > 1
+
+
+def _what(frame: pd.DataFrame, config: dict[str, Any]) -> str:
+    first, settings = frame.iloc[0], config.get("settings", {})
+    steps = ", ".join(map(str, sorted(frame["step"].unique())))
+    unseen = settings.get("reference")
+    against = f" and, for the population error, {unseen} unseen ones" if unseen else ""
+    return (
+        f"Model {settings.get('model')} on {settings.get('data')}, measured at training steps "
+        f"{steps}: {frame['layer'].nunique()} layers, "
+        f"{frame['approximation'].nunique()} approximations, "
+        f"seeds {', '.join(map(str, sorted(frame['seed'].unique())))}. "
+        f"{str(first['fisher_type']).capitalize()} Fisher of {first['examples']} examples{against}, in "
+        f"{first['dtype']}."
+    )
+
+
+TRAINING = {
+    "curves": "Training loss and test metric against steps (left) and against time (right).",
+    "cost": "What each optimizer reaches at the end, and what a step costs.",
+    "comparisons": "The optimizers' own blocks against the exact ones, over training.",
+}
+
+
+@sections("train")
+def of_train(run: RunDir) -> Iterator[Section]:
+    """The summary, the pictures, and the row of every epoch."""
+    summary, rows = run.table("summary"), run.table("rows")
+    if summary is None or rows is None:
+        raise RunDirError(f"{run.folder} holds a training run without an epoch; run it again")
+    metric = run.config.get("metric", "metric")
+    yield Section(
+        "Which optimizer is best",
+        [f"`final` and `best` are {metric} on the test set, at the last and at the best epoch."],
+        [Table(summary, "Mean over seeds, the best first.", {})],
+        [
+            Picture(path, text)
+            for name, text in TRAINING.items()
+            if (path := run.folder / f"{name}.png").is_file()
+        ],
+    )
+    yield Section("Every epoch", tables=[Table(rows, "All rows are in rows.csv.", COLUMNS)])
