@@ -52,8 +52,13 @@ def _classes(ax: Axes, labels: Tensor, names: Sequence[str] | None, named: bool)
     ax.set_yticks([])
     if named:
         middles = [(one + two) / 2 for one, two in pairwise([-0.5, *edges, len(values) - 0.5])]
-        present = [int(value) for value in np.unique(values)]
-        ax.set_yticks(middles, [names[c] if names else str(c) for c in present], fontsize=6)
+        present = [names[int(c)] if names else str(int(c)) for c in np.unique(values)]
+        shown: list[tuple[float, str]] = []
+        for middle, name in zip(middles, present, strict=True):
+            # a line of text is about a thirteenth of the panel
+            if not shown or middle - shown[-1][0] > len(values) / 13:
+                shown.append((middle, name))
+        ax.set_yticks([place for place, _ in shown], [name for _, name in shown], fontsize=6)
         ax.set_ylabel("class")
 
 
