@@ -74,6 +74,14 @@ class Outer(Block):
         """`R = m n`, the number of columns of `U`."""
         return self.of.count
 
+    @property
+    def operations(self) -> int:
+        """Multiplications in one product with a matrix."""
+        m, n, t, o = self.g.shape
+        if self.of.formed is not None:
+            return 2 * self.columns * self.size
+        return 2 * n * t * o * (self.shape[1] + m)
+
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64, without the `1/M`; computed once."""
         return self.of.gram

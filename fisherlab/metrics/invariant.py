@@ -73,9 +73,8 @@ def _extremes(X: Block, F: Block, damping: float) -> Tensor:
 def _affordable(X: Block, F: Block) -> bool:
     if not isinstance(X, _MATRIX_FREE):
         return False
-    o, i = F.shape
-    columns = getattr(F, "columns", 0)
-    return 2 * _STEPS * (2 * F.size * (o + i) + 2 * F.size * columns) <= LANCZOS_BUDGET
+    product = F.operations if isinstance(F, Outer) else 0
+    return 2 * _STEPS * (F.size * sum(F.shape) + product) <= LANCZOS_BUDGET
 
 
 def _largest(A: Block, B_inverse: Block) -> Tensor:
