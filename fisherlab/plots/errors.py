@@ -25,6 +25,7 @@ UNITS = {
     "memory_bytes": "memory of the block [bytes]",
     "seconds": "time in steps [s]",
     "evidence": "log evidence [nats]",
+    "rank": "rank correlation",
     "precision": r"prior precision $\tau$",
     "smooth": "training loss, mean of 10 batches [nats]",
     "loss": "training loss [nats]",
@@ -84,7 +85,8 @@ def lines(
     for axis in log:
         ax.set(**{f"{axis}scale": "log"})
     theme.legend(figure, names, by)
-    theme.title(figure, title or f"{label(y)} over {label(x)}".replace("\n", " "))
+    subject = title or f"{label(y)} over {label(x)}".replace("\n", " ")
+    theme.title(figure, subject[0].upper() + subject[1:])
     return figure
 
 
@@ -99,7 +101,7 @@ def _ticks(ax: Axes, values: pd.Series, numeric: bool) -> None:
         if len(kinds) <= 7:
             ax.set_xticks(sorted(kinds), [f"{kind:g}" for kind in sorted(kinds)])
             ax.minorticks_off()
-    elif len(kinds) <= 7:
+    elif len(kinds) <= 7 and np.diff(sorted(kinds)).min(initial=1) > 0.12 * np.ptp(kinds):
         ax.set_xticks(sorted(kinds))
 
 

@@ -98,6 +98,9 @@ LOOKS = {
     "ifang": ("#C9B458", ">"),
     "sngd": ("#777777", "h"),
     "kbfgs": ("#44AA99", "d"),
+    # Fisher types that stand where an approximation does
+    "mc": ("#56B4E9", "o"),
+    "empirical": ("#D55E00", "s"),
     "sgd": ("#000000", "s"),
     "adam": ("#666666", "^"),
     "adamw": ("#999999", "v"),
