@@ -74,8 +74,8 @@ def _what(frame: pd.DataFrame, config: dict[str, Any]) -> str:
         f"{steps}: {frame['layer'].nunique()} layers, "
         f"{frame['approximation'].nunique()} approximations, "
         f"seeds {', '.join(map(str, sorted(frame['seed'].unique())))}. "
-        f"{str(first['fisher_type']).capitalize()} Fisher of {first['examples']} examples{against}, in "
-        f"{first['dtype']}."
+        f"{str(first['fisher_type']).capitalize()} Fisher of {first['examples']} examples"
+        f"{against}, in {first['dtype']}."
     )
 
 

@@ -1,0 +1,308 @@
+"""The command line: what it leaves behind, and what it says when something is wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fisherlab as fl
+from fisherlab import approximations, comparison
+from fisherlab.cli import app
+from fisherlab.commands import common
+from fisherlab.experiments import rundir
+from fisherlab.experiments.training.task import Task
+
+TINY = ["--data", "iris", "--hidden", "4", "--batch-size", "8", "--reference", "16"]
+TINY += ["--epochs", "2", "-a", "exact,kfac,tekfac", "--dampings", "0.01,0.1"]
+
+
+def call(*words):
+    """The result of a command; `output` is what both streams say."""
+    return CliRunner().invoke(app, [str(word) for word in words], terminal_width=200)
+
+
+def refused(*words):
+    """The message of a command that must end as the user's mistake, without a traceback."""
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return re.sub(r"[│\s]+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    result = call("compare", *TINY, "--out", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+# compare -----------------------------------------------------------------------------------------
+
+
+def test_compare_leaves_tables_pictures_and_a_page(run):
+    folder, output = run
+    frame = pd.read_parquet(folder / "comparison.parquet")
+    assert list(frame.columns) == comparison.COLUMNS
+    # 2 layers, 3 approximations, 2 dampings; start, middle and end of 2 epochs of 1 step
+    assert len(frame) == 2 * 3 * 2 * 3
+    assert sorted(frame["step"].unique()) == [0, 1, 2]
+    assert len(pd.read_csv(folder / "comparison.csv")) == len(frame)
+    for name in ("error", "trace_ratio", "direction", "training", "cost"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
+        assert (folder / "figures" / f"{name}.pdf").is_file()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["status"] == "complete"
+    assert config["settings"]["approximations"] == ["exact", "kfac", "tekfac"]
+    assert config["versions"]["torch"] == torch.__version__
+    assert "tekfac" in output and "report.html" in output
+    assert not list(folder.rglob("*.part"))
+
+
+def test_compare_measures_what_the_library_does(run):
+    folder, _ = run
+    frame = pd.read_parquet(folder / "comparison.parquet")
+    assert frame["dtype"].unique() == ["float64"]
+    exact = frame[frame["approximation"] == "exact"]
+    assert exact["relative_error"].max() < 1e-12
+    start = frame[(frame["step"] == 0) & (frame["approximation"] == "kfac")]
+
+    dataset = fl.datasets.load("iris")
+    x, y = dataset.train.tensors
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    model = fl.models.create(
+        "mlp",
+        num_classes=3,
+        input_size=(4,),
+        hidden=(4,),
+        generator=torch.Generator().manual_seed(0),
+    ).double()
+    x, y = x[order[:8]].double(), y[order[:8]]
+    table = fl.compare(model, torch.nn.CrossEntropyLoss(), x, y, approximations=["kfac"])
+    ours = table.frame.drop_duplicates("layer").set_index("layer")["relative_error"]
+    theirs = start.drop_duplicates("layer").set_index("layer")["relative_error"]
+    pd.testing.assert_series_equal(ours, theirs, rtol=1e-12)
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run):
+    folder, _ = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    said = refused("compare", *TINY, "--out", folder)
+    assert "already holds a run" in said and "--overwrite" in said
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_overwrite_replaces_the_run_and_leaves_other_files(tmp_path):
+    words = ["compare", *TINY, "--epochs", "0", "-a", "kfac", "--out", tmp_path]
+    (tmp_path / "notes.txt").write_text("mine")
+    assert call(*words).exit_code == 0
+    stale = tmp_path / "figures" / "stale.png"
+    stale.write_bytes(b"")
+    assert call(*words, "--overwrite").exit_code == 0
+    assert not stale.exists() and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+WRONG = {
+    "data": (["--data", "digit"], "unknown data set 'digit'; did you mean 'digits'?"),
+    "model": (["--model", "resnet2"], "or 'resnet20'"),
+    "approximation": (["-a", "kfca"], "unknown approximation 'kfca'; did you mean 'kfac'"),
+    "empty list": (["-a", ","], "no approximation given"),
+    "layer": (["--layers", "33"], "no layer '33' in this model"),
+    "fisher type": (["--fisher-type", "exakt"], "did you mean 'exact'?"),
+    "dtype": (["--dtype", "float16"], "Known: float32, float64"),
+    "device": (["--device", "cuda:77"], "--device 'cuda:77' cannot be used"),
+    "optimizer": (["--optimizer", "adm"], "did you mean 'adam'"),
+    "dampings": (["--dampings", "0.1,x"], "--dampings takes numbers"),
+    "negative damping": (["--dampings", "-1"], "dampings are positive"),
+    "seeds": (["--seeds", "1.5"], "--seeds takes whole numbers"),
+    "step": (["--at", "9999"], "--at 9999, but 2 epochs have"),
+    "moment": (["--at", "later"], "start, middle or end; got 'later'"),
+    "batch": (["--batch-size", "500"], "training set has 120"),
+    "no batch": (["--batch-size", "0"], "at least 1"),
+    "memory": (["--memory", "many"], "such as 800M or 2G"),
+    "epochs": (["--epochs", "-1"], "epochs >= 0"),
+    "activation": (["--activation", "rely"], "did you mean 'relu'"),
+    "misfit": (["--model", "lenet", "--hidden", "4"], "lenet"),
+    "option": (["--dampening", "1"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_named_before_anything_is_written(case, tmp_path):
+    words, message = WRONG[case]
+    out = tmp_path / "out"
+    said = refused("compare", *TINY, *words, "--out", out)
+    assert message in said, said
+    assert not out.exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused("compare", *TINY, "--out", tmp_path / "file")
+
+
+def test_a_corrupt_data_file(tmp_path, monkeypatch):
+    card = fl.datasets.card("ecoli")
+    path = tmp_path / card.files[0].path
+    path.parent.mkdir()
+    path.write_text("truncated")
+    monkeypatch.setenv("FISHERLAB_DATA", str(tmp_path))
+    said = refused("compare", "--data", "ecoli", "--out", tmp_path / "out")
+    assert "corrupt or truncated" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["nan", "label"])
+def test_bad_numbers_in_the_data(what, tmp_path, monkeypatch):
+    placed = Task._placed
+
+    def spoiled(self, tensors):
+        x, y = placed(self, tensors)
+        if what == "nan":
+            x[2:] = torch.nan
+        else:
+            y[2:] = 7
+        return x, y
+
+    monkeypatch.setattr(Task, "_placed", spoiled)
+    said = refused("compare", *TINY, "--out", tmp_path / "out")
+    assert ("NaN or inf" if what == "nan" else "7") in said
+    assert not (tmp_path / "out").exists()
+
+
+def interrupting(after):
+    """A progress bar whose user presses Ctrl-C after so many layers, over all bars together."""
+    seen = 0
+
+    def progress(names, title=""):
+        nonlocal seen
+        for name in names:
+            if seen == after:
+                raise KeyboardInterrupt
+            seen += 1
+            yield name
+
+    return progress
+
+
+@pytest.mark.parametrize(("after", "layers"), [(1, 1), (3, 3)])
+def test_ctrl_c_keeps_the_layers_that_were_measured(after, layers, tmp_path, monkeypatch):
+    monkeypatch.setattr("fisherlab.commands.compare.progress", interrupting(after))
+    result = call("compare", *TINY, "--out", tmp_path)
+    assert result.exit_code == 130, result.output
+    assert "interrupted" in result.output and "Traceback" not in result.output
+    frame = pd.read_csv(tmp_path / "comparison.csv")
+    assert len(frame.drop_duplicates(["step", "layer"])) == layers
+    assert json.loads((tmp_path / "config.json").read_text())["status"] == "interrupted"
+    assert "interrupted" in (tmp_path / "report.html").read_text()
+
+
+def test_ctrl_c_before_the_first_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr("fisherlab.commands.compare.progress", interrupting(0))
+    result = call("compare", *TINY, "--out", tmp_path)
+    assert result.exit_code == 130 and "before anything was measured" in result.output
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    folder = rundir.RunDir(tmp_path)
+    folder.begin({"command": "compare"}, ("comparison",))
+
+    def fails(self, stream, **options):
+        stream.write(b"PAR1 half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", fails)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_table("comparison", pd.DataFrame({"a": [1]}))
+    assert folder.table("comparison") is None and not list(tmp_path.glob("*.part"))
+
+
+# The other commands ------------------------------------------------------------------------------
+
+
+def test_version_and_help():
+    assert call("--version").output.strip() == f"fisherlab {fl.__version__}"
+    listed = call("--help").output
+    for name in ("compare", "train", "verify", "report", "data", "approximations", "support"):
+        assert name in listed
+
+
+def test_approximations_are_listed_with_source_and_equation():
+    from fisherlab.commands.approximations import table
+
+    frame = table().set_index("name")
+    assert list(frame.index) == approximations.names()
+    assert "G (x) A" in frame.loc["kfac", "equation"]
+    assert "TEKFAC" in frame.loc["tekfac", "source"]
+    assert frame.loc["shampoo", "exponent"] == "-0.5"
+    result = call("approximations")
+    assert result.exit_code == 0 and "kronecker_optimal" in result.output
+
+
+def test_support_names_every_layer_and_its_reason():
+    result = call("support", "--model", "resnet20", "--data", "digits", "--width", "0.25")
+    assert result.exit_code == 0
+    assert "BatchNorm2d" in result.output and "exact" in result.output
+    assert "did you mean" in refused("support", "--model", "resnet21")
+
+
+def test_data_is_listed_and_a_bundled_set_needs_no_fetch(monkeypatch):
+    monkeypatch.delenv("FISHERLAB_DATA", raising=False)
+    listed = call("data", "list").output
+    assert all(name in listed for name in fl.datasets.names())
+    assert "nothing to fetch" in call("data", "fetch", "digits").output
+    assert "did you mean 'mnist'" in refused("data", "fetch", "mnits")
+
+
+# What all commands share -------------------------------------------------------------------------
+
+
+def ending(error):
+    def command():
+        raise error
+
+    app = __import__("typer").Typer()
+    app.command()(common.guarded(command))
+    return CliRunner().invoke(app, [])
+
+
+def test_a_bug_is_a_short_message_and_a_file_with_the_traceback():
+    result = ending(KeyError("surprise"))
+    assert result.exit_code == 70 and "Traceback" not in result.output
+    log = re.search(r"traceback is in (\S+)", result.output)[1]
+    assert "KeyError: 'surprise'" in Path(log).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (common.UserError("wrong"), 2),
+        (fl.CaptureError("wrong"), 2),
+        (torch.OutOfMemoryError("wrong"), 2),
+        (PermissionError(13, "wrong", "file"), 2),
+        (KeyboardInterrupt("wrong"), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_every_end_has_its_code(error, code):
+    result = ending(error)
+    assert result.exit_code == code and "Traceback" not in result.output
+    assert "wrong" in result.output or "interrupted" in result.output
+
+
+def test_words_numbers_and_sizes():
+    assert common.words(" a, b,,a ") == ["a", "b"]
+    assert common.numbers("--x", "1e-3, 1", float) == [1e-3, 1.0]
+    assert common.several("thing", "all", ["b", "a"]) == ["b", "a"]
+    assert [common.size(text) for text in ("512", "2K", "1.5G", None)] == [
+        512,
+        2048,
+        3 * 2**29,
+        None,
+    ]
+    for wrong in ("0", "-1G", "inf", "G", ""):
+        with pytest.raises(common.UserError, match="800M"):
+            common.size(wrong)
