@@ -1,0 +1,65 @@
+"""The kept notebooks: a question, pictures of a clean run, and a last cell that can fail."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+PATHS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def outputs(notebook):
+    return [o for cell in notebook.cells for o in cell.get("outputs", [])]
+
+
+def test_there_are_at_least_seven():
+    assert len(PATHS) >= 7
+
+
+def test_it_asks_a_question_and_its_last_cell_asserts(notebook):
+    first, last = notebook.cells[0], notebook.cells[-1]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert "?" in first.source, "the first cell asks no question"
+    assert last.cell_type == "code" and re.search(r"^ *assert ", last.source, re.MULTILINE)
+
+
+def test_every_cell_was_run_once_in_order_without_a_warning_or_an_error(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert {o.output_type for o in outputs(notebook)} <= {
+        "display_data",
+        "execute_result",
+        "stream",
+    }
+    errors = [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
+    assert [text for text in errors if "Warning" in text] == []
+
+
+def test_pictures_are_kept(notebook):
+    assert any("image/png" in o.get("data", {}) for o in outputs(notebook))
+
+
+def test_it_names_no_machine(notebook):
+    text = json.dumps(notebook)
+    text = re.sub(r'"image/png": "[^"]*"', "", text)
+    assert not re.search(r"/(?:work|home|tmp|root|Users)/\w", text)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Jupyter's own libraries
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_restarting_and_running_all_cells_gives_no_warning(path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.setitem(os.environ, "FISHERLAB_FAST", "1")
+    fresh = nbformat.read(path, as_version=4)
+    NotebookClient(fresh, timeout=300, kernel_name="python3").execute(cwd=str(path.parent))
+    assert [o.text for o in outputs(fresh) if o.get("name") == "stderr"] == []
