@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fisherlab.plots import theme
 
@@ -77,6 +78,9 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
             ax.fill_between(places, values.min(), values.max(), color=colour, alpha=0.15, lw=0)
     if column in LOGARITHMIC:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     _leave_out_explosions(ax, table[column])
     ax.set_xlabel(LABELS[x])
     ax.set_ylabel(LABELS.get(column, column))
