@@ -311,3 +311,17 @@ def test_pictures_leave_pyplot_and_the_users_settings_alone(study):
 def test_study_is_a_value(study):
     assert isinstance(study, GramStudy)
     assert study.correlations.shape == (3, 48, 48)
+
+
+def test_a_long_comparison_shows_a_bar_in_a_notebook_and_nothing_elsewhere(monkeypatch):
+    import IPython
+    from tqdm.auto import tqdm
+
+    from fisherlab.comparison import notebook_bar
+
+    names = ["0", "3"]
+    assert notebook_bar(names) is names
+    shell = type("Shell", (), {"kernel": object()})()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    bar = notebook_bar(names)
+    assert isinstance(bar, tqdm) and list(bar) == names
