@@ -241,7 +241,7 @@ class Steps:
         if name == "mini_block":
             return inverse(mini_block(a0, g0), 3)
         if name == "kronecker_optimal":
-            return inverse(kronecker_terms(a, g, 1), 100)
+            return inverse(kronecker_terms(a, g, 1), 10)
         if name == "kronecker_sum":
-            return clamped_inverse(kronecker_terms(a, g, 2), 100)
+            return clamped_inverse(kronecker_terms(a, g, 2), 10)
         raise KeyError(f"no dense reference of optimizer {name!r}: write one")

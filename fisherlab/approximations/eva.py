@@ -25,7 +25,7 @@ class Eva(Approximation, name="eva"):
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
         share = layer.column_share
         return {
-            "a": share * layer.inputs.mean(1).sum(0),
+            "a": share * layer.mean_input_sum,
             "g": share * layer.label_gradients.sum((0, 1)),
         }
 

@@ -37,11 +37,12 @@ class KFAC(Approximation, name="kfac"):
             )
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        a, g = layer.columns.a, layer.columns.g
         share = layer.column_share
         if self.weight_sharing == "reduce":
+            a, g = layer.columns.a, layer.columns.g
             return {"A": share * second_moment(a.mean(1)), "G": second_moment(g.sum(2))}
-        return {"A": second_moment(a) * (share / a.shape[1]), "G": second_moment(g)}
+        G = second_moment(layer.output_gradients)
+        return {"A": layer.input_moment * (share / layer.positions), "G": G}
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]

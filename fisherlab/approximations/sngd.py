@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.blocks import Block, Kronecker
-from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract import LayerCapture
 
 
@@ -24,10 +23,10 @@ class SNGD(Approximation, name="sngd"):
     needs = frozenset({"inputs", "outputs"})
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        a = layer.inputs
-        one = torch.ones((), dtype=a.dtype, device=a.device)
+        A = layer.input_moment * (layer.column_share / layer.positions)
+        one = torch.ones((), dtype=A.dtype, device=A.device)
         return {
-            "A": second_moment(a) * (layer.column_share / a.shape[1]),
+            "A": A,
             "slope": layer.activation_slope * layer.examples,
             "identity": one * layer.examples * layer.shape[0],
         }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns
+from fisherlab.extract.moments import patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -38,6 +39,12 @@ class Convolution:
     # last axis first, as F.pad takes it; right for numbers, "same" and "valid" alike
     padding: tuple[int, ...]
     mode: str
+
+    @property
+    def plain(self) -> bool:
+        """3 x 3, stride 1, zero padding 1: what `patch_moment` knows."""
+        ones = self.stride == self.dilation == (1, 1)
+        return ones and (self.kernel, self.padding, self.mode) == ((3, 3), (1,) * 4, "constant")
 
     @classmethod
     def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Convolution:
@@ -118,6 +125,24 @@ class Geometry:
         size = [padded.shape[0], *out, channels, *kernel]
         return padded.as_strided(size, strides, padded.storage_offset())
 
+    def input_sum(self, raw: Tensor) -> Tensor:
+        """`sum_n a`, `[t, i]`: the patches of the summed examples."""
+        rows = self.inputs(raw.sum(0, keepdim=True))[0]
+        if self.bias:
+            rows[:, -1] = len(raw)
+        return rows
+
+    def input_moment(self, raw: Tensor) -> Tensor:
+        """`sum_{n,t} a a^T`, `[i, i]`; of 3 x 3 convolutions without forming their patches."""
+        if self.conv is None or not self.conv.plain:
+            return contractions.second_moment(self.inputs(raw))
+        channels = raw.shape[1] // self.groups
+        moment = patch_moment(raw[:, self.group * channels : (self.group + 1) * channels])
+        if not self.bias:
+            return moment
+        total = self.input_sum(raw)
+        return with_bias(moment, total[:, :-1].sum(0), len(raw) * len(total))
+
     def outputs(self, raw: Tensor, leading: int = 1) -> Tensor:
         """A raw output or output gradient `[*leading, ...]` as `[*leading, t, o]`."""
         lead = raw.shape[:leading]
@@ -179,6 +204,19 @@ class LayerCapture:
         """`a` `[n, t, i]`, last feature 1 where there is a bias; made anew at each access."""
         calls = [self.geometry.inputs(raw) for raw in self.raw_inputs]
         return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+
+    @property
+    def input_moment(self) -> Tensor:
+        """`sum_{n,t} a a^T`, `[i, i]`."""
+        if self.shared is not None:
+            return contractions.second_moment(self.columns.a)
+        moments = [self.geometry.input_moment(raw) for raw in self.raw_inputs]
+        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+
+    @property
+    def mean_input_sum(self) -> Tensor:
+        """`sum_n mean_t a`, `[i]`."""
+        return torch.cat([self.geometry.input_sum(raw) for raw in self.raw_inputs]).mean(0)
 
     @property
     def output_gradients(self) -> Tensor:

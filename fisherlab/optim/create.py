@@ -32,12 +32,11 @@ Maker = Callable[..., torch.optim.Optimizer]
 # damping relative to the mean eigenvalue tr F / N of each layer's block, three times it for running
 # means and ten times for the block of a single batch, which the gradient of that batch overfits;
 DAMPING, BATCH_DAMPING = 3.0, 10.0
-# (a hundred times where such a block does not hold the batch's own gradient in its range);
-LOOSE_DAMPING = 100.0
 # and steps clipped to lr^2 <direction, gradient> <= 1e-4: as a batch is fitted its Fisher matrix
 # vanishes faster than its gradient, and a relative damping lets the step grow without bound.
 # Momentum 0.9 makes of it a KL divergence near 1e-2.
-LR, KL_CLIP = 0.03, 1e-4
+# A product fitted to a single batch does not hold that batch's gradient: a tenth of it there.
+LR, KL_CLIP, CAUTIOUS_CLIP = 0.03, 1e-4, 1e-5
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
 KRONECKER_SUM_LAYER = 1_500
 
@@ -57,7 +56,7 @@ def _with(kind: Callable[..., torch.optim.Optimizer], *args: Any, **defaults: An
 
 
 def _natural(approximation: Any, share: float = DAMPING, **defaults: Any) -> Maker:
-    return _with(NaturalGradient, approximation, **_clipped(relative(share)), **defaults)
+    return _with(NaturalGradient, approximation, **{**_clipped(relative(share)), **defaults})
 
 
 def _clipped(damping: float | Rule) -> dict[str, Any]:
@@ -69,13 +68,13 @@ def _other(name: str) -> Maker:
     approximation = approximations.get(name)()
     if approximation.additive:
         return _natural(approximation)
-    share = BATCH_DAMPING if name == "exact" else LOOSE_DAMPING
-    return _natural(approximation, share, **_OF_BATCH)
+    clip = KL_CLIP if name == "exact" else CAUTIOUS_CLIP
+    return _natural(approximation, BATCH_DAMPING, kl_clip=clip, **_OF_BATCH)
 
 
 def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    defaults = {"statistics_every": 10, "basis_every": 10}
-    make = _natural(KroneckerSum(), LOOSE_DAMPING, **defaults)
+    defaults = {"statistics_every": 10, "basis_every": 10, "kl_clip": CAUTIOUS_CLIP}
+    make = _natural(KroneckerSum(), BATCH_DAMPING, **defaults)
     optimizer = make(model, **options)
     assert isinstance(optimizer, NaturalGradient)
     for name, weight in optimizer.weights.items():

@@ -1,0 +1,56 @@
+"""Sums over patches that never form the patches, against the patches."""
+
+import pytest
+import torch
+from torch import nn
+
+from fisherlab.blocks.contractions import second_moment
+from fisherlab.extract.layer import Geometry
+
+
+@pytest.mark.parametrize("size", [(5, 5), (1, 1), (2, 7), (1, 4)])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_correlated_moment_is_the_moment_of_patches(
+    size: tuple[int, int], groups: int, bias: bool, generator: torch.Generator
+) -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups, bias=bias)
+    x = torch.randn(3, 4, *size, generator=generator, dtype=torch.float64)
+    for group in range(groups):
+        geometry = Geometry.of(conv, bias, group)
+        assert geometry.conv is not None and geometry.conv.plain
+        expected = second_moment(geometry.inputs(x))
+        torch.testing.assert_close(geometry.input_moment(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2, "padding": 1},
+        {"padding": 0},
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "padding_mode": "circular"},
+    ],
+)
+def test_other_convolutions_form_their_patches(options: dict, generator: torch.Generator) -> None:
+    conv = nn.Conv2d(2, 3, 3, **options)
+    geometry = Geometry.of(conv, True)
+    assert geometry.conv is not None and not geometry.conv.plain
+    x = torch.randn(3, 2, 6, 6, generator=generator, dtype=torch.float64)
+    expected = second_moment(geometry.inputs(x))
+    torch.testing.assert_close(geometry.input_moment(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_sum_of_patches_is_the_patches_of_the_sum(bias: bool, generator: torch.Generator) -> None:
+    conv = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    x = torch.randn(4, 2, 6, 5, generator=generator, dtype=torch.float64)
+    geometry = Geometry.of(conv, bias)
+    torch.testing.assert_close(geometry.input_sum(x), geometry.inputs(x).sum(0))
+    linear = Geometry.of(nn.Linear(3, 2), bias)
+    x = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(linear.input_sum(x), linear.inputs(x).sum(0))
+    if not bias:
+        kept = x.clone()
+        linear.input_sum(x)
+        assert torch.equal(x, kept)
