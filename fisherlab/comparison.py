@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,9 +23,11 @@ from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, DirectSum, Outer
+from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import CaptureError, Captures, LayerCapture, capture
-from fisherlab.extract.api import _forward
+from fisherlab.extract.api import Forward, _forward, split_batch
 from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
+from fisherlab.extract.joint import shared_out
 from fisherlab.extract.select import check_batch, check_model
 from fisherlab.metrics.alignment import default_rank
 
@@ -166,10 +169,13 @@ def compare(
     mc_samples: int = 1,
     step: int = 0,
     progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
+    forward: Forward | None = None,
+    alone: bool = False,
 ) -> Comparison:
     """How well each approximation matches the exact Fisher block of every layer.
 
-    `x, y` is one batch, or `x` a loader of batches (y None), which count as one sample.
+    `x, y` is one batch, or `x` a loader of batches (y None), which count as one sample; a batch may
+    be a dict with its labels inside, and `forward(model, x)` calls the model in its own way.
     `approximations`: names or instances, or a dict name -> approximation, block or
     callable(layer) -> block; a dict layer -> block, as `opt.blocks()` hands out, is one
     preconditioner. Default: everything registered that one capture can build.
@@ -179,22 +185,32 @@ def compare(
     Fisher type to measure against on the same batch. `memory` bounds the weight-sharing form of a
     layer in bytes.
 
+    Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
+    itself). The layers are shared out: a rank receives the other shards of its layers, their raw
+    inputs and output gradients, and every rank returns the table of the joint batch.
+
     Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input;
     one that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
     `Interrupted` with what was measured.
     """
-    batches = _batches(x, y)
-    check_model(model)
-    for batch in batches:
-        check_batch(*batch, model)
+    ranks = None if alone else Ranks.current()
+    model = unwrapped(model)
+    with ranks.together("checking its batch") if ranks else nullcontext():
+        batches = _batches(x, y)
+        check_model(model)
+        for batch in batches:
+            check_batch(*batch, model)
+    if ranks:
+        ranks.check_model(model)
+        _check_counts(ranks, batches)
     if not dampings or any(not math.isfinite(d) or d <= 0 for d in dampings):
         raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
     makers = _makers(approximations, model)
-    fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0])
+    fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0], forward)
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
     options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
-    options["generator"] = generator
+    options |= {"generator": generator, "forward": forward, "ranks": ranks}
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
         return [capture(model, criterion, *b, fisher_type=kind, **options) for b in sample]
@@ -203,6 +219,8 @@ def compare(
     target, unseen = captures, None
     if isinstance(reference, str):
         target = captured(batches, reference)
+    elif isinstance(reference, Captures):
+        unseen = [reference]
     elif reference is not None:
         pair = reference if isinstance(reference, tuple) else (reference, None)
         unseen = captured(_batches(*pair), fisher_type)
@@ -226,23 +244,47 @@ def compare(
         "criterion": repr(criterion),
         "mc_samples": mc_samples,
     }
-    config |= versions()
+    config |= versions() | {"ranks": ranks.size if ranks else 1}
+    mine = names
+    if ranks:
+        owners = ranks.owners(_costs(captures[0]))
+        mine = [name for name in names if owners[name] == ranks.index]
+        same = target is captures
+        captures = [shared_out(batch, ranks, owners) for batch in captures]
+        target = captures if same else [shared_out(batch, ranks, owners) for batch in target]
+        unseen = unseen and [shared_out(batch, ranks, owners) for batch in unseen]
     try:
-        for name in progress(names) if progress else names:
-            measured = _Layer(name, captures, target, unseen, memory)
-            rows += measured.rows(makers, dampings, facts)
+        with ranks.together("measuring its layers") if ranks else nullcontext():
+            for name in (progress or notebook_bar)(mine):
+                measured = _Layer(name, captures, target, unseen, memory)
+                rows += measured.rows(makers, dampings, facts)
     except KeyboardInterrupt:
         raise Interrupted(Comparison(pd.DataFrame(rows, columns=COLUMNS), config)) from None
+    if ranks:
+        rows = [row for part in ranks.objects(rows) for row in part]
+        rows.sort(key=lambda row: names.index(row["layer"]))
     return Comparison(pd.DataFrame(rows, columns=COLUMNS), config)
 
 
-def default_fisher_type(model: nn.Module, criterion: Callable, x: object) -> str:
+def notebook_bar(names: Sequence[str]) -> Iterable[str]:
+    """A progress bar over the layers, in a notebook and from the third second on; else nothing."""
+    shell = sys.modules.get("IPython")
+    if shell is None or getattr(shell.get_ipython(), "kernel", None) is None:
+        return names
+    from tqdm.auto import tqdm
+
+    return tqdm(names, desc="layers", delay=3.0, leave=False)
+
+
+def default_fisher_type(
+    model: nn.Module, criterion: Callable, x: object, forward: Forward | None = None
+) -> str:
     """exact up to 20 output elements per example, else mc; empirical for an unknown criterion."""
     criterion = as_module(criterion)
     if not isinstance(criterion, nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss):
         return "empirical"
     with torch.no_grad():
-        outputs = _forward(model, x)
+        outputs = _forward(model, x, forward)
     return "exact" if exact_columns(outputs) <= EXACT_UP_TO else "mc"
 
 
@@ -258,14 +300,35 @@ def versions() -> dict[str, str]:
 
 
 def _batches(x: object, y: Tensor | None) -> list[tuple[object, Tensor]]:
-    if y is not None:
-        return [(x, y)]
+    pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
+    if y is not None or isinstance(x, dict) or pair:
+        return [split_batch(x, y)]
     if isinstance(x, Tensor) or not isinstance(x, Iterable):
         raise ValueError("pass labels y, or a loader of (x, y) batches as x")
-    batches = [(b[0], b[1]) for b in x]
+    batches = [split_batch(batch) for batch in x]
     if not batches:
         raise CaptureError("the loader is empty")
     return batches
+
+
+def _check_counts(ranks: Ranks, batches: list[tuple[object, Tensor]]) -> None:
+    """Batch k of the joint sample is batch k of every rank."""
+    counts = ranks.objects(len(batches))
+    if len(set(counts)) > 1:
+        raise RankError(
+            f"the ranks' loaders have {counts} batches; give each rank the same number (batches "
+            "may differ in size)"
+        )
+
+
+def _costs(captures: Captures) -> dict[str, float]:
+    """What measuring each layer takes, roughly, and alike on every rank whatever its shard."""
+    costs: dict[str, float] = {}
+    for layer in captures.values():
+        o, i = layer.shape
+        cost = (layer.columns_per_example * layer.positions + o + i) * o * i
+        costs[layer.name] = costs.get(layer.name, 0.0) + cost
+    return costs
 
 
 def _makers(

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import fisher
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
@@ -20,6 +22,12 @@ from fisherlab.extract.select import check_batch, check_model, choices, select
 BACKENDS = ("auto", "backpack", "hooks")
 # The faster backend where `fisherlab bench capture` has been run; hooks where it has not.
 MEASURED = {"cpu": "takes any model; BackPACK took 0.9 to 1.1 x its time on CPU as measured"}
+
+
+# Calls a model in its own way, for one whose arguments are not the batch's.
+Forward = Callable[[nn.Module, Any], Tensor]
+# Where a dict batch keeps its labels.
+LABELS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
@@ -54,20 +62,27 @@ def capture(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
     x: object,
-    y: Tensor,
+    y: Tensor | None = None,
     *,
     fisher_type: str = "exact",
     backend: str = "auto",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     layers: Iterable[str] | None = None,
+    forward: Forward | None = None,
+    ranks: Ranks | None = None,
 ) -> Captures:
     """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
 
-    `x` is a tensor, a tuple or a dict of the model's arguments; `y` the labels. `fisher_type` is
+    `x` is a tensor, a tuple or a dict of the model's arguments; `y` the labels, or None where `x`
+    is a pair (x, y) or a dict that holds them under "labels". `forward(model, x)` makes the outputs
+    where the model is to be called in another way. `fisher_type` is
     "exact" (a root of the loss Hessian), "mc" (labels drawn from the model with `generator`, None a
     fresh one seeded with 0) or "empirical" (the observed labels). The model comes back untouched:
     no hooks, `.grad`, buffers, mode and global random streams as they were.
+
+    `ranks`: the processes that hold the other shards of this batch, if any; they capture together,
+    each its own rows of what a single process would capture.
 
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
@@ -81,6 +96,8 @@ def capture(
         raise CaptureError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
     criterion = fisher.as_module(criterion)
     fisher.reduction_of(criterion)
+    x, y = split_batch(x, y)
+    model = unwrapped(model)
     check_batch(x, y, model)
     check_model(model)
     modules = select(model, layers)
@@ -88,24 +105,27 @@ def capture(
         raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d-3d")
 
     def vectors(outputs: Tensor) -> Iterator[Tensor]:
-        return fisher.output_vectors(fisher_type, criterion, outputs, y, mc_samples, generator)
+        return fisher.output_vectors(
+            fisher_type, criterion, outputs, y, mc_samples, generator, ranks
+        )
 
     def check(outputs: Tensor) -> Tensor:
-        return _check_outputs(outputs, criterion, y)
+        return _check_outputs(outputs, criterion, y, ranks)
 
     start = time.perf_counter()
     name, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     columns = None if fisher_type == "empirical" else vectors
+    run = partial(_forward, model, x, forward)
     with _isolated(x):
         if name == "backpack":
             from fisherlab.extract import backpack
 
             record, outputs, activations = backpack.run(
-                model, modules, partial(_forward, model, x), check, criterion, y, columns
+                model, modules, run, check, criterion, y, columns
             )
         else:
             record, outputs, activations = _by_hooks(
-                model, modules, partial(_forward, model, x), check, criterion, y, columns
+                model, modules, run, check, criterion, y, columns
             )
     if layers is None and not record.calls and not record.without_graph:
         raise CaptureError(
@@ -134,8 +154,29 @@ def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:
     return "hooks", MEASURED.get(device, f"the default: BackPACK has not been measured on {device}")
 
 
-def _forward(model: nn.Module, x: object) -> Tensor:
+def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
+    """The model's arguments and the labels of a batch `(x, y)` or a dict with its labels inside."""
+    if y is not None:
+        return x, y
     if isinstance(x, dict):
+        key = next((name for name in LABELS if name in x), None)
+        if key is None:
+            raise CaptureError(
+                f"a dict batch needs its labels under one of {', '.join(LABELS)}; got {list(x)}: "
+                "pass them as y"
+            )
+        return {name: value for name, value in x.items() if name != key}, x[key]
+    if isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor):
+        return x[0], x[1]
+    raise CaptureError(
+        f"labels are missing: pass y, a pair (x, y) or a dict with 'labels'; got {type(x).__name__}"
+    )
+
+
+def _forward(model: nn.Module, x: object, forward: Forward | None = None) -> Tensor:
+    if forward is not None:
+        outputs = forward(model, x)
+    elif isinstance(x, dict):
         outputs = model(**x)
     else:
         outputs = model(*x) if isinstance(x, tuple | list) else model(x)
@@ -156,7 +197,7 @@ def _isolated(x: object) -> Iterator[None]:
         yield
 
 
-def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor) -> Tensor:
+def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks | None) -> Tensor:
     """The gradient of the per-example loss at the observed labels, after every check of it."""
     if not torch.isfinite(outputs).all():
         raise CaptureError("the model's outputs have NaN or inf entries; check its weights")
@@ -166,7 +207,7 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor) -> Tensor:
             "of outputs and labels is the example"
         )
     fisher.check_labels(criterion, outputs, y)
-    labels = fisher.label_vectors(criterion, outputs, y)
+    labels = fisher.label_vectors(criterion, outputs, y, ranks)
     fisher.check_additive(criterion, outputs.detach(), y)
     return labels
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherlab.distributed import Ranks
 from fisherlab.extract.layer import CaptureError
 
 FISHER_TYPES = ("exact", "mc", "empirical")
@@ -90,8 +91,22 @@ def check_labels(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
         )
 
 
-def label_vectors(criterion: Callable, outputs: Tensor, y: Tensor) -> Tensor:
-    """`d l_n / d f` at the observed labels, the shape of the outputs, undivided by `M`."""
+def divisor(criterion: Callable, outputs: Tensor, y: Tensor) -> float:
+    """`Z`: what a mean criterion divides its sum over examples or, with some ignored, terms by."""
+    if not isinstance(criterion, nn.CrossEntropyLoss) or y.is_floating_point():
+        return float(outputs.shape[0])
+    counted = y[y != criterion.ignore_index]
+    terms = counted.numel() if criterion.weight is None else criterion.weight[counted].sum().item()
+    return float(terms)
+
+
+def label_vectors(
+    criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
+) -> Tensor:
+    """`d l_n / d f` at the observed labels, the shape of the outputs, undivided by `M`.
+
+    With `ranks` that of the batch of all ranks, whose mean may count other terms than this one's.
+    """
     free = outputs.detach().requires_grad_()
     with torch.enable_grad():
         loss = criterion(free, y)
@@ -100,7 +115,13 @@ def label_vectors(criterion: Callable, outputs: Tensor, y: Tensor) -> Tensor:
     if not torch.isfinite(loss):
         raise CaptureError(f"the loss is {loss.item()}; check data, labels and weights")
     (gradient,) = torch.autograd.grad(loss, free)
-    return gradient * outputs.shape[0] if reduction_of(criterion) == "mean" else gradient
+    if reduction_of(criterion) == "sum":
+        return gradient
+    M, scale = float(outputs.shape[0]), 1.0
+    if ranks is not None:
+        Z = divisor(criterion, outputs, y)
+        scale = (ranks.total(M) / ranks.total(Z)) / (M / Z)
+    return gradient * (M * scale)
 
 
 def check_additive(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
@@ -122,7 +143,9 @@ def check_additive(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
         )
 
 
-def terms_of(criterion: Callable, outputs: Tensor, y: Tensor, fisher_type: str) -> Terms:
+def terms_of(
+    criterion: Callable, outputs: Tensor, y: Tensor, fisher_type: str, ranks: Ranks | None = None
+) -> Terms:
     """The scale and mask of a criterion whose model distribution is known, or a refusal by name."""
     if not isinstance(criterion, tuple(_FUNCTIONS.values())):
         raise CaptureError(
@@ -147,8 +170,10 @@ def terms_of(criterion: Callable, outputs: Tensor, y: Tensor, fisher_type: str) 
             "class indices or use fisher_type='empirical'"
         )
     counted = y != criterion.ignore_index
-    scale = M / int(counted.sum()) if mean else 1.0
-    return Terms(scale, None if bool(counted.all()) else counted)
+    total, terms = float(M), float(counted.sum())
+    if ranks is not None:
+        total, terms = ranks.total(total), ranks.total(terms)
+    return Terms(total / terms if mean else 1.0, None if bool(counted.all()) else counted)
 
 
 def exact_columns(outputs: Tensor) -> int:
@@ -156,9 +181,11 @@ def exact_columns(outputs: Tensor) -> int:
     return math.prod(outputs.shape[1:])
 
 
-def exact_vectors(criterion: Callable, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+def exact_vectors(
+    criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
+) -> Iterator[Tensor]:
     """Columns `sqrt(c) S_k` of a root of each term's Hessian, one `[n, ...]` at a time."""
-    terms = terms_of(criterion, outputs, y, "exact")
+    terms = terms_of(criterion, outputs, y, "exact", ranks)
     columns = exact_columns(outputs)
     if columns > MAX_COLUMNS:
         raise CaptureError(
@@ -197,16 +224,27 @@ def _softmax_root(outputs: Tensor, terms: Terms, root: float) -> Iterator[Tensor
 
 
 def mc_vectors(
-    criterion: Callable, outputs: Tensor, y: Tensor, draws: int, generator: torch.Generator | None
+    criterion: Callable,
+    outputs: Tensor,
+    y: Tensor,
+    draws: int,
+    generator: torch.Generator | None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Tensor]:
-    """Scores at drawn labels, one `[n, ...]` per draw; drawn on the CPU from `generator`."""
+    """Scores at drawn labels, one `[n, ...]` per draw; drawn on the CPU from `generator`.
+
+    Every one of `ranks` draws for the joint batch and keeps its own rows: two ranks never share a
+    draw, their generators stay in step, and the draws are those of a single process.
+    """
     if draws < 1:
         raise CaptureError(f"mc_samples must be at least 1, got {draws}")
-    terms = terms_of(criterion, outputs, y, "mc")
+    terms = terms_of(criterion, outputs, y, "mc", ranks)
     generator = generator or torch.Generator().manual_seed(0)
     scale = math.sqrt(terms.scale / draws)
+    joint = outputs if ranks is None else ranks.gather(outputs)
+    mine = slice(None) if ranks is None else ranks.rows(len(outputs))
     for _ in range(draws):
-        labels = draw_labels(criterion, outputs, generator)
+        labels = draw_labels(criterion, joint, generator)[mine]
         yield scale * term_scores(criterion, outputs, labels, terms.counted)
 
 
@@ -246,12 +284,13 @@ def output_vectors(
     y: Tensor,
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Tensor]:
     """The vectors to send backwards for a Fisher type, each the shape of the outputs."""
     if fisher_type == "exact":
-        return exact_vectors(criterion, outputs, y)
+        return exact_vectors(criterion, outputs, y, ranks)
     if fisher_type == "mc":
-        return mc_vectors(criterion, outputs, y, mc_samples, generator)
+        return mc_vectors(criterion, outputs, y, mc_samples, generator, ranks)
     if fisher_type == "empirical":
-        return iter((label_vectors(criterion, outputs, y),))
+        return iter((label_vectors(criterion, outputs, y, ranks),))
     raise CaptureError(f"unknown fisher_type {fisher_type!r}; one of {', '.join(FISHER_TYPES)}")

@@ -1,0 +1,266 @@
+"""The processes of one `torch.distributed` job that hold shards of the same batch.
+
+Everything that travels between processes goes through `Ranks`: gloo on CPU, nccl on GPU (nccl has
+not been run). Without a process group, or with a single process, there are no ranks (None) and
+nothing here is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Sent ahead of a tensor: its dtype cannot differ between ranks of one model, its shape can.
+_MAX_DIMS = 8
+
+
+class RankError(ValueError):
+    """Ranks that cannot work together: other models, other shapes, a rank that failed."""
+
+
+class Ranks:
+    """The ranks of a process group: sums, concatenations and shares of work among them."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
+        nccl = "nccl" in dist.get_backend(group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+
+    @classmethod
+    def current(cls) -> Ranks | None:
+        """The ranks of the default process group; None where there is none, or one process."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+            return None
+        return cls()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Ranks | None:
+        """The ranks over which a DDP-wrapped model averages its gradients; None for others."""
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return None
+        group = model.process_group
+        return cls(group) if dist.get_world_size(group) > 1 else None
+
+    def objects(self, value: Any) -> list[Any]:
+        """What every rank passed, in rank order: for small things."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, self.group)
+        return found
+
+    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`sum_r` of every tensor, by one `all_reduce` in the widest of their dtypes."""
+        values = list(tensors.values())
+        dtype = values[0].dtype
+        for value in values:
+            dtype = torch.promote_types(dtype, value.dtype)
+        flat = torch.cat([v.to(self.device or v.device, dtype).flatten() for v in values])
+        dist.all_reduce(flat, group=self.group)
+        parts = flat.split([v.numel() for v in values])
+        return {
+            name: part.view(value.shape).to(value)
+            for (name, value), part in zip(tensors.items(), parts, strict=True)
+        }
+
+    def total(self, value: float) -> float:
+        """`sum_r` of a number."""
+        return float(self.sum({"": torch.tensor(value, dtype=torch.float64)})[""])
+
+    def gather(self, tensor: Tensor, dim: int = 0, to: int | None = None) -> Tensor:
+        """Every rank's tensor, concatenated along `dim` in rank order; sizes there may differ.
+
+        With `to` only that rank receives it, and the others get their own tensor back.
+        """
+        sizes = self._sizes(tensor, dim)
+        home = tensor.device
+        mine = tensor.detach().to(self.device or home).movedim(dim, 0)
+        padded = mine.new_zeros(max(sizes), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        wanted = to is None or to == self.index
+        parts = [torch.empty_like(padded) for _ in sizes] if wanted else None
+        if to is None:
+            dist.all_gather(parts, padded, group=self.group)
+        else:
+            target = to if self.group is None else dist.get_global_rank(self.group, to)
+            dist.gather(padded, parts, dst=target, group=self.group)
+        if parts is None:
+            return tensor
+        joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return joined.movedim(0, dim).to(home)
+
+    def _sizes(self, tensor: Tensor, dim: int) -> list[int]:
+        """Each rank's size along `dim`; the other axes must agree."""
+        shape = [tensor.ndim, *tensor.shape]
+        mine = torch.zeros(_MAX_DIMS + 1, dtype=torch.long, device=self.device or tensor.device)
+        mine[: len(shape)] = torch.tensor(shape)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self.group)
+        shapes = [tuple(one[1 : 1 + int(one[0])].tolist()) for one in every]
+        rest = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+        if len(rest) > 1:
+            raise RankError(
+                f"the ranks hold tensors of shapes {shapes}, which differ beyond axis {dim}; pad "
+                "the examples of all ranks to the same size"
+            )
+        return [shape[dim] for shape in shapes]
+
+    def rows(self, count: int) -> slice:
+        """Where this rank's `count` rows lie among those of all ranks."""
+        counts = self.objects(count)
+        start = sum(counts[: self.index])
+        return slice(start, start + count)
+
+    def broadcast(self, tree: Any, source: int) -> Any:
+        """The `source`'s nest of dicts, lists and tensors, on every rank."""
+        tensors: list[Tensor] = []
+        outline = [_outline(tree, tensors) if self.index == source else None]
+        first = source if self.group is None else dist.get_global_rank(self.group, source)
+        dist.broadcast_object_list(outline, first, self.group)
+        received = iter(tensors)
+
+        def fill(part: Any) -> Any:
+            if isinstance(part, dict):
+                return {key: fill(value) for key, value in part.items()}
+            if isinstance(part, list):
+                return [fill(value) for value in part]
+            if not isinstance(part, _Tensor):
+                return part
+            if self.index == source:
+                value = next(received)
+                sent = value.contiguous()
+            else:
+                device = self.device or torch.device("cpu")
+                value = sent = torch.empty(part.shape, dtype=part.dtype, device=device)
+            dist.broadcast(sent.to(self.device or sent.device), first, group=self.group)
+            return value
+
+        return fill(outline[0])
+
+    def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """A rank for each piece of work, the dearest first to whoever has least to do."""
+        load = [0.0] * self.size
+        found: dict[str, int] = {}
+        for name, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
+            found[name] = load.index(min(load))
+            load[found[name]] += cost
+        return found
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Work without collectives: where it fails on one rank it fails on all, by its name."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        messages = self.objects(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message:
+                raise RankError(f"rank {rank} failed while {doing}: {message}")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse models that differ between ranks, naming the first tensor and the rank."""
+        described = self.objects(_described(model))
+        first = described[0]
+        for rank, other in enumerate(described[1:], 1):
+            for name in [*first, *(n for n in other if n not in first)]:
+                if first.get(name) == other.get(name):
+                    continue
+                ours, theirs = _told(first.get(name)), _told(other.get(name))
+                if ours == theirs:
+                    ours, theirs = "of one value", "of another"
+                raise RankError(
+                    f"the models of the ranks differ: {name!r} is {ours} on rank 0 and {theirs} on "
+                    f"rank {rank}; load the same weights on every rank, or wrap the model in "
+                    "DistributedDataParallel (which leaves each rank its own batch-norm statistics)"
+                )
+
+
+class _Tensor:
+    """The place of a tensor in a broadcast nest."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+
+
+def _outline(tree: Any, tensors: list[Tensor]) -> Any:
+    """The nest with a `_Tensor` for each tensor, which are appended to `tensors`."""
+    if isinstance(tree, dict):
+        return {key: _outline(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_outline(value, tensors) for value in tree]
+    if not isinstance(tree, Tensor):
+        return tree
+    tensors.append(tree)
+    return _Tensor(tree)
+
+
+def _described(model: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """Shape, dtype and digest of the values of every parameter and buffer."""
+    found = {}
+    for name, tensor in unwrapped(model).state_dict().items():
+        if isinstance(tensor, Tensor):
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest = hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
+            found[name] = (str(tuple(tensor.shape)), str(tensor.dtype), digest)
+    return found
+
+
+def _told(described: tuple[str, str, str] | None) -> str:
+    return "absent" if described is None else " ".join(described[:2])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel: its layers have the names they always had.
+
+    Raises `RankError` for a model sharded by FSDP.
+    """
+    if not dist.is_available():
+        return model
+    sharded = _sharded(model)
+    if sharded:
+        raise RankError(
+            f"{sharded} is sharded (FSDP): no rank holds a whole weight, and a layer's block is "
+            "made of the whole weight's inputs and gradients; use DistributedDataParallel"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
+
+
+def _sharded(model: nn.Module) -> str | None:
+    if not dist.is_initialized():
+        return None  # no parameter can be sharded without a process group
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            return f"module {name!r}" if name else "the model"
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            return f"parameter {name!r}"
+    return None
+
+
+def start() -> Ranks | None:
+    """Join the job that `torchrun` started, by gloo or, on a machine with GPUs, nccl.
+
+    None for a program that was started on its own.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return None
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return Ranks.current()
