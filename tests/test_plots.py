@@ -1,0 +1,127 @@
+"""Pictures of a comparison: what is in them, in which colours, and that they leave no state."""
+
+import itertools
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+
+import fisherlab as fl
+from fisherlab import approximations, comparison, plots
+from fisherlab.plots import theme
+
+NAMES = ["exact", "kfac", "tekfac", "my_own"]
+KINDS = ["error", "trace_ratio", "direction", "training", "cost"]
+
+
+def frame(layers=3, seeds=1, steps=(0, 5), dampings=(0.01, 0.1)):
+    rows = [
+        {
+            "layer": f"{layer}", "approximation": name, "seed": seed, "step": step,
+            "damping_relative": damping, "relative_error": 0.0 if name == "exact" else 0.1 * k,
+            "population_error": 0.2 + 0.1 * k, "trace_ratio": 1 - 0.1 * k,
+            "direction_cosine": 1 - 0.2 * k * damping, "diagonal_share": 0.1,
+            "build_seconds": 0.01 * (k + 1), "solve_seconds": 0.02,
+        }
+        for seed in range(seeds) for step in steps for layer in range(layers)
+        for k, name in enumerate(NAMES) for damping in dampings
+    ]  # fmt: skip
+    return pd.DataFrame(rows).reindex(columns=comparison.COLUMNS)
+
+
+def lines(ax):
+    """`{colour: (x, y)}` of the lines with data."""
+    return {
+        to_hex(line.get_color()): np.asarray(line.get_xydata())
+        for line in ax.lines
+        if line.get_marker() not in ("", "None")
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_picture_draws_a_comparison_and_its_frame_alike(kind):
+    table = fl.Comparison(frame())
+    one, two = table.plot(kind), getattr(plots, kind)(frame())
+    assert [len(ax.lines) for ax in one.axes] == [len(ax.lines) for ax in two.axes]
+    assert one.get_suptitle() and all(ax.has_data() for ax in one.axes)
+
+
+def test_error_has_a_panel_per_step_and_the_values_of_the_frame():
+    figure = plots.error(frame())
+    assert [ax.get_title() for ax in figure.axes] == ["step 0", "step 5"]
+    for ax in figure.axes:
+        drawn = lines(ax)
+        # the exact block's error of 0 has no place on a log axis
+        assert set(drawn) == {to_hex(theme.colour(name)) for name in NAMES[1:]}
+        assert np.allclose(drawn[to_hex(theme.colour("tekfac"))], [[0, 0.2], [1, 0.2], [2, 0.2]])
+        assert ax.get_yscale() == "log"
+
+
+def test_direction_is_drawn_over_the_damping_of_the_last_step():
+    figure = plots.direction(frame(layers=2))
+    assert [ax.get_title() for ax in figure.axes] == ["layer 0", "layer 1"]
+    drawn = lines(figure.axes[0])[to_hex(theme.colour("kfac"))]
+    assert np.allclose(drawn, [[0.01, 0.998], [0.1, 0.98]])
+
+
+def test_a_comparison_that_leads_with_the_population_error_is_drawn_with_it():
+    noisy = frame().assign(diagonal_share=0.9)
+    figure = fl.Comparison(noisy).plot("error")
+    drawn = lines(figure.axes[0])
+    assert np.allclose(drawn[to_hex(theme.colour("exact"))][:, 1], 0.2)
+
+
+def test_a_figure_stays_readable_with_twenty_layers():
+    figure = plots.error(frame(layers=20))
+    FigureCanvasAgg(figure).draw()
+    for ax in figure.axes:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        apart = [b.x0 >= a.x1 - 1 for a, b in itertools.pairwise(boxes)]
+        assert all(apart)
+
+
+def test_the_legend_is_outside_of_every_panel():
+    for kind in KINDS:
+        figure = getattr(plots, kind)(frame())
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert all(not box.overlaps(ax.get_window_extent()) for ax in figure.axes)
+        assert box.x1 <= figure.bbox.x1 + 1
+
+
+def test_every_registered_approximation_has_its_own_look():
+    looks = [theme.look(name) for name in approximations.names()]
+    assert len(set(looks)) == len(looks)
+    colours = [np.array(to_rgb(colour)) for colour, _ in looks]
+    apart = [abs(a - b).max() for k, a in enumerate(colours) for b in colours[:k]]
+    assert min(apart) > 0.05
+
+
+def test_a_users_approximation_keeps_its_look_whatever_else_is_there():
+    assert theme.look("my_own") == theme.look("my_own")
+    figures = plots.error(frame()), plots.training(frame()[lambda t: t.approximation == "my_own"])
+    for figure in figures:
+        assert to_hex(theme.colour("my_own")) in lines(figure.axes[0])
+
+
+def test_pictures_leave_the_users_settings_alone():
+    def settings():  # the backend is found out when it is first needed
+        return {name: value for name, value in mpl.rcParams.items() if name != "backend"}
+
+    before = settings()
+    plots.error(frame())
+    assert settings() == before
+
+
+def test_save_writes_print_size_and_vector(tmp_path):
+    from PIL import Image
+
+    figure = plots.cost(frame())
+    png, pdf = plots.save(figure, tmp_path / "deep" / "cost.v1")
+    assert png.name == "cost.v1.png" and pdf.read_bytes().startswith(b"%PDF")
+    with Image.open(png) as image:
+        assert image.width == round(theme.FULL * theme.DPI)

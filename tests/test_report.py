@@ -1,0 +1,147 @@
+"""The page of a run: one file with every number of its table; several runs side by side."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from test_plots import frame
+from typer.testing import CliRunner
+
+from fisherlab import comparison
+from fisherlab.cli import app
+from fisherlab.experiments import pages, report
+from fisherlab.experiments.columns import MEANING
+from fisherlab.experiments.rundir import RunDir, RunDirError
+
+
+class Page(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.sources, self.words = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        self.sources += [found["src"]] if "src" in found else []
+
+    def handle_data(self, data):
+        self.words.append(data.strip())
+
+
+def folder(path, table=None, **config):
+    run = RunDir(path)
+    run.begin({"command": "compare"})
+    settings = {"model": "mlp", "data": "digits", "reference": 7}
+    run.write_config({"command": "compare", "status": "complete", "settings": settings, **config})
+    if table is not None:
+        run.write_table("comparison", table)
+    return run
+
+
+@pytest.fixture
+def table():
+    return frame().assign(layer_type="Linear", fisher_type="exact", examples=5, note="")
+
+
+def test_the_page_needs_nothing_else(tmp_path, table):
+    text = report.write(folder(tmp_path, table)).read_text()
+    page = Page(text)
+    assert len(page.sources) == 5 and all(
+        s.startswith("data:image/png;base64,") for s in page.sources
+    )
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert "http" not in re.sub(r"data:[^\"]+", "", text)
+    # the contents lead somewhere
+    inside = [link[1:] for link in page.links if link.startswith("#")]
+    assert inside and set(inside) <= set(page.ids)
+
+
+def test_every_number_of_the_summary_is_on_the_page(tmp_path, table):
+    page = Page(report.write(folder(tmp_path, table)).read_text())
+    summary = comparison.Comparison(table).summary()
+    for name, row in summary.iterrows():
+        assert name in page.words
+        assert report.cell(row["relative_error"]) in page.words
+    assert "7 unseen ones" in " ".join(page.words)
+
+
+def test_every_column_is_explained(tmp_path, table):
+    assert set(MEANING) == set(comparison.COLUMNS)
+    page = Page(report.write(folder(tmp_path, table)).read_text())
+    assert set(MEANING) <= set(page.words)
+
+
+def test_what_a_user_named_is_text_and_not_markup(tmp_path, table):
+    named = table.replace({"approximation": {"my_own": "<b onclick=x>&"}})
+    page = Page(report.write(folder(tmp_path, named)).read_text())
+    assert "<b onclick=x>&" in page.words and "b" not in page.tags
+
+
+def test_an_interrupted_run_says_so(tmp_path, table):
+    page = Page(report.write(folder(tmp_path, table, status="interrupted")).read_text())
+    assert "This run is interrupted: the page shows what was measured so far." in page.words
+
+
+def test_one_step_and_one_damping_have_no_empty_pictures(tmp_path, table):
+    alone = table[(table["step"] == 0) & (table["damping_relative"] == 0.1)]
+    assert len(Page(report.write(folder(tmp_path, alone)).read_text()).sources) == 3
+
+
+def test_runs_side_by_side(tmp_path, table):
+    one, two = folder(tmp_path / "one", table), folder(tmp_path / "two", table)
+    path = report.write_side_by_side([one, two], tmp_path / "both.html")
+    page = Page(path.read_text())
+    assert "Side by side" in page.words and len(page.sources) == 10
+    assert "relative error: one" in page.words and "relative error: two" in page.words
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_a_training_run_has_a_page(tmp_path):
+    rows = pd.DataFrame({"optimizer": ["sgd"], "epoch": [1], "accuracy": [0.75]})
+    run = RunDir(tmp_path)
+    run.write_config({"command": "train", "metric": "accuracy"})
+    run.write_table("rows", rows)
+    run.write_table("summary", rows)
+    page = Page(report.write(run).read_text())
+    assert "Which optimizer is best" in page.words and "0.75" in page.words
+
+
+def test_another_kind_of_run_shows_its_tables(tmp_path):
+    run = RunDir(tmp_path)
+    run.write_config({"command": "later"})
+    run.write_table("found", pd.DataFrame({"answer": [42]}))
+    page = Page(report.write(run).read_text())
+    assert "found" in page.words and "42" in page.words
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunDirError, match="holds no run"):
+        report.write(RunDir(tmp_path))
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(RunDirError, match="damaged"):
+        report.write(RunDir(tmp_path))
+    with pytest.raises(RunDirError, match="without rows"):
+        list(pages.of_compare(folder(tmp_path / "empty")))
+
+
+def test_the_command_rebuilds_and_refuses(tmp_path, table):
+    def call(*words):
+        return CliRunner().invoke(app, ["report", *map(str, words)])
+
+    run = folder(tmp_path / "one", table)
+    assert call(run.folder).exit_code == 0 and (run.folder / "report.html").is_file()
+    out = tmp_path / "page.html"
+    assert call(run.folder, run.folder, "--out", out).exit_code == 0
+    assert call(run.folder, "--out", out).exit_code == 2
+    assert call(run.folder, "--out", out, "--overwrite").exit_code == 0
+    missing = call(tmp_path / "nothing")
+    assert missing.exit_code == 2 and "is not a folder" in missing.output
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["versions"]["fisherlab"] in out.read_text()
