@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import declare_range
 from fisherlab.extract import LayerCapture
 
@@ -26,17 +27,19 @@ class Means(Mapping[str, Tensor]):
         self,
         sums: Mapping[str, Tensor],
         count: float,
-        input_space: Callable[[], Tensor | None] | None = None,
+        columns: Columns | None = None,
     ) -> None:
-        self._sums, self._count, self._input_space = sums, count, input_space
+        self._sums, self._count, self._columns = sums, count, columns
         self._means: dict[str, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._means:
             mean = self._means[key] = self._sums[key] / self._count
-            if key in INPUT_MOMENTS and self._input_space is not None:
-                declare_range(mean, self._input_space)
+            columns = self._columns
+            if key in INPUT_MOMENTS and columns is not None:
+                # of the columns alone: what is declared must not keep the mean alive
+                declare_range(mean, lambda: columns.input_space)
         return self._means[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, Outer
+from fisherlab.blocks.columns import Columns
 from fisherlab.extract import LayerCapture
 
 Sums = dict[str, Tensor]
@@ -56,14 +57,13 @@ class Memo:
         origin = approximation.origin
         if origin not in self._means:
             sums = add(origin.sums(chunk) for chunk in self._chunks())
-            self._means[origin] = Means(sums, self.count, self._input_space)
+            self._means[origin] = Means(sums, self.count, self._columns())
         return self._means[origin]
 
-    def _input_space(self) -> Tensor | None:
-        """A basis of the inputs of one whole batch, if they span clearly less than their space."""
-        if len(self.layers) > 1 or self.memory is not None:
-            return None
-        return self.layers[0].columns.input_space
+    def _columns(self) -> Columns | None:
+        """The columns of one whole batch, whose inputs may span less than their space."""
+        whole = len(self.layers) == 1 and self.memory is None
+        return self.layers[0].columns if whole else None
 
     def basis(self, approximation: Approximation) -> Sums:
         """The basis of the approximation, from its means."""
