@@ -98,14 +98,13 @@ class Recorder:
         self.wanted = False
         self.passes: list[_Pass] = []
         self._open: _Pass | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end),
-        ]
+        self._handles = [model.register_forward_pre_hook(self._begin)]
         for name, module in modules.items():
             self._handles.append(
                 module.register_forward_hook(self._layer_hook(name), with_kwargs=True)
             )
+        # after the layers' own: the model may be a single layer
+        self._handles.append(model.register_forward_hook(self._end))
         if slopes:
             norms = [m for m in model.modules() if isinstance(m, NORMALISATIONS)]
             self._handles += [m.register_forward_hook(self._norm) for m in norms]

@@ -53,13 +53,14 @@ class Woodbury(CurvatureOptimizer):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         super().__init__(model, params, lr=lr, damping=damping, **options)
         self.alpha, self.fold = alpha, fold
-        self.scale = LossScale(model, criterion)
         self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._factor = 1.0
         self._changes: dict[str, float] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
         self.layers = WeightedLayers(model, self.weights, *_unowned(self.rows, self._remember))
+        # after the layers' hooks, whose output it follows: the model may be a single layer
+        self.scale = LossScale(model, criterion)
         self.hooked += [self.layers, self.scale]
 
     def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
