@@ -58,6 +58,8 @@ class Claim(ABC):
     sides: ClassVar[tuple[str, str]] = ("FisherLab", "definition")
     # tensors of a case that the search may move
     free: ClassVar[tuple[str, ...]] = ()
+    # margins looked at in a hunt for a counterexample
+    effort: ClassVar[int] = 20
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         super().__init_subclass__()

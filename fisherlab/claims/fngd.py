@@ -176,10 +176,15 @@ class _Nearer(_Shared, AtMost):
     sides = ("shared coefficients", "their mean for all")
 
     def left(self, case: Case) -> Tensor:
-        return (self.shared(case) - self.own(case, 1)).norm()
+        return self.shared(case)
 
-    def right(self, case: Case) -> Tensor:
-        return (self.own(case, 0).mean() - self.own(case, 1)).norm()
+    def right(self, case: Case) -> tuple[Tensor, Tensor]:
+        """One number for all, and the coefficients of the next epoch."""
+        return self.own(case, 0).mean(), self.own(case, 1)
+
+    def values(self, case: Case) -> tuple[Tensor, Tensor]:
+        constant, following = self.right(case)
+        return (self.left(case) - following).norm(), (constant - following).norm()
 
     def smaller(self, case: Case) -> Iterator[Case]:
         return iter(())

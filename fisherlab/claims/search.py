@@ -12,8 +12,8 @@ from torch import Tensor
 from fisherlab.blocks import BlockError
 from fisherlab.claims.base import AtMost, Case, Claim, Usually
 
-# Margins looked at: in a hunt, and while cutting down.
-HUNT, CUT = 60, 150
+# Margins looked at while cutting down.
+CUT = 150
 
 
 def margin_of(claim: Claim, case: Case) -> float:
@@ -30,25 +30,40 @@ def hunted(claim: Claim) -> bool:
 
 
 def hunt(
-    claim: Claim, case: Case, margin: float, generator: torch.Generator, evaluations: int = HUNT
+    claim: Claim, case: Case, generator: torch.Generator, evaluations: int | None = None
 ) -> tuple[Case, float]:
-    """The case with its free tensors moved at random, every move that lowers the margin kept.
+    """The case with its free tensors moved at random, every move towards a violation kept.
 
-    The size of the moves follows their success, as in a (1 + 1) evolution strategy.
+    What is followed is the difference of the sides relative to the larger, so that the way does not
+    lead to where both vanish. The size of the moves follows their success, as in a (1 + 1) evolution
+    strategy. Returns the last case and its margin.
     """
-    size = 0.3
-    for _ in range(evaluations):
-        if margin < -claim.clear:
+    size, lowest = 0.3, _relative(claim, case)
+    for _ in range(evaluations or claim.effort):
+        if lowest < -claim.clear:
             break
         moved = {key: _moved(case[key], size, generator) for key in claim.free if key in case}
         trial = {**case, **moved}
-        found = margin_of(claim, trial) if claim.assume(trial) else math.nan
-        # one success in five keeps the size
-        if found < margin:
-            case, margin, size = trial, found, size * 1.5
+        found = _relative(claim, trial) if claim.assume(trial) else math.inf
+        if found < lowest:
+            case, lowest, size = trial, found, size * 1.5
         else:
+            # one success in five keeps the size
             size *= 0.9
-    return case, margin
+    return case, margin_of(claim, case)
+
+
+def _relative(claim: Claim, case: Case) -> float:
+    try:
+        return relative(claim, *map(float, claim.values(case)))
+    except (torch.linalg.LinAlgError, BlockError):
+        return math.inf
+
+
+def relative(claim: Claim, left: float, right: float) -> float:
+    """The difference of two numbers relative to the larger; inf where only rounding is left."""
+    larger = max(abs(left), abs(right))
+    return (right - left) / larger if larger > 1e-3 * getattr(claim, "scale", 0.0) else math.inf
 
 
 def _moved(value: Any, size: float, generator: torch.Generator) -> Any:

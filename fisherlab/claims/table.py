@@ -22,6 +22,8 @@ from fisherlab.claims.base import HOLDS, REFUTED, Case, Claim, ClaimError
 
 # Draws per wanted trial, where many fail a claim's assumption.
 DRAWS = 30
+# Cases of a claim from which counterexamples are hunted.
+HUNTS = 4
 COLUMNS = (
     "claim",
     "paper",
@@ -48,6 +50,8 @@ class Trials:
     case: Case | None = None
     left: Any = None
     right: Any = None
+    # the cases nearest to a violation, sides relative to the larger: where hunts start
+    nearest: list[tuple[float, Case]] = field(default_factory=list)
 
     def add(self, case: Case) -> None:
         """Try the claim on one more case."""
@@ -58,6 +62,9 @@ class Trials:
             left, right, margin = math.nan, math.nan, math.nan
         if _is_number(left) and _is_number(right):
             self.pairs.append((float(left), float(right)))
+            near = search.relative(self.claim, float(left), float(right))
+            closer = sorted([*self.nearest, (near, case)], key=lambda pair: pair[0])
+            self.nearest = [pair for pair in closer[:HUNTS] if pair[0] < math.inf]
         if self.case is None or margin < min(self.margins, default=math.inf):
             self.case, self.left, self.right = case, left, right
         self.margins.append(margin)
@@ -189,7 +196,8 @@ def tried(
     folder = Path(tempfile.mkdtemp(prefix="fisherlab-claims-"))
     for name in names:
         claim = base.get(name)
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        # a generator takes 32 bits of its seed
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         start = time.perf_counter()
         cases = _adapted(claim, reals, generator) if reals is not None else None
         if cases is not None and not cases:
@@ -227,10 +235,13 @@ def _judged(
     claim: Claim, found: Trials, generator: torch.Generator, folder: Path
 ) -> dict[str, Any]:
     verdict, margin, note = claim.verdict(found.margins)
-    if verdict == HOLDS and search.hunted(claim) and found.case is not None:
-        case, lowest = search.hunt(claim, found.case, min(found.margins), generator)
-        if lowest < min(found.margins):
-            found.add(case)
+    if verdict == HOLDS and search.hunted(claim):
+        for _, near in found.nearest:
+            case, lowest = search.hunt(claim, near, generator)
+            if lowest < min(found.margins):
+                found.add(case)
+            if lowest < -claim.noise:
+                break
         verdict, margin, note = claim.verdict(found.margins)
         if verdict == REFUTED:
             note = "violated by a case that was hunted down, by none that was drawn"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,10 @@ class BestDiagonal(OfLayer, Identity, name="corrected_eigenvalues_are_optimal"):
     def _with_basis(self, case: Case, generator: torch.Generator) -> Case:
         o, i = case["V"].shape[1:]
         return {**case, "Q_G": orthogonal(generator, o), "Q_A": orthogonal(generator, i)}
+
+    def smaller(self, case: Case) -> Iterator[Case]:
+        # the basis stays
+        return (x for x in super().smaller(case) if x["V"].shape == case["V"].shape)
 
     def left(self, case: Case) -> Tensor:
         layer = captured(case)
@@ -208,7 +214,11 @@ class TkfacAlways(OfLayer, AtMost, name="tkfac_error_at_most_kfac"):
     scale = 1.0
     noise = 1e-7
     trials = 60
+    effort = 300
     sides = ("TKFAC", "KFAC")
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return layer_case(generator, size, positions=1)
 
     def left(self, case: Case) -> float:
         return error_of(TKFAC(), case)
