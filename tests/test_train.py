@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +15,14 @@ from pandas.testing import assert_frame_equal
 from torch import nn
 
 from fisherlab import optim
+from fisherlab.blocks import BlockError
 from fisherlab.experiments import checkpoint
 from fisherlab.experiments.training import CLOCK, Settings, SettingsError, Watch, entries, train
+from fisherlab.experiments.training.cost import SGDReference
 from fisherlab.experiments.training.divergence import blame, weight_norms
 from fisherlab.experiments.training.record import Record
+from fisherlab.experiments.training.run import Run
+from fisherlab.experiments.training.task import Task
 
 TINY = {"data": "digits", "hidden": (4,), "examples": 192, "test_examples": 50, "batch_size": 64}
 
@@ -54,25 +59,41 @@ class Interrupt(Watch):
 ADAPTIVE = ["lm.damping=levenberg_marquardt(0.3)", "lm.statistics_every=1", "lm.basis_every=1"]
 
 
+@cache
+def task():
+    return Task(settings("sgd", schedule="cosine"))
+
+
 @pytest.mark.parametrize("name", [*optim.names(), "lm=kfac"])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(name, tmp_path):
-    s = settings(name, ADAPTIVE if name == "lm=kfac" else (), schedule="cosine")
-    whole = train(s, tmp_path / "whole")
-    (record,) = whole.records
-    if record.status == "refused":  # before its first step: nothing to resume
-        assert "refused" in record.note and len(record.rows) == 1
+def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    (entry,) = entries(name, ADAPTIVE if name == "lm=kfac" else ())
+    reference = SGDReference(task().model(0), task().criterion())
+    whole, resumed = Record(entry, 0), Record(entry, 0)
+    run = Run(task(), whole)
+    try:
+        run.train_epoch(reference, lambda loss: None)
+    except BlockError as error:
+        assert "refused above" in str(error)
         return
-    assert record.status == "done", record.note + record.traceback
+    whole.save(tmp_path, task().settings, run.state())
+    again = Run(task(), resumed)
+    again.load(resumed.restore(tmp_path, task().settings))
+    for going_on in (run, again):
+        going_on.train_epoch(reference, lambda loss: None)
+    rows = [steady(pd.DataFrame(record.rows)) for record in (whole, resumed)]
+    assert_frame_equal(*rows, check_exact=True)
+    ours, theirs = run.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+    s = settings("kfac,fngd", schedule="cosine")
+    whole = train(s, tmp_path / "whole")
     first = train(s, tmp_path / "cut", watch=Interrupt(5))
     assert first.interrupted and first.rows["epoch"].max() == 1
     resumed = train(s, tmp_path / "cut")
     assert not resumed.interrupted
     assert_same(resumed, whole)
-    states = [
-        checkpoint.load(tmp_path / folder / record.path)["training"]["model"]
-        for folder in ("whole", "cut")
-    ]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 KILLED = """
@@ -233,14 +254,12 @@ def test_a_bug_is_told_from_a_refusal(tmp_path, monkeypatch):
 def test_sgd_by_name_is_a_plain_loop(tmp_path):
     s = settings("sgd", ["sgd.lr=0.05", "sgd.momentum=0.5"], seeds=(3,), schedule="step")
     results = train(s, tmp_path)
-    from fisherlab.experiments.training.task import Task
-
-    task = Task(s)
-    model, loss_of = task.model(3), nn.CrossEntropyLoss()
+    t = Task(s)
+    model, loss_of = t.model(3), nn.CrossEntropyLoss()
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     for epoch, lr in enumerate([0.05, 0.005]):
         losses = []
-        for _, x, y in task.batches(3, epoch):
+        for _, x, y in t.batches(3, epoch):
             loss = loss_of(model(x), y)
             losses.append(loss.item())
             gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -250,7 +269,7 @@ def test_sgd_by_name_is_a_plain_loop(tmp_path):
                     p.sub_(lr * v)
         row = results.rows.iloc[epoch + 1]
         assert row["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-        x, y = task.test
+        x, y = t.test
         assert row["accuracy"] == (model(x).argmax(1) == y).double().mean().item()
         assert row["lr"] == pytest.approx(lr)
 
