@@ -75,6 +75,10 @@ def functions(m, n, t, o, i):
                 torch.einsum("mnock,ockl->mnocl", D.unflatten(-1, (-1, k)), Q).square().sum((0, 1))
             ),
         ),
+        "grouped_moments": (
+            lambda a, g: x.grouped_moments(a, g, i // k, k),
+            lambda D: torch.einsum("mnock,mnocl->ockl", *2 * (D.unflatten(-1, (-1, k)),)),
+        ),
         "kronecker_quadratic": (
             lambda a, g: x.kronecker_quadratic(a, g, G.to(a), A.to(a)),
             lambda D: (G @ D @ A.mT * D).sum((-2, -1)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, BlockTooLarge, contractions
+from fisherlab.blocks import Block, BlockTooLarge
 from fisherlab.blocks import MiniBlock as Form
 from fisherlab.blocks.numerics import GIB, dense_budget
 from fisherlab.extract import LayerCapture
@@ -28,24 +28,20 @@ class MiniBlock(Approximation, name="mini_block"):
     shared: bool = False
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        a, g = layer.inputs, layer.output_gradients
         o, i = layer.shape
         conv = layer.geometry.conv
         k = math.prod(conv.kernel) if conv else i
         c = (i - (layer.geometry.bias if conv else 0)) // k
-        needed = o * c * k * k * a.element_size()
-        if needed > dense_budget(a.device):
+        needed = o * c * k * k * layer.dtype.itemsize
+        budget = dense_budget(layer.device)
+        if needed > budget:
             raise BlockTooLarge(
                 f"the mini-blocks of layer {layer.name!r} are {o} x {c} blocks of {k} x {k}, "
-                f"{needed / GIB:.3g} GiB, over the budget of {dense_budget(a.device) / GIB:.3g} GiB"
+                f"{needed / GIB:.3g} GiB, over the budget of {budget / GIB:.3g} GiB"
             )
-        total = a.new_zeros(o * c, k, k)
-        for _, D in contractions.per_example_chunks(a, g):
-            rows = D[..., : c * k].reshape(-1, o * c, k).transpose(0, 1)
-            total += rows.mT @ rows
-        result = {"blocks": total.view(o, c, k, k)}
+        result = {"blocks": layer.columns.grouped_moments(c, k)}
         if c * k < i:
-            result["bias"] = contractions.diagonal(a[..., -1:], g)[:, 0]
+            result["bias"] = layer.columns.squares[:, -1]
         return result
 
     def block(

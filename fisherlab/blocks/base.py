@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from fisherlab.blocks.numerics import (
     eigh,
     symmetrise,
 )
+
+if TYPE_CHECKING:
+    from fisherlab.blocks.columns import Columns
 
 
 class Block(ABC):
@@ -78,6 +82,10 @@ class Block(ABC):
         for part, D in per_example_chunks(a, g):
             result[:, part] = self.quadratic(D)
         return result
+
+    def inner_with_columns(self, columns: Columns) -> Tensor | None:
+        """`<F, U U^T>` where something already known of the columns makes it cheap, else None."""
+        return None
 
     def inner(self, other: Block) -> Tensor:
         """`<F, other>_F`, a 0-d float64 tensor.

@@ -98,6 +98,17 @@ class Columns:
         return self.formed.square().sum(0).view(self.shape)
 
     @remembered("a", "g")
+    def grouped(self) -> dict[tuple[int, int], Tensor]:
+        """By (c, k): `grouped_moments`, where they have been asked for."""
+        return {}
+
+    def grouped_moments(self, c: int, k: int) -> Tensor:
+        """`sum D D^T` of every output feature and group of k inputs, `[o, c, k, k]`."""
+        if (c, k) not in self.grouped:
+            self.grouped[c, k] = contractions.grouped_moments(self.a, self.g, c, k)
+        return self.grouped[c, k]
+
+    @remembered("a", "g")
     def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
         """By the state of a basis: the basis itself and `rotated_squares` in it."""
         return {}

@@ -174,6 +174,24 @@ def grouped_diagonal(a: Tensor, g: Tensor, Q: Tensor) -> Tensor:
     return result
 
 
+def grouped_moments(a: Tensor, g: Tensor, c: int, k: int) -> Tensor:
+    """`sum_{m,n} D[m,n,o,c,:] D[m,n,o,c,:]^T`, `[o, c, k, k]`, of the first `c k` inputs.
+
+    t = 1: n o i k, the output vectors summed first.  Otherwise formed, m n o i k.
+    """
+    o = g.shape[-1]
+    a = a[..., : c * k]
+    if a.shape[1] == 1:
+        weights = g[:, :, 0].square().sum(0).mT[:, None, None]  # [o, 1, 1, n]
+        rows = a[:, 0].unflatten(-1, (c, k)).transpose(0, 1)  # [c, n, k]
+        return (weights * rows.mT) @ rows
+    result = a.new_zeros(o * c, k, k)
+    for _, D in per_example_chunks(a, g):
+        rows = D.reshape(-1, o * c, k).transpose(0, 1)
+        result.baddbmm_(rows.mT, rows)
+    return result.view(o, c, k, k)
+
+
 def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
     """`sum_{m,n} (Q_G^T D[m,n] Q_A)^2` entrywise, `[o', i']`: M times the corrected eigenvalues.
 

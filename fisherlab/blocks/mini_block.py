@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import check_damping, eigh, spectrum_power
 from fisherlab.blocks.outer import Outer
 
@@ -69,14 +70,21 @@ class MiniBlock(Block):
     def _inner(self, other: Block) -> Tensor | None:
         if not isinstance(other, MiniBlock) or other.blocks.shape != self.blocks.shape:
             return None
-        total = (self.blocks.double() * other.blocks.double()).sum()
+        total = _dot(self.blocks, other.blocks)
         if self.bias is None or other.bias is None:
             return total
-        return total + (self.bias.double() * other.bias.double()).sum()
+        return total + _dot(self.bias, other.bias)
+
+    def inner_with_columns(self, columns: Columns) -> Tensor | None:
+        _, c, k, _ = self.blocks.shape
+        if (c, k) not in columns.grouped:
+            return None
+        total = _dot(self.blocks, columns.grouped_moments(c, k))
+        return total if self.bias is None else total + _dot(self.bias, columns.squares[:, -1])
 
     def squared_norm(self) -> Tensor:
-        value = self.blocks.double().square().sum()
-        return value if self.bias is None else value + self.bias.double().square().sum()
+        value = _dot(self.blocks, self.blocks)
+        return value if self.bias is None else value + _dot(self.bias, self.bias)
 
     def diagonal(self) -> Tensor:
         return self.join(self.blocks.diagonal(0, -2, -1), self.bias)
@@ -117,3 +125,7 @@ class MiniBlock(Block):
                 column = contractions.diagonal(other.a[..., -1:], other.g)[:, 0]
             return other.core * self.join(rotated, column).double() + other.shift
         return super().diagonal_of(other)
+
+
+def _dot(one: Tensor, two: Tensor) -> Tensor:
+    return torch.dot(one.double().flatten(), two.double().flatten())

@@ -189,6 +189,9 @@ class Outer(Block):
             return shifted + self._eigen_inner(other)
         if isinstance(other, Diagonal):
             return shifted + self.core * (other.entries.double() * self.of.squares.double()).sum()
+        known = other.inner_with_columns(self.of)
+        if known is not None:
+            return shifted + self.core * known
         if self.of.formed is not None:
             return shifted + self.core * other.quadratic(self.of.matrices).sum()
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
