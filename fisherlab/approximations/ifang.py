@@ -15,9 +15,9 @@ from fisherlab.blocks.numerics import BlockError, check_damping
 
 @dataclass(frozen=True)
 class IFANG(Eva, name="ifang"):
-    """`(F + lambda)^{-1} ~ (lambda I + g~ g~^T)^{-1} (x) (lambda I + a~ a~^T)^{-1}`.
+    """`(lambda I + g~ g~^T)^{-1} (x) (lambda I + a~ a~^T)^{-1}` preconditions.  ANG (11)-(14).
 
-    ANG (11)-(14), Alg. 1: all rows of a batch reduced to their mean, so that the inverse needs no
+    Alg. 1: all rows of a batch reduced to their mean, so that the inverse needs no
     more than a scalar. Undamped it is Eva's block.
     """
 

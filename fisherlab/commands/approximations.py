@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 
 from fisherlab.approximations import Approximation, get, names
@@ -20,12 +22,13 @@ def table() -> pd.DataFrame:
 
 def row(kind: type[Approximation]) -> dict[str, str]:
     """Name, equation, source, exponent and needs; a variant has the source of what it varies."""
-    lines = [(base.__doc__ or "").splitlines()[0] for base in kind.__mro__ if base.__doc__]
-    parts = [line.partition("      ") for line in lines]  # equation, six spaces, source
+    lines = [base.__doc__.splitlines()[0] for base in kind.__mro__ if base.__doc__]
+    parts = [re.split(r"\.\s{2,}", line, maxsplit=1) for line in lines]  # equation.  source.
+    source = next((part[1] for part in parts if len(part) > 1), "")
     return {
         "name": kind.name,
-        "equation": parts[0][0].strip().rstrip(".").replace("`", ""),
-        "source": next((source.strip() for _, _, source in parts if source), ""),
+        "equation": " ".join(parts[0][0].rstrip(".").replace("`", "").split()),
+        "source": source.strip().rstrip("."),
         "exponent": f"{kind.exponent:g}",
         "needs": ", ".join(sorted(kind().needs)).replace("_", " "),
     }

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -183,22 +184,26 @@ def bar(total: int, description: str = "") -> Any:
     return tqdm(total=total, desc=description, leave=False, disable=None, file=sys.stderr)
 
 
-def console() -> Console:
-    """The terminal, or plain text 120 columns wide where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=120, color_system=None)
+WRAPPED = 36  # columns of a cell that may take several lines
 
 
 def show(frame: pd.DataFrame, title: str = "", digits: int = 3, wrap: Sequence[str] = ()) -> None:
     """A frame as a table on the terminal; numbers to the right with `digits` significant digits."""
-    table = Table(title=title or None, title_justify="left", title_style="bold")
+    table = Table(title=escape(title) or None, title_justify="left", title_style="bold")
     for name in frame.columns:
         right = pd.api.types.is_numeric_dtype(frame[name])
         table.add_column(
-            _heading(str(name)), justify="right" if right else "left", no_wrap=name not in wrap
+            escape(_heading(str(name))),
+            justify="right" if right else "left",
+            no_wrap=name not in wrap,
+            max_width=WRAPPED if name in wrap else None,
         )
     for row in frame.itertuples(index=False):
-        table.add_row(*(_cell(value, digits) for value in row))
-    console().print(table)
+        table.add_row(*(escape(_cell(value, digits)) for value in row))
+    console = Console()
+    if not sys.stdout.isatty():  # a file has no width
+        console = Console(width=console.measure(table).maximum + 1, color_system=None)
+    console.print(table)
 
 
 def _heading(name: str) -> str:

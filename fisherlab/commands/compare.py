@@ -27,8 +27,14 @@ from fisherlab.comparison import Comparison
 FISHER_TYPES = ("exact", "mc", "empirical")
 TABLE = "comparison"
 SHOWN = 8  # layers that a terminal has room for
-OVERVIEW = ["approximation", "relative_error", "population_error", "trace_ratio", "cosine"]
-OVERVIEW += ["diagonalisation", "subspace_overlap", "build_seconds"]
+OVERVIEW = {  # columns of the summary, and what the terminal calls them
+    "population_error": "unseen error",
+    "trace_ratio": "trace ratio",
+    "cosine": "cosine",
+    "diagonalisation": "on the diagonal",
+    "subspace_overlap": "top 10",
+    "build_seconds": "build ms",
+}
 
 
 def compare(
@@ -121,13 +127,18 @@ def compare(
         )
     )
     rundir.begin(study.config, (TABLE,))
-    measured = lambda table: rundir.write_table(TABLE, table.frame)  # noqa: E731
+
+    def measured(table: Comparison) -> None:
+        rundir.write_table(TABLE, table.frame)
+        if study.grams:
+            rundir.write_grams(study.grams)
+
     try:
         table = study.run(measured, lambda title: lambda names: progress(names, title))
     except KeyboardInterrupt:
         rundir.write_config({**study.config, "status": "interrupted"})
         kept = rundir.table(TABLE)
-        if kept is None:
+        if kept is None or not len(kept):
             leave(Code.INTERRUPTED, "interrupted before anything was measured")
         path = report.write(rundir)
         leave(Code.INTERRUPTED, f"interrupted; {len(kept)} rows were measured: {path}")
@@ -161,5 +172,9 @@ def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
 def overview(table: Comparison) -> tuple[pd.DataFrame, str]:
     """The rest of the summary, as printed."""
     summary = table.summary().reset_index()
-    wanted = [name for name in summary if name in OVERVIEW or name.startswith("direction_cosine")]
-    return summary[wanted], "medians over the layers"
+    steps = {name: name.replace("direction_cosine", "step") for name in summary}
+    shown = summary.rename(columns=steps | OVERVIEW)
+    shown["build ms"] = 1e3 * shown.pop("build ms")
+    wanted = ["approximation", *OVERVIEW.values(), *(n for n in shown if n.startswith("step @"))]
+    title = "medians over the layers (step: cosine of the damped step with the exact one)"
+    return shown[[name for name in wanted if name in shown]], title

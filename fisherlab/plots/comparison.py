@@ -133,7 +133,7 @@ def _over_layers(frame: pd.DataFrame, column: str, scale: str) -> Figure:
 
 def _per_layer(frame: pd.DataFrame, x: str, column: str, layers: Sequence[str] | None) -> Figure:
     layers = list(layers or frame["layer"].unique())
-    names = ranked(frame, column)
+    names = ranked(frame, column)[:: -1 if column == "direction_cosine" else 1]  # the best first
     figure, axes = theme.panels(len(layers) or 1, columns=4, height=1.9, sharex=True, sharey=True)
     for ax, layer in zip(axes, layers, strict=False):
         _lines(frame[frame["layer"] == layer], x, column, names, ax)
