@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fisherlab.blocks.numerics import eigh
+from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.optim.recorder import blocked_layers
 from fisherlab.optim.scale import OptimizerError
 
@@ -88,7 +89,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm
     of all directions together; `kl_clip` scales them so that
     `sum lr^2 <direction, gradient> <= kl_clip`.
+
+    A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
+    the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
+    different sizes are refused, since DDP averages ranks, not examples.
     """
+
+    data_parallel: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -123,6 +130,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             "decoupled": decoupled,
             **options,
         }
+        self.ranks = Ranks.of(model)
+        if self.ranks is not None and not self.data_parallel:
+            raise ValueError(
+                f"{type(self).__name__} is not data-parallel; take NaturalGradient, TENGraD, FNGD "
+                "or NGD, or pass the model without DistributedDataParallel in a single process"
+            )
+        model = unwrapped(model)
         super().__init__(model.parameters() if params is None else params, defaults)
         self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
         self.steps = 0
@@ -175,6 +189,28 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         # the model may outlive its optimizer, and is then as it was
         for hooks in getattr(self, "hooked", ()):
             hooks.remove()
+
+    def _check_ranks(self, factors: list[float]) -> None:
+        """Refuse ranks whose examples DDP weighs differently.
+
+        `factors` turn each pass's `dL/ds` into the gradient of the per-example loss: the number of
+        examples for a mean. DDP's `p.grad` is that of the joint batch where they agree.
+        """
+        if self.ranks is None:
+            return
+        every = self.ranks.objects(factors)
+        for rank, theirs in enumerate(every):
+            ours = every[0]
+            if len(theirs) != len(ours) or any(
+                not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(ours, theirs, strict=True)
+            ):
+                raise OptimizerError(
+                    f"the ranks weigh their examples differently (dL/dl_n is 1/{ours} on rank 0 "
+                    f"and 1/{theirs} on rank {rank}): DDP averages ranks, not examples, so with "
+                    "unequal batches p.grad is not the joint batch's. Give every rank the same "
+                    "number of examples (drop_last=True), or scale the loss of each by world_size "
+                    "* its examples / all examples; no parameter was changed"
+                )
 
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""

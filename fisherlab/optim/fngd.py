@@ -62,8 +62,9 @@ class FNGD(Woodbury):
         self._told = False
 
     def set_batch(self, indices: Tensor) -> None:
-        """The data-set indices of the next batch, for `share="example"`."""
-        self._indices = torch.as_tensor(indices, dtype=torch.long).cpu()
+        """The data-set indices of the next batch, for `share="example"`; under DDP on each rank."""
+        indices = torch.as_tensor(indices, dtype=torch.long).cpu()
+        self._indices = indices if self.ranks is None else self.ranks.gather(indices)
 
     @property
     def collecting(self) -> bool:
@@ -71,18 +72,23 @@ class FNGD(Woodbury):
         return self.share == "none" or self.steps < self.coefficient_steps
 
     def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
-        if not self.collecting:
-            return self._shared(weight, len(g)).to(g.device)
-        rows = self.solve(weight, [(x, g)], self.scale.factor)
+        if self.collecting:
+            return super().rows(weight, x, g)
+        n = len(g)
+        if self.ranks is None:
+            return self._shared(weight, n).to(g.device)
+        start = self.ranks.index * n
+        return self._shared(weight, self.ranks.size * n)[:, start : start + n].to(g.device)
+
+    def solve(self, weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> Tensor:
+        rows = super().solve(weight, calls, factor)
         self._fresh[weight.name] = rows
         return rows
 
     def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
         if not self.collecting:
             return self._shared(weight, len(calls[0][1])).to(calls[0][1].device)
-        rows = super().solve_repeated(weight, calls)
-        self._fresh[weight.name] = rows
-        return rows
+        return super().solve_repeated(weight, calls)
 
     def _shared(self, weight: Weight, n: int) -> Tensor:
         """`M v~` of this layer for a batch of n, `[groups, n]`."""

@@ -25,6 +25,8 @@ class KBFGSOptimizer(NaturalGradient):
     `s = change of the mean pre-activation`, `y = change of its gradient`.
     """
 
+    data_parallel = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -124,10 +124,13 @@ class NaturalGradient(CurvatureOptimizer):
     @staticmethod
     def _tied(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         weights = {id(m.weight) for m in modules.values()}
+        known = {id(m) for m in modules.values()}
         return {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module.weight) in weights
+            if isinstance(module, nn.Linear)
+            and id(module.weight) in weights
+            and id(module) not in known
         }
 
     # the step -----------------------------------------------------------------------------------

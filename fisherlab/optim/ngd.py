@@ -13,6 +13,8 @@ from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, DirectSum, Outer, contractions
 from fisherlab.blocks.numerics import cholesky
+from fisherlab.distributed import unwrapped
+from fisherlab.extract.joint import joined
 from fisherlab.optim.base import CurvatureOptimizer, last_steps
 from fisherlab.optim.recorder import Recorder, delivered
 from fisherlab.optim.scale import OptimizerError
@@ -35,6 +37,8 @@ class NGD(CurvatureOptimizer):
     `scope="layer"`: one block per layer. `form="dense"` builds the matrices as NGM measures them,
     and refuses more than 5,000 parameters; both forms agree.      NGM (28), A.5.
     """
+
+    data_parallel = True
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class NGD(CurvatureOptimizer):
         if damping == 0:
             raise ValueError("the exact block is singular, so damping must be positive, got 0")
         super().__init__(model, params, lr=lr, damping=damping, **options)
+        model = unwrapped(model)
         self.scope, self.form = scope, form
         if form == "dense":
             self._check_size()
@@ -70,6 +75,7 @@ class NGD(CurvatureOptimizer):
             mc_samples=mc_samples,
             generator=generator,
             biased={name for name, weight in self.weights.items() if weight.bias is not None},
+            ranks=self.ranks,
         )
         self.recorder.wanted = True
         self.hooked.append(self.recorder)
@@ -97,6 +103,7 @@ class NGD(CurvatureOptimizer):
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         try:
             passes = self.recorder.captures()
+            self._check_ranks(self.recorder.factors)
         finally:
             self.recorder.clear()
         blocks: dict[str, Outer | DirectSum] = {}
@@ -112,7 +119,9 @@ class NGD(CurvatureOptimizer):
                     "changed. Was the model compiled before the optimizer was made, or is the "
                     "layer inside activation checkpointing?"
                 )
-            parts = [cast(Outer, Exact()(*captured)) for captured in layers]
+            if self.ranks is not None:
+                layers = [[joined(c, self.ranks) for c in captured] for captured in layers]
+            parts = [Exact()(*captured) for captured in layers]
             blocks[name] = parts[0] if len(parts) == 1 else DirectSum(parts)
             gradients[name] = gradient
         lambdas = self._damping(blocks)

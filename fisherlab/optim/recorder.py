@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
@@ -90,11 +91,14 @@ class Recorder:
         examples: int | None = None,
         slopes: bool = False,
         biased: Collection[str],
+        ranks: Ranks | None = None,
     ) -> None:
         self.modules, self.biased, self.criterion = modules, biased, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.examples, self.slopes = examples, slopes
+        self.examples, self.slopes, self.ranks = examples, slopes, ranks
+        # of the passes last captured: what turned dL/ds into per-example gradients
+        self.factors: list[float] = []
         self.wanted = False
         self.passes: list[_Pass] = []
         self._open: _Pass | None = None
@@ -195,7 +199,7 @@ class Recorder:
         mean = fisher.reduction_of(criterion) == "mean"
         scale = (M / rows) ** 0.5 if mean else 1.0
         vectors = fisher.output_vectors(
-            self.fisher_type, criterion, free, labels, self.mc_samples, self.generator
+            self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
         )
         for vector in vectors:
             gradients = torch.autograd.grad(
@@ -231,11 +235,11 @@ class Recorder:
 
     def captures(self) -> list[dict[str, LayerCapture]]:
         """One dict of captures per forward and backward since the last step, checked and scaled."""
-        return [self._capture(p) for p in self.passes if p.arrived]
+        arrived = [p for p in self.passes if p.arrived]
+        self.factors = [self._factor(p) for p in arrived]
+        return [self._capture(*pair) for pair in zip(arrived, self.factors, strict=True)]
 
-    def _capture(self, one: _Pass) -> dict[str, LayerCapture]:
-        assert one.output is not None
-        factor = self._factor(one)
+    def _capture(self, one: _Pass, factor: float) -> dict[str, LayerCapture]:
         owners: dict[int, str] = {}
         joined: dict[str, list[_Call]] = {}
         for name, module in self.modules.items():

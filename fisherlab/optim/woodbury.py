@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.damping import Rule, as_rule, gram_norm
 from fisherlab.blocks import Outer, contractions
 from fisherlab.blocks.numerics import cholesky
+from fisherlab.distributed import unwrapped
 from fisherlab.optim.base import CurvatureOptimizer, Weight, last_steps
 from fisherlab.optim.scale import LossScale, OptimizerError
 from fisherlab.optim.weighted import WeightedLayers, captured
@@ -30,7 +31,12 @@ class Woodbury(CurvatureOptimizer):
     `p.grad` is the weighted gradient after `backward()`, so clipping, loss scaling and accumulation
     see what will be used (accumulation: the mean of the micro-batches' steps). A layer called
     several times in one forward is solved in `step()`.
+
+    Under DDP every rank solves for the joint batch: a layer's raw inputs and output gradients are
+    gathered, `n (|x| + |s|)` numbers, never per-example gradients.
     """
+
+    data_parallel = True
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Woodbury(CurvatureOptimizer):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         super().__init__(model, params, lr=lr, damping=damping, **options)
+        model = unwrapped(model)
         self.alpha, self.fold = alpha, fold
         self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._factor = 1.0
@@ -65,7 +72,18 @@ class Woodbury(CurvatureOptimizer):
 
     def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
         """`M v`, `[groups, n]`, for one call of a layer."""
-        return self.solve(weight, [(x, g)], self.scale.factor)
+        calls, mine = self._gathered([(x, g)], self.scale.factor)
+        return self.solve(weight, calls, self.scale.factor)[:, mine]
+
+    def _gathered(
+        self, calls: list[tuple[Tensor, Tensor]], factor: float
+    ) -> tuple[list[tuple[Tensor, Tensor]], slice]:
+        """The raw pairs of the joint batch, and which of its rows are this rank's."""
+        if self.ranks is None:
+            return calls, slice(None)
+        self._check_ranks([factor])
+        mine = self.ranks.rows(len(calls[0][1]))
+        return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
     def solve(self, weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> Tensor:
         """`M v` of every group from the raw pairs of a layer's calls."""
@@ -104,6 +122,7 @@ class Woodbury(CurvatureOptimizer):
         repeated, self._repeated = self._repeated, {}
         for name, calls in repeated.items():
             weight = self.weights[name]
+            calls, _ = self._gathered(calls, self._factor)
             rows = self.solve_repeated(weight, calls)
             parts = [
                 contractions.combine(a, g, row[None].to(g.dtype)) / g.shape[1]
