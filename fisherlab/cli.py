@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 import fisherlab
-from fisherlab.commands import approximations, compare, data, report, support, sweep, train, verify
+from fisherlab.commands import (
+    approximations,
+    bench,
+    compare,
+    data,
+    report,
+    support,
+    sweep,
+    train,
+    verify,
+)
 from fisherlab.commands.common import guarded
 
 COMMANDS: list[Callable[..., None]] = [
@@ -19,6 +29,7 @@ COMMANDS: list[Callable[..., None]] = [
     train.train,
     sweep.sweep,
     verify.verify,
+    bench.bench,
 ]
 
 app = typer.Typer(

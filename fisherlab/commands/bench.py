@@ -1,0 +1,96 @@
+"""`fisherlab bench`: what the library costs, beside one ordinary step and other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from fisherlab.commands.common import Code, UserError, bar, device, known, leave, show
+
+PARTS = ("capture", "build", "compare", "optim", "scaling")
+SHOWN = ["network", "work", "fisher_type", "by", "ratio", "spread", "reach", "of_reach"]
+SHOWN += ["seconds", "explained", "limit", "note"]
+IN_SECONDS = ["network", "work", "fisher_type", "seconds", "reach_seconds", "of_reach"]
+INTERVALS = ["statistics_every", "basis_every", "statistics_examples"]
+OF_PART = {
+    "compare": [*IN_SECONDS, "ratio", "peak_GiB", "note"],
+    "optim": ["network", "work", "ratio", "spread", "reach", "of_reach", *INTERVALS, "seconds"],
+}
+TITLES = {
+    "capture": "Capture and Gram matrices, multiples of one forward + backward",
+    "build": "Approximations of one batch, multiples of one forward + backward",
+    "compare": "Whole comparisons",
+    "optim": "Training steps, multiples of SGD's",
+    "scaling": "Fitted exponents",
+}
+PATH = Path  # typer reads the annotation
+
+
+def bench(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="capture, build, compare, optim, scaling; all.")
+    ] = None,
+    on: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    peers: Annotated[bool, typer.Option(help="Measure other libraries where installed.")] = True,
+    repeats: Annotated[int | None, typer.Option(help="Pairs per row; default 7.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small models: to try it, not to measure.")] = False,
+    out: Annotated[PATH | None, typer.Option("--out", "-o", help="Folder; runs/bench.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+) -> None:
+    """Measure time and memory in pairs: each call beside an ordinary step, in one process.
+
+    Prints a table; the folder gets bench.json, tables and pictures. What is faster elsewhere, or
+    short of what was to be reached, stands in the table with what limits it.
+    """
+    chosen = [known("part", part, PARTS) for part in parts or PARTS]
+    if repeats is not None and repeats < 1:
+        raise UserError(f"--repeats is at least 1, got {repeats}")
+    place = device(on)
+    from fisherlab.experiments.bench import record
+    from fisherlab.experiments.bench.setting import Setting
+    from fisherlab.experiments.rundir import RunDir
+
+    rundir = RunDir(out or PATH("runs/bench"))
+    rundir.check(overwrite, PARTS)
+    settings = {"parts": chosen, "device": on, "peers": peers, "repeats": repeats, "quick": quick}
+    config: dict[str, Any] = {"command": "bench", "settings": settings}
+    rundir.begin(config, PARTS)
+    status = "complete"
+    with bar(len(chosen), "bench") as progress:
+        setting = Setting(place, quick, peers, repeats, progress.set_postfix_str)
+        try:
+            for part in chosen:
+                frame = record.measure(part, setting, rundir)
+                show(_shown(part, frame), TITLES[part], wrap=("work", "note", "limit"))
+                progress.update(1)
+        except KeyboardInterrupt:
+            status = "interrupted"
+    record.finish(rundir, config | {"status": status}, setting)
+    typer.echo(f"written to {rundir.folder}")
+    if status == "interrupted":
+        leave(Code.INTERRUPTED, "interrupted; the parts that were finished are kept")
+
+
+def _shown(part: str, frame: pd.DataFrame) -> pd.DataFrame:
+    if part == "scaling":
+        return _exponents(frame)
+    frame = frame.copy()
+    frame["spread"] = [f"{a:.2f}-{b:.2f}" for a, b in zip(frame.lowest, frame.highest, strict=True)]
+    if "peak_bytes" in frame:
+        frame["peak_GiB"] = frame["peak_bytes"] / 2**30
+    columns = [name for name in OF_PART.get(part, SHOWN) if name in frame]
+    kept = [name for name in columns if name != "note" or frame["note"].any()]
+    return frame[kept]
+
+
+def _exponents(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and axis: the exponents with their standard errors."""
+    once = frame.drop_duplicates(["method", "axis"])
+    table = once[["method", "axis"]].copy()
+    for key in ("seconds", "peak_bytes", "operations"):
+        pairs = zip(once[f"{key}_exponent"], once[f"{key}_exponent_error"], strict=True)
+        table[key.replace("peak_bytes", "memory")] = [f"{e:.2f} ± {s:.2f}" for e, s in pairs]
+    return table

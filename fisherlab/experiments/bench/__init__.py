@@ -1,0 +1,8 @@
+"""What the library costs, measured beside one ordinary step and beside other libraries.
+
+timing      paired, interleaved ratios of two calls in one process
+machine     what the machine can do, and what a call asks of it
+setting     the networks and the batch; a row of the table, and the loop that fills it
+peers       BackPACK, curvlinops, opacus, NNGeometry, torch.func, where they are installed
+capture, build, compare, optim, scaling       one part of `fisherlab bench` each
+"""

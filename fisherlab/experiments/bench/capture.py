@@ -1,0 +1,55 @@
+"""What a capture costs: a and g of every layer, and the Gram matrices made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlab.experiments.bench import peers
+from fisherlab.experiments.bench.setting import Network, Row, Setting, measured
+from fisherlab.extract import capture
+
+GRAM_REACH = {"mlp": 0.85, "lenet": 2.0}
+CAPTURE_REACH = {"empirical": 1.0, "exact": 3.4}
+
+
+def grams(network: Network) -> list[Tensor]:
+    """The Gram matrix of every layer, from the factors."""
+    layers = capture(
+        network.model, network.criterion, network.x, network.y, fisher_type="empirical"
+    )
+    return [layer.gram() for layer in layers.values()]
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Gram matrices of the MLP and LeNet, and the capture alone, by both backends."""
+    for name, reach in GRAM_REACH.items():
+        network = setting.network(name)
+        work = "Gram matrices"
+        yield Row(work, network, partial(grams, network), "empirical", reach=reach)
+        if setting.peers:
+            for peer, run in peers.grams(network).items():
+                yield Row(work, network, run, "empirical", peer)
+    network = setting.network("lenet")
+    for fisher_type, reach in CAPTURE_REACH.items():
+        for backend in ("hooks", "backpack"):
+            run = partial(
+                capture,
+                network.model,
+                network.criterion,
+                network.x,
+                network.y,
+                fisher_type=fisher_type,
+                backend=backend,
+            )
+            yield Row(f"capture, {backend}", network, run, fisher_type, reach=reach)
+
+
+def run(setting: Setting) -> list[dict[str, Any]]:
+    """The records of this part of the bench."""
+    with torch.random.fork_rng(devices=[]):
+        return measured(rows(setting), setting)

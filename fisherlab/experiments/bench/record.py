@@ -1,0 +1,51 @@
+"""A part of the bench measured and written: tables, a picture, and one JSON file of all parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.experiments import checkpoint
+from fisherlab.experiments.bench import build, capture, compare, optim, scaling
+from fisherlab.experiments.bench.peers import installed
+from fisherlab.experiments.bench.setting import Setting
+from fisherlab.experiments.rundir import FIGURES, RunDir
+from fisherlab.plots import bench as pictures
+
+PARTS: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
+    "capture": capture.run,
+    "build": build.run,
+    "compare": compare.run,
+    "optim": optim.run,
+    "scaling": scaling.run,
+}
+JSON = "bench.json"
+
+
+def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
+    """Measure one part and write its table and picture."""
+    frame = pd.DataFrame(PARTS[part](setting))
+    rundir.write_table(part, frame)
+    drawn = pictures.scaling(frame) if part == "scaling" else pictures.ratios(frame, part)
+    folder = rundir.folder / FIGURES
+    folder.mkdir(exist_ok=True)
+    (folder / f"{part}.png").write_bytes(drawn.png())
+    return frame
+
+
+def finish(rundir: RunDir, config: dict[str, Any], setting: Setting) -> None:
+    """`config.json`, and `bench.json` with every part that was measured and the machine's rates."""
+    machine = asdict(setting.machine)
+    rundir.write_config(config | {"machine": machine, "peers": installed()})
+    parts = {}
+    for part in PARTS:
+        table = rundir.table(part)
+        if table is not None:
+            # through pandas: NaN becomes null, which is what JSON has
+            parts[part] = json.loads(table.to_json(orient="records"))
+    content = {"machine": machine, "settings": config["settings"], "parts": parts}
+    checkpoint.write(rundir.folder / JSON, json.dumps(content, indent=1) + "\n")
