@@ -175,7 +175,7 @@ def test_sabotage_would_be_noticed(monkeypatch):
     assert not works(claim.right, case)
 
 
-# The orderings over the whole input space -----------------------------------------------------------
+# The orderings over the whole input space ---------------------------------------------------------
 
 sizes = st.integers(1, 3)
 # zeros, ties and cancellation as well as generic numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class _Minimiser(OfLayer):
         return self._weighted(layer_case(generator, size), generator)
 
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
-        return self._weighted(super().adapt(real, generator), generator)
+        case = super().adapt(real, generator)
+        return None if case is None else self._weighted(case, generator)
 
     def _weighted(self, case: Case, generator: torch.Generator) -> Case:
         l1, l2 = self.weights(generator)
@@ -195,7 +197,7 @@ class Chord(_Blend, AtMost, name="ang_chord_is_shorter_than_the_sphere"):
 
 
 class GNorm(_Blend, Identity, name="ang_blend_has_unit_length_in_the_g_norm"):
-    """With `||t||_G = sqrt(t.G t)`, as the symbol says, the spherical blend still has length one."""
+    """With `||t||_G = sqrt(t.G t)`, as the symbol says, the spherical blend has length one."""
 
     source = "ANG (4), (7)"
     latex = r"\|t\|_G = \sqrt{t^\top G t} \Rightarrow \|\text{blend}\| = 1"
@@ -286,7 +288,7 @@ class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
     def left(self, case: Case) -> Tensor:
         model, criterion = model_of(case), criterion_of(case)
         name = layer_of(case)
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         optimizer = ANG(
             model, KFAC(), total_steps=2, criterion=criterion, lr=0.0, damping=0.1, momentum=0.0
         )

@@ -35,10 +35,10 @@ class ClaimError(ValueError):
 class Claim(ABC):
     """A statement, the paper that makes it, and how to try it; its docstring is the statement.
 
-    `draw` makes a random case; `left` (FisherLab's own code) and `right` (the definition, by code of
-    its own) compute the two sides; `compare` turns them into a margin, positive where the statement
-    is true of the case. A margin below `-noise` violates the statement, one within `noise` is lost in
-    rounding.
+    `draw` makes a random case; `left` (FisherLab's own code) and `right` (the definition, by code
+    of its own) compute the two sides; `compare` turns them into a margin, positive where the
+    statement is true of the case. A margin below `-noise` violates the statement, one within
+    `noise` is lost in rounding.
 
     `class X(Claim, name="x")` registers. A statement that is true under an `assumption` only checks
     it in `assume`, and names in `outside` the claim that tries it without.
@@ -177,7 +177,7 @@ class Order(Claim):
 
 
 class Usually(AtMost):
-    """`left <= right` in more than half of all cases: the margin is Wilson's lower limit less 1/2."""
+    """`left <= right` in most cases; the margin is Wilson's lower limit less 1/2."""
 
     trials = 60
     noise = 0.0

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fisherlab.approximations import Approximation
 from fisherlab.approximations.ifang import IFANG
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.blocks import contractions
@@ -229,7 +230,7 @@ class IfangTime(_Exponent, name="ifang_inverse_is_free_of_n3"):
     latex = r"\text{operations} \propto n^2"
     order = 2.0
     largest_size = 256
-    approximation = IFANG()
+    approximation: Approximation = IFANG()
 
     def count(self, case: Case, size: int) -> float:
         generator = torch.Generator().manual_seed(case["seed"])

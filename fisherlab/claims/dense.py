@@ -1,9 +1,10 @@
-"""Right-hand sides: definitions written out with autograd and dense matrices; no FisherLab in them."""
+"""Right-hand sides: definitions written out with autograd and dense matrices, no FisherLab."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Layered:
     def __init__(self, case: Case, layer: str | None = None) -> None:
         self.model, name = model_of(case).requires_grad_(False), layer or layer_of(case)
         self.x, self.y, self.criterion = case["x"], case["y"], case["criterion"]
-        module = self.model.get_submodule(name)
+        module: Any = self.model.get_submodule(name)
         self.names = [f"{name}.weight"] + ([f"{name}.bias"] if module.bias is not None else [])
         weight = module.weight
         self.weight_shape = weight.shape
@@ -54,7 +55,7 @@ class Layered:
 
     def scores(self, y: Tensor) -> Tensor:
         """`grad log p(y_n | x_n)` of every example, `[n, N]`."""
-        _, back = vjp(lambda theta: self.log_likelihood(theta, y), self.theta)
+        back = vjp(lambda theta: self.log_likelihood(theta, y), self.theta)[1]
         return vmap(lambda row: back(row)[0])(torch.eye(len(y), dtype=self.theta.dtype))
 
     def hessian_product(self, function: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
@@ -82,14 +83,14 @@ class Layered:
 
     def gauss_newton(self, V: Tensor) -> Tensor:
         """`(1/M) sum_n J_n^T (Hessian of -log p in f) J_n V`."""
-        _, back = vjp(self.outputs, self.theta)
+        back = vjp(self.outputs, self.theta)[1]
 
         def negative(row: Tensor, y: Tensor) -> Tensor:
             return -log_likelihood(self.criterion, row[None], y[None])[0]
 
         H = vmap(jacrev(jacrev(negative)))(self.f, self.y)
         # J v is the derivative of J^T u in u
-        _, forward = vjp(lambda u: back(u)[0], torch.zeros_like(self.f))
+        forward = vjp(lambda u: back(u)[0], torch.zeros_like(self.f))[1]
         along = [forward(v.flatten())[0] for v in V]
         products = [back(torch.einsum("ncd,nd->nc", H, Jv))[0] for Jv in along]
         return torch.stack(products).view_as(V) / len(self.x)
@@ -171,7 +172,7 @@ def root(S: Tensor, exponent: float) -> Tensor:
 
 
 def product_error(case: Case, G: Tensor, A: Tensor) -> float:
-    """`||F - G (x) A|| / ||F||`: the difference itself where it is small, else from its three terms."""
+    """`||F - G (x) A|| / ||F||`: the difference itself where it fits, else from its three terms."""
     D, M = gradients(case), len(case["a"])
     if D[0].numel() <= 400:
         F = block(case)

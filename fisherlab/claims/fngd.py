@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class ClosedForm(OfLayer, Identity, name="fngd_coefficients_are_the_natural_step
         return self._observed(super().draw(generator, size))
 
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
-        return self._observed(super().adapt(real, generator))
+        case = super().adapt(real, generator)
+        return None if case is None else self._observed(case)
 
     def _observed(self, case: Case) -> Case:
         return {**case, "g": case["g"][:1]}
@@ -75,8 +77,8 @@ class FirstPhase(Tengrad, name="fngd_first_phase_is_folded_natural_gradient"):
 
     def left(self, case: Case) -> Tensor:
         model, criterion, name = model_of(case), criterion_of(case, "mean"), layer_of(case)
-        options = {"lr": 1.0, "alpha": self.alpha, "momentum": 0.0, "kl_clip": None}
-        optimizer = FNGD(model, criterion=criterion, coefficient_steps=9, **options)
+        options: dict[str, Any] = {"lr": 1.0, "alpha": self.alpha, "momentum": 0.0}
+        optimizer = FNGD(model, criterion=criterion, coefficient_steps=9, kl_clip=None, **options)
         before = joint(model, name)
         criterion(model(case["x"]), case["y"]).backward()
         optimizer.step()
@@ -114,7 +116,7 @@ class _Shared(Claim):
     def shared(self, case: Case) -> Tensor:
         """FNGD's `M v~` of the first layer after its first phase, `[M]`."""
         model, criterion = model_of(case), criterion_of(case, "mean")
-        options = {"lr": 0.0, "alpha": self.alpha, "momentum": 0.0}
+        options: dict[str, Any] = {"lr": 0.0, "alpha": self.alpha, "momentum": 0.0}
         optimizer = FNGD(model, criterion=criterion, coefficient_steps=self.batches, **options)
         with warnings.catch_warnings():
             # that the coefficients are flat is what is measured here
@@ -139,7 +141,7 @@ class _Shared(Claim):
 
 
 class FlatCoefficients(_Shared, AtMost, name="fngd_coefficients_become_flat"):
-    """After a shuffled first phase FNGD is SGD with a layer's own factor, up to noise std/sqrt(B)."""
+    """After a shuffled first phase FNGD is SGD with a layer factor, up to noise std/sqrt(B)."""
 
     source = "FNGD IV-C, details 1"
     latex = r"\mathrm{std}_m(\tilde v_m) \approx \mathrm{std}_m(v_m) / \sqrt{B}"

@@ -64,7 +64,7 @@ class ScoreMean(_MeanScore, name="score_has_mean_zero"):
 
 
 class ObservedScoreMean(_MeanScore, name="empirical_score_has_mean_zero"):
-    """The score has mean zero at the observed labels too, so that the empirical Fisher is centred."""
+    """The score has mean zero at the observed labels too: the empirical Fisher is centred."""
 
     source = "NGM (7)"
     latex = r"\frac{1}{M} \sum_n \nabla \log p_\theta(y_n|x_n) = 0"
@@ -128,7 +128,7 @@ class HessianOfKL(_Matrix, name="fisher_is_hessian_of_kl"):
 
 
 class GaussNewton(_Matrix, name="fisher_is_gauss_newton"):
-    """The Fisher is the generalised Gauss-Newton matrix of softmax, squared and Bernoulli losses."""
+    """The Fisher is the Gauss-Newton matrix of the softmax, squared and Bernoulli losses."""
 
     source = "NGM section 2"
     latex = r"F = \frac{1}{M} \sum_n J_n^\top (\nabla_f^2 \ell_n) J_n"
@@ -152,7 +152,7 @@ class _MeanLoss(OfNetwork, Identity):
 
 
 class FisherOfMean(_MeanLoss, name="exact_fisher_of_a_mean_loss"):
-    """Where the loss averages the outputs of an example, the exact Fisher is the mean loss's matrix."""
+    """Where the loss averages over outputs, the exact Fisher is that of the averaged loss."""
 
     source = "NGM (8), details 2"
     latex = r"F = E[\nabla^2 \tfrac{1}{C} \sum_j \ell_j] = \tfrac{1}{C} E[\nabla^2 \sum_j \ell_j]"
@@ -220,7 +220,7 @@ class SecondOrderKL(OfNetwork, Order, name="kl_is_quadratic_to_second_order"):
 
 
 class SteepestDescent(OfNetwork, AtMost, name="natural_gradient_is_steepest_in_kl"):
-    """Of all small steps of equal KL divergence none lowers the linearised loss more than the natural."""
+    """Of all small steps of equal KL divergence the natural one lowers the linearised loss most."""
 
     source = "NGM (15)-(18)"
     latex = (
@@ -424,7 +424,7 @@ def layer_names(case: Case) -> list[str]:
 
 def joint(model: nn.Module, name: str) -> Tensor:
     """`[weight | bias]` of a layer."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     weight = module.weight.detach().flatten(1)
     return weight if module.bias is None else torch.cat([weight, module.bias.detach()[:, None]], 1)
 

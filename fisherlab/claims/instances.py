@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def orthogonal(generator: torch.Generator, n: int) -> Tensor:
 
 
 def positive_definite(generator: torch.Generator, n: int, condition: float) -> Tensor:
-    """A symmetric matrix with eigenvalues from 1 / condition to 1, log-uniform, both ends present."""
+    """A symmetric matrix with log-uniform eigenvalues from 1 / condition to 1, both ends there."""
     values = torch.tensor([log_uniform(generator, 1 / condition, 1.0) for _ in range(n)])
     values[0], values[-1] = 1 / condition, 1.0
     Q = orthogonal(generator, n)
@@ -98,7 +98,7 @@ def network_case(
     criteria: Sequence[str] = CRITERIA,
     activations: Sequence[str] = ("tanh", "softplus"),
 ) -> Case:
-    """A network of two or three layers, a batch, a criterion, the layer looked at, and probes `V`."""
+    """A network of two or three layers, a batch, a criterion, the layer in question, probes `V`."""
     M, T = integer(generator, *examples, size), integer(generator, 1, positions, size)
     criterion = choice(generator, criteria)
     widths = [integer(generator, 2, 4, size) for _ in range(integer(generator, 3, 4, size))]
@@ -173,7 +173,7 @@ def seen(case: Case, fisher_type: str, **options: Any) -> LayerCapture:
 def layer_case(
     generator: torch.Generator, size: float, *, fisher_type: str | None = None, **options: Any
 ) -> Case:
-    """The inputs `a` `[n, t, i]` and output gradients `g` `[m, n, t, o]` of one layer of a network."""
+    """The inputs `a` `[n, t, i]` and output gradients `g` `[m, n, t, o]` of a network's layer."""
     case = network_case(generator, size, **options)
     kind = fisher_type or choice(generator, ("exact", "empirical", "mc"))
     found = seen(case, kind, generator=generator)
@@ -197,7 +197,7 @@ def captured(case: Case) -> LayerCapture:
 class OfNetwork(Claim):
     """A claim about a network, a batch and one of its layers."""
 
-    free = ("x", "weights")
+    free: ClassVar[tuple[str, ...]] = ("x", "weights")
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
         return network_case(generator, size)
@@ -217,7 +217,7 @@ class OfNetwork(Claim):
 class OfLayer(Claim):
     """A claim about the inputs `a` and the output gradients `g` of one layer."""
 
-    free = ("a", "g")
+    free: ClassVar[tuple[str, ...]] = ("a", "g")
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
         return layer_case(generator, size)

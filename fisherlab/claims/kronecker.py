@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.kronecker_optimal import KroneckerOptimal
 from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.tkfac import TKFAC
+from fisherlab.blocks import Kronecker
 from fisherlab.claims import dense
 from fisherlab.claims.base import REFUTED, AtMost, Case, Identity
 from fisherlab.claims.instances import (
@@ -92,7 +95,7 @@ class ShampooSquared(OfLayer, Identity, name="tkfac_is_shampoo_squared"):
 
 
 class LiteralTkfac(OfLayer, Identity, name="tkfac_as_printed_is_partial_traces"):
-    """For one position TKFAC as printed, with `Lambda = a a^T`, has the partial traces as factors."""
+    """For one position TKFAC as printed, `Lambda = a a^T`, has the partial traces as factors."""
 
     source = "TEKFAC (2.9)"
     latex = r"\Phi = E[\mathrm{tr}\Gamma \, \Lambda] / E[\mathrm{tr}\Lambda \, \mathrm{tr}\Gamma]"
@@ -119,7 +122,7 @@ class LiteralTkfac(OfLayer, Identity, name="tkfac_as_printed_is_partial_traces")
 
 
 class HalfSteps(OfLayer, Identity, name="tkfac_is_the_first_step_to_the_optimum"):
-    """TKFAC's factors are the two half-steps from the identity of the optimal product's iteration."""
+    """TKFAC's factors are the two half-steps of the optimum's power iteration from the identity."""
 
     source = "TEKFAC (2.10), details 11"
     latex = (
@@ -132,6 +135,7 @@ class HalfSteps(OfLayer, Identity, name="tkfac_is_the_first_step_to_the_optimum"
 
     def left(self, case: Case) -> Tensor:
         X = TKFAC()(captured(case))
+        assert isinstance(X, Kronecker)
         return torch.cat([side.flatten() / side.trace() for side in (X.G, X.A)])
 
     def right(self, case: Case) -> Tensor:
@@ -153,7 +157,7 @@ class Uncorrelated(OfLayer, Identity, name="kfac_is_tkfac_when_uncorrelated"):
     )
     assumption = "one position; tr Gamma uncorrelated with Lambda and tr Lambda with Gamma"
     outside = "kfac_is_tkfac_when_one_is_uncorrelated"
-    free = ()
+    free: ClassVar[tuple[str, ...]] = ()
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
         """Every input with every output gradient, so that nothing is correlated."""
@@ -208,11 +212,17 @@ class LinearNetwork(OfLayer, Identity, name="kfac_is_exact_for_linear_networks")
     assumption = "no activation, squared error, exact Fisher, one position"
     outside = "kfac_is_exact_for_networks"
     activations = ("identity",)
-    free = ()
+    free: ClassVar[tuple[str, ...]] = ()
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
-        options = {"positions": 1, "criteria": ("squared_error",), "activations": self.activations}
-        case = network_case(generator, size, examples=(3, 8), **options)
+        case = network_case(
+            generator,
+            size,
+            examples=(3, 8),
+            positions=1,
+            criteria=("squared_error",),
+            activations=self.activations,
+        )
         layer = seen({**case, "layer": 0}, "exact")
         a, g = layer.inputs, layer.output_gradients
         V = normal(generator, 3, g.shape[-1], a.shape[-1])

@@ -195,5 +195,5 @@ class CarriedTrace(_Batches, Identity, name="carried_theta_keeps_the_trace"):
         past = parts(case)[:-1]
         weights = [self.decay**age for age in reversed(range(len(past)))]
         traces = [dense.gradients(part).square().sum() / len(part["a"]) for part in past]
-        total = sum(w * trace for w, trace in zip(weights, traces, strict=True))
-        return total / sum(weights)
+        ages = torch.tensor(weights, dtype=torch.float64)
+        return ages @ torch.stack(traces) / ages.sum()

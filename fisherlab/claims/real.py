@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ LARGEST = 50_000
 def real_cases(on: str, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Iterator[Case]:
     """A case per step, layer and Fisher type of `dataset:model`, trained by SGD with momentum.
 
-    The network is in float64 and, where it is looked at, in evaluation mode. Raises `ClaimError` for
-    anything but one label, or one row of numbers, per example.
+    The network is in float64 and, where it is looked at, in evaluation mode. Raises `ClaimError`
+    for anything but one label, or one row of numbers, per example.
     """
     name, _, model_name = on.partition(":")
     if not name or not model_name:
@@ -32,7 +33,10 @@ def real_cases(on: str, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Iterat
     x, y = data.train.tensors
     if not x.is_floating_point() or (y.ndim > 1 and data.card.num_classes):
         raise ClaimError(f"{name!r} has no single label per example: the claims are about those")
-    options = {"num_classes": data.card.num_outputs, "input_size": tuple(data.card.input_shape)}
+    options: dict[str, Any] = {
+        "num_classes": data.card.num_outputs,
+        "input_size": tuple(data.card.input_shape),
+    }
     generator = torch.Generator().manual_seed(seed)
     model = models.create(model_name, **options, generator=generator).double()
     criterion = "cross_entropy" if data.card.num_classes else "squared_error"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fisherlab.claims import dense
 from fisherlab.claims.base import REFUTED, Case, Claim, Identity, Order
+from fisherlab.claims.foundations import joint
 from fisherlab.claims.instances import (
     ACTIVATIONS,
     OfNetwork,
@@ -79,7 +80,7 @@ def local_fisher(case: Case, name: str) -> Tensor:
 
 
 class Proposition1(_Reconstructed, Identity, name="sngd_step_is_a_natural_step"):
-    """A gradient step on `w'` of the reconstructed network is a natural step on `W`, G held fixed."""
+    """A gradient step on `w'` of the reconstructed network is a natural step on `W`, G fixed."""
 
     source = "SNGD Proposition 1"
     latex = (
@@ -91,12 +92,11 @@ class Proposition1(_Reconstructed, Identity, name="sngd_step_is_a_natural_step")
 
     def left(self, case: Case) -> Tensor:
         model, name = self.network(case), layer_of(case)
-        module, _ = local_fishers(model)[name]
-        before = torch.cat([module.weight, module.bias[:, None]], 1).detach()
+        before = joint(model, name)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         criterion_of(case)(model(case["x"]), case["y"]).backward()
         optimizer.step()
-        return before - torch.cat([module.weight, module.bias[:, None]], 1).detach()
+        return before - joint(model, name)
 
     def right(self, case: Case) -> Tensor:
         gradient = dense.Layered(case).gradient() * len(case["x"])
@@ -130,12 +130,11 @@ class PrintedRefresh(_Reconstructed, Identity, name="sngd_refresh_as_printed"):
             self.assign(module, fisher.inverse)
         return model(case["x"])
 
-    def assign(self, module: nn.Module, factor: Tensor) -> None:
+    def assign(self, module: Any, factor: Tensor) -> None:
         """`w' <- W factor`."""
-        joint = torch.cat([module.weight, module.bias[:, None]], 1) @ factor
-        assert parametrize.is_parametrized(module, "weight")
-        module.parametrizations.weight.original.copy_(joint[:, :-1])
-        module.parametrizations.bias.original.copy_(joint[:, -1])
+        W = torch.cat([module.weight, module.bias[:, None]], 1) @ factor
+        module.parametrizations.weight.original.copy_(W[:, :-1])
+        module.parametrizations.bias.original.copy_(W[:, -1])
 
     def right(self, case: Case) -> Tensor:
         return dense.Layered(case).f
@@ -243,7 +242,7 @@ class Unscaled(_Roots, Identity, name="newton_schulz_without_scaling"):
 
 
 class QuadraticNewtonSchulz(Order, name="newton_schulz_is_quadratic"):
-    """Near the roots the residual `||I - Z Y||` after an iteration is of the square of the one before."""
+    """Near the roots the residual `||I - Z Y||` after an iteration is the square of that before."""
 
     latex = r"\|I - Z_{k+1} Y_{k+1}\| = O(\|I - Z_k Y_k\|^2)"
     order = 2.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def fitted_slope(x: Tensor, y: Tensor) -> float:
-    """The power `p` of `y ~ c x^p`, by least squares in logarithms; NaN where a `y` is not positive."""
+    """The power `p` of `y ~ c x^p`, least squares in logarithms; NaN where a `y` is not above 0."""
     if not bool((y > 0).all()) or not bool(torch.isfinite(y).all()):
         return math.nan
     u, v = x.double().log(), y.double().log()

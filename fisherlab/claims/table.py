@@ -42,7 +42,7 @@ COLUMNS = (
 
 @dataclass
 class Trials:
-    """What was seen of one claim: margins, both sides where they are numbers, and the worst case."""
+    """What was seen of one claim: margins, both sides where they are numbers, the worst case."""
 
     claim: Claim
     margins: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ Verdict = tuple[dict[str, Any], Trials]
 
 
 class Verdicts:
-    """The table of a `verify`: a row per claim, and the smallest counterexample of each refuted one."""
+    """The table of a `verify`: a row per claim, the smallest counterexample of each refuted."""
 
     def __init__(self, verdicts: Iterable[Verdict], on: str = "") -> None:
         pairs = list(verdicts)
@@ -158,7 +158,7 @@ def chosen(names: str | Iterable[str] | None) -> list[str]:
     if names is None:
         return base.names()
     wanted = [names] if isinstance(names, str) else list(names)
-    papers = {base.get(name).paper.lower(): [] for name in base.names()}
+    papers: dict[str, list[str]] = {base.get(name).paper.lower(): [] for name in base.names()}
     for name in base.names():
         papers[base.get(name).paper.lower()].append(name)
     found = [
@@ -178,8 +178,8 @@ def verify(
 
     `names`: claims or papers (`"tekfac"`); None: all. `trials` per claim, None: each claim's own
     number. A claim's cases depend on `seed` and its name alone, not on what else is tried. `on`:
-    "dataset:model", cases of a real network at several training steps instead of random ones; claims
-    that cannot be asked of it are left out.
+    "dataset:model", cases of a real network at several training steps instead of random ones;
+    claims that cannot be asked of it are left out.
 
     Raises `ClaimError` for an unknown name.
     """
