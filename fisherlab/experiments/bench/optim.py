@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,6 +21,7 @@ def run(setting: Setting) -> list[dict[str, Any]]:
     Raises `AssertionError` where a state of an optimizer changed more or less often than its row
     states: a row cannot be fast by computing less than it says.
     """
+    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], tuple[Any, ...]]]
     if setting.quick:
         cases = [("mlp", _tiny, (16,), bench_optim.RESNET_ROWS)]
         size, options = 8, {"steps": 10, "repeats": 1}
@@ -30,23 +33,27 @@ def run(setting: Setting) -> list[dict[str, Any]]:
         size, options = 128, {"steps": 100, "repeats": setting.repeats or 3}
     records = []
     for network, build, shape, rows in cases:
-
-        def titled(title: str, network: str = network) -> None:
-            setting.progress(f"{network}: {title}")
-
         batches = [
             (x.to(setting.device), y.to(setting.device))
             for x, y in bench_optim.random_batches(shape, size)
         ]
         found = bench_optim.measure(
-            lambda build=build: build().to(setting.device),
+            partial(_placed, build, setting),
             batches,
             rows,
-            progress=titled,
+            progress=partial(_titled, network, setting),
             **options,
         )
         records += [_record(network, size, row, setting) for row in found]
     return records
+
+
+def _placed(build: Callable[[], nn.Module], setting: Setting) -> nn.Module:
+    return build().to(setting.device)
+
+
+def _titled(network: str, setting: Setting, title: str) -> None:
+    setting.progress(f"{network}: {title}")
 
 
 def _tiny() -> nn.Module:
