@@ -58,10 +58,10 @@ class Ranks:
     def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`sum_r` of every tensor, by one `all_reduce` in the widest of their dtypes."""
         values = list(tensors.values())
-        dtype = values[0].dtype
+        dtype, device = values[0].dtype, self.device or values[0].device
         for value in values:
             dtype = torch.promote_types(dtype, value.dtype)
-        flat = torch.cat([v.to(self.device or v.device, dtype).flatten() for v in values])
+        flat = torch.cat([v.to(device, dtype).flatten() for v in values])
         dist.all_reduce(flat, group=self.group)
         parts = flat.split([v.numel() for v in values])
         return {

@@ -136,10 +136,16 @@ def test_a_batch_in_chunks_decays_once():
 
 def test_reduce_adds_the_sums_of_ranks():
     one, two = captured((6, 3), features=6)
-    other = {value.shape: value for value in fl.KFAC().sums(two).values()}
-    other[torch.Size()] = torch.tensor(3.0).double()  # its number of examples
-    running = Running(fl.KFAC(), 0.9, reduce=lambda x: x + other[x.shape])
+    other = {**fl.KFAC().sums(two), "count": torch.tensor(3.0)}
+    calls = []
+
+    def reduce(sums):
+        calls.append(list(sums))
+        return {key: value + other[key] for key, value in sums.items()}
+
+    running = Running(fl.KFAC(), 0.9, reduce=reduce)
     running.update(one)
+    assert calls == [["A", "G", "count"]]
     assert relative(running.block().dense(), fl.KFAC()(one, two).dense()) < 1e-12
 
 

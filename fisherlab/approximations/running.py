@@ -100,7 +100,8 @@ class Running:
 
     A sum travels with the number of loss terms it covers and both decay together, so the first
     estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
-    refreshed by separate calls, at whatever intervals the caller keeps.
+    refreshed by separate calls, at whatever intervals the caller keeps. `reduce` adds those of all
+    ranks, sums and count together in one call.
 
     Raises `BlockError` for an approximation whose blocks are of the current batch only.
     """
@@ -109,7 +110,7 @@ class Running:
         self,
         approximation: Approximation,
         decay: float = 0.95,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Callable[[Sums], Sums] | None = None,
     ) -> None:
         if not approximation.additive:
             raise BlockError(
@@ -136,9 +137,13 @@ class Running:
         count = sum(layer.examples for layer in layers)
         self.count = self._blend(self.sums, self.count, total, count)
 
-    def refresh_basis(self) -> None:
-        """Recompute the basis from the means; corrections are carried into the new one."""
-        new = self.approximation.basis(self.means, self.basis or None)
+    def new_basis(self) -> Sums:
+        """The basis of the current means: the expensive part."""
+        return self.approximation.basis(self.means, self.basis or None)
+
+    def refresh_basis(self, new: Sums | None = None) -> None:
+        """Take the basis of the means, or one made elsewhere; corrections are carried into it."""
+        new = self.new_basis() if new is None else new
         if self.basis and self.corrections:
             self.corrections = self.approximation.carry(self.corrections, self.basis, new)
         self.basis = new
@@ -160,8 +165,9 @@ class Running:
 
     def _blend(self, into: Sums, count: float, total: Sums, terms: float) -> float:
         if self.reduce is not None:
-            total = {key: self.reduce(value) for key, value in total.items()}
-            terms = float(self.reduce(torch.tensor(terms, dtype=torch.float64)))
+            counted = torch.tensor(terms, dtype=torch.float64)
+            *reduced, counted = self.reduce({**total, "count": counted}).values()
+            total, terms = dict(zip(total, reduced, strict=True)), float(counted)
         for key, value in total.items():
             if key in into:
                 into[key].mul_(self.decay).add_(value)

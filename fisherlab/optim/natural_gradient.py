@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
-from fisherlab.blocks import Block, DirectSum, from_dict, to_dict
+from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
+from fisherlab.distributed import unwrapped
 from fisherlab.extract import LayerCapture
+from fisherlab.extract.joint import joined
 from fisherlab.optim.base import CurvatureOptimizer, Weight, summary_row
 from fisherlab.optim.recorder import Recorder, delivered
 from fisherlab.optim.scale import OptimizerError
@@ -38,7 +40,14 @@ class NaturalGradient(CurvatureOptimizer):
     mode `g = M dL/ds` holds cross-example terms, as in every hook-based K-FAC.
 
     Create it before `torch.compile`. `p.grad` is read, never changed.
+
+    Under DDP the sums are added by one `all_reduce` per layer and eigendecompositions are shared
+    out over the ranks; methods without sums gather a layer's raw inputs and output gradients.
     """
+
+    data_parallel = True
+
+    joins_tied = True
 
     def __init__(
         self,
@@ -94,8 +103,12 @@ class NaturalGradient(CurvatureOptimizer):
             **every,
         )
         self.approximation, self.decay, self.graft = approximation, decay, graft
+        model = unwrapped(model)
+        # the mean gradient is the joint batch's already
+        local = approximation.needs - {"gradient"}
+        reduce = self.ranks.sum if self.ranks is not None and local else None
         self._running = {
-            key: Running(approximation, decay) if approximation.additive else None
+            key: Running(approximation, decay, reduce) if approximation.additive else None
             for weight in self.weights.values()
             for key in weight.keys
         }
@@ -104,7 +117,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._lambdas: dict[str, float] = {}
         self._scale: dict[str, float] = {}
         self.recorder: Recorder | None = None
-        if approximation.needs - {"gradient"}:
+        if local:
             modules = {w.name: w.module for w in self.weights.values()}
             modules |= self._tied(model, modules)
             self.recorder = Recorder(
@@ -117,6 +130,7 @@ class NaturalGradient(CurvatureOptimizer):
                 examples=statistics_examples,
                 slopes="outputs" in approximation.needs,
                 biased={name for name, w in self.weights.items() if w.bias is not None},
+                ranks=self.ranks,
             )
             self.recorder.wanted = True
             self.hooked.append(self.recorder)
@@ -156,9 +170,11 @@ class NaturalGradient(CurvatureOptimizer):
             predicted = self._predicted_change({p: p - before[p] for p in params})
             with self._unrecorded(), torch.enable_grad():
                 change = closure().item() - loss.item()
+            if self.ranks is not None:
+                change = self.ranks.total(change) / self.ranks.size
             for rule in adapting:
                 rule.adapt(change / predicted if predicted < 0 else -math.inf)
-            self._damp(set(self._blocks))
+            self._damp(list(self._blocks))
         return loss
 
     def _predicted_change(self, moved: dict[nn.Parameter, Tensor]) -> float:
@@ -236,12 +252,14 @@ class NaturalGradient(CurvatureOptimizer):
         present = [self.weights[name] for name in gradients]
         due = [weight for weight in present if self._collects(weight)]
         captures = self._captures(due, gradients)
-        changed: set[str] = set()
-        for weight in present:
-            for key in weight.keys:
-                self._update(weight, key, captures.get(key, []))
-                if self._changes(weight, key):
-                    changed.add(key)
+        layers = [(weight, key, captures.get(key, [])) for weight in present for key in weight.keys]
+        for each in layers:
+            self._add_batch(*each)
+        self._refresh_bases([key for weight, key, _ in layers if self._basis_due(weight, key)])
+        for each in layers:
+            self._correct(*each)
+        # in one order on all ranks
+        changed = [key for weight, key, _ in layers if self._changes(weight, key)]
         for key in changed:
             running = self._running[key]
             if running is not None:
@@ -263,6 +281,7 @@ class NaturalGradient(CurvatureOptimizer):
         if not due:
             return {}
         passes = self.recorder.captures()
+        self._check_ranks(self.recorder.factors)
         found = {key: delivered(passes, key) for weight in due for key in weight.keys}
         for weight in due:
             layers = found[weight.keys[0]]
@@ -282,20 +301,44 @@ class NaturalGradient(CurvatureOptimizer):
                     )
         return found
 
-    def _update(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
+    def _add_batch(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
         running = self._running[key]
-        if running is None:
-            if layers:
-                self._blocks[key] = self.approximation(*layers)
+        if not layers:
             return
-        if layers and (self._due(weight, "statistics_every") or not running.sums):
+        if running is None:
+            if self.ranks is not None:
+                layers = [joined(layer, self.ranks) for layer in layers]
+            self._blocks[key] = self.approximation(*layers)
+        elif self._due(weight, "statistics_every") or not running.sums:
             running.update(*layers)
-        if self._has_basis and running.sums:
-            if self._due(weight, "basis_every") or not running.basis:
-                running.refresh_basis()
-            due = self._due(weight, "corrections_every") or not running.corrections
-            if layers and self._corrected and due:
-                running.correct(*layers)
+
+    def _basis_due(self, weight: Weight, key: str) -> bool:
+        running = self._running[key]
+        if running is None or not running.sums or not self._has_basis:
+            return False
+        return self._due(weight, "basis_every") or not running.basis
+
+    def _refresh_bases(self, keys: Sequence[str]) -> None:
+        """New bases, each made by one rank."""
+        found = self._shared_out(keys, lambda key: self._running[key].new_basis())
+        for key, basis in found.items():
+            self._running[key].refresh_basis(basis)
+
+    def _shared_out(self, keys: Sequence[str], make: Callable[[str], Any]) -> dict[str, Any]:
+        """`make(key)` of every key: a nest of tensors, made by one rank and sent to the others."""
+        if self.ranks is None:
+            return {key: make(key) for key in keys}
+        sides = {key: self._owner[key].weight.flatten(1).shape for key in keys}
+        owners = self.ranks.owners({key: float(o**3 + i**3) for key, (o, i) in sides.items()})
+        mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
+        return {key: self.ranks.broadcast(mine.get(key), owners[key]) for key in keys}
+
+    def _correct(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
+        running = self._running[key]
+        if running is None or not running.basis or not self._corrected:
+            return
+        if layers and (self._due(weight, "corrections_every") or not running.corrections):
+            running.correct(*layers)
 
     def _changes(self, weight: Weight, key: str) -> bool:
         """Whether the damped inverse of a layer is recomputed at this step."""
@@ -316,8 +359,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _corrected(self) -> bool:
         return type(self.approximation).corrections is not Approximation.corrections
 
-    def _damp(self, keys: Iterable[str]) -> None:
-        owner = {key: w for w in self.weights.values() for key in w.keys}
+    def _damp(self, keys: Sequence[str]) -> None:
         for k, group in enumerate(self.param_groups):
             names = [w.name for w in self.weights.values() if w.group == k]
             joined = {n: self._joined(self._blocks, self.weights[n]) for n in names}
@@ -329,9 +371,23 @@ class NaturalGradient(CurvatureOptimizer):
                 self._lambdas[name] = float(value)
                 if expand is not None and isinstance(self.weights[name].module, nn.Linear):
                     self._scale[name] = 1 / expand(lambdas)
-        for key in keys:
-            block, name = self._blocks[key], owner[key].name
-            self._preconditioners[key] = self.approximation.damped(block, self._lambdas[name])
+
+        def damped(key: str) -> Block:
+            name = self._owner[key].name
+            return self.approximation.damped(self._blocks[key], self._lambdas[name])
+
+        # elsewhere the eigenvectors are known, or there is no matrix to invert
+        dear = [key for key in keys if isinstance(self._blocks[key], Kronecker | KroneckerSum)]
+        if self.ranks is None:
+            dear = []
+        states = self._shared_out(dear, lambda key: to_dict(damped(key)))
+        self._preconditioners |= {
+            key: from_dict(states[key]) if key in states else damped(key) for key in keys
+        }
+
+    @property
+    def _owner(self) -> dict[str, Weight]:
+        return {key: w for w in self.weights.values() for key in w.keys}
 
     @staticmethod
     def _joined(blocks: dict[str, Block], weight: Weight) -> Block | None:
