@@ -186,3 +186,23 @@ def test_the_trace_rule_of_a_network_with_convolutions():
         assert plain.fully_connected_scale(plain(found)) == 1.0
     alone = rules.trace(0.1, set())
     assert alone.fully_connected_scale(alone({"linear": found["linear"]})) == 1.0
+
+
+def test_levenberg_marquardt_follows_the_reduction_ratio():
+    """Martens & Grosse 2015, 6.5: `omega^every` down above 3/4, up below 1/4, within its bounds."""
+    rule = rules.levenberg_marquardt(share=2.0, every=5, omega=0.9)
+    found, matrices = blocks("linear", "conv")
+    for case, F in matrices.items():
+        assert rule(found)[case] == pytest.approx(2.0 * F.trace().item() / len(F))
+    share = 2.0
+    for ratio, power in ((0.9, 1), (0.5, 0), (0.75, 0), (0.25, 0), (0.1, -1), (-3.0, -1)):
+        rule.adapt(ratio)
+        share *= (0.9**5) ** power
+        assert rule.share == pytest.approx(share)
+    rule.adapt(math.nan)  # a step that ended nowhere was not predicted well
+    assert rule.share == pytest.approx(share / 0.9**5)
+    for _ in range(100):
+        rule.adapt(1.0)
+    assert rule.share == rule.smallest
+    with pytest.raises(ValueError, match="0 < omega < 1"):
+        rules.levenberg_marquardt(omega=1.0)
