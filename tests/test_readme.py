@@ -113,7 +113,7 @@ def test_one_new_file_is_all_that_a_new_approximation_needs(copy):
 
 def test_the_law_tests_find_the_new_file(copy):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_approximations.py", "-q", "-k", "neuron"],
+        [sys.executable, "-m", "pytest", "tests/test_registry_laws.py", "-q", "-k", "neuron"],
         cwd=copy,
         env=os.environ | {"PYTHONPATH": str(copy)},
         capture_output=True,

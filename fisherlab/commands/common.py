@@ -202,7 +202,8 @@ def show(frame: pd.DataFrame, title: str = "", digits: int = 3, wrap: Sequence[s
         table.add_row(*(escape(_cell(value, digits)) for value in row))
     console = Console()
     if not sys.stdout.isatty():  # a file has no width
-        console = Console(width=console.measure(table).maximum + 1, color_system=None)
+        width = Console(width=10_000).measure(table).maximum
+        console = Console(width=width + 1, color_system=None)
     console.print(table)
 
 
