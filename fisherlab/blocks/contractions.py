@@ -33,8 +33,19 @@ def _sizes(a: Tensor, g: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """`sum x x^T` over all leading axes, `[..., d] -> [d, d]`: one flat matmul."""
-    flat = x.reshape(-1, x.shape[-1])
+    """`sum x x^T` over all leading axes, `[..., d] -> [d, d]`: one flat matmul.
+
+    A convolution's gradients lie in memory as `[..., d, t]`: there one small product per example,
+    whose `d d` numbers are no more than the `t d` that laying out rows anew would write.
+    """
+    t, d = x.shape[-2:]
+    if d <= t and x.stride(-2) == 1 and x.stride(-1) == t:
+        channels = x.mT.reshape(-1, d, t)
+        total = x.new_zeros(d, d)
+        for part in slices(len(channels), d * d * x.element_size()):
+            total += torch.bmm(channels[part], channels[part].mT).sum(0)
+        return total
+    flat = x.reshape(-1, d)
     return flat.mT @ flat
 
 

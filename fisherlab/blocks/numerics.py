@@ -110,7 +110,7 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
             values, vectors = torch.linalg.eigh(attempt())
         except torch.linalg.LinAlgError:
             continue
-        if torch.isfinite(values).all() and torch.isfinite(vectors).all():
+        if all_finite(values) and all_finite(vectors):
             return values.to(matrix), vectors.to(matrix)
     raise BlockError(
         f"eigendecomposition of {name}, shape {tuple(matrix.shape)}, failed in {matrix.dtype}, in "
@@ -118,8 +118,14 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or inf: one pass where the sum is finite, as it nearly always is."""
+    # half precision overflows in sums of ordinary numbers, and an overflow is looked at closely
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise BlockError(
             f"{name} of shape {tuple(matrix.shape)} has NaN or inf entries, so it has no {wanted}; "
             "check the data, the model's weights and the loss"
@@ -129,7 +135,7 @@ def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Lower `L` with `S = L L^T`; `BlockError` names a matrix that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
-    if info.any() or not torch.isfinite(factor).all():
+    if info.any() or not all_finite(factor):
         _check_finite(matrix, name, "Cholesky factor")
         raise BlockError(
             f"{name} of shape {tuple(matrix.shape)} is not positive definite; use a larger damping"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import fisher
 from fisherlab.extract.hooks import fill
@@ -280,5 +281,5 @@ def _check_calls(name: str, calls: list[Call], examples: int) -> None:
                 f"batch has {examples} examples and the first axis must be the example; keep "
                 "[n, ..., features] instead of flattening positions into the batch"
             )
-        if not torch.isfinite(call.gradients).all():
+        if not all_finite(call.gradients):
             raise CaptureError(f"the gradient at the output of {name!r} has NaN or inf entries")

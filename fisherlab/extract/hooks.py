@@ -40,14 +40,14 @@ def fill(
         for call in calls:
             call.gradients = call.label_gradient[None]
         return
-    columns: list[list[Tensor]] = [[] for _ in calls]
-    for vector in vectors():
-        gradients = send_backwards(outputs, record, vector)
-        for column, gradient in zip(columns, gradients, strict=True):
-            column.append(gradient)
-    for call, column in zip(calls, columns, strict=True):
-        call.gradients = torch.stack(column)
-        column.clear()
+    columns = list(vectors())
+    for call in calls:
+        label = call.label_gradient
+        call.gradients = label.new_empty(len(columns), *label.shape)
+    for k, vector in enumerate(columns):
+        # into one buffer: a list of columns and their stack would take twice the memory
+        for call, gradient in zip(calls, send_backwards(outputs, record, vector), strict=True):
+            call.gradients[k] = gradient
 
 
 def _widened(gradient: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract.layer import CONVOLUTIONS, CaptureError
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -126,7 +127,7 @@ def check_model(model: nn.Module) -> None:
                 f"parameter {name!r} is {parameter.dtype}; curvature in half precision is noise: "
                 "call model.float() or model.double() (autocast is fine)"
             )
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise CaptureError(f"parameter {name!r} has NaN or inf entries")
 
 
@@ -136,7 +137,7 @@ def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
     for tensor, role in (*_tensors(x), (y, "y")):
         if tensor.ndim == 0 or tensor.shape[0] == 0:
             raise CaptureError(f"{role} is an empty batch, shape {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.ndim > 1 else None
             rows = "" if bad is None else f", first in row {int(bad.nonzero()[0])}"
             raise CaptureError(f"{role} has NaN or inf entries{rows}")
