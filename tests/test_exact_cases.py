@@ -178,8 +178,8 @@ def test_traces_norms_and_half_steps(case, fisher_type):
 def ordered(layer):
     """Nothing that is a Kronecker product beats the best one; a corrected spectrum never hurts."""
     F = fl.Exact()(layer)
-    if not F.squared_norm() > 0:
-        return
+    if not F.squared_norm() > 1e-200:
+        return  # a saturated softmax: the squares of such gradients are denormal numbers
     found = {name: error(name, layer) for name in KRONECKER}
     found |= {name: error(name, layer) for name in ("ekfac", "tekfac")}
     found |= {name: error(name, layer) for name in ("kronecker_optimal", "kronecker_sum")}
@@ -237,6 +237,8 @@ def test_orders_and_traces_over_everything_a_capture_takes(layers):
     for layer in layers.values():
         ordered(layer)
         F = fl.Exact()(layer)
+        if not F.squared_norm() > 1e-200:
+            continue
         for name in ("tkfac", "ekfac", "tekfac"):
             X = fl.approximations.get(name)()(layer)
             ratio = float(fl.metrics.trace_ratio(X, F))
