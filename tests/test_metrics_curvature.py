@@ -1,5 +1,6 @@
 """Layers, coefficients, Fisher types, KFAC's error, eigenspaces: each against its definition."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -233,3 +234,14 @@ def test_gram_study_orders_by_class_and_agrees_with_the_single_functions(conv_ne
 def test_pareto_front_leaves_out_what_is_beaten():
     costs, errors = [1, 2, 3, 4, 2], [0.9, 0.5, 0.6, 0.1, 0.4]
     assert metrics.pareto_front(costs, errors) == [0, 4, 3]
+
+
+def test_gram_study_survives_a_file(conv_net, tmp_path):
+    layers = fl.capture(*with_loss(conv_net), fisher_type="empirical")
+    study = metrics.gram_study(layers, conv_net[2])
+    np.savez(tmp_path / "study.npz", **study.arrays())
+    with np.load(tmp_path / "study.npz") as arrays:
+        back = metrics.GramStudy.of_arrays(arrays)
+    assert back.layers == study.layers
+    torch.testing.assert_close(back.masses, study.masses)
+    torch.testing.assert_close(back.correlations, study.correlations.float())

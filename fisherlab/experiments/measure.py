@@ -18,8 +18,10 @@ from fisherlab.experiments.training.run import Run
 from fisherlab.experiments.training.task import Task
 from fisherlab.extract import capture
 from fisherlab.extract.select import check_batch
+from fisherlab.metrics import GramStudy, gram_study
 
 MOMENTS = ("start", "middle", "end")
+LARGEST_GRAM = 256  # examples: beyond it the picture of a Gram matrix is grey
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
@@ -65,6 +67,7 @@ class Study:
     def __init__(self, settings: Settings) -> None:
         s = self.settings = settings
         self.notes: list[str] = []  # seeds whose training diverged
+        self.grams: dict[int, GramStudy] = {}  # by step, of the first seed
         self.names = list(s.approximations or _of_one_capture())
         self.makers = {name: approximations.get(name)() for name in self.names}
         if not s.dampings or any(not math.isfinite(d) or d <= 0 for d in s.dampings):
@@ -130,6 +133,8 @@ class Study:
         for seed in self.settings.seeds:
             try:
                 for step, model in self.trained(seed):
+                    if seed == self.settings.seeds[0]:
+                        self._correlate(model, seed, step)
                     tables.append(self.compare(model, seed, step, progress(f"step {step}")))
                     measured(Comparison.concat(tables))
             except Diverged as error:
@@ -173,6 +178,17 @@ class Study:
             step=step,
             progress=progress,
         )
+
+    def _correlate(self, model: nn.Module, seed: int, step: int) -> None:
+        """The Gram study of the batch at this step, where examples have one class each."""
+        (x, y), _ = self.batch(seed)
+        if y.ndim != 1 or y.is_floating_point() or not 2 <= len(y) <= LARGEST_GRAM:
+            return
+        layers = self.settings.layers
+        captured = capture(
+            model, self.task.criterion(), x, y, fisher_type="empirical", layers=layers
+        )
+        self.grams[step] = gram_study(captured, y)
 
     def batch(self, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
         """The examples measured on and the unseen ones, drawn from the training set by the seed."""

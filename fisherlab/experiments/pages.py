@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab import plots
 from fisherlab.comparison import Comparison
 from fisherlab.experiments.columns import MEANING
 from fisherlab.experiments.report import Picture, Section, Table, picture, sections
@@ -18,7 +19,14 @@ PICTURES = {
     "trace_ratio": "Trace of every approximation over the trace of the exact block.",
     "direction": "Cosine between the damped step of every approximation and the exact one.",
     "training": "The error over training, layer by layer.",
+    "off_diagonal_mass": "What no eigenvalues can express in the basis of each approximation.",
     "cost": "Time to build a block and solve with it, against its error.",
+}
+
+CURVATURE = {
+    "gram_matrices": "Correlation of the per-example gradients at the last step, by class.",
+    "gram_similarity": "Which layers see the examples alike (FNGD fig. 3, for all layers).",
+    "layer_masses": "Blocks between layers, which every block-diagonal approximation drops.",
 }
 
 
@@ -42,6 +50,7 @@ def of_compare(run: RunDir) -> Iterator[Section]:
         ["Each is also in the folder as PNG and PDF."],
         pictures=[picture(run, n, table.plot(n), text) for n, text in shown.items()],
     )
+    yield from _curvature(run)
     columns = ["layer", "layer_type", "n_parameters", "approximation", table.leading]
     columns += [c for c in ("relative_error", "population_error") if c != table.leading]
     columns += ["population_error_se", "optimality_gap", "trace_ratio", "cosine", "diagonalisation"]
@@ -56,6 +65,25 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     yield Section("The damped step", tables=[Table(last[steps], caption)])
     meaning = pd.DataFrame(MEANING.items(), columns=["column", "meaning"])
     yield Section("What the columns mean", tables=[Table(meaning)])
+
+
+def _curvature(run: RunDir) -> Iterator[Section]:
+    """The Gram matrices of the batch, where the run kept them."""
+    studies = run.grams()
+    if not studies:
+        return
+    last = studies[max(studies)]
+    shown = [picture(run, n, getattr(plots, n)(last), text) for n, text in CURVATURE.items()]
+    if len(studies) > 1:
+        figure = plots.gram_over_training(studies)
+        text = "How the correlations move while the network is trained."
+        shown.append(picture(run, "gram_over_training", figure, text))
+    found = (
+        f"Adjacent layers' Gram correlations have similarity {float(last.adjacent):.2f}, other "
+        f"pairs {float(last.apart):.2f}; {float(last.dropped):.0%} of the Fisher matrix's mass "
+        "lies between layers. Empirical Fisher of the batch, first seed, last step."
+    )
+    yield Section("Examples and layers", [found], pictures=shown)
 
 
 def _drawable(name: str, frame: pd.DataFrame) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 
 import fisherlab
 from fisherlab.experiments import checkpoint
+from fisherlab.metrics import GramStudy
 
 CONFIG = "config.json"
 FIGURES = "figures"
 REPORT = "report.html"
+GRAMS = "grams.npz"
 
 
 class RunDirError(ValueError):
@@ -62,6 +65,28 @@ class RunDir:
             lambda stream: frame.to_parquet(stream, index=False),
         )
 
+    def write_grams(self, studies: Mapping[int, GramStudy]) -> None:
+        """`grams.npz`: the Gram matrices of the batch by training step."""
+        arrays: dict[str, Any] = {
+            f"{step}/{name}": array
+            for step, study in studies.items()
+            for name, array in study.arrays().items()
+        }
+        write = lambda stream: np.savez_compressed(stream, **arrays)  # noqa: E731
+        checkpoint.write(self.folder / GRAMS, write)
+
+    def grams(self) -> dict[int, GramStudy]:
+        """What `write_grams` wrote, by step; nothing where it was not called."""
+        path = self.folder / GRAMS
+        if not path.is_file():
+            return {}
+        steps: dict[int, dict[str, np.ndarray]] = {}
+        with np.load(path) as arrays:
+            for key in arrays:
+                step, name = key.split("/")
+                steps.setdefault(int(step), {})[name] = arrays[key]
+        return {step: GramStudy.of_arrays(steps[step]) for step in sorted(steps)}
+
     @property
     def config(self) -> dict[str, Any]:
         """What `config.json` says; `RunDirError` where there is none."""
@@ -80,7 +105,7 @@ class RunDir:
 
     def _files(self, tables: tuple[str, ...]) -> list[Path]:
         names = [f"{name}{suffix}" for name in tables for suffix in (".csv", ".parquet")]
-        return [self.folder / name for name in (CONFIG, *names, REPORT, FIGURES)]
+        return [self.folder / name for name in (CONFIG, *names, GRAMS, REPORT, FIGURES)]
 
 
 def versions() -> dict[str, str]:

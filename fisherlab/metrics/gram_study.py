@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,18 @@ class GramStudy:
     def relative_masses(self) -> Tensor:
         """`||F_ij||^2 / (||F_ii|| ||F_jj||)`, `[L, L]`: the masses without the layers' scales."""
         return layer_correlation(self.masses)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays, for a file; the correlations in float32."""
+        values = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        return values | {"correlations": values["correlations"].astype(np.float32)}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> GramStudy:
+        """The study that `arrays` gave."""
+        tensors = {f.name: arrays[f.name] for f in fields(cls) if f.name != "layers"}
+        layers = [str(name) for name in arrays["layers"]]
+        return cls(layers, **{name: torch.as_tensor(value) for name, value in tensors.items()})
 
 
 def gram_study(layers: Mapping[str, HasGram], labels: Tensor, alpha: float = 0.005) -> GramStudy:

@@ -66,7 +66,9 @@ def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
 @theme.themed
 def off_diagonal_mass(table: Any) -> Figure:
     """Share of `||F||^2` that no eigenvalues in a basis can express, approximation by layer."""
-    once = theme.frame_of(table).drop_duplicates(["layer", "approximation"])
+    frame = theme.frame_of(table)
+    last = frame[frame["step"] == frame["step"].max()].dropna(subset=["diagonalisation"])
+    once = last.drop_duplicates(["layer", "approximation"])
     mass = 1 - once.pivot(index="approximation", columns="layer", values="diagonalisation")
     mass = mass[list(dict.fromkeys(once["layer"]))]
     mass = mass.loc[mass.median(axis=1).sort_values().index]
