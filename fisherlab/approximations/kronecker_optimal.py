@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherlab import blocks
 from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
+from fisherlab.blocks.kronecker import sum_of
 from fisherlab.blocks.numerics import eigh, symmetrise
 from fisherlab.extract import LayerCapture
 
@@ -41,11 +42,13 @@ class _Rearranged:
 
     def left(self, A: Tensor) -> Tensor:
         """`R(F) A`, `[i, i] -> [o, o]`."""
-        return sum(contractions.left_moment(a, g, A) for a, g in self.pairs) / self.count
+        moments = [contractions.left_moment(a, g, A) for a, g in self.pairs]
+        return sum_of(moments) / self.count
 
     def right(self, G: Tensor) -> Tensor:
         """`R(F)^T G`, `[o, o] -> [i, i]`."""
-        return sum(contractions.right_moment(a, g, G) for a, g in self.pairs) / self.count
+        moments = [contractions.right_moment(a, g, G) for a, g in self.pairs]
+        return sum_of(moments) / self.count
 
     def singular_pairs(
         self, terms: int, tolerance: float | None, iterations: int
@@ -69,8 +72,8 @@ class _Rearranged:
             tolerance or _TOLERANCE.get(self.dtype, 1e-5),
             iterations,
         )
-        found = [_symmetric_or_not(X) for X in found]
-        pairs = [(forth(X), X) if i <= o else (X, forth(X)) for X in found]
+        parts = [_symmetric_or_not(X) for X in found]
+        pairs = [(forth(X), X) if i <= o else (X, forth(X)) for X in parts]
         return [(G, A) for G, A in pairs if G.any() and A.any()]
 
     def output_matrices(self, terms: int) -> list[Tensor]:
@@ -98,8 +101,8 @@ class _Rearranged:
 
     def zero(self) -> tuple[Tensor, Tensor]:
         o, i = self.shape
-        options = {"dtype": self.dtype, "device": self.device}
-        return torch.zeros(o, o, **options), torch.zeros(i, i, **options)
+        empty = torch.empty(0, dtype=self.dtype, device=self.device)
+        return empty.new_zeros(o, o), empty.new_zeros(i, i)
 
 
 @dataclass(frozen=True)
