@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
@@ -97,6 +98,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     data_parallel: ClassVar[bool] = False
 
+    # whether the calls of several modules with one weight make one block; else it is plain
+    joins_tied: ClassVar[bool] = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -110,7 +114,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         max_norm: float | None = None,
         kl_clip: float | None = None,
         nonfinite: str = "raise",
-        **options: Any,
+        groups: dict[str, Any] | None = None,
     ) -> None:
         for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
             if not math.isfinite(value) or value < 0:
@@ -146,10 +150,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
         where = {id(p): k for k, group in enumerate(self.param_groups) for p in group["params"]}
         found: dict[str, Weight] = {}
-        for name, module in blocked_layers(model).items():
-            if id(module.weight) not in where or any(
-                w.weight is module.weight for w in found.values()
+        modules = blocked_layers(model)
+        uses = Counter(id(module.weight) for module in modules.values())
+        for name, module in modules.items():
+            if id(module.weight) not in where or (
+                uses[id(module.weight)] > 1 and not self.joins_tied
             ):
+                continue
+            if any(w.weight is module.weight for w in found.values()):
                 continue
             weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
             if bias is not None and (not bias.requires_grad or id(bias) not in where):
@@ -204,9 +212,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             if len(theirs) != len(ours) or any(
                 not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(ours, theirs, strict=True)
             ):
+                weights = [[f"1/{factor:.6g}" for factor in side] for side in (ours, theirs)]
                 raise OptimizerError(
-                    f"the ranks weigh their examples differently (dL/dl_n is 1/{ours} on rank 0 "
-                    f"and 1/{theirs} on rank {rank}): DDP averages ranks, not examples, so with "
+                    f"the ranks weigh their examples differently (dL/dl_n is "
+                    f"{', '.join(weights[0])} on rank 0 and {', '.join(weights[1])} on rank "
+                    f"{rank}): DDP averages ranks, not examples, so with "
                     "unequal batches p.grad is not the joint batch's. Give every rank the same "
                     "number of examples (drop_last=True), or scale the loss of each by world_size "
                     "* its examples / all examples; no parameter was changed"
@@ -348,3 +358,18 @@ def last_steps(last: dict[str, tuple[int, float, list[Tensor]]], steps: int) -> 
         for name, (size, damping, grams) in last.items()
     ]
     return pd.DataFrame(rows).assign(steps=steps)
+
+
+def has_gradient(weight: Weight) -> bool:
+    """Whether a layer took part: `zero_grad(set_to_none=False)` leaves zeros where not."""
+    gradient = weight.weight.grad
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def undelivered(name: str) -> str:
+    """What to look for when a layer has a gradient that no hook saw."""
+    return (
+        f"layer {name!r} has a gradient but delivered nothing; no parameter was changed. Usual "
+        "causes: the model was compiled before the optimizer was made; the loop calls "
+        "model.forward or a part of the model; the layer runs inside activation checkpointing"
+    )

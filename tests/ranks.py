@@ -1,0 +1,199 @@
+"""What every rank of `test_distributed.py` does, and what a single process does instead."""
+
+import datetime
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fisherlab as fl
+from fisherlab.optim import FNGD, NGD, NaturalGradient, TENGraD
+
+WORLD = 2
+CUTS = (12, 17)  # equal ranks, and unequal ones
+APPROXIMATIONS = ["kfac", "tekfac", "eva", "sngd", "mini_block"]
+OPTIONS = {"lr": 0.1, "decay": 0.9, "statistics_every": 1, "basis_every": 2}
+OPTIMIZERS = {
+    **{
+        name: lambda model, name=name: NaturalGradient(
+            model, fl.approximations.get(name)(), damping=0.1, **OPTIONS
+        )
+        for name in ("kfac", "ekfac", "tkfac", "tekfac", "diagonal", "eva", "shampoo", "exact")
+    },
+    "kfac_mc": lambda model: NaturalGradient(
+        model, fl.KFAC(), damping=0.1, fisher_type="mc", **OPTIONS
+    ),
+    "tengrad": lambda model: TENGraD(model, lr=0.1, damping=0.1),
+    "fngd": lambda model: FNGD(model, lr=0.1, coefficient_steps=2),
+    "ngd": lambda model: NGD(model, lr=0.1, damping=0.1),
+}
+STEPS = 4
+
+
+def net(seed=0):
+    """Few enough features for every factor to have full rank: a null space has no one basis."""
+    torch.manual_seed(seed)
+    pooled = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*pooled, nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def data(seed=1, n=24):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, 6, 6, generator=generator).double()
+    return x, torch.randint(4, (n,), generator=generator)
+
+
+def shard(rank, cut, *tensors):
+    rows = slice(0, cut) if rank == 0 else slice(cut, None)
+    return tuple(tensor[rows] for tensor in tensors)
+
+
+def ignoring(y):
+    """The labels with more of them ignored in front than behind."""
+    y = y.clone()
+    y[[0, 2, 3, 8]] = -100
+    return y
+
+
+def comparisons(rank=None):
+    """Name -> frame of the joint batch; `rank` None is a single process."""
+    x, y = data()
+    unseen = data(2)
+    found = {}
+    for cut in CUTS:
+        for kind in ("exact", "mc", "empirical"):
+            labels = ignoring(y) if kind != "mc" else y
+            sample = (x, labels) if rank is None else shard(rank, cut, x, labels)
+            reference = unseen if rank is None else shard(rank, 24 - cut, *unseen)
+            options = {"fisher_type": kind, "reference": reference}
+            # a smaller damping multiplies the rounding that two orders of summation differ by
+            options |= {"approximations": APPROXIMATIONS, "dampings": (0.1,)}
+            table = fl.compare(net(), nn.CrossEntropyLoss(), *sample, **options)
+            found[f"{kind}-{cut}"] = table.frame
+    return found
+
+
+def trained(name, rank=None):
+    """The parameters after a few steps of one optimizer."""
+    model = net()
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    opt = OPTIMIZERS[name](wrapped)
+    for step in range(STEPS):
+        batch = data(10 + step)
+        x, y = batch if rank is None else shard(rank, 12, *batch)
+        opt.zero_grad()
+        nn.functional.cross_entropy(wrapped(x), y).backward()
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def _unequal(rank, make):
+    wrapped = DistributedDataParallel(net())
+    opt = make(wrapped)
+    x, y = shard(rank, 5, *data(n=8))
+    nn.functional.cross_entropy(wrapped(x), y).backward()
+    opt.step()
+
+
+def _scaled(rank):
+    """Unequal batches whose losses are scaled as the refusal says: the joint batch's step."""
+    model = net()
+    wrapped = DistributedDataParallel(model)
+    criterion = nn.CrossEntropyLoss()
+    opt = NaturalGradient(wrapped, fl.KFAC(), lr=0.1, damping=0.1, criterion=criterion)
+    x, y = shard(rank, 5, *data(n=8))
+    (criterion(wrapped(x), y) * WORLD * len(x) / 8).backward()
+    opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def _sharded(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    NaturalGradient(model, fl.KFAC(), lr=0.1, damping=0.1)
+
+
+def _bad_batch(rank):
+    x, y = shard(rank, 5, *data())
+    if rank == 1:
+        x = x.clone()
+        x[2] = torch.nan
+    fl.compare(net(), nn.CrossEntropyLoss(), x, y)
+
+
+def _other_weights(rank):
+    fl.compare(net(seed=rank), nn.CrossEntropyLoss(), *data())
+
+
+def _other_shapes(rank):
+    model = net() if rank == 0 else nn.Sequential(*net()[:4], nn.Linear(12, 4).double())
+    fl.compare(model, nn.CrossEntropyLoss(), *data())
+
+
+def _loaders(rank):
+    x, y = data()
+    fl.compare(net(), nn.CrossEntropyLoss(), [(x, y)] * (1 + rank), approximations=["kfac"])
+
+
+def _not_parallel(rank):
+    fl.optim.create("kbfgs", DistributedDataParallel(net()))
+
+
+REFUSALS = {
+    "other weights": _other_weights,
+    "other shapes": _other_shapes,
+    "bad batch": _bad_batch,
+    "loaders": _loaders,
+    "not parallel": _not_parallel,
+    "fsdp": _sharded,
+    "unequal kfac": lambda rank: _unequal(rank, OPTIMIZERS["kfac"]),
+    "unequal tengrad": lambda rank: _unequal(rank, OPTIMIZERS["tengrad"]),
+}
+
+
+def _refused(rank, act):
+    try:
+        act(rank)
+    except Exception as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def pieces(rank):
+    """Sums, gathers, broadcasts and shares of the ranks themselves."""
+    ranks = fl.distributed.Ranks.current()
+    tree = {"a": [torch.full((2, 3), float(rank)), "text"], "b": torch.tensor(rank)}
+    return {
+        "sum": ranks.sum({"x": torch.full((2,), rank + 1.0), "n": torch.tensor(3).double()}),
+        "gather": ranks.gather(torch.full((2, rank + 1), rank), dim=1),
+        "to": ranks.gather(torch.tensor([rank]), to=1),
+        "broadcast": ranks.broadcast(tree if rank == 1 else None, 1),
+        "owners": ranks.owners({"a": 5.0, "b": 3.0, "c": 1.0, "d": 1.0}),
+        "rows": ranks.rows(3 + rank),
+    }
+
+
+def work(rank, folder):
+    """Everything, on one rank; the results go to a file of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    found = {
+        "pieces": pieces(rank),
+        "comparisons": comparisons(rank),
+        "trained": {name: trained(name, rank) for name in OPTIMIZERS},
+        "scaled": _scaled(rank),
+        "refused": {name: _refused(rank, act) for name, act in REFUSALS.items()},
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
