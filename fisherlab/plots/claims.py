@@ -120,7 +120,7 @@ def _run(ax: Axes, trials: Any) -> None:
         steps[finite], left[finite], "o-", ms=3, color=FALSE if wrong else TRUE, label="worst run"
     )
     ax.semilogy(steps, right, "--", color=LINE, label="bound")
-    ax.set(xlabel="step", ylabel="squared residual, relative to the start")
+    ax.set(xlabel="step", ylabel="squared residual / its start")
     ax.legend(frameon=False)
 
 
