@@ -23,6 +23,7 @@ def frame(layers=3, seeds=1, steps=(0, 5), dampings=(0.01, 0.1)):
             "layer": f"{layer}", "approximation": name, "seed": seed, "step": step,
             "damping_relative": damping, "relative_error": 0.0 if name == "exact" else 0.1 * k,
             "population_error": 0.2 + 0.1 * k, "trace_ratio": 1 - 0.1 * k,
+            "diagonalisation": 1 - 0.2 * k,
             "direction_cosine": 1 - 0.2 * k * damping, "diagonal_share": 0.1,
             "build_seconds": 0.01 * (k + 1), "solve_seconds": 0.02,
         }
