@@ -132,7 +132,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
-            **options,
+            **(groups or {}),
         }
         self.ranks = Ranks.of(model)
         if self.ranks is not None and not self.data_parallel:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.optim.base import undelivered
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.recorder import delivered
 from fisherlab.optim.scale import OptimizerError
@@ -97,7 +98,7 @@ class KBFGSOptimizer(NaturalGradient):
             for key in self.weights[name].keys:
                 layers = delivered(before, key)
                 if not layers:
-                    raise OptimizerError(f"layer {name!r} has a gradient but delivered nothing")
+                    raise OptimizerError(undelivered(name))
                 if key in self._preconditioners:
                     continue
                 layer = layers[0]

@@ -17,7 +17,13 @@ from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dic
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import joined
-from fisherlab.optim.base import CurvatureOptimizer, Weight, summary_row
+from fisherlab.optim.base import (
+    CurvatureOptimizer,
+    Weight,
+    has_gradient,
+    summary_row,
+    undelivered,
+)
 from fisherlab.optim.recorder import Recorder, delivered
 from fisherlab.optim.scale import OptimizerError
 
@@ -99,8 +105,7 @@ class NaturalGradient(CurvatureOptimizer):
             max_norm=max_norm,
             kl_clip=kl_clip,
             nonfinite=nonfinite,
-            damping=damping,
-            **every,
+            groups={"damping": damping, **every},
         )
         self.approximation, self.decay, self.graft = approximation, decay, graft
         model = unwrapped(model)
@@ -285,13 +290,8 @@ class NaturalGradient(CurvatureOptimizer):
         found = {key: delivered(passes, key) for weight in due for key in weight.keys}
         for weight in due:
             layers = found[weight.keys[0]]
-            if not layers:
-                raise OptimizerError(
-                    f"layer {weight.name!r} has a gradient but delivered nothing on a statistics "
-                    "step; no parameter was changed. Usual causes: the model was compiled before "
-                    "the optimizer was made; the loop calls model.forward or a part of the model; "
-                    "the layer runs inside activation checkpointing"
-                )
+            if not layers and has_gradient(weight):
+                raise OptimizerError(undelivered(weight.name))
             for layer in layers:
                 gradients_out = layer.raw_output_gradients or ()
                 if not all(bool(torch.isfinite(g).all()) for g in gradients_out):

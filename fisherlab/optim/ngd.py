@@ -15,7 +15,7 @@ from fisherlab.blocks import Block, DirectSum, Outer, contractions
 from fisherlab.blocks.numerics import cholesky
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.joint import joined
-from fisherlab.optim.base import CurvatureOptimizer, last_steps
+from fisherlab.optim.base import CurvatureOptimizer, has_gradient, last_steps, undelivered
 from fisherlab.optim.recorder import Recorder, delivered
 from fisherlab.optim.scale import OptimizerError
 
@@ -62,7 +62,7 @@ class NGD(CurvatureOptimizer):
         as_rule(damping)
         if damping == 0:
             raise ValueError("the exact block is singular, so damping must be positive, got 0")
-        super().__init__(model, params, lr=lr, damping=damping, **options)
+        super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
         self.scope, self.form = scope, form
         if form == "dense":
@@ -114,11 +114,9 @@ class NGD(CurvatureOptimizer):
                 continue
             layers = [delivered(passes, key) for key in weight.keys]
             if not layers[0]:
-                raise OptimizerError(
-                    f"layer {name!r} has a gradient but delivered nothing; no parameter was "
-                    "changed. Was the model compiled before the optimizer was made, or is the "
-                    "layer inside activation checkpointing?"
-                )
+                if has_gradient(weight):
+                    raise OptimizerError(undelivered(name))
+                continue
             if self.ranks is not None:
                 layers = [[joined(c, self.ranks) for c in captured] for captured in layers]
             parts = [Exact()(*captured) for captured in layers]

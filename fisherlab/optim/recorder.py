@@ -102,16 +102,16 @@ class Recorder:
         self.wanted = False
         self.passes: list[_Pass] = []
         self._open: _Pass | None = None
-        self._handles = [model.register_forward_pre_hook(self._begin)]
+        self._handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
         for name, module in modules.items():
             self._handles.append(
-                module.register_forward_hook(self._layer_hook(name), with_kwargs=True)
+                module.register_forward_hook(uncompiled(self._layer_hook(name)), with_kwargs=True)
             )
         # after the layers' own: the model may be a single layer
-        self._handles.append(model.register_forward_hook(self._end))
+        self._handles.append(model.register_forward_hook(uncompiled(self._end)))
         if slopes:
             norms = [m for m in model.modules() if isinstance(m, NORMALISATIONS)]
-            self._handles += [m.register_forward_hook(self._norm) for m in norms]
+            self._handles += [m.register_forward_hook(uncompiled(self._norm)) for m in norms]
         if isinstance(criterion, nn.Module):
             self._handles.append(criterion.register_forward_hook(self._loss))
 
@@ -296,6 +296,11 @@ class Recorder:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
         assert one.output is not None
         return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
+
+
+def uncompiled(hook: Callable) -> Callable:
+    """The hook as it is, with a break of the graph, where the model is compiled later."""
+    return torch.compiler.disable(hook)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class LossScale:
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
         self._known: float | None = None
-        self.handles = [model.register_forward_hook(self._end)]
+        self.handles = [model.register_forward_hook(torch.compiler.disable(self._end))]
         if isinstance(criterion, nn.Module):
             self.handles.append(criterion.register_forward_hook(self._loss))
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fisherlab.extract.layer import Geometry
 from fisherlab.optim.base import Weight
+from fisherlab.optim.recorder import uncompiled
 
 # rows(weight, raw input, raw output gradient) -> [groups, n] weights; None for the plain gradient
 Rows = Callable[[Weight, Tensor, Tensor], Tensor | None]
@@ -29,6 +30,7 @@ class _Layer:
     weight: Weight
     rows: Rows
     output: Tensor | None
+    reached: set[str]
     calls: list[int] = field(default_factory=list)
     repeated: Callable[[Weight, Tensor, Tensor], None] | None = None
 
@@ -49,6 +51,7 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         layer: _Layer = ctx.layer
+        layer.reached.add(layer.weight.name)
         if layer.calls[0] > 1 and layer.repeated is not None:
             # several calls share one Gram matrix, which exists only when all have arrived
             layer.repeated(layer.weight, x, g)
@@ -139,11 +142,15 @@ class WeightedLayers:
         repeated: Callable[[Weight, Tensor, Tensor], None] | None = None,
     ) -> None:
         self.rows, self.repeated = rows, repeated
+        # layers whose backward came through these hooks since the last step
+        self.reached: set[str] = set()
         self._calls: dict[str, list[int]] = {}
-        self.handles = [model.register_forward_pre_hook(self._begin)]
+        self.handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
         for weight in weights.values():
             self.handles.append(
-                weight.module.register_forward_hook(self._hook(weight), with_kwargs=True)
+                weight.module.register_forward_hook(
+                    uncompiled(self._hook(weight)), with_kwargs=True
+                )
             )
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
@@ -155,7 +162,7 @@ class WeightedLayers:
                 return None
             calls = self._calls.setdefault(weight.name, [0])
             calls[0] += 1
-            layer = _Layer(weight, self.rows, output.detach(), calls, self.repeated)
+            layer = _Layer(weight, self.rows, output.detach(), self.reached, calls, self.repeated)
             x = args[0] if args else kwargs["input"]
             return _Weighted.apply(x, module.weight, module.bias, layer)
 

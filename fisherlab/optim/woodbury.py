@@ -15,7 +15,13 @@ from fisherlab.approximations.damping import Rule, as_rule, gram_norm
 from fisherlab.blocks import Outer, contractions
 from fisherlab.blocks.numerics import cholesky
 from fisherlab.distributed import unwrapped
-from fisherlab.optim.base import CurvatureOptimizer, Weight, last_steps
+from fisherlab.optim.base import (
+    CurvatureOptimizer,
+    Weight,
+    has_gradient,
+    last_steps,
+    undelivered,
+)
 from fisherlab.optim.scale import LossScale, OptimizerError
 from fisherlab.optim.weighted import WeightedLayers, captured
 
@@ -57,7 +63,7 @@ class Woodbury(CurvatureOptimizer):
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value!r}")
-        super().__init__(model, params, lr=lr, damping=damping, **options)
+        super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
         self.alpha, self.fold = alpha, fold
         self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -116,8 +122,16 @@ class Woodbury(CurvatureOptimizer):
 
     def _discard(self) -> None:
         self._repeated.clear()
+        self.layers.reached.clear()
+
+    def _check_delivered(self) -> None:
+        reached, self.layers.reached = self.layers.reached, set()
+        for name, weight in self.weights.items():
+            if name not in reached and has_gradient(weight):
+                raise OptimizerError(undelivered(name))
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
+        self._check_delivered()
         found: dict[nn.Parameter, Tensor] = {}
         repeated, self._repeated = self._repeated, {}
         for name, calls in repeated.items():

@@ -1,0 +1,218 @@
+"""Bad input: a named error, and no parameter changed before it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optim_references import perceptron
+from torch import Tensor, nn
+
+import fisherlab as fl
+from fisherlab.optim import OptimizerError
+
+CURVATURE = [n for n in fl.optim.names() if n not in ("sgd", "adam", "adamw", "radam")]
+STEPPED = [n for n in CURVATURE if n != "kbfgs"]
+
+
+def small() -> nn.Sequential:
+    return perceptron(6, 5, 4)
+
+
+def data(n: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (n,), generator=generator)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def refused(model: nn.Module, step, error: type[Exception], match: str) -> None:
+    before = weights(model).clone()
+    with pytest.raises(error, match=match):
+        step()
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("name", CURVATURE)
+def test_non_finite_gradient(name: str) -> None:
+    model = small()
+    optimizer = fl.optim.create(name, model)
+    x, y = data()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        model[2].weight.grad[0, 0] = torch.nan
+        return loss
+
+    refused(model, lambda: optimizer.step(closure), OptimizerError, "layers? .*2.* NaN")
+    optimizer = fl.optim.create(name, model, nonfinite="skip")
+    before = weights(model).clone()
+    optimizer.step(closure)
+    assert torch.equal(weights(model), before) and optimizer.steps == 0
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_non_finite_data(name: str) -> None:
+    model = small()
+    optimizer = fl.optim.create(name, model)
+    x, y = data()
+    x[0, 0] = torch.inf
+
+    def whole() -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    refused(model, whole, (OptimizerError, fl.blocks.BlockError), "NaN or inf")
+
+
+@pytest.mark.parametrize("name", CURVATURE)
+def test_step_without_backward(name: str) -> None:
+    model = small()
+    optimizer = fl.optim.create(name, model)
+    refused(model, lambda: optimizer.step(lambda: None), OptimizerError, "backward")
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_loop_that_bypasses_the_model(name: str) -> None:
+    """`model.forward` runs no hook of the model: nothing may be silently plain."""
+    if name == "shampoo":
+        pytest.skip("needs nothing but the gradient")
+    model = small()
+    optimizer = fl.optim.create(name, model)
+    x, y = data()
+
+    def whole() -> None:
+        F.cross_entropy(model.forward(x), y).backward()
+        optimizer.step()
+
+    refused(model, whole, OptimizerError, r"model\.forward|forward of the model")
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_criterion_that_must_be_named(name: str) -> None:
+    if name == "shampoo":
+        pytest.skip("needs no scale")
+    x, _ = data()
+    target = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = small()
+    optimizer = fl.optim.create(name, model)
+
+    def whole() -> None:
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+
+    refused(model, whole, OptimizerError, "criterion")
+    model, criterion = small(), nn.MSELoss()
+    optimizer = fl.optim.create(name, model, criterion=criterion)
+    before = weights(model)
+    criterion(model(x), target).backward()
+    optimizer.step()
+    assert not torch.equal(before, weights(model))
+
+
+def test_singular_factor_names_the_damping() -> None:
+    model = small()
+    optimizer = fl.optim.NaturalGradient(model, fl.KFAC(), lr=0.1, damping=0.0)
+    x, y = data(2)
+
+    def whole() -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    refused(model, whole, fl.blocks.BlockError, "damping")
+
+
+def test_batch_size_that_fngd_has_no_coefficients_for() -> None:
+    model = small()
+    optimizer = fl.optim.create("fngd", model, coefficient_steps=1)
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    optimizer.step()
+    x, y = data(13)
+    optimizer.zero_grad()
+    refused(
+        model, lambda: F.cross_entropy(model(x), y).backward(), OptimizerError, "13 examples.*12"
+    )
+
+
+def test_fngd_by_example_needs_indices() -> None:
+    model = small()
+    optimizer = fl.optim.create("fngd", model, share="example")
+    x, y = data()
+    F.cross_entropy(model(x), y).backward()
+    refused(model, optimizer.step, OptimizerError, "set_batch")
+
+
+def test_kbfgs_needs_a_closure() -> None:
+    model = small()
+    optimizer = fl.optim.create("kbfgs", model)
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    refused(model, optimizer.step, OptimizerError, "closure")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"damping": -1.0}, "damping"),
+        ({"damping": float("nan")}, "damping"),
+        ({"lr": -0.1}, "lr"),
+        ({"momentum": -0.1}, "momentum"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"momentum": 0.0, "nesterov": True}, "Nesterov"),
+        ({"nonfinite": "ignore"}, "nonfinite"),
+        ({"kl_clip": 0.0}, "kl_clip"),
+        ({"statistics_every": 0}, "statistics_every"),
+        ({"basis_every": 1.5}, "basis_every"),
+        ({"statistics_examples": 0}, "statistics_examples"),
+        ({"decay": 1.5}, "decay"),
+    ],
+)
+def test_options_out_of_range(options: dict, match: str) -> None:
+    model = small()
+    with pytest.raises(ValueError, match=match):
+        fl.optim.create("kfac", model, **options)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", CURVATURE)
+def test_unknown_option_and_name(name: str) -> None:
+    with pytest.raises(TypeError, match=f"optimizer '{name}' has no option 'colour'"):
+        fl.optim.create(name, small(), colour="red")
+    with pytest.raises(ValueError, match="nearest.*" + name[:3]):
+        fl.optim.create(name + "x", small())
+
+
+@pytest.mark.parametrize("name", ["ngd_dense", "blockwise_ngd", "kronecker_sum"])
+def test_dense_methods_refuse_a_size_with_the_reason(name: str) -> None:
+    model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 10))
+    with pytest.raises(ValueError, match="refused above"):
+        fl.optim.create(name, model)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_state_of_something_else() -> None:
+    model = small()
+    optimizer = fl.optim.create("kfac", model)
+    with pytest.raises(ValueError, match="FisherLab optimizer"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+def test_nothing_changes_inside_the_method_before_an_error() -> None:
+    """Running statistics too: a refused step leaves the state as it was."""
+    model = small()
+    optimizer = fl.optim.create("kfac", model, statistics_every=1, basis_every=1)
+    x, y = data()
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    before = {k: v.clone() for k, v in optimizer._running["0"].sums.items()}
+    optimizer.zero_grad()
+    (F.cross_entropy(model(x), y) * torch.nan).backward()
+    with pytest.raises(OptimizerError):
+        optimizer.step()
+    for key, value in optimizer._running["0"].sums.items():
+        assert torch.equal(value, before[key])
+    assert optimizer.steps == 2
