@@ -8,13 +8,14 @@ from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract.layer import Geometry
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("size", [(5, 5), (1, 1), (2, 7), (1, 4)])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 def test_correlated_moment_is_the_moment_of_patches(
-    size: tuple[int, int], groups: int, bias: bool, generator: torch.Generator
+    kernel: int, size: tuple[int, int], groups: int, bias: bool, generator: torch.Generator
 ) -> None:
-    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups, bias=bias)
+    conv = nn.Conv2d(4, 6, kernel, padding=kernel // 2, groups=groups, bias=bias)
     x = torch.randn(3, 4, *size, generator=generator, dtype=torch.float64)
     for group in range(groups):
         geometry = Geometry.of(conv, bias, group)

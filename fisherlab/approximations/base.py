@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
-from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import declare_range
 from fisherlab.extract import LayerCapture
 
@@ -27,19 +26,19 @@ class Means(Mapping[str, Tensor]):
         self,
         sums: Mapping[str, Tensor],
         count: float,
-        columns: Columns | None = None,
+        layer: LayerCapture | None = None,
     ) -> None:
-        self._sums, self._count, self._columns = sums, count, columns
+        self._sums, self._count, self._layer = sums, count, layer
         self._means: dict[str, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._means:
             mean = self._means[key] = self._sums[key] / self._count
-            columns = self._columns
-            if key in INPUT_MOMENTS and columns is not None:
-                # of the columns alone: what is declared must not keep the mean alive
-                declare_range(mean, lambda: columns.input_space)
+            layer = self._layer
+            if key in INPUT_MOMENTS and layer is not None and layer.few_inputs:
+                # of the capture alone: what is declared must not keep the mean alive
+                declare_range(mean, lambda: layer.columns.input_space)
         return self._means[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -120,6 +119,10 @@ class Approximation:
     def damped(self, block: Block, damping: float) -> Block:
         """The preconditioner `(block + damping I)^exponent`, or damped where the paper puts it."""
         return block.power(self.exponent, damping)
+
+    def of_whole(self, layer: LayerCapture) -> Block | None:
+        """The same block straight from one whole batch, where that is cheaper than by its sums."""
+        return None
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         """The block of captures that cannot be reduced to sums (`additive = False`)."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, Outer
-from fisherlab.blocks.columns import Columns
 from fisherlab.extract import LayerCapture
 
 Sums = dict[str, Tensor]
@@ -57,13 +56,12 @@ class Memo:
         origin = approximation.origin
         if origin not in self._means:
             sums = add(origin.sums(chunk) for chunk in self._chunks())
-            self._means[origin] = Means(sums, self.count, self._columns())
+            self._means[origin] = Means(sums, self.count, self._whole())
         return self._means[origin]
 
-    def _columns(self) -> Columns | None:
-        """The columns of one whole batch, whose inputs may span less than their space."""
-        whole = len(self.layers) == 1 and self.memory is None
-        return self.layers[0].columns if whole else None
+    def _whole(self) -> LayerCapture | None:
+        """The capture, if it is one whole batch: its inputs may span less than their space."""
+        return self.layers[0] if len(self.layers) == 1 and self.memory is None else None
 
     def basis(self, approximation: Approximation) -> Sums:
         """The basis of the approximation, from its means."""
@@ -86,6 +84,10 @@ class Memo:
     def _make(self, approximation: Approximation) -> Block:
         if not approximation.additive:
             return approximation.of_batch(self.layers)
+        if len(self.layers) == 1 and self.memory is None:
+            block = approximation.of_whole(self.layers[0])
+            if block is not None:
+                return block
         means, basis = self.means(approximation), self.basis(approximation)
         corrections = add(approximation.corrections(chunk, basis) for chunk in self._chunks())
         if not corrections and not basis:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.numerics import BlockError, eigh, symmetrise
+from fisherlab.blocks.numerics import BlockError, check_gram, eigh, symmetrise
 from fisherlab.blocks.remembered import remembered, state_of
 
 
@@ -51,12 +53,45 @@ class Columns:
 
     @remembered("a", "g")
     def gram(self) -> Tensor:
-        """`K = U^T U`, `[R, R]` in float64."""
+        """`K = U^T U`, `[R, R]` in float64; raises `BlockTooLarge` past the memory budget."""
+        check_gram(self.count, self.a.device)
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
         # of the very gradients that products use: what an inverse cancels must be the same
         D = self.formed.double()
         return symmetrise(D @ D.mT)
+
+    def gram_tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """`K` `[m, p, m, q]` in float64 over pairs of ranges of examples, p no later than q.
+
+        The Gram matrix itself where it is known or small; else a workspace at a time, at any R.
+        """
+        m, n = self.g.shape[:2]
+        if Columns.gram.known(self) is not None or 8 * self.count**2 <= contractions.WORKSPACE:
+            yield slice(0, n), slice(0, n), self.gram.view(m, n, m, n)
+            return
+        step = max(1, int((contractions.WORKSPACE / 8) ** 0.5) // m)
+        ranges = [slice(k, min(k + step, n)) for k in range(0, n, step)]
+        for first, p in enumerate(ranges):
+            a, g = self.a[p], self.g[:, p]
+            for q in ranges[first:]:
+                b, h = (a, g) if q is p else (self.a[q], self.g[:, q])
+                K = contractions.cross_gram(a, g, b, h)
+                yield p, q, K.view(m, len(a), m, len(b))
+
+    @remembered("a", "g")
+    def pair_sums(self) -> tuple[Tensor, Tensor]:
+        """`sum_k <F_n, F_k>` and `<F_n, F_n>` of the examples' own blocks, `[n]` in float64."""
+        rows = torch.zeros(len(self.a), dtype=torch.float64, device=self.a.device)
+        own = torch.zeros_like(rows)
+        for p, q, K in self.gram_tiles():
+            products = K.square().sum((0, 2))
+            rows[p] += products.sum(1)
+            if p == q:
+                own[p] = products.diagonal()
+            else:
+                rows[q] += products.sum(0)
+        return rows, own
 
     @remembered("a", "g")
     def gram_eigen(self) -> tuple[Tensor, Tensor]:
@@ -67,6 +102,7 @@ class Columns:
         o, i = self.shape
         if self.count <= o * i:
             return eigh(self.gram, "Gram matrix")
+        check_gram(self.count, self.a.device, o * i)
         D = contractions.per_example(self.a, self.g).reshape(self.count, -1).double()
         values, V = eigh(D.mT @ D, "Gram matrix")
         return values, D @ (V / values.clamp(min=1e-300).sqrt())
@@ -151,6 +187,11 @@ class Columns:
     def input_space(self) -> Tensor | None:
         """Orthonormal `[i, r]` whose span holds every input, where r is clearly less than i."""
         rows = self.a.reshape(-1, self.a.shape[-1])
-        if len(rows) > 0.7 * rows.shape[1]:
+        if not few(*rows.shape):
             return None
         return torch.linalg.qr(rows.mT).Q
+
+
+def few(rows: int, features: int) -> bool:
+    """Whether a basis of the rows is clearly cheaper than one of the whole space."""
+    return rows <= 0.7 * features

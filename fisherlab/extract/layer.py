@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.columns import Columns, few
 from fisherlab.extract.moments import patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,9 +42,14 @@ class Convolution:
 
     @property
     def plain(self) -> bool:
-        """3 x 3, stride 1, zero padding 1: what `patch_moment` knows."""
-        ones = self.stride == self.dilation == (1, 1)
-        return ones and (self.kernel, self.padding, self.mode) == ((3, 3), (1,) * 4, "constant")
+        """3 x 3 or 5 x 5, stride 1, output as large as the input: what `patch_moment` knows."""
+        size = self.kernel[0]
+        ones = self.stride == self.dilation == (1, 1) and self.mode == "constant"
+        return (
+            ones
+            and size in (3, 5)
+            and (self.kernel, self.padding) == ((size,) * 2, (size // 2,) * 4)
+        )
 
     @classmethod
     def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Convolution:
@@ -133,11 +138,16 @@ class Geometry:
         return rows
 
     def input_moment(self, raw: Tensor) -> Tensor:
-        """`sum_{n,t} a a^T`, `[i, i]`; of 3 x 3 convolutions without forming their patches."""
-        if self.conv is None or not self.conv.plain:
+        """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
+        if (
+            self.conv is None
+            or not self.conv.plain
+            or min(raw.shape[2:]) < self.conv.kernel[0] // 2
+        ):
             return contractions.second_moment(self.inputs(raw))
         channels = raw.shape[1] // self.groups
-        moment = patch_moment(raw[:, self.group * channels : (self.group + 1) * channels])
+        group = raw[:, self.group * channels : (self.group + 1) * channels]
+        moment = patch_moment(group, self.conv.kernel[0])
         if not self.bias:
             return moment
         total = self.input_sum(raw)
@@ -208,10 +218,15 @@ class LayerCapture:
     @property
     def input_moment(self) -> Tensor:
         """`sum_{n,t} a a^T`, `[i, i]`."""
-        if self.shared is not None:
+        if self.shared is not None and "columns" in self.shared:
             return contractions.second_moment(self.columns.a)
         moments = [self.geometry.input_moment(raw) for raw in self.raw_inputs]
         return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+
+    @property
+    def few_inputs(self) -> bool:
+        """Whether the inputs span clearly less than their space."""
+        return few(self.raw_inputs[0].shape[0] * self.positions, self.shape[1])
 
     @property
     def mean_input_sum(self) -> Tensor:
