@@ -166,5 +166,8 @@ def coefficient_drift(frame: pd.DataFrame) -> Figure:
     right.set(title="spread (band: range over layers)", yscale="log")
     right.set_ylabel("standard deviation of $M v$")
     right.legend(title="coefficients", frameon=False)
+    epochs = sorted(frame["epoch"].unique())
+    for ax in (left, right):
+        ax.set_xticks(epochs[:: -(-len(epochs) // 10)])
     theme.title(figure, "FNGD's coefficients from epoch to epoch")
     return figure
