@@ -145,6 +145,9 @@ def test_a_sweep_chooses_on_held_out_examples_and_tests_the_best(tmp_path):
         == tried.loc["sgd-2", "final"]
         == tried["final"].filter(like="sgd").max()
     )
+    page = (tmp_path / "sweep.md").read_text()
+    assert f"| sgd | 3 | lr=0.1 |  | {table['sgd']['validation']} |" in page
+    assert f"{table['sgd']['final']:.4f} ± {table['sgd']['final_sd']:.4f} (2 seeds)" in page
     final = Settings.load(tmp_path / "final")
     assert final.validation is None and final.seeds == (0, 1) and final.examples is None
     assert {str(entry) for entry in final.entries} == {

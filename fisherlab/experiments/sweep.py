@@ -56,6 +56,18 @@ class Search:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    def markdown(self) -> str:
+        """The table as Markdown, the metric as mean ± deviation over seeds."""
+        lines = ["| optimizer | chosen of | options | at the edge of its grid | held out | test |"]
+        lines.append("|---|---|---|---|---|---|")
+        for row in self.table.itertuples():
+            test = "-"
+            if self.final is not None and row.seeds:
+                test = f"{row.final:.4f} ± {row.final_sd:.4f} ({row.seeds:.0f} seeds)"
+            cells = [row.optimizer, row.points, row.options, row.at_the_edge, row.validation, test]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        return "\n".join(lines) + "\n"
+
     def edges(self, entry: Entry) -> list[str]:
         """Options chosen at an end of their grid: a wider one may find better."""
         grid = self.grid.get(entry.label, {})
@@ -138,7 +150,7 @@ def _same(point: Entry, entry: Entry) -> bool:
 
 
 def _write(search: Search, folder: Path) -> None:
-    """`sweep.json`: the table, what was tried, and on what."""
+    """`sweep.md`, the table, and `sweep.json`: the same, what was tried, and on what."""
     content = {
         "search": search.tried.settings.to_json(),
         "grid": search.grid,
@@ -149,3 +161,4 @@ def _write(search: Search, folder: Path) -> None:
         "versions": versions(),
     }
     checkpoint.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
+    checkpoint.write(folder / "sweep.md", search.markdown())
