@@ -76,13 +76,18 @@ def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     return space[2], space[3]
 
 
-def declare_range(matrix: Tensor, space: Callable[[], Tensor | None]) -> None:
+def declare_range(
+    matrix: Tensor,
+    space: Callable[[], Tensor | None],
+    known: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Say that the range of `S` lies in the orthonormal columns that `space()` returns.
 
     None says that they would not be fewer than the rows, and `spectral` decomposes `S` in full.
+    `known` are its eigenvalues and vectors, if somebody has them already.
     """
     if not matrix.is_inference():
-        _RANGES[matrix] = (state_of(matrix), space)
+        _RANGES[matrix] = (state_of(matrix), space, *(known or ()))
 
 
 def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -194,6 +199,28 @@ def free_memory(device: torch.device) -> int:
 def dense_budget(device: torch.device) -> int:
     """Bytes a dense block may take: a quarter of what is free, at most 4 GiB."""
     return min(free_memory(device) // 4, 4 * GIB)
+
+
+def gram_budget(device: torch.device) -> int:
+    """Bytes a Gram matrix may take: those of a dense block, and 256 MiB in any case."""
+    return max(dense_budget(device), GIB // 4)
+
+
+def fits_gram(columns: int, device: torch.device, width: int | None = None) -> bool:
+    """Whether a float64 Gram matrix of so many columns stays within its budget."""
+    return 8 * columns * (width or columns) <= gram_budget(device)
+
+
+def check_gram(columns: int, device: torch.device, width: int | None = None) -> None:
+    """Refuse a Gram matrix, or gradients of `width` parameters, past the budget."""
+    if not fits_gram(columns, device, width):
+        needed, budget = 8 * columns * (width or columns), gram_budget(device)
+        what = "the Gram matrix" if width is None else f"the gradients, of {width:,} parameters,"
+        raise BlockTooLarge(
+            f"{what} of {columns:,} output vectors would take {needed / GIB:.3g} GiB, over the "
+            f"budget of {budget / GIB:.3g} GiB; only its solves and spectrum need it: measure them "
+            "on a batch, and pass the whole data set as `reference=`"
+        )
 
 
 def check_dense(size: int, dtype: torch.dtype, device: torch.device, form: str) -> None:

@@ -19,6 +19,7 @@ from fisherlab.blocks.numerics import (
     check_damping,
     cholesky,
     eigh,
+    fits_gram,
     rank_of,
     spectrum_power,
     symmetrise,
@@ -178,7 +179,7 @@ class Outer(Block):
     def _inner(self, other: Block) -> Tensor | None:
         shifted = self.shift * other.trace() if self.shift else 0.0
         if isinstance(other, Outer):
-            return shifted + other.shift * self._core_gram.trace() + self._outer_inner(other)
+            return shifted + other.shift * self._gram_trace() + self._outer_inner(other)
         if isinstance(self.core, Tensor):
             return shifted + self._general_inner(other)
         if isinstance(other, Kronecker):
@@ -221,8 +222,19 @@ class Outer(Block):
 
     def _outer_inner(self, other: Outer) -> Tensor:
         """`<U C U^T, U' C' U'^T> = <C U^T U', U^T U' C'>`."""
+        scalar = not isinstance(self.core, Tensor) and not isinstance(other.core, Tensor)
         if other.a is self.a and other.g is self.g:
+            if scalar and not self._fits:
+                return self.core * other.core * self.of.pair_sums[0].sum()
             return (self._core_gram * other._core_gram.mT).sum()
+        if scalar:
+            # the larger one's examples, a workspace of the smaller's products at a time
+            few, many = sorted((self, other), key=lambda block: block.columns)
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for p in contractions.slices(len(many.a), 8 * len(many.g) * few.columns):
+                K = contractions.cross_gram(few.a, few.g, many.a[p], many.g[:, p])
+                total += K.square().sum()
+            return self.core * other.core * total
         K = contractions.cross_gram(self.a, self.g, other.a, other.g)
         return (self._core_times(K) * other._core_times(K.mT).mT).sum()
 
@@ -262,15 +274,30 @@ class Outer(Block):
         return torch.cat(parts) if parts else values
 
     def trace(self) -> Tensor:
-        full = isinstance(self.core, Tensor)
-        inside = self._core_gram.trace() if full else self.core * self.energies().sum()
-        return inside + self.shift * self.size
+        return self._inside_trace() + self.shift * self.size
+
+    def _inside_trace(self) -> Tensor:
+        """`tr U C U^T`."""
+        if isinstance(self.core, Tensor):
+            return self._core_gram.trace()
+        return self.core * self.energies().sum()
+
+    def _gram_trace(self) -> Tensor:
+        """The same in float64 throughout, against a core that cancels it, where `K` fits."""
+        return self._core_gram.trace() if self._fits else self._inside_trace()
+
+    @property
+    def _fits(self) -> bool:
+        return isinstance(self.core, Tensor) or fits_gram(self.columns, self.device)
 
     def squared_norm(self) -> Tensor:
         return self._squared_norm
 
     @remembered("a", "g", "core", "shift")
     def _squared_norm(self) -> Tensor:
+        if not self._fits:
+            inside = self.core**2 * self.of.pair_sums[0].sum()
+            return inside + 2 * self.shift * self._inside_trace() + self.shift**2 * self.size
         CK = self._core_gram
         linear = 2 * self.shift * CK.trace() + self.shift**2 * self.size
         return (CK * CK.mT).sum() + linear

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fisherlab.blocks import DirectSum, Outer
 
 
 class HasGram(Protocol):
@@ -49,10 +51,22 @@ def similarity(one: Tensor, two: Tensor) -> Tensor:
 
 
 def diagonal_share(F: HasGram) -> Tensor:
-    """Share of `||F||^2` on the diagonal of the Gram matrix: sampling noise of the batch."""
+    """Share of `||F||^2` on the diagonal of the Gram matrix: sampling noise of the batch.
+
+    Of an exact block in tiles of examples, at any number of them.
+    """
+    parts = F.parts if isinstance(F, DirectSum) else (F,)
+    shares = [_squares(part) for part in parts]
+    diagonal, total = (torch.stack(terms).sum() for terms in zip(*shares, strict=True))
+    return torch.where(total > 0, diagonal / total, torch.ones_like(total))
+
+
+def _squares(F: Any) -> tuple[Tensor, Tensor]:
+    """`sum_r K_rr^2` and `||K||^2`."""
+    if isinstance(F, Outer):
+        return F.energies().square().sum(), F.of.pair_sums[0].sum()
     K = F.gram().double()
-    total = K.square().sum()
-    return torch.where(total > 0, K.diagonal().square().sum() / total, torch.ones_like(total))
+    return K.diagonal().square().sum(), K.square().sum()
 
 
 def similarity_matrix(correlations: Sequence[Tensor]) -> Tensor:

@@ -23,12 +23,12 @@ def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
     built from. NaN for fewer than three examples, or where the estimated population norm is not
     positive. The standard error is that of the first-order (Hajek) projection.
     """
-    pairs, products = _pair_products(reference), _example_products(X, reference)
+    (rows, own), products = _pair_sums(reference), _example_products(X, reference)
     M = len(products)
-    nan = torch.full((), torch.nan, dtype=torch.float64, device=pairs.device)
+    nan = torch.full((), torch.nan, dtype=torch.float64, device=rows.device)
     if M < 3:
         return nan, nan
-    rows = (pairs.sum(1) - pairs.diagonal()) / (M - 1)
+    rows = (rows - own) / (M - 1)
     norm, product = rows.mean(), products.mean()
     if norm <= 0:
         return nan, nan
@@ -42,9 +42,9 @@ def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
 
 def population_norm(reference: Block) -> Tensor:
     """`||E F_n||`, from the off-diagonal Gram; 0-d float64, NaN where the estimate is negative."""
-    pairs = _pair_products(reference)
-    M = len(pairs)
-    return ((pairs.sum() - pairs.trace()) / (M * (M - 1))).sqrt()
+    rows, own = _pair_sums(reference)
+    M = len(rows)
+    return ((rows.sum() - own.sum()) / (M * (M - 1))).sqrt()
 
 
 def _parts(block: Block) -> tuple[Block, ...]:
@@ -60,11 +60,13 @@ def _columns(reference: Block) -> list[Outer]:
     return parts
 
 
-def _pair_products(reference: Block) -> Tensor:
-    """`<F_n, F_k>` of per-example blocks, `[n, n]` float64."""
-    grams = ((part.gram(), *part.g.shape[:2]) for part in _columns(reference))
-    pairs = [K.square().view(m, n, m, n).sum((0, 2)) for K, m, n in grams]
-    return torch.stack(pairs).sum(0)
+def _pair_sums(reference: Block) -> tuple[Tensor, Tensor]:
+    """`sum_k <F_n, F_k>` and `<F_n, F_n>` of per-example blocks, `[n]` float64 each.
+
+    In tiles of examples, once for all approximations: no `[R, R]` of a whole data set.
+    """
+    rows, own = zip(*(part.of.pair_sums for part in _columns(reference)), strict=True)
+    return torch.stack(rows).sum(0), torch.stack(own).sum(0)
 
 
 def _example_products(X: Block, reference: Block) -> Tensor:
