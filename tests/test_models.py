@@ -22,6 +22,8 @@ SMALL = {
     "resnet32": ({"width": 0.2}, (3, 8, 8)),
     "resnet18": ({"width": 0.05}, (3, 8, 8)),
     "resnet34": ({"width": 0.05}, (3, 8, 8)),
+    "resnet50": ({"width": 0.03}, (3, 8, 8)),
+    "resnet110": ({"width": 0.1}, (3, 8, 8)),
     "lstm": ({"width": 0.03, "layers": 1}, (4,)),
     "transformer": ({"width": 0.02, "layers": 1, "heads": 2}, (8,)),
 }
@@ -95,7 +97,14 @@ def test_no_module_works_in_place_or_twice(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("resnet20", 0.27), ("resnet32", 0.47), ("resnet18", 11.17)]
+    ("name", "millions"),
+    [
+        ("resnet20", 0.27),
+        ("resnet32", 0.47),
+        ("resnet18", 11.17),
+        ("resnet50", 23.52),
+        ("resnet110", 1.73),
+    ],
 )
 def test_published_sizes(name, millions):
     assert round(n_parameters(models.create(name)) / 1e6, 2) == millions
