@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.columns import Columns
 
 O, I = 3, 9
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}
@@ -224,6 +225,14 @@ def mini_block_with_bias(dtype):
         torch.block_diag(*x, b.reshape(1, 1)).double() for x, b in zip(inside, bias, strict=True)
     ]
     return blocks.MiniBlock(inside, bias), torch.block_diag(*rows)
+
+
+@case
+def row_blocks(dtype):
+    a, g = randn(5, 1, I, seed=57, dtype=dtype), randn(2, 5, 1, O, seed=58, dtype=dtype)
+    weights = g[:, :, 0].double().square().sum(0)
+    rows = [0.3 * (a[:, 0].double().mT * w) @ a[:, 0].double() for w in weights.mT]
+    return blocks.RowBlocks(Columns(a, g), 0.3), torch.block_diag(*rows)
 
 
 @case

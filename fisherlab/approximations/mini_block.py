@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, BlockTooLarge
+from fisherlab.blocks import Block, BlockTooLarge, RowBlocks
 from fisherlab.blocks import MiniBlock as Form
 from fisherlab.blocks.numerics import GIB, dense_budget
 from fisherlab.extract import LayerCapture
@@ -28,21 +28,18 @@ class MiniBlock(Approximation, name="mini_block"):
     shared: bool = False
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        o, i = layer.shape
-        conv = layer.geometry.conv
-        k = math.prod(conv.kernel) if conv else i
-        c = (i - (layer.geometry.bias if conv else 0)) // k
-        needed = o * c * k * k * layer.dtype.itemsize
-        budget = dense_budget(layer.device)
-        if needed > budget:
-            raise BlockTooLarge(
-                f"the mini-blocks of layer {layer.name!r} are {o} x {c} blocks of {k} x {k}, "
-                f"{needed / GIB:.3g} GiB, over the budget of {budget / GIB:.3g} GiB"
-            )
+        c, k = _groups(layer)
         result = {"blocks": layer.columns.grouped_moments(c, k)}
-        if c * k < i:
+        if c * k < layer.shape[1]:
             result["bias"] = layer.columns.squares[:, -1]
         return result
+
+    def of_whole(self, layer: LayerCapture) -> Block | None:
+        rows = layer.geometry.conv is None and layer.positions == 1 and not self.shared
+        if not rows or layer.column_share != 1:
+            return None
+        _groups(layer)
+        return RowBlocks(layer.columns, 1 / layer.examples)
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
@@ -52,3 +49,18 @@ class MiniBlock(Approximation, name="mini_block"):
             blocks = blocks.mean((0, 1), keepdim=True).expand_as(blocks).contiguous()
             bias = None if bias is None else bias.mean().expand_as(bias).contiguous()
         return Form(blocks, bias)
+
+
+def _groups(layer: LayerCapture) -> tuple[int, int]:
+    """Groups of inputs and their size; refused where the blocks exceed the memory budget."""
+    o, i = layer.shape
+    conv = layer.geometry.conv
+    k = math.prod(conv.kernel) if conv else i
+    c = (i - (layer.geometry.bias if conv else 0)) // k
+    needed, budget = o * c * k * k * layer.dtype.itemsize, dense_budget(layer.device)
+    if needed > budget:
+        raise BlockTooLarge(
+            f"the mini-blocks of layer {layer.name!r} are {o} x {c} blocks of {k} x {k}, "
+            f"{needed / GIB:.3g} GiB, over the budget of {budget / GIB:.3g} GiB"
+        )
+    return c, k

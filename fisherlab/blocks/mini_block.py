@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.numerics import check_damping, eigh, spectrum_power
+from fisherlab.blocks.numerics import BlockError, check_damping, eigh, spectrum_power
 from fisherlab.blocks.outer import Outer
+from fisherlab.blocks.remembered import remembered
 
 
 class MiniBlock(Block):
@@ -18,6 +21,9 @@ class MiniBlock(Block):
     `blocks` is `[o, c, k, k]` for a weight whose first `c k` columns fall into c groups, `bias`
     `[o]` the entries of a last column of its own (None where every column is in a group).
     """
+
+    blocks: Tensor
+    bias: Tensor | None
 
     def __init__(self, blocks: Tensor, bias: Tensor | None = None) -> None:
         self.blocks, self.bias = blocks, bias
@@ -125,6 +131,69 @@ class MiniBlock(Block):
                 column = contractions.diagonal(other.a[..., -1:], other.g)[:, 0]
             return other.core * self.join(rotated, column).double() + other.shift
         return super().diagonal_of(other)
+
+
+class RowBlocks(MiniBlock):
+    """The exact restriction of `scale U U^T` to the rows of the weight, for columns of T = 1.
+
+    `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks are made
+    when they are needed; norm, trace and inner product with `U U^T` are not what needs them.
+    """
+
+    bias = None
+
+    def __init__(self, columns: Columns, scale: float) -> None:
+        if columns.a.shape[1] != 1:
+            raise BlockError(f"RowBlocks is for one position, got {columns.a.shape[1]}")
+        self.of, self.scale = columns, scale
+
+    @property
+    def a(self) -> Tensor:
+        """Inputs `[n, 1, i]`."""
+        return self.of.a
+
+    @property
+    def g(self) -> Tensor:
+        """Output gradients `[m, n, 1, o]`."""
+        return self.of.g
+
+    @remembered("a", "g")
+    def blocks(self) -> Tensor:
+        """`[o, 1, i, i]`."""
+        return self.of.grouped_moments(1, self.of.shape[1]) * self.scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.of.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.a.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.of.a.device
+
+    def squared_norm(self) -> Tensor:
+        # sum_o w_o^T (a a^T)^2 w_o:      n^2 (i + o)
+        a, w = self.a[:, 0].double(), self.g[:, :, 0].double().square().sum(0)
+        return self.scale**2 * (w * ((a @ a.mT).square() @ w)).sum()
+
+    def trace(self) -> Tensor:
+        return self.scale * self.of.energies.sum()
+
+    def diagonal(self) -> Tensor:
+        return self.scale * self.of.squares
+
+    def inner_with_columns(self, columns: Columns) -> Tensor | None:
+        # a projection of what it is the restriction of
+        return self.squared_norm() / self.scale if columns is self.of and self.scale else None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.blocks
+
+    def memory_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] ** 2 * self.dtype.itemsize
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:
