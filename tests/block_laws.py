@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError
-from fisherlab.blocks.columns import Columns
 
 O, I = 3, 9
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}
@@ -232,7 +231,7 @@ def row_blocks(dtype):
     a, g = randn(5, 1, I, seed=57, dtype=dtype), randn(2, 5, 1, O, seed=58, dtype=dtype)
     weights = g[:, :, 0].double().square().sum(0)
     rows = [0.3 * (a[:, 0].double().mT * w) @ a[:, 0].double() for w in weights.mT]
-    return blocks.RowBlocks(Columns(a, g), 0.3), torch.block_diag(*rows)
+    return blocks.RowBlocks(a, g, 0.3), torch.block_diag(*rows)
 
 
 @case

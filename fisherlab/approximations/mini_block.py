@@ -39,7 +39,8 @@ class MiniBlock(Approximation, name="mini_block"):
         if not rows or layer.column_share != 1:
             return None
         _groups(layer)
-        return RowBlocks(layer.columns, 1 / layer.examples)
+        columns = layer.columns
+        return RowBlocks(columns.a, columns.g, 1 / layer.examples, columns)
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]

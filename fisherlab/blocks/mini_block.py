@@ -142,10 +142,11 @@ class RowBlocks(MiniBlock):
 
     bias = None
 
-    def __init__(self, columns: Columns, scale: float) -> None:
-        if columns.a.shape[1] != 1:
-            raise BlockError(f"RowBlocks is for one position, got {columns.a.shape[1]}")
-        self.of, self.scale = columns, scale
+    def __init__(self, a: Tensor, g: Tensor, scale: float, columns: Columns | None = None) -> None:
+        if a.shape[1] != 1:
+            raise BlockError(f"RowBlocks is for one position, got {a.shape[1]}")
+        self.of = Columns(a, g) if columns is None else columns
+        self.scale = scale
 
     @property
     def a(self) -> Tensor:
@@ -190,10 +191,7 @@ class RowBlocks(MiniBlock):
         return self.squared_norm() / self.scale if columns is self.of and self.scale else None
 
     def tensors(self) -> Iterator[Tensor]:
-        yield self.blocks
-
-    def memory_bytes(self) -> int:
-        return self.shape[0] * self.shape[1] ** 2 * self.dtype.itemsize
+        yield from (self.a, self.g)
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.from_inverse import FromInverse
 from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
-from fisherlab.blocks.mini_block import MiniBlock
+from fisherlab.blocks.mini_block import MiniBlock, RowBlocks
 from fisherlab.blocks.numerics import BlockError
 from fisherlab.blocks.outer import Outer
 
@@ -25,6 +25,7 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     KroneckerSum: ("G", "A"),
     MiniBlock: ("blocks", "bias"),
     Outer: ("a", "g", "core", "shift"),
+    RowBlocks: ("a", "g", "scale"),
 }
 _FORMS = {form.__name__: form for form in _FIELDS}
 
