@@ -22,12 +22,13 @@ from fisherlab import approximations as registry
 from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
-from fisherlab.blocks import Block, BlockError, DirectSum, Outer
+from fisherlab.blocks import Block, BlockError, BlockTooLarge, DirectSum, Outer, contractions
 from fisherlab.distributed import RankError, Ranks, unwrapped
-from fisherlab.extract import CaptureError, Captures, LayerCapture, capture
+from fisherlab.extract import CaptureError, Captures, LayerCapture
 from fisherlab.extract.api import Forward, _forward, split_batch
 from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
 from fisherlab.extract.joint import shared_out
+from fisherlab.extract.memory import captures_in_parts, check_memory, form_bytes, least_bytes
 from fisherlab.extract.select import check_batch, check_model
 from fisherlab.metrics.alignment import default_rank
 
@@ -182,8 +183,9 @@ def compare(
     `fisher_type`: default exact up to 20 outputs, else mc (empirical for a criterion without a
     known distribution). `dampings` are relative to `tr F / N` of each layer.
     `reference`: unseen examples `(x, y)` or a loader for the population error, or the name of a
-    Fisher type to measure against on the same batch. `memory` bounds the weight-sharing form of a
-    layer in bytes.
+    Fisher type to measure against on the same batch. `memory` bounds, in bytes, the chunks that
+    approximations are built of and the intermediates of a product (the exact block keeps its `a`
+    and `g`); on a device that runs out of memory both are halved until they fit.
 
     Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
     itself). The layers are shared out: a rank receives the other shards of its layers, their raw
@@ -213,7 +215,10 @@ def compare(
     options |= {"generator": generator, "forward": forward, "ranks": ranks}
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
-        return [capture(model, criterion, *b, fisher_type=kind, **options) for b in sample]
+        parts = [
+            captures_in_parts(model, criterion, *b, fisher_type=kind, **options) for b in sample
+        ]
+        return [part for batch in parts for part in batch]
 
     captures = captured(batches, fisher_type)
     target, unseen = captures, None
@@ -225,6 +230,7 @@ def compare(
         pair = reference if isinstance(reference, tuple) else (reference, None)
         unseen = captured(_batches(*pair), fisher_type)
     _check_blocks(makers, captures[0])
+    check_memory(captures[0], memory)
     facts = {
         "fisher_type": fisher_type,
         "reference_fisher_type": reference if isinstance(reference, str) else fisher_type,
@@ -254,7 +260,10 @@ def compare(
         target = captures if same else [shared_out(batch, ranks, owners) for batch in target]
         unseen = unseen and [shared_out(batch, ranks, owners) for batch in unseen]
     try:
-        with ranks.together("measuring its layers") if ranks else nullcontext():
+        with (
+            contractions.workspace(memory),
+            ranks.together("measuring its layers") if ranks else nullcontext(),
+        ):
             for name in (progress or notebook_bar)(mine):
                 measured = _Layer(name, captures, target, unseen, memory)
                 rows += measured.rows(makers, dampings, facts)
@@ -470,13 +479,13 @@ class _Layer:
         unit = self.F.trace().item() / self.F.size
         start = time.perf_counter()
         try:
-            X = self.build(maker)
+            X = self._retried(self.build, maker)
             if X is None:
                 return
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
             built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
-            static, reason = self._static(X)
+            static, reason = self._retried(self._static, X)
             common = {**empty, **built, **static}
         except BlockError as error:
             for share in dampings:
@@ -487,10 +496,37 @@ class _Layer:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
             try:
                 with _remembering(X, "power"):
-                    row |= self._damped(maker, X, share * unit)
+                    row |= self._retried(self._damped, maker, X, share * unit)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
+
+    def _retried(self, act: Callable[..., Any], *args: Any) -> Any:
+        """`act(*args)`, again in half the memory each time the device runs out of it."""
+        while True:
+            try:
+                return act(*args)
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            # out of the handler, whose traceback holds on to the tensors that did not fit
+            self._halve(message)
+
+    def _halve(self, message: str) -> None:
+        """Half the bytes of a chunk and of an intermediate; refused where that is not possible."""
+        if self.F.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halved = contractions.halve_workspace()
+        for memo in self.memos:
+            size = max(form_bytes(layer) for layer in memo.layers)
+            half = min(size, memo.memory or size) // 2
+            if half >= max(least_bytes(layer) for layer in memo.layers):
+                memo.memory, halved = half, True
+        if not halved:
+            raise BlockTooLarge(
+                f"layer {self.name!r} runs out of memory even in chunks of one example; its exact "
+                f"block alone holds {self.F.memory_bytes():,} bytes: take a smaller batch or "
+                f"another device ({message})"
+            )
 
     def _static(self, X: Block) -> tuple[dict[str, float], str]:
         """What does not depend on the damping, and why a measure of the spectrum is missing."""

@@ -203,3 +203,129 @@ def test_forward_calls_a_model_in_its_own_way():
 def test_missing_labels_are_asked_for():
     with pytest.raises(fl.CaptureError, match="labels are missing: pass y"):
         fl.capture(net(), nn.CrossEntropyLoss(), data(8)[0])
+
+
+# Budgets
+
+
+def test_a_budget_that_cannot_be_met_names_the_layer_and_what_it_needs():
+    needed = 8 * (4 + 1 + 5)  # one example's input with its 1 and one output vector
+    with pytest.raises(fl.CaptureError, match=rf"layer '0' needs {needed} for one output") as told:
+        fl.compare(net(), nn.CrossEntropyLoss(), *data(8), approximations=["kfac"], memory=70)
+    assert "2 of 2 layers" in str(told.value) and f"raise memory to {needed}" in str(told.value)
+    frame = fl.compare(
+        net(), nn.CrossEntropyLoss(), *data(8), approximations=["kfac"], memory=needed
+    ).frame
+    whole = fl.compare(net(), nn.CrossEntropyLoss(), *data(8), approximations=["kfac"]).frame
+    assert (frame["relative_error"] - whole["relative_error"]).abs().max() < 1e-12
+
+
+class Hungry(fl.KFAC):
+    """KFAC on a device with room for a few examples."""
+
+    room = 3
+
+    def sums(self, layer):
+        if layer.raw_inputs[0].shape[0] > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return super().sums(layer)
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on():
+    model, criterion, sample = net(), nn.CrossEntropyLoss(), data(8)
+    before = contractions.WORKSPACE
+    makers = {"hungry": Hungry(), "kfac": fl.KFAC()}
+    frame = fl.compare(model, criterion, *sample, approximations=makers).frame
+    hungry, plain = (frame[frame["approximation"] == name].reset_index() for name in makers)
+    assert (hungry["relative_error"] - plain["relative_error"]).abs().max() < 1e-12
+    assert (hungry["note"] == "").all()
+    assert contractions.WORKSPACE == before
+
+
+def test_out_of_memory_at_one_example_is_a_row_that_says_so():
+    class Starving(Hungry):
+        room = 0
+
+    makers = {"starving": Starving(), "kfac": fl.KFAC()}
+    frame = fl.compare(net(), nn.CrossEntropyLoss(), *data(8), approximations=makers).frame
+    starving = frame[frame["approximation"] == "starving"]
+    assert starving["relative_error"].isna().all()
+    assert starving["note"].str.contains("out of memory even in chunks of one example").all()
+    assert starving["note"].str.contains("Tried to allocate 20.00 GiB").all()
+    assert frame[frame["approximation"] == "kfac"]["relative_error"].notna().all()
+
+
+class Narrow(nn.Module):
+    """A model on a device with room for 3 examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.net(x)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_capture_that_does_not_fit_is_made_in_halves(kind):
+    x, y = data(9)
+    options = {"approximations": ["kfac", "tekfac"], "fisher_type": kind, "dampings": (0.1,)}
+    parts = fl.compare(Narrow(), nn.CrossEntropyLoss(), x, y, **options).frame
+    whole = fl.compare(net(), nn.CrossEntropyLoss(), x, y, **options).frame
+    for column in ("relative_error", "trace_ratio", "direction_cosine"):
+        assert (parts[column] - whole[column]).abs().max() < 1e-10, column
+
+
+def test_halves_with_other_numbers_of_loss_terms_are_refused():
+    x, y = data(8)
+    y[0] = -100
+    with pytest.raises(fl.CaptureError, match="8 examples ran out of memory .* loader of smaller"):
+        fl.compare(Narrow(), nn.CrossEntropyLoss(), x, y, approximations=["kfac"])
+
+
+# Errors against the batch size
+
+
+def test_error_curve_is_the_comparison_at_each_size():
+    from fisherlab.experiments.streaming import error_curve
+
+    model, criterion, sample, unseen = net(), nn.CrossEntropyLoss(), data(40), data(60, 1)
+    frame = error_curve(
+        model,
+        criterion,
+        *sample,
+        reference=DataLoader(TensorDataset(*unseen), batch_size=25),
+        sizes=(4, 40),
+        approximations=["kfac", "tekfac"],
+        repeats=2,
+    )
+    assert len(frame) == 2 * 2 * 2 * 2 and set(frame["examples"]) == {4, 40}
+    assert (frame["reference_examples"] == 60).all()
+    # a batch of everything is the same sample whatever its order
+    expected = fl.compare(
+        model, criterion, *sample, reference=unseen, approximations=["kfac", "tekfac"]
+    ).frame.drop_duplicates(["layer", "approximation"])
+    index = ["layer", "approximation"]
+    for seed in (0, 1):
+        ours = frame[(frame["examples"] == 40) & (frame["seed"] == seed)].set_index(index)
+        for column in ("relative_error", "population_error", "population_error_se"):
+            gap = (ours[column] - expected.set_index(index)[column]).abs().max()
+            assert gap < 1e-10, column
+    small = frame[frame["examples"] == 4]
+    # a small batch flatters: its error in sample is not that on the population
+    assert (small["population_error"] > small["relative_error"]).all()
+
+
+def test_error_curve_puts_examples_aside_and_can_be_drawn():
+    from fisherlab.experiments.streaming import error_curve
+
+    frame = error_curve(
+        net(), nn.CrossEntropyLoss(), *data(60), sizes=(4, 8), approximations=["kfac"], repeats=1
+    )
+    assert (frame["reference_examples"] == 30).all()
+    figure = fl.plots.in_sample_against_population(frame)
+    assert len(figure.axes[0].get_lines()) == 2
+    with pytest.raises(ValueError, match="the 30 examples that batches are drawn from"):
+        error_curve(net(), nn.CrossEntropyLoss(), *data(60), sizes=(31,))

@@ -12,12 +12,35 @@ multiplications; the counts stand beside the choice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 # Bytes one intermediate may take. Chunks are cut to it; results do not depend on it.
 WORKSPACE = 256 * 1024**2
+SMALLEST = 1024**2
+
+
+@contextmanager
+def workspace(size: int | None = None) -> Iterator[None]:
+    """Intermediates of at most `size` bytes (None: as many as now) until the block is left."""
+    global WORKSPACE
+    before = WORKSPACE
+    WORKSPACE = before if size is None else min(max(size, SMALLEST), before)
+    try:
+        yield
+    finally:
+        WORKSPACE = before
+
+
+def halve_workspace() -> bool:
+    """Half the bytes of an intermediate; False where less would not help."""
+    global WORKSPACE
+    if WORKSPACE <= SMALLEST:
+        return False
+    WORKSPACE //= 2
+    return True
 
 
 def slices(length: int, bytes_each: int) -> Iterator[slice]:
