@@ -56,8 +56,9 @@ def add(files: Files, config: Any, where: str, content: str | bytes) -> None:
 
 
 def unindented(body: str) -> str:
-    """nbconvert indents HTML outputs, which Markdown takes for code; tables are left as HTML."""
-    return re.sub(r"<style.*?</style>|<div>.*?</div>|<table.*?</table>", flat, body, flags=re.DOTALL)
+    """nbconvert indents HTML outputs, which Markdown takes for code; tables stay HTML."""
+    elements = r"<style.*?</style>|<div>.*?</div>|<table.*?</table>"
+    return re.sub(elements, flat, body, flags=re.DOTALL)
 
 
 def flat(match: re.Match[str]) -> str:
