@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.moment import Moment
 from fisherlab.blocks.numerics import declare_range
 from fisherlab.extract import LayerCapture
 
@@ -19,6 +20,25 @@ _REGISTRY: dict[str, type[Approximation]] = {}
 INPUT_MOMENTS = frozenset({"A", "right"})
 
 
+class Later(Mapping[str, Tensor]):
+    """Sums made one by one, when asked for: one that nobody needs costs nothing."""
+
+    def __init__(self, **makers: Callable[[], Tensor]) -> None:
+        self._makers = makers
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._made:
+            self._made[key] = self._makers[key]()
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 class Means(Mapping[str, Tensor]):
     """The means of one layer's sums, divided when asked for, and the blocks made of them."""
 
@@ -27,8 +47,10 @@ class Means(Mapping[str, Tensor]):
         sums: Mapping[str, Tensor],
         count: float,
         layer: LayerCapture | None = None,
+        moments: Mapping[str, Moment] | None = None,
     ) -> None:
         self._sums, self._count, self._layer = sums, count, layer
+        self._moments = moments or {}
         self._means: dict[str, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
 
@@ -40,6 +62,11 @@ class Means(Mapping[str, Tensor]):
                 # of the capture alone: what is declared must not keep the mean alive
                 declare_range(mean, lambda: layer.columns.input_space)
         return self._means[key]
+
+    def factor(self, key: str) -> Tensor | Moment:
+        """A mean as the rows it is a moment of, where they are few; else the matrix."""
+        moment = self._moments.get(key)
+        return self[key] if moment is None else moment.scaled(1 / self._count)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sums)
@@ -89,9 +116,13 @@ class Approximation:
         """Where the damping goes: "tikhonov" is `F + lambda I`."""
         return "tikhonov"
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         """Terms additive over examples, output vectors, chunks, batches and ranks."""
         raise BlockError(f"{type(self).__name__} has no running sums; define `sums(layer)`")
+
+    def moments(self, layer: LayerCapture) -> dict[str, Moment]:
+        """Those of the sums that are second moments of few rows, kept as the rows."""
+        return {}
 
     def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The expensive part made of the means (eigenvectors, inverses); has its own interval."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,7 @@ from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Block, Eigen, Kronecker
-from fisherlab.blocks.contractions import left_moment
-from fisherlab.blocks.numerics import spectral
+from fisherlab.blocks.contractions import left_moment, right_moment
 from fisherlab.extract import LayerCapture
 
 
@@ -24,8 +24,8 @@ class EigenCorrected(Approximation):
     basis are carried over by `Lambda <- (Q_G'^T Q_G)^2 Lambda ((Q_A'^T Q_A)^2)^T`, entrywise
     squares, which keeps the trace; blending them as they stand mixes two bases.
 
-    A thin input basis is that of the batch it came from. What another batch has beside it counts
-    as well, isotropic for each output direction, so that the trace is kept whichever batch it is.
+    A thin basis is that of the batch it came from. What another batch has beside it counts as well,
+    isotropic for each direction of the other side, so that the trace is kept whichever batch it is.
     """
 
     factors: Approximation
@@ -34,24 +34,21 @@ class EigenCorrected(Approximation):
     def origin(self) -> Approximation:
         return self.factors
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         return self.factors.sums(layer)
 
     def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         product = means.block(self.factors)
         assert isinstance(product, Kronecker), f"{self.factors} makes no Kronecker product"
-        l_G, Q_G = spectral(product.G, "output factor G")
-        l_A, Q_A = spectral(product.A, "input factor A")
+        (l_G, Q_G), (l_A, Q_A) = product.spectra
         return {"Q_G": Q_G, "Q_A": Q_A, "l_G": l_G, "l_A": l_A}
 
     def corrections(self, layer: LayerCapture, basis: dict[str, Tensor]) -> dict[str, Tensor]:
         Q_G, Q_A = basis["Q_G"], basis["Q_A"]
         spectrum = layer.columns.rotated_squares(Q_G, Q_A)
         found = {"spectrum": spectrum.to(layer.dtype)}
-        missing = len(Q_A) - Q_A.shape[1]
-        if missing:
-            found["rest"] = _outside(layer, Q_G, spectrum) / missing
-        return found
+        thin = Q_A.shape[1] < len(Q_A) or Q_G.shape[1] < len(Q_G)
+        return found | _outside(layer, Q_G, Q_A, spectrum) if thin else found
 
     def carry(
         self, corrections: dict[str, Tensor], old: dict[str, Tensor], new: dict[str, Tensor]
@@ -65,19 +62,37 @@ class EigenCorrected(Approximation):
     ) -> Block:
         # before the first second sweep: the factors' own eigenvalues, which is the factors' block
         own = basis["l_G"].clamp(min=0)[:, None] * basis["l_A"].clamp(min=0)
-        spectrum, rest = corrections.get("spectrum", own), corrections.get("rest")
-        tail = None if rest is None or not rest.any() else rest.to(spectrum)
-        return Eigen(basis["Q_G"], basis["Q_A"], spectrum, tail_G=tail)
+        spectrum = corrections.get("spectrum", own)
+        tails = {key: x.to(spectrum) for key, x in corrections.items() if key in TAILS and x.any()}
+        return Eigen(basis["Q_G"], basis["Q_A"], spectrum, **tails)
 
 
-def _outside(layer: LayerCapture, Q_G: Tensor, inside: Tensor) -> Tensor:
-    """The energy of each output direction beside a thin input basis; 0 for the batch it is of."""
+TAILS = ("tail_G", "tail_A", "tail")
+
+
+def _outside(layer: LayerCapture, Q_G: Tensor, Q_A: Tensor, inside: Tensor) -> dict[str, Tensor]:
+    """The energy beside a thin basis, per direction missing; 0 for the batch the basis is of."""
+    missing_A, missing_G = len(Q_A) - Q_A.shape[1], len(Q_G) - Q_G.shape[1]
+    rows, columns, within = inside.sum(1), inside.sum(0), inside.sum()
     total = layer.columns.energies.sum()
-    if total - inside.sum() <= 1e3 * torch.finfo(layer.dtype).eps * total:
-        return inside.new_zeros(len(inside))
-    left = left_moment(layer.columns.a, layer.columns.g)
-    energies = ((left @ Q_G) * Q_G).sum(0, dtype=torch.float64)
-    return (energies - inside.sum(1)).clamp(min=0)
+    rows_all, columns_all = rows, columns
+    if total - within <= 1e3 * torch.finfo(layer.dtype).eps * total:
+        rest = torch.zeros_like(total)
+    else:
+        a, g = layer.columns.a, layer.columns.g
+        if missing_A:
+            rows_all = ((left_moment(a, g) @ Q_G) * Q_G).sum(0, dtype=torch.float64)
+        if missing_G:
+            columns_all = ((right_moment(a, g) @ Q_A) * Q_A).sum(0, dtype=torch.float64)
+        rest = total - rows_all.sum() - columns_all.sum() + within
+    found: dict[str, Tensor] = {}
+    if missing_A:
+        found["tail_G"] = (rows_all - rows).clamp(min=0) / missing_A
+    if missing_G:
+        found["tail_A"] = (columns_all - columns).clamp(min=0) / missing_G
+    if missing_A and missing_G:
+        found["tail"] = rest.clamp(min=0) / (missing_A * missing_G)
+    return found
 
 
 @dataclass(frozen=True)

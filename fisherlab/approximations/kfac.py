@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation, Means
+from fisherlab.approximations.base import Approximation, Later, Means
 from fisherlab.approximations.damping import check_placement, place
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.moment import Moment
 from fisherlab.extract import LayerCapture
 
 
@@ -36,18 +38,33 @@ class KFAC(Approximation, name="kfac"):
                 f"KFAC's weight_sharing is 'expand' or 'reduce', got {self.weight_sharing!r}"
             )
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         share = layer.column_share
         if self.weight_sharing == "reduce":
             a, g = layer.columns.a, layer.columns.g
             return {"A": share * second_moment(a.mean(1)), "G": second_moment(g.sum(2))}
-        G = second_moment(layer.output_gradients)
-        return {"A": layer.input_moment * (share / layer.positions), "G": G}
+        return Later(
+            A=lambda: layer.input_moment * (share / layer.positions),
+            G=lambda: second_moment(layer.output_gradients),
+        )
+
+    def moments(self, layer: LayerCapture) -> dict[str, Moment]:
+        found: dict[str, Moment] = {}
+        if self.weight_sharing == "reduce":
+            return found
+        if layer.few_inputs:
+            scale = layer.column_share / layer.positions
+            columns = layer.columns
+            found["A"] = Moment(columns.a, scale, lambda: columns.input_space)
+        if layer.few_gradients:
+            columns = layer.columns
+            found["G"] = Moment(columns.g, 1.0, lambda: columns.output_space)
+        return found
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
-        return Kronecker(means["G"], means["A"])
+        return Kronecker(means.factor("G"), means.factor("A"))
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from fisherlab.extract import LayerCapture
 Sums = dict[str, Tensor]
 
 
-def add(terms: Iterable[Sums]) -> Sums:
+def add(terms: Iterable[Mapping[str, Tensor]]) -> Sums:
     """Entrywise sum of dictionaries with the same keys, in place on copies of the first."""
     total: Sums = {}
     for term in terms:
@@ -55,8 +55,13 @@ class Memo:
         """The means of the sums of `approximation.origin`."""
         origin = approximation.origin
         if origin not in self._means:
-            sums = add(origin.sums(chunk) for chunk in self._chunks())
-            self._means[origin] = Means(sums, self.count, self._whole())
+            whole = self._whole()
+            if whole is None:
+                sums = add(origin.sums(chunk) for chunk in self._chunks())
+                self._means[origin] = Means(sums, self.count)
+            else:
+                moments = origin.moments(whole)
+                self._means[origin] = Means(origin.sums(whole), self.count, whole, moments)
         return self._means[origin]
 
     def _whole(self) -> LayerCapture | None:

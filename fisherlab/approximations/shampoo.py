@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class Shampoo(Approximation, name="shampoo"):
     def placement(self) -> str:
         return "factorwise"
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         if self.statistics == "gradient":
             D, count = layer.gradient, layer.examples
             return {"left": count * D @ D.mT, "right": count * D.mT @ D}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation, Means
+from fisherlab.approximations.base import Approximation, Later, Means
 from fisherlab.approximations.damping import check_placement, place
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
+from fisherlab.blocks.moment import Moment
 from fisherlab.blocks.numerics import inherit
 from fisherlab.extract import LayerCapture
 
@@ -39,11 +41,15 @@ class TKFAC(Approximation, name="tkfac"):
                 f"TKFAC's weight_sharing is 'partial' or 'expand', got {self.weight_sharing!r}"
             )
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
+    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         a, g = layer.columns.a, layer.columns.g
         if self.weight_sharing == "partial":
-            left, right = layer.columns.sides
-            return {"left": left, "right": right, "trace": layer.columns.energies.sum()}
+            columns = layer.columns
+            return Later(
+                left=lambda: columns.sides[0],
+                right=lambda: columns.sides[1],
+                trace=lambda: columns.energies.sum(),
+            )
         t = a.shape[1]
         inputs, outputs = a.square().sum((1, 2)), g.square().sum((0, 2, 3))
         return {
@@ -52,16 +58,37 @@ class TKFAC(Approximation, name="tkfac"):
             "trace": (inputs.double() * outputs.double()).sum() / t,
         }
 
+    def moments(self, layer: LayerCapture) -> dict[str, Moment]:
+        found: dict[str, Moment] = {}
+        if layer.positions > 1 or self.weight_sharing != "partial":
+            return found
+        # D = g a^T, so that D D^T = |a|^2 g g^T and D^T D = |g|^2 a a^T
+        columns = layer.columns
+        if layer.few_gradients:
+            sizes = columns.a.norm(dim=2, keepdim=True)
+            found["left"] = Moment(columns.g * sizes, 1.0, lambda: columns.output_space)
+        if layer.few_inputs:
+            sizes = columns.g.square().sum((0, 3)).sqrt()[:, :, None]
+            found["right"] = Moment(columns.a * sizes, 1.0, lambda: columns.input_space)
+        return found
+
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
         root = means["trace"].sqrt()
-        scale = torch.where(root > 0, 1 / root, torch.zeros_like(root)).to(means["left"])
-        sides = (means["left"], means["right"])
-        return Kronecker(*(inherit(side * scale, side, lambda v: v * scale) for side in sides))
+        scale = torch.where(root > 0, 1 / root, torch.zeros_like(root)).to(
+            means.factor("left").dtype
+        )
+        return Kronecker(*(_scaled(means.factor(key), scale) for key in ("left", "right")))
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)
+
+
+def _scaled(side: Tensor | Moment, scale: Tensor) -> Tensor | Moment:
+    if isinstance(side, Moment):
+        return side.scaled(scale)
+    return inherit(side * scale, side, lambda v: v * scale)
 
 
 @dataclass(frozen=True)

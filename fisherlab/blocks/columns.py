@@ -191,6 +191,12 @@ class Columns:
             return None
         return torch.linalg.qr(rows.mT).Q
 
+    @remembered("g")
+    def output_space(self) -> Tensor | None:
+        """Orthonormal `[o, r]` whose span holds every output gradient, where r is clearly less."""
+        rows = self.g.reshape(-1, self.g.shape[-1])
+        return torch.linalg.qr(rows.mT).Q if few(*rows.shape) else None
+
 
 def few(rows: int, features: int) -> bool:
     """Whether a basis of the rows is clearly cheaper than one of the whole space."""

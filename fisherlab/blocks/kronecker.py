@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.moment import Moment
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
@@ -22,40 +24,82 @@ from fisherlab.blocks.numerics import (
 )
 from fisherlab.blocks.remembered import remembered
 
+Factor = TypeVar("Factor", Tensor, Tensor | Moment)
 
-def _square(matrix: Tensor, role: str) -> Tensor:
+
+def _square(matrix: Factor, role: str) -> Factor:
     if matrix.shape[-1] != matrix.shape[-2]:
         raise BlockError(f"the {role} factor must be square, got {tuple(matrix.shape)}")
     return matrix
 
 
 class Kronecker(Block):
-    """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs."""
+    """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs.
 
-    def __init__(self, G: Tensor, A: Tensor) -> None:
-        self.G, self.A = _square(G, "output"), _square(A, "input")
+    A factor may be a `Moment`, which stays its rows until somebody asks for the matrix.
+    """
+
+    def __init__(self, G: Tensor | Moment, A: Tensor | Moment) -> None:
+        self._G, self._A = _square(G, "output"), _square(A, "input")
+
+    @property
+    def G(self) -> Tensor:
+        """The output factor."""
+        if isinstance(self._G, Moment):
+            self._G = self._G.formed()
+        return self._G
+
+    @property
+    def A(self) -> Tensor:
+        """The input factor."""
+        if isinstance(self._A, Moment):
+            self._A = self._A.formed()
+        return self._A
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.G.shape[0], self.A.shape[0]
+        return self._G.shape[0], self._A.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.A.dtype
+        return self._A.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.A.device
+        return self._A.device
+
+    def tensors(self) -> Iterator[Tensor]:
+        for factor in (self._G, self._A):
+            if isinstance(factor, Moment):
+                yield from factor.tensors()
+            else:
+                yield factor
+
+    def memory_bytes(self) -> int:
+        """Bytes of the two factors, formed or not."""
+        o, i = self.shape
+        same = self._G is self._A
+        return (o * o + (0 if same else i * i)) * self.dtype.itemsize
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        return self.G @ V @ self.A
+        right = self._A.apply(V) if isinstance(self._A, Moment) and _few(V, self._A) else V @ self.A
+        if isinstance(self._G, Moment) and _few(V, self._G):
+            return self._G.apply(right.mT).mT
+        return self.G @ right
 
-    @remembered("G", "A")
+    @remembered("_G", "_A")
+    def spectra(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Eigenvalues and vectors of `G` and of `A`, thin where the rank is known to be low."""
+        return (
+            _spectral(self._G, "output factor G"),
+            _spectral(self._A, "input factor A"),
+        )
+
+    @remembered("_G", "_A")
     def eigen(self) -> Eigen:
         """The same matrix in its Kronecker eigenbasis."""
-        l_G, Q_G = spectral(self.G, "output factor G")
-        l_A, Q_A = spectral(self.A, "input factor A")
+        (l_G, Q_G), (l_A, Q_A) = self.spectra
         return Eigen(Q_G, Q_A, torch.outer(l_G, l_A))
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
@@ -85,7 +129,7 @@ class Kronecker(Block):
         return None
 
     def trace(self) -> Tensor:
-        return self.G.double().trace() * self.A.double().trace()
+        return _trace(self._G) * _trace(self._A)
 
     def squared_norm(self) -> Tensor:
         return _dot(self.G, self.G) * _dot(self.A, self.A)
@@ -226,6 +270,19 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in rest:
         first = first + tensor
     return first
+
+
+def _few(V: Tensor, factor: Moment) -> bool:
+    """Whether one product by rows is cheaper than forming the factor: few matrices, not many."""
+    return V.numel() <= V.shape[-2] * V.shape[-1] and len(factor.rows) <= factor.shape[0]
+
+
+def _spectral(factor: Tensor | Moment, name: str) -> tuple[Tensor, Tensor]:
+    return factor.spectral(name) if isinstance(factor, Moment) else spectral(factor, name)
+
+
+def _trace(factor: Tensor | Moment) -> Tensor:
+    return factor.trace() if isinstance(factor, Moment) else factor.double().trace()
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:

@@ -229,6 +229,12 @@ class LayerCapture:
         return few(self.raw_inputs[0].shape[0] * self.positions, self.shape[1])
 
     @property
+    def few_gradients(self) -> bool:
+        """Whether the output gradients span clearly less than their space."""
+        rows = self.columns_per_example * self.raw_inputs[0].shape[0] * self.positions
+        return few(rows, self.shape[0])
+
+    @property
     def mean_input_sum(self) -> Tensor:
         """`sum_n mean_t a`, `[i]`."""
         return torch.cat([self.geometry.input_sum(raw) for raw in self.raw_inputs]).mean(0)
