@@ -212,7 +212,7 @@ def test_a_budget_that_cannot_be_met_names_the_layer_and_what_it_needs():
     needed = 8 * (4 + 1 + 5)  # one example's input with its 1 and one output vector
     with pytest.raises(fl.CaptureError, match=rf"layer '0' needs {needed} for one output") as told:
         fl.compare(net(), nn.CrossEntropyLoss(), *data(8), approximations=["kfac"], memory=70)
-    assert "2 of 2 layers" in str(told.value) and f"raise memory to {needed}" in str(told.value)
+    assert "2 of 2 layers" in str(told.value) and f"raise `memory` to {needed}" in str(told.value)
     frame = fl.compare(
         net(), nn.CrossEntropyLoss(), *data(8), approximations=["kfac"], memory=needed
     ).frame

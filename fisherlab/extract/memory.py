@@ -36,7 +36,7 @@ def check_memory(layers: Mapping[str, LayerCapture], memory: int | None) -> None
         raise CaptureError(
             f"memory={memory:,} bytes cannot be met: layer {worst!r} needs {needs[worst]:,} for "
             f"one output vector of one example, and {short} of {len(needs)} layers need more than "
-            f"that budget; raise memory to {needs[worst]:,} or leave the layer out with `layers=`"
+            f"that budget; raise `memory` to {needs[worst]:,} or leave the layer out with `layers=`"
         )
 
 
