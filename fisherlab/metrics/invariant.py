@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from fisherlab.blocks import (
@@ -30,6 +31,7 @@ LANCZOS_BUDGET = 5e9
 _MATRIX_FREE = Eigen | Kronecker | Diagonal | FromInverse | MiniBlock | Outer
 _STEPS = 60
 _CHECK = 4  # steps between two looks at the Ritz value
+_TOLERANCE = 1e-8
 
 
 def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
@@ -83,35 +85,37 @@ def _largest(A: Block, B_inverse: Block) -> Tensor:
     The basis `P = B Q` is orthonormal in `B^{-1}`, fully reorthogonalised; `B` needs no root.
     """
     generator = torch.Generator().manual_seed(0)
-    residual = torch.randn(A.shape, generator=generator, dtype=torch.float64).to(A.device)
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    Q: list[Tensor] = []
-    P: list[Tensor] = []
-    value = residual.new_zeros(())
+    residual = torch.randn(A.size, generator=generator, dtype=torch.float64).to(A.device)
+    Q, P = residual.new_empty(_STEPS, A.size), residual.new_empty(_STEPS, A.size)
+    alphas: list[float] = []
+    betas: list[float] = []
+    value = 0.0
     for step in range(_STEPS):
-        image = (B_inverse @ residual.to(B_inverse.dtype)).double()
-        beta = (residual * image).sum().clamp(min=0).sqrt()
+        image = _apply(B_inverse, residual)
+        beta = (residual @ image).clamp(min=0).sqrt().item()
         if step and beta <= 1e-12 * value:
             break
         betas.append(beta)
-        Q.append((image / beta).flatten())
-        P.append((residual / beta).flatten())
-        residual = (A @ Q[-1].view(A.shape).to(A.dtype)).double()
-        alphas.append((residual.flatten() * Q[-1]).sum())
-        basis, dual = torch.stack(Q), torch.stack(P)
+        Q[step], P[step] = image / beta, residual / beta
+        residual = _apply(A, Q[step])
+        alphas.append((residual @ Q[step]).item())
         for _ in range(2):
-            residual = residual - ((basis @ residual.flatten()) @ dual).view_as(residual)
+            residual = residual - (Q[: step + 1] @ residual) @ P[: step + 1]
         if step % _CHECK == _CHECK - 1:
             previous, value = value, _top(alphas, betas[1:])
-            if (value - previous).abs() <= 1e-9 * value:
-                return value
-    return _top(alphas, betas[1:])
+            if abs(value - previous) <= _TOLERANCE * value:
+                break
+    return residual.new_tensor(_top(alphas, betas[1:]))
 
 
-def _top(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
-    T = torch.diag(torch.stack(alphas))
-    if betas:
-        off = torch.stack(betas)
-        T = T + torch.diag(off, 1) + torch.diag(off, -1)
-    return torch.linalg.eigvalsh(T)[-1]
+def _apply(block: Block, vector: Tensor) -> Tensor:
+    return (block @ vector.to(block.dtype).view(block.shape)).double().flatten()
+
+
+def _top(alphas: list[float], betas: list[float]) -> float:
+    """The largest eigenvalue of the symmetric tridiagonal matrix."""
+    last = len(alphas) - 1
+    found = eigh_tridiagonal(
+        alphas, betas[:last], eigvals_only=True, select="i", select_range=(last, last)
+    )
+    return float(found[0])
