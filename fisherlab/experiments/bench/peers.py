@@ -135,7 +135,7 @@ def _curvlinops(network: Network, method: str, fisher_type: str, inverse: bool) 
 
 
 def _nngeometry(network: Network, method: str, fisher_type: str, inverse: bool) -> Work:
-    from nngeometry.metrics import FIM, FIM_MonteCarlo1
+    from nngeometry.metrics import FIM, FIM_MonteCarlo
     from nngeometry.object import PMatEKFAC, PMatKFAC, PVector
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -147,9 +147,9 @@ def _nngeometry(network: Network, method: str, fisher_type: str, inverse: bool) 
     def run() -> object:
         options = {"representation": form, "device": network.x.device}
         if fisher_type == "mc":
-            block = FIM_MonteCarlo1(network.model, loader, **options)
+            block = FIM_MonteCarlo(network.model, loader, **options)
         else:
-            block = FIM(network.model, loader, n_output=10, **options)
+            block = FIM(network.model, loader, **options)
         if method == "ekfac":
             block.update_diag(loader)
         return block.inverse(DAMPING).mv(gradient) if inverse else block.mv(gradient)
