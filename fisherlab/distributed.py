@@ -7,6 +7,7 @@ nothing here is called.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -110,6 +111,10 @@ class Ranks:
                 "the examples of all ranks to the same size"
             )
         return [shape[dim] for shape in shapes]
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of a batch that every rank holds, in order and nearly equal."""
+        return tensor.tensor_split(self.size)[self.index]
 
     def rows(self, count: int) -> slice:
         """Where this rank's `count` rows lie among those of all ranks."""
@@ -252,15 +257,21 @@ def _sharded(model: nn.Module) -> str | None:
     return None
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def start() -> Ranks | None:
     """Join the job that `torchrun` started, by gloo or, on a machine with GPUs, nccl.
 
     None for a program that was started on its own.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         return None
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
     return Ranks.current()

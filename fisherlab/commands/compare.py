@@ -8,7 +8,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from fisherlab import approximations, datasets, models, optim
+from fisherlab import approximations, datasets, distributed, models, optim
 from fisherlab.commands.common import (
     Code,
     device,
@@ -84,7 +84,8 @@ def compare(
     """Train a model and compare every approximation with the exact Fisher block of every layer.
 
     Prints a table and leaves config.json, comparison.csv, comparison.parquet, figures and a
-    self-contained report.html in the folder. Ctrl-C keeps what was measured so far.
+    self-contained report.html in the folder. Ctrl-C keeps what was measured so far. Under torchrun
+    (`torchrun --nproc-per-node 2 -m fisherlab compare ...`) the work is shared out over the ranks.
     """
     known("data set", data, datasets.names())
     known("model", model, models.names())
@@ -99,8 +100,11 @@ def compare(
     from fisherlab.experiments import measure, pages, report  # noqa: F401  pages: what it shows
     from fisherlab.experiments.rundir import RunDir
 
+    ranks = distributed.start()
+    first = ranks is None or ranks.index == 0  # the one that writes and speaks
     rundir = RunDir(out)
-    rundir.check(overwrite, (TABLE,))
+    if first:
+        rundir.check(overwrite, (TABLE,))
     study = measure.Study(
         measure.Settings(
             data=data,
@@ -126,22 +130,31 @@ def compare(
             memory=size(memory),
         )
     )
-    rundir.begin(study.config, (TABLE,))
+    if first:
+        rundir.begin(study.config, (TABLE,))
 
     def measured(table: Comparison) -> None:
+        if not first:
+            return
         rundir.write_table(TABLE, table.frame)
         if study.grams:
             rundir.write_grams(study.grams)
 
     try:
-        table = study.run(measured, lambda title: lambda names: progress(names, title))
+        table = study.run(
+            measured, lambda title: lambda names: progress(names, title) if first else names
+        )
     except KeyboardInterrupt:
+        if not first:
+            raise
         rundir.write_config({**study.config, "status": "interrupted"})
         kept = rundir.table(TABLE)
         if kept is None or not len(kept):
             leave(Code.INTERRUPTED, "interrupted before anything was measured")
         path = report.write(rundir)
         leave(Code.INTERRUPTED, f"interrupted; {len(kept)} rows were measured: {path}")
+    if not first:
+        return
     rundir.write_config({**study.config, "status": "complete"})
     path = report.write(rundir)
     if table.note:

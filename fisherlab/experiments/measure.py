@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherlab import approximations
 from fisherlab.comparison import Comparison, Interrupted, compare, default_fisher_type
+from fisherlab.distributed import Ranks
 from fisherlab.experiments import training
 from fisherlab.experiments.training.divergence import Diverged
 from fisherlab.experiments.training.run import Run
@@ -162,6 +163,11 @@ class Study:
         """One comparison at one step."""
         s = self.settings
         (x, y), reference = self.batch(seed)
+        ranks = Ranks.current()
+        if ranks is not None:
+            x, y = ranks.shard(x), ranks.shard(y)
+            if reference is not None:
+                reference = ranks.shard(reference[0]), ranks.shard(reference[1])
         return compare(
             model,
             self.task.criterion(),
