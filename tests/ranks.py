@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fisherlab as fl
+from fisherlab.approximations.damping import levenberg_marquardt
 from fisherlab.optim import FNGD, NGD, NaturalGradient, TENGraD
 
 WORLD = 2
@@ -26,16 +27,25 @@ OPTIMIZERS = {
     ),
     "tengrad": lambda model: TENGraD(model, lr=0.1, damping=0.1),
     "fngd": lambda model: FNGD(model, lr=0.1, coefficient_steps=2),
+    "fngd_example": lambda model: FNGD(model, lr=0.1, coefficient_steps=2, share="example"),
+    "adapted": lambda model: NaturalGradient(
+        model, fl.KFAC(), damping=levenberg_marquardt(0.1, every=2), **OPTIONS
+    ),
     "ngd": lambda model: NGD(model, lr=0.1, damping=0.1),
 }
 STEPS = 4
 
 
 def net(seed=0):
-    """Few enough features for every factor to have full rank: a null space has no one basis."""
+    """A convolution and a layer called twice, whose factors all have full rank.
+
+    A null space has no one basis, so that its corrected eigenvalues would depend on rounding.
+    """
     torch.manual_seed(seed)
     pooled = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()]
-    return nn.Sequential(*pooled, nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    twice = nn.Linear(5, 5)
+    middle = [nn.Linear(12, 5), nn.Tanh(), twice, nn.Tanh(), twice, nn.Tanh()]
+    return nn.Sequential(*pooled, *middle, nn.Linear(5, 4)).double()
 
 
 def data(seed=1, n=24):
@@ -82,9 +92,18 @@ def trained(name, rank=None):
     for step in range(STEPS):
         batch = data(10 + step)
         x, y = batch if rank is None else shard(rank, 12, *batch)
-        opt.zero_grad()
-        nn.functional.cross_entropy(wrapped(x), y).backward()
-        opt.step()
+        if name == "fngd_example":
+            generator = torch.Generator().manual_seed(step)
+            indices = torch.randperm(40, generator=generator)[:24]
+            opt.set_batch(indices if rank is None else shard(rank, 12, indices)[0])
+
+        def closure(x=x, y=y):
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(wrapped(x), y)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import ranks
 import torch
 from torch import multiprocessing, nn
+from typer.testing import CliRunner
 
 import fisherlab as fl
+from fisherlab.cli import app
 from fisherlab.optim import NaturalGradient
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +117,18 @@ def test_without_a_process_group_there_are_no_ranks(monkeypatch):
     assert fl.distributed.start() is None
 
 
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_with_its_name(tmp_path):
     script = tmp_path / "job.py"
@@ -123,14 +138,21 @@ def test_a_rank_that_dies_ends_the_job_with_its_name(tmp_path):
         "if ranks.index == 1:\n    raise SystemExit(3)\n"
         "ranks.objects(0)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    job = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    job = torchrun(script)
     assert job.returncode != 0
     assert "rank      : 1" in job.stderr and "exitcode  : 3" in job.stderr
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_is_the_command(tmp_path):
+    options = "compare --approximations kfac,ekfac --epochs 0 --at start --batch-size 33".split()
+    options += ["--reference", "40", "--dampings", "0.1", "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    job = torchrun("-m", "fisherlab", *options, two)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("report:") == 1  # one rank speaks
+    alone = CliRunner().invoke(app, [*options, str(one)])
+    assert alone.exit_code == 0, alone.output
+    ours, theirs = (pd.read_csv(folder / "comparison.csv") for folder in (one, two))
+    for column in ("relative_error", "population_error", "trace_ratio", "direction_cosine"):
+        assert (ours[column] - theirs[column]).abs().max() < 1e-8, column
