@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from fisherlab import approximations, blocks, metrics
+from fisherlab import approximations, blocks, distributed, metrics
 from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
 from fisherlab.approximations.eva import Eva
@@ -61,6 +61,7 @@ __all__ = [
     "blocks",
     "capture",
     "compare",
+    "distributed",
     "metrics",
     "support",
 ]

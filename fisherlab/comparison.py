@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -225,7 +226,7 @@ def compare(
     if isinstance(reference, str):
         target = captured(batches, reference)
     elif isinstance(reference, Captures):
-        unseen = [reference]
+        unseen = [copy(reference)]  # ranks give parts of theirs away
     elif reference is not None:
         pair = reference if isinstance(reference, tuple) else (reference, None)
         unseen = captured(_batches(*pair), fisher_type)

@@ -70,7 +70,8 @@ class Columns:
         if Columns.gram.known(self) is not None or 8 * self.count**2 <= contractions.WORKSPACE:
             yield slice(0, n), slice(0, n), self.gram.view(m, n, m, n)
             return
-        step = max(1, int((contractions.WORKSPACE / 8) ** 0.5) // m)
+        # a quarter of it, since a tile is made of three others
+        step = max(1, int((contractions.WORKSPACE / 32) ** 0.5) // m)
         ranges = [slice(k, min(k + step, n)) for k in range(0, n, step)]
         for first, p in enumerate(ranges):
             a, g = self.a[p], self.g[:, p]
