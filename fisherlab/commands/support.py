@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from fisherlab import datasets, models
-from fisherlab import support as supported
 from fisherlab.commands.common import known, show
+from fisherlab.extract import support as supported
 
 
 def support(

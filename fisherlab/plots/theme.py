@@ -196,6 +196,8 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     with mpl.rc_context(STYLE):
         figure.savefig(paths[0], dpi=DPI)
+        # the layout that was found for the first holds for the second
+        figure.set_layout_engine("none")
         figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths
 
