@@ -155,6 +155,7 @@ def test_capture_has_the_rows_of_the_table():
         assert ("lenet", f"capture, {backend}", "exact") in found
 
 
+@pytest.mark.slow
 def test_build_has_the_rows_of_the_table():
     records = build.run(QUICK)
     found = rows_of(records)
@@ -184,6 +185,7 @@ def test_compare_says_how_far_float32_is_from_float64():
     assert all(r["peak_bytes"] is None or r["peak_bytes"] >= 0 for r in records)
 
 
+@pytest.mark.slow
 def test_scaling_fits_every_method_and_every_axis():
     records = scaling.run(QUICK, scaling.AXES, ("tengrad",))
     records += scaling.run(QUICK, scaling.AXES[:1])

@@ -16,6 +16,8 @@ from fisherlab.commands import common
 from fisherlab.experiments import rundir
 from fisherlab.experiments.training.task import Task
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 TINY = ["--data", "iris", "--hidden", "4", "--batch-size", "8", "--reference", "16"]
 TINY += ["--epochs", "2", "-a", "exact,kfac,tekfac", "--dampings", "0.01,0.1"]
 

@@ -15,6 +15,8 @@ from fisherlab.experiments import pages, report
 from fisherlab.experiments.columns import MEANING
 from fisherlab.experiments.rundir import RunDir, RunDirError
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 
 class Page(HTMLParser):
     """What a page consists of."""

@@ -15,6 +15,8 @@ from fisherlab import cli
 from fisherlab.experiments import sweep, training
 from fisherlab.experiments.training import Settings
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 TINY = "--data digits --hidden 4 --examples 192 --batch-size 64 --test-examples 50".split()
 
 

@@ -232,9 +232,14 @@ class IfangTime(_Exponent, name="ifang_inverse_is_free_of_n3"):
     largest_size = 256
     approximation: Approximation = IFANG()
 
+    def examples(self, size: int) -> int:
+        """How many the factors are made of."""
+        return 4
+
     def count(self, case: Case, size: int) -> float:
         generator = torch.Generator().manual_seed(case["seed"])
-        a, g = normal(generator, 4, 1, size), normal(generator, 1, 4, 1, size)
+        M = self.examples(size)
+        a, g = normal(generator, M, 1, size), normal(generator, 1, M, 1, size)
         block = self.approximation(captured({"a": a, "g": g}))
         V = normal(generator, size, size)
         return counted(lambda: self.approximation.damped(block, 0.1) @ V).operations
@@ -246,3 +251,7 @@ class KfacTime(IfangTime, name="kfac_inverse_takes_n3"):
     latex = r"\text{operations} \propto n^3"
     order = 3.0
     approximation = KFAC(placement="factored")
+
+    def examples(self, size: int) -> int:
+        # factors of full rank: those of few examples have a cheaper inverse
+        return size
