@@ -141,6 +141,18 @@ def kronecker_repeated_eigenvalues(dtype):
     )
 
 
+@case
+def kronecker_with_a_diagonal_output_factor(dtype):
+    G, A = (0.1 + randn(O, seed=61).abs()).to(dtype), psd(I, seed=62).to(dtype)
+    return blocks.Kronecker(G, A), torch.kron(G.diag(), A).double()
+
+
+@case
+def kronecker_with_a_diagonal_input_factor(dtype):
+    G, A = psd(O, seed=63).to(dtype), randn(I, seed=64).clamp(min=0).to(dtype)
+    return blocks.Kronecker(G, A), torch.kron(G, A.diag()).double()
+
+
 def kronecker_sum_of(terms):
     def make(dtype):
         G, A = psd(terms, O, seed=24).to(dtype), psd(terms, I, seed=25).to(dtype)
@@ -170,6 +182,20 @@ def eigen(dtype):
     Q = torch.kron(Q_G, Q_A)
     block = blocks.Eigen(Q_G.to(dtype), Q_A.to(dtype), spectrum.to(dtype))
     return block, Q * spectrum.flatten() @ Q.mT
+
+
+@case
+def eigen_in_output_coordinates(dtype):
+    Q_A, spectrum = orthonormal(I, I, seed=65), 0.1 + randn(O, I, seed=66).abs()
+    Q = torch.kron(torch.eye(O, dtype=torch.float64), Q_A)
+    block = blocks.Eigen(None, Q_A.to(dtype), spectrum.to(dtype))
+    return block, Q * spectrum.flatten() @ Q.mT
+
+
+@case
+def eigen_in_coordinates(dtype):
+    spectrum = 0.1 + randn(O, I, seed=67).abs()
+    return blocks.Eigen(None, None, spectrum.to(dtype)), spectrum.flatten().diag()
 
 
 def thin_eigen(k_G, k_A, tails):

@@ -94,6 +94,8 @@ class Approximation:
     name: ClassVar[str] = ""
     exponent: ClassVar[float] = -1.0
     needs: ClassVar[frozenset[str]] = frozenset({"inputs", "output_gradients"})
+    # the sums that are Kronecker factors, and the side of the layer they belong to
+    sides: ClassVar[Mapping[str, str]] = {}
     # False where the block belongs to the batch at hand and cannot be averaged over batches
     additive: ClassVar[bool] = True
 
@@ -119,6 +121,10 @@ class Approximation:
     def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         """Terms additive over examples, output vectors, chunks, batches and ranks."""
         raise BlockError(f"{type(self).__name__} has no running sums; define `sums(layer)`")
+
+    def diagonals(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        """The diagonals of the sums named in `sides`, without forming their matrices."""
+        return {}
 
     def moments(self, layer: LayerCapture) -> dict[str, Moment]:
         """Those of the sums that are second moments of few rows, kept as the rows."""

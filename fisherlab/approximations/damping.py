@@ -17,18 +17,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
 
 PLACEMENTS = ("tikhonov", "factored", "factorwise", "eigenvalue")
 Rule = Callable[[dict[str, Block]], dict[str, float]]
 
 
-def trace_ratio_pi(G: Tensor, A: Tensor) -> float:
+def trace_ratio_pi(block: Kronecker) -> float:
     """`pi = sqrt((tr A / dim A) / (tr G / dim G))`; 1 where a trace is zero."""
-    ratio_A = A.double().trace().item() / len(A)
-    ratio_G = G.double().trace().item() / len(G)
+    ratio_G, ratio_A = (
+        trace.item() / d for trace, d in zip(block.traces, block.shape, strict=True)
+    )
     return math.sqrt(ratio_A / ratio_G) if ratio_A > 0 and ratio_G > 0 else 1.0
 
 
@@ -46,7 +45,7 @@ def place(
     if not isinstance(block, Kronecker):
         raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")
     if placement == "factored":
-        ratio = trace_ratio_pi(block.G, block.A) if pi is None else pi
+        ratio = trace_ratio_pi(block) if pi is None else pi
         root = math.sqrt(damping)
         return block.factored_power(exponent, root / ratio, root * ratio)
     if placement == "factorwise":

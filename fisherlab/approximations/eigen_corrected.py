@@ -13,6 +13,7 @@ from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Block, Eigen, Kronecker
 from fisherlab.blocks.contractions import left_moment, right_moment
+from fisherlab.blocks.coordinates import Identity, identity
 from fisherlab.extract import LayerCapture
 
 
@@ -31,6 +32,10 @@ class EigenCorrected(Approximation):
     factors: Approximation
 
     @property
+    def sides(self) -> Mapping[str, str]:  # type: ignore[override]
+        return self.factors.sides
+
+    @property
     def origin(self) -> Approximation:
         return self.factors
 
@@ -41,10 +46,13 @@ class EigenCorrected(Approximation):
         product = means.block(self.factors)
         assert isinstance(product, Kronecker), f"{self.factors} makes no Kronecker product"
         (l_G, Q_G), (l_A, Q_A) = product.spectra
-        return {"Q_G": Q_G, "Q_A": Q_A, "l_G": l_G, "l_A": l_A}
+        # a side in its own coordinates has no vectors to keep
+        bases = {"Q_G": Q_G, "Q_A": Q_A}
+        kept = {key: Q for key, Q in bases.items() if not isinstance(Q, Identity)}
+        return {**kept, "l_G": l_G, "l_A": l_A}
 
     def corrections(self, layer: LayerCapture, basis: dict[str, Tensor]) -> dict[str, Tensor]:
-        Q_G, Q_A = basis["Q_G"], basis["Q_A"]
+        Q_G, Q_A = _bases(basis)
         spectrum = layer.columns.rotated_squares(Q_G, Q_A)
         found = {"spectrum": spectrum.to(layer.dtype)}
         thin = Q_A.shape[1] < len(Q_A) or Q_G.shape[1] < len(Q_G)
@@ -53,8 +61,8 @@ class EigenCorrected(Approximation):
     def carry(
         self, corrections: dict[str, Tensor], old: dict[str, Tensor], new: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        R_G = (new["Q_G"].mT @ old["Q_G"]).square()
-        R_A = (new["Q_A"].mT @ old["Q_A"]).square()
+        pairs = zip(_bases(new), _bases(old), strict=True)
+        R_G, R_A = ((to.mT @ since).square() for to, since in pairs)
         return {"spectrum": R_G @ corrections["spectrum"] @ R_A.mT}
 
     def block(
@@ -64,7 +72,12 @@ class EigenCorrected(Approximation):
         own = basis["l_G"].clamp(min=0)[:, None] * basis["l_A"].clamp(min=0)
         spectrum = corrections.get("spectrum", own)
         tails = {key: x.to(spectrum) for key, x in corrections.items() if key in TAILS and x.any()}
-        return Eigen(basis["Q_G"], basis["Q_A"], spectrum, **tails)
+        return Eigen(basis.get("Q_G"), basis.get("Q_A"), spectrum, **tails)
+
+
+def _bases(basis: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    Q_G, Q_A = (basis.get(f"Q_{s}", identity(basis[f"l_{s}"])) for s in "GA")
+    return Q_G, Q_A
 
 
 TAILS = ("tail_G", "tail_A", "tail")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class KFAC(Approximation, name="kfac"):
     describes KFAC), "factorwise" or "eigenvalue".
     """
 
+    sides: ClassVar[Mapping[str, str]] = {"G": "output", "A": "input"}
     weight_sharing: str = "expand"
     placement: str = "tikhonov"
     pi: float | None = None
@@ -46,6 +48,17 @@ class KFAC(Approximation, name="kfac"):
         return Later(
             A=lambda: layer.input_moment * (share / layer.positions),
             G=lambda: second_moment(layer.output_gradients),
+        )
+
+    def diagonals(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        a, g = layer.columns.a, layer.columns.g
+        if self.weight_sharing == "reduce":
+            a, g, share = a.mean(1), g.sum(2), layer.column_share
+        else:
+            share = layer.column_share / layer.positions
+        return Later(
+            A=lambda: share * a.square().flatten(0, -2).sum(0),
+            G=lambda: g.square().flatten(0, -2).sum(0),
         )
 
     def moments(self, layer: LayerCapture) -> dict[str, Moment]:

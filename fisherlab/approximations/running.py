@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, Outer
+from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.extract import LayerCapture
 
 Sums = dict[str, Tensor]
@@ -100,6 +101,15 @@ class Memo:
         return approximation.block(means, basis, divide(corrections, self.count))
 
 
+def too_large(
+    approximation: Approximation, shape: tuple[int, int], largest: int
+) -> dict[str, tuple[str, int]]:
+    """The Kronecker factors with more than `largest` rows: the side of the layer, and the rows."""
+    rows = dict(zip(("output", "input"), shape, strict=True))
+    sides = approximation.origin.sides
+    return {key: (side, rows[side]) for key, side in sides.items() if rows[side] > largest}
+
+
 class Running:
     """Means of an approximation's sums over time.
 
@@ -108,7 +118,8 @@ class Running:
     A sum travels with the number of loss terms it covers and both decay together, so the first
     estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
     refreshed by separate calls, at whatever intervals the caller keeps. `reduce` adds those of all
-    ranks, sums and count together in one call.
+    ranks, sums and count together in one call. Of a factor whose side exceeds `largest_factor` the
+    diagonal is kept: its matrix would not fit, its eigenvectors would take minutes.
 
     Raises `BlockError` for an approximation whose blocks are of the current batch only.
     """
@@ -118,6 +129,7 @@ class Running:
         approximation: Approximation,
         decay: float = 0.95,
         reduce: Callable[[Sums], Sums] | None = None,
+        largest_factor: int = LARGEST_FACTOR,
     ) -> None:
         if not approximation.additive:
             raise BlockError(
@@ -127,6 +139,7 @@ class Running:
         if not 0 <= decay <= 1:
             raise BlockError(f"decay is the weight of the past, in [0, 1]; got {decay}")
         self.approximation, self.decay, self.reduce = approximation, decay, reduce
+        self.largest_factor = largest_factor
         self.sums: Sums = {}
         self.count = 0.0
         self.basis: Sums = {}
@@ -140,9 +153,18 @@ class Running:
 
     def update(self, *layers: LayerCapture) -> None:
         """Add one batch, given whole or in chunks; the past decays once."""
-        total = add(self.approximation.origin.sums(layer) for layer in layers)
+        total = add(self._sums(layer) for layer in layers)
         count = sum(layer.examples for layer in layers)
         self.count = self._blend(self.sums, self.count, total, count)
+
+    def _sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        origin = self.approximation.origin
+        sums = origin.sums(layer)
+        large = too_large(origin, layer.shape, self.largest_factor)
+        if not large:
+            return sums
+        diagonals = origin.diagonals(layer)
+        return {key: diagonals[key] if key in large else sums[key] for key in sums}
 
     def new_basis(self) -> Sums:
         """The basis of the current means: the expensive part."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Shampoo(Approximation, name="shampoo"):
     """
 
     exponent = -0.5
+    sides: ClassVar[Mapping[str, str]] = {"left": "output", "right": "input"}
     form: str = "root"
     statistics: str = "per_example"
 
@@ -57,12 +59,18 @@ class Shampoo(Approximation, name="shampoo"):
             return {"left": count * D @ D.mT, "right": count * D.mT @ D}
         return TKFAC().sums(layer)
 
+    def diagonals(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        if self.statistics == "gradient":
+            D2, count = layer.gradient.square(), layer.examples
+            return {"left": count * D2.sum(1), "right": count * D2.sum(0)}
+        return TKFAC().diagonals(layer)
+
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
         L, R = means["left"], means["right"]
         if self.form == "squared":
-            trace = L.trace()
+            trace = _trace(L)
             scale = torch.where(trace > 0, trace.rsqrt(), torch.zeros_like(trace))
             return _Sided(L, R, L * scale, R * scale)
         return _Sided(L, R, _power(L, 0.5, 0.0), _power(R, 0.5, 0.0))
@@ -71,7 +79,7 @@ class Shampoo(Approximation, name="shampoo"):
         damping = check_damping(damping)
         assert isinstance(block, _Sided)
         exponent = self.exponent / 2 if self.form == "root" else self.exponent
-        scale = 1.0 if self.form == "root" else block.L.trace().sqrt()
+        scale = 1.0 if self.form == "root" else _trace(block.L).sqrt()
         left, right = (_power(side, exponent, damping) for side in (block.L, block.R))
         return Kronecker(scale * left, right)
 
@@ -84,6 +92,10 @@ class _Sided(Kronecker):
         self.L, self.R = L, R
 
 
+def _trace(side: Tensor) -> Tensor:
+    return side.trace() if side.ndim == 2 else side.sum()
+
+
 def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
     def raised(values: Tensor) -> Tensor:
         # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
@@ -91,6 +103,8 @@ def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
         values = torch.where(values > noise, values, torch.zeros_like(values))
         return spectrum_power(values, exponent, damping, "Shampoo's second moment")
 
+    if side.ndim == 1:
+        return raised(side)
     values, vectors = spectral(side, "Shampoo's second moment")
     powers = raised(values)
     if vectors.shape[1] == len(vectors):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class SNGD(Approximation, name="sngd"):
     """
 
     needs = frozenset({"inputs", "outputs"})
+    sides: ClassVar[Mapping[str, str]] = {"A": "input"}
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
         A = layer.input_moment * (layer.column_share / layer.positions)
@@ -31,9 +34,13 @@ class SNGD(Approximation, name="sngd"):
             "identity": one * layer.examples * layer.shape[0],
         }
 
+    def diagonals(self, layer: LayerCapture) -> dict[str, Tensor]:
+        share = layer.column_share / layer.positions
+        return {"A": share * layer.columns.a.square().sum((0, 1))}
+
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
         A = means["A"]
         size = int(means["identity"].round().item())
-        return Kronecker(torch.eye(size, dtype=A.dtype, device=A.device), means["slope"].to(A) * A)
+        return Kronecker(torch.ones(size, dtype=A.dtype, device=A.device), means["slope"].to(A) * A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class TKFAC(Approximation, name="tkfac"):
     under the paper's independence assumptions only. Means run over the unnormalised sums.
     """
 
+    sides: ClassVar[Mapping[str, str]] = {"left": "output", "right": "input"}
     weight_sharing: str = "partial"
     placement: str = "tikhonov"
     # with sigma split evenly over the factors; Gao et al. 2020 damp with pi = 1
@@ -42,21 +44,30 @@ class TKFAC(Approximation, name="tkfac"):
             )
 
     def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
-        a, g = layer.columns.a, layer.columns.g
+        columns = layer.columns
         if self.weight_sharing == "partial":
-            columns = layer.columns
             return Later(
-                left=lambda: columns.sides[0],
-                right=lambda: columns.sides[1],
+                left=lambda: columns.left,
+                right=lambda: columns.right,
                 trace=lambda: columns.energies.sum(),
             )
-        t = a.shape[1]
-        inputs, outputs = a.square().sum((1, 2)), g.square().sum((0, 2, 3))
-        return {
-            "left": contractions.second_moment(g * inputs.sqrt()[:, None, None]) / t,
-            "right": contractions.second_moment(a * outputs.sqrt()[:, None, None]) / t,
-            "trace": (inputs.double() * outputs.double()).sum() / t,
-        }
+        t = layer.positions
+        a, g, inputs, outputs = _weighted(layer)
+        return Later(
+            left=lambda: contractions.second_moment(g) / t,
+            right=lambda: contractions.second_moment(a) / t,
+            trace=lambda: (inputs.double() * outputs.double()).sum() / t,
+        )
+
+    def diagonals(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        columns = layer.columns
+        if self.weight_sharing == "partial":
+            return Later(left=lambda: columns.squares.sum(1), right=lambda: columns.squares.sum(0))
+        t = layer.positions
+        a, g, _, _ = _weighted(layer)
+        return Later(
+            left=lambda: g.square().sum((0, 1, 2)) / t, right=lambda: a.square().sum((0, 1)) / t
+        )
 
     def moments(self, layer: LayerCapture) -> dict[str, Moment]:
         found: dict[str, Moment] = {}
@@ -83,6 +94,18 @@ class TKFAC(Approximation, name="tkfac"):
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)
+
+
+def _weighted(layer: LayerCapture) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`a` and `g` of each example times the other's length, and the squared lengths of both."""
+    a, g = layer.columns.a, layer.columns.g
+    inputs, outputs = a.square().sum((1, 2)), g.square().sum((0, 2, 3))
+    return (
+        a * outputs.sqrt()[:, None, None],
+        g * inputs.sqrt()[:, None, None],
+        inputs,
+        outputs,
+    )
 
 
 def _scaled(side: Tensor | Moment, scale: Tensor) -> Tensor | Moment:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from fisherlab.blocks.coordinates import formed
 from fisherlab.blocks.numerics import (
     BlockError,
     BlockTooLarge,
@@ -153,6 +154,7 @@ class Block(ABC):
         """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
         from fisherlab.blocks.contractions import slices
 
+        Q_G, Q_A = formed(Q_G), formed(Q_A)
         result = Q_G.new_empty(Q_G.shape[1], Q_A.shape[1], dtype=torch.float64)
         for row, q in enumerate(Q_G.mT):
             for part in slices(Q_A.shape[1], self.size * self.dtype.itemsize):
@@ -227,6 +229,10 @@ class Block(ABC):
         """Bytes of the tensors that represent the block; one used twice counts once."""
         sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors()}
         return sum(sizes.values())
+
+    def saved(self, name: str) -> Any:
+        """A constructor's argument, as it is written to a file."""
+        return getattr(self, name)
 
     def check(self, V: Tensor) -> None:
         """Refuse a tensor whose last two axes are not the weight's."""

@@ -117,15 +117,19 @@ class Columns:
         return contractions.energies(self.a, self.g)
 
     @remembered("a", "g")
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """`sum D D^T` `[o, o]` and `sum D^T D` `[i, i]`."""
+    def left(self) -> Tensor:
+        """`sum D D^T`, `[o, o]`."""
         if self.formed is None:
-            a, g = self.a, self.g
-            return contractions.left_moment(a, g), contractions.right_moment(a, g)
-        D = self.matrices
-        o, i = self.shape
-        flat = D.transpose(0, 1).reshape(o, -1)
-        return symmetrise(flat @ flat.mT), contractions.second_moment(D.reshape(-1, i))
+            return contractions.left_moment(self.a, self.g)
+        flat = self.matrices.transpose(0, 1).reshape(self.shape[0], -1)
+        return symmetrise(flat @ flat.mT)
+
+    @remembered("a", "g")
+    def right(self) -> Tensor:
+        """`sum D^T D`, `[i, i]`."""
+        if self.formed is None:
+            return contractions.right_moment(self.a, self.g)
+        return contractions.second_moment(self.matrices.reshape(-1, self.shape[1]))
 
     @remembered("a", "g")
     def squares(self) -> Tensor:

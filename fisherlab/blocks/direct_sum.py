@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.coordinates import formed
 from fisherlab.blocks.numerics import BlockError
 from fisherlab.blocks.outer import Outer
 
@@ -113,7 +114,9 @@ class DirectSum(Block):
         return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
-        pairs = zip(self.parts, Q_G.split([part.shape[0] for part in self.parts]), strict=True)
+        pairs = zip(
+            self.parts, formed(Q_G).split([part.shape[0] for part in self.parts]), strict=True
+        )
         return torch.stack([part.rotated_diagonal(rows, Q_A) for part, rows in pairs]).sum(0)
 
     @property

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.coordinates import Identity, identity
 from fisherlab.blocks.numerics import BlockError, check_damping, spectrum_power
 
 
@@ -15,18 +16,20 @@ class Eigen(Block):
     `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
     basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
     `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0.
+    both complements; they default to 0. A basis that is None is the side's own coordinates.
     """
 
     def __init__(
         self,
-        Q_G: Tensor,
-        Q_A: Tensor,
+        Q_G: Tensor | None,
+        Q_A: Tensor | None,
         spectrum: Tensor,
         tail_G: Tensor | None = None,
         tail_A: Tensor | None = None,
         tail: Tensor | None = None,
     ) -> None:
+        Q_G = identity(spectrum[:, 0]) if Q_G is None else Q_G
+        Q_A = identity(spectrum[0]) if Q_A is None else Q_A
         if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
             raise BlockError(
                 f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that "
@@ -38,6 +41,10 @@ class Eigen(Block):
         self.tail_G = spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G
         self.tail_A = spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A
         self.tail = spectrum.new_zeros(()) if tail is None else tail
+
+    def saved(self, name: str) -> Tensor | None:
+        value = getattr(self, name)
+        return None if isinstance(value, Identity) else value
 
     @property
     def shape(self) -> tuple[int, int]:

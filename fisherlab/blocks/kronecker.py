@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.coordinates import DiagonalFactor
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.moment import Moment
@@ -24,10 +25,11 @@ from fisherlab.blocks.numerics import (
 )
 from fisherlab.blocks.remembered import remembered
 
-Factor = TypeVar("Factor", Tensor, Tensor | Moment)
+Factor = Tensor | Moment | DiagonalFactor
+AnyFactor = TypeVar("AnyFactor", Tensor, Factor)
 
 
-def _square(matrix: Factor, role: str) -> Factor:
+def _square(matrix: AnyFactor, role: str) -> AnyFactor:
     if matrix.shape[-1] != matrix.shape[-2]:
         raise BlockError(f"the {role} factor must be square, got {tuple(matrix.shape)}")
     return matrix
@@ -36,25 +38,38 @@ def _square(matrix: Factor, role: str) -> Factor:
 class Kronecker(Block):
     """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs.
 
-    A factor may be a `Moment`, which stays its rows until somebody asks for the matrix.
+    A factor may be a `Moment`, which stays its rows until somebody asks for the matrix, or a vector
+    `[d]`, the entries of a diagonal one.
     """
 
-    def __init__(self, G: Tensor | Moment, A: Tensor | Moment) -> None:
-        self._G, self._A = _square(G, "output"), _square(A, "input")
+    def __init__(self, G: Factor, A: Factor) -> None:
+        self._G, self._A = (
+            _square(DiagonalFactor(F) if isinstance(F, Tensor) and F.ndim == 1 else F, role)
+            for F, role in ((G, "output"), (A, "input"))
+        )
 
     @property
     def G(self) -> Tensor:
         """The output factor."""
         if isinstance(self._G, Moment):
             self._G = self._G.formed()
-        return self._G
+        return self._G.formed() if isinstance(self._G, DiagonalFactor) else self._G
 
     @property
     def A(self) -> Tensor:
         """The input factor."""
         if isinstance(self._A, Moment):
             self._A = self._A.formed()
-        return self._A
+        return self._A.formed() if isinstance(self._A, DiagonalFactor) else self._A
+
+    def saved(self, name: str) -> Tensor:
+        factor = self._G if name == "G" else self._A
+        return factor.entries if isinstance(factor, DiagonalFactor) else getattr(self, name)
+
+    @property
+    def traces(self) -> tuple[Tensor, Tensor]:
+        """`tr G` and `tr A`, in float64."""
+        return _trace(self._G), _trace(self._A)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,23 +85,23 @@ class Kronecker(Block):
 
     def tensors(self) -> Iterator[Tensor]:
         for factor in (self._G, self._A):
-            if isinstance(factor, Moment):
-                yield from factor.tensors()
-            else:
+            if isinstance(factor, Tensor):
                 yield factor
+            else:
+                yield from factor.tensors()
 
     def memory_bytes(self) -> int:
         """Bytes of the two factors, formed or not."""
-        o, i = self.shape
-        same = self._G is self._A
-        return (o * o + (0 if same else i * i)) * self.dtype.itemsize
+        factors = {id(factor): factor for factor in (self._G, self._A)}.values()
+        sides = (
+            len(F.entries) if isinstance(F, DiagonalFactor) else F.shape[0] ** 2 for F in factors
+        )
+        return sum(sides) * self.dtype.itemsize
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        right = self._A.apply(V) if isinstance(self._A, Moment) and _few(V, self._A) else V @ self.A
-        if isinstance(self._G, Moment) and _few(V, self._G):
-            return self._G.apply(right.mT).mT
-        return self.G @ right
+        right = V @ self.A if _formed(V, self._A) else self._A.apply(V)
+        return self.G @ right if _formed(V, self._G) else self._G.apply(right.mT).mT
 
     @remembered("_G", "_A")
     def spectra(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -117,8 +132,10 @@ class Kronecker(Block):
         )
         return Kronecker(*powers)
 
-    def _named(self) -> tuple[tuple[Tensor, str], tuple[Tensor, str]]:
-        return (self.G, "output factor G"), (self.A, "input factor A")
+    def _named(self) -> tuple[tuple[Tensor | DiagonalFactor, str], ...]:
+        G = self._G if isinstance(self._G, DiagonalFactor) else self.G
+        A = self._A if isinstance(self._A, DiagonalFactor) else self.A
+        return (G, "output factor G"), (A, "input factor A")
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         return contractions.kronecker_quadratic(a, g, self.G, self.A)
@@ -129,13 +146,16 @@ class Kronecker(Block):
         return None
 
     def trace(self) -> Tensor:
-        return _trace(self._G) * _trace(self._A)
+        left, right = self.traces
+        return left * right
 
     def squared_norm(self) -> Tensor:
-        return _dot(self.G, self.G) * _dot(self.A, self.A)
+        sides = (_entries(factor) for factor, _ in self._named())
+        left, right = (_dot(side, side) for side in sides)
+        return left * right
 
     def diagonal(self) -> Tensor:
-        return torch.outer(self.G.diagonal(), self.A.diagonal())
+        return torch.outer(*(_diagonal(factor) for factor, _ in self._named()))
 
     def logdet(self, damping: float) -> Tensor:
         return self.eigen.logdet(damping)
@@ -272,17 +292,28 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return first
 
 
-def _few(V: Tensor, factor: Moment) -> bool:
-    """Whether one product by rows is cheaper than forming the factor: few matrices, not many."""
-    return V.numel() <= V.shape[-2] * V.shape[-1] and len(factor.rows) <= factor.shape[0]
+def _formed(V: Tensor, factor: Factor) -> TypeGuard[Tensor]:
+    """Whether a product takes the matrix: rows are cheaper for few matrices `V`, not for many."""
+    if not isinstance(factor, Moment):
+        return isinstance(factor, Tensor)
+    few = V.numel() <= V.shape[-2] * V.shape[-1] and len(factor.rows) <= factor.shape[0]
+    return not few
 
 
-def _spectral(factor: Tensor | Moment, name: str) -> tuple[Tensor, Tensor]:
-    return factor.spectral(name) if isinstance(factor, Moment) else spectral(factor, name)
+def _entries(factor: Tensor | DiagonalFactor) -> Tensor:
+    return factor if isinstance(factor, Tensor) else factor.entries
 
 
-def _trace(factor: Tensor | Moment) -> Tensor:
-    return factor.trace() if isinstance(factor, Moment) else factor.double().trace()
+def _diagonal(factor: Tensor | DiagonalFactor) -> Tensor:
+    return factor.diagonal() if isinstance(factor, Tensor) else factor.entries
+
+
+def _spectral(factor: Factor, name: str) -> tuple[Tensor, Tensor]:
+    return spectral(factor, name) if isinstance(factor, Tensor) else factor.spectral(name)
+
+
+def _trace(factor: Factor) -> Tensor:
+    return factor.double().trace() if isinstance(factor, Tensor) else factor.trace()
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:
@@ -290,11 +321,16 @@ def _dot(one: Tensor, two: Tensor) -> Tensor:
     return (one * two).sum(dtype=torch.float64)
 
 
-def _factor_power(factor: Tensor, exponent: float, name: str, damping: float = 0.0) -> Tensor:
+def _factor_power(
+    factor: Tensor | DiagonalFactor, exponent: float, name: str, damping: float = 0.0
+) -> Tensor:
+    damping = check_damping(damping)
+    if isinstance(factor, DiagonalFactor):
+        return spectrum_power(factor.entries, exponent, damping, name, rounded=False)
     if exponent == 1:
         return factor + damping * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     values, vectors = spectral(factor, name)
-    powers = spectrum_power(values, exponent, check_damping(damping), name)
+    powers = spectrum_power(values, exponent, damping, name)
     if vectors.shape[1] == len(vectors):
         return symmetrise(vectors * powers @ vectors.mT)
     # zero on the complement of a thin basis, so damping^p there

@@ -205,10 +205,10 @@ class Outer(Block):
             return value
         rows, columns = E.sum(1), E.sum(0)
         if other.Q_A.shape[1] < self.shape[1]:
-            L = self.of.sides[0]
+            L = self.of.left
             rows = self.core * ((L @ other.Q_G) * other.Q_G).sum(0, dtype=torch.float64)
         if other.Q_G.shape[1] < self.shape[0]:
-            R = self.of.sides[1]
+            R = self.of.right
             columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
         value = value + other.tail_G.double() @ (rows - E.sum(1))
         value = value + other.tail_A.double() @ (columns - E.sum(0))

@@ -35,7 +35,7 @@ def to_dict(block: Block) -> dict[str, Any]:
     form = next(form for form in type(block).__mro__ if form in _FIELDS)
     state: dict[str, Any] = {"form": form.__name__}
     for name in _FIELDS[form]:
-        value = getattr(block, name)
+        value = block.saved(name)
         if isinstance(value, Block):
             value = to_dict(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], Block):

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.extract.api import _forward, _isolated
 from fisherlab.extract.record import recording
 from fisherlab.extract.select import choices, select
@@ -20,7 +21,8 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
     Columns: layer, layer_type, n_parameters, status ("exact", "tied", "plain gradient"), backend,
     reason, shape (o, i), positions, capture_bytes (raw input and one column of output gradients),
     gram_multiplications (of the Gram matrix with one column per example), estimated_seconds (those
-    at the rate of this machine), dense_bytes (of the block nobody should form).
+    at the rate of this machine), dense_bytes (of the block nobody should form), diagonal_factors
+    (the Kronecker factors too large for an optimizer, which keeps their diagonals).
     """
     modules = select(model, [c.name for c in choices(model) if c.status == "exact"])
     training = model.training
@@ -71,6 +73,11 @@ def _costs(module: nn.Module, calls: list, rate: float) -> dict[str, object]:
         "gram_multiplications": operations,
         "estimated_seconds": operations / rate,
         "dense_bytes": (o * i) ** 2 * size,
+        "diagonal_factors": ", ".join(
+            f"{side} side ({rows})"
+            for side, rows in (("output", o), ("input", i))
+            if rows > LARGEST_FACTOR
+        ),
     }
 
 

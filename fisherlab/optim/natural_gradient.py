@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
+from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
+from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import joined
@@ -38,7 +41,8 @@ class NaturalGradient(CurvatureOptimizer):
     T_INV), corrected eigenvalues every `corrections_every` (T_RE; None: with the statistics), all
     at step 0.
     `statistics_examples` uses the first rows of a batch only. `graft` gives each layer's step the
-    length of its gradient.
+    length of its gradient. Of a Kronecker factor with more than `largest_factor` rows (the output
+    side of a word model's last layer) the diagonal is kept; a warning and `summary()` name it.
 
     `criterion` may be left out for softmax cross entropy with one term per example, which is
     recognised; otherwise pass the very object the loop calls. Parameters without a block
@@ -74,6 +78,7 @@ class NaturalGradient(CurvatureOptimizer):
         basis_every: int = 100,
         corrections_every: int | None = None,
         statistics_examples: int | None = None,
+        largest_factor: int = LARGEST_FACTOR,
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
         graft: bool = False,
@@ -94,6 +99,8 @@ class NaturalGradient(CurvatureOptimizer):
         as_rule(damping)
         if statistics_examples is not None and statistics_examples < 1:
             raise ValueError(f"statistics_examples is at least 1, got {statistics_examples}")
+        if largest_factor < 0:
+            raise ValueError(f"largest_factor counts rows, at least 0; got {largest_factor}")
         super().__init__(
             model,
             params,
@@ -113,10 +120,14 @@ class NaturalGradient(CurvatureOptimizer):
         local = approximation.needs - {"gradient"}
         reduce = self.ranks.sum if self.ranks is not None and local else None
         self._running = {
-            key: Running(approximation, decay, reduce) if approximation.additive else None
+            key: Running(approximation, decay, reduce, largest_factor)
+            if approximation.additive
+            else None
             for weight in self.weights.values()
             for key in weight.keys
         }
+        self.largest_factor = largest_factor
+        self._warn_of_diagonals()
         self._blocks: dict[str, Block] = {}
         self._preconditioners: dict[str, Block] = {}
         self._lambdas: dict[str, float] = {}
@@ -139,6 +150,25 @@ class NaturalGradient(CurvatureOptimizer):
             )
             self.recorder.wanted = True
             self.hooked.append(self.recorder)
+
+    def diagonal_factors(self, weight: Weight) -> str:
+        """The layer's Kronecker factors of which the diagonal is kept: "output side (10000)"."""
+        if not self.approximation.additive:
+            return ""
+        o, i = weight.weight.flatten(1).shape
+        shape = o // weight.groups, i + (weight.bias is not None)
+        large = too_large(self.approximation, shape, self.largest_factor)
+        return ", ".join(f"{side} side ({rows})" for side, rows in large.values())
+
+    def _warn_of_diagonals(self) -> None:
+        found = {name: self.diagonal_factors(weight) for name, weight in self.weights.items()}
+        layers = [f"{name!r}: {factors}" for name, factors in found.items() if factors]
+        if layers:
+            warnings.warn(
+                f"Kronecker factors with more than largest_factor={self.largest_factor} rows are "
+                f"replaced by their diagonals in layer {'; '.join(layers)}",
+                stacklevel=3,
+            )
 
     @staticmethod
     def _tied(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -407,9 +437,11 @@ class NaturalGradient(CurvatureOptimizer):
         """Per layer: damping, absolute and relative to `tr F / N`, and the eigenvalues above it.
 
         Where next to no eigenvalue exceeds the damping, the step is the gradient's direction.
+        `diagonal_factors`: the sides larger than `largest_factor`.
         """
         rows = [
             summary_row(name, block.size, self._lambdas.get(name, math.nan), block.eigenvalues())
+            | {"diagonal_factors": self.diagonal_factors(self.weights[name])}
             for name, block in self.blocks().items()
         ]
         return pd.DataFrame(rows).assign(steps=self.steps)
@@ -451,4 +483,4 @@ class _GradientOnly:
     """The mean gradient of a step, for approximations that need nothing else."""
 
     def __init__(self, gradient: Tensor) -> None:
-        self.gradient, self.examples = gradient, 1.0
+        self.gradient, self.shape, self.examples = gradient, gradient.shape, 1.0
