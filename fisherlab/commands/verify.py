@@ -31,7 +31,7 @@ def verify(
 ) -> None:
     """Try the papers' claims on random cases, or on a real network, and print their verdicts.
 
-    With --out: claims.json, claims.parquet, counterexamples, a picture of each claim and report.html.
+    With --out: claims.json, claims.parquet, counterexamples, pictures and report.html.
     The exit code is 1 if a verdict is not the one on record.
     """
     from fisherlab import claims
