@@ -1,5 +1,6 @@
 """`fisherlab train` and `fisherlab sweep` as a user types them: exit codes, the table, files."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fisherlab import cli
+from fisherlab.commands import common
 from fisherlab.experiments import sweep, training
 from fisherlab.experiments.training import Settings
 
@@ -169,3 +171,14 @@ def test_a_choice_at_the_end_of_its_grid_is_said():
 def test_a_wrong_grid_is_2(words, tmp_path):
     result = typed(f"sweep --optimizer kfac {words} --out {tmp_path / 'run'}")
     assert result.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_that_somebody_swallowed_is_raised_at_the_next_step():
+    with common.CtrlC() as interrupt:
+        interrupt.check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+        interrupt.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

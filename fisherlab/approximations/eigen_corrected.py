@@ -76,7 +76,7 @@ class EigenCorrected(Approximation):
 
 
 def _bases(basis: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    Q_G, Q_A = (basis.get(f"Q_{s}", identity(basis[f"l_{s}"])) for s in "GA")
+    Q_G, Q_A = (basis[f"Q_{s}"] if f"Q_{s}" in basis else identity(basis[f"l_{s}"]) for s in "GA")
     return Q_G, Q_A
 
 

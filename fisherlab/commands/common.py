@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
@@ -97,6 +99,34 @@ def _bug(error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
+
+
+class CtrlC:
+    """Ctrl-C that cannot get lost: `KeyboardInterrupt` at once, and again at the next `check`.
+
+    Python drops an exception in a destructor or in the callback of a weak reference, this one too.
+    """
+
+    asked = False
+
+    def __enter__(self) -> CtrlC:
+        self._main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGINT, self._raise) if self._main else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _raise(self, *_: object) -> NoReturn:
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise it if it was pressed, and whoever got it went on."""
+        if self.asked:
+            self.asked = False
+            raise KeyboardInterrupt
 
 
 # What a user types -------------------------------------------------------------------------------

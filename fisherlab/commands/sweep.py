@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fisherlab.commands.common import Code, leave, numbers, show
+from fisherlab.commands.common import Code, CtrlC, leave, numbers, show
 from fisherlab.commands.train import Bars
 from fisherlab.experiments import training
 from fisherlab.experiments.sweep import grid, points
@@ -62,8 +62,9 @@ def sweep(
     )
     final = {"epochs": final_epochs, "examples": final_examples, "seeds": tuple(range(seeds))}
     out = out or Path("runs") / f"sweep-{data}-{model}"
-    watch = Bars()
-    result = search(settings, optimizer, found, out, final=final, watch=watch)
+    with CtrlC() as interrupt:
+        watch = Bars(interrupt)
+        result = search(settings, optimizer, found, out, final=final, watch=watch)
     if result.chosen:
         show(result.table, f"{result.tried.metric}: held out, then on the test set")
         typer.echo(f"everything tried is in {out}")

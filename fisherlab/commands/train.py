@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 
 from fisherlab import plots
-from fisherlab.commands.common import Code, UserError, bar, leave, numbers, show
+from fisherlab.commands.common import Code, CtrlC, UserError, bar, leave, numbers, show
 from fisherlab.experiments import training
 from fisherlab.experiments.training.task import AUGMENTED
 
@@ -91,7 +91,8 @@ def train(
         compare_examples=compare_examples,
     )
     out = out or Path("runs") / f"train-{data}-{model}"
-    results = training.train(settings, out, watch=Bars())
+    with CtrlC() as interrupt:
+        results = training.train(settings, out, watch=Bars(interrupt))
     _pictures(results, out)
     _report(results, out)
 
@@ -99,7 +100,8 @@ def train(
 class Bars(training.Watch):
     """A bar per run on a terminal, a line per finished run everywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: CtrlC) -> None:
+        self.interrupt = interrupt
         self.done = self.total = 0
         self.bar: Any = None
 
@@ -111,6 +113,7 @@ class Bars(training.Watch):
         self.bar.update(done)
 
     def stepped(self, loss: float) -> None:
+        self.interrupt.check()
         self.bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
         self.bar.update(1)
 
