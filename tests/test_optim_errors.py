@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fisherlab as fl
 from fisherlab.optim import OptimizerError
+from fisherlab.optim.scale import recognised_factor
 
 CURVATURE = [n for n in fl.optim.names() if n not in ("sgd", "adam", "adamw", "radam")]
 STEPPED = [n for n in CURVATURE if n != "kbfgs"]
@@ -216,3 +217,19 @@ def test_nothing_changes_inside_the_method_before_an_error() -> None:
     for key, value in optimizer._running["0"].sums.items():
         assert torch.equal(value, before[key])
     assert optimizer.steps == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_at_the_output_says_so(value: float) -> None:
+    """And not that the loss is no cross entropy, which its check would find as well."""
+    output = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    gradient = output.softmax(1) / 5
+    gradient[2, 1] = value
+    with pytest.raises(OptimizerError, match="at the model's output has NaN or inf .* diverged"):
+        recognised_factor(output, gradient)
+    model, (x, y) = small(), data()
+    optimizer = fl.optim.create("fngd", model)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y) * value
+    with pytest.raises(OptimizerError, match="at the model's output has NaN or inf"):
+        loss.backward()

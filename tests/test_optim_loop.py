@@ -151,3 +151,64 @@ def test_blocks_are_audited_in_mid_training() -> None:
     for name in columns[1:]:
         assert list(ours.frame[name].round(6)) == list(fresh.frame[name].round(6))
     assert list(ours.frame["layer"]) == ["0", "2"]
+
+
+@pytest.mark.parametrize("name", ["kfac", "tekfac"])
+def test_the_warmup_refreshes_everything_at_each_of_its_steps(name: str) -> None:
+    """Three warm-up steps of intervals 10 and 100 are three steps of intervals 1, then silence."""
+    nets = perceptron(6, 5, 4), perceptron(6, 5, 4)
+    options = {"lr": 0.1, "damping": 0.2}
+    slow, often = (
+        fl.optim.NaturalGradient(net, fl.approximations.get(name)(), **options, **intervals)
+        for net, intervals in zip(
+            nets,
+            (
+                {"statistics_every": 10, "basis_every": 100, "warmup": 3},
+                {"statistics_every": 1, "basis_every": 1},
+            ),
+            strict=True,
+        )
+    )
+    for step, (x, y) in enumerate(stream(5)):
+        for net, optimizer in zip(nets, (slow, often), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        assert torch.equal(weights(nets[0]), weights(nets[1])) == (step < 3)
+
+
+def test_the_second_look_of_levenberg_marquardt_leaves_no_trace() -> None:
+    """Batch-norm statistics and the random stream move once per step, not twice."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return x
+
+    def trained(damping: object) -> tuple[nn.Sequential, Tensor]:
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 4), Counting()
+        net = nn.Sequential(*layers).double()
+        optimizer = fl.optim.NaturalGradient(net, fl.KFAC(), lr=0.0, damping=damping)
+        for x, y in stream(4):
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return net, torch.get_rng_state()
+
+    with torch.random.fork_rng():
+        rule = fl.approximations.damping.levenberg_marquardt(0.1, every=1)
+        (adaptive, stream_adaptive), (constant, stream_constant) = trained(rule), trained(0.1)
+    assert adaptive[4].passes == 2 * constant[4].passes
+    assert torch.equal(stream_adaptive, stream_constant)
+    for one, two in zip(adaptive.buffers(), constant.buffers(), strict=True):
+        assert torch.equal(one, two)

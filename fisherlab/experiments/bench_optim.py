@@ -21,7 +21,8 @@ from fisherlab import models, optim
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.natural_gradient import NaturalGradient
 
-INTERVALS: dict[str, Any] = {"statistics_every": 10, "basis_every": 100}
+# of a run under way: without the refreshes of its first steps
+INTERVALS: dict[str, Any] = {"statistics_every": 10, "basis_every": 100, "warmup": 0}
 EVERY_STEP: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 FEW: dict[str, Any] = {"statistics_examples": 32}
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Protocol, cast
 
 import pandas as pd
@@ -53,6 +54,16 @@ class Weight:
         k = self.groups
         return [f"{self.name}:{j}" for j in range(k)] if k > 1 else [self.name]
 
+    def is_in(self, model: nn.Module) -> bool:
+        """Whether the model still has the layer, and the layer this weight."""
+        # a parametrized layer keeps its weight elsewhere
+        if self.module._parameters.get("weight", self.weight) is not self.weight:
+            return False
+        at: Any = model
+        for part in self.name.split(".") if self.name else ():
+            at = at._modules.get(part) if at is not None else None
+        return at is self.module or any(module is self.module for module in model.modules())
+
     def gradient(self) -> Tensor | None:
         """`[weight | bias]` of `.grad`, `[o, i]`; None where there is none."""
         if self.weight.grad is None:
@@ -89,7 +100,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm
     of all directions together; `kl_clip` scales them so that
-    `sum lr^2 <direction, gradient> <= kl_clip`.
+    `sum lr^2 <direction, gradient> <= kl_clip`. Where that binds, the step is `sqrt(kl_clip)` long
+    in the metric of the blocks whatever `lr` is: a learning-rate schedule then has no effect.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
@@ -116,8 +128,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         nonfinite: str = "raise",
         groups: dict[str, Any] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"a curvature optimizer takes the model, got {type(model).__name__}; a subset of "
+                "its parameters goes into params="
+            )
         for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-            if not math.isfinite(value) or value < 0:
+            if not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
         if nesterov and momentum == 0:
             raise ValueError("Nesterov momentum needs momentum > 0")
@@ -145,7 +162,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
         self.steps = 0
         self.hooked: list[Removable] = []
-        self.weights = self._find_weights(model)
+        self.model, self.weights = model, self._find_weights(model)
+        self._shapes = {name: w.weight.shape for name, w in self.weights.items()}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
         where = {id(p): k for k, group in enumerate(self.param_groups) for p in group["params"]}
@@ -176,6 +195,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_model()
         if not self._ready():
             self._discard()
             return loss
@@ -224,6 +244,29 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""
+
+    def _check_model(self) -> None:
+        """Refuse layers that are no longer those which the hooks and the blocks belong to."""
+        for name, w in self.weights.items():
+            dtype = self._dtypes.setdefault(name, w.weight.dtype)
+            if dtype in (torch.float16, torch.bfloat16):
+                raise OptimizerError(
+                    f"the weight of layer {name!r} is {dtype}; curvature in half precision is "
+                    "noise: keep the model in float32 and use autocast; no parameter was changed"
+                )
+            change = ""
+            if not w.is_in(self.model):
+                change = "was replaced"
+            elif w.weight.shape != self._shapes[name]:
+                before, now = tuple(self._shapes[name]), tuple(w.weight.shape)
+                change = f"had a weight of shape {before} and now has {now}"
+            elif w.weight.dtype != dtype:
+                change = f"was {dtype} at the first step and now is {w.weight.dtype}"
+            if change:
+                raise OptimizerError(
+                    f"the model was changed under the optimizer: layer {name!r} {change}; make a "
+                    "new optimizer for the changed model; no parameter was changed"
+                )
 
     def _ready(self) -> bool:
         """Whether there are finite gradients; raises, before anything is changed, where not."""
@@ -301,6 +344,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     # state --------------------------------------------------------------------------------------
 
+    @property
+    def method(self) -> str:
+        """What a state belongs to."""
+        return type(self).__name__
+
     def _extra_state(self) -> dict[str, Any]:
         """What a subclass remembers, as nested dicts of tensors and numbers."""
         return {}
@@ -316,7 +364,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             {key: value for key, value in group.items() if not callable(value)}
             for group in state["param_groups"]
         ]
-        state["fisherlab"] = {"steps": self.steps, **self._extra_state()}
+        state["fisherlab"] = {"method": self.method, "steps": self.steps, **self._extra_state()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,9 +379,23 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             {**{key: value for key, value in ours.items() if callable(value)}, **theirs}
             for ours, theirs in zip(self.param_groups, rest["param_groups"], strict=True)
         ]
+        if (method := extra.pop("method", self.method)) != self.method:
+            raise ValueError(f"this state is of {method}, and this optimizer is {self.method}")
+        self._check_momentum(rest)
         super().load_state_dict(rest)
         self.steps = extra.pop("steps")
         self._load_extra_state(extra)
+
+    def _check_momentum(self, state: dict[str, Any]) -> None:
+        for ours, theirs in zip(self.param_groups, state["param_groups"], strict=True):
+            # lengths that differ are torch's to refuse
+            for p, index in zip(ours["params"], theirs["params"], strict=False):
+                buffer = state["state"].get(index, {}).get("momentum_buffer")
+                if buffer is not None and buffer.shape != p.shape:
+                    raise ValueError(
+                        f"this state is of another model: parameter {index} has shape "
+                        f"{tuple(buffer.shape)} there and {tuple(p.shape)} here"
+                    )
 
 
 def summary_row(name: str, size: int, damping: float, eigenvalues: Tensor) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class NaturalGradient(CurvatureOptimizer):
     the graph of the loop's own forward) or "exact". Statistics are refreshed every
     `statistics_every` steps (T_FIM), the basis and the damped inverse every `basis_every` (T_EIG,
     T_INV), corrected eigenvalues every `corrections_every` (T_RE; None: with the statistics), all
-    at step 0.
+    at step 0, and all of them at each of the first `warmup` steps: an inverse made of one batch is
+    wrong outside that batch's span, and the gradients of the next ones lie there.
     `statistics_examples` uses the first rows of a batch only. `graft` gives each layer's step the
     length of its gradient. Of a Kronecker factor with more than `largest_factor` rows (the output
     side of a word model's last layer) the diagonal is kept; a warning and `summary()` name it.
@@ -77,6 +78,7 @@ class NaturalGradient(CurvatureOptimizer):
         statistics_every: int = 10,
         basis_every: int = 100,
         corrections_every: int | None = None,
+        warmup: int = 0,
         statistics_examples: int | None = None,
         largest_factor: int = LARGEST_FACTOR,
         mc_samples: int = 1,
@@ -97,6 +99,8 @@ class NaturalGradient(CurvatureOptimizer):
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} counts steps and is at least 1, got {value!r}")
         as_rule(damping)
+        if int(warmup) != warmup or warmup < 0:
+            raise ValueError(f"warmup counts steps and is at least 0, got {warmup!r}")
         if statistics_examples is not None and statistics_examples < 1:
             raise ValueError(f"statistics_examples is at least 1, got {statistics_examples}")
         if largest_factor < 0:
@@ -115,7 +119,7 @@ class NaturalGradient(CurvatureOptimizer):
             groups={"damping": damping, **every},
         )
         self.approximation, self.decay, self.graft = approximation, decay, graft
-        model = unwrapped(model)
+        self.model = model = unwrapped(model)
         # the mean gradient is the joint batch's already
         local = approximation.needs - {"gradient"}
         reduce = self.ranks.sum if self.ranks is not None and local else None
@@ -126,7 +130,7 @@ class NaturalGradient(CurvatureOptimizer):
             for weight in self.weights.values()
             for key in weight.keys
         }
-        self.largest_factor = largest_factor
+        self.largest_factor, self.warmup = largest_factor, warmup
         self._warn_of_diagonals()
         self._blocks: dict[str, Block] = {}
         self._preconditioners: dict[str, Block] = {}
@@ -203,7 +207,7 @@ class NaturalGradient(CurvatureOptimizer):
         loss = super().step(closure)
         if self.steps > count and loss is not None:
             predicted = self._predicted_change({p: p - before[p] for p in params})
-            with self._unrecorded(), torch.enable_grad():
+            with self._unrecorded(), unmoved(self.model), torch.enable_grad():
                 change = closure().item() - loss.item()
             if self.ranks is not None:
                 change = self.ranks.total(change) / self.ranks.size
@@ -233,7 +237,8 @@ class NaturalGradient(CurvatureOptimizer):
                 self.recorder.wanted = wanted
 
     def _due(self, weight: Weight, what: str, step: int | None = None) -> bool:
-        return (self.steps if step is None else step) % self.option(weight, what) == 0
+        step = self.steps if step is None else step
+        return step < self.warmup or step % self.option(weight, what) == 0
 
     def _collects(self, weight: Weight, step: int | None = None) -> bool:
         due = self._due(weight, "statistics_every", step)
@@ -448,6 +453,15 @@ class NaturalGradient(CurvatureOptimizer):
 
     # state --------------------------------------------------------------------------------------
 
+    @property
+    def method(self) -> str:
+        """What a state belongs to."""
+        return f"{type(self).__name__}({type(self.approximation).__name__})"
+
+    def __repr__(self) -> str:
+        head, _, rest = super().__repr__().partition(" ")
+        return f"{head} of {self.approximation!r} {rest}"
+
     def _extra_state(self) -> dict[str, Any]:
         extra: dict[str, Any] = {
             "running": {k: r.state_dict() for k, r in self._running.items() if r and r.sums},
@@ -477,6 +491,23 @@ class NaturalGradient(CurvatureOptimizer):
         if self.recorder is not None:
             self.recorder.generator.set_state(extra["generator"].cpu())
             self.recorder.wanted = any(self._collects(w) for w in self.weights.values())
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Buffers (batch-norm statistics) and the global random streams are afterwards as before.
+
+    `torch.optim` counts no such second pass: an evaluation of the loss must not train.
+    """
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers.items():
+                    buffer.copy_(before)
 
 
 class _GradientOnly:
