@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+
+from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
 
@@ -57,7 +60,7 @@ def as_rule(damping: float | Rule) -> Rule:
     """A rule as it is; a finite number >= 0 as the constant rule."""
     if callable(damping):
         return damping
-    if not math.isfinite(damping) or damping < 0:
+    if not isinstance(damping, Real | Tensor) or not 0 <= damping < math.inf:
         raise ValueError(f"damping is a finite number >= 0 or a rule, got {damping!r}")
     return constant(damping)
 
