@@ -147,3 +147,24 @@ def test_defaults_train(name: str, kind: str) -> None:
     accuracy = (outputs.argmax(1) == y_test).double().mean()
     assert accuracy > 0.4, "chance is 0.1"
     assert worst < 4.0 and F.cross_entropy(outputs, y_test) < 2.2
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "tkfac", "tekfac", "ang", "truncated_kfac"])
+def test_defaults_train_an_autoencoder(name: str) -> None:
+    """By the empirical Fisher matrix, KFAC's second step was beyond 1e7."""
+    x = digits(torch.float32)[0]
+    generator = torch.Generator().manual_seed(0)
+    model = fl.models.create(
+        "autoencoder", input_size=64, hidden=(100, 50), code=10, generator=generator
+    )
+    criterion = nn.MSELoss()
+    optimizer = fl.optim.create(name, model, criterion=criterion)
+    losses = []
+    for part in batches(x, 64, 60):
+        optimizer.zero_grad()
+        loss = criterion(model(x[part]), x[part])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses) < 1.2 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0], losses[::6]
