@@ -26,7 +26,7 @@ from fisherlab.blocks import (
 # Up to this many parameters the generalised eigenproblem is solved densely.
 DENSE_SIZE = 512
 # Multiplications that the Lanczos iteration may cost; beyond it `condition` is NaN.
-LANCZOS_BUDGET = 5e9
+LANCZOS_BUDGET = 1e9
 # Forms whose inverse is as cheap to apply as they are.
 _MATRIX_FREE = Eigen | Kronecker | Diagonal | FromInverse | MiniBlock | Outer
 _STEPS = 60
