@@ -224,7 +224,7 @@ def test_sngd_step_is_natural_for_the_frozen_local_fisher(batch: tuple[Tensor, T
 def test_ekfac_with_a_huge_interval_is_kfac_s_basis_with_frozen_eigenvalues(
     batch: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> None:
-    never = {"statistics_every": 10**6, "basis_every": 10**6, "damping": 0.1}
+    never = {"statistics_every": 10**6, "basis_every": 10**6, "warmup": 0, "damping": 0.1}
     model = small()
     optimizer = fl.optim.create("ekfac", model, kl_clip=None, **PLAIN, **never)
     first = pairs(model, *batch)

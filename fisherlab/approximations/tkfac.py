@@ -49,7 +49,7 @@ class TKFAC(Approximation, name="tkfac"):
             return Later(
                 left=lambda: columns.left,
                 right=lambda: columns.right,
-                trace=lambda: columns.energies.sum(),
+                trace=lambda: columns.trace,
             )
         t = layer.positions
         a, g, inputs, outputs = _weighted(layer)

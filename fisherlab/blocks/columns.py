@@ -131,6 +131,12 @@ class Columns:
             return contractions.right_moment(self.a, self.g)
         return contractions.second_moment(self.matrices.reshape(-1, self.shape[1]))
 
+    @property
+    def trace(self) -> Tensor:
+        """`sum ||D||^2`, 0-d float64; from `left` where that is known."""
+        left = Columns.left.known(self)
+        return self.energies.sum() if left is None else left.double().trace()
+
     @remembered("a", "g")
     def squares(self) -> Tensor:
         """`sum D^2` entrywise, `[o, i]`."""

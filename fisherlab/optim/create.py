@@ -94,12 +94,12 @@ def _other(name: str) -> Maker:
     if approximation.additive:
         return _natural(approximation)
     clip = KL_CLIP if name == "exact" else CAUTIOUS_CLIP
-    return _natural(approximation, BATCH_DAMPING, kl_clip=clip, **_OF_BATCH)
+    return _natural(approximation, BATCH_DAMPING, NaturalGradient, kl_clip=clip, **_OF_BATCH)
 
 
 def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     defaults = {"basis_every": 10, "kl_clip": CAUTIOUS_CLIP, "warmup": 0}
-    make = _natural(KroneckerSum(), BATCH_DAMPING, **defaults)
+    make = _natural(KroneckerSum(), BATCH_DAMPING, NaturalGradient, **defaults)
     optimizer = make(model, **options)
     assert isinstance(optimizer, NaturalGradient)
     for name, weight in optimizer.weights.items():
