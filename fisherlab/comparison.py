@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import platform
@@ -134,7 +135,11 @@ class Comparison:
         # resolved when called: a table does not depend on its pictures
         import importlib
 
-        return getattr(importlib.import_module("fisherlab.plots"), kind)(self, **options)
+        plots = importlib.import_module("fisherlab.plots")
+        if kind not in plots.__all__:
+            near = difflib.get_close_matches(kind, plots.__all__, 3) or plots.__all__
+            raise ValueError(f"no picture named {kind!r}; nearest: {', '.join(near)}")
+        return getattr(plots, kind)(self, **options)
 
     def _repr_html_(self) -> str:
         styled = self.summary().style.format(precision=4, na_rep="-")
@@ -212,6 +217,11 @@ def compare(
     fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0], forward)
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
+    if reference is not None and (
+        isinstance(reference, Tensor) or not isinstance(reference, Iterable)
+    ):
+        kind = type(reference).__name__
+        raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
     options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
     options |= {"generator": generator, "forward": forward, "ranks": ranks}
 

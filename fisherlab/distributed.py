@@ -227,8 +227,10 @@ def _told(described: tuple[str, str, str] | None) -> str:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel: its layers have the names they always had.
 
-    Raises `RankError` for a model sharded by FSDP.
+    Raises `RankError` for a model sharded by FSDP, `TypeError` for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a torch.nn.Module, got {type(model).__name__}")
     if not dist.is_available():
         return model
     sharded = _sharded(model)

@@ -320,6 +320,10 @@ def test_a_matrix_that_cannot_be_factored_leaves_a_trial_undecided():
 def test_unknown_claims_are_refused_with_the_nearest():
     with pytest.raises(ClaimError, match="tekfac_keeps_the_trace"):
         claims.verify("tekfac_keeps_trace")
+    with pytest.raises(ClaimError, match="nearest: tekfac$"):
+        claims.verify("tekfack")
+    with pytest.raises(ClaimError, match="no claim or paper named 'zzz'; papers: .*fngd.*tekfac"):
+        claims.verify("zzz")
     with pytest.raises(ClaimError, match="at least 1"):
         claims.verify(trials=0)
     with pytest.raises(ClaimError, match="exists already"):
@@ -453,7 +457,7 @@ def test_the_command_fails_where_a_verdict_is_not_on_record(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_such_claim"], "nearest"),
+        (["no_such_claim"], "no claim or paper named 'no_such_claim'"),
         (["--trials", "0"], "at least 1"),
         (["sngd", "--on", "digits"], "DATASET:MODEL"),
     ],

@@ -116,6 +116,7 @@ WRONG = {
     "layer": (["--layers", "33"], "no layer '33' in this model"),
     "fisher type": (["--fisher-type", "exakt"], "did you mean 'exact'?"),
     "dtype": (["--dtype", "float16"], "Known: float32, float64"),
+    "batch size": (["--batch-size", "100000"], "a batch of 100000 and 0 unseen examples"),
     "device": (["--device", "cuda:77"], "--device 'cuda:77' cannot be used"),
     "optimizer": (["--optimizer", "adm"], "did you mean 'adam'"),
     "dampings": (["--dampings", "0.1,x"], "--dampings takes numbers"),

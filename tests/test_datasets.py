@@ -245,7 +245,7 @@ def test_there_is_a_card_for_every_data_set():
 def test_unknown_names_get_the_nearest():
     with pytest.raises(DatasetError, match="'digit'; did you mean 'digits'"):
         datasets.load("digit")
-    with pytest.raises(ValueError, match=r"'zzz' Known: breast_cancer, cifar10"):
+    with pytest.raises(ValueError, match=r"'zzz'\. Known: breast_cancer, cifar10"):
         datasets.load("zzz")
 
 

@@ -204,6 +204,9 @@ def names() -> list[str]:
 def get(name: str) -> Claim:
     """The claim of a name; an unknown one is refused with the nearest names."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, 3) or sorted(_REGISTRY)
-        raise ClaimError(f"no claim named {name!r}; nearest: {', '.join(near)}")
+        papers = sorted({get(claim).paper.lower() for claim in _REGISTRY})
+        near = difflib.get_close_matches(name.lower(), [*papers, *_REGISTRY], 3)
+        near = near or [claim for claim in _REGISTRY if name.lower() in claim]
+        hint = f"nearest: {', '.join(near)}" if near else f"papers: {', '.join(papers)}"
+        raise ClaimError(f"no claim or paper named {name!r}; {hint}")
     return _REGISTRY[name]()

@@ -70,5 +70,5 @@ def _entry(name: str) -> tuple[Card, Loader]:
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     raise DatasetError(f"unknown data set {name!r}{hint} Known: {', '.join(names())}")

@@ -251,7 +251,7 @@ class Study:
         there = len(self.task.x)
         n, m = self.settings.batch_size, self.settings.reference
         n = min(64, there // 2) if n is None else n
-        m = min(128, there - n) if m is None else m
+        m = max(0, min(128, there - n)) if m is None else m
         if n < 1 or m < 0 or m == 1 or n + m > there:
             raise MeasureError(
                 f"a batch of {n} and {m} unseen examples of {self.settings.data!r}, whose training "

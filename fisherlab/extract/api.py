@@ -99,8 +99,8 @@ def capture(
     fisher.reduction_of(criterion)
     x, y = split_batch(x, y)
     model = unwrapped(model)
-    check_batch(x, y, model)
     check_model(model)
+    check_batch(x, y, model)
     modules = select(model, layers)
     if not modules:
         raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d-3d")

@@ -37,6 +37,10 @@ _FUNCTIONS: dict[Callable, type[nn.Module]] = {
 
 def as_module(criterion: Callable) -> Callable:
     """`F.cross_entropy` and its kin as the modules they stand for; anything else unchanged."""
+    if not callable(criterion):
+        raise CaptureError(
+            f"criterion is {criterion!r}; pass a loss such as torch.nn.CrossEntropyLoss()"
+        )
     known = _FUNCTIONS.get(criterion) if not isinstance(criterion, nn.Module) else None
     return known() if known else criterion
 
@@ -84,6 +88,12 @@ def check_labels(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
                 f"labels run from {low} to {high}, outputs have {classes} classes (0 to "
                 f"{classes - 1}); check the data or the model's num_classes"
             )
+    elif isinstance(criterion, nn.CrossEntropyLoss) and y.shape != outputs.shape:
+        raise CaptureError(
+            f"labels are {y.dtype} of shape {tuple(y.shape)}: {_name(criterion)} takes class "
+            "indices, y.long(), or class probabilities in the shape of the outputs, "
+            f"{tuple(outputs.shape)}"
+        )
     elif isinstance(criterion, nn.MSELoss | nn.BCEWithLogitsLoss) and y.shape != outputs.shape:
         raise CaptureError(
             f"targets have shape {tuple(y.shape)} and outputs {tuple(outputs.shape)}; "

@@ -191,6 +191,13 @@ class LayerCapture:
     # while a memo measures this layer: its columns, made once for every approximation
     shared: dict[str, Columns] | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        o, i = self.shape
+        return (
+            f"LayerCapture({self.name!r}, {self.layer_type}, {o} x {i}, {self.fisher_type}, "
+            f"{self.examples:g} examples, {self.dtype})"
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """`(o, i)` of the weight, the bias as last column."""

@@ -133,6 +133,10 @@ def check_model(model: nn.Module) -> None:
 
 def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
     """Refuse an empty batch, NaN or inf, and inputs of another dtype or device than the model's."""
+    for value, role in ((x, "x"), (y, "y")):
+        if not isinstance(value, Tensor) and (role == "y" or hasattr(value, "__array__")):
+            kind = type(value).__name__
+            raise CaptureError(f"{role} is no tensor but {kind}; pass torch.as_tensor({role})")
     parameter = next(model.parameters(), None)
     for tensor, role in (*_tensors(x), (y, "y")):
         if tensor.ndim == 0 or tensor.shape[0] == 0:

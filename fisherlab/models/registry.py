@@ -134,16 +134,18 @@ def _builder(name: str) -> Builder:
 
 
 def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None:
-    known = list(inspect.signature(builder).parameters)[1:]
+    own = list(inspect.signature(builder).parameters)[1:]
+    # what every model takes, without `name` and `options` themselves
+    known = [*own, *list(inspect.signature(create).parameters)[1:-1]]
     for option in options:
-        if option not in known:
-            raise ModelError(_unknown(f"option of {name!r}", option, known))
+        if option not in own:
+            raise ModelError(_unknown(f"{name} option", option, known))
 
 
 def _unknown(kind: str, got: str, known: list[str]) -> str:
     near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown {kind}: {got!r}{hint} Known: {', '.join(known) or 'none'}"
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    return f"unknown {kind} {got!r}{hint} Known: {', '.join(known)}"
 
 
 def _input_shape(

@@ -62,7 +62,7 @@ def known_options(name: str) -> list[str]:
 def check(entry: Entry) -> None:
     """Refuse an option or a value that the method does not take, whatever the model."""
     for option in entry.options:
-        check_known(f"option of {entry.name!r}", option, known_options(entry.name))
+        check_known(f"{entry.name} option", option, known_options(entry.name))
     try:
         make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
     except (ValueError, TypeError) as error:
@@ -133,5 +133,5 @@ def _assignment(text: str, named: dict[str, str]) -> tuple[str, str, str]:
         )
     label, option, given = match.groups()
     check_known("optimizer in --set", label, named)
-    check_known(f"option of {named[label]!r}", option, known_options(named[label]))
+    check_known(f"{named[label]} option", option, known_options(named[label]))
     return label, option, given

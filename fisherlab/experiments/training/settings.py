@@ -124,5 +124,5 @@ def check_known(kind: str, got: str, known: Iterable[str]) -> None:
     if got in known:
         return
     near = difflib.get_close_matches(got, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise SettingsError(f"unknown {kind}: {got!r}{hint} Known: {', '.join(known)}")
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    raise SettingsError(f"unknown {kind} {got!r}{hint} Known: {', '.join(known)}")
