@@ -116,7 +116,6 @@ WRONG = {
     "layer": (["--layers", "33"], "no layer '33' in this model"),
     "fisher type": (["--fisher-type", "exakt"], "did you mean 'exact'?"),
     "dtype": (["--dtype", "float16"], "Known: float32, float64"),
-    "batch size": (["--batch-size", "100000"], "a batch of 100000 and 0 unseen examples"),
     "device": (["--device", "cuda:77"], "--device 'cuda:77' cannot be used"),
     "optimizer": (["--optimizer", "adm"], "did you mean 'adam'"),
     "dampings": (["--dampings", "0.1,x"], "--dampings takes numbers"),
@@ -141,6 +140,11 @@ def test_a_mistake_is_named_before_anything_is_written(case, tmp_path):
     said = refused("compare", *TINY, *words, "--out", out)
     assert message in said, said
     assert not out.exists()
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    small = ["--data", "iris", "--batch-size", "500", "--out", tmp_path / "out"]
+    assert "a batch of 500 and 0 unseen examples of 'iris'" in refused("compare", *small)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
