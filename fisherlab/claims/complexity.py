@@ -6,6 +6,7 @@ Counted, not timed: a count does not depend on the machine, nor on what else it 
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -111,9 +112,9 @@ class _Exponent(Order):
         """The largest first."""
         return [self.largest_size >> k for k in range(HALVINGS)]
 
+    @abstractmethod
     def count(self, case: Case, size: int) -> float:
         """What is counted at a size."""
-        raise NotImplementedError  # pragma: no cover
 
     def left(self, case: Case) -> Tensor:
         return torch.tensor([self.count(case, n) for n in self.sizes], dtype=torch.float64)

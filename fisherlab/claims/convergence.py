@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block
-from fisherlab.claims.base import HOLDS, REFUTED, AtMost, Case, Claim, Identity
+from fisherlab.claims.base import HOLDS, REFUTED, AtMost, Case, Claim, ClaimError, Identity
 from fisherlab.claims.instances import captured, log_uniform, normal, orthogonal
 
 STEPS = 20
@@ -70,8 +70,8 @@ class Linear(Claim):
         return torch.stack(found).square().sum(1)
 
     def rate(self, case: Case) -> float:
-        """The learning rate."""
-        raise NotImplementedError  # pragma: no cover
+        """The learning rate, of the claims that take steps."""
+        raise ClaimError(f"{self.name} takes no steps; give it a `rate`")
 
     def left(self, case: Case) -> Tensor:
         """`||v_k - y||^2` relative to the start; infinite where it overflows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,9 +161,9 @@ class _Roots(Claim):
         S = a.mT @ a / len(a)
         return {"S": S + 1e-3 * S.trace() / len(S) * torch.eye(len(S), dtype=S.dtype)}
 
+    @abstractmethod
     def roots(self, S: Tensor) -> Roots:
         """The iteration."""
-        raise NotImplementedError  # pragma: no cover
 
     def left(self, case: Case) -> Tensor:
         found = self.roots(case["S"])
