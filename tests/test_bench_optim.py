@@ -35,11 +35,11 @@ def test_rows_keep_their_intervals(row: Row) -> None:
 
 
 def test_a_row_that_does_less_than_it_states_is_caught() -> None:
-    row = Row("kfac", {"statistics_every": 10, "basis_every": 20})
+    row = Row("kfac", {"statistics_every": 10, "basis_every": 20, "warmup": 0})
     run = Run(tiny, row, random_batches((1, 4, 4), 8, 2))
     counter = Counter(run.optimizer)
     run.seconds(20)
     check_changes(row, counter, 20)
-    stated = replace(row, options={"statistics_every": 5, "basis_every": 20})
+    stated = replace(row, options={"statistics_every": 5, "basis_every": 20, "warmup": 0})
     with pytest.raises(AssertionError, match="kfac states"):
         check_changes(stated, counter, 20)

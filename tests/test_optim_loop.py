@@ -78,7 +78,7 @@ def test_kfac_is_the_reference_loop(nesterov: bool, decoupled: bool) -> None:
 def test_each_state_changes_when_it_is_due() -> None:
     model = perceptron(6, 5, 4)
     optimizer = fl.optim.create(
-        "ekfac", model, statistics_every=2, basis_every=6, corrections_every=3
+        "ekfac", model, statistics_every=2, basis_every=6, corrections_every=3, warmup=0
     )
     changes: dict[str, list[int]] = {"sums": [], "basis": [], "corrections": []}
     before: dict[str, Tensor] = {}
