@@ -67,6 +67,8 @@ def _config(folder):
         ("--set kfac.lr", "OPTIMIZER.OPTION=VALUE"),
         ("--set kfac.lrr=1", "did you mean 'lr'"),
         ("--lr -1", "lr"),
+        ("--optimizer sgd --lr nan", "sgd (lr=nan): lr must be a finite number"),
+        ("--optimizer sgd --set sgd.lr=fast", "lr must be a finite number >= 0, got 'fast'"),
         ("--epochs 0", "epochs is at least 1"),
         ("--seeds 0", "--seeds"),
         ("--hidden a,b", "--hidden"),
@@ -86,6 +88,17 @@ def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "run").write_text("mine")
     result = run("train", tmp_path / "run", "--optimizer sgd")
     assert result.exit_code == 2 and (tmp_path / "run").read_text() == "mine"
+
+
+def test_another_run_in_the_folder_is_named(tmp_path):
+    config = {"command": "compare", "settings": {"data": "digits"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = run("train", tmp_path, "--optimizer sgd").stderr
+    assert "holds a run of `fisherlab compare`; give another folder" in said
+    config = {"command": "train", "settings": Settings(data="iris").to_json()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = run("train", tmp_path, "--data iris --optimizer kfac,adam --lr 0.1").stderr
+    assert "optimizers sgd, not kfac (lr=0.1)+adam (lr=0.1)" in said
 
 
 def test_nothing_succeeded_is_1(tmp_path):

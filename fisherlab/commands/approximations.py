@@ -12,7 +12,7 @@ from fisherlab.commands.common import show
 
 def approximations() -> None:
     """List the registered approximations: the equation, its source, the exponent, what it needs."""
-    show(table(), wrap=["equation", "source"])
+    show(table(), wrap=["equation", "source", "needs"])
 
 
 def table() -> pd.DataFrame:

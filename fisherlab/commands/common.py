@@ -220,20 +220,24 @@ WRAPPED = 36  # columns of a cell that may take several lines
 def show(frame: pd.DataFrame, title: str = "", digits: int = 3, wrap: Sequence[str] = ()) -> None:
     """A frame as a table on the terminal; numbers to the right with `digits` significant digits."""
     table = Table(title=escape(title) or None, title_justify="left", title_style="bold")
-    for name in frame.columns:
-        right = pd.api.types.is_numeric_dtype(frame[name])
+    cells = [[_cell(value, digits) for value in row] for row in frame.itertuples(index=False)]
+    for k, name in enumerate(frame.columns):
+        heading = _heading(str(name))
+        whole = max(map(len, [*heading.split("\n"), *(row[k] for row in cells)]))
         table.add_column(
-            escape(_heading(str(name))),
-            justify="right" if right else "left",
+            escape(heading),
+            justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left",
             no_wrap=name not in wrap,
+            min_width=None if name in wrap else whole,
             max_width=WRAPPED if name in wrap else None,
         )
-    for row in frame.itertuples(index=False):
-        table.add_row(*(escape(_cell(value, digits)) for value in row))
-    console = Console()
+    for row in cells:
+        table.add_row(*map(escape, row))
+    console, needs = Console(), Console(width=10_000).measure(table)
     if not sys.stdout.isatty():  # a file has no width
-        width = Console(width=10_000).measure(table).maximum
-        console = Console(width=width + 1, color_system=None)
+        console = Console(width=needs.maximum + 1, color_system=None)
+    elif console.width < needs.minimum:  # broken lines rather than numbers without their end
+        console = Console(width=needs.minimum, soft_wrap=True)
     console.print(table)
 
 
@@ -244,6 +248,8 @@ def _heading(name: str) -> str:
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
+        if value.is_integer() and 1000 <= abs(value) < 1e6:  # a count, in a column with gaps
+            return f"{value:,.0f}"
         return "-" if value != value else f"{value:.{digits}g}"
     return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
 

@@ -31,6 +31,8 @@ def support(
         frame[column] = frame[column].map(_bytes)
     frame["shape"] = [shape if isinstance(shape, tuple) else "-" for shape in frame["shape"]]
     frame = frame.drop(columns="gram_multiplications")
+    empty = [c for c in ("reason", "diagonal_factors") if not frame[c].any()]
+    frame = frame.drop(columns=empty)
     show(frame, f"{model} on {data}, {len(x)} examples", wrap=["reason"])
 
 

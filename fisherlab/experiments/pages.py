@@ -78,9 +78,11 @@ def _curvature(run: RunDir) -> Iterator[Section]:
         figure = plots.gram_over_training(studies)
         text = "How the correlations move while the network is trained."
         shown.append(picture(run, "gram_over_training", figure, text))
+    similar = {"Adjacent layers'": float(last.adjacent), "other pairs'": float(last.apart)}
+    alike = [f"{pair} Gram correlations have similarity {value:.2f}; "
+             for pair, value in similar.items() if value == value]  # fmt: skip
     found = (
-        f"Adjacent layers' Gram correlations have similarity {float(last.adjacent):.2f}, other "
-        f"pairs {float(last.apart):.2f}; {float(last.dropped):.0%} of the Fisher matrix's mass "
+        f"{''.join(alike)}{float(last.dropped):.0%} of the Fisher matrix's mass "
         "lies between layers. Empirical Fisher of the batch, first seed, last step."
     )
     yield Section("Examples and layers", [found], pictures=shown)
@@ -94,17 +96,27 @@ def _drawable(name: str, frame: pd.DataFrame) -> bool:
 
 def _what(frame: pd.DataFrame, config: dict[str, Any]) -> str:
     first, settings = frame.iloc[0], config.get("settings", {})
-    steps = ", ".join(map(str, sorted(frame["step"].unique())))
     unseen = settings.get("reference")
     against = f" and, for the population error, {unseen} unseen ones" if unseen else ""
     return (
-        f"Model {settings.get('model')} on {settings.get('data')}, measured at training steps "
-        f"{steps}: {frame['layer'].nunique()} layers, "
-        f"{frame['approximation'].nunique()} approximations, "
-        f"seeds {', '.join(map(str, sorted(frame['seed'].unique())))}. "
+        f"Model {settings.get('model')} on {settings.get('data')}, measured at training "
+        f"{_listed('step', frame['step'])}: {_counted('layer', frame)}, "
+        f"{_counted('approximation', frame)}, {_listed('seed', frame['seed'])}. "
         f"{str(first['fisher_type']).capitalize()} Fisher of {first['examples']} examples"
         f"{against}, in {first['dtype']}."
     )
+
+
+def _listed(word: str, values: pd.Series) -> str:
+    """`"step 3"`, `"steps 0, 3"`."""
+    found = sorted(values.unique())
+    return f"{word}{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
+
+
+def _counted(column: str, frame: pd.DataFrame) -> str:
+    """`"1 layer"`, `"2 layers"`."""
+    count = frame[column].nunique()
+    return f"{count} {column}{'s' if count != 1 else ''}"
 
 
 TRAINING = {
@@ -123,7 +135,7 @@ def of_train(run: RunDir) -> Iterator[Section]:
     metric = run.config.get("metric", "metric")
     yield Section(
         "Which optimizer is best",
-        [f"`final` and `best` are {metric} on the test set, at the last and at the best epoch."],
+        [f"“final” and “best” are {metric} on the test set, at the last and at the best epoch."],
         [Table(summary, "Mean over seeds, the best first.", {})],
         [
             Picture(path, text)

@@ -115,6 +115,8 @@ def picture(run: RunDir, name: str, figure: Figure, caption: str) -> Picture:
 
 def cell(value: Any) -> str:
     """A value as the page shows it."""
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return "–" if value != value else f"{value:.3g}"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -128,8 +130,11 @@ def sort_key(value: Any) -> str:
 
 
 def _title(run: RunDir) -> str:
-    config = run.config
-    return config.get("title") or f"{config.get('command', 'run')} in {run.folder.name}"
+    config, settings = run.config, run.config.get("settings", {})
+    what = config.get("command", "run")
+    if "model" in settings and "data" in settings:
+        return config.get("title") or f"{settings['model']} on {settings['data']}, {what}"
+    return config.get("title") or f"{what} in {run.folder.name}"
 
 
 def _sections(run: RunDir) -> Iterator[Section]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisherlab import approximations
 from fisherlab.approximations.damping import Rule, relative
@@ -52,6 +54,9 @@ KRONECKER_SUM_LAYER = 1_500
 
 def _plain(kind: type[torch.optim.Optimizer], **defaults: Any) -> Maker:
     def make(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.Optimizer:
+        lr = options.get("lr", 0)
+        if not isinstance(lr, Real | Tensor) or not lr < math.inf:  # torch lets a NaN pass
+            raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
         return kind(model.parameters() if params is None else params, **{**defaults, **options})
 
     return make

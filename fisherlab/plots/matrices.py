@@ -64,7 +64,7 @@ def write_values(
     dark = shade @ [0.299, 0.587, 0.114] < 0.5
     for (row, column), value in np.ndenumerate(values):
         ax.text(
-            column, row, "-" if np.isnan(value) else f"{value:.2f}",
+            column, row, "-" if np.isnan(value) else f"{value:z.2f}",
             ha="center", va="center", fontsize=min(7, 20 * room),
             color="white" if dark[row, column] else "black",
         )  # fmt: skip

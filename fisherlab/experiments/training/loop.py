@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from fisherlab.experiments.training.divergence import Diverged, blame, finite
 from fisherlab.experiments.training.record import FINAL, Record
 from fisherlab.experiments.training.results import Results
 from fisherlab.experiments.training.run import Run
-from fisherlab.experiments.training.settings import Settings, SettingsError
+from fisherlab.experiments.training.settings import Entry, Settings, SettingsError
 from fisherlab.experiments.training.task import Task
 from fisherlab.extract import CaptureError
 
@@ -88,9 +89,20 @@ def _check_same(settings: Settings, folder: Path) -> None:
     if not (folder / "config.json").exists():
         return
     ours, there = settings.to_json(), Settings.load(folder).to_json()
-    other = [f"{key} {there[key]}, not {ours[key]}" for key in ours if ours[key] != there[key]]
+    other = [
+        f"{'optimizers' if key == 'entries' else key} {_said(there[key])}, not {_said(ours[key])}"
+        for key in ours
+        if ours[key] != there[key]
+    ]
     if other:
         raise SettingsError(f"{folder} holds another run ({'; '.join(other)}); give another folder")
+
+
+def _said(value: Any) -> str:
+    """A setting as a user would say it."""
+    if not isinstance(value, list):
+        return str(value)
+    return "+".join(str(Entry(**v)) if isinstance(v, dict) else str(v) for v in value)
 
 
 def _train_one(

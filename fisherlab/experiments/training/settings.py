@@ -113,7 +113,12 @@ class Settings:
         """The settings of a run folder."""
         path = folder / "config.json"
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["settings"])
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if (command := config.get("command", "train")) != "train":
+                raise SettingsError(
+                    f"{folder} holds a run of `fisherlab {command}`; give another folder"
+                )
+            return cls.from_json(config["settings"])
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise SettingsError(f"{path} is not the config of a training run: {error!r}") from None
 
