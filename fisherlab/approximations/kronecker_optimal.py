@@ -11,8 +11,7 @@ from torch import Tensor
 from fisherlab import blocks
 from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
-from fisherlab.blocks.kronecker import sum_of
-from fisherlab.blocks.numerics import eigh, symmetrise
+from fisherlab.blocks.numerics import eigh, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

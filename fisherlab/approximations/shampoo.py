@@ -12,7 +12,9 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Block, BlockError, Kronecker
-from fisherlab.blocks.numerics import check_damping, inherit, spectral, spectrum_power
+from fisherlab.blocks.kronecker import Factor
+from fisherlab.blocks.moment import Decomposed
+from fisherlab.blocks.numerics import check_damping, spectral, spectrum_power
 from fisherlab.extract import LayerCapture
 
 
@@ -73,7 +75,7 @@ class Shampoo(Approximation, name="shampoo"):
             trace = _trace(L)
             scale = torch.where(trace > 0, trace.rsqrt(), torch.zeros_like(trace))
             return _Sided(L, R, L * scale, R * scale)
-        return _Sided(L, R, _power(L, 0.5, 0.0), _power(R, 0.5, 0.0))
+        return _Sided(L, R, _root(L), _root(R))
 
     def damped(self, block: Block, damping: float) -> Block:
         damping = check_damping(damping)
@@ -87,7 +89,7 @@ class Shampoo(Approximation, name="shampoo"):
 class _Sided(Kronecker):
     """Shampoo's product with the second moments it was made of."""
 
-    def __init__(self, L: Tensor, R: Tensor, G: Tensor, A: Tensor) -> None:
+    def __init__(self, L: Tensor, R: Tensor, G: Factor, A: Factor) -> None:
         super().__init__(G, A)
         self.L, self.R = L, R
 
@@ -96,22 +98,29 @@ def _trace(side: Tensor) -> Tensor:
     return side.trace() if side.ndim == 2 else side.sum()
 
 
-def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
-    def raised(values: Tensor) -> Tensor:
-        # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
-        noise = 8 * torch.finfo(values.dtype).eps * len(side) * values.abs().max()
-        values = torch.where(values > noise, values, torch.zeros_like(values))
-        return spectrum_power(values, exponent, damping, "Shampoo's second moment")
+def _raised(values: Tensor, rows: int, exponent: float, damping: float) -> Tensor:
+    # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
+    noise = 8 * torch.finfo(values.dtype).eps * rows * values.abs().max()
+    values = torch.where(values > noise, values, torch.zeros_like(values))
+    return spectrum_power(values, exponent, damping, "Shampoo's second moment")
 
+
+def _root(side: Tensor) -> Tensor | Decomposed:
+    """`S^{1/2}`, in the eigenvectors of `S`."""
     if side.ndim == 1:
-        return raised(side)
+        return _raised(side, len(side), 0.5, 0.0)
     values, vectors = spectral(side, "Shampoo's second moment")
-    powers = raised(values)
+    return Decomposed(_raised(values, len(side), 0.5, 0.0), vectors)
+
+
+def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
+    if side.ndim == 1:
+        return _raised(side, len(side), exponent, damping)
+    values, vectors = spectral(side, "Shampoo's second moment")
+    powers = _raised(values, len(side), exponent, damping)
     if vectors.shape[1] == len(vectors):
-        return inherit(vectors * powers @ vectors.mT, side, raised)
+        return vectors * powers @ vectors.mT
     # zero on the complement of a thin basis, so damping^p there
-    rest = raised(values.new_zeros(1))
-    if not rest:
-        return inherit(vectors * powers @ vectors.mT, side, raised)
+    rest = _raised(values.new_zeros(1), len(side), exponent, damping)
     eye = torch.eye(len(side), dtype=side.dtype, device=side.device)
     return rest * eye + vectors * (powers - rest) @ vectors.mT

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.numerics import BlockError, check_gram, eigh, symmetrise
+from fisherlab.blocks.numerics import BlockError, check_gram, eigh, sum_of, symmetrise
 from fisherlab.blocks.remembered import remembered, state_of
 
 
@@ -16,16 +16,17 @@ class Columns:
     """`U = [vec(D[m,n])]`, `D[m,n] = sum_t g[m,n,t] a[n,t]^T`; `a` `[n, t, i]`, `g` `[m, n, t, o]`.
 
     Everything here is a sum over columns, without any `1/M`, computed once and shared by whoever
-    holds the same object: the exact block, the approximations of a layer, the metrics.
+    holds the same object: the exact block, the approximations of a layer, the metrics. `room` is
+    how many bytes the gradients may take to be kept, where many products are to come.
     """
 
-    def __init__(self, a: Tensor, g: Tensor) -> None:
+    def __init__(self, a: Tensor, g: Tensor, room: int = 0) -> None:
         if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3] or not len(a):
             raise BlockError(
                 f"an outer block takes a [n, t, i] and g [m, n, t, o] of n >= 1 examples, got "
                 f"{tuple(a.shape)} and {tuple(g.shape)}"
             )
-        self.a, self.g = a, g
+        self.a, self.g, self.room = a, g, room
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,9 +40,11 @@ class Columns:
 
     @remembered("a", "g")
     def formed(self) -> Tensor | None:
-        """The gradients themselves, `[R, o i]`, where they take less room than `a` and `g` do."""
+        """The gradients, `[R, o i]`, where they take less room than `a` and `g`, or `room`."""
         m, n, t, o = self.g.shape
-        if t == 1 or m * n * o * self.a.shape[2] > self.a.numel() + self.g.numel():
+        numbers = m * n * o * self.a.shape[2]
+        fits = numbers * self.a.element_size() <= self.room
+        if t == 1 or (numbers > self.a.numel() + self.g.numel() and not fits):
             return None
         return contractions.per_example(self.a, self.g).reshape(self.count, -1)
 
@@ -58,8 +61,22 @@ class Columns:
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
         # of the very gradients that products use: what an inverse cancels must be the same
-        D = self.formed.double()
-        return symmetrise(D @ D.mT)
+        result = self.formed.new_zeros(self.count, self.count, dtype=torch.float64)
+        for _, D in self._doubled(self.formed):
+            result.addmm_(D, D.mT)
+        return symmetrise(result)
+
+    def _doubled(self, formed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`(part, D[:, part])` in float64, some of the parameters at a time."""
+        limit = None if formed.is_cuda else contractions.IN_FLIGHT
+        for part in contractions.slices(formed.shape[1], 8 * self.count, limit):
+            yield part, formed[:, part].double()
+
+    @property
+    def short(self) -> bool:
+        """Whether an example's gradients have fewer rows than it has positions, so go first."""
+        m, _, t, o = self.g.shape
+        return self.formed is not None and m * o < t
 
     def gram_tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """`K` `[m, p, m, q]` in float64 over pairs of ranges of examples, p no later than q.
@@ -119,7 +136,7 @@ class Columns:
     @remembered("a", "g")
     def left(self) -> Tensor:
         """`sum D D^T`, `[o, o]`."""
-        if self.formed is None:
+        if not self.short:
             return contractions.left_moment(self.a, self.g)
         flat = self.matrices.transpose(0, 1).reshape(self.shape[0], -1)
         return symmetrise(flat @ flat.mT)
@@ -127,7 +144,7 @@ class Columns:
     @remembered("a", "g")
     def right(self) -> Tensor:
         """`sum D^T D`, `[i, i]`."""
-        if self.formed is None:
+        if not self.short:
             return contractions.right_moment(self.a, self.g)
         return contractions.second_moment(self.matrices.reshape(-1, self.shape[1]))
 
@@ -142,7 +159,10 @@ class Columns:
         """`sum D^2` entrywise, `[o, i]`."""
         if self.formed is None:
             return contractions.diagonal(self.a, self.g)
-        return self.formed.square().sum(0).view(self.shape)
+        limit = None if self.formed.is_cuda else contractions.IN_FLIGHT
+        size = self.count * self.formed.element_size()
+        parts = contractions.slices(self.formed.shape[1], size, limit)
+        return torch.cat([self.formed[:, part].square().sum(0) for part in parts]).view(self.shape)
 
     @remembered("a", "g")
     def grouped(self) -> dict[tuple[int, int], Tensor]:
@@ -168,7 +188,7 @@ class Columns:
         """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
         key = state_of(Q_G), state_of(Q_A)
         if key not in self._rotated:
-            if self.formed is None:
+            if not self.short:
                 value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A)
             else:
                 value = contractions.rotated_squares(self.matrices, Q_G, Q_A)
@@ -180,19 +200,25 @@ class Columns:
         if self.formed is None:
             a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
             return contractions.project(a, g, V.to(a.dtype))
-        D = self.formed.double() if exact else self.formed
-        flat = V.reshape(-1, D.shape[1]).to(D.dtype) @ D.mT
-        return flat.view(*V.shape[:-2], *self.g.shape[:2])
+        flat = V.reshape(-1, self.formed.shape[1])
+        if not exact:
+            result = flat.to(self.formed.dtype) @ self.formed.mT
+        else:
+            parts = self._doubled(self.formed)
+            result = sum_of(flat[:, part].double() @ D.mT for part, D in parts)
+        return result.view(*V.shape[:-2], *self.g.shape[:2])
 
     def combine(self, weights: Tensor, exact: bool = False) -> Tensor:
         """`U c`, `[..., m, n] -> [..., o, i]`, in float64 where `exact`."""
         if self.formed is None:
             a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
             return contractions.combine(a, g, weights)
-        D = self.formed.double() if exact else self.formed
-        return (weights.reshape(-1, self.count).to(D.dtype) @ D).view(
-            *weights.shape[:-2], *self.shape
-        )
+        flat = weights.reshape(-1, self.count)
+        if not exact:
+            result = flat.to(self.formed.dtype) @ self.formed
+        else:
+            result = torch.cat([flat.double() @ D for _, D in self._doubled(self.formed)], 1)
+        return result.view(*weights.shape[:-2], *self.shape)
 
     @remembered("a")
     def input_space(self) -> Tensor | None:

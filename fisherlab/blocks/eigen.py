@@ -196,7 +196,7 @@ class Eigen(Block):
 
     def leading_products(self, k: int, V: Tensor) -> Tensor:
         _, q_G, q_A = self._leading(k)
-        return torch.einsum("kbi,ik->kb", torch.einsum("ok,boi->kbi", q_G, V.to(self.dtype)), q_A)
+        return ((q_G.mT @ V.to(self.dtype)) * q_A.mT).sum(-1).mT
 
     def _leading(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k largest of the spectrum, and the factors `[o, k]`, `[i, k]` of their vectors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -14,18 +14,19 @@ from fisherlab.blocks.base import Block
 from fisherlab.blocks.coordinates import DiagonalFactor
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.moment import Moment
+from fisherlab.blocks.moment import Moment, Unformed
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     check_dense,
     spectral,
     spectrum_power,
+    sum_of,
     symmetrise,
 )
 from fisherlab.blocks.remembered import remembered
 
-Factor = Tensor | Moment | DiagonalFactor
+Factor = Tensor | Unformed | DiagonalFactor
 AnyFactor = TypeVar("AnyFactor", Tensor, Factor)
 
 
@@ -38,8 +39,8 @@ def _square(matrix: AnyFactor, role: str) -> AnyFactor:
 class Kronecker(Block):
     """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs.
 
-    A factor may be a `Moment`, which stays its rows until somebody asks for the matrix, or a vector
-    `[d]`, the entries of a diagonal one.
+    A factor may be `Unformed` until somebody asks for the matrix, or a vector `[d]`, the entries of
+    a diagonal one.
     """
 
     def __init__(self, G: Factor, A: Factor) -> None:
@@ -51,14 +52,14 @@ class Kronecker(Block):
     @property
     def G(self) -> Tensor:
         """The output factor."""
-        if isinstance(self._G, Moment):
+        if isinstance(self._G, Unformed):
             self._G = self._G.formed()
         return self._G.formed() if isinstance(self._G, DiagonalFactor) else self._G
 
     @property
     def A(self) -> Tensor:
         """The input factor."""
-        if isinstance(self._A, Moment):
+        if isinstance(self._A, Unformed):
             self._A = self._A.formed()
         return self._A.formed() if isinstance(self._A, DiagonalFactor) else self._A
 
@@ -150,7 +151,11 @@ class Kronecker(Block):
         return left * right
 
     def squared_norm(self) -> Tensor:
-        sides = (_entries(factor) for factor, _ in self._named())
+        known = Kronecker.spectra.known(self)
+        if known is None:
+            sides = [_entries(factor) for factor, _ in self._named()]
+        else:
+            sides = [values for values, _ in known]
         left, right = (_dot(side, side) for side in sides)
         return left * right
 
@@ -284,16 +289,8 @@ class KroneckerSum(Block):
         return self._form.clamped if within else math.nan
 
 
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of an iterable of tensors."""
-    first, *rest = tensors
-    for tensor in rest:
-        first = first + tensor
-    return first
-
-
 def _formed(V: Tensor, factor: Factor) -> TypeGuard[Tensor]:
-    """Whether a product takes the matrix: rows are cheaper for few matrices `V`, not for many."""
+    """Whether a product takes the matrix: a moment's rows are cheaper for few matrices `V`."""
     if not isinstance(factor, Moment):
         return isinstance(factor, Tensor)
     few = V.numel() <= V.shape[-2] * V.shape[-1] and len(factor.rows) <= factor.shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import psutil
 import torch
@@ -34,6 +34,15 @@ class BlockTooLarge(BlockError):
 def symmetrise(matrix: Tensor) -> Tensor:
     """`(S + S^T) / 2`, the nearest symmetric matrix."""
     return (matrix + matrix.mT) / 2
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of an iterable of tensors."""
+    terms = iter(tensors)
+    total = next(terms)
+    for tensor in terms:
+        total = total + tensor
+    return total
 
 
 def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ class Outer(Block):
         known = other.inner_with_columns(self.of)
         if known is not None:
             return shifted + self.core * known
-        if self.of.formed is not None:
+        if self.of.short:
             return shifted + self.core * other.quadratic(self.of.matrices).sum()
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 

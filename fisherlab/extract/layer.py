@@ -297,7 +297,9 @@ class LayerCapture:
         if self.shared is None:
             return Columns(self.inputs, self.output_gradients)
         if "columns" not in self.shared:
-            self.shared["columns"] = Columns(self.inputs, self.output_gradients)
+            # dozens of products are to come: the gradients may take half again a workspace
+            room = 3 * contractions.WORKSPACE // 2
+            self.shared["columns"] = Columns(self.inputs, self.output_gradients, room)
         return self.shared["columns"]
 
     def per_example_gradients(self) -> Tensor:
