@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import platform
@@ -33,6 +32,7 @@ from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory, form_bytes, least_bytes
 from fisherlab.extract.select import check_batch, check_model
 from fisherlab.metrics.alignment import default_rank
+from fisherlab.names import nearest
 
 Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 # Share of ||F||^2 that is sampling noise, above which the in-sample error misleads.
@@ -137,8 +137,8 @@ class Comparison:
 
         plots = importlib.import_module("fisherlab.plots")
         if kind not in plots.__all__:
-            near = difflib.get_close_matches(kind, plots.__all__, 3) or plots.__all__
-            raise ValueError(f"no picture named {kind!r}; nearest: {', '.join(near)}")
+            near = nearest(kind, plots.__all__, plots.__all__)
+            raise ValueError(f"no picture named {kind!r}; nearest: {near}")
         return getattr(plots, kind)(self, **options)
 
     def _repr_html_(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.moment import Moment
 from fisherlab.blocks.numerics import declare_range
 from fisherlab.extract import LayerCapture
+from fisherlab.names import nearest
 
 _REGISTRY: dict[str, type[Approximation]] = {}
 
@@ -182,6 +182,6 @@ def names() -> list[str]:
 def get(name: str) -> type[Approximation]:
     """The class registered under a name; an unknown one is refused with the nearest names."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, 3) or names()
-        raise ValueError(f"no approximation named {name!r}; nearest: {', '.join(near)}")
+        near = nearest(name, _REGISTRY, names())
+        raise ValueError(f"no approximation named {name!r}; nearest: {near}")
     return _REGISTRY[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.claims.statistics import fitted_slope, wilson
+from fisherlab.names import nearest
 
 # Tensors, numbers and strings: what `torch.load(weights_only=True)` gives back.
 Case = dict[str, Any]
@@ -205,8 +205,8 @@ def get(name: str) -> Claim:
     """The claim of a name; an unknown one is refused with the nearest names."""
     if name not in _REGISTRY:
         papers = sorted({get(claim).paper.lower() for claim in _REGISTRY})
-        near = difflib.get_close_matches(name.lower(), [*papers, *_REGISTRY], 3)
-        near = near or [claim for claim in _REGISTRY if name.lower() in claim]
-        hint = f"nearest: {', '.join(near)}" if near else f"papers: {', '.join(papers)}"
+        containing = [claim for claim in _REGISTRY if name.lower() in claim]
+        near = nearest(name.lower(), [*papers, *_REGISTRY], containing)
+        hint = f"nearest: {near}" if near else f"papers: {', '.join(papers)}"
         raise ClaimError(f"no claim or paper named {name!r}; {hint}")
     return _REGISTRY[name]()

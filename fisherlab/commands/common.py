@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import sys
@@ -22,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
+
+from fisherlab.names import unknown
 
 T = TypeVar("T")
 
@@ -135,11 +136,9 @@ class CtrlC:
 def known(kind: str, given: str, names: Iterable[str]) -> str:
     """The name, if it is one of `names`; else a `UserError` with the nearest."""
     names = list(names)
-    if given in names:
-        return given
-    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    raise UserError(f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}")
+    if given not in names:
+        raise UserError(unknown(kind, given, names))
+    return given
 
 
 def words(text: str | None) -> list[str]:

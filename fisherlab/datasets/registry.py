@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from fisherlab.datasets.card import Card, DatasetError
 from fisherlab.datasets.files import data_folder, verified
+from fisherlab.names import unknown
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,6 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
 
 
 def _entry(name: str) -> tuple[Card, Loader]:
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    raise DatasetError(f"unknown data set {name!r}{hint} Known: {', '.join(names())}")
+    if name not in _REGISTRY:
+        raise DatasetError(unknown("data set", name, names()))
+    return _REGISTRY[name]

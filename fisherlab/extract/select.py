@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract.layer import CONVOLUTIONS, CaptureError
+from fisherlab.names import nearest
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -78,8 +78,8 @@ def select(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modul
     chosen = {}
     for name in [layers] if isinstance(layers, str) else layers:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3) or list(known)[:5]
-            raise CaptureError(f"no layer {name!r} in this model; nearest: {', '.join(near)}")
+            near = nearest(name, known, list(known)[:5])
+            raise CaptureError(f"no layer {name!r} in this model; nearest: {near}")
         if known[name].status != "exact":
             raise CaptureError(f"layer {name!r} has no block: {known[name].reason}")
         chosen[name] = known[name].module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from fisherlab.names import unknown
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -109,7 +110,7 @@ def create(
     if not 0 < width < math.inf:
         raise ModelError(f"width must be positive and finite, got {width!r}")
     if activation not in ACTIVATIONS:
-        raise ModelError(_unknown("activation", activation, sorted(ACTIVATIONS)))
+        raise ModelError(unknown("activation", activation, sorted(ACTIVATIONS)))
     channels, size = _input_shape(name, in_channels, input_size)
     spec = Spec(num_classes, channels, size, width, batch_norm, activation)
     return _initialised(lambda: builder(spec, **options), generator)
@@ -129,7 +130,7 @@ def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | No
 
 def _builder(name: str) -> Builder:
     if name not in _REGISTRY:
-        raise ModelError(_unknown("model", name, names()))
+        raise ModelError(unknown("model", name, names()))
     return _REGISTRY[name]
 
 
@@ -139,13 +140,7 @@ def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None
     known = [*own, *list(inspect.signature(create).parameters)[1:-1]]
     for option in options:
         if option not in own:
-            raise ModelError(_unknown(f"{name} option", option, known))
-
-
-def _unknown(kind: str, got: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    return f"unknown {kind} {got!r}{hint} Known: {', '.join(known)}"
+            raise ModelError(unknown(f"{name} option", option, known))
 
 
 def _input_shape(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -21,6 +20,7 @@ from fisherlab.approximations.kronecker_optimal import KroneckerSum
 from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC
+from fisherlab.names import nearest
 from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
@@ -163,8 +163,8 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
     and `TypeError` for an option that the method does not have.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), 3) or names()
-        raise ValueError(f"no optimizer named {name!r}; nearest: {', '.join(near)}")
+        near = nearest(name, names(), names())
+        raise ValueError(f"no optimizer named {name!r}; nearest: {near}")
     make = _MAKERS[name] if name in _MAKERS else _other(name)
     try:
         return make(model, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from fisherlab import datasets, models
+from fisherlab.names import unknown
 
 # Factor on the learning rate from the share of the epochs that is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -126,8 +126,5 @@ class Settings:
 def check_known(kind: str, got: str, known: Iterable[str]) -> None:
     """Raise `SettingsError`, with the nearest, for a name that is not known."""
     known = list(known)
-    if got in known:
-        return
-    near = difflib.get_close_matches(got, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    raise SettingsError(f"unknown {kind} {got!r}{hint} Known: {', '.join(known)}")
+    if got not in known:
+        raise SettingsError(unknown(kind, got, known))
