@@ -1,7 +1,8 @@
 """The papers' theorems as executable claims, with margins and counterexamples: `verify`."""
 
 # Importing a module registers its claims; the order is that of the table.
-from fisherlab.claims import foundations, tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
+from fisherlab.claims import foundations, geometry, steps  # isort: skip
+from fisherlab.claims import tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
 from fisherlab.claims import convergence, complexity  # isort: skip
 from fisherlab.claims.base import PAPERS, Claim, ClaimError, get, names
 from fisherlab.claims.table import Verdicts, load, verify
@@ -16,12 +17,14 @@ __all__ = [
     "convergence",
     "fngd",
     "foundations",
+    "geometry",
     "get",
     "kronecker",
     "load",
     "memory",
     "names",
     "sngd",
+    "steps",
     "tekfac",
     "verify",
 ]

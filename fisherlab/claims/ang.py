@@ -21,10 +21,17 @@ from fisherlab.claims.instances import (
     layer_of,
     log_uniform,
     model_of,
+    without_one,
 )
 from fisherlab.optim.ang import ANG, SCHEDULES, blended
 
 POINTS = 5
+
+
+def _damped_factors(case: Case, damping: float) -> tuple[Tensor, Tensor]:
+    """`G + damping I` and `A + damping I` of KFAC, by their definition."""
+    G, A = dense.kfac(case)
+    return dense.shifted(G, damping), dense.shifted(A, damping)
 
 
 class _Minimiser(OfLayer):
@@ -40,10 +47,7 @@ class _Minimiser(OfLayer):
 
     def metric(self, case: Case) -> tuple[Tensor, Tensor]:
         """The damped factors, by their definition."""
-        G, A = dense.kfac(case)
-        damping = case["damping"]
-        eyes = (torch.eye(len(X), dtype=X.dtype) for X in (G, A))
-        return tuple(X + damping * eye for X, eye in zip((G, A), eyes, strict=True))
+        return _damped_factors(case, case["damping"])
 
     def objective(self, case: Case, u: Tensor) -> Tensor:
         """The value of (1) at `u`."""
@@ -134,18 +138,20 @@ class _Blend(OfLayer):
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
         return self._pair(real)
 
+    def metric(self, case: Case) -> tuple[Tensor, Tensor]:
+        """The damped factors of a layer case."""
+        return _damped_factors(case, max(case["damping"], self.floor))
+
     def _pair(self, case: Case) -> Case:
-        G, A = dense.kfac(case)
-        damping = max(case["damping"], self.floor)
-        G, A = (X + damping * torch.eye(len(X), dtype=X.dtype) for X in (G, A))
+        G, A = self.metric(case)
         t = case["V"][0]
         d = torch.linalg.solve(G, torch.linalg.solve(A, t, left=False))
         return {"d": d.flatten(), "t": t.flatten()}
 
     def smaller(self, case: Case) -> Iterator[Case]:
-        for k in range(len(case["d"]) if len(case["d"]) > 2 else 0):
-            keep = torch.tensor([j for j in range(len(case["d"])) if j != k])
-            yield {"d": case["d"][keep], "t": case["t"][keep]}
+        if len(case["d"]) > 2:
+            for keep in without_one(len(case["d"])):
+                yield {"d": case["d"][keep], "t": case["t"][keep]}
 
     def assume(self, case: Case) -> bool:
         # in between: the two do not point the same way, where any blend is a blend
@@ -205,9 +211,7 @@ class GNorm(_Blend, Identity, name="ang_blend_has_unit_length_in_the_g_norm"):
     floor = 1.0
 
     def _pair(self, case: Case) -> Case:
-        G, A = dense.kfac(case)
-        damping = max(case["damping"], self.floor)
-        G, A = (X + damping * torch.eye(len(X), dtype=X.dtype) for X in (G, A))
+        G, A = self.metric(case)
         t = case["V"][0]
         g_norm = (t * (G @ t @ A)).sum().sqrt()
         return {**super()._pair(case), "g_norm": g_norm}
@@ -249,10 +253,8 @@ class Factors(OfLayer, Identity, name="ang_factors_by_a_scalar_inverse"):
     def right(self, case: Case) -> Tensor:
         # one mean row of inputs, and of gradients summed over positions
         a, g = case["a"].mean((0, 1)), case["g"][0].sum(1).mean(0)
-        sides = [
-            case["damping"] * torch.eye(len(x), dtype=x.dtype) + torch.outer(x, x) for x in (g, a)
-        ]
-        return torch.linalg.inv(sides[0]) @ case["V"] @ torch.linalg.inv(sides[1])
+        G, A = (dense.shifted(torch.outer(x, x), case["damping"]) for x in (g, a))
+        return torch.linalg.inv(G) @ case["V"] @ torch.linalg.inv(A)
 
 
 class PrintedFactors(Factors, name="ang_factors_as_printed"):

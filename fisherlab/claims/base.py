@@ -170,10 +170,17 @@ class Order(Claim):
     order: ClassVar[float] = 1.0
     within: ClassVar[float] = 0.1
 
-    def compare(self, left: Tensor, right: Tensor) -> float:
+    def errors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The step sizes relative to the largest, and `|left - right|` at each."""
         errors = (left - right).reshape(len(left), -1).norm(dim=1)
-        sizes = 0.5 ** torch.arange(len(errors), dtype=torch.float64)
-        return self.within - abs(fitted_slope(sizes, errors) - self.order)
+        return 0.5 ** torch.arange(len(errors), dtype=torch.float64), errors
+
+    def power(self, left: Tensor, right: Tensor) -> float:
+        """The fitted power of the step size with which they fall."""
+        return fitted_slope(*self.errors(left, right))
+
+    def compare(self, left: Tensor, right: Tensor) -> float:
+        return self.within - abs(self.power(left, right) - self.order)
 
 
 class Usually(AtMost):

@@ -20,7 +20,7 @@ from fisherlab.approximations import Approximation
 from fisherlab.approximations.ifang import IFANG
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.blocks import contractions
-from fisherlab.claims.base import REFUTED, AtMost, Case, Order
+from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Order
 from fisherlab.claims.instances import captured, normal
 from fisherlab.optim import create
 
@@ -96,16 +96,21 @@ def _step(optimizer: torch.optim.Optimizer, model: nn.Module, x: Tensor, y: Tens
     optimizer.step()
 
 
-class _Exponent(Order):
+class _Counts(Claim):
+    """Counts do not depend on the numbers: one trial is enough, and its case is a seed."""
+
+    trials = 1
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return {"seed": int(torch.randint(1000, (), generator=generator))}
+
+
+class _Exponent(_Counts, Order):
     """Counts at a size halved five times grow with the stated power of it."""
 
     source = "NGM section 3"
     sides = ("counted", "power law")
-    trials = 1
     largest_size = 512
-
-    def draw(self, generator: torch.Generator, size: float) -> Case:
-        return {"seed": int(torch.randint(1000, (), generator=generator))}
 
     @property
     def sizes(self) -> list[int]:
@@ -124,14 +129,21 @@ class _Exponent(Order):
         return torch.zeros(HALVINGS, dtype=torch.float64)
 
 
-class DenseTime(_Exponent, name="dense_ngd_takes_p3_operations"):
+class _StepTime(_Exponent):
+    """Operations of a training step of one optimizer, by the number of parameters."""
+
+    optimizer: str
+
+    def count(self, case: Case, size: int) -> float:
+        return training_step(self.optimizer, case, size, 2).operations
+
+
+class DenseTime(_StepTime, name="dense_ngd_takes_p3_operations"):
     """Natural gradient descent with the dense Fisher takes O(p^3) operations for p parameters."""
 
     latex = r"\text{operations} \propto p^3"
     order = 3.0
-
-    def count(self, case: Case, size: int) -> float:
-        return training_step("ngd_dense", case, size, 2).operations
+    optimizer = "ngd_dense"
 
 
 class DenseMemory(_Exponent, name="dense_ngd_stores_p2_numbers"):
@@ -144,40 +156,32 @@ class DenseMemory(_Exponent, name="dense_ngd_stores_p2_numbers"):
         return training_step("ngd_dense", case, size, 2).largest
 
 
-class ExactTime(_Exponent, name="exact_ngd_needs_p3_operations"):
+class ExactTime(_StepTime, name="exact_ngd_needs_p3_operations"):
     """The exact natural gradient over all parameters needs O(p^3) operations in any form."""
 
     latex = r"\text{operations of } (F + \lambda I)^{-1} g \propto p^3"
     expected = REFUTED
     order = 3.0
     largest_size = 4096
-
-    def count(self, case: Case, size: int) -> float:
-        return training_step("ngd", case, size, 2).operations
+    optimizer = "ngd"
 
 
-class TengradTime(_Exponent, name="tengrad_scales_like_sgd"):
+class TengradTime(_StepTime, name="tengrad_scales_like_sgd"):
     """TENGraD's operations grow with the number of parameters like SGD's, linearly."""
 
     source = "NGM figure 5"
     latex = r"\text{operations} \propto p"
     order = 1.0
     largest_size = 4096
-
-    def count(self, case: Case, size: int) -> float:
-        return training_step("tengrad", case, size, 2).operations
+    optimizer = "tengrad"
 
 
-class FngdLikeSGD(AtMost, name="fngd_second_phase_costs_like_sgd"):
+class FngdLikeSGD(_Counts, AtMost, name="fngd_second_phase_costs_like_sgd"):
     """After its first phase FNGD makes no product that SGD does not make."""
 
     source = "FNGD table I"
     latex = r"\text{operations of FNGD} \le 1.02 \, \text{operations of SGD}"
     sides = ("FNGD", "1.02 SGD")
-    trials = 1
-
-    def draw(self, generator: torch.Generator, size: float) -> Case:
-        return {"seed": int(torch.randint(1000, (), generator=generator))}
 
     def left(self, case: Case) -> float:
         return training_step("fngd", case, 256, 32, coefficient_steps=1).operations

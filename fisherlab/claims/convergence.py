@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block
 from fisherlab.claims.base import HOLDS, REFUTED, AtMost, Case, Claim, ClaimError, Identity
-from fisherlab.claims.instances import captured, log_uniform, normal, orthogonal
+from fisherlab.claims.instances import captured, log_uniform, normal, orthogonal, without_one
 
 STEPS = 20
 
@@ -44,9 +44,7 @@ class Linear(Claim):
         J = case["J"]
         for k in range(len(J) if len(J) > self.depths[0] else 0):
             yield {**case, "J": J[:k] + J[k + 1 :]}
-        M = J[0].shape[1]
-        for k in range(M if M > 1 else 0):
-            keep = torch.tensor([j for j in range(M) if j != k])
+        for keep in without_one(J[0].shape[1]):
             yield {**case, "J": [x[:, keep] for x in J], "residual": case["residual"][keep]}
 
     def blocks(self, case: Case) -> list[Block]:

@@ -134,12 +134,16 @@ def block_product(case: Case, V: Tensor) -> Tensor:
     return torch.einsum("roi,kpj,rpj->koi", D, V, D) / len(case["a"])
 
 
+def shifted(S: Tensor, damping: float | Tensor) -> Tensor:
+    """`S + damping I`."""
+    return S + damping * torch.eye(len(S), dtype=S.dtype)
+
+
 def damped_solve(case: Case, damping: float, V: Tensor) -> Tensor:
     """`(F + damping I)^{-1} V` from the dense matrix, or by its eigenvectors from an SVD of `U`."""
     U = gradients(case).flatten(1)
     if U.shape[1] <= 500:
-        eye = torch.eye(U.shape[1], dtype=U.dtype)
-        return torch.linalg.solve(block(case) + damping * eye, V.flatten(1).mT).mT.view_as(V)
+        return torch.linalg.solve(shifted(block(case), damping), V.flatten(1).mT).mT.view_as(V)
     _, sizes, Q = torch.linalg.svd(U / math.sqrt(len(case["a"])), full_matrices=False)
     inside = V.flatten(1) @ Q.mT
     change = inside * (1 / (sizes.square() + damping) - 1 / damping)

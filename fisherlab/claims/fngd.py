@@ -12,7 +12,6 @@ from torch import Tensor
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
 from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Identity
-from fisherlab.claims.foundations import Tengrad, joint
 from fisherlab.claims.instances import (
     OfLayer,
     captured,
@@ -21,6 +20,7 @@ from fisherlab.claims.instances import (
     model_of,
     network_case,
 )
+from fisherlab.claims.steps import Tengrad, solve
 from fisherlab.optim import FNGD
 from fisherlab.optim.woodbury import weights_of
 
@@ -75,21 +75,15 @@ class FirstPhase(Tengrad, name="fngd_first_phase_is_folded_natural_gradient"):
     latex = r"\lambda (F + \lambda I)^{-1} g,\quad \lambda = \alpha \|U^\top U\|_F"
     alpha = 0.05
 
-    def left(self, case: Case) -> Tensor:
-        model, criterion, name = model_of(case), criterion_of(case, "mean"), layer_of(case)
-        options: dict[str, Any] = {"lr": 1.0, "alpha": self.alpha, "momentum": 0.0}
-        optimizer = FNGD(model, criterion=criterion, coefficient_steps=9, kl_clip=None, **options)
-        before = joint(model, name)
-        criterion(model(case["x"]), case["y"]).backward()
-        optimizer.step()
-        return (before - joint(model, name)).flatten()
+    optimizer = "fngd"
+
+    def options(self, case: Case) -> dict[str, Any]:
+        return {"alpha": self.alpha, "coefficient_steps": 9}
 
     def right(self, case: Case) -> Tensor:
-        c = 1.0 if case["criterion"] == "cross_entropy" else 1.0 / case["y"][0].numel()
-        U = c * dense.Layered(case).scores(case["y"])
+        U = self.scores(case)
         damping = self.alpha * (U @ U.mT).norm().item()
-        rows = {"a": U[:, None, :], "g": torch.ones(1, len(U), 1, 1, dtype=U.dtype)}
-        return damping * dense.damped_solve(rows, damping, -U.mean(0)[None, None])[0, 0]
+        return damping * solve(U, damping, -U.mean(0))
 
 
 class _Shared(Claim):
@@ -134,9 +128,9 @@ class _Shared(Claim):
         for rows in case["epochs"][epoch].split(self.batch):
             K = U[rows] @ U[rows].mT
             damping = self.alpha * K.norm()
-            eye = torch.eye(len(K), dtype=K.dtype)
             ones = torch.ones(len(K), dtype=K.dtype)
-            found.append(len(K) * damping * torch.linalg.solve(K + len(K) * damping * eye, ones))
+            shift = len(K) * damping
+            found.append(shift * torch.linalg.solve(dense.shifted(K, shift), ones))
         return torch.stack(found)
 
 

@@ -138,6 +138,18 @@ def layer_of(case: Case) -> str:
     return case["layer"] if isinstance(case["layer"], str) else f"layers.{case['layer']}"
 
 
+def layer_names(case: Case) -> list[str]:
+    """Every layer of the case's network."""
+    return [n for n, m in model_of(case).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def joint(model: nn.Module, name: str) -> Tensor:
+    """`[weight | bias]` of a layer."""
+    module: Any = model.get_submodule(name)
+    weight = module.weight.detach().flatten(1)
+    return weight if module.bias is None else torch.cat([weight, module.bias.detach()[:, None]], 1)
+
+
 def criterion_of(case: Case, reduction: str = "sum") -> nn.Module:
     """The criterion, summed: the per-example loss is that of one example."""
     return _MODULES[case["criterion"]](reduction=reduction)
@@ -194,6 +206,12 @@ def captured(case: Case) -> LayerCapture:
     )
 
 
+def without_one(n: int) -> Iterator[Tensor]:
+    """The indices of all but one of `n`, for each; nothing where there is but one."""
+    for k in range(n if n > 1 else 0):
+        yield torch.tensor([j for j in range(n) if j != k])
+
+
 class OfNetwork(Claim):
     """A claim about a network, a batch and one of its layers."""
 
@@ -208,9 +226,7 @@ class OfNetwork(Claim):
         return {key: value for key, value in real.items() if key not in ("a", "g")}
 
     def smaller(self, case: Case) -> Iterator[Case]:
-        n = len(case["x"])
-        for k in range(n if n > 1 else 0):
-            keep = torch.tensor([j for j in range(n) if j != k])
+        for keep in without_one(len(case["x"])):
             yield {**case, "x": case["x"][keep], "y": case["y"][keep]}
 
 
@@ -243,8 +259,6 @@ def smaller_layers(case: Case) -> Iterator[Case]:
     """The case with one example, position, output vector, output or input less."""
     for axes in _AXES:
         key, axis = next(iter(axes.items()))
-        length = case[key].shape[axis]
-        for k in range(length if length > 1 else 0):
-            keep = torch.tensor([j for j in range(length) if j != k])
+        for keep in without_one(case[key].shape[axis]):
             cut = {key: case[key].index_select(d, keep) for key, d in axes.items() if key in case}
             yield {**case, **cut}

@@ -12,7 +12,7 @@ from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
 from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Identity
-from fisherlab.claims.instances import captured, layer_case
+from fisherlab.claims.instances import captured, layer_case, without_one
 from fisherlab.metrics import relative_error
 
 # Examples of the block that stands for the population.
@@ -55,11 +55,9 @@ class _Batches(Claim):
                 "a": [*a[:-1], a[-1][:half].clone()],
                 "g": [*g[:-1], g[-1][:, :half].clone()],
             }
-        for k in range(g[0].shape[3] if g[0].shape[3] > 1 else 0):
-            keep = torch.tensor([j for j in range(g[0].shape[3]) if j != k])
+        for keep in without_one(g[0].shape[3]):
             yield {**case, "g": [part[..., keep] for part in g]}
-        for k in range(a[0].shape[2] if a[0].shape[2] > 1 else 0):
-            keep = torch.tensor([j for j in range(a[0].shape[2]) if j != k])
+        for keep in without_one(a[0].shape[2]):
             yield {**case, "a": [part[..., keep] for part in a]}
 
 

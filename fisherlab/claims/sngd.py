@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from fisherlab.claims import dense
 from fisherlab.claims.base import REFUTED, Case, Claim, Identity, Order
-from fisherlab.claims.foundations import joint
 from fisherlab.claims.instances import (
     ACTIVATIONS,
     OfNetwork,
     criterion_of,
+    joint,
+    layer_names,
     layer_of,
     log_uniform,
     model_of,
     network_case,
     normal,
     positive_definite,
+    without_one,
 )
 from fisherlab.optim import reconstruct, refresh
 from fisherlab.optim.roots import Roots, denman_beavers, newton_schulz
@@ -42,8 +44,7 @@ class _Reconstructed(OfNetwork):
     def network(self, case: Case) -> nn.Module:
         """FisherLab's reconstructed network, refreshed once from the batch."""
         model = model_of(case)
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        activations = {n: activation_after(case, n) for n in names}
+        activations = {name: activation_after(case, name) for name in layer_names(case)}
         reconstruct(model, method="eigh", decay=0.0, eps=EPS, activations=activations)
         model.train()
         model(case["x"])
@@ -54,8 +55,7 @@ class _Reconstructed(OfNetwork):
 
 def activation_after(case: Case, name: str) -> nn.Module | None:
     """The activation that a layer of the case's network feeds; None for the last."""
-    names = [n for n, m in model_of(case).named_modules() if isinstance(m, nn.Linear)]
-    if name == names[-1]:
+    if name == layer_names(case)[-1]:
         return None
     return ACTIVATIONS[case["activation"]]() if "activation" in case else nn.ReLU()
 
@@ -77,7 +77,7 @@ def local_fisher(case: Case, name: str) -> Tensor:
         # by differences: exact enough for a mean, and no autograd of the other side
         slope = (activation(s + 1e-5) - activation(s - 1e-5)) / 2e-5
     G = slope.mean() * A
-    return G + EPS * G.trace() * torch.eye(len(G), dtype=G.dtype)
+    return dense.shifted(G, EPS * G.trace())
 
 
 class Proposition1(_Reconstructed, Identity, name="sngd_step_is_a_natural_step"):
@@ -159,7 +159,7 @@ class _Roots(Claim):
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
         a = real["a"].flatten(0, 1)
         S = a.mT @ a / len(a)
-        return {"S": S + 1e-3 * S.trace() / len(S) * torch.eye(len(S), dtype=S.dtype)}
+        return {"S": dense.shifted(S, 1e-3 * S.trace() / len(S))}
 
     @abstractmethod
     def roots(self, S: Tensor) -> Roots:
@@ -236,9 +236,7 @@ class Unscaled(_Roots, Identity, name="newton_schulz_without_scaling"):
         return bool((S - S.mT).norm() <= 1e-12 * S.norm() and torch.linalg.eigvalsh(S)[0] > 0)
 
     def smaller(self, case: Case) -> Iterator[Case]:
-        n = len(case["S"])
-        for k in range(n if n > 1 else 0):
-            keep = torch.tensor([j for j in range(n) if j != k])
+        for keep in without_one(len(case["S"])):
             yield {"S": case["S"][keep][:, keep]}
 
 

@@ -78,14 +78,13 @@ def _is_run(trials: Any) -> bool:
 def _order(ax: Axes, trials: Any) -> None:
     """The error, or the count, against the step size, beside the power on record."""
     claim = trials.claim
-    errors = (trials.left - trials.right).reshape(len(trials.left), -1).norm(dim=1).numpy()
-    sizes = 0.5 ** np.arange(len(errors))
+    sizes, errors = claim.errors(trials.left, trials.right)
     ax.loglog(sizes, errors, "o-", color=TRUE, label="measured")
     ideal = errors[0] * sizes**claim.order
     ax.loglog(sizes, ideal, "--", color=LINE, label=f"power {claim.order:g}, as stated")
-    slope = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
     kind = "difference of both sides" if trials.right.any() else claim.sides[0]
-    ax.set(xlabel="size, relative to the largest", ylabel=f"{kind} (power {slope:.2f})")
+    power = claim.power(trials.left, trials.right)
+    ax.set(xlabel="size, relative to the largest", ylabel=f"{kind} (power {power:.2f})")
     ax.legend(frameon=False)
 
 
