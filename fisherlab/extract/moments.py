@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 
 def patch_moment(x: Tensor, kernel: int = 3) -> Tensor:
     """`sum a a^T` over the k x k patches `a` of `x` `[n, c, h, w]`, `[k^2 c, k^2 c]`, k odd.
 
-    Two entries of a patch, at offsets i and i', are correlated at lag i' - i: (2 k - 1)^2 lags
-    instead of k^4 pairs of offsets, all of them one weight gradient of a convolution that wide. A
-    patch at the border sees zeros; for i = -2 the last two rows (columns) of `x` are never the
-    first factor, for i = 1 the first is not, so their own correlations are taken off again.
+    Two entries of a patch, at offsets i and j, are correlated at lag `l = j - i`: half of
+    (2 k - 1)^2 lags instead of k^4 pairs of offsets. A patch at the border sees zeros, so the pairs
+    of pixels whose patch would lie outside the image are taken off again; there both offsets point
+    back into it, and few pixels take part.
     """
-    _, c, h, w = x.shape
-    r, wide = kernel // 2, 2 * kernel - 1
-    padded = F.pad(x, (2 * r,) * 4)
-
-    def lags(rows: slice, columns: slice) -> Tensor:
-        """`sum x[q] x[q + lag]` over q in the rows and columns, `[c, c, 2 k - 1, 2 k - 1]`."""
-        part = x[:, :, rows, columns]
-        around = padded[:, :, rows.start : rows.stop + 4 * r, columns.start : columns.stop + 4 * r]
-        return conv2d_weight(around.contiguous(), [c, c, wide, wide], part.contiguous())
-
-    def left_out(offset: int, size: int) -> slice:
-        return slice(size + offset, size) if offset < 0 else slice(0, offset)
-
-    every_row, every_column = slice(0, h), slice(0, w)
+    n, c, h, w = x.shape
+    r = kernel // 2
     offsets = range(-r, r + 1)
-    full = lags(every_row, every_column)
-    rows = {i: lags(left_out(i, h), every_column) for i in offsets if i}
-    columns = {j: lags(every_row, left_out(j, w)) for j in offsets if j}
+    # one matrix [h n (w + 2 r), c]: every lag is a shift, and what leaves a row falls on zeros
+    X = x.new_zeros(h, n, w + 2 * r, c)
+    X[:, :, :w] = x.permute(2, 0, 3, 1)
+
+    def along(first: Tensor, second: Tensor) -> Tensor:
+        """`sum_p x[p] y[p + l]^T` for every lag l within a row, `[2 k - 1, c, c]`."""
+        same = first.data_ptr() == second.data_ptr()
+        first, second = first.reshape(-1, c), second.reshape(-1, c)
+        size = len(first)
+        later = [first[: size - l].mT @ second[l:] for l in range(2 * r + 1)]
+        if same:
+            earlier = [S.mT for S in later[:0:-1]]
+        else:
+            earlier = [first[l:].mT @ second[: size - l] for l in range(2 * r, 0, -1)]
+        return torch.stack([*earlier, *later])
+
+    def outside(i: int, j: int, size: int) -> list[tuple[int, int]]:
+        """The two pixels of a row that a patch centred outside of it would hold at i and j."""
+        centres = (*range(-r, 0), *range(size, size + r))
+        pairs = [(q + i, q + j) for q in centres]
+        return [(p, q) for p, q in pairs if 0 <= p < size and 0 <= q < size]
+
+    everywhere = [along(X[: max(0, h - l)], X[l:]) for l in range(2 * r + 1)]
     moment = x.new_empty(c, kernel, kernel, c, kernel, kernel)
-    for i in offsets:
-        for j in offsets:
-            S = full
-            if i:
-                S = S - rows[i]
-            if j:
-                S = S - columns[j]
-            if i and j:
-                S = S + lags(left_out(i, h), left_out(j, w))
-            moment[:, i + r, j + r] = S[:, :, r - i : 3 * r + 1 - i, r - j : 3 * r + 1 - j]
-    flat = moment.view(kernel**2 * c, kernel**2 * c)
-    return (flat + flat.mT) / 2
+    for i1, j1 in product(offsets, offsets):
+        if i1 > j1:
+            continue
+        inside = everywhere[j1 - i1]
+        for p, q in outside(i1, j1, h):
+            inside = inside - along(X[p], X[q])
+        # the centres whose pixels at i1 and at j1 are both in the image
+        start = max(0, -i1)
+        stop = max(start, min(h, h - j1))
+        for i2, j2 in product(offsets, offsets):
+            S = inside[j2 - i2 + 2 * r]
+            for p, q in outside(i2, j2, w):
+                first = X[start + i1 : stop + i1, :, p].reshape(-1, c)
+                S = S - first.mT @ X[start + j1 : stop + j1, :, q].reshape(-1, c)
+            moment[:, i1 + r, i2 + r, :, j1 + r, j2 + r] = S
+            moment[:, j1 + r, j2 + r, :, i1 + r, i2 + r] = S.mT
+    return moment.view(kernel**2 * c, kernel**2 * c)
 
 
 def with_bias(moment: Tensor, total: Tensor, count: int) -> Tensor:
