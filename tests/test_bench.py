@@ -235,7 +235,9 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path):
         app, ["bench", "capture", "--quick", "--repeats", "1", "--no-peers", "-o", str(tmp_path)]
     )
     assert result.exit_code == 0, result.output
-    assert "Gram matrices" in result.output
+    assert "Gram matrices" in result.output and "exponents are noise" in result.output
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    assert "exponents are noise" in (tmp_path / "report.html").read_text()
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["machine"]["float32"] > 0
     assert len(content["parts"]["capture"]) == 6
@@ -249,7 +251,7 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path):
     "arguments, message",
     [
         (["captur"], "unknown part 'captur'; did you mean 'capture'?"),
-        (["build", "--device", "tpu9"], "--device 'tpu9' cannot be used"),
+        (["build", "--device", "tpu9"], "unknown device 'tpu9'; take cpu, cuda, cuda:1 or mps"),
         (["build", "--repeats", "0"], "--repeats is at least 1, got 0"),
     ],
 )

@@ -113,10 +113,10 @@ WRONG = {
     "model": (["--model", "resnet2"], "or 'resnet20'"),
     "approximation": (["-a", "kfca"], "unknown approximation 'kfca'; did you mean 'kfac'"),
     "empty list": (["-a", ","], "no approximation given"),
-    "layer": (["--layers", "33"], "no layer '33' in this model"),
+    "layer": (["--layers", "33"], "list all"),
     "fisher type": (["--fisher-type", "exakt"], "did you mean 'exact'?"),
     "dtype": (["--dtype", "float16"], "Known: float32, float64"),
-    "device": (["--device", "cuda:77"], "--device 'cuda:77' cannot be used"),
+    "device": (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
     "optimizer": (["--optimizer", "adm"], "did you mean 'adam'"),
     "dampings": (["--dampings", "0.1,x"], "--dampings takes numbers"),
     "negative damping": (["--dampings", "-1"], "dampings are positive"),
@@ -131,6 +131,19 @@ WRONG = {
     "misfit": (["--model", "lenet", "--hidden", "4"], "lenet"),
     "option": (["--dampening", "1"], "No such option"),
 }
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "sweep", "bench"])
+def test_an_unknown_device_is_named_in_one_line(command, tmp_path):
+    words = ["--grid", "sgd.lr=0.1"] if command == "sweep" else []
+    said = refused(command, *words, "--device", "gpu:0", "--out", tmp_path / "out")
+    assert said.strip() == "error: unknown device 'gpu:0'; take cpu, cuda, cuda:1 or mps"
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_meanings_of_seeds_are_in_the_help():
+    for command, other in (("compare", "`train` takes a count"), ("train", "`compare` a list")):
+        assert other in re.sub(r"[│\s]+", " ", call(command, "--help").output)
 
 
 @pytest.mark.parametrize("case", WRONG)

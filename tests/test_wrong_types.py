@@ -39,6 +39,12 @@ def test_reference_without_labels(reference: object) -> None:
         fl.compare(*batch()[:1], CRITERION, *batch()[1:], reference=reference)
 
 
+def test_support_of_what_is_no_module() -> None:
+    for wrong, kind in ((5, "int"), (nn.Linear, "type")):
+        with pytest.raises(TypeError, match=rf"the model is a torch\.nn\.Module, got {kind}"):
+            fl.support(wrong, torch.ones(2, 4))
+
+
 def test_unknown_picture() -> None:
     model, x, y = batch()
     table = fl.compare(model, CRITERION, x, y, approximations=["kfac"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from fisherlab.commands.common import Code, UserError, bar, device, known, leave, show
+from fisherlab.commands.common import Code, UserError, bar, known, leave, show
 
 PARTS = ("capture", "build", "compare", "optim", "scaling")
 SHOWN = ["network", "work", "fisher_type", "by", "ratio", "spread", "reach", "of_reach"]
@@ -26,6 +26,7 @@ TITLES = {
     "optim": "Training steps, multiples of SGD's",
     "scaling": "Fitted exponents",
 }
+QUICK = "--quick: sizes too small to measure at, so ratios are rough and fitted exponents are noise"
 PATH = Path  # typer reads the annotation
 
 
@@ -33,7 +34,7 @@ def bench(
     parts: Annotated[
         list[str] | None, typer.Argument(help="capture, build, compare, optim, scaling; all.")
     ] = None,
-    on: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     peers: Annotated[bool, typer.Option(help="Measure other libraries where installed.")] = True,
     repeats: Annotated[int | None, typer.Option(help="Pairs per row; default 7.")] = None,
     quick: Annotated[bool, typer.Option(help="Small models: to try it, not to measure.")] = False,
@@ -48,15 +49,23 @@ def bench(
     chosen = [known("part", part, PARTS) for part in parts or PARTS]
     if repeats is not None and repeats < 1:
         raise UserError(f"--repeats is at least 1, got {repeats}")
-    place = device(on)
     from fisherlab.experiments.bench import record
     from fisherlab.experiments.bench.setting import Setting
     from fisherlab.experiments.rundir import RunDir
+    from fisherlab.experiments.training.settings import check_device
 
+    place = check_device(device)
     rundir = RunDir(out or PATH("runs/bench"))
     rundir.check(overwrite, PARTS)
-    settings = {"parts": chosen, "device": on, "peers": peers, "repeats": repeats, "quick": quick}
-    config: dict[str, Any] = {"command": "bench", "settings": settings}
+    settings = {
+        "parts": chosen,
+        "device": device,
+        "peers": peers,
+        "repeats": repeats,
+        "quick": quick,
+    }
+    notes = [QUICK] if quick else []
+    config: dict[str, Any] = {"command": "bench", "settings": settings, "notes": notes}
     rundir.begin(config, PARTS)
     status = "complete"
     with bar(len(chosen), "bench") as progress:
@@ -69,7 +78,8 @@ def bench(
         except KeyboardInterrupt:
             status = "interrupted"
     record.finish(rundir, config | {"status": status}, setting)
-    typer.echo(f"written to {rundir.folder}")
+    for said in [*notes, f"written to {rundir.folder}"]:
+        typer.echo(said)
     if status == "interrupted":
         leave(Code.INTERRUPTED, "interrupted; the parts that were finished are kept")
 

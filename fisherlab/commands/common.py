@@ -167,24 +167,6 @@ def numbers(option: str, text: str, number: Callable[[str], T]) -> list[T]:
     return found
 
 
-def device(text: str) -> torch.device:
-    """A device that exists here."""
-    try:
-        chosen = torch.device(text)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {text!r} cannot be used: {_line(error)}; try cpu") from None
-    return chosen
-
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-def dtype(text: str) -> torch.dtype:
-    """Single or double precision; half is refused, since curvature in it is noise."""
-    return DTYPES[known("--dtype", text, DTYPES)]
-
-
 def size(text: str | None) -> int | None:
     """`"512M" -> 536870912`: a number of bytes with K, M, G or nothing behind it."""
     if text is None:

@@ -8,11 +8,9 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from fisherlab import approximations, datasets, distributed, models, optim
+from fisherlab import approximations, datasets, distributed, models
 from fisherlab.commands.common import (
     Code,
-    device,
-    dtype,
     known,
     leave,
     numbers,
@@ -23,8 +21,8 @@ from fisherlab.commands.common import (
     words,
 )
 from fisherlab.comparison import Comparison
+from fisherlab.extract.fisher import FISHER_TYPES
 
-FISHER_TYPES = ("exact", "mc", "empirical")
 TABLE = "comparison"
 SHOWN = 8  # layers that a terminal has room for
 OVERVIEW = {  # columns of the summary, and what the terminal calls them
@@ -70,12 +68,12 @@ def compare(
     optimizer: Annotated[str, typer.Option(help="What trains the model.")] = "sgd",
     lr: Annotated[float | None, typer.Option(help="Learning rate; the optimizer's own.")] = None,
     train_batch: Annotated[int, typer.Option(help="Examples per training step.")] = 64,
-    seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Comma list: 0,1,2 (`train` takes a count).")] = "0",
     hidden: Annotated[str | None, typer.Option(help="Widths of hidden layers (mlp).")] = None,
     width: Annotated[float, typer.Option(help="Multiplies every hidden width.")] = 1.0,
     activation: Annotated[str, typer.Option(help="relu, tanh, sigmoid, ...")] = "relu",
-    on: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    precision: Annotated[str, typer.Option("--dtype", help="float64 or float32.")] = "float64",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
     memory: Annotated[
         str | None, typer.Option(help="Bound on the columns of one layer, such as 800M.")
     ] = None,
@@ -87,16 +85,11 @@ def compare(
     self-contained report.html in the folder. Ctrl-C keeps what was measured so far. Under torchrun
     (`torchrun --nproc-per-node 2 -m fisherlab compare ...`) the work is shared out over the ranks.
     """
-    known("data set", data, datasets.names())
-    known("model", model, models.names())
-    known("optimizer", optimizer, optim.names())
     chosen = (
         None if names == "all" else tuple(several("approximation", names, approximations.names()))
     )
     if fisher_type is not None:
         known("--fisher-type", fisher_type, FISHER_TYPES)
-    dtype(precision)
-    device(on)
     from fisherlab.experiments import measure, pages, report  # noqa: F401  pages: what it shows
     from fisherlab.experiments.rundir import RunDir
 
@@ -125,8 +118,8 @@ def compare(
             hidden=tuple(numbers("--hidden", hidden, int)) if hidden else None,
             width=width,
             activation=activation,
-            device=on,
-            dtype=precision,
+            device=device,
+            dtype=dtype,
             memory=size(memory),
         )
     )

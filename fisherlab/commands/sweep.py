@@ -31,7 +31,7 @@ def sweep(
     final_examples: Annotated[
         int | None, typer.Option(help="Training examples of the chosen points; default all.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of the chosen points.")] = 3,
+    seeds: Annotated[int, typer.Option(help="How many seeds of the chosen points.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 128,
     schedule: Annotated[str, typer.Option(help="constant, cosine or step; in both.")] = "constant",
     width: Annotated[float, typer.Option(help="Factor on every hidden layer.")] = 1.0,

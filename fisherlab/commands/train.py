@@ -25,7 +25,7 @@ def train(
         str, typer.Option(help="Names separated by commas, LABEL=NAME to run one twice, or all.")
     ] = "kfac,tekfac,fngd,sgd",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 5,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(help="How many (`compare` a list: 0,1,2).")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate of all; else its own each.")

@@ -79,7 +79,10 @@ def select(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modul
     for name in [layers] if isinstance(layers, str) else layers:
         if name not in known:
             near = nearest(name, known, list(known)[:5])
-            raise CaptureError(f"no layer {name!r} in this model; nearest: {near}")
+            raise CaptureError(
+                f"no layer {name!r} in this model; nearest: {near}; "
+                "fl.support and `fisherlab support` list all"
+            )
         if known[name].status != "exact":
             raise CaptureError(f"layer {name!r} has no block: {known[name].reason}")
         chosen[name] = known[name].module

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
+from fisherlab.distributed import unwrapped
 from fisherlab.extract.api import _forward, _isolated
 from fisherlab.extract.record import recording
 from fisherlab.extract.select import choices, select
@@ -24,6 +25,7 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
     at the rate of this machine), dense_bytes (of the block nobody should form), diagonal_factors
     (the Kronecker factors too large for an optimizer, which keeps their diagonals).
     """
+    model = unwrapped(model)
     modules = select(model, [c.name for c in choices(model) if c.status == "exact"])
     training = model.training
     try:

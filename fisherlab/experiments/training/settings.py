@@ -21,7 +21,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
+# Half is refused, since curvature in it is noise.
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DEVICES = ("cpu", "cuda", "mps")
 
 
 class SettingsError(ValueError):
@@ -84,10 +86,7 @@ class Settings:
         check_known("dtype", self.dtype, DTYPES)
         check_known("data set", self.data, datasets.names())
         check_known("model", self.model, models.names())
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise SettingsError(f"device {self.device!r}: {str(error).splitlines()[0]}") from None
+        check_device(self.device)
         labels = [entry.label for entry in self.entries]
         for label in labels:
             if labels.count(label) > 1:
@@ -128,3 +127,16 @@ def check_known(kind: str, got: str, known: Iterable[str]) -> None:
     known = list(known)
     if got not in known:
         raise SettingsError(unknown(kind, got, known))
+
+
+def check_device(name: str) -> torch.device:
+    """The device, if there is one of that name here; else `SettingsError` in one sentence."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        if name.partition(":")[0] not in DEVICES:  # torch would list twenty kinds
+            raise SettingsError(f"unknown device {name!r}; take cpu, cuda, cuda:1 or mps") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise SettingsError(f"device {name!r} cannot be used here: {reason}; take cpu") from None
+    return device
