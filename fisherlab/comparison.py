@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +24,8 @@ from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, DirectSum, Outer, contractions
+from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.numerics import sum_of
 from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import CaptureError, Captures, LayerCapture
 from fisherlab.extract.api import Forward, _forward, split_batch
@@ -417,6 +419,40 @@ def _remembering(block: Block, method: str) -> Iterator[None]:
         del vars(block)[method]
 
 
+class _Frame:
+    """The exact block, its gradient and its natural-gradient steps, in coordinates of the inputs.
+
+    `V` `[i, r]` are the orthonormal axes of the coordinates; None: the weight's own.
+    """
+
+    def __init__(self, F: Outer | DirectSum, gradient: Tensor, V: Tensor | None = None) -> None:
+        self.F, self.gradient, self.V = F, gradient.to(F.dtype), V
+        self._steps: dict[float, Tensor] = {}
+        self._inside: _Frame | None = None
+
+    def inside(self) -> _Frame | None:
+        """The same in a space that holds every input, where that has clearly fewer dimensions."""
+        V = self.F.of.input_space if isinstance(self.F, Outer) else None
+        F = None if V is None else self.F.within(V)
+        if not isinstance(F, Outer) or V is None:
+            return None
+        self._inside = _Frame(F, self.gradient @ V, V)
+        # what is the same in both; an inverse, which cancels, needs the Gram matrix of its own
+        Columns.energies.remember(self.F.of, F.energies())
+        Columns.gram_eigen.remember(self.F.of, F.of.gram_eigen)
+        Outer._squared_norm.remember(self.F, F.squared_norm())
+        return self._inside
+
+    def step(self, damping: float) -> Tensor:
+        """`-(F + damping I)^{-1} g`, which every approximation is compared with."""
+        if damping not in self._steps:
+            if self._inside is None or self._inside.V is None:
+                self._steps[damping] = -self.F.solve(self.gradient, damping)
+            else:
+                self._steps[damping] = self._inside.step(damping) @ self._inside.V.mT
+        return self._steps[damping]
+
+
 class _Layer:
     """One layer under measurement: its exact block, and a memo per group that all methods share."""
 
@@ -438,9 +474,10 @@ class _Layer:
         self.F = _exactly(shared) if same else self._exact(target)
         self.unseen = self._exact(unseen) if unseen else None
         # of the mean loss; a layer in groups has one below the other
-        sums = [torch.stack([c.gradient * c.examples for c in part]).sum(0) for part in self.parts]
-        self.gradient = torch.cat(sums) / self.memos[0].count
-        self.exact_steps: dict[float, Tensor] = {}
+        sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
+        self.whole = _Frame(self.F, torch.cat(sums) / self.memos[0].count)
+        # every weight that matters is a combination of inputs: of few, in their coordinates
+        self.inside = self.whole.inside() if same and self.unseen is None else None
         self.examples = int(self.memos[0].count)
         self.reference_examples = (
             sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
@@ -470,13 +507,20 @@ class _Layer:
             "examples": self.examples,
             "reference_examples": self.reference_examples,
             "dtype": str(self.F.dtype).removeprefix("torch."),
-            "diagonal_share": metrics.diagonal_share(self.unseen or self.F).item(),
+            "diagonal_share": metrics.diagonal_share(
+                self.unseen or (self.inside or self.whole).F
+            ).item(),
             **facts,
         }
         rows = []
-        with _remembering(self.F, "power"):
+        exact = [frame.F for frame in (self.whole, self.inside) if frame is not None]
+        with ExitStack() as stack:
+            for F in exact:
+                stack.enter_context(_remembering(F, "power"))
             for name, maker in makers.items():
-                with _remembering(self.F, "inner"):
+                with ExitStack() as inner:
+                    for F in exact:
+                        inner.enter_context(_remembering(F, "inner"))
                     measured = list(self._measure(maker, dampings))
                 rows += [{**base, "approximation": name, **row} for row in measured]
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
@@ -496,7 +540,8 @@ class _Layer:
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
             built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
-            static, reason = self._retried(self._static, X)
+            near, frame = self._retried(self._nearest, X)
+            static, reason = self._retried(self._static, near, frame.F)
             common = {**empty, **built, **static}
         except BlockError as error:
             for share in dampings:
@@ -506,8 +551,8 @@ class _Layer:
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
             try:
-                with _remembering(X, "power"):
-                    row |= self._retried(self._damped, maker, X, share * unit)
+                with _remembering(X, "power"), _remembering(near, "power"):
+                    row |= self._retried(self._damped, maker, X, near, frame, share * unit)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
@@ -539,9 +584,15 @@ class _Layer:
                 f"another device ({message})"
             )
 
-    def _static(self, X: Block) -> tuple[dict[str, float], str]:
+    def _nearest(self, X: Block) -> tuple[Block, _Frame]:
+        """A block in the coordinates of the inputs if it is known to be zero beside them."""
+        if self.inside is None or self.inside.V is None:
+            return X, self.whole
+        near = self.inside.F if X is self.F else X.within(self.inside.V)
+        return (X, self.whole) if near is None else (near, self.inside)
+
+    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], str]:
         """What does not depend on the damping, and why a measure of the spectrum is missing."""
-        F = self.F
         error, spread = math.nan, math.nan
         if self.unseen is not None:
             error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
@@ -563,12 +614,18 @@ class _Layer:
             "scaled_error": metrics.scaled_error(X, F).item(),
         }, reason
 
-    def _damped(self, maker: Maker, X: Block, damping: float) -> dict[str, Any]:
+    def _damped(
+        self, maker: Maker, X: Block, near: Block, frame: _Frame, damping: float
+    ) -> dict[str, Any]:
         start = time.perf_counter()
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         P, placement = self._preconditioner(maker, X, damping)
-        step = metrics.step(X, self.F, self.gradient, damping, P, self._exact_step(damping))
+        plain = P is None or P is X.power(-1, damping)
+        # placed elsewhere, the damping may depend on the dimensions that the inputs miss
+        at, block = (frame, near) if plain else (self.whole, X)
+        P = None if plain else P
+        step = metrics.step(block, at.F, at.gradient, damping, P, at.step(damping))
         seconds = time.perf_counter() - start
         return {
             "placement": placement,
@@ -576,17 +633,11 @@ class _Layer:
             "direction_error": step.error.item(),
             "quadratic_decrease": step.decrease.item(),
             "quadratic_decrease_scaled": step.decrease_scaled.item(),
-            "stein_loss": metrics.stein_loss(X, self.F, damping).item(),
-            "condition": metrics.condition(X, self.F, damping).item(),
+            "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
+            "condition": metrics.condition(near, frame.F, damping, frame.V is not None).item(),
             "solve_seconds": seconds,
             "clamped": X.clamped,
         }
-
-    def _exact_step(self, damping: float) -> Tensor:
-        """`-(F + damping I)^{-1} g`, which every approximation is compared with."""
-        if damping not in self.exact_steps:
-            self.exact_steps[damping] = -self.F.solve(self.gradient.to(self.F.dtype), damping)
-        return self.exact_steps[damping]
 
     def _preconditioner(self, maker: Maker, X: Block, damping: float) -> tuple[Block | None, str]:
         """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""

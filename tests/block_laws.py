@@ -402,6 +402,10 @@ def law_spectrum(block, F, dtype):
         assert_near(flat @ F, top[:, None] * flat, dtype, scale=spectrum(F)[0].item())
         V = randn(2, *block.shape, seed=54).to(dtype)
         assert_near(block.leading_products(k, V), flat @ vec(V).mT, dtype)
+        axes = randn(block.shape[1], 2, seed=57).to(dtype)
+        inside = V @ axes
+        products = flat @ vec(inside @ axes.mT).mT
+        assert_near(block.leading_products(k, inside, axes), products, dtype)
         if k == block.size and spectrum(F)[-1] >= 0 and len(top) < k:
             continue
         if not _is_inverse(block):

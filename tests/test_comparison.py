@@ -12,7 +12,7 @@ from test_approximations import randn
 from torch import nn
 
 import fisherlab as fl
-from fisherlab import blocks
+from fisherlab import blocks, comparison
 from fisherlab.blocks import BlockError
 from fisherlab.comparison import Interrupted
 
@@ -169,6 +169,37 @@ def test_batches_of_a_loader_are_one_sample():
     same(compared(loader), compared(x, y), rtol=1e-8, but=["memory_bytes"])
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=5)
     same(compared(data), compared(x, y), rtol=1e-8, but=["memory_bytes"])
+
+
+def wide():
+    """A convolution and a linear map with more inputs than a batch of five spans, a narrow one."""
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(5, 2, 3, stride=3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 6), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(6, 4)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+def test_few_inputs_are_measured_in_their_own_coordinates(dtype, fisher_type, monkeypatch):
+    x, y = randn(5, 5, 6, 6, seed=3).to(dtype), torch.arange(5) % 4
+    approximations = {name: fl.approximations.get(name)() for name in fl.approximations.names()}
+    del approximations["kbfgs"]  # a pair of batches
+    approximations |= {"factored": fl.KFAC(placement="factored")}
+    found = []
+    frames = []
+    inside = comparison._Frame.inside
+    for patched in (lambda frame: frames.append(inside(frame)) or frames[-1], lambda frame: None):
+        monkeypatch.setattr(comparison._Frame, "inside", patched)
+        options = {"approximations": approximations, "fisher_type": fisher_type}
+        found.append(fl.compare(wide().to(dtype), CE, x, y, dampings=[1e-3, 1.0], **options))
+    assert [frame is not None for frame in frames] == [True, True, False]
+    left, right = (table.frame.drop(columns=TIMES) for table in found)
+    tolerance = 1e-7
+    if dtype == torch.float32:
+        # without those that divide by a damping far below the rounding of the largest eigenvalue
+        tolerance, known = 1e-4, ["relative_error", "trace_ratio", "cosine", "diagonalisation"]
+        left, right = left[known], right[known]
+    pd.testing.assert_frame_equal(left, right, rtol=tolerance, atol=tolerance)
 
 
 def test_a_memory_budget_changes_nothing_but_the_memory():

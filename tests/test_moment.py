@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from fisherlab.blocks import Eigen, Kronecker
-from fisherlab.blocks.moment import Moment
+from fisherlab.blocks import Diagonal, Eigen, Kronecker, Outer
+from fisherlab.blocks.moment import Decomposed, Moment
 
 
-def moment(rows, scale):
-    return Moment(rows, scale, lambda: torch.linalg.qr(rows.mT).Q)
+def moment(rows, scale, weight=None):
+    def frame():
+        Q, R = torch.linalg.qr(rows.mT)
+        return Q, R.mT
+
+    return Moment(rows, scale, frame, weight)
 
 
 @pytest.mark.parametrize("thin", [(True, True), (True, False), (False, True)])
@@ -37,3 +41,54 @@ def test_a_scaled_moment_keeps_its_eigenvectors(generator):
     scaled, same = one.scaled(2.5).spectral("S")
     torch.testing.assert_close(scaled, 2.5 * values)
     assert same is vectors
+
+
+def test_a_weight_acts_between_the_rows(generator):
+    X, W = (torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (8, 3))
+    W = W @ W.mT
+    S = moment(X, 0.5, lambda rows: W @ rows)
+    expected = 0.5 * X.mT @ W @ X
+    V = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(S.apply(V), V @ expected)
+    torch.testing.assert_close(S.trace(), expected.trace())
+    values, vectors = S.spectral("S")
+    torch.testing.assert_close(vectors * values @ vectors.mT, expected)
+    torch.testing.assert_close(S.formed(), expected)
+
+
+def test_a_decomposed_factor_is_its_matrix(generator):
+    X, V = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (3, 2))
+    Q = torch.linalg.qr(X.mT).Q
+    values = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+    S, expected = Decomposed(values, Q), Q * values @ Q.mT
+    torch.testing.assert_close(S.apply(V), V @ expected)
+    torch.testing.assert_close(S.trace(), expected.trace())
+    torch.testing.assert_close(S.formed(), expected)
+    inverse, same = (Kronecker(F, F).power(-1, 0.3) for F in (S, expected))
+    torch.testing.assert_close(inverse.trace(), same.trace())
+
+
+def test_blocks_within_the_space_of_their_inputs(generator):
+    """`(I (x) V)^T F (I (x) V)` of every form that is known to vanish beside `V`."""
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    a, g = draw(2, 2, 9), draw(3, 2, 2, 4)
+    F = Outer(a, g)
+    V = F.of.input_space
+    assert V is not None and V.shape == (9, 4)
+    columns = F.of
+    G = draw(4, 4)
+    G = G @ G.mT
+    A = Kronecker(G, Moment(a, 0.5, lambda: columns.input_frame))
+    R = Moment(a, 0.5, lambda: columns.input_frame, lambda x: columns.gradient_products @ x)
+    Q_G, Q_A = A.eigen.Q_G, A.eigen.Q_A
+    for block in (F, A, Kronecker(G, R), A.eigen, Eigen(Q_G, Q_A, draw(4, 4).square())):
+        inside = block.within(V)
+        assert inside is not None
+        lift = torch.kron(torch.eye(4, dtype=torch.float64), V.contiguous())
+        torch.testing.assert_close(inside.dense(), lift.mT @ block.dense() @ lift)
+        torch.testing.assert_close(lift @ inside.dense() @ lift.mT, block.dense())
+    # what is known of neither
+    assert Diagonal(draw(4, 9)).within(V) is None
+    assert F.power(-1, 0.1).within(V) is None
+    assert Eigen(Q_G, torch.linalg.qr(draw(9, 4)).Q, draw(4, 4)).within(V) is None
+    assert A.eigen.power(-1, 0.1).within(V) is None

@@ -66,12 +66,12 @@ class KFAC(Approximation, name="kfac"):
         if self.weight_sharing == "reduce":
             return found
         if layer.few_inputs:
-            scale = layer.column_share / layer.positions
             columns = layer.columns
-            found["A"] = Moment(columns.a, scale, lambda: columns.input_space)
+            scale = layer.column_share / layer.positions
+            found["A"] = Moment(columns.a, scale, lambda: columns.input_frame)
         if layer.few_gradients:
             columns = layer.columns
-            found["G"] = Moment(columns.g, 1.0, lambda: columns.output_space)
+            found["G"] = Moment(columns.g, 1.0, lambda: columns.output_frame)
         return found
 
     def block(

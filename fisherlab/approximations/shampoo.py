@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.kronecker import Factor
-from fisherlab.blocks.moment import Decomposed
+from fisherlab.blocks.moment import Decomposed, Moment
 from fisherlab.blocks.numerics import check_damping, spectral, spectrum_power
 from fisherlab.extract import LayerCapture
 
@@ -47,6 +47,9 @@ class Shampoo(Approximation, name="shampoo"):
         per_example = frozenset({"inputs", "output_gradients"})
         return per_example if self.statistics == "per_example" else frozenset({"gradient"})
 
+    def moments(self, layer: LayerCapture) -> dict[str, Moment]:
+        return TKFAC().moments(layer) if self.statistics == "per_example" else {}
+
     @property
     def origin(self) -> Approximation:
         return TKFAC() if self.statistics == "per_example" else self
@@ -70,28 +73,34 @@ class Shampoo(Approximation, name="shampoo"):
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
-        L, R = means["left"], means["right"]
         if self.form == "squared":
-            trace = _trace(L)
+            trace = _trace(means["left"])
             scale = torch.where(trace > 0, trace.rsqrt(), torch.zeros_like(trace))
-            return _Sided(L, R, L * scale, R * scale)
+            left, right = means["left"], means["right"]
+            return _Sided(left, right, left * scale, right * scale)
+        L, R = means.factor("left"), means.factor("right")
         return _Sided(L, R, _root(L), _root(R))
 
     def damped(self, block: Block, damping: float) -> Block:
         damping = check_damping(damping)
         assert isinstance(block, _Sided)
         exponent = self.exponent / 2 if self.form == "root" else self.exponent
-        scale = 1.0 if self.form == "root" else _trace(block.L).sqrt()
-        left, right = (_power(side, exponent, damping) for side in (block.L, block.R))
-        return Kronecker(scale * left, right)
+        L, R = block.moments
+        scale = 1.0 if self.form == "root" else _trace(L).sqrt()
+        return Kronecker(scale * _power(L, exponent, damping), _power(R, exponent, damping))
 
 
 class _Sided(Kronecker):
     """Shampoo's product with the second moments it was made of."""
 
-    def __init__(self, L: Tensor, R: Tensor, G: Factor, A: Factor) -> None:
+    def __init__(self, L: Tensor | Moment, R: Tensor | Moment, G: Factor, A: Factor) -> None:
         super().__init__(G, A)
         self.L, self.R = L, R
+
+    @property
+    def moments(self) -> Iterator[Tensor]:
+        """`L` and `R`, formed."""
+        return (S if isinstance(S, Tensor) else S.formed() for S in (self.L, self.R))
 
 
 def _trace(side: Tensor) -> Tensor:
@@ -105,12 +114,13 @@ def _raised(values: Tensor, rows: int, exponent: float, damping: float) -> Tenso
     return spectrum_power(values, exponent, damping, "Shampoo's second moment")
 
 
-def _root(side: Tensor) -> Tensor | Decomposed:
+def _root(side: Tensor | Moment) -> Tensor | Decomposed:
     """`S^{1/2}`, in the eigenvectors of `S`."""
-    if side.ndim == 1:
-        return _raised(side, len(side), 0.5, 0.0)
-    values, vectors = spectral(side, "Shampoo's second moment")
-    return Decomposed(_raised(values, len(side), 0.5, 0.0), vectors)
+    rows, name = side.shape[0], "Shampoo's second moment"
+    if isinstance(side, Tensor) and side.ndim == 1:
+        return _raised(side, rows, 0.5, 0.0)
+    values, vectors = spectral(side, name) if isinstance(side, Tensor) else side.spectral(name)
+    return Decomposed(_raised(values, rows, 0.5, 0.0), vectors)
 
 
 def _power(side: Tensor, exponent: float, damping: float) -> Tensor:

@@ -71,16 +71,18 @@ class TKFAC(Approximation, name="tkfac"):
 
     def moments(self, layer: LayerCapture) -> dict[str, Moment]:
         found: dict[str, Moment] = {}
-        if layer.positions > 1 or self.weight_sharing != "partial":
+        if self.weight_sharing != "partial":
             return found
-        # D = g a^T, so that D D^T = |a|^2 g g^T and D^T D = |g|^2 a a^T
+        # D = g^T a, so that sum D D^T = g^T (a a^T) g and sum D^T D = a^T (sum_m g g^T) a
         columns = layer.columns
         if layer.few_gradients:
-            sizes = columns.a.norm(dim=2, keepdim=True)
-            found["left"] = Moment(columns.g * sizes, 1.0, lambda: columns.output_space)
+            found["left"] = Moment(
+                columns.g, 1.0, lambda: columns.output_frame, lambda g: columns.input_products @ g
+            )
         if layer.few_inputs:
-            sizes = columns.g.square().sum((0, 3)).sqrt()[:, :, None]
-            found["right"] = Moment(columns.a * sizes, 1.0, lambda: columns.input_space)
+            found["right"] = Moment(
+                columns.a, 1.0, lambda: columns.input_frame, lambda a: columns.gradient_products @ a
+            )
         return found
 
     def block(

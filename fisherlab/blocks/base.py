@@ -88,6 +88,15 @@ class Block(ABC):
         """`<F, U U^T>` where something already known of the columns makes it cheap, else None."""
         return None
 
+    def within(self, V: Tensor) -> Block | None:
+        """`(I (x) V)^T F (I (x) V)`, where `F` is known to be zero beside the columns of `V`.
+
+        `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: of such
+        weights and of blocks within the same `V`, everything is measured there, by products with
+        r features instead of i. None where that is not known.
+        """
+        return None
+
     def inner(self, other: Block) -> Tensor:
         """`<F, other>_F`, a 0-d float64 tensor.
 
@@ -136,9 +145,17 @@ class Block(ABC):
         top = vectors[:, -k:].flip(1).mT.reshape(k, *self.shape)
         return values[-k:].flip(0), top.to(self.dtype)
 
-    def leading_products(self, k: int, V: Tensor) -> Tensor:
-        """`<q_j, V_b>` of the k leading eigenvectors with every `V_b` of `[b, o, i]`: `[k, b]`."""
+    def leading_within(self, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`leading(k)` with vectors as coordinates `[k, o, r]` along axes `[i, r]` (None: `I`)."""
+        return *self.leading(k), None
+
+    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
+        """`<q_j, V_b axes^T>` of the k leading eigenvectors with every `V_b`: `[k, b]`.
+
+        `V` is `[b, o, i]`, or `[b, o, r]` along `axes` `[i, r]`.
+        """
         _, vectors = self.leading(k)
+        V = V if axes is None else V @ axes.mT
         return vectors.flatten(1) @ V.to(vectors.dtype).flatten(1).mT
 
     def diagonal_of(self, other: Block) -> Tensor:

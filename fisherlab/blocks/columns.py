@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.numerics import BlockError, check_gram, eigh, sum_of, symmetrise
+from fisherlab.blocks.numerics import BlockError, check_gram, coordinates, eigh, sum_of, symmetrise
 from fisherlab.blocks.remembered import remembered, state_of
 
 
@@ -188,7 +188,11 @@ class Columns:
         """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
         key = state_of(Q_G), state_of(Q_A)
         if key not in self._rotated:
-            if not self.short:
+            frame = Columns.input_frame.known(self)
+            C = coordinates(Q_A, frame[0]) if frame else None
+            if C is not None and self.inside is not None:
+                value = self.inside.rotated_squares(Q_G, C)
+            elif not self.short:
                 value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A)
             else:
                 value = contractions.rotated_squares(self.matrices, Q_G, Q_A)
@@ -220,19 +224,46 @@ class Columns:
             result = torch.cat([flat.double() @ D for _, D in self._doubled(self.formed)], 1)
         return result.view(*weights.shape[:-2], *self.shape)
 
-    @remembered("a")
+    @property
     def input_space(self) -> Tensor | None:
-        """Orthonormal `[i, r]` whose span holds every input, where r is clearly less than i."""
-        rows = self.a.reshape(-1, self.a.shape[-1])
-        if not few(*rows.shape):
-            return None
-        return torch.linalg.qr(rows.mT).Q
+        """Orthonormal `V` `[i, r]` whose span holds every input, where r is clearly less than i."""
+        return None if self.input_frame is None else self.input_frame[0]
+
+    @remembered("a")
+    def input_frame(self) -> tuple[Tensor, Tensor] | None:
+        """`input_space` and the inputs in its coordinates, `a V` `[n, t, r]`."""
+        return frame(self.a)
 
     @remembered("g")
-    def output_space(self) -> Tensor | None:
-        """Orthonormal `[o, r]` whose span holds every output gradient, where r is clearly less."""
-        rows = self.g.reshape(-1, self.g.shape[-1])
-        return torch.linalg.qr(rows.mT).Q if few(*rows.shape) else None
+    def output_frame(self) -> tuple[Tensor, Tensor] | None:
+        """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
+        return frame(self.g)
+
+    @remembered("a", "g")
+    def inside(self) -> Columns | None:
+        """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
+        if self.input_frame is None:
+            return None
+        return Columns(self.input_frame[1], self.g, self.room)
+
+    @remembered("a")
+    def input_products(self) -> Tensor:
+        """`a a^T` of each example, `[n, t, t]`."""
+        return self.a @ self.a.mT
+
+    @remembered("g")
+    def gradient_products(self) -> Tensor:
+        """`sum_m g g^T` of each example, `[n, t, t]`."""
+        return (self.g @ self.g.mT).sum(0)
+
+
+def frame(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Orthonormal `V` `[d, r]` that span rows `[..., d]` clearly fewer than d, and `rows V`."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if not few(*flat.shape):
+        return None
+    Q, R = torch.linalg.qr(flat.mT)
+    return Q, R.mT.reshape(*rows.shape[:-1], -1)
 
 
 def few(rows: int, features: int) -> bool:

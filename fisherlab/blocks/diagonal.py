@@ -54,15 +54,22 @@ class Diagonal(Block):
     def eigenvalues(self) -> Tensor:
         return self.entries.double().flatten().sort(descending=True).values
 
+    def logdet(self, damping: float) -> Tensor:
+        return (self.entries.double().clamp(min=0) + check_damping(damping)).log().sum()
+
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, flat = self.entries.double().flatten().topk(min(k, self.size))
         vectors = torch.zeros(len(flat), self.size, dtype=self.dtype, device=self.device)
         vectors[torch.arange(len(flat)), flat] = 1
         return values, vectors.view(-1, *self.shape)
 
-    def leading_products(self, k: int, V: Tensor) -> Tensor:
-        _, flat = self.entries.double().flatten().topk(min(k, self.size))
-        return V.to(self.dtype).flatten(1)[:, flat].mT
+    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
+        flat = self.entries.double().flatten().topk(min(k, self.size)).indices
+        V = V.to(self.dtype)
+        if axes is None:
+            return V.flatten(1)[:, flat].mT
+        rows, columns = flat // self.shape[1], flat % self.shape[1]
+        return (V[:, rows] * axes[columns]).sum(-1).mT
 
     def diagonal_of(self, other: Block) -> Tensor:
         return other.diagonal().double()

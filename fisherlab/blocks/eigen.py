@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.coordinates import Identity, identity
-from fisherlab.blocks.numerics import BlockError, check_damping, spectrum_power
+from fisherlab.blocks.numerics import BlockError, check_damping, coordinates, spectrum_power
 
 
 class Eigen(Block):
@@ -86,6 +86,12 @@ class Eigen(Block):
         inside = spectrum - tail_G[:, None] - tail_A + tail
         result = (self.Q_G @ (inside * core) + VQ * (tail_A - tail)) @ self.Q_A.mT
         return result + self.Q_G @ ((tail_G - tail)[:, None] * GV) + tail * V
+
+    def within(self, V: Tensor) -> Block | None:
+        C = coordinates(self.Q_A, V)
+        if C is None or self.tail_G.any() or self.tail.any():
+            return None
+        return Eigen(self.Q_G, C, self.spectrum, tail_A=self.tail_A)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -194,8 +200,9 @@ class Eigen(Block):
         values, q_G, q_A = self._leading(k)
         return values, torch.einsum("ok,ik->koi", q_G, q_A)
 
-    def leading_products(self, k: int, V: Tensor) -> Tensor:
+    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
         _, q_G, q_A = self._leading(k)
+        q_A = q_A if axes is None else axes.mT @ q_A
         return ((q_G.mT @ V.to(self.dtype)) * q_A.mT).sum(-1).mT
 
     def _leading(self, k: int) -> tuple[Tensor, Tensor, Tensor]:

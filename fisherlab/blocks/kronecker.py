@@ -14,11 +14,12 @@ from fisherlab.blocks.base import Block
 from fisherlab.blocks.coordinates import DiagonalFactor
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.moment import Moment, Unformed
+from fisherlab.blocks.moment import Decomposed, Moment, Unformed
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     check_dense,
+    coordinates,
     spectral,
     spectrum_power,
     sum_of,
@@ -138,6 +139,13 @@ class Kronecker(Block):
         A = self._A if isinstance(self._A, DiagonalFactor) else self.A
         return (G, "output factor G"), (A, "input factor A")
 
+    def within(self, V: Tensor) -> Block | None:
+        if isinstance(self._A, DiagonalFactor):
+            return None
+        values, vectors = self.spectra[1]
+        C = coordinates(vectors, V)
+        return None if C is None else Kronecker(self._G, Decomposed(values, C))
+
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         return contractions.kronecker_quadratic(a, g, self.G, self.A)
 
@@ -171,8 +179,8 @@ class Kronecker(Block):
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         return self.eigen.leading(k)
 
-    def leading_products(self, k: int, V: Tensor) -> Tensor:
-        return self.eigen.leading_products(k, V)
+    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
+        return self.eigen.leading_products(k, V, axes)
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self.eigen.diagonal_of(other)

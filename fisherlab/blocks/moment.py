@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.blocks.numerics import _eigh, declare_range, symmetrise
+from fisherlab.blocks.numerics import _eigh, declare_range, lifted, symmetrise
 
 
 class Unformed(ABC):
@@ -51,55 +51,66 @@ class Unformed(ABC):
 
 
 class Moment(Unformed):
-    """`S = scale X^T W X` of rows `X` `[r, d]`, r clearly less than d.
+    """`S = scale X^T W X` of rows `X` `[..., d]`, clearly fewer than d.
 
-    `weighted` is `W X`, with a symmetric `W` over the rows; None for the identity. `space()`
-    returns orthonormal columns `[d, r']` that span the rows: eigenvectors are found inside it, by
-    products with r rows instead of d.
+    `weight` applies the symmetric `W` to rows of any width (None: `W = I`). `frame()` returns
+    orthonormal columns `V` `[d, r]` that span the rows, and the rows in these coordinates,
+    `[..., r]`: eigenvectors are found there, by products with r features instead of d.
     """
 
     def __init__(
         self,
         rows: Tensor,
         scale: float | Tensor,
-        space: Callable[[], Tensor | None],
-        weighted: Tensor | None = None,
+        frame: Callable[[], tuple[Tensor, Tensor] | None],
+        weight: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        d = rows.shape[-1]
-        self.rows, self.scale, self.space = rows.reshape(-1, d), scale, space
-        self.weighted = self.rows if weighted is None else weighted.reshape(-1, d)
-        super().__init__(d, self.rows, self.weighted)
-        self._pairs: tuple[Tensor, Tensor] | None = None
+        super().__init__(rows.shape[-1], rows)
+        self.rows, self.scale, self.frame, self.weight = rows, scale, frame, weight
+        # eigenpairs at scale 1, of which those at any scale are made
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def scaled(self, factor: float | Tensor) -> Moment:
         """`factor S`, with the same eigenvectors."""
-        other = Moment(self.rows, self.scale * factor, self.space, self.weighted)
-        if self._pairs is not None:
-            other._pairs = self._pairs[0] * factor, self._pairs[1]
+        other = Moment(self.rows, self.scale * factor, self.frame, self.weight)
+        other._pairs = self._pairs
         return other
 
+    def _space(self) -> Tensor | None:
+        frame = self.frame()
+        return None if frame is None else frame[0]
+
+    def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`X` and `W X`, `[r, d]` each."""
+        weighted = rows if self.weight is None else self.weight(rows)
+        return rows.reshape(-1, rows.shape[-1]), weighted.reshape(-1, rows.shape[-1])
+
     def spectral(self, name: str) -> tuple[Tensor, Tensor]:
-        if self._pairs is None:
-            V = self.space()
-            assert V is not None, "a moment of few rows has a thin basis"
-            rows = self.rows @ V
-            weighted = rows if self.weighted is self.rows else self.weighted @ V
-            values, Q = _eigh(rows.mT @ weighted * self.scale, name)
-            self._pairs = values, V @ Q
-        return self._pairs
+        if not self._pairs:
+            frame = self.frame()
+            assert frame is not None, "a moment of few rows has a thin basis"
+            V, inside = frame
+            rows, weighted = self._sides(inside)
+            values, C = _eigh(rows.mT @ weighted, name)
+            self._pairs["unit"] = values, lifted(V, C)
+        values, vectors = self._pairs["unit"]
+        return values * self.scale, vectors
 
     def apply(self, V: Tensor) -> Tensor:
-        return (V @ self.weighted.mT) @ self.rows * self.scale
+        rows, weighted = self._sides(self.rows)
+        return (V @ weighted.mT) @ rows * self.scale
 
     def trace(self) -> Tensor:
-        return (self.rows * self.weighted).sum(dtype=torch.float64) * self.scale
+        rows, weighted = self._sides(self.rows)
+        return (rows * weighted).sum(dtype=torch.float64) * self.scale
 
     def formed(self) -> Tensor:
-        if self.weighted is self.rows:
+        if self.weight is None:
             matrix = second_moment(self.rows) * self.scale
         else:
-            matrix = symmetrise(self.rows.mT @ self.weighted) * self.scale
-        declare_range(matrix, self.space, self._pairs)
+            rows, weighted = self._sides(self.rows)
+            matrix = symmetrise(rows.mT @ weighted) * self.scale
+        declare_range(matrix, self._space, self.spectral("factor") if self._pairs else None)
         return matrix
 
 

@@ -21,6 +21,8 @@ _DECOMPOSITIONS = WeakTensorKeyDictionary()
 _RANGES = WeakTensorKeyDictionary()
 # matrix -> (its state, the matrix whose eigenvectors it has, function of the eigenvalues)
 _INHERITED = WeakTensorKeyDictionary()
+# vectors `[d, k]` -> (their state, the space `V` they lie in, their coordinates `C`: vectors = V C)
+_COORDINATES = WeakTensorKeyDictionary()
 
 
 class BlockError(ValueError):
@@ -81,7 +83,7 @@ def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
             del _RANGES[matrix]
             return eigh(matrix, name)
         values, inside = _eigh(V.mT @ matrix @ V, name)
-        _RANGES[matrix] = space = (*space, values, V @ inside)
+        _RANGES[matrix] = space = (*space, values, lifted(V, inside))
     return space[2], space[3]
 
 
@@ -104,6 +106,26 @@ def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]
     if not target.is_inference():
         _INHERITED[target] = (state_of(target), source, function)
     return target
+
+
+def lifted(V: Tensor, C: Tensor) -> Tensor:
+    """`V C`, which remembers its coordinates `C` in the orthonormal columns of `V`."""
+    vectors = V @ C
+    if not vectors.is_inference():
+        _COORDINATES[vectors] = state_of(vectors), V, C
+    return vectors
+
+
+def coordinates(vectors: Tensor, V: Tensor) -> Tensor | None:
+    """`C` of `vectors = V C`, where they are known to lie in the span of `V` or are few enough."""
+    known = _COORDINATES.get(vectors) if isinstance(vectors, Tensor) else None
+    if known is not None and known[0] == state_of(vectors) and known[1] is V:
+        return known[2]
+    if not isinstance(vectors, Tensor) or len(V) * vectors.shape[1] > 64 * V.shape[1]:
+        return None
+    C = V.mT @ vectors
+    lost = (vectors.double().square().sum(0) - C.double().square().sum(0)).abs()
+    return C if bool((lost <= 1e2 * torch.finfo(C.dtype).eps).all()) else None
 
 
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,16 @@ class Outer(Block):
         """The same columns with another core and shift; what is known of them stays known."""
         return Outer(self.a, self.g, core, shift, self.of)
 
+    def within(self, V: Tensor) -> Outer | None:
+        return self._within if V is self.of.input_space else None
+
+    @remembered("a", "g", "core", "shift")
+    def _within(self) -> Outer | None:
+        inside = self.of.inside
+        if self.shift or inside is None:
+            return None
+        return Outer(inside.a, inside.g, self.core, columns=inside)
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.a, self.g)
         if isinstance(self.core, Tensor):
@@ -321,6 +331,12 @@ class Outer(Block):
         if k not in self._leading:
             self._leading[k] = self._leading_pairs(k)
         return self._leading[k]
+
+    def leading_within(self, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        frame = Columns.input_frame.known(self.of)
+        if frame is None or self._within is None:
+            return *self.leading(k), None
+        return *self._within.leading(k), frame[0]
 
     @remembered("a", "g", "core")
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:

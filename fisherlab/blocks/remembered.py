@@ -50,6 +50,10 @@ class Remembered(Generic[T]):
         stamp, value = vars(block).get("_remembered", {}).get(self.name, (None, None))
         return value if stamp == self._stamp(block) else None
 
+    def remember(self, block: object, value: T) -> None:
+        """Take a value that was found elsewhere."""
+        vars(block).setdefault("_remembered", {})[self.name] = (self._stamp(block), value)
+
     def share(self, one: object, other: object) -> None:
         """Let `other`, made of the same sources, use what `one` remembers."""
         known = vars(one).get("_remembered", {})

@@ -225,7 +225,8 @@ class LayerCapture:
     @property
     def input_moment(self) -> Tensor:
         """`sum_{n,t} a a^T`, `[i, i]`."""
-        if self.shared is not None and "columns" in self.shared:
+        conv = self.geometry.conv
+        if self.shared is not None and "columns" in self.shared and not (conv and conv.plain):
             return contractions.second_moment(self.columns.a)
         moments = [self.geometry.input_moment(raw) for raw in self.raw_inputs]
         return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
@@ -289,7 +290,8 @@ class LayerCapture:
         """`[o, i]`, the gradient of the mean per-example loss at the observed labels."""
         g = self.label_gradients
         n, t, o = g.shape
-        return g.reshape(n * t, o).mT @ self.inputs.reshape(n * t, -1) / n
+        a = self.inputs if self.shared is None else self.columns.a
+        return g.reshape(n * t, o).mT @ a.reshape(n * t, -1) / n
 
     @property
     def columns(self) -> Columns:

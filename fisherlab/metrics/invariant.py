@@ -45,16 +45,18 @@ def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
     return trace - F.logdet(damping) + X.logdet(damping) - F.size
 
 
-def condition(X: Block, F: Block, damping: float) -> Tensor:
+def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tensor:
     """Condition number of `(X + damping)^{-1/2} (F + damping) (X + damping)^{-1/2}`; 0-d float64.
 
     Dense up to 512 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
-    than its budget.
+    than its budget. `beside`: there are further dimensions in which both blocks are zero.
     """
     if isinstance(X, DirectSum) and isinstance(F, DirectSum):
         parts = [_extremes(x, f, damping) for x, f in zip(X.parts, F.parts, strict=True)]
     else:
         parts = [_extremes(X, F, damping)]
+    if beside:
+        parts.append(torch.ones_like(parts[0]))
     smallest, largest = torch.stack(parts).unbind(1)
     return largest.max() / smallest.min().clamp(min=1e-300)
 
