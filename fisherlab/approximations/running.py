@@ -12,6 +12,7 @@ from fisherlab.approximations.base import Approximation, Means
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, Outer
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
+from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import LayerCapture
 
 Sums = dict[str, Tensor]
@@ -152,9 +153,17 @@ class Running:
         return Means(self.sums, self.count)
 
     def update(self, *layers: LayerCapture) -> None:
-        """Add one batch, given whole or in chunks; the past decays once."""
+        """Add one batch, given whole or in chunks; the past decays once.
+
+        Raises `BlockError` where its sums have NaN or inf entries, which would stay for good.
+        """
         total = add(self._sums(layer) for layer in layers)
         count = sum(layer.examples for layer in layers)
+        if not all(all_finite(value) for value in total.values()):
+            raise BlockError(
+                f"the statistics of {layers[0].name!r} have NaN or inf entries, so have its input "
+                "or the gradient at its output; the running means are as before"
+            )
         self.count = self._blend(self.sums, self.count, total, count)
 
     def _sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:

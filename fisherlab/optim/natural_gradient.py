@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -17,8 +18,10 @@ from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
+from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import LayerCapture
+from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.joint import joined
 from fisherlab.optim.base import (
     CurvatureOptimizer,
@@ -293,11 +296,18 @@ class NaturalGradient(CurvatureOptimizer):
         due = [weight for weight in present if self._collects(weight)]
         captures = self._captures(due, gradients)
         layers = [(weight, key, captures.get(key, [])) for weight in present for key in weight.keys]
-        for each in layers:
-            self._add_batch(*each)
-        self._refresh_bases([key for weight, key, _ in layers if self._basis_due(weight, key)])
-        for each in layers:
-            self._correct(*each)
+        waiting = []
+        for weight, key, captured in layers:
+            batch = [sharing(layer) for layer in captured]
+            self._add_batch(weight, key, batch)
+            if self._basis_due(weight, key):
+                waiting.append((weight, key, captured))
+            else:
+                # at once, while the layer's gradients are at hand
+                self._correct(weight, key, batch)
+        self._refresh_bases([key for _, key, _ in waiting])
+        for weight, key, captured in waiting:
+            self._correct(weight, key, [sharing(layer) for layer in captured])
         # in one order on all ranks
         changed = [key for weight, key, _ in layers if self._changes(weight, key)]
         for key in changed:
@@ -327,13 +337,6 @@ class NaturalGradient(CurvatureOptimizer):
             layers = found[weight.keys[0]]
             if not layers and has_gradient(weight):
                 raise OptimizerError(undelivered(weight.name))
-            for layer in layers:
-                gradients_out = layer.raw_output_gradients or ()
-                if not all(bool(torch.isfinite(g).all()) for g in gradients_out):
-                    raise OptimizerError(
-                        f"the gradient at the output of layer {weight.name!r} has NaN or inf "
-                        "entries; no parameter was changed"
-                    )
         return found
 
     def _add_batch(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
@@ -343,6 +346,11 @@ class NaturalGradient(CurvatureOptimizer):
         if running is None:
             if self.ranks is not None:
                 layers = [joined(layer, self.ranks) for layer in layers]
+            if not all(all_finite(g) for each in layers for g in each.raw_output_gradients or ()):
+                raise OptimizerError(
+                    f"the gradient at the output of layer {weight.name!r} has NaN or inf entries; "
+                    "no parameter was changed"
+                )
             self._blocks[key] = self.approximation(*layers)
         elif self._due(weight, "statistics_every") or not running.sums:
             running.update(*layers)
@@ -508,6 +516,12 @@ def unmoved(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers.items():
                     buffer.copy_(before)
+
+
+def sharing(layer: LayerCapture) -> LayerCapture:
+    """The capture with its per-example gradients made once, for its sums and its corrections."""
+    columns = ImageColumns.of(layer) if isinstance(layer, LayerCapture) else None
+    return layer if columns is None else replace(layer, shared={"columns": columns})
 
 
 class _GradientOnly:

@@ -1,0 +1,122 @@
+"""Per-example gradients of a convolution straight from its images, without their patches."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import product
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherlab.blocks import contractions
+from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.numerics import check_gram, sum_of, symmetrise
+from fisherlab.extract.layer import Convolution, LayerCapture
+
+
+def image_gradients(x: Tensor, g: Tensor, conv: Convolution) -> Tensor:
+    """`D[n]`, `[n, o, c k k]`, of images `x` `[n, c, h, w]` and output gradients `[n, o, h', w']`.
+
+    With stride 1 every kernel entry is one batched product of the gradients with the images,
+    shifted: laid out with the rows of the images, a shift is an offset and nothing is copied.
+    """
+    if any(conv.padding):
+        x = F.pad(x, conv.padding, mode=conv.mode)
+    if conv.stride != (1, 1):
+        patches = F.unfold(x, conv.kernel, conv.dilation, 0, conv.stride)
+        return torch.bmm(g.flatten(2), patches.mT)
+    width = x.shape[3]
+    rows = F.pad(g, (0, width - g.shape[3])).flatten(2)[
+        ..., : (g.shape[2] - 1) * width + g.shape[3]
+    ]
+    size, images = rows.shape[2], x.flatten(2)
+    starts = [
+        i * conv.dilation[0] * width + j * conv.dilation[1]
+        for i, j in product(*map(range, conv.kernel))
+    ]
+    entries = [torch.bmm(rows, images[..., k : k + size].mT) for k in starts]
+    return torch.stack(entries, -1).flatten(2)
+
+
+class ImageColumns(Columns):
+    """The columns of a convolution whose gradients take less room than its patches.
+
+    Everything is computed of the gradients; `a` and `g` are made if somebody asks for them.
+    """
+
+    def __init__(self, layer: LayerCapture) -> None:
+        self.layer, self.room = layer, 0
+
+    @staticmethod
+    def of(layer: LayerCapture) -> ImageColumns | None:
+        """Those of a capture; None where they would not be cheaper."""
+        conv = layer.geometry.conv
+        if conv is None or len(conv.kernel) != 2 or len(layer.raw_inputs) > 1:
+            return None
+        if layer.raw_output_gradients is None:
+            return None
+        (o, i), t, m = layer.shape, layer.positions, layer.columns_per_example
+        return ImageColumns(layer) if t > 1 and m * o * i <= t * (m * o + i) else None
+
+    @cached_property
+    def a(self) -> Tensor:  # type: ignore[override]
+        """The patches, `[n, t, i]`."""
+        return self.layer.inputs
+
+    @cached_property
+    def g(self) -> Tensor:  # type: ignore[override]
+        """The output gradients, `[m, n, t, o]`."""
+        return self.layer.output_gradients
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.shape
+
+    @property
+    def count(self) -> int:
+        return self.layer.columns_per_example * self.layer.raw_inputs[0].shape[0]
+
+    @property
+    def short(self) -> bool:
+        return True
+
+    @cached_property
+    def formed(self) -> Tensor:
+        """The gradients, `[R, o i]`."""
+        geometry = self.layer.geometry
+        (x,), (g,) = self.layer.raw_inputs, cast(tuple[Tensor], self.layer.raw_output_gradients)
+        (o, i), m, n = self.shape, *g.shape[:2]
+        channels = x.shape[1] // geometry.groups
+        x = x[:, geometry.group * channels : (geometry.group + 1) * channels]
+        # the output vectors stacked along o
+        g = g[:, :, geometry.group * o : (geometry.group + 1) * o].transpose(0, 1).flatten(1, 2)
+        D = image_gradients(x, g, cast(Convolution, geometry.conv))
+        if geometry.bias:
+            D = torch.cat([D, g.sum((2, 3))[..., None]], 2)
+        return D.view(n, m, o * i).transpose(0, 1).reshape(m * n, o * i)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """`U^T U`, `[R, R]` in float64."""
+        check_gram(self.count, self.formed.device)
+        return symmetrise(sum_of(D @ D.mT for _, D in self._doubled(self.formed)))
+
+    left = cached_property(Columns.left.function)
+    right = cached_property(Columns.right.function)
+    squares = cached_property(Columns.squares.function)
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """`||D[m,n]||^2`, `[m, n]` in float64."""
+        squares = self.formed.square().sum(1, dtype=torch.float64)
+        return squares.view(-1, self.layer.raw_inputs[0].shape[0])
+
+    @property
+    def trace(self) -> Tensor:
+        return self.left.double().trace()
+
+    def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64."""
+        return contractions.rotated_squares(self.matrices, Q_G, Q_A).double()
