@@ -31,6 +31,13 @@ def test_it_asks_a_question_and_its_last_cell_asserts(notebook):
     assert last.cell_type == "code" and re.search(r"^ *assert ", last.source, re.MULTILINE)
 
 
+def test_equations_are_between_dollars(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            outside = re.sub(r"\$\$.*?\$\$|\$.*?\$|`.*?`", "", cell.source, flags=re.DOTALL)
+            assert not re.search(r"\\[a-zA-Z]|\$", outside), outside
+
+
 def test_every_cell_was_run_once_in_order_without_a_warning_or_an_error(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
