@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fisherlab.blocks.columns import Columns
 from fisherlab.optim.base import Weight
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.woodbury import Woodbury
@@ -57,6 +58,8 @@ class FNGD(Woodbury):
         self.batch_size: int | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
+        # of the second phase, whose sums no longer change: the means where they are needed
+        self._settled: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
         self._indices: Tensor | None = None
         self._told = False
@@ -71,30 +74,33 @@ class FNGD(Woodbury):
         """Whether the first phase is still going on."""
         return self.share == "none" or self.steps < self.coefficient_steps
 
-    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
+    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.collecting:
             return super().rows(weight, x, g)
         n = len(g)
         if self.ranks is None:
-            return self._shared(weight, n).to(g.device)
+            return self._shared(weight, n).to(g.device), None
         start = self.ranks.index * n
-        return self._shared(weight, self.ranks.size * n)[:, start : start + n].to(g.device)
+        rows = self._shared(weight, self.ranks.size * n)[:, start : start + n]
+        return rows.to(g.device), None
 
-    def solve(self, weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> Tensor:
-        rows = super().solve(weight, calls, factor)
+    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
+        rows = super().solve(weight, columns)
         self._fresh[weight.name] = rows
         return rows
 
-    def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
         if not self.collecting:
-            return self._shared(weight, len(calls[0][1])).to(calls[0][1].device)
-        return super().solve_repeated(weight, calls)
+            return self._shared(weight, columns[0].count).to(weight.weight.device)
+        return super().solve_repeated(weight, columns)
 
     def _shared(self, weight: Weight, n: int) -> Tensor:
         """`M v~` of this layer for a batch of n, `[groups, n]`."""
         if weight.name not in self._sums:
             return torch.ones(weight.groups, n, dtype=torch.float64)
-        mean = self._mean(weight.name)
+        if weight.name not in self._settled:
+            self._settled[weight.name] = self._mean(weight.name).to(weight.weight)
+        mean = self._settled[weight.name]
         if self.control:
             return mean.mean(1, keepdim=True).expand(-1, n)
         if self.share == "example":
@@ -103,7 +109,7 @@ class FNGD(Woodbury):
                     f"share='example' needs opt.set_batch(indices) with the {n} data-set indices "
                     "of this batch, before its forward pass"
                 )
-            return mean[:, self._indices]
+            return mean[:, self._indices.to(mean.device)]
         if n > mean.shape[1]:
             raise OptimizerError(
                 f"a batch of {n} examples, but the first phase left coefficients for "
@@ -134,6 +140,7 @@ class FNGD(Woodbury):
         self._fresh = {}
 
     def _collect(self) -> None:
+        self._settled.clear()
         for name, rows in self._fresh.items():
             rows = rows.cpu()
             n = rows.shape[1]
@@ -200,6 +207,7 @@ class FNGD(Woodbury):
         return {"sums": sums, "counts": counts, "batch_size": self.batch_size, "told": self._told}
 
     def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._settled.clear()
         self._sums = {name: value.clone() for name, value in extra["sums"].items()}
         self._counts = {name: value.clone() for name, value in extra["counts"].items()}
         self.batch_size, self._told = extra["batch_size"], extra["told"]

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fisherlab.extract.layer import Geometry
+from fisherlab.blocks.columns import Columns
+from fisherlab.extract.image import ImageColumns
+from fisherlab.extract.layer import Geometry, LayerCapture
 from fisherlab.optim.base import Weight
 from fisherlab.optim.recorder import uncompiled
 
-# rows(weight, raw input, raw output gradient) -> [groups, n] weights; None for the plain gradient
-Rows = Callable[[Weight, Tensor, Tensor], Tensor | None]
+# rows(weight, raw input, raw output gradient) -> [groups, n] weights, None for the plain gradient;
+# and the weighted gradient `[o, i]` itself, where it is known with them
+Rows = Callable[[Weight, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass
@@ -55,14 +58,20 @@ class _Weighted(torch.autograd.Function):
         if layer.calls[0] > 1 and layer.repeated is not None:
             # several calls share one Gram matrix, which exists only when all have arrived
             layer.repeated(layer.weight, x, g)
-            rows = None
+            rows = found = None
         else:
-            rows = layer.rows(layer.weight, x, g)
+            rows, found = layer.rows(layer.weight, x, g)
+        needs = ctx.needs_input_grad
+        if found is not None:
+            rows, needs = None, (needs[0], False, False)
         weighted = g if rows is None else _scale_rows(g, rows)
         x, kernel = x.to(g.dtype), weight.to(g.dtype)
-        needs = ctx.needs_input_grad
         gradients = _gradients(layer.weight.module, x, kernel, ctx.bias_size, g, weighted, needs)
         grad_x, grad_weight, grad_bias = gradients
+        if found is not None:
+            known = layer.weight.split(found)
+            grad_weight = known[layer.weight.weight]
+            grad_bias = None if layer.weight.bias is None else known[layer.weight.bias]
         return (
             grad_x,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -175,14 +184,20 @@ class WeightedLayers:
         self.handles.clear()
 
 
-def captured(weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> list[tuple]:
-    """`(a, g)` of each group from the raw pairs of a layer's calls, `g` `[1, n, t, o]` scaled."""
-    found = []
+def columns_of(weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> list[Columns]:
+    """The columns of each group from the raw pairs of a layer's calls, gradients times `factor`."""
+    found: list[Columns] = []
     for group in range(weight.groups):
-        geometry = Geometry.of(weight.module, weight.bias is not None, group)
-        a = torch.cat([geometry.inputs(_wide(x)) for x, _ in calls], 1)
-        g = torch.cat([geometry.outputs(_wide(g)) for _, g in calls], 1)
-        found.append((a, factor * g[None]))
+        layer = LayerCapture(
+            name=weight.name,
+            layer_type=type(weight.module).__name__,
+            geometry=Geometry.of(weight.module, weight.bias is not None, group),
+            raw_inputs=tuple(_wide(x).to(_wide(g).dtype) for x, g in calls),
+            raw_output_gradients=tuple(_wide(g)[None] for _, g in calls),
+            raw_label_gradients=None,
+        )
+        columns = ImageColumns.of(layer, factor)
+        found.append(columns or Columns(layer.inputs, factor * layer.output_gradients))
     return found
 
 

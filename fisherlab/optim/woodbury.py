@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.approximations.damping import Rule, as_rule, gram_norm
-from fisherlab.blocks import Outer, contractions
+from fisherlab.blocks import Outer
+from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky
 from fisherlab.distributed import unwrapped
+from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import (
     CurvatureOptimizer,
     Weight,
@@ -23,7 +25,7 @@ from fisherlab.optim.base import (
     undelivered,
 )
 from fisherlab.optim.scale import LossScale, OptimizerError
-from fisherlab.optim.weighted import WeightedLayers, captured
+from fisherlab.optim.weighted import WeightedLayers, columns_of
 
 
 class Woodbury(CurvatureOptimizer):
@@ -76,10 +78,16 @@ class Woodbury(CurvatureOptimizer):
         self.scale = LossScale(model, criterion)
         self.hooked += [self.layers, self.scale]
 
-    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> Tensor | None:
-        """`M v`, `[groups, n]`, for one call of a layer."""
-        calls, mine = self._gathered([(x, g)], self.scale.factor)
-        return self.solve(weight, calls, self.scale.factor)[:, mine]
+    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`M v`, `[groups, n]`, for one call of a layer, and the weighted gradient where cheap."""
+        factor = self.scale.factor
+        calls, mine = self._gathered([(x, g)], factor)
+        columns = columns_of(weight, calls, factor)
+        rows = self.solve(weight, columns)
+        # of gradients that were formed for their Gram matrix their sum is free
+        if self.ranks is None and all(isinstance(each, ImageColumns) for each in columns):
+            return rows, _combined(columns, rows).mul_(1 / factor)
+        return rows[:, mine], None
 
     def _gathered(
         self, calls: list[tuple[Tensor, Tensor]], factor: float
@@ -91,9 +99,9 @@ class Woodbury(CurvatureOptimizer):
         mine = self.ranks.rows(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
-    def solve(self, weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> Tensor:
-        """`M v` of every group from the raw pairs of a layer's calls."""
-        blocks = [Outer(a, g) for a, g in captured(weight, calls, factor)]
+    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
+        """`M v` of every group from its columns."""
+        blocks = [GramBlock(each) for each in columns]
         rule = (
             as_rule(self.option(weight, "damping")) if self.alpha is None else gram_norm(self.alpha)
         )
@@ -137,12 +145,9 @@ class Woodbury(CurvatureOptimizer):
         for name, calls in repeated.items():
             weight = self.weights[name]
             calls, _ = self._gathered(calls, self._factor)
-            rows = self.solve_repeated(weight, calls)
-            parts = [
-                contractions.combine(a, g, row[None].to(g.dtype)) / g.shape[1]
-                for (a, g), row in zip(captured(weight, calls, self._factor), rows, strict=True)
-            ]
-            found |= weight.split(torch.cat(parts).to(weight.weight.dtype))
+            columns = columns_of(weight, calls, self._factor)
+            step = _combined(columns, self.solve_repeated(weight, columns)) / columns[0].count
+            found |= weight.split(step.to(weight.weight.dtype))
         if self.kl_clip is None and self.max_norm is None:
             return found
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
@@ -153,9 +158,24 @@ class Woodbury(CurvatureOptimizer):
         changes, self._changes = self._changes, {}
         return sum(self.option(self.weights[n], "lr") ** 2 * c for n, c in changes.items())
 
-    def solve_repeated(self, weight: Weight, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
         """`M v` of a layer that was called several times."""
-        return self.solve(weight, calls, self._factor)
+        return self.solve(weight, columns)
+
+
+class GramBlock(Outer):
+    """The exact block of columns whose Gram matrix is wanted in any case."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.of, self.core, self.shift = columns, 1.0 / columns.count, 0.0
+
+    def trace(self) -> Tensor:
+        return self.core * self.gram().trace()
+
+
+def _combined(columns: list[Columns], rows: Tensor) -> Tensor:
+    """`U v` of every group, stacked as the weight `[o, i]`."""
+    return torch.cat([each.combine(row[None]) for each, row in zip(columns, rows, strict=True)])
 
 
 def _unowned(*methods: Callable) -> list[Callable]:
@@ -182,8 +202,9 @@ def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Ten
     if damping == 0:
         # alpha ||K|| of a layer whose gradients are all zero: any weights give the same step
         return torch.ones(M, dtype=torch.float64, device=K.device)
-    eye = torch.eye(M, dtype=torch.float64, device=K.device)
-    factor = cholesky(K + M * damping * eye, f"damped Gram matrix of layer {name!r}")
+    damped = K.clone()
+    damped.diagonal().add_(M * damping)
+    factor = cholesky(damped, f"damped Gram matrix of layer {name!r}")
     ones = torch.ones(M, 1, dtype=torch.float64, device=K.device)
     v = torch.cholesky_solve(ones, factor)[:, 0]
     return M * v * (damping if fold else 1.0)
