@@ -617,16 +617,17 @@ class _Layer:
     def _damped(
         self, maker: Maker, X: Block, near: Block, frame: _Frame, damping: float
     ) -> dict[str, Any]:
-        start = time.perf_counter()
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
+        start = time.perf_counter()
         P, placement = self._preconditioner(maker, X, damping)
         plain = P is None or P is X.power(-1, damping)
         # placed elsewhere, the damping may depend on the dimensions that the inputs miss
         at, block = (frame, near) if plain else (self.whole, X)
-        P = None if plain else P
-        step = metrics.step(block, at.F, at.gradient, damping, P, at.step(damping))
+        P = block.power(-1, damping) if P is None or plain else P
+        ours = -(P @ at.gradient)
         seconds = time.perf_counter() - start
+        step = metrics.step(block, at.F, at.gradient, damping, exact=at.step(damping), ours=ours)
         return {
             "placement": placement,
             "direction_cosine": step.cosine.item(),

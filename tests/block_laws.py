@@ -400,12 +400,13 @@ def law_spectrum(block, F, dtype):
         flat = vec(vectors)
         assert_near(flat @ flat.mT, torch.eye(len(top), dtype=torch.float64), dtype)
         assert_near(flat @ F, top[:, None] * flat, dtype, scale=spectrum(F)[0].item())
-        V = randn(2, *block.shape, seed=54).to(dtype)
-        assert_near(block.leading_products(k, V), flat @ vec(V).mT, dtype)
-        axes = randn(block.shape[1], 2, seed=57).to(dtype)
-        inside = V @ axes
-        products = flat @ vec(inside @ axes.mT).mT
-        assert_near(block.leading_products(k, inside, axes), products, dtype)
+        assert_near(block.leading_values(k), top, dtype)
+        q_G, q_A = (randn(d, 2, seed=54 + s).to(dtype) for s, d in enumerate(block.shape))
+        pairs = torch.einsum("ok,ik->koi", q_G, q_A)
+        assert_near(block.leading_products(k, q_G, q_A), flat @ vec(pairs).mT, dtype)
+        factors = block.leading_factors(k)
+        if factors is not None:
+            assert_near(vec(torch.einsum("ok,ik->koi", *factors)), flat, dtype)
         if k == block.size and spectrum(F)[-1] >= 0 and len(top) < k:
             continue
         if not _is_inverse(block):

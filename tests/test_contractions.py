@@ -56,6 +56,10 @@ def functions(m, n, t, o, i):
             lambda a, g: x.project(a, g, many.to(a)),
             lambda D: torch.einsum("mnoi,boi->bmn", D, many),
         ),
+        "project_pairs": (
+            lambda a, g: x.project_pairs(a, g, Q_G[:, :1].to(a), Q_A[:, :1].to(a)),
+            lambda D: torch.einsum("mnoi,ok,ik->kmn", D, Q_G[:, :1], Q_A[:, :1]),
+        ),
         "combine": (
             lambda a, g: x.combine(a, g, c.to(a)),
             lambda D: torch.einsum("mnoi,bmn->boi", D, c),
@@ -203,3 +207,11 @@ def test_moments_are_symmetric_and_strides_do_not_matter():
         assert_near(call(strided_a, strided_g), call(a, g), torch.float64)
         if name.endswith("moment"):
             assert torch.equal(call(a, g), call(a, g).mT)
+
+
+def test_a_wide_symmetric_product_is_made_of_its_lower_half():
+    X = randn(5, 700, seed=1)
+    W = randn(5, 5, seed=2)
+    W = W + W.mT
+    assert_near(contractions.symmetric_product(X, W @ X), X.mT @ W @ X, torch.float64)
+    assert_near(contractions.second_moment(X[:, None]), X.mT @ X, torch.float64)

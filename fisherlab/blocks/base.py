@@ -145,18 +145,18 @@ class Block(ABC):
         top = vectors[:, -k:].flip(1).mT.reshape(k, *self.shape)
         return values[-k:].flip(0), top.to(self.dtype)
 
-    def leading_within(self, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`leading(k)` with vectors as coordinates `[k, o, r]` along axes `[i, r]` (None: `I`)."""
-        return *self.leading(k), None
+    def leading_values(self, k: int) -> Tensor:
+        """The eigenvalues that `leading(k)` returns, `[k]` float64."""
+        return self.leading(k)[0].double()
 
-    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
-        """`<q_j, V_b axes^T>` of the k leading eigenvectors with every `V_b`: `[k, b]`.
+    def leading_factors(self, k: int) -> tuple[Tensor, Tensor] | None:
+        """`[o, k]` and `[i, k]` where the vectors of `leading(k)` are `q_G q_A^T`, else None."""
+        return None
 
-        `V` is `[b, o, i]`, or `[b, o, r]` along `axes` `[i, r]`.
-        """
+    def leading_products(self, k: int, q_G: Tensor, q_A: Tensor) -> Tensor:
+        """`<v_b, q_G q_A^T>` of the k leading eigenvectors, `[b, j]`, for columns of both."""
         _, vectors = self.leading(k)
-        V = V if axes is None else V @ axes.mT
-        return vectors.flatten(1) @ V.to(vectors.dtype).flatten(1).mT
+        return ((q_G.mT @ vectors.to(q_G)) * q_A.mT).sum(-1)
 
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for this block's eigenvectors `Q`, float64.

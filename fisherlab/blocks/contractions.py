@@ -73,7 +73,21 @@ def second_moment(x: Tensor) -> Tensor:
             total += torch.bmm(channels[part], channels[part].mT).sum(0)
         return total
     flat = x.reshape(-1, d)
-    return flat.mT @ flat
+    return symmetric_product(flat, flat)
+
+
+def symmetric_product(X: Tensor, Y: Tensor) -> Tensor:
+    """`X^T Y` `[d, d]` that is known to be symmetric: of wide ones 5/8 of the n d d products."""
+    d = X.shape[1]
+    if d < 512 or X.is_cuda:
+        return X.mT @ Y
+    result = X.new_empty(d, d)
+    step = -(-d // 4)
+    for start in range(0, d, step):
+        stop = min(start + step, d)
+        result[start:, start:stop] = X[:, start:].mT @ Y[:, start:stop]
+        result[start:stop, stop:] = result[stop:, start:stop].mT
+    return result
 
 
 def per_example(a: Tensor, g: Tensor) -> Tensor:
@@ -190,6 +204,11 @@ def project(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
         for part, D in per_example_chunks(a, g):
             result[:, :, part] = torch.einsum("boi,mnoi->bmn", flat, D)
     return result.view(*V.shape[:-2], m, n)
+
+
+def project_pairs(a: Tensor, g: Tensor, q_G: Tensor, q_A: Tensor) -> Tensor:
+    """`<D[m,n], q_G q_A^T>` for columns `[o, k]`, `[i, k]`: `[k, m, n]`, n t k (i + m o)."""
+    return ((g @ q_G) * (a @ q_A)).sum(2).permute(2, 0, 1)
 
 
 def combine(a: Tensor, g: Tensor, coefficients: Tensor) -> Tensor:
@@ -334,7 +353,9 @@ def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
     if m * n * t * o * t + n * t * i * (t + i) <= m * n * o * i * (t + i + extra):
         for part in slices(n, ((m + 1) * t * t + t * i) * a.element_size()):
             S = (g[:, part] @ weight[:, part].mT).sum(0)
-            result += torch.bmm(S, a[part]).reshape(-1, i).mT @ a[part].reshape(-1, i)
+            weighted, rows = torch.bmm(S, a[part]).reshape(-1, i), a[part].reshape(-1, i)
+            # of an antisymmetric G the product is antisymmetric
+            result += symmetric_product(weighted, rows) if G is None else weighted.mT @ rows
         return symmetric(result) if G is None else result
     for _, D in per_example_chunks(a, g):
         GD = D if G is None else G @ D

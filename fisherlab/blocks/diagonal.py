@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.numerics import check_damping, spectrum_power
@@ -63,13 +64,12 @@ class Diagonal(Block):
         vectors[torch.arange(len(flat)), flat] = 1
         return values, vectors.view(-1, *self.shape)
 
-    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
+    def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
         flat = self.entries.double().flatten().topk(min(k, self.size)).indices
-        V = V.to(self.dtype)
-        if axes is None:
-            return V.flatten(1)[:, flat].mT
-        rows, columns = flat // self.shape[1], flat % self.shape[1]
-        return (V[:, rows] * axes[columns]).sum(-1).mT
+        o, i = self.shape
+        sides = one_hot(flat // i, o), one_hot(flat % i, i)
+        q_G, q_A = (side.mT.to(self.dtype) for side in sides)
+        return q_G, q_A
 
     def diagonal_of(self, other: Block) -> Tensor:
         return other.diagonal().double()

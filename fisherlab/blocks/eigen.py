@@ -200,10 +200,9 @@ class Eigen(Block):
         values, q_G, q_A = self._leading(k)
         return values, torch.einsum("ok,ik->koi", q_G, q_A)
 
-    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
+    def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
         _, q_G, q_A = self._leading(k)
-        q_A = q_A if axes is None else axes.mT @ q_A
-        return ((q_G.mT @ V.to(self.dtype)) * q_A.mT).sum(-1).mT
+        return q_G, q_A
 
     def _leading(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k largest of the spectrum, and the factors `[o, k]`, `[i, k]` of their vectors."""

@@ -64,8 +64,8 @@ class FromInverse(Block):
     def eigenvalues(self) -> Tensor:
         return self.forward.eigenvalues()
 
-    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
-        return self.forward.leading_products(k, V, axes)
+    def leading_factors(self, k: int) -> tuple[Tensor, Tensor] | None:
+        return self.forward.leading_factors(k)
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         return self.forward.leading(k)

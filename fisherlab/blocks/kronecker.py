@@ -179,8 +179,8 @@ class Kronecker(Block):
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         return self.eigen.leading(k)
 
-    def leading_products(self, k: int, V: Tensor, axes: Tensor | None = None) -> Tensor:
-        return self.eigen.leading_products(k, V, axes)
+    def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.eigen.leading_factors(k)
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self.eigen.diagonal_of(other)

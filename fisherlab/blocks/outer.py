@@ -332,11 +332,16 @@ class Outer(Block):
             self._leading[k] = self._leading_pairs(k)
         return self._leading[k]
 
-    def leading_within(self, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        frame = Columns.input_frame.known(self.of)
-        if frame is None or self._within is None:
-            return *self.leading(k), None
-        return *self._within.leading(k), frame[0]
+    def leading_values(self, k: int) -> Tensor:
+        return self._range[0].sort(descending=True).values[:k] + self.shift
+
+    def leading_products(self, k: int, q_G: Tensor, q_A: Tensor) -> Tensor:
+        if self._full:
+            return super().leading_products(k, q_G, q_A)
+        values, W = self._range
+        W = W[:, values.argsort(descending=True)[:k]]
+        # <U w, q> = w . U^T q: no eigenvector is formed
+        return W.mT @ contractions.project_pairs(self.a, self.g, q_G, q_A).double().flatten(1).mT
 
     @remembered("a", "g", "core")
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:

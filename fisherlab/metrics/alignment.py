@@ -30,7 +30,7 @@ def _bases(X: Block, F: Block, k: int) -> tuple[Tensor, Tensor]:
 
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the rank of `F` where it is smaller."""
-    values = F.leading_within(k)[0]
+    values = F.leading_values(k)
     return max(1, int((values > 1e-12 * values[0].clamp(min=1e-300)).sum())) if len(values) else 0
 
 
@@ -43,8 +43,13 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     k = default_rank(F, k)
     if k == 0:
         return torch.ones((), dtype=torch.float64, device=F.device)
-    _, vectors, axes = F.leading_within(k)
-    return X.leading_products(k, vectors, axes).double().square().sum() / k
+    factors = X.leading_factors(k)
+    if factors is None:
+        Q, V = _bases(X, F, k)
+        products = Q @ V.mT
+    else:
+        products = F.leading_products(k, *factors)
+    return products.double().square().sum() / k
 
 
 def spectral_gap(F: Block, k: int = 10) -> Tensor:

@@ -57,11 +57,13 @@ def step(
     damping: float,
     preconditioner: Block | None = None,
     exact: Tensor | None = None,
+    ours: Tensor | None = None,
 ) -> Step:
-    """Both steps; `preconditioner` replaces `(X + damping I)^{-1}`, `exact` is `d*` if known."""
-    P = X.power(-1, damping) if preconditioner is None else preconditioner
+    """Both steps, `exact` and `ours` if known; else of `preconditioner`, `(X + damping I)^{-1}`."""
     gradient = gradient.to(F.dtype)
-    ours = -(P @ gradient)
+    if ours is None:
+        P = X.power(-1, damping) if preconditioner is None else preconditioner
+        ours = -(P @ gradient)
     exact = -F.solve(gradient, damping) if exact is None else exact
     curvature = F.quadratic(ours) + damping * _dot(ours, ours)
     return Step(ours, exact, _dot(gradient, ours), curvature, _dot(gradient, exact))
