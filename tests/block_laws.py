@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from references import randn
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -22,10 +23,6 @@ O, I = 3, 9
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}
 
 Case = tuple[Block, Tensor]  # the block and its matrix [N, N] in float64
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def psd(*shape: int, seed: int, rank: int | None = None) -> Tensor:

@@ -26,6 +26,11 @@ def perceptron(inputs: int = 64, hidden: int = 8, outputs: int = 10) -> nn.Seque
         return nn.Sequential(*layers).double()
 
 
+def weights(model: nn.Module) -> Tensor:
+    """Every parameter in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def pairs(model: nn.Sequential, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """`(a, g)` of both layers for softmax cross entropy, by hand."""
     with torch.no_grad():

@@ -19,6 +19,17 @@ from torch.autograd.functional import hessian
 torch.set_num_threads(1)
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    """The layers, from what was just drawn for them on, in float64 and evaluation mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(*layers).double().eval()
+
+
 @dataclass(eq=False)
 class Reference:
     """The blocks of one weight (some of its output `rows`) and, where it has one, its bias."""

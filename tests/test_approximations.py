@@ -8,7 +8,7 @@ import dense
 import pytest
 import torch
 from dense import REFERENCES, pairs
-from references import relative
+from references import randn, relative
 from torch import nn
 
 import fisherlab as fl
@@ -16,10 +16,6 @@ from fisherlab.extract import capture, fisher
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 FISHER_TYPES = ("exact", "mc", "empirical")
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Recurrent(nn.Module):

@@ -11,7 +11,7 @@ from backpack.context import CTX
 from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
 from backpack.core.derivatives.tanh import TanhDerivatives
 from backpack.custom_module.branching import SumModule
-from references import relative
+from references import net, randn, relative
 from torch import nn
 
 from fisherlab.blocks import Outer
@@ -20,15 +20,6 @@ from fisherlab.extract.fisher import FISHER_TYPES
 
 CE = nn.CrossEntropyLoss()
 BOTH = ("hooks", "backpack")
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def net(*layers):
-    torch.manual_seed(0)
-    return nn.Sequential(*layers).double().eval()
 
 
 def image_net():

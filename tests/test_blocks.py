@@ -13,10 +13,10 @@ from block_laws import (
     columns,
     matrix_power,
     psd,
-    randn,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import randn
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, contractions, numerics

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from references import Reference, relative
+from references import Reference, randn, relative
 from torch import nn
 
 from fisherlab.blocks import Outer
@@ -18,10 +18,6 @@ from fisherlab.extract.fisher import FISHER_TYPES
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 BOTH = ("hooks", "backpack")
 CE = nn.CrossEntropyLoss()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def behind(*layers, shape, classes=3, n=3):

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from references import Reference
-from test_approximations import randn
+from references import Reference, randn
 from torch import nn
 
 import fisherlab as fl

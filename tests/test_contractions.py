@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from block_laws import assert_near, randn
+from block_laws import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
+from references import randn
 
 from fisherlab.blocks import contractions
 

@@ -6,8 +6,8 @@ import dense
 import pytest
 import torch
 from block_laws import matrix_power
-from references import relative
-from test_approximations import found_and_expected, randn
+from references import randn, relative
+from test_approximations import found_and_expected
 
 import fisherlab as fl
 from fisherlab.approximations import damping as rules

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import relative
-from test_approximations import CASES, FISHER_TYPES, found_and_expected, randn
+from references import randn, relative
+from test_approximations import CASES, FISHER_TYPES, found_and_expected
 from torch import nn
 
 import fisherlab as fl

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from block_laws import matrix_power, orthonormal, psd, randn
+from block_laws import matrix_power, orthonormal, psd
+from references import randn
 from test_approximations import found_and_expected
 
 import fisherlab as fl

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from block_laws import assert_near, orthonormal, psd, randn
+from block_laws import assert_near, orthonormal, psd
+from references import randn
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, numerics

@@ -8,14 +8,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from optim_references import perceptron
+from optim_references import perceptron, weights
 from torch import Tensor, nn
 
 import fisherlab as fl
 
 NAMES = fl.optim.names()
 CURVATURE = [n for n in NAMES if n not in ("sgd", "adam", "adamw", "radam")]
-RECORDING = [n for n in CURVATURE if n not in ("shampoo",)]
 SHORT = {
     "statistics_every": 2,
     "basis_every": 3,
@@ -58,10 +57,6 @@ def run(model: nn.Module, optimizer, steps: int, start: int = 0, scheduler=None)
             optimizer.step(closure)
             if scheduler is not None:
                 scheduler.step()
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from optim_references import perceptron
+from optim_references import perceptron, weights
 from torch import Tensor, nn
 
 import fisherlab as fl
@@ -22,10 +22,6 @@ def data(n: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, 4, (n,), generator=generator)
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def refused(model: nn.Module, step, error: type[Exception], match: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from optim_references import eye, gradient, kfac, pairs, perceptron
+from optim_references import eye, gradient, kfac, pairs, perceptron, weights
 from torch import Tensor, nn
 
 import fisherlab as fl
@@ -19,10 +19,6 @@ def stream(count: int) -> list[tuple[Tensor, Tensor]]:
         )
         for n in sizes
     ]
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from references import Reference, relative
+from references import Reference, net, randn, relative
 from torch import nn
 
 from fisherlab.approximations import get
@@ -11,15 +11,6 @@ from fisherlab.extract import CaptureError, capture
 
 CE = nn.CrossEntropyLoss()
 BOTH = ("hooks", "backpack")
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def net(*layers):
-    torch.manual_seed(0)
-    return nn.Sequential(*layers).double().eval()
 
 
 def block(layer):

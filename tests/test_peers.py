@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from references import relative
-from test_approximations import randn
+from references import randn, relative
 from torch import nn
 
 import fisherlab as fl

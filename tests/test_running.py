@@ -3,8 +3,8 @@
 import dense
 import pytest
 import torch
-from references import relative
-from test_approximations import found_and_expected, randn
+from references import randn, relative
+from test_approximations import found_and_expected
 from torch import nn
 
 import fisherlab as fl
