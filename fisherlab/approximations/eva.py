@@ -26,7 +26,7 @@ class Eva(Approximation, name="eva"):
         share = layer.column_share
         return {
             "a": share * layer.mean_input_sum,
-            "g": share * layer.label_gradients.sum((0, 1)),
+            "g": share * layer.label_gradient_sum,
         }
 
     def block(

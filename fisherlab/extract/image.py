@@ -43,15 +43,14 @@ def image_gradients(x: Tensor, g: Tensor, conv: Convolution) -> Tensor:
 class ImageColumns(Columns):
     """The columns of a convolution whose gradients take less room than its patches.
 
-    Everything is computed of the gradients; `a` and `g` are made if somebody asks for them. The
-    output gradients of the capture count `scale` times.
+    Everything is computed of the gradients; `a` and `g` are made if somebody asks for them.
     """
 
-    def __init__(self, layer: LayerCapture, scale: float = 1.0) -> None:
-        self.layer, self.scale, self.room = layer, scale, 0
+    def __init__(self, layer: LayerCapture) -> None:
+        self.layer, self.room = layer, 0
 
     @staticmethod
-    def of(layer: LayerCapture, scale: float = 1.0) -> ImageColumns | None:
+    def of(layer: LayerCapture) -> ImageColumns | None:
         """Those of a capture; None where they would not be cheaper."""
         conv = layer.geometry.conv
         if conv is None or len(conv.kernel) != 2 or len(layer.raw_inputs) > 1:
@@ -59,7 +58,7 @@ class ImageColumns(Columns):
         if layer.raw_output_gradients is None:
             return None
         (o, i), t, m = layer.shape, layer.positions, layer.columns_per_example
-        return ImageColumns(layer, scale) if t > 1 and m * o * i <= t * (m * o + i) else None
+        return ImageColumns(layer) if t > 1 and m * o * i <= t * (m * o + i) else None
 
     @cached_property
     def a(self) -> Tensor:  # type: ignore[override]
@@ -69,7 +68,7 @@ class ImageColumns(Columns):
     @cached_property
     def g(self) -> Tensor:  # type: ignore[override]
         """The output gradients, `[m, n, t, o]`."""
-        return self.scale * self.layer.output_gradients
+        return self.layer.output_gradients
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,9 +92,10 @@ class ImageColumns(Columns):
         x = x[:, geometry.group * channels : (geometry.group + 1) * channels]
         # the output vectors stacked along o
         g = g[:, :, geometry.group * o : (geometry.group + 1) * o].transpose(0, 1).flatten(1, 2)
-        D = image_gradients(x, g, cast(Convolution, geometry.conv)).mul_(self.scale)
+        D = image_gradients(x, g, cast(Convolution, geometry.conv))
         if geometry.bias:
-            D = torch.cat([D, self.scale * g.sum((2, 3))[..., None]], 2)
+            D = torch.cat([D, g.sum((2, 3))[..., None]], 2)
+        D = D.mul_(self.layer.gradient_scale)
         return D.view(n, m, o * i).transpose(0, 1).reshape(m * n, o * i)
 
     @cached_property

@@ -184,6 +184,8 @@ class LayerCapture:
     activation: Callable[[Tensor], Tensor] | None = None
     raw_preactivations: tuple[Tensor, ...] | None = None
     fisher_type: str = "empirical"
+    # what both raw gradients count: those of an optimizer are of the loss, 1/M of the `l_n`
+    gradient_scale: float = 1.0
     # the share of each example's output vectors that this capture holds: 1 unless it is a chunk
     column_share: float = 1.0
     # the same batch captured again after a step, for quasi-Newton pairs
@@ -252,14 +254,24 @@ class LayerCapture:
         """`g` `[m, n, t, o]` of the per-example loss, the column scale inside."""
         raw = self._present("raw_output_gradients", "output_gradients")
         calls = [self.geometry.outputs(x, 2) for x in raw]
-        return calls[0] if len(calls) == 1 else torch.cat(calls, 2)
+        return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 2))
 
     @property
     def label_gradients(self) -> Tensor:
         """`g` `[n, t, o]` of the per-example loss at the observed labels."""
         raw = self._present("raw_label_gradients", "label_gradients")
         calls = [self.geometry.outputs(x) for x in raw]
-        return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+        return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 1))
+
+    @property
+    def label_gradient_sum(self) -> Tensor:
+        """`sum_{n,t} g` at the observed labels, `[o]`."""
+        raw = self._present("raw_label_gradients", "label_gradients")
+        sums = [self.geometry.outputs(x).sum((0, 1)) for x in raw]
+        return self._scaled(sums[0] if len(sums) == 1 else torch.stack(sums).sum(0))
+
+    def _scaled(self, gradients: Tensor) -> Tensor:
+        return gradients if self.gradient_scale == 1 else self.gradient_scale * gradients
 
     @property
     def outputs(self) -> Tensor:

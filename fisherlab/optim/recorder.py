@@ -265,10 +265,12 @@ class Recorder:
                     f"call {index} of layer {name!r} received {tuple(call.raw_input.shape)} in a "
                     f"batch of {batch}: the first axis must be the example"
                 )
-        labels = tuple(_wide(cast(Tensor, call.gradient)) * factor for call in calls)
+        labels = tuple(_wide(cast(Tensor, call.gradient)) for call in calls)
         if self.fisher_type == "empirical":
-            columns = tuple(g[None] for g in labels)
+            columns, scale = tuple(g[None] for g in labels), factor
         else:
+            # its own columns are of the per-example loss already
+            labels, scale = tuple(factor * g for g in labels), 1.0
             columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
@@ -288,6 +290,7 @@ class Recorder:
                 activation=one.activations.get(name),
                 raw_preactivations=cast(tuple[Tensor, ...], tuple(pre)) if known else None,
                 fisher_type=self.fisher_type,
+                gradient_scale=scale,
             )
             for k in range(groups)
         }
@@ -300,7 +303,13 @@ class Recorder:
 
 def uncompiled(hook: Callable) -> Callable:
     """The hook as it is, with a break of the graph, where the model is compiled later."""
-    return torch.compiler.disable(hook)
+    breaking = torch.compiler.disable(hook)
+
+    def either(*args: Any) -> Any:
+        # the break itself costs an uncompiled model 15 us a call
+        return breaking(*args) if torch.compiler.is_compiling() else hook(*args)
+
+    return either
 
 
 def _wide(tensor: Tensor) -> Tensor:

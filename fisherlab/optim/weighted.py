@@ -195,9 +195,9 @@ def columns_of(weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float
             raw_inputs=tuple(_wide(x).to(_wide(g).dtype) for x, g in calls),
             raw_output_gradients=tuple(_wide(g)[None] for _, g in calls),
             raw_label_gradients=None,
+            gradient_scale=factor,
         )
-        columns = ImageColumns.of(layer, factor)
-        found.append(columns or Columns(layer.inputs, factor * layer.output_gradients))
+        found.append(ImageColumns.of(layer) or layer.columns)
     return found
 
 
