@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fisherlab import datasets, models
-from fisherlab.commands.common import known, show
+from fisherlab.commands.common import show
 from fisherlab.extract import support as supported
 
 
@@ -18,8 +18,6 @@ def support(
     width: Annotated[float, typer.Option(help="Multiplies every hidden width.")] = 1.0,
 ) -> None:
     """Say for every layer of a model whether it has an exact block, why not, and what it costs."""
-    known("model", model, models.names())
-    known("data set", data, datasets.names())
     dataset = datasets.load(data)
     card = dataset.card
     net = models.create(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-import fisherlab
+from fisherlab import comparison
 from fisherlab.experiments import checkpoint
 from fisherlab.metrics import GramStudy
 
@@ -110,11 +110,8 @@ class RunDir:
 
 def versions() -> dict[str, str]:
     """The versions and the machine that numbers depend on."""
-    return {
-        "fisherlab": fisherlab.__version__,
-        "torch": torch.__version__,
+    return comparison.versions() | {
         "numpy": np.__version__,
         "pandas": pd.__version__,
-        "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
     }

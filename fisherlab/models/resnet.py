@@ -22,11 +22,7 @@ class BasicBlock(nn.Module):
         self.conv2 = _conv(spec, out, out, 3)
         self.norm2 = spec.normalise(out)
         self.activation2 = spec.activate()
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(
-                _conv(spec, channels, out, 1, stride), spec.normalise(out)
-            )
+        self.shortcut = _shortcut(spec, channels, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, channels, h, w] -> [n, out, h / stride, w / stride]`."""
@@ -52,11 +48,7 @@ class Bottleneck(nn.Module):
         self.conv3 = _conv(spec, out, wide, 1)
         self.norm3 = spec.normalise(wide)
         self.activation3 = spec.activate()
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != wide:
-            self.shortcut = nn.Sequential(
-                _conv(spec, channels, wide, 1, stride), spec.normalise(wide)
-            )
+        self.shortcut = _shortcut(spec, channels, wide, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, channels, h, w] -> [n, 4 out, h / stride, w / stride]`."""
@@ -129,6 +121,13 @@ def resnet34(spec: Spec) -> ResNet:
 def resnet50(spec: Spec) -> ResNet:
     """Four stages of 3, 4, 6, 3 bottlenecks, 256 to 2048 channels: 23.52 M parameters."""
     return ResNet(spec, (64, 128, 256, 512), (3, 4, 6, 3), Bottleneck)
+
+
+def _shortcut(spec: Spec, channels: int, out: int, stride: int) -> nn.Module:
+    """Nothing, or a 1 x 1 convolution where the shape changes."""
+    if stride == 1 and channels == out:
+        return nn.Identity()
+    return nn.Sequential(_conv(spec, channels, out, 1, stride), spec.normalise(out))
 
 
 def _conv(spec: Spec, channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from fisherlab.plots import theme
 
-OURS, PEER, REACH = "#0072B2", "#BBBBBB", "#D55E00"
+OURS, PEER, REACH = theme.BLUE, "#BBBBBB", theme.ORANGE
 MARKERS = "osD^vPX"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
@@ -20,8 +20,7 @@ def ratios(frame: pd.DataFrame, heading: str) -> theme.Picture:
     This library in blue, others in grey; the orange line is the ratio to reach.
     """
     frame = frame[frame["ratio"].notna()].iloc[::-1]
-    figure = theme.Picture(figsize=(theme.FULL, 0.7 + 0.17 * len(frame)), layout="constrained")
-    ax = figure.subplots()
+    figure, (ax,) = theme.panels(1, height=0.3 + 0.17 * len(frame))
     places = np.arange(len(frame))
     colours = [OURS if by == "fisherlab" else PEER for by in frame["by"]]
     low, high = frame["ratio"] - frame["lowest"], frame["highest"] - frame["ratio"]

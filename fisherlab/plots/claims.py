@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherlab.plots import theme
 
-TRUE, FALSE, LINE = "#0072B2", "#D55E00", "#444444"
+TRUE, FALSE, LINE = theme.BLUE, theme.ORANGE, theme.GUIDE["color"]
 POINTS = 300
 # What matplotlib's formulas lack.
 _FORMULAS = (
@@ -55,8 +55,7 @@ def claim(table: Any, name: str) -> theme.Picture:
     """
     trials = table.trials[name]
     row = table.frame.set_index("claim").loc[name]
-    figure = theme.Picture(figsize=(theme.COLUMN * 1.25, 2.9), layout="constrained")
-    ax = figure.subplots()
+    figure, (ax,) = theme.panels(1, width=theme.COLUMN * 1.25, height=2.5)
     if hasattr(trials.claim, "order"):
         _order(ax, trials)
     elif trials.pairs:
@@ -149,8 +148,7 @@ def _flat(side: Tensor) -> Tensor:
 def verdicts(table: Any) -> theme.Picture:
     """How many claims of each paper hold and how many are refuted."""
     counts = table.frame.groupby(["paper", "verdict"]).size().unstack(fill_value=0)
-    figure = theme.Picture(figsize=(theme.COLUMN * 1.25, 2.2), layout="constrained")
-    ax = figure.subplots()
+    figure, (ax,) = theme.panels(1, width=theme.COLUMN * 1.25, height=1.8)
     start = np.zeros(len(counts))
     colours = {"holds": TRUE, "refuted": FALSE, "undecided": "#999999"}
     for verdict in (v for v in colours if v in counts):

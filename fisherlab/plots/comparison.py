@@ -46,7 +46,7 @@ def trace_ratio(table: Any) -> Figure:
     frame = frame[(frame["trace_ratio"] > ZERO) & (frame["approximation"] != "exact")]
     figure = _over_layers(frame, "trace_ratio", "log")
     for ax in figure.axes:
-        ax.axhline(1.0, color="#444444", lw=0.8, ls="--", zorder=0)
+        ax.axhline(1.0, **theme.GUIDE)
     theme.title(figure, "How much of the exact block's trace each approximation keeps")
     return figure
 
@@ -59,7 +59,7 @@ def direction(table: Any, layers: Sequence[str] | None = None) -> Figure:
     figure = _per_layer(frame, "damping_relative", "direction_cosine", layers)
     for ax in figure.axes:
         ax.set_xscale("log")
-        ax.axhline(1.0, color="#444444", lw=0.8, ls="--", zorder=0)
+        ax.axhline(1.0, **theme.GUIDE)
     theme.title(figure, "Whether the damped step points where the exact one does")
     return figure
 
@@ -126,7 +126,8 @@ def _over_layers(frame: pd.DataFrame, column: str, scale: str) -> Figure:
         _lines(frame[frame["step"] == step], "layer", column, names, ax)
         ax.set(yscale=scale, title=f"step {step}", xlabel="layer", ylabel=label(column))
         ax.label_outer()
-        _layer_ticks(ax, frame["layer"].unique())
+        layers = frame["layer"].unique()
+        ax.set_xticks(range(len(layers)), layers, rotation=theme.rotation(layers))
     theme.legend(figure, names)
     return figure
 
@@ -152,9 +153,3 @@ def _lines(frame: pd.DataFrame, x: str, column: str, names: list[str], ax: Axes)
         err_kws={"alpha": 0.15, "linewidth": 0}, ax=ax, legend=False, markeredgewidth=0.3,
         alpha=0.9, **theme.styles(names),
     )  # fmt: skip
-
-
-def _layer_ticks(ax: Axes, layers: Sequence[str]) -> None:
-    """Names of layers that do not touch: upright when many or long."""
-    many = len(layers) > 8 or max(len(name) for name in layers) > 6
-    ax.set_xticks(range(len(layers)), layers, rotation=90 if many else 0)

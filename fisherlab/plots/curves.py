@@ -110,7 +110,7 @@ def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
     if metric in LOGARITHMIC:
         reached.set_xscale("log")
     paid.set_xscale("log")
-    paid.axvline(1.0, color="#444444", lw=0.8, ls="--", zorder=0)
+    paid.axvline(1.0, **theme.GUIDE)
     paid.set_xlabel(LABELS["ratio_to_sgd"])
     theme.title(figure, "What an optimizer reaches, and what its steps cost")
     return figure

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from fisherlab.metrics import ErrorSplit
 from fisherlab.plots import comparison, theme
-from fisherlab.plots.matrices import BLUE
+from fisherlab.plots.theme import BLUE
 
 UNITS = {
     "examples": "batch size [examples]",
@@ -94,8 +94,7 @@ def _ticks(ax: Axes, values: pd.Series, numeric: bool) -> None:
     """Powers of something as they are on a log axis; names that do not touch."""
     kinds = list(dict.fromkeys(values))
     if not numeric:
-        many = len(kinds) > 8 or max(len(str(kind)) for kind in kinds) > 6
-        ax.tick_params(axis="x", rotation=90 if many else 0)
+        ax.tick_params(axis="x", rotation=theme.rotation(map(str, kinds)))
     elif min(kinds) > 0 and max(kinds) >= 8 * min(kinds):
         ax.set_xscale("log")
         if len(kinds) <= 7:

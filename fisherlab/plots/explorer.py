@@ -15,6 +15,7 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError
 from fisherlab.comparison import default_fisher_type
 from fisherlab.extract import capture
+from fisherlab.names import unknown
 from fisherlab.plots import theme
 from fisherlab.plots.matrices import heat
 from fisherlab.plots.spectra import draw_spectrum
@@ -47,9 +48,9 @@ class Explorer:
         known = [name for name in registry.names() if name != "exact"]
         usable = [name for name in known if "pair" not in registry.get(name)().needs]
         self.approximations = list(approximations or usable)
-        unknown = [name for name in self.approximations if name not in known]
-        if unknown:
-            raise ValueError(f"unknown approximation {unknown[0]!r}; known: {', '.join(known)}")
+        for name in self.approximations:
+            if name not in known:
+                raise ValueError(unknown("approximation", name, known))
         self.layers, self.dampings = list(self.captures), list(dampings)
         self.fisher_type = fisher_type
         self._block = cache(self._build)
@@ -171,7 +172,7 @@ def _draw(
     middle.set(title=r"$|\langle v_i, q_j\rangle|$", xlabel=f"eigenvector of {name}")
     middle.set(ylabel="eigenvector of $F$", xticks=[], yticks=[])
     right.plot(dampings, cosines, color=theme.colour(name), marker=theme.marker(name))
-    right.axvline(damping, color="0.3", lw=0.8, ls="--", zorder=0)
+    right.axvline(damping, **theme.GUIDE)
     right.set(xscale="log", ylim=(min(-0.02, *cosines), 1.03), title="direction")
     right.set(xlabel=r"damping in units of $\mathrm{tr}\,F/N$", ylabel="cosine to the exact step")
     theme.legend(figure, ["exact", name])

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from fisherlab.metrics import Convergence, GramStudy
 from fisherlab.plots import theme
-from fisherlab.plots.matrices import (
-    BLUE,
-    ORANGE,
-    SIGNED,
-    heat,
-    multiples,
-    name_axis,
-    write_values,
-)
+from fisherlab.plots.matrices import SIGNED, heat, multiples, name_axis, write_values
+from fisherlab.plots.theme import BLUE, ORANGE
 
 
 @theme.themed

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fisherlab.metrics import GramStudy
 from fisherlab.plots import theme
-from fisherlab.plots.matrices import BLUE, ORANGE, SIGNED, heat, multiples, name_axis, write_values
+from fisherlab.plots.matrices import SIGNED, heat, multiples, name_axis, write_values
+from fisherlab.plots.theme import BLUE, ORANGE
 
 
 @theme.themed
@@ -134,7 +135,7 @@ def coefficients(
                 alpha=0.8,
                 label=name,
             )
-        ax.axhline(1, color="0.3", lw=0.8, ls="--", zorder=0)
+        ax.axhline(1, **theme.GUIDE)
         ax.set_title(f"layer {study.layers[k]}")
     figure.supxlabel("loss of the example [nats]", fontsize=8)
     figure.supylabel("$M v_n$ (SGD: 1)", fontsize=8)
@@ -153,7 +154,7 @@ def coefficient_drift(frame: pd.DataFrame) -> Figure:
     """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     sns.lineplot(frame, x="epoch", y="drift", hue="layer", marker="o", palette="viridis", ax=left)
-    left.axhline(1, color="0.3", lw=0.8, ls="--", zorder=0)
+    left.axhline(1, **theme.GUIDE)
     left.set(title="drift (1: one factor per layer does as well)", ylim=(0, None))
     left.set_ylabel(r"$\|v - \tilde v\| \,/\, \|v - \bar v\|$")
     left.legend(title="layer", frameon=False)

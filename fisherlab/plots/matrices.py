@@ -13,8 +13,6 @@ from fisherlab.plots.theme import Picture
 
 # One map for what has a sign, one for what has none; both read in grey and by the colour-blind.
 SIGNED, POSITIVE = "RdBu_r", "viridis"
-# The two hues of pictures that compare no approximations.
-BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 def multiples(

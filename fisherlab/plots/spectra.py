@@ -92,8 +92,7 @@ def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
         ax.plot(
             places, color=theme.colour(name), marker=theme.marker(name), lw=_width(name), alpha=0.9
         )
-    long = len(layers) > 8 or max(map(len, layers)) > 6
-    ax.set_xticks(range(len(layers)), layers, rotation=90 if long else 0)
+    ax.set_xticks(range(len(layers)), layers, rotation=theme.rotation(layers))
     ax.set(yscale="log", xlabel="layer", ylabel="effective rank")
     theme.legend(figure, ranks)
     theme.title(figure, "Effective rank of the block and of its approximations")

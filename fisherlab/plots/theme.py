@@ -79,6 +79,14 @@ STYLE = {
     "mathtext.fontset": "dejavusans",
 }
 
+GUIDE: dict[str, Any] = {
+    "color": "#444444",
+    "lw": 0.8,
+    "ls": "--",
+    "zorder": 0,
+}  # a line to compare with
+BLUE, ORANGE = "#0072B2", "#D55E00"  # the two hues of pictures that compare no approximations
+
 # A family shares a hue (Okabe & Ito 2008, Tol 2021), its members differ in lightness and marker.
 # A name that is not here, a user's, gets a look from its own letters: the same one everywhere.
 LOOKS = {
@@ -173,6 +181,12 @@ def panels(
     for above in axes[max(0, count - across) : count]:  # the last panel of every column
         above.tick_params(labelbottom=True)
     return figure, axes[:count]
+
+
+def rotation(names: Iterable[str]) -> int:
+    """Of names along an axis, in degrees: upright where there are many or long ones."""
+    lengths = [len(name) for name in names]
+    return 90 if len(lengths) > 8 or max(lengths) > 6 else 0
 
 
 def title(figure: Figure, text: str) -> None:
