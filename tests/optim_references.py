@@ -17,6 +17,8 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 DECAY = 0.95
+# By default everything is refreshed at each of the first steps; then bases rest until step 100.
+WARMUP = 20
 
 
 def perceptron(inputs: int = 64, hidden: int = 8, outputs: int = 10) -> nn.Sequential:
@@ -67,13 +69,15 @@ def exact(a: Tensor, g: Tensor) -> Tensor:
     return U @ U.T / len(a)
 
 
-def mean(history: list[tuple[Tensor, Tensor]], statistic: Callable, every: int) -> Tensor:
-    """The decayed mean of a per-batch mean over the steps that are multiples of `every`."""
+def mean(
+    history: list[tuple[Tensor, Tensor]], statistic: Callable, every: int, decay: float = DECAY
+) -> Tensor:
+    """The decayed mean of a per-batch mean, of the warm-up and of every so many steps."""
     total, weight = torch.zeros(()), 0.0
     for step, (a, g) in enumerate(history):
-        if step % every == 0:
-            total = DECAY * total + len(a) * statistic(a, g)
-            weight = DECAY * weight + len(a)
+        if step < WARMUP or step % every == 0:
+            total = decay * total + len(a) * statistic(a, g)
+            weight = decay * weight + len(a)
     return total / weight
 
 
@@ -82,16 +86,23 @@ def inverse(F: Tensor, share: float) -> Tensor:
     return torch.linalg.inv(F + share * F.trace() / len(F) * eye(len(F)))
 
 
-def kfac(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return g.T @ g / len(a), a.T @ a / len(a)
+def kfac(history: list) -> tuple[Tensor, Tensor]:
+    G = mean(history, lambda a, g: g.T @ g / len(a), 10)
+    return G, mean(history, lambda a, g: a.T @ a / len(a), 10)
 
 
-def tkfac(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    D = torch.einsum("no,ni->noi", g, a)
-    root = (D.square().sum() / len(a)).sqrt()
-    left = torch.einsum("noi,npi->op", D, D) / len(a)
-    right = torch.einsum("noi,noj->ij", D, D) / len(a)
-    return left / root, right / root
+def tkfac(history: list) -> tuple[Tensor, Tensor]:
+    """The means are those of the sums; the trace is taken out of them."""
+
+    def moment(equation: str) -> Tensor:
+        def statistic(a: Tensor, g: Tensor) -> Tensor:
+            D = torch.einsum("no,ni->noi", g, a)
+            return torch.einsum(equation, D, D) / len(a)
+
+        return mean(history, statistic, 10)
+
+    left, right = moment("noi,npi->op"), moment("noi,noj->ij")
+    return left / left.trace().sqrt(), right / left.trace().sqrt()
 
 
 def factored(G: Tensor, A: Tensor, share: float, pi: float | None) -> Tensor:
@@ -103,9 +114,17 @@ def factored(G: Tensor, A: Tensor, share: float, pi: float | None) -> Tensor:
 
 
 def corrected(history: list, factors: Callable, share: float) -> Tensor:
-    """EKFAC, TEKFAC: basis of step 0, eigenvalues averaged over steps 0, 10, 20."""
-    Q = torch.kron(*(torch.linalg.eigh(side)[1] for side in factors(*history[0])))
-    spectrum = mean(history, lambda a, g: (Q.T @ columns(a, g)).square().mean(1), 10)
+    """EKFAC, TEKFAC: eigenvalues averaged over time, carried over from each basis to the next."""
+    Q, total, weight = torch.zeros(()), torch.zeros(()), 0.0
+    for step, (a, g) in enumerate(history):
+        if step < WARMUP:
+            new = torch.kron(*(torch.linalg.eigh(side)[1] for side in factors(history[: step + 1])))
+            total = (new.T @ Q).square() @ total if step else torch.zeros(len(new)).double()
+            Q = new
+        if step < WARMUP or step % 10 == 0:
+            total = DECAY * total + (Q.T @ columns(a, g)).square().sum(1)
+            weight = DECAY * weight + len(a)
+    spectrum = total / weight
     return Q @ torch.diag(1 / (spectrum + share * spectrum.mean())) @ Q.T
 
 
@@ -215,19 +234,20 @@ class Steps:
 
     def _preconditioner(self, name: str, layer: int) -> Tensor:
         history = self.histories[layer]
-        (a0, g0), (a, g) = history[0], history[-1]
+        # the last inverse is of the end of the warm-up
+        (a0, g0), (a, g), settled = history[0], history[-1], history[:WARMUP]
         if name in ("exact", "tengrad", "blockwise_ngd"):
             return inverse(exact(a, g), 10)
         if name in ("ngd_smw", "fngd"):
             return smw(a, g, 0.005)
         if name in ("kfac", "truncated_kfac", "ang"):
-            return factored(*kfac(a0, g0), 3, None)
+            return factored(*kfac(settled), 3, None)
         if name == "kfac_reduce":
-            return inverse(torch.kron(*kfac(a0, g0)), 3)
+            return inverse(torch.kron(*kfac(settled)), 3)
         if name == "tkfac":
-            return factored(*tkfac(a0, g0), 3, 1.0)
+            return factored(*tkfac(settled), 3, 1.0)
         if name == "tkfac_expand":
-            return inverse(torch.kron(*tkfac(a0, g0)), 3)
+            return inverse(torch.kron(*tkfac(settled)), 3)
         if name == "ekfac":
             return corrected(history, kfac, 3)
         if name == "tekfac":
@@ -237,16 +257,24 @@ class Steps:
         if name == "ifang":
             return ifang(history, 0.1)
         if name == "sngd":
-            A = self.slopes[layer][0] * a0.T @ a0 / len(a0)
-            return inverse(torch.kron(eye(g0.shape[1]), A), 0.1)
+            A = mean(settled, lambda a, g: a.T @ a / len(a), 10, decay=0.995)
+            return inverse(torch.kron(eye(g0.shape[1]), self._slope(layer) * A), 0.1)
         if name == "shampoo":
             return shampoo(a0, g0, 1e-4)
         if name == "diagonal":
-            return inverse(torch.diag(exact(a0, g0).diagonal()), 3)
+            F = mean(settled, exact, 10)
+            return inverse(torch.diag(F.diagonal()), 3)
         if name == "mini_block":
-            return inverse(mini_block(a0, g0), 3)
+            return inverse(mean(settled, mini_block, 10), 3)
         if name == "kronecker_optimal":
             return inverse(kronecker_terms(a, g, 1), 10)
         if name == "kronecker_sum":
             return clamped_inverse(kronecker_terms(a, g, 2), 10)
         raise KeyError(f"no dense reference of optimizer {name!r}: write one")
+
+    def _slope(self, layer: int) -> float:
+        """Its mean over the warm-up, with SNGD's decay."""
+        total = weight = 0.0
+        for slope in self.slopes[layer][:WARMUP]:
+            total, weight = 0.995 * total + slope, 0.995 * weight + 1
+        return total / weight

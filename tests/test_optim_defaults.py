@@ -61,8 +61,6 @@ def test_no_disguise(name: str) -> None:
     x, y = pooled()
     model, steps = perceptron(inputs=16), Steps()
     optimizer = fl.optim.create(name, model)
-    if isinstance(optimizer, fl.optim.NaturalGradient):
-        optimizer.warmup = 0  # so that the reference is a function of intervals alone
     lr = optimizer.param_groups[0]["lr"]
     velocity = plain = torch.zeros(1)
     for part in batches(x, 32, 21):
