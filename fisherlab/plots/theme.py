@@ -79,13 +79,10 @@ STYLE = {
     "mathtext.fontset": "dejavusans",
 }
 
-GUIDE: dict[str, Any] = {
-    "color": "#444444",
-    "lw": 0.8,
-    "ls": "--",
-    "zorder": 0,
-}  # a line to compare with
-BLUE, ORANGE = "#0072B2", "#D55E00"  # the two hues of pictures that compare no approximations
+# A line to compare with.
+GUIDE: dict[str, Any] = {"color": "#444444", "lw": 0.8, "ls": "--", "zorder": 0}
+# The two hues of pictures that compare no approximations.
+BLUE, ORANGE = "#0072B2", "#D55E00"
 
 # A family shares a hue (Okabe & Ito 2008, Tol 2021), its members differ in lightness and marker.
 # A name that is not here, a user's, gets a look from its own letters: the same one everywhere.
