@@ -14,7 +14,7 @@ from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.kronecker import Factor
 from fisherlab.blocks.moment import Decomposed, Moment
-from fisherlab.blocks.numerics import check_damping, spectral, spectrum_power
+from fisherlab.blocks.numerics import RANK_TOLERANCE, check_damping, spectral, spectrum_power
 from fisherlab.extract import LayerCapture
 
 
@@ -107,30 +107,31 @@ def _trace(side: Tensor) -> Tensor:
     return side.trace() if side.ndim == 2 else side.sum()
 
 
-def _raised(values: Tensor, rows: int, exponent: float, damping: float) -> Tensor:
-    # a root makes rounding of a rank-deficient moment visible: 1e-16 would become 1e-8
-    noise = 8 * torch.finfo(values.dtype).eps * rows * values.abs().max()
+def _raised(values: Tensor, exponent: float, damping: float) -> Tensor:
+    # a root makes rounding of a rank-deficient moment visible (1e-16 becomes 1e-8), and what is
+    # cut for it as well: of a float32 moment of 2304 rows a cut at eps times rows took 3/4 of tr X
+    noise = RANK_TOLERANCE * torch.finfo(values.dtype).eps * values.abs().max()
     values = torch.where(values > noise, values, torch.zeros_like(values))
     return spectrum_power(values, exponent, damping, "Shampoo's second moment")
 
 
 def _root(side: Tensor | Moment) -> Tensor | Decomposed:
     """`S^{1/2}`, in the eigenvectors of `S`."""
-    rows, name = side.shape[0], "Shampoo's second moment"
+    name = "Shampoo's second moment"
     if isinstance(side, Tensor) and side.ndim == 1:
-        return _raised(side, rows, 0.5, 0.0)
+        return _raised(side, 0.5, 0.0)
     values, vectors = spectral(side, name) if isinstance(side, Tensor) else side.spectral(name)
-    return Decomposed(_raised(values, rows, 0.5, 0.0), vectors)
+    return Decomposed(_raised(values, 0.5, 0.0), vectors)
 
 
 def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
     if side.ndim == 1:
-        return _raised(side, len(side), exponent, damping)
+        return _raised(side, exponent, damping)
     values, vectors = spectral(side, "Shampoo's second moment")
-    powers = _raised(values, len(side), exponent, damping)
+    powers = _raised(values, exponent, damping)
     if vectors.shape[1] == len(vectors):
         return vectors * powers @ vectors.mT
     # zero on the complement of a thin basis, so damping^p there
-    rest = _raised(values.new_zeros(1), len(side), exponent, damping)
+    rest = _raised(values.new_zeros(1), exponent, damping)
     eye = torch.eye(len(side), dtype=side.dtype, device=side.device)
     return rest * eye + vectors * (powers - rest) @ vectors.mT
