@@ -212,6 +212,12 @@ class Columns:
             result = sum_of(flat[:, part].double() @ D.mT for part, D in parts)
         return result.view(*V.shape[:-2], *self.g.shape[:2])
 
+    def project_pairs(self, q_G: Tensor, q_A: Tensor) -> Tensor:
+        """`<D, q_G q_A^T>` of every column, for columns `[o, k]` and `[i, k]`: `[k, m, n]`."""
+        if self.formed is None:
+            return contractions.project_pairs(self.a, self.g, q_G, q_A)
+        return self.project(q_G.mT[:, :, None] * q_A.mT[:, None])
+
     def combine(self, weights: Tensor, exact: bool = False) -> Tensor:
         """`U c`, `[..., m, n] -> [..., o, i]`, in float64 where `exact`."""
         if self.formed is None:

@@ -341,7 +341,7 @@ class Outer(Block):
         values, W = self._range
         W = W[:, values.argsort(descending=True)[:k]]
         # <U w, q> = w . U^T q: no eigenvector is formed
-        return W.mT @ contractions.project_pairs(self.a, self.g, q_G, q_A).double().flatten(1).mT
+        return W.mT @ self.of.project_pairs(q_G, q_A).double().flatten(1).mT
 
     @remembered("a", "g", "core")
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
