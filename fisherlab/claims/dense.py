@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
 from fisherlab.claims.base import Case
-from fisherlab.claims.instances import labels, layer_of, model_of
+from fisherlab.claims.instances import joint, labels, layer_of, model_of
 
 
 class Layered:
@@ -26,13 +26,9 @@ class Layered:
         self.x, self.y, self.criterion = case["x"], case["y"], case["criterion"]
         module: Any = self.model.get_submodule(name)
         self.names = [f"{name}.weight"] + ([f"{name}.bias"] if module.bias is not None else [])
-        weight = module.weight
-        self.weight_shape = weight.shape
-        parts = [weight.flatten(1)]
-        if module.bias is not None:
-            parts.append(module.bias[:, None])
-        self.theta = torch.cat(parts, 1).flatten()
-        self.shape = (weight.shape[0], len(self.theta) // weight.shape[0])
+        self.weight_shape = module.weight.shape
+        W = joint(self.model, name)
+        self.theta, self.shape = W.flatten(), W.shape
         self.f = self.outputs(self.theta)
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
