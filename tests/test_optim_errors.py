@@ -164,6 +164,7 @@ def test_kbfgs_needs_a_closure() -> None:
         ({"basis_every": 1.5}, "basis_every"),
         ({"statistics_examples": 0}, "statistics_examples"),
         ({"decay": 1.5}, "decay"),
+        ({"fisher_type": "foo"}, "unknown fisher_type 'foo'. Known: exact, mc, empirical"),
     ],
 )
 def test_options_out_of_range(options: dict, match: str) -> None:
@@ -179,6 +180,37 @@ def test_unknown_option_and_name(name: str) -> None:
         fl.optim.create(name, small(), colour="red")
     with pytest.raises(ValueError, match="nearest.*" + name[:3]):
         fl.optim.create(name + "x", small())
+
+
+def test_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(
+        TypeError, match=r"no option 'dampning'; nearest: damping.* It takes .*lr, "
+    ):
+        fl.optim.create("kfac", small(), dampning=0.1)
+    with pytest.raises(TypeError, match=r"no option 'momentun'; nearest: momentum"):
+        fl.optim.create("sgd", small(), momentun=0.1)
+
+
+def test_an_output_changed_in_place_has_no_known_slope() -> None:
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            first, relu, second = self
+            return second(relu(first(x).mul_(2)))
+
+    model = Doubled(*perceptron(6, 5, 4))
+    optimizer = fl.optim.create("sngd", model)
+    x, y = data()
+    F.cross_entropy(model(x), y).backward()
+    match = r"output of layer '0' was changed in place.*x = x \* 2"
+    refused(model, optimizer.step, OptimizerError, match)
+
+
+@pytest.mark.parametrize("name", ["ngd", "shampoo", "ekfac"])
+def test_unknown_fisher_type_leaves_no_hooks(name: str) -> None:
+    model = small()
+    with pytest.raises(ValueError, match="Known: exact, mc, empirical"):
+        fl.optim.create(name, model, fisher_type="foo")
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("name", ["ngd_dense", "blockwise_ngd", "kronecker_sum"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -48,6 +50,8 @@ WARMUP = 20
 # on the MNIST autoencoder, whose first step would be 500 long: columns drawn from the model
 # instead; and no momentum, since clipped steps of one direction add up to ten of them.
 SQUARED = {"fisher_type": "mc", "kl_clip": 1e-5, "momentum": 0.0}
+# What `create` passes itself, and what constructors pass on.
+NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs"}
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
 KRONECKER_SUM_LAYER = 1_500
 
@@ -169,7 +173,20 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
     try:
         return make(model, **options)
     except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            wrong = str(error).rsplit(" ", 1)[-1]
-            raise TypeError(f"optimizer {name!r} has no option {wrong}") from None
-        raise
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if wrong is None:
+            raise
+        known = option_names(name)
+        near = nearest(wrong[1], known)
+        hint = f"; nearest: {near}" if near else ""
+        raise TypeError(
+            f"optimizer {name!r} has no option {wrong[1]!r}{hint}. It takes {', '.join(known)}"
+        ) from None
+
+
+def option_names(name: str) -> list[str]:
+    """The options that an optimizer takes, read off its constructors."""
+    kinds = type(create(name, nn.Sequential(nn.Linear(2, 2)))).__mro__
+    ours = kinds[: kinds.index(torch.optim.Optimizer)]
+    found = dict.fromkeys(option for kind in ours for option in inspect.signature(kind).parameters)
+    return [option for option in found if option not in NOT_OPTIONS]

@@ -30,7 +30,7 @@ from fisherlab.optim.base import (
     summary_row,
     undelivered,
 )
-from fisherlab.optim.recorder import Recorder, delivered
+from fisherlab.optim.recorder import Recorder, check_fisher_type, delivered
 from fisherlab.optim.scale import OptimizerError
 
 
@@ -96,6 +96,7 @@ class NaturalGradient(CurvatureOptimizer):
                 f"approximation is an instance such as fl.KFAC(), got {approximation!r}; by name: "
                 "fl.optim.create(name, model)"
             )
+        check_fisher_type(fisher_type)
         every = {"statistics_every": statistics_every, "basis_every": basis_every}
         every["corrections_every"] = corrections_every or statistics_every
         for name, value in every.items():

@@ -23,6 +23,7 @@ from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.select import choices
+from fisherlab.names import unknown
 from fisherlab.optim.scale import OptimizerError, scale_factor
 
 
@@ -93,6 +94,7 @@ class Recorder:
         biased: Collection[str],
         ranks: Ranks | None = None,
     ) -> None:
+        check_fisher_type(fisher_type)
         self.modules, self.biased, self.criterion = modules, biased, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
@@ -275,7 +277,12 @@ class Recorder:
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
         pre = [c.graph.preactivation for c in calls if c.graph is not None]
-        known = self.slopes and all(value is not None for value in pre)
+        if self.slopes and not all(value is not None for value in pre):
+            raise OptimizerError(
+                f"the output of layer {name!r} was changed in place, so the values at which its "
+                "activation is evaluated are lost: write x = x * 2 for x.mul_(2); no parameter was "
+                "changed"
+            )
         return {
             f"{name}:{k}" if groups > 1 else name: LayerCapture(
                 name=name,
@@ -288,7 +295,7 @@ class Recorder:
                 raw_label_gradients=labels,
                 raw_outputs=tuple(_wide(call.output) for call in calls),
                 activation=one.activations.get(name),
-                raw_preactivations=cast(tuple[Tensor, ...], tuple(pre)) if known else None,
+                raw_preactivations=cast(tuple[Tensor, ...], tuple(pre)) if self.slopes else None,
                 fisher_type=self.fisher_type,
                 gradient_scale=scale,
             )
@@ -299,6 +306,12 @@ class Recorder:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
         assert one.output is not None
         return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
+
+
+def check_fisher_type(fisher_type: str) -> None:
+    """Refuse an unknown one before anything is hooked."""
+    if fisher_type not in fisher.FISHER_TYPES:
+        raise ValueError(unknown("fisher_type", fisher_type, fisher.FISHER_TYPES))
 
 
 def uncompiled(hook: Callable) -> Callable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -15,10 +14,11 @@ from torch import nn
 from fisherlab import optim
 from fisherlab.approximations import damping
 from fisherlab.experiments.training.settings import Entry, SettingsError, check_known
+from fisherlab.optim.create import option_names
 
 RULES = ("constant", "relative", "gram_norm", "trace", "levenberg_marquardt")
-# Not a user's to set: the loop passes them, or they are the method itself.
-_OURS = {"self", "model", "params", "criterion", "approximation", "generator", "options", "kwargs"}
+# Not a user's to set: the loop passes them.
+_OURS = {"params", "criterion", "generator"}
 
 
 def entries(
@@ -56,7 +56,7 @@ def entries(
 
 def known_options(name: str) -> list[str]:
     """The options that an optimizer takes, read off its constructors."""
-    return [option for option in _parameters(name) if option not in _OURS]
+    return [option for option in option_names(name) if option not in _OURS]
 
 
 def check(entry: Entry) -> None:
@@ -81,7 +81,7 @@ def make(
     }
     options: dict[str, Any] = {k: v for k, v in lengths.items() if k in known}
     options |= {k: value(v, model) for k, v in entry.options.items()}
-    if "criterion" in _parameters(entry.name):
+    if "criterion" in option_names(entry.name):
         options["criterion"] = criterion
     return optim.create(entry.name, model, **options)
 
@@ -110,13 +110,6 @@ def value(text: Any, model: nn.Module) -> Any:
 
 def _tiny() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 2))
-
-
-def _parameters(name: str) -> list[str]:
-    """What the constructors of the optimizer's class and of its bases take."""
-    kinds = type(optim.create(name, _tiny())).__mro__
-    ours = kinds[: kinds.index(torch.optim.Optimizer)]
-    return list(dict.fromkeys(option for k in ours for option in inspect.signature(k).parameters))
 
 
 def _named(item: str) -> tuple[str, str]:
