@@ -11,7 +11,8 @@ from torch import Tensor
 from fisherlab import blocks
 from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
-from fisherlab.blocks.numerics import eigh, sum_of, symmetrise
+from fisherlab.blocks.moment import Decomposed
+from fisherlab.blocks.numerics import eigh, lifted, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -24,15 +25,32 @@ class _Rearranged:
 
     `R(F) A = (1/M) sum D A D^T` and `R(F)^T G = (1/M) sum D^T G D`: symmetric to symmetric,
     antisymmetric to antisymmetric, and positive semi-definite to positive semi-definite, so that
-    the leading pair is semi-definite (Perron and Frobenius) and only needs a sign.
+    the leading pair is semi-definite (Perron and Frobenius) and only needs a sign. Few inputs are
+    taken in coordinates of the space they span, in which `A` then is.
     """
 
     def __init__(self, layers: tuple[LayerCapture, ...]) -> None:
         self.pairs = [(layer.inputs, layer.output_gradients) for layer in layers]
+        self.space = None
+        columns = layers[0].columns if len(layers) == 1 and layers[0].few_inputs else None
+        if columns is not None and columns.input_frame is not None:
+            self.space, a = columns.input_frame
+            self.pairs = [(a, columns.g)]
         self.count = sum(layer.examples for layer in layers)
         self.share_columns = len(layers) == 1 or all(x.column_share == 1 for x in layers)
         self.dtype, self.device = layers[0].dtype, layers[0].device
-        self.shape = layers[0].shape
+        self.shape = layers[0].shape[0], self.pairs[0][0].shape[-1]
+
+    def lift(self, A: Tensor) -> Tensor:
+        """An input factor in the weight's own coordinates."""
+        return A if self.space is None else self.space @ A @ self.space.mT
+
+    def lift_decomposed(self, A: Tensor) -> Tensor | Decomposed:
+        """The same of a symmetric one, in its eigenvectors where its space is known."""
+        if self.space is None:
+            return A
+        values, C = eigh(A, "input factor A")
+        return Decomposed(values, lifted(self.space, C))
 
     @property
     def flat(self) -> bool:
@@ -103,6 +121,14 @@ class _Rearranged:
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
         return empty.new_zeros(o, o), empty.new_zeros(i, i)
 
+    def balanced(self, G: Tensor, A: Tensor) -> Kronecker:
+        """`G (x) A` with factors of equal norm, in the weight's own coordinates."""
+        sizes = G.norm(), A.norm()
+        if not min(sizes) > 0:
+            return Kronecker(torch.zeros_like(G), self.lift(torch.zeros_like(A)))
+        scale = (sizes[0] / sizes[1]).sqrt()
+        return Kronecker(G / scale, self.lift_decomposed(A * scale))
+
 
 @dataclass(frozen=True)
 class KroneckerOptimal(Approximation, name="kronecker_optimal"):
@@ -122,13 +148,13 @@ class KroneckerOptimal(Approximation, name="kronecker_optimal"):
         if operator.flat:
             matrices = operator.output_matrices(1)
             if not matrices:
-                return Kronecker(*operator.zero())
+                return operator.balanced(*operator.zero())
             G = matrices[0] * matrices[0].trace().sign()
-            return _balanced(G, operator.right(G))
+            return operator.balanced(G, operator.right(G))
         pairs = operator.singular_pairs(1, self.tolerance, self.iterations)
         G, A = pairs[0] if pairs else operator.zero()
         sign = A.trace().sign()
-        return _balanced(symmetrise(sign * G), symmetrise(sign * A))
+        return operator.balanced(symmetrise(sign * G), symmetrise(sign * A))
 
 
 @dataclass(frozen=True)
@@ -155,8 +181,8 @@ class KroneckerSum(Approximation, name="kronecker_sum"):
             terms = [(G, operator.right(G)) for G in operator.output_matrices(self.rank)]
         else:
             terms = operator.singular_pairs(self.rank, self.tolerance, self.iterations)
-        G, A = (torch.stack(side) for side in zip(*(terms or [operator.zero()]), strict=True))
-        return blocks.KroneckerSum(G, A)
+        G, A = zip(*(terms or [operator.zero()]), strict=True)
+        return blocks.KroneckerSum(torch.stack(G), torch.stack([operator.lift(X) for X in A]))
 
 
 def _leading(
@@ -200,12 +226,3 @@ def _symmetric_or_not(X: Tensor) -> Tensor:
     parts = (X + X.mT) / 2, (X - X.mT) / 2
     part = max(parts, key=lambda part: part.norm().item())
     return part / part.norm().clamp(min=1e-30)
-
-
-def _balanced(G: Tensor, A: Tensor) -> Kronecker:
-    """`G (x) A` with factors of equal norm."""
-    sizes = G.norm(), A.norm()
-    if not min(sizes) > 0:
-        return Kronecker(torch.zeros_like(G), torch.zeros_like(A))
-    scale = (sizes[0] / sizes[1]).sqrt()
-    return Kronecker(G / scale, A * scale)
