@@ -158,12 +158,10 @@ def chosen(names: str | Iterable[str] | None) -> list[str]:
     if names is None:
         return base.names()
     wanted = [names] if isinstance(names, str) else list(names)
-    papers: dict[str, list[str]] = {base.get(name).paper.lower(): [] for name in base.names()}
+    papers: dict[str, list[str]] = {}
     for name in base.names():
-        papers[base.get(name).paper.lower()].append(name)
-    found = [
-        name for want in wanted for name in papers.get(want.lower(), None) or [base.get(want).name]
-    ]
+        papers.setdefault(base.get(name).paper.lower(), []).append(name)
+    found = [name for want in wanted for name in papers.get(want.lower()) or [base.get(want).name]]
     return list(dict.fromkeys(found))
 
 
