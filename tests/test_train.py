@@ -159,11 +159,38 @@ def test_a_finished_run_is_taken_over_as_it_is(tmp_path):
     assert_frame_equal(again.rows, first.rows)
 
 
+def test_more_epochs_go_on_from_the_checkpoint(tmp_path):
+    whole = train(settings("sgd,kfac,fngd", epochs=3), tmp_path / "whole")
+    train(settings("sgd,kfac,fngd", epochs=1), tmp_path / "longer")
+    watch, steps = Watch(), []
+    watch.stepped = steps.append
+    longer = train(settings("sgd,kfac,fngd", epochs=3), tmp_path / "longer", watch=watch)
+    assert len(steps) == 3 * 2 * longer.steps_per_epoch
+    assert_same(longer, whole)
+    assert {record.status for record in longer.records} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options", "planned"),
+    [
+        ("sgd", {"schedule": "cosine"}, "schedule cosine"),
+        ("sgd,ang,truncated_kfac", {}, r"ang \(total_steps\), truncated_kfac \(switch_step\)"),
+    ],
+)
+def test_epochs_that_were_planned_do_not_go_on(wanted, options, planned, tmp_path):
+    train(settings(wanted, epochs=1, **options), tmp_path)
+    with pytest.raises(
+        SettingsError, match=f"epochs 1, not 2.*planned for that length by {planned}"
+    ):
+        train(settings(wanted, epochs=2, **options), tmp_path)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    train(settings("sgd", epochs=1), tmp_path)
+    train(settings("sgd", epochs=2), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(SettingsError, match="epochs 1, not 2"):
-        train(settings("sgd", epochs=2), tmp_path)
+    for other, said in (({"epochs": 1}, "epochs 2, not 1"), ({"width": 2.0}, "width 1.0, not 2.0")):
+        with pytest.raises(SettingsError, match=said):
+            train(settings("sgd", **other), tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -292,7 +319,7 @@ def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
     assert row.final == pytest.approx(last.mean()) and row.final_sd == pytest.approx(last.std())
     assert row.best == pytest.approx(best.mean()) and row.best_sd == pytest.approx(best.std())
     assert row.seconds_per_epoch == pytest.approx(3 * row.seconds_per_step)
-    assert row.ratio_to_sgd > 0 and row.state_bytes > 0
+    assert row.ratio_to_sgd == 1 and row.state_bytes > 0
 
 
 def test_the_run_folder_holds_config_and_tables(tmp_path):

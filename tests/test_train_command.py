@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from fisherlab import cli
+from fisherlab import cli, optim
 from fisherlab.commands import common
 from fisherlab.experiments import sweep, training
 from fisherlab.experiments.training import Settings
@@ -45,6 +45,8 @@ def test_train_prints_a_table_and_leaves_pictures(tmp_path):
     assert "[8/8] fngd_control, seed 1: done" in result.stderr
     for name in ("curves", "cost", "comparisons"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "fngd_control" in (tmp_path / "report.html").read_text()
+    assert _config(tmp_path)["status"] == "complete"
     options = {e["label"]: e["options"] for e in _config(tmp_path)["settings"]["entries"]}
     assert options["kfac"]["lr"] == 0.05 and options["wild"]["lr"] == "1e9"
     # again: what is there is shown, nothing is trained
@@ -99,6 +101,18 @@ def test_another_run_in_the_folder_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     said = run("train", tmp_path, "--data iris --optimizer kfac,adam --lr 0.1").stderr
     assert "optimizers sgd, not kfac (lr=0.1)+adam (lr=0.1)" in said
+
+
+def test_the_log_of_a_failure_is_gone_once_it_succeeded(tmp_path, monkeypatch):
+    def broken(self, closure=None):
+        raise RuntimeError("oops")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim.FNGD, "step", broken)
+        assert run("train", tmp_path, "--optimizer fngd,sgd --epochs 1").exit_code == 70
+    assert "oops" in (tmp_path / "failures.log").read_text()
+    assert run("train", tmp_path, "--optimizer fngd,sgd --epochs 1").exit_code == 0
+    assert not (tmp_path / "failures.log").exists()
 
 
 def test_nothing_succeeded_is_1(tmp_path):

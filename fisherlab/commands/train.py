@@ -64,7 +64,8 @@ def train(
 ) -> None:
     """Train a model with several optimizers: a table, and curves against steps and against time.
 
-    The same command on the same folder goes on where it was stopped, or shows what is there.
+    The same command on the same folder goes on where it was stopped, or shows what is there; with
+    more --epochs it goes on to those, unless a schedule was planned for the earlier number.
     """
     if seeds < 1:
         raise UserError(f"--seeds counts seeds and is at least 1, got {seeds}")
@@ -94,7 +95,7 @@ def train(
     with CtrlC() as interrupt:
         results = training.train(settings, out, watch=Bars(interrupt))
     _pictures(results, out)
-    _report(results, out)
+    _say(results, out)
 
 
 class Bars(training.Watch):
@@ -129,28 +130,34 @@ class Bars(training.Watch):
 
 
 def _pictures(results: training.Results, out: Path) -> None:
+    """The pictures, and the page with them, as soon as there is a result."""
     summary = results.summary()
     if "final" not in summary:
         return
+    from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
+    from fisherlab.experiments.rundir import RunDir
+
     best = list(summary["optimizer"][summary["final"].notna()])
     rows, curve = results.rows, results.curve
     plots.save(plots.training_curves(rows, curve, results.metric, best), out / "curves")
     plots.save(plots.training_cost(summary, results.metric), out / "cost")
     if len(results.comparisons):
         plots.save(plots.training(results.comparisons), out / "comparisons")
+    report.write(RunDir(out))
 
 
-def _report(results: training.Results, out: Path) -> None:
+def _say(results: training.Results, out: Path) -> None:
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
     show(_readable(summary), f"{results.metric} on the test set")
     for row in summary[summary["note"] != ""].itertuples():
         typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
-    typer.echo(f"rows, curves, checkpoints and pictures are in {out}")
+    typer.echo(f"rows, curves, checkpoints, pictures and report.html are in {out}")
     if results.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
+    log = out / "failures.log"
+    log.unlink(missing_ok=True)  # of an earlier attempt
     if results.failures:
-        log = out / "failures.log"
         log.write_text("\n".join(record.traceback for record in results.failures))
         leave(Code.BUG, f"a method failed in a way that is a bug of FisherLab; see {log}")
     if not results.succeeded:

@@ -13,10 +13,12 @@ from torch import nn
 
 from fisherlab import optim
 from fisherlab.approximations import damping
-from fisherlab.experiments.training.settings import Entry, SettingsError, check_known
+from fisherlab.experiments.training.settings import Entry, Settings, SettingsError, check_known
 from fisherlab.optim.create import option_names
 
 RULES = ("constant", "relative", "gram_norm", "trace", "levenberg_marquardt")
+# Options that `make` fills in from the length of the whole run.
+PLANNED = ("total_steps", "switch_step")
 # Not a user's to set: the loop passes them.
 _OURS = {"params", "criterion", "generator"}
 
@@ -84,6 +86,15 @@ def make(
     if "criterion" in option_names(entry.name):
         options["criterion"] = criterion
     return optim.create(entry.name, model, **options)
+
+
+def lengths_in(settings: Settings) -> str:
+    """What in a run is planned for its number of epochs, in words; "" where nothing is."""
+    found = [] if settings.schedule == "constant" else [f"schedule {settings.schedule}"]
+    for entry in settings.entries:
+        planned = [o for o in PLANNED if o in known_options(entry.name) and o not in entry.options]
+        found += [f"{entry.label} ({option})" for option in planned]
+    return ", ".join(found)
 
 
 def value(text: Any, model: nn.Module) -> Any:

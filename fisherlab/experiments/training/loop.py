@@ -16,6 +16,7 @@ from fisherlab.blocks import BlockError
 from fisherlab.experiments import checkpoint
 from fisherlab.experiments.training.cost import SGDReference
 from fisherlab.experiments.training.divergence import Diverged, blame, finite
+from fisherlab.experiments.training.entries import lengths_in
 from fisherlab.experiments.training.record import FINAL, Record
 from fisherlab.experiments.training.results import Results
 from fisherlab.experiments.training.run import Run
@@ -57,7 +58,8 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     """Train every optimizer with every seed, and leave rows and checkpoints in the folder.
 
     Runs that are in the folder already are taken over where they ended, interrupted ones go on from
-    their last epoch: the rows are those of an uninterrupted run, times and peak memory aside. A
+    their last epoch, and shorter ones to the new number of epochs where no schedule depends on it:
+    the rows are those of an uninterrupted run, times and peak memory aside. A
     method that refuses or diverges ends with the reason, and the others go on. Ctrl-C ends with
     what there is (`results.interrupted`).
     """
@@ -70,7 +72,7 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
         record.restore(folder, settings)
     watch.planned(records)
     results = Results(task, records)
-    results.write_config(folder)
+    results.write_config(folder, "running")
     reference = SGDReference(task.model(0).train(), task.criterion())
     try:
         for record in records:
@@ -81,21 +83,35 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     except KeyboardInterrupt:
         results.interrupted = True
     results.write(folder)
+    results.write_config(folder, "interrupted" if results.interrupted else "complete")
     return results
 
 
 def _check_same(settings: Settings, folder: Path) -> None:
-    """Refuse a folder that holds a run with other settings."""
+    """Refuse a folder that holds a run with other settings; more epochs are the same run, longer.
+
+    Longer where the epochs done so far would have been the same ones.
+    """
     if not (folder / "config.json").exists():
         return
-    ours, there = settings.to_json(), Settings.load(folder).to_json()
+    earlier = Settings.load(folder)
+    ours, there = settings.to_json(), earlier.to_json()
     other = [
         f"{'optimizers' if key == 'entries' else key} {_said(there[key])}, not {_said(ours[key])}"
         for key in ours
         if ours[key] != there[key]
     ]
+    longer = settings.epochs > earlier.epochs
+    planned = lengths_in(settings)
+    if longer and len(other) == 1 and not planned:
+        return
     if other:
-        raise SettingsError(f"{folder} holds another run ({'; '.join(other)}); give another folder")
+        why = (
+            f"; its epochs were planned for that length by {planned}" if planned and longer else ""
+        )
+        raise SettingsError(
+            f"{folder} holds another run ({'; '.join(other)}){why}; give another folder"
+        )
 
 
 def _said(value: Any) -> str:

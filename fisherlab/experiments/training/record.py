@@ -45,11 +45,15 @@ class Record:
         if not path.exists():
             return None
         state = checkpoint.load(path, settings.device)
-        if state["settings"] != settings.to_json() or state["label"] != self.entry.label:
+        there, epochs = state["settings"], settings.epochs
+        same = {**there, "epochs": epochs} == settings.to_json() and there["epochs"] <= epochs
+        if not same or state["label"] != self.entry.label:
             raise checkpoint.CheckpointError(
                 f"{path} is of a run with other settings than config.json; delete it"
             )
         for f in fields(self):
             if f.name != "entry":
                 setattr(self, f.name, state[f.name])
+        if self.status == "done" and there["epochs"] < epochs:
+            self.status = "interrupted"  # it goes on to the new number of epochs
         return state["training"]

@@ -36,7 +36,7 @@ COLUMNS = {
     "bleu": "of greedy translations of the test set, 0 to 100, on lower-case words and marks",
     "seconds_per_step": "forward, backward and step; mean over the epoch",
     "sgd_seconds_per_step": "SGD with momentum on the same model, right after the epoch",
-    "ratio_to_sgd": "seconds_per_step / sgd_seconds_per_step",
+    "ratio_to_sgd": "seconds_per_step / sgd_seconds_per_step; of sgd itself, the clock's noise",
     "train_seconds": "seconds in steps so far, without evaluation",
     "peak_memory_bytes": "peak of the allocator (GPU) or of the process (Linux) in the epoch",
     "state_bytes": "tensors in the optimizer's state_dict",
@@ -83,7 +83,7 @@ class Results:
         """One row per optimizer, the best first, then those without a result and why.
 
         The metric at the last and at the best epoch, mean and deviation over the seeds that came to
-        their end; the median over epochs of the cost of a step.
+        their end; the median over epochs of the cost of a step, 1 for SGD itself.
         """
         found = [self._summary(entry.label) for entry in self.settings.entries]
         frame = pd.DataFrame(found)
@@ -123,15 +123,17 @@ class Results:
             "test_loss": last["test_loss"].mean(),
             "seconds_per_step": per_step,
             "seconds_per_epoch": per_step * self.steps_per_epoch,
-            "ratio_to_sgd": rows["ratio_to_sgd"].median(),
+            # the others are multiples of it
+            "ratio_to_sgd": 1.0 if done[0].entry.name == "sgd" else rows["ratio_to_sgd"].median(),
             "peak_memory_bytes": rows["peak_memory_bytes"].max(),
             "state_bytes": rows["state_bytes"].max(),
         }
 
-    def write_config(self, folder: Path) -> None:
+    def write_config(self, folder: Path, status: str) -> None:
         """`config.json`: what reruns it, and what it ran on."""
         config = {
             "command": "train",
+            "status": status,
             "settings": self.settings.to_json(),
             "metric": self.metric,
             "data": {"name": self.card.name, "sha256": self.card.sha256},
