@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fisherlab.blocks import Diagonal, Eigen, Kronecker, Outer
-from fisherlab.blocks.moment import Decomposed, Moment
+from fisherlab.blocks.moment import Decomposed, Lifted, Moment
 
 
 def moment(rows, scale, weight=None):
@@ -66,6 +66,18 @@ def test_a_decomposed_factor_is_its_matrix(generator):
     torch.testing.assert_close(S.formed(), expected)
     inverse, same = (Kronecker(F, F).power(-1, 0.3) for F in (S, expected))
     torch.testing.assert_close(inverse.trace(), same.trace())
+
+
+def test_a_lifted_factor_is_its_matrix(generator):
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    X, C, V = draw(7, 3), draw(3, 3), draw(2, 7)
+    Q, C = torch.linalg.qr(X).Q, C + C.mT
+    S, expected = Lifted(Q, C), Q @ C @ Q.mT
+    torch.testing.assert_close(S.apply(V), V @ expected)
+    torch.testing.assert_close(S.trace(), expected.trace())
+    values, vectors = S.spectral("S")
+    torch.testing.assert_close(vectors * values @ vectors.mT, expected)
+    torch.testing.assert_close(S.formed(), expected)
 
 
 def test_blocks_within_the_space_of_their_inputs(generator):

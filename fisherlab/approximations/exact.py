@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import BlockError, Outer
+from fisherlab.blocks.columns import joined
 from fisherlab.extract import LayerCapture
 
 
@@ -26,20 +24,11 @@ class Exact(Approximation, name="exact"):
         if len(layers) == 1 and layers[0].column_share == 1:
             columns = layers[0].columns
             return Outer(columns.a, columns.g, columns=columns)
-        return Outer(*_joined(layers), core=1 / sum(layer.examples for layer in layers))
+        of = joined([layer.columns for layer in layers])
+        return Outer(of.a, of.g, 1 / sum(layer.examples for layer in layers), columns=of)
 
     def __call__(self, *layers: LayerCapture) -> Outer:
         """The block of the examples of all captures together."""
         if not layers:
             raise BlockError("Exact() needs at least one LayerCapture")
         return self.of_batch(layers)
-
-
-def _joined(layers: tuple[LayerCapture, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of every capture side by side; missing positions or columns are zeros."""
-    m = max(layer.columns_per_example for layer in layers)
-    t = max(layer.positions for layer in layers)
-    a = [F.pad(x, (0, 0, 0, t - x.shape[1])) for x in (layer.inputs for layer in layers)]
-    gradients = (layer.output_gradients for layer in layers)
-    g = [F.pad(x, (0, 0, 0, t - x.shape[2], 0, 0, 0, m - x.shape[0])) for x in gradients]
-    return torch.cat(a), torch.cat(g, 1)

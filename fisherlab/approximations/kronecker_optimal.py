@@ -11,8 +11,9 @@ from torch import Tensor
 from fisherlab import blocks
 from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
-from fisherlab.blocks.moment import Decomposed
-from fisherlab.blocks.numerics import eigh, lifted, sum_of, symmetrise
+from fisherlab.blocks.columns import joined
+from fisherlab.blocks.moment import Lifted
+from fisherlab.blocks.numerics import eigh, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -30,41 +31,32 @@ class _Rearranged:
     """
 
     def __init__(self, layers: tuple[LayerCapture, ...]) -> None:
-        self.pairs = [(layer.inputs, layer.output_gradients) for layer in layers]
+        self.columns = [layer.columns for layer in layers]
         self.space = None
-        columns = layers[0].columns if len(layers) == 1 and layers[0].few_inputs else None
-        if columns is not None and columns.input_frame is not None:
-            self.space, a = columns.input_frame
-            self.pairs = [(a, columns.g)]
+        if len(layers) == 1 and self.columns[0].inside is not None:
+            self.space, self.columns = self.columns[0].input_space, [self.columns[0].inside]
         self.count = sum(layer.examples for layer in layers)
         self.share_columns = len(layers) == 1 or all(x.column_share == 1 for x in layers)
         self.dtype, self.device = layers[0].dtype, layers[0].device
-        self.shape = layers[0].shape[0], self.pairs[0][0].shape[-1]
+        self.shape = self.columns[0].shape
 
     def lift(self, A: Tensor) -> Tensor:
         """An input factor in the weight's own coordinates."""
         return A if self.space is None else self.space @ A @ self.space.mT
 
-    def lift_decomposed(self, A: Tensor) -> Tensor | Decomposed:
-        """The same of a symmetric one, in its eigenvectors where its space is known."""
-        if self.space is None:
-            return A
-        values, C = eigh(A, "input factor A")
-        return Decomposed(values, lifted(self.space, C))
-
     @property
     def flat(self) -> bool:
         """Whether every capture has one position and whole examples."""
-        return self.share_columns and all(a.shape[1] == 1 for a, _ in self.pairs)
+        return self.share_columns and all(of.a.shape[1] == 1 for of in self.columns)
 
     def left(self, A: Tensor) -> Tensor:
         """`R(F) A`, `[i, i] -> [o, o]`."""
-        moments = [contractions.left_moment(a, g, A) for a, g in self.pairs]
+        moments = [contractions.left_moment(of.a, of.g, A) for of in self.columns]
         return sum_of(moments) / self.count
 
     def right(self, G: Tensor) -> Tensor:
         """`R(F)^T G`, `[o, o] -> [i, i]`."""
-        moments = [contractions.right_moment(a, g, G) for a, g in self.pairs]
+        moments = [contractions.right_moment(of.a, of.g, G) for of in self.columns]
         return sum_of(moments) / self.count
 
     def singular_pairs(
@@ -94,26 +86,17 @@ class _Rearranged:
         return [(G, A) for G, A in pairs if G.any() and A.any()]
 
     def output_matrices(self, terms: int) -> list[Tensor]:
-        """For T = 1, the leading left singular matrices from two `[M, M]` Hadamard squares.
+        """For T = 1, the leading left singular matrices, `sum_n w_n Gamma_n` of `Columns.hadamard`.
 
-        `R(F) = (1/M) sum_n vec(Gamma_n) vec(a a^T)^T` with `Gamma_n = sum_m g g^T`. An eigenvector
-        `p` of `B_a^{1/2} B_g B_a^{1/2}`, `B_a = (a a^T)^2`, `B_g[n, k] = <Gamma_n, Gamma_k>`, gives
-        one, `sum_n (B_a^{1/2} p)_n Gamma_n`: no division, however alike the inputs are.
+        `R(F) = (1/M) sum_n vec(Gamma_n) vec(a a^T)^T` with `Gamma_n = sum_m g g^T`.
         """
-        a = torch.cat([a[:, 0] for a, _ in self.pairs])
-        m = max(g.shape[0] for _, g in self.pairs)
-        pad = torch.nn.functional.pad
-        g = torch.cat([pad(g[:, :, 0], (0, 0, 0, 0, 0, m - g.shape[0])) for _, g in self.pairs], 1)
-        n = a.shape[0]
-        B_a = (a @ a.mT).double().square()
-        flat = g.reshape(m * n, -1)
-        B_g = (flat @ flat.mT).double().square().view(m, n, m, n).sum((0, 2))
-        values, vectors = eigh(B_a, "Hadamard square")
-        root = vectors * values.clamp(min=0).sqrt()
-        inside, P = eigh(symmetrise(root.mT @ B_g @ root), "rearranged block")
-        top = min(terms, int((inside > 1e-14 * n * inside[-1]).sum()))
-        weights = (root @ P[:, len(P) - top :]).flip(1).to(g)
-        matrices = ((g * w[:, None]).reshape(m * n, -1).mT @ flat for w in weights.mT)
+        of = self.columns[0] if len(self.columns) == 1 else joined(self.columns)
+        values, weights = of.hadamard
+        top = min(terms, int((values > 1e-14 * len(values) * values[-1]).sum()))
+        g = of.g[:, :, 0]
+        flat = g.flatten(0, 1)
+        leading = weights[:, len(values) - top :].flip(1).to(g)
+        matrices = ((g * w[:, None]).flatten(0, 1).mT @ flat for w in leading.mT)
         return [symmetrise(G / G.norm()) for G in matrices if G.any()]
 
     def zero(self) -> tuple[Tensor, Tensor]:
@@ -127,7 +110,8 @@ class _Rearranged:
         if not min(sizes) > 0:
             return Kronecker(torch.zeros_like(G), self.lift(torch.zeros_like(A)))
         scale = (sizes[0] / sizes[1]).sqrt()
-        return Kronecker(G / scale, self.lift_decomposed(A * scale))
+        A = A * scale
+        return Kronecker(G / scale, A if self.space is None else Lifted(self.space, A))
 
 
 @dataclass(frozen=True)

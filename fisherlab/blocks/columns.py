@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.numerics import BlockError, check_gram, coordinates, eigh, sum_of, symmetrise
@@ -230,6 +231,23 @@ class Columns:
             result = torch.cat([flat.double() @ D for _, D in self._doubled(self.formed)], 1)
         return result.view(*weights.shape[:-2], *self.shape)
 
+    @remembered("a", "g")
+    def hadamard(self) -> tuple[Tensor, Tensor]:
+        """At one position, eigenvalues `[n]` and `B_a^{1/2} p` `[n, n]` of two Hadamard squares.
+
+        `p` are the eigenvectors of `B_a^{1/2} B_g B_a^{1/2}` with `B_a = (a a^T)^2` and
+        `B_g[n, k] = <Gamma_n, Gamma_k>`, `Gamma_n = sum_m g g^T`: no division, however alike the
+        inputs are. Ascending, float64.
+        """
+        m, n = self.g.shape[:2]
+        a, flat = self.a[:, 0], self.g[:, :, 0].reshape(m * n, -1)
+        B_a = (a @ a.mT).double().square()
+        B_g = (flat @ flat.mT).double().square().view(m, n, m, n).sum((0, 2))
+        values, vectors = eigh(B_a, "Hadamard square")
+        root = vectors * values.clamp(min=0).sqrt()
+        values, P = eigh(symmetrise(root.mT @ B_g @ root), "rearranged block")
+        return values, root @ P
+
     @property
     def input_space(self) -> Tensor | None:
         """Orthonormal `V` `[i, r]` whose span holds every input, where r is clearly less than i."""
@@ -261,6 +279,16 @@ class Columns:
     def gradient_products(self) -> Tensor:
         """`sum_m g g^T` of each example, `[n, t, t]`."""
         return (self.g @ self.g.mT).sum(0)
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    """All columns side by side; missing positions or output vectors are zeros."""
+    m = max(of.g.shape[0] for of in parts)
+    t = max(of.a.shape[1] for of in parts)
+    a = [pad(of.a, (0, 0, 0, t - of.a.shape[1])) for of in parts]
+    missing = ((t - of.a.shape[1], m - of.g.shape[0]) for of in parts)
+    g = [pad(of.g, (0, 0, 0, s, 0, 0, 0, k)) for of, (s, k) in zip(parts, missing, strict=True)]
+    return Columns(torch.cat(a), torch.cat(g, 1))
 
 
 def frame(rows: Tensor) -> tuple[Tensor, Tensor] | None:

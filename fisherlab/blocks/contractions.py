@@ -302,7 +302,10 @@ def kronecker_quadratic(a: Tensor, g: Tensor, G: Tensor, A: Tensor) -> Tensor:
     m, n, t, o, i = _sizes(a, g)
     result = a.new_empty(m, n, dtype=torch.float64)
     pairs = n * t * i * (i + t) + m * n * t * o * (o + t)
-    if t == 1 or pairs <= m * n * o * i * (t + o + i):
+    if t == 1:
+        aAa = ((a[:, 0] @ A) * a[:, 0]).sum(-1, dtype=torch.float64)
+        return aAa * ((g[:, :, 0] @ G) * g[:, :, 0]).sum(-1, dtype=torch.float64)
+    if pairs <= m * n * o * i * (t + o + i):
         for part in slices(n, ((m + 1) * t * t + t * i + m * t * o) * a.element_size()):
             aAa = torch.bmm(a[part] @ A, a[part].mT)
             gGg = (g[:, part] @ G) @ g[:, part].mT

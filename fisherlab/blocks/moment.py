@@ -134,3 +134,29 @@ class Decomposed(Unformed):
         matrix = self.vectors * self.values @ self.vectors.mT
         declare_range(matrix, lambda: self.vectors, (self.values, self.vectors))
         return matrix
+
+
+class Lifted(Unformed):
+    """`S = V C V^T`, with orthonormal columns `V` `[d, r]` and a symmetric `C` `[r, r]`."""
+
+    def __init__(self, V: Tensor, C: Tensor) -> None:
+        self.V, self.C = V, C
+        self._pairs: tuple[Tensor, Tensor] | None = None
+        super().__init__(len(V), V, C)
+
+    def spectral(self, name: str) -> tuple[Tensor, Tensor]:
+        if self._pairs is None:
+            values, inside = _eigh(self.C, name)
+            self._pairs = values, lifted(self.V, inside)
+        return self._pairs
+
+    def apply(self, V: Tensor) -> Tensor:
+        return V @ self.V @ self.C @ self.V.mT
+
+    def trace(self) -> Tensor:
+        return self.C.diagonal().sum(dtype=torch.float64)
+
+    def formed(self) -> Tensor:
+        matrix = self.V @ self.C @ self.V.mT
+        declare_range(matrix, lambda: self.V, self._pairs)
+        return matrix
