@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fisherlab.experiments.bench_optim import (
+from fisherlab.experiments.bench.optim import (
     MLP_ROWS,
     RESNET_ROWS,
     Counter,

@@ -1,18 +1,217 @@
-"""What a training step costs beside SGD's, each row held to the intervals it states."""
+"""What a training step costs beside SGD's, each row held to the intervals it states.
+
+Two training runs on models of equal architecture and the same batches alternate in slices of five
+steps, one of SGD and one of the other optimizer, so that whatever else the machine does falls on
+both; the ratio is that of their sums, the median over repeats. SGD against itself is measured the
+same way and printed beside: it shows the noise.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fisherlab import models
-from fisherlab.experiments import bench_optim
+from fisherlab import models, optim
 from fisherlab.experiments.bench.setting import OURS, Setting
+from fisherlab.optim.fngd import FNGD
+from fisherlab.optim.natural_gradient import NaturalGradient
 
+# of a run under way: without the refreshes of its first steps
+INTERVALS: dict[str, Any] = {"statistics_every": 10, "basis_every": 100, "warmup": 0}
+EVERY_STEP: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
+FEW: dict[str, Any] = {"statistics_examples": 32}
 STATED = ("statistics_every", "basis_every", "statistics_examples")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer under stated intervals; `target` is the ratio to reach, if one was set."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    target: float | None = None
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        return self.label or self.name
+
+
+RESNET_ROWS = (
+    Row("sgd", label="sgd (itself)"),
+    Row("kfac", INTERVALS, 1.20),
+    Row("kfac", INTERVALS | FEW, 1.06, "kfac, 32 examples"),
+    Row("tkfac", INTERVALS, 1.20),
+    Row("tkfac", INTERVALS | FEW, 1.06, "tkfac, 32 examples"),
+    Row("ekfac", INTERVALS, 1.40),
+    Row("ekfac", INTERVALS | FEW, 1.12, "ekfac, 32 examples"),
+    Row("tekfac", INTERVALS, 1.40),
+    Row("tekfac", INTERVALS | FEW, 1.12, "tekfac, 32 examples"),
+    Row("eva", EVERY_STEP, 1.10),
+    Row("eva", INTERVALS | {"basis_every": 10}, 1.01, "eva, T1 = 10"),
+    Row("ifang", EVERY_STEP | {"total_steps": 10_000}, 1.10),
+    Row("shampoo", INTERVALS, 1.02),
+    Row("sngd", INTERVALS, 1.08),
+    Row("fngd", {"coefficient_steps": 1}, 1.04, "fngd, second phase"),
+    Row("tengrad", {}, 2.0),
+)
+MLP_ROWS = (
+    Row("sgd", label="sgd (itself)"),
+    Row("fngd", {"coefficient_steps": 1}, 1.04, "fngd, second phase"),
+    Row("tengrad", {}, 1.5),
+)
+
+
+class Run:
+    """One training run: a model, an optimizer, and its batches."""
+
+    def __init__(self, build: Callable[[], nn.Module], row: Row, batches: list) -> None:
+        self.model, self.batches = build(), batches
+        self.optimizer = optim.create(row.name, self.model, **row.options)
+        self.criterion = nn.CrossEntropyLoss()
+        self.count = 0
+
+    def step(self) -> None:
+        """Zero, forward, backward, step."""
+        x, y = self.batches[self.count % len(self.batches)]
+        self.optimizer.zero_grad()
+        self.criterion(self.model(x), y).backward()
+        self.optimizer.step()
+        self.count += 1
+
+    def seconds(self, steps: int) -> float:
+        """The time of some steps."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        return time.perf_counter() - start
+
+
+class Counter:
+    """How often each state of an optimizer changed, to hold a row to its stated intervals."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.counts: dict[str, int] = {}
+        if isinstance(optimizer, NaturalGradient):
+            for running in optimizer._running.values():
+                if running is not None:
+                    for method in ("update", "refresh_basis", "correct"):
+                        self._count(running, method)
+            self.layers = len(optimizer._running)
+            self._count(optimizer.approximation, "damped", frozen=True)
+        elif isinstance(optimizer, FNGD):
+            self.layers = len(optimizer.weights)
+            self._count(optimizer, "solve")
+
+    def _count(self, owner: object, method: str, frozen: bool = False) -> None:
+        inner = getattr(owner, method)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self.counts[method] = self.counts.get(method, 0) + 1
+            return inner(*args, **options)
+
+        (object.__setattr__ if frozen else setattr)(owner, method, counted)
+
+    def per_layer(self) -> dict[str, float]:
+        """The changes of each state, over the layers."""
+        return {name: count / self.layers for name, count in self.counts.items()}
+
+
+def expected_changes(row: Row, steps: int) -> dict[str, float]:
+    """How often each state must have changed in `steps` steps from the first."""
+    if row.name == "fngd":
+        return {"solve": 0}  # the first phase lies before the measurement
+    if "statistics_every" not in row.options or row.name == "shampoo":
+        return {}
+    statistics = -(-steps // row.options["statistics_every"])
+    basis = -(-steps // row.options["basis_every"])
+    if row.name in ("ekfac", "tekfac"):
+        return {
+            "update": statistics,
+            "refresh_basis": basis,
+            "correct": statistics,
+            "damped": statistics,
+        }
+    return {"update": statistics, "damped": basis}
+
+
+def measure(
+    build: Callable[[], nn.Module],
+    batches: list[tuple[Tensor, Tensor]],
+    rows: tuple[Row, ...],
+    *,
+    steps: int = 100,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda title: None,
+) -> list[dict[str, Any]]:
+    """One dict per row: the ratio to SGD, its spread, the intervals, and how often states changed.
+
+    Each repeat is `steps` steps of the optimizer in slices that alternate with slices of SGD.
+    Raises `AssertionError` where a state changed more or less often than the row says.
+    """
+    found = []
+    for row in rows:
+        progress(row.title)
+        ratios, seconds = [], []
+        for _ in range(repeats):
+            sgd, other = Run(build, Row("sgd"), batches), Run(build, row, batches)
+            if row.name == "fngd":
+                other.seconds(row.options["coefficient_steps"])
+            counter = Counter(other.optimizer)
+            pairs = [(sgd.seconds(5), other.seconds(5)) for _ in range(steps // 5)]
+            ratios.append(sum(b for _, b in pairs) / sum(a for a, _ in pairs))
+            seconds.append(sum(b for _, b in pairs) / steps)
+            check_changes(row, counter, steps)
+        found.append(
+            {
+                "optimizer": row.title,
+                "ratio": median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "target": row.target,
+                "seconds_per_step": median(seconds),
+                **{key: row.options.get(key) for key in (*INTERVALS, *FEW)},
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return found
+
+
+def check_changes(row: Row, counter: Counter, steps: int) -> None:
+    """Hold a row to its stated intervals."""
+    expected, got = expected_changes(row, steps), counter.per_layer()
+    wrong = {key: got.get(key, 0) for key, count in expected.items() if got.get(key, 0) != count}
+    assert not wrong, f"{row.title} states {expected} changes per layer, got {got}"
+
+
+def resnet20() -> nn.Module:
+    """ResNet-20 on 3 x 32 x 32."""
+    return models.create("resnet20", input_size=(3, 32, 32))
+
+
+def mlp() -> nn.Module:
+    """784-512-512-10."""
+    return models.create("mlp", input_size=784, hidden=(512, 512))
+
+
+def random_batches(shape: tuple[int, ...], size: int = 128, count: int = 8) -> list:
+    """Noise and labels: what a step costs does not depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(size, *shape, generator=generator),
+            torch.randint(0, 10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
 
 
 def run(setting: Setting) -> list[dict[str, Any]]:
@@ -21,23 +220,22 @@ def run(setting: Setting) -> list[dict[str, Any]]:
     Raises `AssertionError` where a state of an optimizer changed more or less often than its row
     states: a row cannot be fast by computing less than it says.
     """
-    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], tuple[Any, ...]]]
+    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], tuple[Row, ...]]]
     if setting.quick:
-        cases = [("mlp", _tiny, (16,), bench_optim.RESNET_ROWS)]
+        cases = [("mlp", _tiny, (16,), RESNET_ROWS)]
         size, options = 8, {"steps": 10, "repeats": 1}
     else:
         cases = [
-            ("resnet20", bench_optim.resnet20, (3, 32, 32), bench_optim.RESNET_ROWS),
-            ("mlp", bench_optim.mlp, (784,), bench_optim.MLP_ROWS),
+            ("resnet20", resnet20, (3, 32, 32), RESNET_ROWS),
+            ("mlp", mlp, (784,), MLP_ROWS),
         ]
         size, options = 128, {"steps": 100, "repeats": setting.repeats or 3}
     records = []
     for network, build, shape, rows in cases:
         batches = [
-            (x.to(setting.device), y.to(setting.device))
-            for x, y in bench_optim.random_batches(shape, size)
+            (x.to(setting.device), y.to(setting.device)) for x, y in random_batches(shape, size)
         ]
-        found = bench_optim.measure(
+        found = measure(
             partial(_placed, build, setting),
             batches,
             rows,
