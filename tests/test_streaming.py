@@ -20,6 +20,7 @@ def columns(n, m=2, t=3, o=3, i=4, seed=0):
 def small(monkeypatch):
     """A workspace of 9 x 9 entries of a Gram matrix; no larger Gram matrix may be made."""
     monkeypatch.setattr(contractions, "WORKSPACE", 8 * 81)
+    monkeypatch.setattr(numerics, "GRANTED", 8 * 81)
     monkeypatch.setattr(numerics, "gram_budget", lambda device: 8 * 81)
 
 
@@ -147,6 +148,7 @@ def test_a_data_set_past_the_gram_budget_is_measured_without_solves(monkeypatch)
     options = {"approximations": ["kfac", "ekfac"], "fisher_type": "exact", "dampings": (0.1,)}
     whole = fl.compare(net(), nn.CrossEntropyLoss(), *sample, **options).frame
     monkeypatch.setattr(contractions, "WORKSPACE", 8 * 400)
+    monkeypatch.setattr(numerics, "GRANTED", 8 * 400)
     monkeypatch.setattr(numerics, "gram_budget", lambda device: 8 * 400)
     loader = DataLoader(TensorDataset(*sample), batch_size=16)
     parts = fl.compare(net(), nn.CrossEntropyLoss(), loader, **options).frame

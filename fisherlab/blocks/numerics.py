@@ -13,6 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fisherlab.blocks.remembered import state_of
 
 GIB = 1024**3
+# Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
+GRANTED = GIB // 4
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
 
@@ -234,14 +236,13 @@ def dense_budget(device: torch.device) -> int:
 
 def gram_budget(device: torch.device) -> int:
     """Bytes a Gram matrix may take: those of a dense block, and 256 MiB in any case."""
-    return max(dense_budget(device), GIB // 4)
+    return max(dense_budget(device), GRANTED)
 
 
 def fits_gram(columns: int, device: torch.device, width: int | None = None) -> bool:
     """Whether a float64 Gram matrix of so many columns stays within its budget."""
     needed = 8 * columns * (width or columns)
-    # what is granted in any case is granted without asking the system
-    return needed <= GIB // 4 or needed <= gram_budget(device)
+    return needed <= GRANTED or needed <= gram_budget(device)
 
 
 def check_gram(columns: int, device: torch.device, width: int | None = None) -> None:
