@@ -137,7 +137,9 @@ def cross_gram(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     p, q, s = h.shape[:3]
     pairs = n * t * q * s * i + m * n * t * p * q * s * (o + 1)
     formed = (m * n * t + p * q * s) * o * i + m * n * p * q * o * i
-    if (t == 1 and s == 1) or pairs <= formed:
+    if t == 1 and s == 1:
+        return _gram_of_rows(a, g, b, h)
+    if pairs <= formed:
         return _gram_by_pairs(a, g, b, h)
     result = a.new_zeros(m * n, p * q, dtype=torch.float64)
     same = b is a and h is g
@@ -149,6 +151,16 @@ def cross_gram(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
         theirs = ours if same else per_example(b, h[..., rows]).reshape(p * q, -1)
         result += ours @ theirs.mT
     return result
+
+
+def _gram_of_rows(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """`(g . h)(a . b)` of one position each, in the memory of the result."""
+    (m, n, _, o), (p, q) = g.shape, h.shape[:2]
+    inputs, gradients = a[:, 0].double(), g.double().reshape(m * n, o)
+    others = inputs if b is a else b[:, 0].double()
+    theirs = gradients if h is g else h.double().reshape(p * q, o)
+    result = (gradients @ theirs.mT).view(m, n, p, q)
+    return result.mul_((inputs @ others.mT)[:, None]).view(m * n, p * q)
 
 
 def _gram_by_pairs(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
