@@ -86,12 +86,16 @@ def inverse(F: Tensor, share: float) -> Tensor:
     return torch.linalg.inv(F + share * F.trace() / len(F) * eye(len(F)))
 
 
-def kfac(history: list) -> tuple[Tensor, Tensor]:
-    G = mean(history, lambda a, g: g.T @ g / len(a), 10)
-    return G, mean(history, lambda a, g: a.T @ a / len(a), 10)
+def kfac(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return g.T @ g / len(a), a.T @ a / len(a)
 
 
-def tkfac(history: list) -> tuple[Tensor, Tensor]:
+def running_kfac(history: list) -> tuple[Tensor, Tensor]:
+    G = mean(history, lambda a, g: kfac(a, g)[0], 10)
+    return G, mean(history, lambda a, g: kfac(a, g)[1], 10)
+
+
+def running_tkfac(history: list) -> tuple[Tensor, Tensor]:
     """The means are those of the sums; the trace is taken out of them."""
 
     def moment(equation: str) -> Tensor:
@@ -241,17 +245,17 @@ class Steps:
         if name in ("ngd_smw", "fngd"):
             return smw(a, g, 0.005)
         if name in ("kfac", "truncated_kfac", "ang"):
-            return factored(*kfac(settled), 3, None)
+            return factored(*running_kfac(settled), 3, None)
         if name == "kfac_reduce":
-            return inverse(torch.kron(*kfac(settled)), 3)
+            return inverse(torch.kron(*running_kfac(settled)), 3)
         if name == "tkfac":
-            return factored(*tkfac(settled), 3, 1.0)
+            return factored(*running_tkfac(settled), 3, 1.0)
         if name == "tkfac_expand":
-            return inverse(torch.kron(*tkfac(settled)), 3)
+            return inverse(torch.kron(*running_tkfac(settled)), 3)
         if name == "ekfac":
-            return corrected(history, kfac, 3)
+            return corrected(history, running_kfac, 3)
         if name == "tekfac":
-            return corrected(history, tkfac, 3)
+            return corrected(history, running_tkfac, 3)
         if name == "eva":
             return eva(history, 0.03)
         if name == "ifang":

@@ -6,19 +6,17 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Protocol, cast
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from fisherlab.blocks.numerics import eigh
 from fisherlab.distributed import Ranks, unwrapped
-from fisherlab.optim.recorder import blocked_layers
+from fisherlab.optim.passes import blocked_layers
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.weight import Weight
 
 
 class Removable(Protocol):
@@ -26,69 +24,6 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Take them off."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The trainable matrix of one layer: its parameters, and the group that the weight is in."""
-
-    name: str
-    module: nn.Module
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    group: int
-
-    @property
-    def groups(self) -> int:
-        """Groups of a convolution, which are slices of the rows."""
-        return getattr(self.module, "groups", 1)
-
-    @property
-    def size(self) -> int:
-        """Parameters of the matrix."""
-        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
-
-    @property
-    def keys(self) -> list[str]:
-        """The names of its captures: one per group."""
-        k = self.groups
-        return [f"{self.name}:{j}" for j in range(k)] if k > 1 else [self.name]
-
-    def is_in(self, model: nn.Module) -> bool:
-        """Whether the model still has the layer, and the layer this weight."""
-        # a parametrized layer keeps its weight elsewhere
-        if self.module._parameters.get("weight", self.weight) is not self.weight:
-            return False
-        at: Any = model
-        for part in self.name.split(".") if self.name else ():
-            at = at._modules.get(part) if at is not None else None
-        return at is self.module or any(module is self.module for module in model.modules())
-
-    def gradient(self) -> Tensor | None:
-        """`[weight | bias]` of `.grad`, `[o, i]`; None where there is none."""
-        if self.weight.grad is None:
-            return None
-        found = {self.weight: self.weight.grad}
-        if self.bias is not None:
-            bias = self.bias.grad
-            found[self.bias] = torch.zeros_like(self.bias) if bias is None else bias
-        return self.joined(found)
-
-    def joined(self, tensors: dict[nn.Parameter, Tensor]) -> Tensor:
-        """One tensor per parameter as the matrix `[weight | bias]`, `[o, i]`."""
-        matrix = tensors[self.weight].flatten(1)
-        if self.bias is None:
-            return matrix
-        return torch.cat([matrix, tensors[self.bias][:, None]], 1)
-
-    def split(self, matrix: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The matrix as one tensor per parameter."""
-        if self.bias is None:
-            return {self.weight: matrix.reshape(self.weight.shape)}
-        return {
-            self.weight: matrix[:, :-1].reshape(self.weight.shape),
-            self.bias: matrix[:, -1].contiguous(),
-        }
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, ABC):
@@ -396,42 +331,3 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                         f"this state is of another model: parameter {index} has shape "
                         f"{tuple(buffer.shape)} there and {tuple(p.shape)} here"
                     )
-
-
-def summary_row(name: str, size: int, damping: float, eigenvalues: Tensor) -> dict[str, Any]:
-    """A layer's damping, relative to `tr F / N` too, and the share of eigenvalues above it.
-
-    `eigenvalues` may leave out those that are zero.
-    """
-    mean = eigenvalues.sum().item() / size
-    return {
-        "layer": name,
-        "n_parameters": size,
-        "damping": damping,
-        "damping_relative": damping / mean if mean > 0 else float("inf"),
-        "eigenvalues_above_damping": (eigenvalues > damping).sum().item() / size,
-    }
-
-
-def last_steps(last: dict[str, tuple[int, float, list[Tensor]]], steps: int) -> pd.DataFrame:
-    """`summary_row`s of exact blocks, from each layer's size, damping and Gram matrices `K / M`."""
-    rows = [
-        summary_row(name, size, damping, torch.cat([eigh(K, name)[0] for K in grams]))
-        for name, (size, damping, grams) in last.items()
-    ]
-    return pd.DataFrame(rows).assign(steps=steps)
-
-
-def has_gradient(weight: Weight) -> bool:
-    """Whether a layer took part: `zero_grad(set_to_none=False)` leaves zeros where not."""
-    gradient = weight.weight.grad
-    return gradient is not None and bool((gradient != 0).any())
-
-
-def undelivered(name: str) -> str:
-    """What to look for when a layer has a gradient that no hook saw."""
-    return (
-        f"layer {name!r} has a gradient but delivered nothing; no parameter was changed. Usual "
-        "causes: the model was compiled before the optimizer was made; the loop calls "
-        "model.forward or a part of the model; the layer runs inside activation checkpointing"
-    )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.columns import Columns
-from fisherlab.optim.base import Weight
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.weight import Weight
 from fisherlab.optim.woodbury import Woodbury
 
 # Spread of the shared coefficients below which a run is SGD with a per-layer factor.

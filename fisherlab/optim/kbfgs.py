@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.optim.base import undelivered
 from fisherlab.optim.natural_gradient import NaturalGradient
-from fisherlab.optim.recorder import delivered
+from fisherlab.optim.passes import delivered
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.weight import undelivered
 
 
 class KBFGSOptimizer(NaturalGradient):

@@ -23,18 +23,15 @@ from fisherlab.distributed import unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.joint import joined
-from fisherlab.optim.base import (
-    CurvatureOptimizer,
-    Weight,
-    has_gradient,
-    summary_row,
-    undelivered,
-)
-from fisherlab.optim.recorder import Recorder, check_fisher_type, delivered
+from fisherlab.optim.adaptive import AdaptiveDamping
+from fisherlab.optim.passes import delivered
+from fisherlab.optim.recorder import Recorder, check_fisher_type
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.summary import summary_row
+from fisherlab.optim.weight import Weight, has_gradient, undelivered
 
 
-class NaturalGradient(CurvatureOptimizer):
+class NaturalGradient(AdaptiveDamping):
     """`W <- W - lr (F~ + lambda I)^{exponent} dW`, for any approximation `F~` of the Fisher blocks.
 
     `damping`: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`
@@ -192,42 +189,11 @@ class NaturalGradient(CurvatureOptimizer):
 
     # the step -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
-        rules = [group["damping"] for group in self.param_groups]
-        adapting = [r for r in rules if isinstance(r, LevenbergMarquardt)]
-        adapting = [rule for rule in adapting if self.steps % rule.every == 0]
-        if not adapting:
-            return super().step(closure)
-        if closure is None:
-            raise OptimizerError(
-                "levenberg_marquardt compares the loss before and after a step on the same batch: "
-                "call step(closure), with a closure that zeroes the gradients, computes the loss, "
-                "calls backward() and returns the loss"
-            )
-        params = [p for group in self.param_groups for p in group["params"]]
-        before, count = {p: p.clone() for p in params}, self.steps
-        loss = super().step(closure)
-        if self.steps > count and loss is not None:
-            predicted = self._predicted_change({p: p - before[p] for p in params})
-            with self._unrecorded(), unmoved(self.model), torch.enable_grad():
-                change = closure().item() - loss.item()
-            if self.ranks is not None:
-                change = self.ranks.total(change) / self.ranks.size
-            for rule in adapting:
-                rule.adapt(change / predicted if predicted < 0 else -math.inf)
-            self._damp(list(self._blocks))
-        return loss
+    def _damped_blocks(self) -> dict[str, tuple[Block, float]]:
+        return {name: (block, self._lambdas[name]) for name, block in self.blocks().items()}
 
-    def _predicted_change(self, moved: dict[nn.Parameter, Tensor]) -> float:
-        """`<g, d> + 1/2 <d, (F~ + lambda I) d>` of the step just taken."""
-        value = sum((d * p.grad).sum().item() for p, d in moved.items() if p.grad is not None)
-        for name, block in self.blocks().items():
-            d = self.weights[name].joined(moved)
-            value += 0.5 * block.quadratic(d).item()
-            value += 0.5 * self._lambdas[name] * d.square().sum().item()
-        return value
+    def _damp_again(self) -> None:
+        self._damp(list(self._blocks))
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
@@ -500,23 +466,6 @@ class NaturalGradient(CurvatureOptimizer):
         if self.recorder is not None:
             self.recorder.generator.set_state(extra["generator"].cpu())
             self.recorder.wanted = any(self._collects(w) for w in self.weights.values())
-
-
-@contextmanager
-def unmoved(model: nn.Module) -> Iterator[None]:
-    """Buffers (batch-norm statistics) and the global random streams are afterwards as before.
-
-    `torch.optim` counts no such second pass: an evaluation of the loss must not train.
-    """
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)
 
 
 def sharing(layer: LayerCapture) -> LayerCapture:

@@ -15,9 +15,12 @@ from fisherlab.blocks import Block, DirectSum, Outer, contractions
 from fisherlab.blocks.numerics import cholesky
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.joint import joined
-from fisherlab.optim.base import CurvatureOptimizer, has_gradient, last_steps, undelivered
-from fisherlab.optim.recorder import Recorder, delivered
+from fisherlab.optim.base import CurvatureOptimizer
+from fisherlab.optim.passes import delivered
+from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.summary import last_steps
+from fisherlab.optim.weight import has_gradient, undelivered
 
 # Parameters above which the dense forms are refused: the full matrix, and one layer's block.
 DENSE_JOINT = 5_000

@@ -9,8 +9,7 @@ would give a Fisher matrix that is c^2 off without any error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -22,55 +21,9 @@ from fisherlab.extract import fisher
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
-from fisherlab.extract.select import choices
 from fisherlab.names import unknown
+from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError, scale_factor
-
-
-@dataclass
-class _Call:
-    raw_input: Tensor
-    output: Tensor
-    gradient: Tensor | None = None
-    columns: list[Tensor] = field(default_factory=list)
-    graph: GraphCall | None = None
-
-
-@dataclass
-class _Pass:
-    """One forward of the model: its layer calls, its output, and what the backward brought."""
-
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
-    norms: dict[Any, Tensor] = field(default_factory=dict)
-    output: Tensor | None = None
-    output_gradient: Tensor | None = None
-    loss_scale: Tensor | None = None
-    labels: Tensor | None = None
-    activations: dict[str, Callable | None] = field(default_factory=dict)
-
-    @property
-    def arrived(self) -> bool:
-        """Whether a backward pass came through."""
-        return any(c.gradient is not None for calls in self.calls.values() for c in calls)
-
-
-def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that an optimizer preconditions; a weight tied to another kind is plain."""
-    found = choices(model)
-    byname = {choice.name: choice for choice in found}
-    modules = {c.name: c.module for c in found if c.status == "exact"}
-    for choice in found:
-        if choice.status != "tied":
-            continue
-        first = choice.reason.split("'")[1]
-        both_linear = isinstance(choice.module, nn.Linear) and isinstance(
-            byname[first].module, nn.Linear
-        )
-        if both_linear:
-            modules[choice.name] = choice.module
-        else:
-            modules.pop(first, None)
-    return modules
 
 
 class Recorder:
@@ -102,8 +55,8 @@ class Recorder:
         # of the passes last captured: what turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
-        self.passes: list[_Pass] = []
-        self._open: _Pass | None = None
+        self.passes: list[Pass] = []
+        self._open: Pass | None = None
         self._handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
         for name, module in modules.items():
             self._handles.append(
@@ -131,7 +84,7 @@ class Recorder:
     # hooks ------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
-        self._open = _Pass() if self.wanted and torch.is_grad_enabled() else None
+        self._open = Pass() if self.wanted and torch.is_grad_enabled() else None
 
     def _layer_hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -139,7 +92,7 @@ class Recorder:
             if current is None or not output.requires_grad:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
-            call = _Call(raw[: self.examples], output.detach()[: self.examples])
+            call = Call(raw[: self.examples], output.detach()[: self.examples])
             if self.fisher_type != "empirical" or self.slopes:
                 edge = get_gradient_edge(output)
                 call.graph = GraphCall(raw, edge, output.detach(), raw._version, output._version)
@@ -180,7 +133,7 @@ class Recorder:
         if self.fisher_type != "empirical" and not isinstance(self.criterion, nn.Module):
             self._send_columns(current, output, None)
 
-    def _send_columns(self, current: _Pass, output: Tensor, labels: Tensor | None) -> None:
+    def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
         """The model's own output vectors, on the live graph and only as far as layer outputs.
 
         `output` is what the criterion sees, which may have the examples' positions as rows.
@@ -241,9 +194,9 @@ class Recorder:
         self.factors = [self._factor(p) for p in arrived]
         return [self._capture(*pair) for pair in zip(arrived, self.factors, strict=True)]
 
-    def _capture(self, one: _Pass, factor: float) -> dict[str, LayerCapture]:
+    def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
         owners: dict[int, str] = {}
-        joined: dict[str, list[_Call]] = {}
+        joined: dict[str, list[Call]] = {}
         for name, module in self.modules.items():
             owner = owners.setdefault(id(module.weight), name)
             calls = [c for c in one.calls.get(name, []) if c.gradient is not None]
@@ -255,7 +208,7 @@ class Recorder:
         return found
 
     def _layer(
-        self, name: str, calls: list[_Call], factor: float, one: _Pass
+        self, name: str, calls: list[Call], factor: float, one: Pass
     ) -> dict[str, LayerCapture]:
         module = self.modules[name]
         batch = len(cast(Tensor, one.output))
@@ -302,7 +255,7 @@ class Recorder:
             for k in range(groups)
         }
 
-    def _factor(self, one: _Pass) -> float:
+    def _factor(self, one: Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
         assert one.output is not None
         return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
@@ -327,8 +280,3 @@ def uncompiled(hook: Callable) -> Callable:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:
-    """The captures of one layer, one per pass in which it took part."""
-    return [capture[name] for capture in captures if name in capture]

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract.layer import Geometry
-from fisherlab.optim.recorder import blocked_layers
+from fisherlab.optim.passes import blocked_layers
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
 
 ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Softplus)

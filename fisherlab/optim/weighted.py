@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from fisherlab.blocks.columns import Columns
 from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.layer import Geometry, LayerCapture
-from fisherlab.optim.base import Weight
 from fisherlab.optim.recorder import uncompiled
+from fisherlab.optim.weight import Weight
 
 # rows(weight, raw input, raw output gradient) -> [groups, n] weights, None for the plain gradient;
 # and the weighted gradient `[o, i]` itself, where it is known with them

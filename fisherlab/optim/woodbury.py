@@ -17,14 +17,10 @@ from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.image import ImageColumns
-from fisherlab.optim.base import (
-    CurvatureOptimizer,
-    Weight,
-    has_gradient,
-    last_steps,
-    undelivered,
-)
+from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.scale import LossScale, OptimizerError
+from fisherlab.optim.summary import last_steps
+from fisherlab.optim.weight import Weight, has_gradient, undelivered
 from fisherlab.optim.weighted import WeightedLayers, columns_of
 
 

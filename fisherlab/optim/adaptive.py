@@ -1,0 +1,86 @@
+"""Levenberg-Marquardt: a second look at the loss says how well the blocks predicted a step."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.approximations.damping import LevenbergMarquardt
+from fisherlab.blocks import Block
+from fisherlab.optim.base import CurvatureOptimizer
+from fisherlab.optim.scale import OptimizerError
+
+
+class AdaptiveDamping(CurvatureOptimizer):
+    """Adapts the damping of groups whose rule is `levenberg_marquardt`."""
+
+    @abstractmethod
+    def _damped_blocks(self) -> dict[str, tuple[Block, float]]:
+        """The current block of each layer and its lambda."""
+
+    @abstractmethod
+    def _damp_again(self) -> None:
+        """Take the damping that the rules now say."""
+
+    @abstractmethod
+    def _unrecorded(self) -> AbstractContextManager[None]:
+        """Passes of the model inside leave nothing behind."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
+        rules = [group["damping"] for group in self.param_groups]
+        adapting = [r for r in rules if isinstance(r, LevenbergMarquardt)]
+        adapting = [rule for rule in adapting if self.steps % rule.every == 0]
+        if not adapting:
+            return super().step(closure)
+        if closure is None:
+            raise OptimizerError(
+                "levenberg_marquardt compares the loss before and after a step on the same batch: "
+                "call step(closure), with a closure that zeroes the gradients, computes the loss, "
+                "calls backward() and returns the loss"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        before, count = {p: p.clone() for p in params}, self.steps
+        loss = super().step(closure)
+        if self.steps > count and loss is not None:
+            predicted = self._predicted_change({p: p - before[p] for p in params})
+            with self._unrecorded(), unmoved(self.model), torch.enable_grad():
+                change = closure().item() - loss.item()
+            if self.ranks is not None:
+                change = self.ranks.total(change) / self.ranks.size
+            for rule in adapting:
+                rule.adapt(change / predicted if predicted < 0 else -math.inf)
+            self._damp_again()
+        return loss
+
+    def _predicted_change(self, moved: dict[nn.Parameter, Tensor]) -> float:
+        """`<g, d> + 1/2 <d, (F~ + lambda I) d>` of the step just taken."""
+        value = sum((d * p.grad).sum().item() for p, d in moved.items() if p.grad is not None)
+        for name, (block, damping) in self._damped_blocks().items():
+            d = self.weights[name].joined(moved)
+            value += 0.5 * block.quadratic(d).item()
+            value += 0.5 * damping * d.square().sum().item()
+        return value
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Buffers (batch-norm statistics) and the global random streams are afterwards as before.
+
+    `torch.optim` counts no such second pass: an evaluation of the loss must not train.
+    """
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers.items():
+                    buffer.copy_(before)

@@ -1,0 +1,66 @@
+"""One forward of a model with what its backward brought; the layers that take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.record import Call as GraphCall
+from fisherlab.extract.select import choices
+
+
+@dataclass
+class Call:
+    """One call of a layer: its input and output, and the gradients that reached the output."""
+
+    raw_input: Tensor
+    output: Tensor
+    gradient: Tensor | None = None
+    columns: list[Tensor] = field(default_factory=list)
+    graph: GraphCall | None = None
+
+
+@dataclass
+class Pass:
+    """One forward of the model: its layer calls, its output, and what the backward brought."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    norms: dict[Any, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None
+    output_gradient: Tensor | None = None
+    loss_scale: Tensor | None = None
+    labels: Tensor | None = None
+    activations: dict[str, Callable | None] = field(default_factory=dict)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a backward pass came through."""
+        return any(c.gradient is not None for calls in self.calls.values() for c in calls)
+
+
+def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that an optimizer preconditions; a weight tied to another kind is plain."""
+    found = choices(model)
+    byname = {choice.name: choice for choice in found}
+    modules = {c.name: c.module for c in found if c.status == "exact"}
+    for choice in found:
+        if choice.status != "tied":
+            continue
+        first = choice.reason.split("'")[1]
+        both_linear = isinstance(choice.module, nn.Linear) and isinstance(
+            byname[first].module, nn.Linear
+        )
+        if both_linear:
+            modules[choice.name] = choice.module
+        else:
+            modules.pop(first, None)
+    return modules
+
+
+def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:
+    """The captures of one layer, one per pass in which it took part."""
+    return [capture[name] for capture in captures if name in capture]
