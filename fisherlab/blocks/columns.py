@@ -62,16 +62,7 @@ class Columns:
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
         # of the very gradients that products use: what an inverse cancels must be the same
-        result = self.formed.new_zeros(self.count, self.count, dtype=torch.float64)
-        for _, D in self._doubled(self.formed):
-            result.addmm_(D, D.mT)
-        return symmetrise(result)
-
-    def _doubled(self, formed: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """`(part, D[:, part])` in float64, some of the parameters at a time."""
-        limit = None if formed.is_cuda else contractions.IN_FLIGHT
-        for part in contractions.slices(formed.shape[1], 8 * self.count, limit):
-            yield part, formed[:, part].double()
+        return formed_gram(self.formed)
 
     @property
     def short(self) -> bool:
@@ -209,7 +200,7 @@ class Columns:
         if not exact:
             result = flat.to(self.formed.dtype) @ self.formed.mT
         else:
-            parts = self._doubled(self.formed)
+            parts = _doubled(self.formed)
             result = sum_of(flat[:, part].double() @ D.mT for part, D in parts)
         return result.view(*V.shape[:-2], *self.g.shape[:2])
 
@@ -228,7 +219,7 @@ class Columns:
         if not exact:
             result = flat.to(self.formed.dtype) @ self.formed
         else:
-            result = torch.cat([flat.double() @ D for _, D in self._doubled(self.formed)], 1)
+            result = torch.cat([flat.double() @ D for _, D in _doubled(self.formed)], 1)
         return result.view(*weights.shape[:-2], *self.shape)
 
     @remembered("a", "g")
@@ -279,6 +270,22 @@ class Columns:
     def gradient_products(self) -> Tensor:
         """`sum_m g g^T` of each example, `[n, t, t]`."""
         return (self.g @ self.g.mT).sum(0)
+
+
+def formed_gram(D: Tensor) -> Tensor:
+    """`U^T U`, `[R, R]` in float64, of formed gradients `[R, o i]`."""
+    check_gram(len(D), D.device)
+    result = D.new_zeros(len(D), len(D), dtype=torch.float64)
+    for _, part in _doubled(D):
+        result.addmm_(part, part.mT)
+    return symmetrise(result)
+
+
+def _doubled(D: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """`(part, D[:, part])` in float64, some of the parameters at a time."""
+    limit = None if D.is_cuda else contractions.IN_FLIGHT
+    for part in contractions.slices(D.shape[1], 8 * len(D), limit):
+        yield part, D[:, part].double()
 
 
 def joined(parts: Sequence[Columns]) -> Columns:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.numerics import check_gram, sum_of, symmetrise
+from fisherlab.blocks.columns import Columns, formed_gram
 from fisherlab.extract.layer import Convolution, LayerCapture
 
 
@@ -101,8 +100,7 @@ class ImageColumns(Columns):
     @cached_property
     def gram(self) -> Tensor:
         """`U^T U`, `[R, R]` in float64."""
-        check_gram(self.count, self.formed.device)
-        return symmetrise(sum_of(D @ D.mT for _, D in self._doubled(self.formed)))
+        return formed_gram(self.formed)
 
     left = cached_property(Columns.left.function)
     right = cached_property(Columns.right.function)
