@@ -68,7 +68,7 @@ class Columns:
     def short(self) -> bool:
         """Whether an example's gradients have fewer rows than it has positions, so go first."""
         m, _, t, o = self.g.shape
-        return self.formed is not None and m * o < t
+        return m * o < t and self.formed is not None
 
     def gram_tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """`K` `[m, p, m, q]` in float64 over pairs of ranges of examples, p no later than q.

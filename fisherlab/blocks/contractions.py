@@ -285,7 +285,8 @@ def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
     factors_first = n * t * i * j + m * n * t * (o * p + p * j)
     formed_first = m * n * (t * o * i + o * p * i + p * i * j)
     if t == 1 or factors_first <= formed_first:
-        return diagonal(a @ Q_A, g @ Q_G)
+        # g^T first: the gradients are stacked by rows [o', t], which are contiguous so
+        return diagonal(a @ Q_A, (Q_G.mT @ g.mT).mT)
     result = a.new_zeros(p, j)
     for _, D in per_example_chunks(a, g):
         result += rotated_squares(D.reshape(-1, o, i), Q_G, Q_A)

@@ -41,6 +41,8 @@ class Eigen(Block):
         self.tail_G = spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G
         self.tail_A = spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A
         self.tail = spectrum.new_zeros(()) if tail is None else tail
+        # the one value of all tails, where it is known that there is only one
+        self._level: Tensor | None = self.tail if self._confined else None
 
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
@@ -81,6 +83,10 @@ class Eigen(Block):
         core = self.Q_G.mT @ VQ
         if self.confined:
             return self.Q_G @ (spectrum * core) @ self.Q_A.mT
+        if self._level is not None:
+            level = self._level.to(self.dtype)
+            inside = self.Q_G @ ((spectrum - level) * core) @ self.Q_A.mT
+            return inside.addcmul_(V.to(inside), level)
         GV = self.Q_G.mT @ V
         # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
         inside = spectrum - tail_G[:, None] - tail_A + tail
@@ -109,7 +115,10 @@ class Eigen(Block):
             for key, (x, present) in parts.items()
             if present
         }
-        return Eigen(self.Q_G, self.Q_A, **powers)
+        found = Eigen(self.Q_G, self.Q_A, **powers)
+        if self._level is not None and self.thin:
+            found._level = spectrum_power(self._level, exponent, damping, type(self).__name__)
+        return found
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)

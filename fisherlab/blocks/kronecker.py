@@ -20,6 +20,7 @@ from fisherlab.blocks.numerics import (
     check_damping,
     check_dense,
     coordinates,
+    damped_inverse,
     spectral,
     spectrum_power,
     sum_of,
@@ -334,6 +335,8 @@ def _factor_power(
         return spectrum_power(factor.entries, exponent, damping, name, rounded=False)
     if exponent == 1:
         return factor + damping * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    if exponent == -1 and (inverse := damped_inverse(factor, damping)) is not None:
+        return inverse
     values, vectors = spectral(factor, name)
     powers = spectrum_power(values, exponent, damping, name)
     if vectors.shape[1] == len(vectors):

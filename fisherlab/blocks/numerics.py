@@ -181,6 +181,21 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     return factor
 
 
+def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
+    """`(S + damping I)^{-1}` by Cholesky, a fifth of an eigendecomposition; None to take that.
+
+    That is where the spectrum is known anyway, and where rounding could exceed the damping.
+    """
+    known = any(matrix in cache for cache in (_DECOMPOSITIONS, _RANGES, _INHERITED))
+    rounding = RANK_TOLERANCE * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().sum())
+    if known or not damping > rounding:
+        return None
+    damped = symmetrise(matrix)
+    damped.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return None if info.any() else torch.cholesky_inverse(factor)
+
+
 def spectrum_power(
     values: Tensor, exponent: float, damping: float, name: str, *, rounded: bool = True
 ) -> Tensor:
