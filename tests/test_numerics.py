@@ -228,3 +228,26 @@ def test_what_is_remembered_follows_its_sources():
     other.x, other.scale = thing.x, thing.scale
     Thing.total.share(thing, other)
     assert other.total == 6 and other.count == 0
+
+
+def test_a_damped_inverse_takes_no_eigenvectors(generator: torch.Generator) -> None:
+    rows = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    S = rows.T @ rows / 40
+    expected = torch.linalg.inv(S + 0.1 * torch.eye(12, dtype=torch.float64))
+    found = numerics.damped_inverse(S, 0.1)
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # the power of a factor is the same one, known spectrum or not
+    one = blocks.Kronecker(S, S).factored_power(-1.0, 0.1, 0.1)
+    numerics.eigh(S)
+    assert numerics.damped_inverse(S, 0.1) is None
+    other = blocks.Kronecker(S, S).factored_power(-1.0, 0.1, 0.1)
+    torch.testing.assert_close(one.A, other.A, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-7])
+def test_damping_below_rounding_takes_the_eigenvalues(
+    damping: float, generator: torch.Generator
+) -> None:
+    rows = torch.randn(4, 12, generator=generator)
+    assert numerics.damped_inverse(rows.T @ rows, damping) is None
