@@ -16,7 +16,8 @@ class Eigen(Block):
     `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
     basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
     `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0. A basis that is None is the side's own coordinates.
+    both complements; they default to 0. `level` is the one value of all tails, where there is one.
+    A basis that is None is the side's own coordinates.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Eigen(Block):
         tail_G: Tensor | None = None,
         tail_A: Tensor | None = None,
         tail: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> None:
         Q_G = identity(spectrum[:, 0]) if Q_G is None else Q_G
         Q_A = identity(spectrum[0]) if Q_A is None else Q_A
@@ -42,7 +44,7 @@ class Eigen(Block):
         self.tail_A = spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A
         self.tail = spectrum.new_zeros(()) if tail is None else tail
         # the one value of all tails, where it is known that there is only one
-        self._level: Tensor | None = self.tail if self._confined else None
+        self.level = self.tail if self._confined else level
 
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
@@ -83,8 +85,8 @@ class Eigen(Block):
         core = self.Q_G.mT @ VQ
         if self.confined:
             return self.Q_G @ (spectrum * core) @ self.Q_A.mT
-        if self._level is not None:
-            level = self._level.to(self.dtype)
+        if self.level is not None:
+            level = self.level.to(self.dtype)
             inside = self.Q_G @ ((spectrum - level) * core) @ self.Q_A.mT
             return inside.addcmul_(V.to(inside), level)
         GV = self.Q_G.mT @ V
@@ -115,10 +117,9 @@ class Eigen(Block):
             for key, (x, present) in parts.items()
             if present
         }
-        found = Eigen(self.Q_G, self.Q_A, **powers)
-        if self._level is not None and self.thin:
-            found._level = spectrum_power(self._level, exponent, damping, type(self).__name__)
-        return found
+        if self.level is not None and self.thin:
+            powers["level"] = spectrum_power(self.level, exponent, damping, type(self).__name__)
+        return Eigen(self.Q_G, self.Q_A, **powers)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)

@@ -19,7 +19,7 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     Dense: ("matrix", "shape"),
     Diagonal: ("entries",),
     DirectSum: ("parts",),
-    Eigen: ("Q_G", "Q_A", "spectrum", "tail_G", "tail_A", "tail"),
+    Eigen: ("Q_G", "Q_A", "spectrum", "tail_G", "tail_A", "tail", "level"),
     FromInverse: ("inverse",),
     Kronecker: ("G", "A"),
     KroneckerSum: ("G", "A"),
@@ -51,7 +51,7 @@ def from_dict(state: dict[str, Any]) -> Block:
     form = _FORMS[state["form"]]
     values = []
     for name in _FIELDS[form]:
-        value = state[name]
+        value = state.get(name)
         if isinstance(value, dict):
             value = from_dict(value)
         elif isinstance(value, list):
