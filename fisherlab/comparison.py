@@ -25,10 +25,11 @@ from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, DirectSum, Outer, contractions
 from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import sum_of
 from fisherlab.distributed import RankError, Ranks, unwrapped
-from fisherlab.extract import CaptureError, Captures, LayerCapture
-from fisherlab.extract.api import Forward, _forward, split_batch
+from fisherlab.extract import Captures, LayerCapture
+from fisherlab.extract.api import Forward, _forward, split_batches
 from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory, form_bytes, least_bytes
@@ -206,7 +207,7 @@ def compare(
     ranks = None if alone else Ranks.current()
     model = unwrapped(model)
     with ranks.together("checking its batch") if ranks else nullcontext():
-        batches = _batches(x, y)
+        batches = split_batches(x, y)
         check_model(model)
         for batch in batches:
             check_batch(*batch, model)
@@ -241,7 +242,7 @@ def compare(
         unseen = [copy(reference)]  # ranks give parts of theirs away
     elif reference is not None:
         pair = reference if isinstance(reference, tuple) else (reference, None)
-        unseen = captured(_batches(*pair), fisher_type)
+        unseen = captured(split_batches(*pair), fisher_type)
     _check_blocks(makers, captures[0])
     check_memory(captures[0], memory)
     facts = {
@@ -321,18 +322,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _batches(x: object, y: Tensor | None) -> list[tuple[object, Tensor]]:
-    pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
-    if y is not None or isinstance(x, dict) or pair:
-        return [split_batch(x, y)]
-    if isinstance(x, Tensor) or not isinstance(x, Iterable):
-        raise ValueError("pass labels y, or a loader of (x, y) batches as x")
-    batches = [split_batch(batch) for batch in x]
-    if not batches:
-        raise CaptureError("the loader is empty")
-    return batches
-
-
 def _check_counts(ranks: Ranks, batches: list[tuple[object, Tensor]]) -> None:
     """Batch k of the joint sample is batch k of every rank."""
     counts = ranks.objects(len(batches))
@@ -357,8 +346,7 @@ def _makers(
     approximations: Mapping[str, Maker] | Iterable[str | Approximation] | None, model: nn.Module
 ) -> dict[str, Maker]:
     if approximations is None:
-        known = {name: registry.get(name)() for name in registry.names()}
-        return {name: a for name, a in known.items() if "pair" not in a.needs}
+        return {name: registry.get(name)() for name in registry.of_one_batch()}
     if isinstance(approximations, Mapping):
         blocks = {k: v for k, v in approximations.items() if isinstance(v, Block)}
         layers = {name for name, _ in model.named_modules()}
@@ -396,14 +384,6 @@ def _by_layer(captures: Captures) -> dict[str, list[str]]:
     for key, layer in captures.items():
         found.setdefault(layer.name, []).append(key)
     return found
-
-
-def _joined(parts: Sequence[Block]) -> Block:
-    return parts[0] if len(parts) == 1 else DirectSum(parts)
-
-
-def _exactly(parts: Sequence[Outer]) -> Outer | DirectSum:
-    return parts[0] if len(parts) == 1 else DirectSum(parts)
 
 
 @contextmanager
@@ -471,7 +451,7 @@ class _Layer:
         self.memos = [Memo(part, memory) for part in self.parts]
         same = target is captures
         shared = [m.exact() for m in self.memos] if same else []
-        self.F = _exactly(shared) if same else self._exact(target)
+        self.F = layer_block(shared) if same else self._exact(target)
         self.unseen = self._exact(unseen) if unseen else None
         # of the mean loss; a layer in groups has one below the other
         sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
@@ -484,18 +464,18 @@ class _Layer:
         )
 
     def _exact(self, captures: list[Captures]) -> Outer | DirectSum:
-        return _exactly([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
+        return layer_block([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
 
     def build(self, maker: Maker) -> Block | None:
         """The block of one method on this layer; None where a given block is of another layer."""
         if isinstance(maker, Approximation):
-            return _joined([memo.block(maker) for memo in self.memos])
+            return layer_block([memo.block(maker) for memo in self.memos])
         if isinstance(maker, Block):
             return maker if maker.shape == self.F.shape else None
         if isinstance(maker, Mapping):
             parts = [maker[key] for key in self.keys if key in maker]
-            return maker.get(self.name) or (_joined(parts) if parts else None)
-        return _joined([maker(part[0]) for part in self.parts])
+            return maker.get(self.name) or (layer_block(parts) if parts else None)
+        return layer_block([maker(part[0]) for part in self.parts])
 
     def rows(
         self, makers: dict[str, Maker], dampings: Sequence[float], facts: dict[str, Any]

@@ -4,11 +4,11 @@ import importlib
 import pkgutil
 
 from fisherlab.approximations import damping
-from fisherlab.approximations.base import Approximation, Means, get, names
+from fisherlab.approximations.base import Approximation, Means, get, names, of_one_batch
 from fisherlab.approximations.running import Memo, Running
 
 # Every sibling module is imported, so that a new file is all a new approximation needs.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Approximation", "Means", "Memo", "Running", "damping", "get", "names"]
+__all__ = ["Approximation", "Means", "Memo", "Running", "damping", "get", "names", "of_one_batch"]

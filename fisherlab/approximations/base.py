@@ -179,6 +179,11 @@ def names() -> list[str]:
     return sorted(_REGISTRY, key=lambda name: (name != "exact", name))
 
 
+def of_one_batch() -> list[str]:
+    """Those that one capture can build; K-BFGS needs a pair of them."""
+    return [name for name in names() if "pair" not in _REGISTRY[name]().needs]
+
+
 def get(name: str) -> type[Approximation]:
     """The class registered under a name; an unknown one is refused with the nearest names."""
     if name not in _REGISTRY:

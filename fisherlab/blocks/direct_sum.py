@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from fisherlab.blocks.base import Block
 from fisherlab.blocks.coordinates import formed
 from fisherlab.blocks.numerics import BlockError
 from fisherlab.blocks.outer import Outer
+
+AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 
 class DirectSum(Block):
@@ -122,3 +125,8 @@ class DirectSum(Block):
     @property
     def clamped(self) -> float:
         return max(part.clamped for part in self.parts)
+
+
+def layer_block(parts: Sequence[AnyBlock]) -> AnyBlock | DirectSum:
+    """The block of a layer: that of its only group, or the direct sum of its groups'."""
+    return parts[0] if len(parts) == 1 else DirectSum(parts)

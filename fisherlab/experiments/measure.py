@@ -87,7 +87,7 @@ class Study:
         s = self.settings = settings
         self.notes: list[str] = []  # seeds whose training diverged
         self.grams: dict[int, GramStudy] = {}  # by step, of the first seed
-        self.names = list(s.approximations or _of_one_capture())
+        self.names = list(s.approximations or approximations.of_one_batch())
         self.makers = {name: approximations.get(name)() for name in self.names}
         if not s.dampings or any(not math.isfinite(d) or d <= 0 for d in s.dampings):
             raise MeasureError(f"dampings are positive and finite, got {s.dampings}")
@@ -270,8 +270,3 @@ class Study:
         self.fisher_type = s.fisher_type or default_fisher_type(model, criterion, x[:2])
         capture(model, criterion, x, y, fisher_type="empirical", layers=s.layers)
         capture(model, criterion, x[:2], y[:2], fisher_type=self.fisher_type, layers=s.layers)
-
-
-def _of_one_capture() -> list[str]:
-    """Every approximation that one capture can build: K-BFGS needs a pair of them."""
-    return [n for n in approximations.names() if "pair" not in approximations.get(n)().needs]

@@ -14,10 +14,11 @@ from fisherlab import approximations as registry
 from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
-from fisherlab.blocks import Block, BlockError, DirectSum, Outer
+from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.comparison import default_fisher_type
-from fisherlab.extract import CaptureError, Captures, LayerCapture
-from fisherlab.extract.api import Forward, split_batch
+from fisherlab.extract import Captures, LayerCapture
+from fisherlab.extract.api import Forward, split_batches
 from fisherlab.extract.memory import captures_in_parts, check_memory
 
 SIZES = (8, 16, 32, 64, 128)
@@ -70,7 +71,7 @@ def error_curve(
         parts = [captures_in_parts(model, criterion, *batch, **options) for batch in batches]
         return [part for batch in parts for part in batch]
 
-    population = captured(_batches(reference))
+    population = captured(split_batches(reference))
     check_memory(population[0], memory)
     drawn: dict[tuple[int, int], list[Captures]] = {}
     for seed in range(repeats):
@@ -80,7 +81,7 @@ def error_curve(
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(layer.name for layer in population[0].values()):
         keys = [key for key, layer in population[0].items() if layer.name == name]
-        F = _exactly([Exact()(*(part[key] for part in population)) for key in keys])
+        F = layer_block([Exact()(*(part[key] for part in population)) for key in keys])
         whole = {
             "layer": name,
             "layer_type": population[0][keys[0]].layer_type,
@@ -103,12 +104,12 @@ def _errors(
     memory: int | None,
 ) -> Iterator[dict[str, Any]]:
     memos = [Memo(parts, memory) for parts in batch]
-    F = _exactly([memo.exact() for memo in memos])
+    F = layer_block([memo.exact() for memo in memos])
     for name, maker in makers.items():
         row = {"approximation": name, "relative_error": math.nan, "population_error": math.nan}
         row |= {"population_error_se": math.nan, "note": ""}
         try:
-            X = _block([memo.block(maker) for memo in memos])
+            X = layer_block([memo.block(maker) for memo in memos])
             error, spread = metrics.population_error(X, population)
             row["relative_error"] = metrics.relative_error(X, F).item()
             row |= {"population_error": error.item(), "population_error_se": spread.item()}
@@ -117,24 +118,6 @@ def _errors(
         yield row
 
 
-def _block(parts: Sequence[Block]) -> Block:
-    return parts[0] if len(parts) == 1 else DirectSum(parts)
-
-
-def _exactly(parts: Sequence[Outer]) -> Outer | DirectSum:
-    return parts[0] if len(parts) == 1 else DirectSum(parts)
-
-
 def _makers(approximations: Iterable[str | Approximation]) -> dict[str, Approximation]:
     found = [registry.get(a)() if isinstance(a, str) else a for a in approximations]
     return {maker.name or repr(maker): maker for maker in found}
-
-
-def _batches(reference: Any) -> list[tuple[object, Tensor]]:
-    pair = isinstance(reference, tuple) and len(reference) == 2
-    if isinstance(reference, dict) or (pair and isinstance(reference[1], Tensor)):
-        return [split_batch(reference)]
-    batches = [split_batch(batch) for batch in reference]
-    if not batches:
-        raise CaptureError("the reference's loader is empty")
-    return batches

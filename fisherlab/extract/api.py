@@ -174,6 +174,19 @@ def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
     )
 
 
+def split_batches(x: object, y: Tensor | None = None) -> list[tuple[object, Tensor]]:
+    """One batch, given in any way that `split_batch` takes, or all of a loader."""
+    pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
+    if y is not None or isinstance(x, dict) or pair:
+        return [split_batch(x, y)]
+    if isinstance(x, Tensor) or not isinstance(x, Iterable):
+        raise ValueError("pass labels y, or a loader of (x, y) batches as x")
+    batches = [split_batch(batch) for batch in x]
+    if not batches:
+        raise CaptureError("the loader is empty")
+    return batches
+
+
 def _forward(model: nn.Module, x: object, forward: Forward | None = None) -> Tensor:
     if forward is not None:
         outputs = forward(model, x)

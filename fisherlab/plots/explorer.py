@@ -46,7 +46,7 @@ class Explorer:
         fisher_type = fisher_type or default_fisher_type(model, criterion, x)
         self.captures = capture(model, criterion, x, y, fisher_type=fisher_type)
         known = [name for name in registry.names() if name != "exact"]
-        usable = [name for name in known if "pair" not in registry.get(name)().needs]
+        usable = [name for name in registry.of_one_batch() if name != "exact"]
         self.approximations = list(approximations or usable)
         for name in self.approximations:
             if name not in known:
