@@ -72,7 +72,7 @@ def test_blocks_are_those_of_the_diagonals(name: str, largest: int) -> None:
             exact = fl.Exact()(layers[layer]).dense()
             expected = Q @ (Q.mT @ exact @ Q).diagonal().diag() @ Q.mT
         elif name == "shampoo":
-            L, R = (as_diagonal(side, largest) for side in (whole.L, whole.R))
+            L, R = (as_diagonal(side, largest) for side in whole.moments)
             expected = torch.kron(root(L), root(R))
         else:
             expected = torch.kron(as_diagonal(whole.G, largest), as_diagonal(whole.A, largest))
