@@ -216,3 +216,10 @@ def test_a_wide_symmetric_product_is_made_of_its_lower_half():
     W = W + W.mT
     assert_near(contractions.symmetric_product(X, W @ X), X.mT @ W @ X, torch.float64)
     assert_near(contractions.second_moment(X[:, None]), X.mT @ X, torch.float64)
+
+
+def test_the_diagonal_of_wide_gradients_is_that_of_narrow_ones(monkeypatch):
+    monkeypatch.setattr(contractions, "WIDE", 1)
+    for name in ("diagonal", "rotated_diagonal thin"):
+        for size in SIZES.values():
+            check(name, size, torch.float64)

@@ -206,7 +206,8 @@ class Columns:
 
     def project_pairs(self, q_G: Tensor, q_A: Tensor) -> Tensor:
         """`<D, q_G q_A^T>` of every column, for columns `[o, k]` and `[i, k]`: `[k, m, n]`."""
-        if self.formed is None:
+        # whichever is less to read
+        if self.formed is None or self.formed.numel() > self.a.numel():
             return contractions.project_pairs(self.a, self.g, q_G, q_A)
         return self.project(q_G.mT[:, :, None] * q_A.mT[:, None])
 
