@@ -53,9 +53,9 @@ def test_the_table_of_approximations_is_what_is_registered():
 
 
 def test_the_demo_measured_every_approximation_of_one_capture():
-    from fisherlab.experiments.measure import _of_one_capture
+    from fisherlab.approximations import of_one_batch
 
-    assert set(listed("Try it")) == set(_of_one_capture())
+    assert set(listed("Try it")) == set(of_one_batch())
 
 
 def test_every_file_and_command_that_is_named_exists():
