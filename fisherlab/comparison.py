@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
@@ -387,36 +387,33 @@ def _by_layer(captures: Captures) -> dict[str, list[str]]:
 
 
 @contextmanager
-def _remembering(block: Block, method: str) -> Iterator[None]:
-    """Let a block's `power` or `inner` remember its results: several measures ask for the same."""
-    if method in vars(block):
-        yield
-        return
-    vars(block)[method] = cache(getattr(block, method))
+def _remembering(method: str, *blocks: Block) -> Iterator[None]:
+    """Let blocks' `power` or `inner` remember its results: several measures ask for the same."""
+    free = {id(block): block for block in blocks if method not in vars(block)}.values()
+    for block in free:
+        vars(block)[method] = cache(getattr(block, method))
     try:
         yield
     finally:
-        del vars(block)[method]
+        for block in free:
+            del vars(block)[method]
 
 
 class _Frame:
-    """The exact block, its gradient and its natural-gradient steps, in coordinates of the inputs.
+    """The exact block, its gradient and its natural-gradient steps."""
 
-    `V` `[i, r]` are the orthonormal axes of the coordinates; None: the weight's own.
-    """
-
-    def __init__(self, F: Outer | DirectSum, gradient: Tensor, V: Tensor | None = None) -> None:
-        self.F, self.gradient, self.V = F, gradient.to(F.dtype), V
+    def __init__(self, F: Outer | DirectSum, gradient: Tensor) -> None:
+        self.F, self.gradient = F, gradient.to(F.dtype)
         self._steps: dict[float, Tensor] = {}
-        self._inside: _Frame | None = None
+        self._inside: _Inside | None = None
 
-    def inside(self) -> _Frame | None:
+    def inside(self) -> _Inside | None:
         """The same in a space that holds every input, where that has clearly fewer dimensions."""
         V = self.F.of.input_space if isinstance(self.F, Outer) else None
         F = None if V is None else self.F.within(V)
         if not isinstance(F, Outer) or V is None:
             return None
-        self._inside = _Frame(F, self.gradient @ V, V)
+        self._inside = _Inside(F, self.gradient @ V, V)
         # what is the same in both; an inverse, which cancels, needs the Gram matrix of its own
         Columns.energies.remember(self.F.of, F.energies())
         Columns.gram_eigen.remember(self.F.of, F.of.gram_eigen)
@@ -426,11 +423,19 @@ class _Frame:
     def step(self, damping: float) -> Tensor:
         """`-(F + damping I)^{-1} g`, which every approximation is compared with."""
         if damping not in self._steps:
-            if self._inside is None or self._inside.V is None:
+            if self._inside is None:
                 self._steps[damping] = -self.F.solve(self.gradient, damping)
             else:
                 self._steps[damping] = self._inside.step(damping) @ self._inside.V.mT
         return self._steps[damping]
+
+
+class _Inside(_Frame):
+    """A frame in coordinates of the inputs, along the orthonormal columns of `V` `[i, r]`."""
+
+    def __init__(self, F: Outer, gradient: Tensor, V: Tensor) -> None:
+        super().__init__(F, gradient)
+        self.V = V
 
 
 class _Layer:
@@ -494,13 +499,9 @@ class _Layer:
         }
         rows = []
         exact = [frame.F for frame in (self.whole, self.inside) if frame is not None]
-        with ExitStack() as stack:
-            for F in exact:
-                stack.enter_context(_remembering(F, "power"))
+        with _remembering("power", *exact):
             for name, maker in makers.items():
-                with ExitStack() as inner:
-                    for F in exact:
-                        inner.enter_context(_remembering(F, "inner"))
+                with _remembering("inner", *exact):
                     measured = list(self._measure(maker, dampings))
                 rows += [{**base, "approximation": name, **row} for row in measured]
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
@@ -531,7 +532,7 @@ class _Layer:
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
             try:
-                with _remembering(X, "power"), _remembering(near, "power"):
+                with _remembering("power", X, near):
                     row |= self._retried(self._damped, maker, X, near, frame, share * unit)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
@@ -566,7 +567,7 @@ class _Layer:
 
     def _nearest(self, X: Block) -> tuple[Block, _Frame]:
         """A block in the coordinates of the inputs if it is known to be zero beside them."""
-        if self.inside is None or self.inside.V is None:
+        if self.inside is None:
             return X, self.whole
         near = self.inside.F if X is self.F else X.within(self.inside.V)
         return (X, self.whole) if near is None else (near, self.inside)
@@ -615,7 +616,7 @@ class _Layer:
             "quadratic_decrease": step.decrease.item(),
             "quadratic_decrease_scaled": step.decrease_scaled.item(),
             "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
-            "condition": metrics.condition(near, frame.F, damping, frame.V is not None).item(),
+            "condition": metrics.condition(near, frame.F, damping, frame is self.inside).item(),
             "solve_seconds": seconds,
             "clamped": X.clamped,
         }

@@ -43,12 +43,7 @@ def test_a_scaled_moment_keeps_its_eigenvectors(generator):
     assert same is vectors
 
 
-def test_a_weight_acts_between_the_rows(generator):
-    X, W = (torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (8, 3))
-    W = W @ W.mT
-    S = moment(X, 0.5, lambda rows: W @ rows)
-    expected = 0.5 * X.mT @ W @ X
-    V = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+def assert_is_its_matrix(S, expected, V):
     torch.testing.assert_close(S.apply(V), V @ expected)
     torch.testing.assert_close(S.trace(), expected.trace())
     values, vectors = S.spectral("S")
@@ -56,28 +51,18 @@ def test_a_weight_acts_between_the_rows(generator):
     torch.testing.assert_close(S.formed(), expected)
 
 
-def test_a_decomposed_factor_is_its_matrix(generator):
-    X, V = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (3, 2))
-    Q = torch.linalg.qr(X.mT).Q
-    values = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+def test_factors_that_are_not_formed_are_their_matrices(generator):
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    X, W, V = draw(3, 8), draw(3, 3), draw(2, 8)
+    W = W + W.mT
+    # the weight acts between the rows
+    assert_is_its_matrix(moment(X, 0.5, lambda rows: W @ rows), 0.5 * X.mT @ W @ X, V)
+    Q, values = torch.linalg.qr(X.mT).Q, torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+    assert_is_its_matrix(Lifted(Q, W), Q @ W @ Q.mT, V)
     S, expected = Decomposed(values, Q), Q * values @ Q.mT
-    torch.testing.assert_close(S.apply(V), V @ expected)
-    torch.testing.assert_close(S.trace(), expected.trace())
-    torch.testing.assert_close(S.formed(), expected)
+    assert_is_its_matrix(S, expected, V)
     inverse, same = (Kronecker(F, F).power(-1, 0.3) for F in (S, expected))
     torch.testing.assert_close(inverse.trace(), same.trace())
-
-
-def test_a_lifted_factor_is_its_matrix(generator):
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
-    X, C, V = draw(7, 3), draw(3, 3), draw(2, 7)
-    Q, C = torch.linalg.qr(X).Q, C + C.mT
-    S, expected = Lifted(Q, C), Q @ C @ Q.mT
-    torch.testing.assert_close(S.apply(V), V @ expected)
-    torch.testing.assert_close(S.trace(), expected.trace())
-    values, vectors = S.spectral("S")
-    torch.testing.assert_close(vectors * values @ vectors.mT, expected)
-    torch.testing.assert_close(S.formed(), expected)
 
 
 def test_blocks_within_the_space_of_their_inputs(generator):

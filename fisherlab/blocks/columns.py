@@ -43,9 +43,8 @@ class Columns:
     def formed(self) -> Tensor | None:
         """The gradients, `[R, o i]`, where they take less room than `a` and `g`, or `room`."""
         m, n, t, o = self.g.shape
-        numbers = m * n * o * self.a.shape[2]
-        fits = numbers * self.a.element_size() <= self.room
-        if t == 1 or (numbers > self.a.numel() + self.g.numel() and not fits):
+        fits = m * n * o * self.a.shape[2] * self.a.element_size() <= self.room
+        if t == 1 or not (compact(m, t, *self.shape) or fits):
             return None
         return contractions.per_example(self.a, self.g).reshape(self.count, -1)
 
@@ -151,9 +150,8 @@ class Columns:
         """`sum D^2` entrywise, `[o, i]`."""
         if self.formed is None:
             return contractions.diagonal(self.a, self.g)
-        limit = None if self.formed.is_cuda else contractions.IN_FLIGHT
         size = self.count * self.formed.element_size()
-        parts = contractions.slices(self.formed.shape[1], size, limit)
+        parts = contractions.slices(self.formed.shape[1], size, self.formed)
         return torch.cat([self.formed[:, part].square().sum(0) for part in parts]).view(self.shape)
 
     @remembered("a", "g")
@@ -273,6 +271,11 @@ class Columns:
         return (self.g @ self.g.mT).sum(0)
 
 
+def compact(m: int, t: int, o: int, i: int) -> bool:
+    """Whether the gradients of an example take no more room than its `a` and `g`."""
+    return m * o * i <= t * (i + m * o)
+
+
 def formed_gram(D: Tensor) -> Tensor:
     """`U^T U`, `[R, R]` in float64, of formed gradients `[R, o i]`."""
     check_gram(len(D), D.device)
@@ -284,8 +287,7 @@ def formed_gram(D: Tensor) -> Tensor:
 
 def _doubled(D: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """`(part, D[:, part])` in float64, some of the parameters at a time."""
-    limit = None if D.is_cuda else contractions.IN_FLIGHT
-    for part in contractions.slices(D.shape[1], 8 * len(D), limit):
+    for part in contractions.slices(D.shape[1], 8 * len(D), D):
         yield part, D[:, part].double()
 
 

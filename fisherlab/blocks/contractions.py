@@ -48,9 +48,13 @@ def halve_workspace() -> bool:
     return True
 
 
-def slices(length: int, bytes_each: int, limit: int | None = None) -> Iterator[slice]:
-    """`range(length)` in parts of at most `WORKSPACE` bytes, and `limit` where that is less."""
-    room = WORKSPACE if limit is None else min(limit, WORKSPACE)
+def slices(length: int, bytes_each: int, like: Tensor | None = None) -> Iterator[slice]:
+    """`range(length)` in parts of at most `WORKSPACE` bytes.
+
+    In a pass over tensors where `like` is, on a CPU of at most `IN_FLIGHT`.
+    """
+    cached = like is not None and like.device.type == "cpu"
+    room = min(IN_FLIGHT, WORKSPACE) if cached else WORKSPACE
     step = max(1, int(room // max(1, bytes_each)))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
@@ -113,7 +117,7 @@ def per_example_chunks(a: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     m, n, _, o, i = _sizes(a, g)
     size = m * o * i * a.element_size()
-    parts = list(slices(n, size, WORKSPACE if a.is_cuda else IN_FLIGHT))
+    parts = list(slices(n, size, a))
     buffer = a.new_empty(parts[0].stop, m * o, i)
     for part in parts:
         out = buffer[: part.stop - part.start]
@@ -307,7 +311,7 @@ def rotated_squares(D: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
     size = (o * i + max(p * i, o * j) + p * j) * D.element_size()
     # the side that shrinks the product more goes first
     output_first = p * i * (o + j) <= o * j * (i + p)
-    for part in slices(len(D), size, WORKSPACE if D.is_cuda else IN_FLIGHT):
+    for part in slices(len(D), size, D):
         rotated = (Q_G.mT @ D[part]) @ Q_A if output_first else Q_G.mT @ (D[part] @ Q_A)
         result += rotated.square().sum(0)
     return result

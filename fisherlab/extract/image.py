@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.columns import Columns, formed_gram
+from fisherlab.blocks.columns import Columns, compact, formed_gram
 from fisherlab.extract.layer import Convolution, LayerCapture
 
 
@@ -56,8 +56,8 @@ class ImageColumns(Columns):
             return None
         if layer.raw_output_gradients is None:
             return None
-        (o, i), t, m = layer.shape, layer.positions, layer.columns_per_example
-        return ImageColumns(layer) if t > 1 and m * o * i <= t * (m * o + i) else None
+        m, t = layer.columns_per_example, layer.positions
+        return ImageColumns(layer) if t > 1 and compact(m, t, *layer.shape) else None
 
     @cached_property
     def a(self) -> Tensor:  # type: ignore[override]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.columns import Columns, few, formed_gram
+from fisherlab.blocks.columns import Columns, compact, few, formed_gram
 from fisherlab.extract.moments import patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -320,17 +320,16 @@ class LayerCapture:
         """`D[m,n,o,i] = sum_t g a^T`, all of them: m n o i numbers."""
         n, (_, i) = self.raw_inputs[0].shape[0], self.shape
         size = self.positions * i * self.raw_inputs[0].element_size()
-        limit = contractions.IN_FLIGHT if self.device.type == "cpu" else None
         # the inputs of a few examples at a time, which stay in the cache: of a convolution they
         # are laid out anew, and are many times larger than its image
-        chunks = (self.part(part) for part in contractions.slices(n, size, limit))
+        chunks = (self.part(part) for part in contractions.slices(n, size, self.raw_inputs[0]))
         parts = [contractions.per_example(x.inputs, x.output_gradients) for x in chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def gram(self) -> Tensor:
         """`U^T U`, `[m n, m n]` in float64."""
-        (o, i), m, t = self.shape, self.columns_per_example, self.positions
-        if self.shared is None and t > 1 and m * o * i <= t * (i + m * o):
+        m, t = self.columns_per_example, self.positions
+        if self.shared is None and t > 1 and compact(m, t, *self.shape):
             return formed_gram(self.per_example_gradients().flatten(0, 1).flatten(1))
         return self.columns.gram
 
