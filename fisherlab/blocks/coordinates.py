@@ -1,7 +1,8 @@
-"""One side of a Kronecker product in its own coordinates: a diagonal factor, an identity basis."""
+"""A side of a Kronecker product that is no matrix: unformed, a diagonal, or the basis `I`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import cast
 
@@ -62,41 +63,62 @@ class Identity:
         yield self.like
 
 
-class DiagonalFactor:
-    """A factor `diag(entries)`, `[d, d]`, of a Kronecker product; formed only when asked for."""
+class Unformed(ABC):
+    """A symmetric factor `S` `[d, d]` of a Kronecker product, formed only when asked for.
 
-    def __init__(self, entries: Tensor) -> None:
-        self.entries = entries
+    It is made of `parts` whose last axis is, or whose first axis is, the d features.
+    """
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.entries),) * 2)
+    def __init__(self, features: int, *parts: Tensor) -> None:
+        self.shape, self.parts = torch.Size((features, features)), parts
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.entries.dtype
+        return self.parts[0].dtype
 
     @property
     def device(self) -> torch.device:
-        return self.entries.device
+        return self.parts[0].device
 
     def tensors(self) -> Iterator[Tensor]:
         """What it is made of."""
-        yield self.entries
+        yield from self.parts
+
+    @abstractmethod
+    def spectral(self, name: str) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[r]` and their vectors `[d, r]`; `S` is zero beside them."""
+
+    @abstractmethod
+    def apply(self, V: Tensor) -> Tensor:
+        """`V S` for `V` `[..., d]`."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """`tr S`, 0-d."""
+
+    @abstractmethod
+    def formed(self) -> Tensor:
+        """`S` itself; its thin eigenvectors go with it."""
+
+
+class DiagonalFactor(Unformed):
+    """A factor `diag(entries)`, `[d, d]`."""
+
+    def __init__(self, entries: Tensor) -> None:
+        super().__init__(len(entries), entries)
+        self.entries = entries
 
     def spectral(self, name: str) -> tuple[Tensor, Tensor]:
-        """The entries, in no order, and the coordinates."""
+        # in no order
         return self.entries, identity(self.entries)
 
     def apply(self, V: Tensor) -> Tensor:
-        """`V S` for `V` `[..., d]`."""
         return V * self.entries
 
     def trace(self) -> Tensor:
         return self.entries.sum(dtype=torch.float64)
 
     def formed(self) -> Tensor:
-        """`S` itself, refused past the memory budget."""
         check_dense(len(self.entries), self.dtype, self.device, "diagonal factor")
         return self.entries.diag()
 

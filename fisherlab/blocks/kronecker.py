@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.coordinates import DiagonalFactor
+from fisherlab.blocks.coordinates import DiagonalFactor, Unformed
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.moment import Decomposed, Moment, Unformed
+from fisherlab.blocks.moment import Decomposed, Moment
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
@@ -28,7 +28,7 @@ from fisherlab.blocks.numerics import (
 )
 from fisherlab.blocks.remembered import remembered
 
-Factor = Tensor | Unformed | DiagonalFactor
+Factor = Tensor | Unformed
 AnyFactor = TypeVar("AnyFactor", Tensor, Factor)
 
 
@@ -54,16 +54,20 @@ class Kronecker(Block):
     @property
     def G(self) -> Tensor:
         """The output factor."""
+        if isinstance(self._G, DiagonalFactor):
+            return self._G.formed()
         if isinstance(self._G, Unformed):
             self._G = self._G.formed()
-        return self._G.formed() if isinstance(self._G, DiagonalFactor) else self._G
+        return self._G
 
     @property
     def A(self) -> Tensor:
         """The input factor."""
+        if isinstance(self._A, DiagonalFactor):
+            return self._A.formed()
         if isinstance(self._A, Unformed):
             self._A = self._A.formed()
-        return self._A.formed() if isinstance(self._A, DiagonalFactor) else self._A
+        return self._A
 
     def saved(self, name: str) -> Tensor:
         factor = self._G if name == "G" else self._A

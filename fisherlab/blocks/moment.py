@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.coordinates import Unformed
 from fisherlab.blocks.numerics import _eigh, declare_range, lifted, symmetrise
-
-
-class Unformed(ABC):
-    """A symmetric factor `S` `[d, d]` of a Kronecker product, formed only when asked for.
-
-    It is made of `parts` whose last axis is, or whose first axis is, the d features.
-    """
-
-    def __init__(self, features: int, *parts: Tensor) -> None:
-        self.shape, self.parts = torch.Size((features, features)), parts
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parts[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].device
-
-    def tensors(self) -> Iterator[Tensor]:
-        """What it is made of."""
-        yield from self.parts
-
-    @abstractmethod
-    def spectral(self, name: str) -> tuple[Tensor, Tensor]:
-        """Eigenvalues `[r]` and their vectors `[d, r]`; `S` is zero beside them."""
-
-    @abstractmethod
-    def apply(self, V: Tensor) -> Tensor:
-        """`V S` for `V` `[..., d]`."""
-
-    @abstractmethod
-    def trace(self) -> Tensor:
-        """`tr S`, 0-d."""
-
-    @abstractmethod
-    def formed(self) -> Tensor:
-        """`S` itself; its thin eigenvectors go with it."""
 
 
 class Moment(Unformed):
