@@ -20,7 +20,7 @@ class Eva(Approximation, name="eva"):
     under mc the mean gradient has expectation 0, under exact its columns have no sign.
     """
 
-    needs = frozenset({"inputs", "label_gradients"})
+    needs = frozenset({"mean_input_sum", "label_gradient_sum"})
 
     def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
         share = layer.column_share

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns, compact, few, formed_gram
-from fisherlab.extract.moments import patch_moment, with_bias
+from fisherlab.extract.moments import example_sum, patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -130,12 +130,22 @@ class Geometry:
         size = [padded.shape[0], *out, channels, *kernel]
         return padded.as_strided(size, strides, padded.storage_offset())
 
-    def input_sum(self, raw: Tensor) -> Tensor:
-        """`sum_n a`, `[t, i]`: the patches of the summed examples."""
-        rows = self.inputs(raw.sum(0, keepdim=True))[0]
+    def input_sum(self, raw: Tensor, summed: int = 1) -> tuple[Tensor, int]:
+        """`sum_{n,t} a`, `[i]`, and the number of positions; windows of the examples' sum.
+
+        Each row of `raw` is the sum of `summed` examples.
+        """
+        total = example_sum(raw)
+        if self.conv is None:
+            rows = total.reshape(1, -1, self.in_features)
+        else:
+            rows = self._patches(total, self.conv)
+        places = 1 if self.conv is None else len(self.conv.kernel)
+        positions = math.prod(rows.shape[1 : 1 + places])
+        found = rows.sum(tuple(range(1 + places))).flatten()
         if self.bias:
-            rows[:, -1] = len(raw)
-        return rows
+            found = torch.cat([found, found.new_full((1,), summed * len(raw) * positions)])
+        return found, positions
 
     def input_moment(self, raw: Tensor) -> Tensor:
         """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
@@ -150,8 +160,8 @@ class Geometry:
         moment = patch_moment(group, self.conv.kernel[0])
         if not self.bias:
             return moment
-        total = self.input_sum(raw)
-        return with_bias(moment, total[:, :-1].sum(0), len(raw) * len(total))
+        total, positions = self.input_sum(raw)
+        return with_bias(moment, total[:-1], len(raw) * positions)
 
     def outputs(self, raw: Tensor, leading: int = 1) -> Tensor:
         """A raw output or output gradient `[*leading, ...]` as `[*leading, t, o]`."""
@@ -186,6 +196,8 @@ class LayerCapture:
     fisher_type: str = "empirical"
     # what both raw gradients count: those of an optimizer are of the loss, 1/M of the `l_n`
     gradient_scale: float = 1.0
+    # the examples that each row of the raw tensors is the sum of; above 1 only sums are known
+    summed: int = 1
     # the share of each example's output vectors that this capture holds: 1 unless it is a chunk
     column_share: float = 1.0
     # the same batch captured again after a step, for quasi-Newton pairs
@@ -208,7 +220,7 @@ class LayerCapture:
     @property
     def examples(self) -> float:
         """Loss terms covered: the number of examples, times the share of their output vectors."""
-        return self.raw_inputs[0].shape[0] * self.column_share
+        return self.raw_inputs[0].shape[0] * self.summed * self.column_share
 
     @property
     def device(self) -> torch.device:
@@ -247,7 +259,9 @@ class LayerCapture:
     @property
     def mean_input_sum(self) -> Tensor:
         """`sum_n mean_t a`, `[i]`."""
-        return torch.cat([self.geometry.input_sum(raw) for raw in self.raw_inputs]).mean(0)
+        sums = [self.geometry.input_sum(raw, self.summed) for raw in self.raw_inputs]
+        total = sums[0][0] if len(sums) == 1 else torch.stack([s for s, _ in sums]).sum(0)
+        return total / sum(positions for _, positions in sums)
 
     @property
     def output_gradients(self) -> Tensor:

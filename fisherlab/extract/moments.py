@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def example_sum(x: Tensor) -> Tensor:
+    """`sum_n x`, `[1, ...]`: a product with ones reads `x` twice as fast as a reduction does."""
+    total = x.new_ones(1, len(x)) @ x.reshape(len(x), -1)
+    return total.view(1, *x.shape[1:])
+
+
 def patch_moment(x: Tensor, kernel: int = 3) -> Tensor:
     """`sum a a^T` over the k x k patches `a` of `x` `[n, c, h, w]`, `[k^2 c, k^2 c]`, k odd.
 

@@ -149,7 +149,7 @@ class NaturalGradient(AdaptiveDamping):
                 mc_samples=mc_samples,
                 generator=generator,
                 examples=statistics_examples,
-                slopes="outputs" in approximation.needs,
+                needs=approximation.needs,
                 biased={name for name, w in self.weights.items() if w.bias is not None},
                 ranks=self.ranks,
             )

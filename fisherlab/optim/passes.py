@@ -15,11 +15,16 @@ from fisherlab.extract.select import choices
 
 @dataclass
 class Call:
-    """One call of a layer: its input and output, and the gradients that reached the output."""
+    """One call of a layer: its input and output, and the gradients that reached the output.
 
+    Those that the approximation needs, or their sums over the `examples`.
+    """
+
+    examples: int
     raw_input: Tensor
-    output: Tensor
+    output: Tensor | None
     gradient: Tensor | None = None
+    arrived: bool = False
     columns: list[Tensor] = field(default_factory=list)
     graph: GraphCall | None = None
 
@@ -39,7 +44,7 @@ class Pass:
     @property
     def arrived(self) -> bool:
         """Whether a backward pass came through."""
-        return any(c.gradient is not None for calls in self.calls.values() for c in calls)
+        return any(c.arrived for calls in self.calls.values() for c in calls)
 
 
 def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:

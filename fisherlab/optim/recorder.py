@@ -19,11 +19,15 @@ from torch.autograd.graph import get_gradient_edge
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.moments import example_sum
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.names import unknown
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError, scale_factor
+
+# of a capture: what sums of the raw tensors over the examples determine
+SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
 
 
 class Recorder:
@@ -43,7 +47,7 @@ class Recorder:
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
         examples: int | None = None,
-        slopes: bool = False,
+        needs: Collection[str] = ("inputs", "output_gradients"),
         biased: Collection[str],
         ranks: Ranks | None = None,
     ) -> None:
@@ -51,7 +55,12 @@ class Recorder:
         self.modules, self.biased, self.criterion = modules, biased, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.examples, self.slopes, self.ranks = examples, slopes, ranks
+        self.examples, self.ranks = examples, ranks
+        # what an approximation does not need is not kept: memory that backward then reuses
+        self.summed = SUMS.issuperset(needs)
+        self.gradients = not {"inputs", "outputs"}.issuperset(needs)
+        self.outputs = self.slopes = "outputs" in needs
+        self.columns = fisher_type != "empirical" and "output_gradients" in needs
         # of the passes last captured: what turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
@@ -64,7 +73,7 @@ class Recorder:
             )
         # after the layers' own: the model may be a single layer
         self._handles.append(model.register_forward_hook(uncompiled(self._end)))
-        if slopes:
+        if self.slopes:
             norms = [m for m in model.modules() if isinstance(m, NORMALISATIONS)]
             self._handles += [m.register_forward_hook(uncompiled(self._norm)) for m in norms]
         if isinstance(criterion, nn.Module):
@@ -92,15 +101,22 @@ class Recorder:
             if current is None or not output.requires_grad:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
-            call = Call(raw[: self.examples], output.detach()[: self.examples])
-            if self.fisher_type != "empirical" or self.slopes:
+            part = raw[: self.examples]
+            call = Call(
+                len(part),
+                self._kept(part),
+                output.detach()[: self.examples] if self.outputs else None,
+            )
+            if self.columns or self.slopes:
                 edge = get_gradient_edge(output)
                 call.graph = GraphCall(raw, edge, output.detach(), raw._version, output._version)
             current.calls.setdefault(name, []).append(call)
 
             def arrive(gradient: Tensor) -> None:
-                part = gradient[: self.examples].detach()
-                call.gradient = part if call.gradient is None else call.gradient + part
+                call.arrived = True
+                if self.gradients:
+                    part = self._kept(gradient[: self.examples].detach())
+                    call.gradient = part if call.gradient is None else call.gradient + part
 
             output.register_hook(arrive)
             # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
@@ -108,6 +124,10 @@ class Recorder:
             return output.clone() if output._is_view() else None
 
         return hook
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """What is kept of the examples: they, or their sum, taken while they are at hand."""
+        return example_sum(_wide(tensor)) if self.summed else tensor
 
     def _norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._open is not None and output.requires_grad:
@@ -130,7 +150,7 @@ class Recorder:
         if self.slopes:
             calls = {n: [c.graph for c in cs if c.graph] for n, cs in current.calls.items()}
             current.activations = find_activations(output, Record(calls, norms=current.norms))
-        if self.fisher_type != "empirical" and not isinstance(self.criterion, nn.Module):
+        if self.columns and not isinstance(self.criterion, nn.Module):
             self._send_columns(current, output, None)
 
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
@@ -170,7 +190,7 @@ class Recorder:
                 call.columns.append(gradient[: self.examples].detach())
         for call in calls:
             # the hook on the output tensor has seen these columns too: only the loss's own counts
-            call.gradient = None
+            call.gradient, call.arrived = None, False
         current.output_gradient = None
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
@@ -183,7 +203,7 @@ class Recorder:
             current.loss_scale = gradient.detach()
 
         loss.register_hook(arrive)
-        if self.fisher_type != "empirical":
+        if self.columns:
             self._send_columns(current, args[0], current.labels)
 
     # what the passes delivered ------------------------------------------------------------------
@@ -199,7 +219,7 @@ class Recorder:
         joined: dict[str, list[Call]] = {}
         for name, module in self.modules.items():
             owner = owners.setdefault(id(module.weight), name)
-            calls = [c for c in one.calls.get(name, []) if c.gradient is not None]
+            calls = [c for c in one.calls.get(name, []) if c.arrived]
             joined.setdefault(owner, []).extend(calls)
         found: dict[str, LayerCapture] = {}
         for name, calls in joined.items():
@@ -214,19 +234,25 @@ class Recorder:
         batch = len(cast(Tensor, one.output))
         expected = batch if self.examples is None else None
         for index, call in enumerate(calls):
-            rows = call.raw_input.shape[0]
-            if call.raw_input.ndim < 2 or (expected is not None and rows != expected):
+            shape = (call.examples, *call.raw_input.shape[1:])
+            if len(shape) < 2 or (expected is not None and call.examples != expected):
                 raise CaptureError(
-                    f"call {index} of layer {name!r} received {tuple(call.raw_input.shape)} in a "
+                    f"call {index} of layer {name!r} received {shape} in a "
                     f"batch of {batch}: the first axis must be the example"
                 )
-        labels = tuple(_wide(cast(Tensor, call.gradient)) for call in calls)
-        if self.fisher_type == "empirical":
-            columns, scale = tuple(g[None] for g in labels), factor
-        else:
+        inputs = tuple(_wide(call.raw_input) for call in calls)
+        labels, columns, scale = None, None, factor
+        if self.gradients:
+            labels = tuple(_wide(cast(Tensor, call.gradient)) for call in calls)
+            inputs = tuple(x.to(g.dtype) for x, g in zip(inputs, labels, strict=True))
+            if self.fisher_type == "empirical":
+                columns = tuple(g[None] for g in labels)
+        if self.columns:
+            assert labels is not None
             # its own columns are of the per-example loss already
             labels, scale = tuple(factor * g for g in labels), 1.0
             columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
+        outputs = tuple(_wide(c.output) for c in calls if c.output is not None) or None
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
         pre = [c.graph.preactivation for c in calls if c.graph is not None]
@@ -241,16 +267,15 @@ class Recorder:
                 name=name,
                 layer_type=type(module).__name__,
                 geometry=Geometry.of(module, bias, k),
-                raw_inputs=tuple(
-                    _wide(c.raw_input).to(g.dtype) for c, g in zip(calls, labels, strict=True)
-                ),
+                raw_inputs=inputs,
                 raw_output_gradients=columns,
                 raw_label_gradients=labels,
-                raw_outputs=tuple(_wide(call.output) for call in calls),
+                raw_outputs=outputs,
                 activation=one.activations.get(name),
                 raw_preactivations=cast(tuple[Tensor, ...], tuple(pre)) if self.slopes else None,
                 fisher_type=self.fisher_type,
                 gradient_scale=scale,
+                summed=calls[0].examples if self.summed else 1,
             )
             for k in range(groups)
         }
