@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from torch import nn
 import fisherlab as fl
 from fisherlab import blocks, comparison
 from fisherlab.blocks import BlockError
-from fisherlab.comparison import Interrupted
+from fisherlab.comparison import Interrupted, crew
+from fisherlab.comparison.layer import Layer
 
 CE = nn.CrossEntropyLoss()
 COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
@@ -186,9 +188,9 @@ def test_few_inputs_are_measured_in_their_own_coordinates(dtype, fisher_type, mo
     approximations |= {"factored": fl.KFAC(placement="factored")}
     found = []
     frames = []
-    inside = comparison._Frame.inside
+    inside = comparison.frame.Frame.inside
     for patched in (lambda frame: frames.append(inside(frame)) or frames[-1], lambda frame: None):
-        monkeypatch.setattr(comparison._Frame, "inside", patched)
+        monkeypatch.setattr(comparison.frame.Frame, "inside", patched)
         options = {"approximations": approximations, "fisher_type": fisher_type}
         found.append(fl.compare(wide().to(dtype), CE, x, y, dampings=[1e-3, 1.0], **options))
     assert [frame is not None for frame in frames] == [True, True, False]
@@ -352,6 +354,73 @@ def test_ctrl_c_hands_over_what_was_measured():
     with pytest.raises(Interrupted) as stopped:
         compared(approximations=["kfac"], progress=stops)
     assert set(stopped.value.comparison.frame["layer"]) == {"0", "2"}
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(crew, "HEAVY", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_layers_side_by_side_give_the_same_table(two_threads, monkeypatch):
+    threads = set()
+    built = Layer.build
+    monkeypatch.setattr(
+        Layer,
+        "build",
+        lambda *args: (
+            threads.add((threading.current_thread().name, torch.get_num_threads())) or built(*args)
+        ),
+    )
+    order = []
+    together = compared(progress=lambda names: order.extend(names) or names)
+    assert {count for _, count in threads} == {1}
+    assert len({name for name, _ in threads} - {threading.main_thread().name}) == 2
+    # the largest first
+    assert order[0] == "6" and set(order) == {"0", "2", "6"}
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    one_by_one = compared()
+    same(together, one_by_one)
+    assert list(together.frame["layer"].unique()) == ["0", "2", "6"]
+    # a stated budget is that of one layer at a time
+    torch.set_num_threads(2)
+    threads.clear()
+    compared(memory=2**30)
+    assert {name for name, _ in threads} == {threading.main_thread().name}
+
+
+def test_a_failure_in_one_of_the_threads_ends_the_comparison(two_threads, monkeypatch):
+    def broken(layer, maker):
+        raise ZeroDivisionError(layer.name)
+
+    monkeypatch.setattr(Layer, "build", broken)
+    with pytest.raises(ZeroDivisionError, match="6"):
+        compared(approximations=["kfac"])
+
+
+def test_interrupted_side_by_side_it_keeps_what_is_finished_and_starts_no_more(two_threads):
+    measured = []
+
+    def measure(name, stopped):
+        measured.append(name)
+        if name != "quick" and stopped.wait(10):
+            raise crew.Stopped
+        return [{"layer": name}]
+
+    costs = {"never": 1.0, "waits": 3.0, "quick": 4.0, "waits too": 2.0}
+    with pytest.raises(KeyboardInterrupt), crew.Crew(measure, costs, torch.device("cpu")) as layers:
+        assert layers.order == ["quick", "waits", "waits too", "never"]
+        layers.rows("quick")
+        raise KeyboardInterrupt
+    assert layers.done() == {"quick": [{"layer": "quick"}]}
+    assert "never" not in measured
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from fisherlab.blocks import Diagonal, Eigen, Kronecker, Outer
+from fisherlab.blocks.coordinates import formed
 from fisherlab.blocks.moment import Decomposed, Lifted, Moment
+from fisherlab.blocks.numerics import coordinates
+from fisherlab.blocks.span import Span
 
 
 def moment(rows, scale, weight=None):
@@ -89,3 +92,24 @@ def test_blocks_within_the_space_of_their_inputs(generator):
     assert F.power(-1, 0.1).within(V) is None
     assert Eigen(Q_G, torch.linalg.qr(draw(9, 4)).Q, draw(4, 4)).within(V) is None
     assert A.eigen.power(-1, 0.1).within(V) is None
+
+
+def test_a_basis_in_coordinates_is_a_tensor_that_is_multiplied_out_when_used(generator):
+    V = torch.linalg.qr(torch.randn(7, 4, generator=generator, dtype=torch.float64))[0]
+    C = torch.linalg.qr(torch.randn(4, 3, generator=generator, dtype=torch.float64))[0]
+    basis, matrix = Span(V, C), V @ C
+    assert (basis.shape, len(basis), basis.dtype, basis.device) == ((7, 3), 7, V.dtype, V.device)
+    assert basis.numel() * basis.element_size() == 21 * 8
+    assert coordinates(basis, V) is C
+    assert basis._product is None
+    for result, expected in [
+        (basis.mT, matrix.mT),
+        (matrix.mT @ basis, torch.eye(3, dtype=V.dtype)),
+        (basis.square().sum(0), torch.ones(3, dtype=V.dtype)),
+        (torch.einsum("ik,ik->k", basis, matrix), torch.ones(3, dtype=V.dtype)),
+        (basis[:, [2, 0]], matrix[:, [2, 0]]),
+        (basis.float(), matrix.float()),
+        (formed(basis), matrix),
+    ]:
+        assert type(result) is torch.Tensor
+        torch.testing.assert_close(result, expected)

@@ -286,9 +286,16 @@ def formed_gram(D: Tensor) -> Tensor:
 
 
 def _doubled(D: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """`(part, D[:, part])` in float64, some of the parameters at a time."""
-    for part in contractions.slices(D.shape[1], 8 * len(D), D):
-        yield part, D[:, part].double()
+    """`(part, D[:, part])` in float64, some of the parameters at a time, in one buffer."""
+    parts = list(contractions.slices(D.shape[1], 8 * len(D), D))
+    if D.dtype == torch.float64:
+        yield from ((part, D[:, part]) for part in parts)
+        return
+    # new memory for every part costs many times the conversion
+    buffer = D.new_empty(len(D) * parts[0].stop, dtype=torch.float64)
+    for part in parts:
+        width = part.stop - part.start
+        yield part, buffer[: len(D) * width].view(len(D), width).copy_(D[:, part])
 
 
 def joined(parts: Sequence[Columns]) -> Columns:

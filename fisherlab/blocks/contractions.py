@@ -172,17 +172,21 @@ def _gram_of_rows(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
 def _gram_by_pairs(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     m, n, t, o, i = _sizes(a, g)
     p, q, s = h.shape[:3]
-    a, b, g, h = (
-        a.double(),
-        b.double().reshape(q * s, i).mT,
-        g.double(),
-        h.double().reshape(-1, o).mT,
-    )
+    same = b is a and h is g
+    a, g = a.double(), g.double()
+    b, h = (a, g) if same else (b.double(), h.double())
     result = a.new_empty(m, n, p, q)
-    for part in slices(n, 8 * m * t * p * q * s):
-        aa = (a[part].reshape(-1, i) @ b).view(1, -1, t, 1, q, s)
-        gg = (g[:, part].reshape(-1, o) @ h).view(m, -1, t, p, q, s)
-        result[:, part] = (gg * aa).sum((2, 5))
+    for part in slices(n, 8 * m * t * p * q * s, a):
+        # of one set of columns the matrix is symmetric: what is left of the diagonal is known
+        rest = slice(part.start if same else 0, q)
+        aa = a[part].reshape(-1, i) @ b[rest].reshape(-1, i).mT
+        gg = g[:, part].reshape(-1, o) @ h[:, rest].reshape(-1, o).mT
+        products = gg.view(m, -1, t, p, q - rest.start, s)
+        products *= aa.view(1, -1, t, 1, q - rest.start, s)
+        result[:, part, :, rest] = products.sum((2, 5))
+        if same:
+            below = slice(part.stop, q)
+            result[:, below, :, part] = result[:, part, :, below].permute(2, 3, 0, 1)
     return result.view(m * n, p * q)
 
 

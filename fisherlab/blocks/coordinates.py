@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.numerics import check_dense
+from fisherlab.blocks.span import multiplied
 
 # Rows above which an optimizer keeps the diagonal of a factor only: its eigenvectors would take
 # minutes (d^3) and its matrix a quarter of a GiB.
@@ -130,4 +131,4 @@ def identity(like: Tensor) -> Tensor:
 
 def formed(Q: Tensor) -> Tensor:
     """A basis as a matrix."""
-    return torch.ones_like(Q.like).diag() if isinstance(Q, Identity) else Q
+    return torch.ones_like(Q.like).diag() if isinstance(Q, Identity) else multiplied(Q)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.coordinates import Identity, identity
 from fisherlab.blocks.numerics import BlockError, check_damping, coordinates, spectrum_power
+from fisherlab.blocks.span import multiplied
 
 
 class Eigen(Block):
@@ -48,7 +49,7 @@ class Eigen(Block):
 
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
-        return None if isinstance(value, Identity) else value
+        return None if isinstance(value, Identity) else multiplied(value)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.coordinates import Unformed
-from fisherlab.blocks.numerics import _eigh, declare_range, lifted, symmetrise
+from fisherlab.blocks.numerics import _eigh, declare_range
+from fisherlab.blocks.span import Span
 
 
 class Moment(Unformed):
@@ -53,8 +54,8 @@ class Moment(Unformed):
             assert frame is not None, "a moment of few rows has a thin basis"
             V, inside = frame
             rows, weighted = self._sides(inside)
-            values, C = _eigh(rows.mT @ weighted, name)
-            self._pairs["unit"] = values, lifted(V, C)
+            values, C = _eigh(symmetric_product(rows, weighted), name)
+            self._pairs["unit"] = values, Span(V, C)
         values, vectors = self._pairs["unit"]
         return values * self.scale, vectors
 
@@ -71,7 +72,7 @@ class Moment(Unformed):
             matrix = second_moment(self.rows) * self.scale
         else:
             rows, weighted = self._sides(self.rows)
-            matrix = symmetrise(rows.mT @ weighted) * self.scale
+            matrix = symmetric_product(rows, weighted) * self.scale
         declare_range(matrix, self._space, self.spectral("factor") if self._pairs else None)
         return matrix
 
@@ -109,7 +110,7 @@ class Lifted(Unformed):
     def spectral(self, name: str) -> tuple[Tensor, Tensor]:
         if self._pairs is None:
             values, inside = _eigh(self.C, name)
-            self._pairs = values, lifted(self.V, inside)
+            self._pairs = values, Span(self.V, inside)
         return self._pairs
 
     def apply(self, V: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherlab.blocks.remembered import state_of
+from fisherlab.blocks.span import Span
 
 GIB = 1024**3
 # Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
@@ -23,8 +24,6 @@ _DECOMPOSITIONS = WeakTensorKeyDictionary()
 _RANGES = WeakTensorKeyDictionary()
 # matrix -> (its state, the matrix whose eigenvectors it has, function of the eigenvalues)
 _INHERITED = WeakTensorKeyDictionary()
-# vectors `[d, k]` -> (their state, the space `V` they lie in, their coordinates `C`: vectors = V C)
-_COORDINATES = WeakTensorKeyDictionary()
 
 
 class BlockError(ValueError):
@@ -85,7 +84,7 @@ def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
             del _RANGES[matrix]
             return eigh(matrix, name)
         values, inside = _eigh(V.mT @ matrix @ V, name)
-        _RANGES[matrix] = space = (*space, values, lifted(V, inside))
+        _RANGES[matrix] = space = (*space, values, Span(V, inside))
     return space[2], space[3]
 
 
@@ -110,19 +109,10 @@ def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]
     return target
 
 
-def lifted(V: Tensor, C: Tensor) -> Tensor:
-    """`V C`, which remembers its coordinates `C` in the orthonormal columns of `V`."""
-    vectors = V @ C
-    if not vectors.is_inference():
-        _COORDINATES[vectors] = state_of(vectors), V, C
-    return vectors
-
-
 def coordinates(vectors: Tensor, V: Tensor) -> Tensor | None:
     """`C` of `vectors = V C`, where they are known to lie in the span of `V` or are few enough."""
-    known = _COORDINATES.get(vectors) if isinstance(vectors, Tensor) else None
-    if known is not None and known[0] == state_of(vectors) and known[1] is V:
-        return known[2]
+    if isinstance(vectors, Span) and vectors.V is V:
+        return vectors.C
     if not isinstance(vectors, Tensor) or len(V) * vectors.shape[1] > 64 * V.shape[1]:
         return None
     C = V.mT @ vectors

@@ -16,8 +16,11 @@ def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tens
     Only as far as layer outputs: no parameter gradient is formed and `.grad` is not touched.
     """
     calls = record.every()
+    # of the number <f, v>: given v itself, autograd loads a package for symbolic shapes, 2 s once
+    with torch.enable_grad():
+        product = (outputs * vector).sum()
     gradients = torch.autograd.grad(
-        outputs, [call.edge for call in calls], vector, retain_graph=True, allow_unused=True
+        product, [call.edge for call in calls], retain_graph=True, allow_unused=True
     )
     return [
         _widened(torch.zeros_like(call.output) if gradient is None else gradient)

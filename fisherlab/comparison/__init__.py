@@ -1,0 +1,14 @@
+"""Every approximation x layer x metric of one batch, as a table."""
+
+from fisherlab.comparison.api import compare, default_fisher_type, notebook_bar, versions
+from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
+
+__all__ = [
+    "COLUMNS",
+    "Comparison",
+    "Interrupted",
+    "compare",
+    "default_fisher_type",
+    "notebook_bar",
+    "versions",
+]

@@ -1,0 +1,233 @@
+"""One layer under measurement: every approximation of it, at every damping."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Event
+from typing import Any
+
+import torch
+
+from fisherlab import metrics
+from fisherlab.approximations import Approximation, Memo
+from fisherlab.approximations.exact import Exact
+from fisherlab.blocks import Block, BlockError, BlockTooLarge, DirectSum, Outer, contractions
+from fisherlab.blocks.direct_sum import layer_block
+from fisherlab.blocks.numerics import sum_of
+from fisherlab.comparison.crew import Rows, Stopped
+from fisherlab.comparison.frame import Frame, remembering
+from fisherlab.comparison.table import MEASURES
+from fisherlab.extract import Captures, LayerCapture
+from fisherlab.extract.memory import form_bytes, least_bytes
+from fisherlab.metrics.alignment import default_rank
+
+Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
+
+
+def by_layer(captures: Captures) -> dict[str, list[str]]:
+    """Layer names and the captures (groups) that each consists of."""
+    found: dict[str, list[str]] = {}
+    for key, layer in captures.items():
+        found.setdefault(layer.name, []).append(key)
+    return found
+
+
+class Layer:
+    """One layer under measurement: its exact block, and a memo per group that all methods share."""
+
+    def __init__(
+        self,
+        name: str,
+        captures: list[Captures],
+        target: list[Captures],
+        unseen: list[Captures] | None,
+        memory: int | None,
+    ) -> None:
+        self.name = name
+        self.keys = by_layer(captures[0])[name]
+        self.parts = [[batch[key] for batch in captures] for key in self.keys]
+        self.first = self.parts[0][0]
+        self.memos = [Memo(part, memory) for part in self.parts]
+        same = target is captures
+        shared = [m.exact() for m in self.memos] if same else []
+        self.F = layer_block(shared) if same else self._exact(target)
+        self.unseen = self._exact(unseen) if unseen else None
+        # of the mean loss; a layer in groups has one below the other
+        sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
+        self.whole = Frame(self.F, torch.cat(sums) / self.memos[0].count)
+        # every weight that matters is a combination of inputs: of few, in their coordinates
+        self.inside = self.whole.inside() if same and self.unseen is None else None
+        self.examples = int(self.memos[0].count)
+        self.reference_examples = (
+            sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
+        )
+
+    def _exact(self, captures: list[Captures]) -> Outer | DirectSum:
+        return layer_block([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
+
+    def build(self, maker: Maker) -> Block | None:
+        """The block of one method on this layer; None where a given block is of another layer."""
+        if isinstance(maker, Approximation):
+            return layer_block([memo.block(maker) for memo in self.memos])
+        if isinstance(maker, Block):
+            return maker if maker.shape == self.F.shape else None
+        if isinstance(maker, Mapping):
+            parts = [maker[key] for key in self.keys if key in maker]
+            return maker.get(self.name) or (layer_block(parts) if parts else None)
+        return layer_block([maker(part[0]) for part in self.parts])
+
+    def rows(
+        self,
+        makers: dict[str, Maker],
+        dampings: Sequence[float],
+        facts: dict[str, Any],
+        stopped: Event,
+    ) -> Rows:
+        """One row per method and damping; raises `Stopped` between two methods."""
+        base = {
+            "layer": self.name,
+            "layer_type": self.first.layer_type,
+            "n_parameters": self.F.size,
+            "examples": self.examples,
+            "reference_examples": self.reference_examples,
+            "dtype": str(self.F.dtype).removeprefix("torch."),
+            "diagonal_share": metrics.diagonal_share(
+                self.unseen or (self.inside or self.whole).F
+            ).item(),
+            **facts,
+        }
+        rows = []
+        exact = [frame.F for frame in (self.whole, self.inside) if frame is not None]
+        with remembering("power", *exact):
+            for name, maker in makers.items():
+                if stopped.is_set():
+                    raise Stopped
+                with remembering("inner", *exact):
+                    measured = list(self._measure(maker, dampings))
+                rows += [{**base, "approximation": name, **row} for row in measured]
+        best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
+        for row in rows:
+            row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
+        return rows
+
+    def _measure(self, maker: Maker, dampings: Sequence[float]) -> Iterator[dict[str, Any]]:
+        empty = dict.fromkeys(MEASURES, math.nan)
+        del empty["diagonal_share"], empty["optimality_gap"]
+        unit = self.F.trace().item() / self.F.size
+        start = time.perf_counter()
+        try:
+            X = self._retried(self.build, maker)
+            if X is None:
+                return
+            if X.shape != self.F.shape:
+                raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
+            built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
+            near, frame = self._retried(self._nearest, X)
+            static, reason = self._retried(self._static, near, frame.F)
+            common = {**empty, **built, **static}
+        except BlockError as error:
+            for share in dampings:
+                damping = {"damping": share * unit, "damping_relative": share}
+                yield {**empty, **damping, "placement": "", "note": str(error)}
+            return
+        for share in dampings:
+            row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
+            try:
+                with remembering("power", X, near):
+                    row |= self._retried(self._damped, maker, X, near, frame, share * unit)
+            except BlockError as error:
+                row |= {"placement": "", "note": str(error)}
+            yield row
+
+    def _retried(self, act: Callable[..., Any], *args: Any) -> Any:
+        """`act(*args)`, again in half the memory each time the device runs out of it."""
+        while True:
+            try:
+                return act(*args)
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            # out of the handler, whose traceback holds on to the tensors that did not fit
+            self._halve(message)
+
+    def _halve(self, message: str) -> None:
+        """Half the bytes of a chunk and of an intermediate; refused where that is not possible."""
+        if self.F.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halved = contractions.halve_workspace()
+        for memo in self.memos:
+            size = max(form_bytes(layer) for layer in memo.layers)
+            half = min(size, memo.memory or size) // 2
+            if half >= max(least_bytes(layer) for layer in memo.layers):
+                memo.memory, halved = half, True
+        if not halved:
+            raise BlockTooLarge(
+                f"layer {self.name!r} runs out of memory even in chunks of one example; its exact "
+                f"block alone holds {self.F.memory_bytes():,} bytes: take a smaller batch or "
+                f"another device ({message})"
+            )
+
+    def _nearest(self, X: Block) -> tuple[Block, Frame]:
+        """A block in the coordinates of the inputs if it is known to be zero beside them."""
+        if self.inside is None:
+            return X, self.whole
+        near = self.inside.F if X is self.F else X.within(self.inside.V)
+        return (X, self.whole) if near is None else (near, self.inside)
+
+    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], str]:
+        """What does not depend on the damping, and why a measure of the spectrum is missing."""
+        error, spread = math.nan, math.nan
+        if self.unseen is not None:
+            error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
+        spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
+        reason = ""
+        try:
+            spectral["diagonalisation"] = metrics.diagonalisation(X, F).item()
+            spectral["subspace_overlap"] = metrics.subspace_overlap(X, F, default_rank(F)).item()
+        except BlockError as refusal:
+            reason = str(refusal)
+        # after the diagonalisation, whose rotated gradients the inner product uses
+        return {
+            **spectral,
+            "relative_error": metrics.relative_error(X, F).item(),
+            "population_error": error,
+            "population_error_se": spread,
+            "trace_ratio": metrics.trace_ratio(X, F).item(),
+            "cosine": metrics.cosine(X, F).item(),
+            "scaled_error": metrics.scaled_error(X, F).item(),
+        }, reason
+
+    def _damped(
+        self, maker: Maker, X: Block, near: Block, frame: Frame, damping: float
+    ) -> dict[str, Any]:
+        if damping == 0:
+            raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
+        start = time.perf_counter()
+        P, placement = self._preconditioner(maker, X, damping)
+        plain = P is None or P is X.power(-1, damping)
+        # placed elsewhere, the damping may depend on the dimensions that the inputs miss
+        at, block = (frame, near) if plain else (self.whole, X)
+        P = block.power(-1, damping) if P is None or plain else P
+        ours = -(P @ at.gradient)
+        seconds = time.perf_counter() - start
+        step = metrics.step(block, at.F, at.gradient, damping, exact=at.step(damping), ours=ours)
+        return {
+            "placement": placement,
+            "direction_cosine": step.cosine.item(),
+            "direction_error": step.error.item(),
+            "quadratic_decrease": step.decrease.item(),
+            "quadratic_decrease_scaled": step.decrease_scaled.item(),
+            "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
+            "condition": metrics.condition(near, frame.F, damping, frame is self.inside).item(),
+            "solve_seconds": seconds,
+            "clamped": X.clamped,
+        }
+
+    def _preconditioner(self, maker: Maker, X: Block, damping: float) -> tuple[Block | None, str]:
+        """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""
+        if not isinstance(maker, Approximation) or maker.exponent != -1:
+            return None, "tikhonov"
+        if isinstance(X, DirectSum):
+            return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
+        return maker.damped(X, damping), maker.placement

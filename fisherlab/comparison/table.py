@@ -1,0 +1,135 @@
+"""`Comparison`: the table of measurements, its summary, its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.names import nearest
+
+# Share of ||F||^2 that is sampling noise, above which the in-sample error misleads.
+NOISY = 0.2
+
+IDENTITY = ["layer", "layer_type", "n_parameters", "approximation", "fisher_type", "examples"]
+IDENTITY += ["reference_examples", "reference_fisher_type", "seed", "step", "dtype"]
+IDENTITY += ["damping", "damping_relative", "placement"]
+MEASURES = ["relative_error", "population_error", "population_error_se", "diagonal_share"]
+MEASURES += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
+MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
+MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
+MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
+COLUMNS = [*IDENTITY, *MEASURES, "note"]
+
+
+@dataclass
+class Comparison:
+    """A table of measurements: `frame` has one row per layer x approximation x damping.
+
+    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` against examples the
+    approximation has not seen. `config` says what was measured and reruns it; `note` what to mind.
+    """
+
+    frame: pd.DataFrame
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether more than a fifth of `||F||^2` is sampling noise of the batch."""
+        return bool(self.frame["diagonal_share"].median() > NOISY)
+
+    @property
+    def leading(self) -> str:
+        """The error column that deserves to be read first."""
+        known = self.frame["population_error"].notna().any()
+        return "population_error" if self.noisy and known else "relative_error"
+
+    @property
+    def note(self) -> str:
+        """What a reader has to know before the first number."""
+        if not self.noisy:
+            return ""
+        share = self.frame["diagonal_share"].median()
+        text = (
+            f"{share:.0%} of ||F||^2 is the diagonal of the Gram matrix, i.e. sampling noise of "
+            "this batch: in-sample errors mostly measure the batch"
+        )
+        if self.leading == "population_error":
+            return text + ", so the table leads with the population error."
+        return text + "; pass `reference=` (unseen examples) for the population error."
+
+    def summary(self) -> pd.DataFrame:
+        """One row per approximation, the median over layers (and seeds) at the last step.
+
+        Sorted by `leading`; direction cosines get one column per relative damping.
+        """
+        last = self.frame[self.frame["step"] == self.frame["step"].max()]
+        columns = [self.leading]
+        columns += [c for c in ("relative_error", "population_error") if c not in columns]
+        columns += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
+        columns += ["subspace_overlap", "build_seconds"]
+        once = last.drop_duplicates(["layer", "approximation", "seed", "step"])
+        table = once.groupby("approximation")[columns].median()
+        direction = last.pivot_table(
+            index="approximation",
+            columns="damping_relative",
+            values="direction_cosine",
+            aggfunc="median",
+        )
+        direction.columns = [f"direction_cosine @ {d:g}" for d in direction.columns]
+        table = table.join(direction).dropna(axis=1, how="all")
+        return table.sort_values(self.leading)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `comparison.csv`, `comparison.parquet` and `config.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.frame.to_csv(folder / "comparison.csv", index=False)
+        self.frame.to_parquet(folder / "comparison.parquet", index=False)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        frame = pd.read_parquet(folder / "comparison.parquet")
+        return cls(frame, json.loads((folder / "config.json").read_text()))
+
+    @classmethod
+    def concat(cls, tables: Sequence[Comparison]) -> Comparison:
+        """Several comparisons (steps of a training run, seeds) as one."""
+        frame = pd.concat([table.frame for table in tables], ignore_index=True)
+        return cls(frame, tables[-1].config if tables else {})
+
+    def plot(self, kind: str = "error", **options: Any) -> Any:
+        """A figure by name: any function of `fl.plots` that takes a comparison."""
+        # resolved when called: a table does not depend on its pictures
+        import importlib
+
+        plots = importlib.import_module("fisherlab.plots")
+        if kind not in plots.__all__:
+            near = nearest(kind, plots.__all__, plots.__all__)
+            raise ValueError(f"no picture named {kind!r}; nearest: {near}")
+        return getattr(plots, kind)(self, **options)
+
+    def _repr_html_(self) -> str:
+        styled = self.summary().style.format(precision=4, na_rep="-")
+        styled = styled.background_gradient(subset=[self.leading], cmap="Blues_r")
+        note = f"<p>{self.note}</p>" if self.note else ""
+        return f"{note}{styled.to_html()}"
+
+    def __repr__(self) -> str:
+        return f"{self.note}\n{self.summary().to_string(float_format=lambda v: f'{v:.4f}')}".strip()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a comparison; `comparison` holds the layers that were measured before it."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__("interrupted; `.comparison` holds the layers measured so far")
+        self.comparison = comparison
