@@ -261,6 +261,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             if group["decoupled"] and decay:
                 torch._foreach_mul_(params, 1 - lr * decay)
             buffers = [self.state[p].get("momentum_buffer") for p in params]
+            fused = _laid_out_alike(params, steps, buffers)
             sgd(
                 params,
                 steps,
@@ -271,7 +272,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                 dampening=0.0,
                 nesterov=group["nesterov"],
                 maximize=False,
-                foreach=True,
+                foreach=not fused,
+                fused=fused,
             )
             if group["momentum"]:
                 for p, buffer in zip(params, buffers, strict=True):
@@ -331,3 +333,16 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                         f"this state is of another model: parameter {index} has shape "
                         f"{tuple(buffer.shape)} there and {tuple(p.shape)} here"
                     )
+
+
+def _laid_out_alike(
+    params: list[nn.Parameter], steps: list[Tensor], buffers: list[Tensor | None]
+) -> bool:
+    """Whether torch's fused SGD, which goes over the bare memory of all three, may be used."""
+    known = {buffer is not None for buffer in buffers}
+    return len(known) == 1 and all(
+        p.dtype == step.dtype
+        and p.stride() == step.stride()
+        and (buffer is None or buffer.stride() == p.stride())
+        for p, step, buffer in zip(params, steps, buffers, strict=True)
+    )
