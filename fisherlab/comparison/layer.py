@@ -9,6 +9,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
@@ -98,15 +99,20 @@ class Layer:
             ).item(),
             **facts,
         }
-        rows = []
-        exact = [frame.F for frame in (self.whole, self.inside) if frame is not None]
-        with remembering("power", *exact):
+        measured: list[tuple[str, dict[str, Any]]] = []
+        frames = [frame for frame in (self.whole, self.inside) if frame is not None]
+        exact = [frame.F for frame in frames]
+        # both natural-gradient steps need the products of all columns with the gradient
+        columns = [F.of for F in exact if isinstance(F, Outer)]
+        with remembering("power", *exact), remembering("project", *columns):
             for name, maker in makers.items():
                 if stopped.is_set():
                     raise Stopped
                 with remembering("inner", *exact):
-                    measured = list(self._measure(maker, dampings))
-                rows += [{**base, "approximation": name, **row} for row in measured]
+                    measured += [(name, row) for row in self._measure(maker, dampings)]
+            for frame in frames:
+                self._retried(frame.complete)
+        rows = [{**base, "approximation": name, **row} for name, row in measured]
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
             row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
@@ -136,7 +142,11 @@ class Layer:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
             try:
                 with remembering("power", X, near):
-                    row |= self._retried(self._damped, maker, X, near, frame, share * unit)
+                    found, at, step = self._retried(
+                        self._damped, maker, X, near, frame, share * unit
+                    )
+                row |= found
+                self._retried(at.add, row, step, share * unit)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
@@ -200,7 +210,8 @@ class Layer:
 
     def _damped(
         self, maker: Maker, X: Block, near: Block, frame: Frame, damping: float
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], Frame, Tensor]:
+        """What is known of one damping, and the step with the frame that it is measured in."""
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         start = time.perf_counter()
@@ -211,18 +222,15 @@ class Layer:
         P = block.power(-1, damping) if P is None or plain else P
         ours = -(P @ at.gradient)
         seconds = time.perf_counter() - start
-        step = metrics.step(block, at.F, at.gradient, damping, exact=at.step(damping), ours=ours)
-        return {
+        at.step(damping)  # refused here where the Gram matrix would be too large
+        found = {
             "placement": placement,
-            "direction_cosine": step.cosine.item(),
-            "direction_error": step.error.item(),
-            "quadratic_decrease": step.decrease.item(),
-            "quadratic_decrease_scaled": step.decrease_scaled.item(),
             "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
             "condition": metrics.condition(near, frame.F, damping, frame is self.inside).item(),
             "solve_seconds": seconds,
             "clamped": X.clamped,
         }
+        return found, at, ours
 
     def _preconditioner(self, maker: Maker, X: Block, damping: float) -> tuple[Block | None, str]:
         """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""

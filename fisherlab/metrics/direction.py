@@ -26,6 +26,14 @@ class Step:
     curvature: Tensor  # d^T (F + lambda I) d
     exact_slope: Tensor  # g.d*, which is -g^T (F + lambda I)^{-1} g
 
+    @classmethod
+    def of(
+        cls, ours: Tensor, exact: Tensor, gradient: Tensor, quadratic: Tensor, damping: float
+    ) -> Step:
+        """From two steps that are known, and `d^T F d` of ours."""
+        curvature = quadratic + damping * _dot(ours, ours)
+        return cls(ours, exact, _dot(gradient, ours), curvature, _dot(gradient, exact))
+
     @property
     def cosine(self) -> Tensor:
         """`d.d* / (|d| |d*|)`."""
@@ -57,16 +65,13 @@ def step(
     damping: float,
     preconditioner: Block | None = None,
     exact: Tensor | None = None,
-    ours: Tensor | None = None,
 ) -> Step:
-    """Both steps, `exact` and `ours` if known; else of `preconditioner`, `(X + damping I)^{-1}`."""
+    """Both steps, `exact` if known; ours of `preconditioner`, by default `(X + damping I)^{-1}`."""
     gradient = gradient.to(F.dtype)
-    if ours is None:
-        P = X.power(-1, damping) if preconditioner is None else preconditioner
-        ours = -(P @ gradient)
+    P = X.power(-1, damping) if preconditioner is None else preconditioner
+    ours = -(P @ gradient)
     exact = -F.solve(gradient, damping) if exact is None else exact
-    curvature = F.quadratic(ours) + damping * _dot(ours, ours)
-    return Step(ours, exact, _dot(gradient, ours), curvature, _dot(gradient, exact))
+    return Step.of(ours, exact, gradient, F.quadratic(ours), damping)
 
 
 def direction_cosine(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
