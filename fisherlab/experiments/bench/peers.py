@@ -69,7 +69,8 @@ def _by_backpack(network: Network) -> Callable[[], list[Tensor]]:
 def _by_opacus(network: Network) -> Callable[[], list[Tensor]]:
     from opacus.grad_sample import GradSampleModule
 
-    model = GradSampleModule(copy.deepcopy(network.model))
+    # it records activations in training mode only
+    model = GradSampleModule(copy.deepcopy(network.model)).train()
 
     def run() -> list[Tensor]:
         model.zero_grad()
