@@ -124,12 +124,12 @@ class NaturalGradient(AdaptiveDamping):
         # the mean gradient is the joint batch's already
         local = approximation.needs - {"gradient"}
         reduce = self.ranks.sum if self.ranks is not None and local else None
+        self._owner = {key: w for w in self.weights.values() for key in w.keys}
         self._running = {
             key: Running(approximation, decay, reduce, largest_factor)
             if approximation.additive
             else None
-            for weight in self.weights.values()
-            for key in weight.keys
+            for key in self._owner
         }
         self.largest_factor, self.warmup = largest_factor, warmup
         self._warn_of_diagonals()
@@ -394,10 +394,6 @@ class NaturalGradient(AdaptiveDamping):
         self._preconditioners |= {
             key: from_dict(states[key]) if key in states else damped(key) for key in keys
         }
-
-    @property
-    def _owner(self) -> dict[str, Weight]:
-        return {key: w for w in self.weights.values() for key in w.keys}
 
     @staticmethod
     def _joined(blocks: dict[str, Block], weight: Weight) -> Block | None:

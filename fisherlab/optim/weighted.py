@@ -84,7 +84,7 @@ def _scale_rows(g: Tensor, rows: Tensor) -> Tensor:
     """`g` `[n, ...]` with row n (of each group's channels) scaled by `rows` `[groups, n]`."""
     rows = rows.to(g.dtype)
     if len(rows) == 1:
-        return g * rows[0].view(-1, *[1] * (g.ndim - 1))
+        return g * rows.view(-1, *[1] * (g.ndim - 1))
     channels = g.shape[1] // len(rows)
     by_channel = rows.mT.repeat_interleave(channels, 1)
     return g * by_channel.view(*by_channel.shape, *[1] * (g.ndim - 2))
