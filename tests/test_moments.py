@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.extract import layer
 from fisherlab.extract.layer import Geometry
+from fisherlab.extract.moments import patch_moment
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -13,8 +15,14 @@ from fisherlab.extract.layer import Geometry
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 def test_correlated_moment_is_the_moment_of_patches(
-    kernel: int, size: tuple[int, int], groups: int, bias: bool, generator: torch.Generator
+    kernel: int,
+    size: tuple[int, int],
+    groups: int,
+    bias: bool,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(layer, "PAIR", 0)
     conv = nn.Conv2d(4, 6, kernel, padding=kernel // 2, groups=groups, bias=bias)
     x = torch.randn(3, 4, *size, generator=generator, dtype=torch.float64)
     for group in range(groups):
@@ -22,6 +30,19 @@ def test_correlated_moment_is_the_moment_of_patches(
         assert geometry.conv is not None and geometry.conv.plain
         expected = second_moment(geometry.inputs(x))
         torch.testing.assert_close(geometry.input_moment(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_small_batches_form_their_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(
+        layer, "patch_moment", lambda *args: used.append(args) or patch_moment(*args)
+    )
+    geometry = Geometry.of(nn.Conv2d(16, 3, 5, padding=2), True)
+    few = geometry.input_moment(torch.ones(8, 16, 8, 8))
+    assert not used
+    many = geometry.input_moment(torch.ones(128, 16, 8, 8))
+    assert used
+    torch.testing.assert_close(16 * few, many)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ class Convolution:
         )
 
 
+# Multiplications in whose time Python sees to one pair of offsets of `patch_moment`.
+PAIR = 8e5
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How one raw input `[n, ...]` becomes `[n, t, i]` and one raw output `[n, ...]` `[n, t, o]`.
@@ -149,11 +153,7 @@ class Geometry:
 
     def input_moment(self, raw: Tensor) -> Tensor:
         """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
-        if (
-            self.conv is None
-            or not self.conv.plain
-            or min(raw.shape[2:]) < self.conv.kernel[0] // 2
-        ):
+        if self.conv is None or not self.conv.plain or not self._correlated(raw):
             return contractions.second_moment(self.inputs(raw))
         channels = raw.shape[1] // self.groups
         group = raw[:, self.group * channels : (self.group + 1) * channels]
@@ -162,6 +162,16 @@ class Geometry:
             return moment
         total, positions = self.input_sum(raw)
         return with_bias(moment, total[:-1], len(raw) * positions)
+
+    def _correlated(self, raw: Tensor) -> bool:
+        """Whether `patch_moment` serves these images, and is faster than their patches.
+
+        Patches: n t i (i + 80), the 80 for laying them out. Pairs of offsets: a fixed `PAIR` each.
+        """
+        assert self.conv is not None
+        k = self.conv.kernel[0]
+        patches = len(raw) * math.prod(raw.shape[2:]) * self.in_features * (self.in_features + 80)
+        return min(raw.shape[2:]) >= k // 2 and patches >= PAIR * k**4
 
     def outputs(self, raw: Tensor, leading: int = 1) -> Tensor:
         """A raw output or output gradient `[*leading, ...]` as `[*leading, t, o]`."""
