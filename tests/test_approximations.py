@@ -12,6 +12,8 @@ from references import randn, relative
 from torch import nn
 
 import fisherlab as fl
+from fisherlab.approximations.base import Means
+from fisherlab.blocks.columns import Columns
 from fisherlab.extract import capture, fisher
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -247,3 +249,19 @@ def test_a_name_is_registered_once():
 
         class Other(fl.KFAC, name="kfac"):
             pass
+
+
+def test_the_norm_of_shampoo_keeps_what_its_roots_lose():
+    # together the small eigenvalues are 1e-4 of the trace, each is rounding beside the largest
+    scale = torch.full((300,), 6e-4, dtype=torch.float64)
+    scale[0] = 1
+    a, g = randn(400, 1, 300, seed=1) * scale, randn(1, 400, 1, 200, seed=2) * scale[:200]
+    norms = []
+    for dtype in (torch.float64, torch.float32):
+        columns = Columns(a.to(dtype), g.to(dtype))
+        means = Means({"left": columns.left, "right": columns.right}, 400)
+        block = fl.Shampoo().block(means, {}, {})
+        norms.append(block.squared_norm().item())
+    roots = block.spectra
+    assert roots[1][0].count_nonzero() < 100
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)

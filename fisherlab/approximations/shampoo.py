@@ -79,7 +79,7 @@ class Shampoo(Approximation, name="shampoo"):
             left, right = means["left"], means["right"]
             return _Sided(left, right, left * scale, right * scale)
         L, R = means.factor("left"), means.factor("right")
-        return _Sided(L, R, _root(L), _root(R))
+        return _Rooted(L, R, _root(L), _root(R))
 
     def damped(self, block: Block, damping: float) -> Block:
         damping = check_damping(damping)
@@ -103,7 +103,23 @@ class _Sided(Kronecker):
         return (S if isinstance(S, Tensor) else S.formed() for S in (self.L, self.R))
 
 
+class _Rooted(_Sided):
+    """`L^{1/2} (x) R^{1/2}`."""
+
+    def squared_norm(self) -> Tensor:
+        # tr L tr R, which needs no root: those of small eigenvalues are lost in float32
+        left, right = (_trace(S) if isinstance(S, Tensor) else S.trace() for S in (self.L, self.R))
+        return left.double() * right.double()
+
+    def within(self, V: Tensor) -> Block | None:
+        near = super().within(V)
+        if not isinstance(near, Kronecker):
+            return near
+        return _Rooted(self.L, self.R, near._G, near._A)
+
+
 def _trace(side: Tensor) -> Tensor:
+    side = side.double()
     return side.trace() if side.ndim == 2 else side.sum()
 
 
