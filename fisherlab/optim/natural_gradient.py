@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -16,22 +15,16 @@ from torch import Tensor, nn
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.approximations.running import too_large
-from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
+from fisherlab.blocks import Block, from_dict, to_dict
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
-from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import unwrapped
-from fisherlab.extract import LayerCapture
-from fisherlab.extract.image import ImageColumns
-from fisherlab.extract.joint import joined
-from fisherlab.optim.adaptive import AdaptiveDamping
-from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder, check_fisher_type
-from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.running_blocks import RunningBlocks
 from fisherlab.optim.summary import summary_row
-from fisherlab.optim.weight import Weight, has_gradient, undelivered
+from fisherlab.optim.weight import Weight
 
 
-class NaturalGradient(AdaptiveDamping):
+class NaturalGradient(RunningBlocks):
     """`W <- W - lr (F~ + lambda I)^{exponent} dW`, for any approximation `F~` of the Fisher blocks.
 
     `damping`: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`
@@ -189,12 +182,6 @@ class NaturalGradient(AdaptiveDamping):
 
     # the step -----------------------------------------------------------------------------------
 
-    def _damped_blocks(self) -> dict[str, tuple[Block, float]]:
-        return {name: (block, self._lambdas[name]) for name, block in self.blocks().items()}
-
-    def _damp_again(self) -> None:
-        self._damp(list(self._blocks))
-
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
         wanted = self.recorder is not None and self.recorder.wanted
@@ -205,14 +192,6 @@ class NaturalGradient(AdaptiveDamping):
         finally:
             if self.recorder is not None:
                 self.recorder.wanted = wanted
-
-    def _due(self, weight: Weight, what: str, step: int | None = None) -> bool:
-        step = self.steps if step is None else step
-        return step < self.warmup or step % self.option(weight, what) == 0
-
-    def _collects(self, weight: Weight, step: int | None = None) -> bool:
-        due = self._due(weight, "statistics_every", step)
-        return due or (self._corrected and self._due(weight, "corrections_every", step))
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         gradients = {n: g for n, w in self.weights.items() if (g := w.gradient()) is not None}
@@ -257,157 +236,7 @@ class NaturalGradient(AdaptiveDamping):
             direction = direction * (gradient.norm() / direction.norm().clamp(min=1e-30))
         return direction
 
-    def _refresh(self, gradients: dict[str, Tensor]) -> None:
-        """Statistics, basis, corrections and damped inverses that are due at this step."""
-        present = [self.weights[name] for name in gradients]
-        due = [weight for weight in present if self._collects(weight)]
-        captures = self._captures(due, gradients)
-        layers = [(weight, key, captures.get(key, [])) for weight in present for key in weight.keys]
-        waiting = []
-        for weight, key, captured in layers:
-            batch = [sharing(layer) for layer in captured]
-            self._add_batch(weight, key, batch)
-            if self._basis_due(weight, key):
-                waiting.append((weight, key, captured))
-            else:
-                # at once, while the layer's gradients are at hand
-                self._correct(weight, key, batch)
-        self._refresh_bases([key for _, key, _ in waiting])
-        for weight, key, captured in waiting:
-            self._correct(weight, key, [sharing(layer) for layer in captured])
-        # in one order on all ranks
-        changed = [key for weight, key, _ in layers if self._changes(weight, key)]
-        for key in changed:
-            running = self._running[key]
-            if running is not None:
-                self._blocks[key] = running.block()
-        if changed:
-            self._damp(changed)
-
-    def _captures(
-        self, due: Sequence[Weight], gradients: dict[str, Tensor]
-    ) -> dict[str, list[LayerCapture]]:
-        if self.recorder is None:
-            return {
-                key: [_GradientOnly(part)]  # type: ignore[list-item]
-                for weight in due
-                for key, part in zip(
-                    weight.keys, gradients[weight.name].tensor_split(weight.groups), strict=True
-                )
-            }
-        if not due:
-            return {}
-        passes = self.recorder.captures()
-        self._check_ranks(self.recorder.factors)
-        found = {key: delivered(passes, key) for weight in due for key in weight.keys}
-        for weight in due:
-            layers = found[weight.keys[0]]
-            if not layers and has_gradient(weight):
-                raise OptimizerError(undelivered(weight.name))
-        return found
-
-    def _add_batch(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
-        running = self._running[key]
-        if not layers:
-            return
-        if running is None:
-            if self.ranks is not None:
-                layers = [joined(layer, self.ranks) for layer in layers]
-            if not all(all_finite(g) for each in layers for g in each.raw_output_gradients or ()):
-                raise OptimizerError(
-                    f"the gradient at the output of layer {weight.name!r} has NaN or inf entries; "
-                    "no parameter was changed"
-                )
-            self._blocks[key] = self.approximation(*layers)
-        elif self._due(weight, "statistics_every") or not running.sums:
-            running.update(*layers)
-
-    def _basis_due(self, weight: Weight, key: str) -> bool:
-        running = self._running[key]
-        if running is None or not running.sums or not self._has_basis:
-            return False
-        return self._due(weight, "basis_every") or not running.basis
-
-    def _refresh_bases(self, keys: Sequence[str]) -> None:
-        """New bases, each made by one rank."""
-        found = self._shared_out(keys, lambda key: self._running[key].new_basis())
-        for key, basis in found.items():
-            self._running[key].refresh_basis(basis)
-
-    def _shared_out(self, keys: Sequence[str], make: Callable[[str], Any]) -> dict[str, Any]:
-        """`make(key)` of every key: a nest of tensors, made by one rank and sent to the others."""
-        if self.ranks is None:
-            return {key: make(key) for key in keys}
-        sides = {key: self._owner[key].weight.flatten(1).shape for key in keys}
-        owners = self.ranks.owners({key: float(o**3 + i**3) for key, (o, i) in sides.items()})
-        mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
-        return {key: self.ranks.broadcast(mine.get(key), owners[key]) for key in keys}
-
-    def _correct(self, weight: Weight, key: str, layers: list[LayerCapture]) -> None:
-        running = self._running[key]
-        if running is None or not running.basis or not self._corrected:
-            return
-        if layers and (self._due(weight, "corrections_every") or not running.corrections):
-            running.correct(*layers)
-
-    def _changes(self, weight: Weight, key: str) -> bool:
-        """Whether the damped inverse of a layer is recomputed at this step."""
-        running = self._running[key]
-        if running is None:
-            return key in self._blocks and self._due(weight, "statistics_every")
-        if not running.sums:
-            return False
-        if key not in self._preconditioners or self._due(weight, "basis_every"):
-            return True
-        return self._corrected and self._due(weight, "corrections_every")
-
-    @property
-    def _has_basis(self) -> bool:
-        return type(self.approximation).basis is not Approximation.basis
-
-    @property
-    def _corrected(self) -> bool:
-        return type(self.approximation).corrections is not Approximation.corrections
-
-    def _damp(self, keys: Sequence[str]) -> None:
-        for k, group in enumerate(self.param_groups):
-            names = [w.name for w in self.weights.values() if w.group == k]
-            joined = {n: self._joined(self._blocks, self.weights[n]) for n in names}
-            blocks = {n: b for n, b in joined.items() if b is not None}
-            rule = as_rule(group["damping"])
-            lambdas = rule(blocks) if blocks else {}
-            expand = getattr(rule, "fully_connected_scale", None)
-            for name, value in lambdas.items():
-                self._lambdas[name] = float(value)
-                if expand is not None and isinstance(self.weights[name].module, nn.Linear):
-                    self._scale[name] = 1 / expand(lambdas)
-
-        def damped(key: str) -> Block:
-            name = self._owner[key].name
-            return self.approximation.damped(self._blocks[key], self._lambdas[name])
-
-        # elsewhere the eigenvectors are known, or there is no matrix to invert
-        dear = [key for key in keys if isinstance(self._blocks[key], Kronecker | KroneckerSum)]
-        if self.ranks is None:
-            dear = []
-        states = self._shared_out(dear, lambda key: to_dict(damped(key)))
-        self._preconditioners |= {
-            key: from_dict(states[key]) if key in states else damped(key) for key in keys
-        }
-
-    @staticmethod
-    def _joined(blocks: dict[str, Block], weight: Weight) -> Block | None:
-        parts = [blocks[key] for key in weight.keys if key in blocks]
-        if len(parts) < len(weight.keys):
-            return None
-        return parts[0] if len(parts) == 1 else DirectSum(parts)
-
     # what a user looks at -----------------------------------------------------------------------
-
-    def blocks(self) -> dict[str, Block]:
-        """The current block of each layer: goes into `fl.compare(approximations=...)` as it is."""
-        found = {n: self._joined(self._blocks, w) for n, w in self.weights.items()}
-        return {name: block for name, block in found.items() if block is not None}
 
     def summary(self) -> pd.DataFrame:
         """Per layer: damping, absolute and relative to `tr F / N`, and the eigenvalues above it.
@@ -462,16 +291,3 @@ class NaturalGradient(AdaptiveDamping):
         if self.recorder is not None:
             self.recorder.generator.set_state(extra["generator"].cpu())
             self.recorder.wanted = any(self._collects(w) for w in self.weights.values())
-
-
-def sharing(layer: LayerCapture) -> LayerCapture:
-    """The capture with its per-example gradients made once, for its sums and its corrections."""
-    columns = ImageColumns.of(layer) if isinstance(layer, LayerCapture) else None
-    return layer if columns is None else replace(layer, shared={"columns": columns})
-
-
-class _GradientOnly:
-    """The mean gradient of a step, for approximations that need nothing else."""
-
-    def __init__(self, gradient: Tensor) -> None:
-        self.gradient, self.shape, self.examples = gradient, gradient.shape, 1.0
