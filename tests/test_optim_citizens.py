@@ -333,3 +333,21 @@ def test_compiled_after_the_optimizer(name: str) -> None:
             optimizer.step()
         ends.append(weights(model))
     torch.testing.assert_close(*ends)
+
+
+def test_a_weight_laid_out_channels_last_takes_the_same_step() -> None:
+    """torch's fused kernel goes over bare memory, where a direction is laid out another way."""
+    generator = torch.Generator().manual_seed(4)
+    x, y = torch.randn(6, 2, 5, 5, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2])
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    assert last[0].weight.stride() != plain[0].weight.stride()
+    for model in (plain, last):
+        optimizer = fl.optim.create("kfac", model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for one, other in zip(plain.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
