@@ -10,6 +10,12 @@ hypothesis.settings.register_profile("fisherlab", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("fisherlab")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same, whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

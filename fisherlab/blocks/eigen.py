@@ -79,11 +79,17 @@ class Eigen(Block):
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
+        return self.times(V, self.core(V))
+
+    def core(self, V: Tensor) -> Tensor:
+        """`Q_G^T V Q_A`, which all blocks in this basis need of `V`."""
+        return self.Q_G.mT @ (V @ self.Q_A)
+
+    def times(self, V: Tensor, core: Tensor) -> Tensor:
+        """The product with a `V` whose `core` is known."""
         spectrum, tail_G, tail_A, tail = (
             x.to(self.dtype) for x in (self.spectrum, self.tail_G, self.tail_A, self.tail)
         )
-        VQ = V @ self.Q_A
-        core = self.Q_G.mT @ VQ
         if self.confined:
             return self.Q_G @ (spectrum * core) @ self.Q_A.mT
         if self.level is not None:
@@ -92,8 +98,8 @@ class Eigen(Block):
             return inside.addcmul_(V.to(inside), level)
         GV = self.Q_G.mT @ V
         # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
-        inside = spectrum - tail_G[:, None] - tail_A + tail
-        result = (self.Q_G @ (inside * core) + VQ * (tail_A - tail)) @ self.Q_A.mT
+        inside = self.Q_G @ ((spectrum - tail_G[:, None] - tail_A + tail) * core)
+        result = (inside + V @ self.Q_A * (tail_A - tail)) @ self.Q_A.mT
         return result + self.Q_G @ ((tail_G - tail)[:, None] * GV) + tail * V
 
     def within(self, V: Tensor) -> Block | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import Block, DirectSum, Outer, contractions
+from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.remembered import state_of
 from fisherlab.metrics.direction import Step
 
 
@@ -34,6 +36,8 @@ class Frame:
     def __init__(self, F: Outer | DirectSum, gradient: Tensor) -> None:
         self.F, self.gradient = F, gradient.to(F.dtype)
         self._steps: dict[float, Tensor] = {}
+        # by basis: a block of it, which keeps it alive, the gradient in it, and its seconds
+        self._cores: dict[Any, tuple[Eigen, Tensor, float]] = {}
         self._added: list[tuple[dict[str, Any], Tensor, float]] = []
         self._inside: Inside | None = None
 
@@ -49,6 +53,25 @@ class Frame:
         Columns.gram_eigen.remember(self.F.of, F.of.gram_eigen)
         Outer._squared_norm.remember(self.F, F.squared_norm())
         return self._inside
+
+    def product(self, P: Block) -> tuple[Tensor, float]:
+        """`P g`, and the seconds of it.
+
+        Blocks in one Kronecker eigenbasis share what it makes of the gradient, half of the work;
+        its time counts for each of them.
+        """
+        start, shared = time.perf_counter(), 0.0
+        if isinstance(P, Eigen):
+            bases = state_of(P.Q_G), state_of(P.Q_A)
+            if bases not in self._cores:
+                core = P.core(self.gradient)
+                self._cores[bases] = P, core, time.perf_counter() - start
+                start = time.perf_counter()
+            _, core, shared = self._cores[bases]
+            result = P.times(self.gradient, core)
+        else:
+            result = P @ self.gradient
+        return result, time.perf_counter() - start + shared
 
     def add(self, row: dict[str, Any], ours: Tensor, damping: float) -> None:
         """A step whose worth is still missing in its row."""

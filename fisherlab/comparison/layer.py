@@ -220,17 +220,17 @@ class Layer:
         # placed elsewhere, the damping may depend on the dimensions that the inputs miss
         at, block = (frame, near) if plain else (self.whole, X)
         P = block.power(-1, damping) if P is None or plain else P
-        ours = -(P @ at.gradient)
-        seconds = time.perf_counter() - start
+        inverted = time.perf_counter() - start
+        product, seconds = at.product(P)
         at.step(damping)  # refused here where the Gram matrix would be too large
         found = {
             "placement": placement,
             "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
             "condition": metrics.condition(near, frame.F, damping, frame is self.inside).item(),
-            "solve_seconds": seconds,
+            "solve_seconds": inverted + seconds,
             "clamped": X.clamped,
         }
-        return found, at, ours
+        return found, at, -product
 
     def _preconditioner(self, maker: Maker, X: Block, damping: float) -> tuple[Block | None, str]:
         """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""
