@@ -280,8 +280,12 @@ def formed_gram(D: Tensor) -> Tensor:
     """`U^T U`, `[R, R]` in float64, of formed gradients `[R, o i]`."""
     check_gram(len(D), D.device)
     result = D.new_zeros(len(D), len(D), dtype=torch.float64)
+    half = len(D) // 2
     for _, part in _doubled(D):
-        result.addmm_(part, part.mT)
+        # three quarters of it: the rest is known by symmetry
+        result[half:].addmm_(part[half:], part.mT)
+        result[:half, :half].addmm_(part[:half], part[:half].mT)
+    result[:half, half:] = result[half:, :half].mT
     return symmetrise(result)
 
 

@@ -324,10 +324,13 @@ class LayerCapture:
     @property
     def gradient(self) -> Tensor:
         """`[o, i]`, the gradient of the mean per-example loss at the observed labels."""
-        g = self.label_gradients
-        n, t, o = g.shape
-        a = self.inputs if self.shared is None else self.columns.a
-        return g.reshape(n * t, o).mT @ a.reshape(n * t, -1) / n
+        if self.shared is None or self.fisher_type != "empirical" or self.columns.formed is None:
+            g = self.label_gradients
+            n, t, o = g.shape
+            a = self.inputs if self.shared is None else self.columns.a
+            return g.reshape(n * t, o).mT @ a.reshape(n * t, -1) / n
+        # the columns are the gradients at these labels, and are summed in less time than formed
+        return self.columns.formed.sum(0).view(self.shape) / self.raw_inputs[0].shape[0]
 
     @property
     def columns(self) -> Columns:
