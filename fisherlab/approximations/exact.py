@@ -22,10 +22,9 @@ class Exact(Approximation, name="exact"):
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Outer:
         if len(layers) == 1 and layers[0].column_share == 1:
-            columns = layers[0].columns
-            return Outer(columns.a, columns.g, columns=columns)
+            return Outer.over(layers[0].columns)
         of = joined([layer.columns for layer in layers])
-        return Outer(of.a, of.g, 1 / sum(layer.examples for layer in layers), columns=of)
+        return Outer.over(of, 1 / sum(layer.examples for layer in layers))
 
     def __call__(self, *layers: LayerCapture) -> Outer:
         """The block of the examples of all captures together."""

@@ -14,6 +14,7 @@ from fisherlab.blocks import Block, BlockError, Outer
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import LayerCapture
+from fisherlab.extract.image import sharing
 
 Sums = dict[str, Tensor]
 
@@ -43,7 +44,7 @@ class Memo:
     """
 
     def __init__(self, layers: Sequence[LayerCapture], memory: int | None = None) -> None:
-        self.layers = tuple(replace(layer, shared={}) for layer in layers)
+        self.layers = tuple(sharing(replace(layer, shared={})) for layer in layers)
         self.memory = memory
         self.count = sum(layer.examples for layer in self.layers)
         self._means: dict[Approximation, Means] = {}

@@ -35,11 +35,34 @@ class Columns:
         return self.g.shape[-1], self.a.shape[-1]
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.g.shape[0], self.g.shape[1]
+
+    @property
     def count(self) -> int:
         """`R = m n`."""
-        return self.g.shape[0] * self.g.shape[1]
+        m, n = self.sizes
+        return m * n
 
-    @remembered("a", "g")
+    @property
+    def positions(self) -> int:
+        """t."""
+        return self.a.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.a.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.a.device
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What they are made of."""
+        yield from (self.a, self.g)
+
+    @remembered()
     def formed(self) -> Tensor | None:
         """The gradients, `[R, o i]`, where they take less room than `a` and `g`, or `room`."""
         m, n, t, o = self.g.shape
@@ -54,10 +77,10 @@ class Columns:
         assert self.formed is not None
         return self.formed.view(-1, *self.shape)
 
-    @remembered("a", "g")
+    @remembered()
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64; raises `BlockTooLarge` past the memory budget."""
-        check_gram(self.count, self.a.device)
+        check_gram(self.count, self.device)
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
         # of the very gradients that products use: what an inverse cancels must be the same
@@ -74,7 +97,7 @@ class Columns:
 
         The Gram matrix itself where it is known or small; else a workspace at a time, at any R.
         """
-        m, n = self.g.shape[:2]
+        m, n = self.sizes
         if Columns.gram.known(self) is not None or 8 * self.count**2 <= contractions.WORKSPACE:
             yield slice(0, n), slice(0, n), self.gram.view(m, n, m, n)
             return
@@ -88,10 +111,10 @@ class Columns:
                 K = contractions.cross_gram(a, g, b, h)
                 yield p, q, K.view(m, len(a), m, len(b))
 
-    @remembered("a", "g")
+    @remembered()
     def pair_sums(self) -> tuple[Tensor, Tensor]:
         """`sum_k <F_n, F_k>` and `<F_n, F_n>` of the examples' own blocks, `[n]` in float64."""
-        rows = torch.zeros(len(self.a), dtype=torch.float64, device=self.a.device)
+        rows = torch.zeros(self.sizes[1], dtype=torch.float64, device=self.device)
         own = torch.zeros_like(rows)
         for p, q, K in self.gram_tiles():
             products = K.square().sum((0, 2))
@@ -102,7 +125,7 @@ class Columns:
                 rows[q] += products.sum(0)
         return rows, own
 
-    @remembered("a", "g")
+    @remembered()
     def gram_eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of the Gram matrix, ascending, and their vectors in its columns.
 
@@ -111,20 +134,22 @@ class Columns:
         o, i = self.shape
         if self.count <= o * i:
             return eigh(self.gram, "Gram matrix")
-        check_gram(self.count, self.a.device, o * i)
+        check_gram(self.count, self.device, o * i)
         D = contractions.per_example(self.a, self.g).reshape(self.count, -1).double()
         values, V = eigh(D.mT @ D, "Gram matrix")
         return values, D @ (V / values.clamp(min=1e-300).sqrt())
 
-    @remembered("a", "g")
+    @remembered()
     def energies(self) -> Tensor:
         """`||D[m,n]||^2`, `[m, n]` in float64."""
         gram = Columns.gram.known(self)
         if gram is not None:
-            return gram.diagonal().view(self.g.shape[:2])
+            return gram.diagonal().view(self.sizes)
+        if self.formed is not None:
+            return self.formed.square().sum(1, dtype=torch.float64).view(self.sizes)
         return contractions.energies(self.a, self.g)
 
-    @remembered("a", "g")
+    @remembered()
     def left(self) -> Tensor:
         """`sum D D^T`, `[o, o]`."""
         if not self.short:
@@ -132,7 +157,7 @@ class Columns:
         flat = self.matrices.transpose(0, 1).reshape(self.shape[0], -1)
         return symmetrise(flat @ flat.mT)
 
-    @remembered("a", "g")
+    @remembered()
     def right(self) -> Tensor:
         """`sum D^T D`, `[i, i]`."""
         if not self.short:
@@ -145,7 +170,7 @@ class Columns:
         left = Columns.left.known(self)
         return self.energies.sum() if left is None else left.double().trace()
 
-    @remembered("a", "g")
+    @remembered()
     def squares(self) -> Tensor:
         """`sum D^2` entrywise, `[o, i]`."""
         if self.formed is None:
@@ -154,7 +179,7 @@ class Columns:
         parts = contractions.slices(self.formed.shape[1], size, self.formed)
         return torch.cat([self.formed[:, part].square().sum(0) for part in parts]).view(self.shape)
 
-    @remembered("a", "g")
+    @remembered()
     def grouped(self) -> dict[tuple[int, int], Tensor]:
         """By (c, k): `grouped_moments`, where they have been asked for."""
         return {}
@@ -165,7 +190,7 @@ class Columns:
             self.grouped[c, k] = contractions.grouped_moments(self.a, self.g, c, k)
         return self.grouped[c, k]
 
-    @remembered("a", "g")
+    @remembered()
     def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
         """By the state of a basis: the basis itself and `rotated_squares` in it."""
         return {}
@@ -200,12 +225,12 @@ class Columns:
         else:
             parts = _doubled(self.formed)
             result = sum_of(flat[:, part].double() @ D.mT for part, D in parts)
-        return result.view(*V.shape[:-2], *self.g.shape[:2])
+        return result.view(*V.shape[:-2], *self.sizes)
 
     def project_pairs(self, q_G: Tensor, q_A: Tensor) -> Tensor:
         """`<D, q_G q_A^T>` of every column, for columns `[o, k]` and `[i, k]`: `[k, m, n]`."""
         # whichever is less to read
-        if self.formed is None or self.formed.numel() > self.a.numel():
+        if not self.short and (self.formed is None or self.formed.numel() > self.a.numel()):
             return contractions.project_pairs(self.a, self.g, q_G, q_A)
         return self.project(q_G.mT[:, :, None] * q_A.mT[:, None])
 
@@ -221,7 +246,7 @@ class Columns:
             result = torch.cat([flat.double() @ D for _, D in _doubled(self.formed)], 1)
         return result.view(*weights.shape[:-2], *self.shape)
 
-    @remembered("a", "g")
+    @remembered()
     def hadamard(self) -> tuple[Tensor, Tensor]:
         """At one position, eigenvalues `[n]` and `B_a^{1/2} p` `[n, n]` of two Hadamard squares.
 
@@ -243,29 +268,31 @@ class Columns:
         """Orthonormal `V` `[i, r]` whose span holds every input, where r is clearly less than i."""
         return None if self.input_frame is None else self.input_frame[0]
 
-    @remembered("a")
+    @remembered()
     def input_frame(self) -> tuple[Tensor, Tensor] | None:
         """`input_space` and the inputs in its coordinates, `a V` `[n, t, r]`."""
-        return frame(self.a)
+        # asked of the sizes first: the inputs may not be laid out
+        rows = self.sizes[1] * self.positions
+        return frame(self.a) if few(rows, self.shape[1]) else None
 
-    @remembered("g")
+    @remembered()
     def output_frame(self) -> tuple[Tensor, Tensor] | None:
         """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
         return frame(self.g)
 
-    @remembered("a", "g")
+    @remembered()
     def inside(self) -> Columns | None:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_frame is None:
             return None
         return Columns(self.input_frame[1], self.g, self.room)
 
-    @remembered("a")
+    @remembered()
     def input_products(self) -> Tensor:
         """`a a^T` of each example, `[n, t, t]`."""
         return self.a @ self.a.mT
 
-    @remembered("g")
+    @remembered()
     def gradient_products(self) -> Tensor:
         """`sum_m g g^T` of each example, `[n, t, t]`."""
         return (self.g @ self.g.mT).sum(0)

@@ -42,10 +42,21 @@ class Outer(Block):
         g: Tensor,
         core: float | Tensor | None = None,
         shift: float = 0.0,
-        columns: Columns | None = None,
     ) -> None:
-        self.of = Columns(a, g) if columns is None else columns
-        self.core = 1.0 / self.a.shape[0] if core is None else core
+        self._hold(Columns(a, g), core, shift)
+
+    @classmethod
+    def over(
+        cls, columns: Columns, core: float | Tensor | None = None, shift: float = 0.0
+    ) -> Outer:
+        """The block over columns that others hold as well; what is known of them stays known."""
+        block = cls.__new__(cls)
+        block._hold(columns, core, shift)
+        return block
+
+    def _hold(self, columns: Columns, core: float | Tensor | None, shift: float) -> None:
+        self.of = columns
+        self.core = 1.0 / columns.sizes[1] if core is None else core
         self.shift = float(shift)
 
     @property
@@ -64,11 +75,11 @@ class Outer(Block):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.a.dtype
+        return self.of.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.a.device
+        return self.of.device
 
     @property
     def columns(self) -> int:
@@ -92,21 +103,21 @@ class Outer(Block):
         return self.of.energies
 
     def rescaled(self, core: float | Tensor, shift: float = 0.0) -> Outer:
-        """The same columns with another core and shift; what is known of them stays known."""
-        return Outer(self.a, self.g, core, shift, self.of)
+        """The same columns with another core and shift."""
+        return Outer.over(self.of, core, shift)
 
     def within(self, V: Tensor) -> Outer | None:
         return self._within if V is self.of.input_space else None
 
-    @remembered("a", "g", "core", "shift")
+    @remembered("of", "core", "shift")
     def _within(self) -> Outer | None:
         inside = self.of.inside
         if self.shift or inside is None:
             return None
-        return Outer(inside.a, inside.g, self.core, columns=inside)
+        return Outer.over(inside, self.core)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.a, self.g)
+        yield from self.of.tensors()
         if isinstance(self.core, Tensor):
             yield self.core
 
@@ -133,7 +144,7 @@ class Outer(Block):
             product = product + self.shift * V.to(product.dtype)
         return product.to(V.dtype)
 
-    @remembered("a", "g", "core")
+    @remembered("of", "core")
     def _range(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues `[r]` of `U C U^T`, and `W` `[R, r]` with eigenvectors `U W`."""
         values, Z = self.of.gram_eigen
@@ -150,7 +161,7 @@ class Outer(Block):
     def _vectors(self, W: Tensor, exact: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.g.shape[:2]), exact)
+            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.of.sizes), exact)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -233,7 +244,7 @@ class Outer(Block):
     def _outer_inner(self, other: Outer) -> Tensor:
         """`<U C U^T, U' C' U'^T> = <C U^T U', U^T U' C'>`."""
         scalar = not isinstance(self.core, Tensor) and not isinstance(other.core, Tensor)
-        if other.a is self.a and other.g is self.g:
+        if other.of is self.of or (other.a is self.a and other.g is self.g):
             if scalar and not self._fits:
                 return self.core * other.core * self.of.pair_sums[0].sum()
             return (self._core_gram * other._core_gram.mT).sum()
@@ -303,7 +314,7 @@ class Outer(Block):
     def squared_norm(self) -> Tensor:
         return self._squared_norm
 
-    @remembered("a", "g", "core", "shift")
+    @remembered("of", "core", "shift")
     def _squared_norm(self) -> Tensor:
         if not self._fits:
             inside = self.core**2 * self.of.pair_sums[0].sum()
@@ -343,7 +354,7 @@ class Outer(Block):
         # <U w, q> = w . U^T q: no eigenvector is formed
         return W.mT @ self.of.project_pairs(q_G, q_A).double().flatten(1).mT
 
-    @remembered("a", "g", "core")
+    @remembered("of", "core")
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By k: the leading eigenpairs."""
         return {}

@@ -13,6 +13,8 @@ T = TypeVar("T")
 def remembered(*sources: str) -> Callable[[Callable[[Any], T]], Remembered[T]]:
     """`@remembered("G", "A")`: a cached property, made again once `G` or `A` was changed in place.
 
+    Without names the sources are whatever `tensors()` yields.
+
     A decomposition kept beside a matrix that somebody updates with `mul_().add_()` is wrong without
     any error; this one is gone.
     """
@@ -42,12 +44,17 @@ class Remembered(Generic[T]):
             known[self.name] = (stamp, self.function(block))
         return known[self.name][1]
 
-    def _stamp(self, block: object) -> tuple[Any, ...]:
+    def _stamp(self, block: Any) -> tuple[Any, ...]:
+        if not self.sources:
+            return tuple(state_of(tensor) for tensor in block.tensors())
         return tuple(state_of(getattr(block, source)) for source in self.sources)
 
     def known(self, block: object) -> T | None:
         """What is remembered, without computing it."""
-        stamp, value = vars(block).get("_remembered", {}).get(self.name, (None, None))
+        known = vars(block).get("_remembered", {})
+        if self.name not in known:
+            return None
+        stamp, value = known[self.name]
         return value if stamp == self._stamp(block) else None
 
     def remember(self, block: object, value: T) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from typing import cast
@@ -10,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherlab.blocks import contractions
-from fisherlab.blocks.columns import Columns, compact, formed_gram
+from fisherlab.blocks.columns import Columns, compact
+from fisherlab.blocks.remembered import remembered
 from fisherlab.extract.layer import Convolution, LayerCapture
 
 
@@ -74,14 +76,29 @@ class ImageColumns(Columns):
         return self.layer.shape
 
     @property
-    def count(self) -> int:
-        return self.layer.columns_per_example * self.layer.raw_inputs[0].shape[0]
+    def sizes(self) -> tuple[int, int]:
+        return self.layer.columns_per_example, self.layer.raw_inputs[0].shape[0]
+
+    @property
+    def positions(self) -> int:
+        return self.layer.positions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.device
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (*self.layer.raw_inputs, *(self.layer.raw_output_gradients or ()))
 
     @property
     def short(self) -> bool:
         return True
 
-    @cached_property
+    @remembered()
     def formed(self) -> Tensor:
         """The gradients, `[R, o i]`."""
         geometry = self.layer.geometry
@@ -97,25 +114,12 @@ class ImageColumns(Columns):
         D = D.mul_(self.layer.gradient_scale)
         return D.view(n, m, o * i).transpose(0, 1).reshape(m * n, o * i)
 
-    @cached_property
-    def gram(self) -> Tensor:
-        """`U^T U`, `[R, R]` in float64."""
-        return formed_gram(self.formed)
-
-    left = cached_property(Columns.left.function)
-    right = cached_property(Columns.right.function)
-    squares = cached_property(Columns.squares.function)
-
-    @cached_property
-    def energies(self) -> Tensor:
-        """`||D[m,n]||^2`, `[m, n]` in float64."""
-        squares = self.formed.square().sum(1, dtype=torch.float64)
-        return squares.view(-1, self.layer.raw_inputs[0].shape[0])
-
     @property
     def trace(self) -> Tensor:
         return self.left.double().trace()
 
-    def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
-        """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64."""
-        return contractions.rotated_squares(self.matrices, Q_G, Q_A).double()
+
+def sharing(layer: LayerCapture) -> LayerCapture:
+    """The capture with its per-example gradients made once, of its images where that is cheaper."""
+    columns = ImageColumns.of(layer) if isinstance(layer, LayerCapture) else None
+    return layer if columns is None else replace(layer, shared={"columns": columns})

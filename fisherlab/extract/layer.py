@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns, compact, few, formed_gram
+from fisherlab.blocks.numerics import sum_of
 from fisherlab.extract.moments import example_sum, patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -324,13 +325,13 @@ class LayerCapture:
     @property
     def gradient(self) -> Tensor:
         """`[o, i]`, the gradient of the mean per-example loss at the observed labels."""
-        if self.shared is None or self.fisher_type != "empirical" or self.columns.formed is None:
-            g = self.label_gradients
-            n, t, o = g.shape
-            a = self.inputs if self.shared is None else self.columns.a
-            return g.reshape(n * t, o).mT @ a.reshape(n * t, -1) / n
-        # the columns are the gradients at these labels, and are summed in less time than formed
-        return self.columns.formed.sum(0).view(self.shape) / self.raw_inputs[0].shape[0]
+        n = self.raw_inputs[0].shape[0]
+        if self.shared and self.fisher_type == "empirical" and self.columns.formed is not None:
+            # the columns are the gradients at these labels
+            return self.columns.formed.sum(0).view(self.shape) / n
+        if self.shared and "a" in vars(self.columns):
+            return _product(self.label_gradients, self.columns.a) / n
+        return sum_of(_product(x.label_gradients, x.inputs) for x in self._in_cache()) / n
 
     @property
     def columns(self) -> Columns:
@@ -345,13 +346,17 @@ class LayerCapture:
 
     def per_example_gradients(self) -> Tensor:
         """`D[m,n,o,i] = sum_t g a^T`, all of them: m n o i numbers."""
-        n, (_, i) = self.raw_inputs[0].shape[0], self.shape
-        size = self.positions * i * self.raw_inputs[0].element_size()
-        # the inputs of a few examples at a time, which stay in the cache: of a convolution they
-        # are laid out anew, and are many times larger than its image
-        chunks = (self.part(part) for part in contractions.slices(n, size, self.raw_inputs[0]))
-        parts = [contractions.per_example(x.inputs, x.output_gradients) for x in chunks]
+        parts = [contractions.per_example(x.inputs, x.output_gradients) for x in self._in_cache()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _in_cache(self) -> Iterator[LayerCapture]:
+        """A few examples at a time, whose inputs stay in the cache.
+
+        Those of a convolution are laid out anew, and are many times larger than its image.
+        """
+        size = self.positions * self.shape[1] * self.raw_inputs[0].element_size()
+        n = self.raw_inputs[0].shape[0]
+        return (self.part(part) for part in contractions.slices(n, size, self.raw_inputs[0]))
 
     def gram(self) -> Tensor:
         """`U^T U`, `[m n, m n]` in float64."""
@@ -449,6 +454,11 @@ class LayerCapture:
             f"{public} of layer {self.name!r} was not captured; name {need!r} in the "
             "approximation's `needs`, or call fl.capture, which captures everything"
         )
+
+
+def _product(g: Tensor, a: Tensor) -> Tensor:
+    """`sum_{n,t} g a^T`, `[o, i]`."""
+    return g.flatten(0, 1).mT @ a.flatten(0, 1)
 
 
 def _row_strides(size: torch.Size, rows: tuple[int, ...], dims: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from fisherlab.approximations.damping import as_rule
 from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import LayerCapture
-from fisherlab.extract.image import ImageColumns
+from fisherlab.extract.image import sharing
 from fisherlab.extract.joint import joined
 from fisherlab.optim.adaptive import AdaptiveDamping
 from fisherlab.optim.passes import delivered
@@ -200,12 +199,6 @@ class RunningBlocks(AdaptiveDamping):
 
     def _damp_again(self) -> None:
         self._damp(list(self._blocks))
-
-
-def sharing(layer: LayerCapture) -> LayerCapture:
-    """The capture with its per-example gradients made once, for its sums and its corrections."""
-    columns = ImageColumns.of(layer) if isinstance(layer, LayerCapture) else None
-    return layer if columns is None else replace(layer, shared={"columns": columns})
 
 
 class _GradientOnly:
