@@ -51,6 +51,16 @@ def test_non_finite_gradient(name: str) -> None:
     assert torch.equal(weights(model), before) and optimizer.steps == 0
 
 
+def test_a_finite_gradient_whose_norm_overflows_is_called_that():
+    model = small()
+    optimizer = fl.optim.create("kfac", model)
+    x, y = data()
+    F.cross_entropy(model(x), y).backward()
+    for p in model.parameters():
+        p.grad.fill_(1e300)
+    refused(model, optimizer.step, OptimizerError, "so large that its norm overflows")
+
+
 @pytest.mark.parametrize("name", STEPPED)
 def test_non_finite_data(name: str) -> None:
     model = small()

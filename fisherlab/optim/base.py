@@ -220,6 +220,12 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             for name, weight in self.weights.items()
             if weight.weight.grad is not None and not torch.isfinite(weight.weight.grad).all()
         ]
+        if not names and all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise OptimizerError(
+                "the gradient has entries so large that its norm overflows: the training diverged; "
+                "no parameter was changed. Lower the learning rate, raise the damping, or pass "
+                "nonfinite='skip'"
+            )
         where = f"layers {', '.join(names)}" if names else "a parameter without a block"
         raise OptimizerError(
             f"the gradient of {where} has NaN or inf entries; no parameter was changed. Lower the "
