@@ -65,6 +65,14 @@ def test_compare_leaves_tables_pictures_and_a_page(run):
     assert not list(folder.rglob("*.part"))
 
 
+def test_an_approximation_that_no_layer_takes_is_explained(tmp_path):
+    words = ["compare", *TINY, "-a", "kfac,kbfgs", "--epochs", "0", "--out", tmp_path / "out"]
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    assert "kbfgs: K-BFGS needs layer" in result.output
+    assert result.output.count("kbfgs: ") == 1 and "kfac: " not in result.output
+
+
 def test_compare_measures_what_the_library_does(run):
     folder, _ = run
     frame = pd.read_parquet(folder / "comparison.parquet")

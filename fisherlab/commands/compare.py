@@ -154,6 +154,8 @@ def compare(
         typer.echo(table.note)
     show(*by_layer(table))
     show(*overview(table))
+    for line in refusals(table):
+        typer.echo(line)
     typer.echo(f"report: {path}")
     for note in study.notes:
         typer.echo(note)
@@ -173,6 +175,14 @@ def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
         errors = pd.DataFrame(parts | {"worst is": errors.idxmax(axis=1)})
     title = f"{column.replace('_', ' ')} of every layer at step {frame['step'].max()}"
     return errors.loc[order].reset_index(), title
+
+
+def refusals(table: Comparison) -> list[str]:
+    """Of every approximation that was refused at all layers, the reason."""
+    nothing = table.frame.groupby("approximation")["relative_error"].transform("count") == 0
+    refused = table.frame[nothing & (table.frame["note"] != "")]
+    first = refused.drop_duplicates("approximation")
+    return [f"{row.approximation}: {row.note}" for row in first.itertuples()]
 
 
 def overview(table: Comparison) -> tuple[pd.DataFrame, str]:
