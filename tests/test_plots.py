@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
+from pictures import complaints
 
 import fisherlab as fl
 from fisherlab import approximations, comparison, plots
@@ -92,6 +93,13 @@ def test_the_legend_is_outside_of_every_panel():
         box = legend.get_window_extent()
         assert all(not box.overlaps(ax.get_window_extent()) for ax in figure.axes)
         assert box.x1 <= figure.bbox.x1 + 1
+
+
+def test_a_long_name_does_not_push_the_legend_into_the_title():
+    long = frame().replace({"approximation": {"my_own": "a_very_long_name_of_mine_indeed"}})
+    for kind in KINDS:
+        found = [said for said in complaints(getattr(plots, kind)(long)) if "title" in said]
+        assert not found
 
 
 def test_every_registered_approximation_has_its_own_look():

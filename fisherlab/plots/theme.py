@@ -187,8 +187,14 @@ def rotation(names: Iterable[str]) -> int:
 
 
 def title(figure: Figure, text: str) -> None:
-    """What the picture is about, at its upper left, clear of the legend."""
-    figure.suptitle(text, x=0.01, ha="left")
+    """What the picture is about, at its upper left, clear of the legend: call it after `legend`."""
+    written = figure.suptitle(text, x=0.01, ha="left")
+    left = written.get_window_extent().x0
+    widths = [legend.get_window_extent().width for legend in figure.legends]
+    room = figure.bbox.width - max(widths, default=0.0) - 2 * left
+    share = room / written.get_window_extent().width
+    if 0 < share < 1:  # names of the user's own may be long
+        written.set_fontsize(share * written.get_fontsize())
 
 
 def legend(figure: Figure, names: Iterable[str], title: str = "", lines: bool = True) -> None:
