@@ -13,6 +13,7 @@ from fisherlab.approximations.base import Means
 from fisherlab.approximations.eva import Eva
 from fisherlab.blocks import Block, Eigen
 from fisherlab.blocks.numerics import BlockError, check_damping
+from fisherlab.blocks.serialise import remembers
 from fisherlab.extract import LayerCapture
 
 
@@ -101,6 +102,7 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return directions.mT, sizes.square() / len(rows)
 
 
+@remembers("Q_G", "Q_A", "g_energies", "a_energies")
 class _Pair(Eigen):
     """A product of two factors in their eigenvectors, which remembers their eigenvalues apart."""
 

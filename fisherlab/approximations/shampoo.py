@@ -15,6 +15,7 @@ from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.kronecker import Factor
 from fisherlab.blocks.moment import Decomposed, Moment
 from fisherlab.blocks.numerics import RANK_TOLERANCE, check_damping, spectral, spectrum_power
+from fisherlab.blocks.serialise import remembers
 from fisherlab.extract import LayerCapture
 
 
@@ -90,6 +91,7 @@ class Shampoo(Approximation, name="shampoo"):
         return Kronecker(scale * _power(L, exponent, damping), _power(R, exponent, damping))
 
 
+@remembers("L", "R", "G", "A")
 class _Sided(Kronecker):
     """Shampoo's product with the second moments it was made of."""
 
@@ -102,7 +104,14 @@ class _Sided(Kronecker):
         """`L` and `R`, formed."""
         return (S if isinstance(S, Tensor) else S.formed() for S in (self.L, self.R))
 
+    def saved(self, name: str) -> Tensor:
+        if name in ("G", "A"):
+            return super().saved(name)
+        moment = getattr(self, name)
+        return moment if isinstance(moment, Tensor) else moment.formed()
 
+
+@remembers("L", "R", "G", "A")
 class _Rooted(_Sided):
     """`L^{1/2} (x) R^{1/2}`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fisherlab.blocks.base import Block
@@ -30,8 +31,19 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
 _FORMS = {form.__name__: form for form in _FIELDS}
 
 
+def remembers(*fields: str) -> Callable[[type[Block]], type[Block]]:
+    """A form of its own, made of these fields: what `damped` needs besides its base's."""
+
+    def enter(form: type[Block]) -> type[Block]:
+        _FIELDS[form] = fields
+        _FORMS[form.__name__] = form
+        return form
+
+    return enter
+
+
 def to_dict(block: Block) -> dict[str, Any]:
-    """The form's name and the tensors it is made of; a subclass is saved as the form it is."""
+    """The form's name and its tensors; a subclass that `remembers` nothing is saved as its base."""
     form = next(form for form in type(block).__mro__ if form in _FIELDS)
     state: dict[str, Any] = {"form": form.__name__}
     for name in _FIELDS[form]:
