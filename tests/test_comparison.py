@@ -501,3 +501,14 @@ def test_a_layer_without_gradients_has_a_row_that_says_so():
     dead = table.frame[table.frame["layer"] == "0"]
     assert dead["note"].str.contains("exact block is zero").all()
     assert (dead.set_index("approximation")["relative_error"].drop("sngd") == 0).all()
+
+
+def test_pictures_and_folders_of_a_table_are_refused_by_name(tmp_path):
+    table = compared(approximations=["kfac"])
+    with pytest.raises(ValueError, match="nearest: error") as refused:
+        table.plot("eror")
+    assert "theme" not in str(refused.value)
+    with pytest.raises(ValueError, match="fl.plots.pareto draws other data"):
+        table.plot("pareto")
+    with pytest.raises(FileNotFoundError, match="holds no comparison.parquet"):
+        fl.Comparison.load(tmp_path)

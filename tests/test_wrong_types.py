@@ -48,7 +48,7 @@ def test_support_of_what_is_no_module() -> None:
 def test_unknown_picture() -> None:
     model, x, y = batch()
     table = fl.compare(model, CRITERION, x, y, approximations=["kfac"])
-    with pytest.raises(ValueError, match="no picture named 'eror'; nearest: error"):
+    with pytest.raises(ValueError, match="no picture of a table is named 'eror'; nearest: error"):
         table.plot("eror")
 
 

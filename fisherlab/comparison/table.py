@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,10 @@ class Comparison:
     def load(cls, folder: str | Path) -> Comparison:
         """Read what `save` wrote."""
         folder = Path(folder)
+        if not (folder / "comparison.parquet").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no comparison.parquet, which `save` writes into a folder"
+            )
         frame = pd.read_parquet(folder / "comparison.parquet")
         return cls(frame, json.loads((folder / "config.json").read_text()))
 
@@ -107,14 +112,16 @@ class Comparison:
         return cls(frame, tables[-1].config if tables else {})
 
     def plot(self, kind: str = "error", **options: Any) -> Any:
-        """A figure by name: any function of `fl.plots` that takes a comparison."""
+        """A figure by name: any function of `fl.plots` whose first argument is a `table`."""
         # resolved when called: a table does not depend on its pictures
         import importlib
 
         plots = importlib.import_module("fisherlab.plots")
-        if kind not in plots.__all__:
-            near = nearest(kind, plots.__all__, plots.__all__)
-            raise ValueError(f"no picture named {kind!r}; nearest: {near}")
+        known = [name for name in plots.__all__ if _takes_a_table(getattr(plots, name))]
+        if kind not in known:
+            other = f" (fl.plots.{kind} draws other data)" if kind in plots.__all__ else ""
+            near = nearest(kind, known, known)
+            raise ValueError(f"no picture of a table is named {kind!r}{other}; nearest: {near}")
         return getattr(plots, kind)(self, **options)
 
     def _repr_html_(self) -> str:
@@ -133,3 +140,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")
         self.comparison = comparison
+
+
+def _takes_a_table(function: Any) -> bool:
+    return callable(function) and next(iter(inspect.signature(function).parameters), "") == "table"
