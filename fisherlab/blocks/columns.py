@@ -146,7 +146,8 @@ class Columns:
         if gram is not None:
             return gram.diagonal().view(self.sizes)
         if self.formed is not None:
-            return self.formed.square().sum(1, dtype=torch.float64).view(self.sizes)
+            squares = (D.square().sum(1, dtype=torch.float64) for D in self._parts())
+            return sum_of(squares).view(self.sizes)
         return contractions.energies(self.a, self.g)
 
     @remembered()
@@ -175,9 +176,14 @@ class Columns:
         """`sum D^2` entrywise, `[o, i]`."""
         if self.formed is None:
             return contractions.diagonal(self.a, self.g)
+        return torch.cat([D.square().sum(0) for D in self._parts()]).view(self.shape)
+
+    def _parts(self) -> Iterator[Tensor]:
+        """`formed`, some of the parameters at a time."""
+        assert self.formed is not None
         size = self.count * self.formed.element_size()
-        parts = contractions.slices(self.formed.shape[1], size, self.formed)
-        return torch.cat([self.formed[:, part].square().sum(0) for part in parts]).view(self.shape)
+        for part in contractions.slices(self.formed.shape[1], size, self.formed):
+            yield self.formed[:, part]
 
     @remembered()
     def grouped(self) -> dict[tuple[int, int], Tensor]:
