@@ -201,6 +201,8 @@ def test_a_wrong_grid_is_2(words, tmp_path):
 
 
 def test_ctrl_c_that_somebody_swallowed_is_raised_at_the_next_step():
+    # a shell starts what runs in its background with interrupts ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with common.CtrlC() as interrupt:
         interrupt.check()
         with contextlib.suppress(KeyboardInterrupt):
@@ -209,3 +211,4 @@ def test_ctrl_c_that_somebody_swallowed_is_raised_at_the_next_step():
             interrupt.check()
         interrupt.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
