@@ -18,16 +18,16 @@ from fisherlab.metrics.direction import Step
 
 
 @contextmanager
-def remembering(method: str, *objects: Block | Columns) -> Iterator[None]:
-    """Let a method remember its results: several measures ask for the same."""
-    free = {id(item): item for item in objects if method not in vars(item)}.values()
-    for item in free:
-        vars(item)[method] = cache(getattr(item, method))
+def remembering(method: str, *blocks: Block) -> Iterator[None]:
+    """Let blocks' `power` or `inner` remember its results: several measures ask for the same."""
+    free = {id(block): block for block in blocks if method not in vars(block)}.values()
+    for block in free:
+        vars(block)[method] = cache(getattr(block, method))
     try:
         yield
     finally:
-        for item in free:
-            del vars(item)[method]
+        for block in free:
+            del vars(block)[method]
 
 
 class Frame:

@@ -102,9 +102,7 @@ class Layer:
         measured: list[tuple[str, dict[str, Any]]] = []
         frames = [frame for frame in (self.whole, self.inside) if frame is not None]
         exact = [frame.F for frame in frames]
-        # both natural-gradient steps need the products of all columns with the gradient
-        columns = [F.of for F in exact if isinstance(F, Outer)]
-        with remembering("power", *exact), remembering("project", *columns):
+        with remembering("power", *exact):
             for name, maker in makers.items():
                 if stopped.is_set():
                     raise Stopped
