@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.blocks import Block, Eigen
-from fisherlab.blocks.numerics import check_damping, spectrum_power
 from fisherlab.extract import LayerCapture
 
 
@@ -35,16 +34,6 @@ class Eva(Approximation, name="eva"):
     ) -> Block:
         (g, g_energy), (a, a_energy) = _direction(means["g"]), _direction(means["a"])
         return Eigen(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
-
-    def damped(self, block: Block, damping: float) -> Block:
-        damping = check_damping(damping)
-        if damping == 0 or not isinstance(block, Eigen):
-            return super().damped(block, damping)
-        # all but one eigenvalue are the damping: its power, not that of every tail
-        spectrum = spectrum_power(block.spectrum, self.exponent, damping, type(self).__name__)
-        level = spectrum.new_tensor(damping**self.exponent)
-        tails = level.expand(block.Q_G.shape[1]), level.expand(block.Q_A.shape[1]), level
-        return Eigen(block.Q_G, block.Q_A, spectrum, *tails, level=level)
 
 
 def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,19 +113,22 @@ class Eigen(Block):
         if exponent == 1 and damping == 0:
             return self
         missing_G, missing_A = self._missing
-        parts = {
-            "spectrum": (self.spectrum, True),
+        name = type(self).__name__
+        powers = {"spectrum": spectrum_power(self.spectrum, exponent, damping, name)}
+        tails = {
             "tail_G": (self.tail_G, missing_A > 0),
             "tail_A": (self.tail_A, missing_G > 0),
             "tail": (self.tail, missing_G > 0 and missing_A > 0),
         }
-        powers = {
-            key: spectrum_power(x, exponent, damping, type(self).__name__)
-            for key, (x, present) in parts.items()
-            if present
-        }
-        if self.level is not None and self.thin:
-            powers["level"] = spectrum_power(self.level, exponent, damping, type(self).__name__)
+        present = {key: tail for key, (tail, there) in tails.items() if there}
+        if self.level is not None and present:
+            # one value of all tails has one power
+            level = powers["level"] = spectrum_power(self.level, exponent, damping, name)
+            powers |= {key: level.expand(tail.shape) for key, tail in present.items()}
+        else:
+            powers |= {
+                key: spectrum_power(tail, exponent, damping, name) for key, tail in present.items()
+            }
         return Eigen(self.Q_G, self.Q_A, **powers)
 
     def quadratic(self, V: Tensor) -> Tensor:
