@@ -423,6 +423,16 @@ def test_interrupted_side_by_side_it_keeps_what_is_finished_and_starts_no_more(t
     assert "never" not in measured
 
 
+def test_light_layers_run_beside_heavy_ones(two_threads, monkeypatch):
+    monkeypatch.setattr(crew, "HEAVY", 3.0)
+    costs = {"a": 3.0, "light": 1.0, "b": 9.0, "c": 5.0, "lighter": 0.5, "d": 4.0, "last": 2.0}
+    order = crew.Crew(lambda name, stopped: [], costs, torch.device("cpu")).order
+    assert order == ["b", "c", "light", "d", "lighter", "a", "last"]
+    # a single heavy one: nothing is gained by threads, and the order stays that of the model
+    costs = {"light": 1.0, "b": 9.0}
+    assert crew.Crew(lambda name, stopped: [], costs, torch.device("cpu")).order == list(costs)
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

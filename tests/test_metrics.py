@@ -231,6 +231,21 @@ def test_condition_by_lanczos_is_the_dense_one(monkeypatch):
             assert math.isnan(metrics.condition(X, F, 0.01))
 
 
+@pytest.mark.parametrize("positions", [1, 30])
+def test_condition_by_lanczos_in_float32_is_that_of_float64(positions, monkeypatch):
+    a, g = randn(6, positions, 4, seed=1), randn(1, 6, positions, 3, seed=2)
+    values = []
+    for dtype in (torch.float64, torch.float32):
+        F = blocks.Outer(a.to(dtype), g.to(dtype))
+        # with many positions the gradients are formed, and doubled as they are
+        assert (F.of.formed is None) == (positions == 1)
+        damping = 1e-4 * F.trace().item() / F.size
+        values.append(metrics.condition(blocks.Diagonal(F.diagonal()), F, damping))
+        monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", 0)
+    assert F.of.double.dtype == torch.float64 and F.of.double is F.of.double
+    near(values[1], values[0], rel=1e-4)
+
+
 def test_invariant_measures_do_not_change_with_the_coordinates():
     """`F -> S F S`, `X -> S X S`, `damping I -> S damping S`: here `S = s I`."""
     X, F, x, f, _ = measured("linear", "tkfac")

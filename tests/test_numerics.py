@@ -251,3 +251,16 @@ def test_damping_below_rounding_takes_the_eigenvalues(
 ) -> None:
     rows = torch.randn(4, 12, generator=generator)
     assert numerics.damped_inverse(rows.T @ rows, damping) is None
+
+
+def test_a_float32_sum_of_products_is_that_of_float64(generator: torch.Generator) -> None:
+    one, two = (torch.randn(300, 500, generator=generator) for _ in range(2))
+    expected = (one.double() * two.double()).sum()
+    size = one.double().norm() * two.double().norm()
+    for x, y in ((one, two), (one, two.double()), (one.double(), two)):
+        found = numerics.dot(x, y)
+        assert found.dtype == torch.float64 and found.ndim == 0
+        assert abs(found - expected) < 1e-8 * size
+    square = one.T @ one
+    assert numerics.trace_of(square).dtype == torch.float64
+    torch.testing.assert_close(numerics.trace_of(square), square.double().trace())

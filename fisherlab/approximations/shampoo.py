@@ -14,7 +14,13 @@ from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.kronecker import Factor
 from fisherlab.blocks.moment import Decomposed, Moment
-from fisherlab.blocks.numerics import RANK_TOLERANCE, check_damping, spectral, spectrum_power
+from fisherlab.blocks.numerics import (
+    RANK_TOLERANCE,
+    check_damping,
+    spectral,
+    spectrum_power,
+    trace_of,
+)
 from fisherlab.blocks.serialise import remembers
 from fisherlab.extract import LayerCapture
 
@@ -128,8 +134,7 @@ class _Rooted(_Sided):
 
 
 def _trace(side: Tensor) -> Tensor:
-    side = side.double()
-    return side.trace() if side.ndim == 2 else side.sum()
+    return trace_of(side) if side.ndim == 2 else side.sum(dtype=torch.float64)
 
 
 def _raised(values: Tensor, exponent: float, damping: float) -> Tensor:

@@ -73,7 +73,7 @@ class Block(ABC):
     def quadratic(self, V: Tensor) -> Tensor:
         """`<V, F V>` per matrix, `[...]` in float64."""
         self.check(V)
-        return (V * (self @ V)).sum((-2, -1), dtype=torch.float64)
+        return torch.linalg.vecdot(V, (self @ V).to(V)).sum(-1, dtype=torch.float64)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         """`<D, F D>` for every per-example gradient `D = sum_t g a^T`, `[m, n]` in float64."""

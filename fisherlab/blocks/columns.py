@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.numerics import BlockError, check_gram, coordinates, eigh, sum_of, symmetrise
+from fisherlab.blocks.numerics import (
+    BlockError,
+    check_gram,
+    coordinates,
+    eigh,
+    sum_of,
+    symmetrise,
+    trace_of,
+)
 from fisherlab.blocks.remembered import remembered, state_of
 
 
@@ -53,6 +61,18 @@ class Columns:
     @property
     def dtype(self) -> torch.dtype:
         return self.a.dtype
+
+    @property
+    def double(self) -> Columns:
+        """The same columns in float64: many exact products convert them once."""
+        return self if self.dtype == torch.float64 else self._double
+
+    @remembered()
+    def _double(self) -> Columns:
+        columns = Columns(self.a.double(), self.g.double(), self.room)
+        # what a Gram matrix was made of, not what float64 would make of `a` and `g`
+        Columns.formed.remember(columns, None if self.formed is None else self.formed.double())
+        return columns
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +166,7 @@ class Columns:
         if gram is not None:
             return gram.diagonal().view(self.sizes)
         if self.formed is not None:
-            squares = (D.square().sum(1, dtype=torch.float64) for D in self._parts())
+            squares = (torch.linalg.vecdot(D, D).double() for D in self._parts())
             return sum_of(squares).view(self.sizes)
         return contractions.energies(self.a, self.g)
 
@@ -169,7 +189,7 @@ class Columns:
     def trace(self) -> Tensor:
         """`sum ||D||^2`, 0-d float64; from `left` where that is known."""
         left = Columns.left.known(self)
-        return self.energies.sum() if left is None else left.double().trace()
+        return self.energies.sum() if left is None else trace_of(left)
 
     @remembered()
     def squares(self) -> Tensor:

@@ -207,7 +207,7 @@ def energies(a: Tensor, g: Tensor) -> Tensor:
             result[:, part] = ((g[:, part] @ g[:, part].mT) * aa).sum((-2, -1), dtype=torch.float64)
         return result
     for part, D in per_example_chunks(a, g):
-        result[:, part] = D.square_().sum((-2, -1), dtype=torch.float64)
+        result[:, part] = torch.linalg.vecdot(D, D).sum(-1, dtype=torch.float64)
     return result
 
 
@@ -309,10 +309,20 @@ def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
     p, j = Q_G.shape[1], Q_A.shape[1]
     factors_first = n * t * i * j + m * n * t * (o * p + p * j)
     formed_first = m * n * (t * o * i + o * p * i + p * i * j)
-    if t == 1 or factors_first <= formed_first:
-        # g^T first: the gradients are stacked by rows [o', t], which are contiguous so
-        return diagonal(a @ Q_A, (Q_G.mT @ g.mT).mT)
+    if t == 1:
+        return diagonal(a @ Q_A, g @ Q_G)
     result = a.new_zeros(p, j)
+    if factors_first <= formed_first:
+        buffer: Tensor | None = None
+        for part in slices(n, t * max(i, j) * a.element_size(), a):
+            rows = a[part].reshape(-1, i)
+            # one buffer for all parts: new memory costs as much as a tenth of the product
+            buffer = rows.new_empty(len(rows), j) if buffer is None else buffer
+            plain = isinstance(Q_A, Tensor)
+            inputs = torch.mm(rows, Q_A, out=buffer[: len(rows)]) if plain else rows @ Q_A
+            # g^T first: the gradients are stacked by rows [o', t], which are contiguous so
+            result += diagonal(inputs.view(-1, t, j), (Q_G.mT @ g[:, part].mT).mT)
+        return result
     for _, D in per_example_chunks(a, g):
         result += rotated_squares(D.reshape(-1, o, i), Q_G, Q_A)
     return result

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.numerics import check_damping, spectrum_power
+from fisherlab.blocks.numerics import check_damping, dot, spectrum_power
 
 
 class Diagonal(Block):
@@ -44,19 +44,20 @@ class Diagonal(Block):
         return super().column_quadratics(a, g)
 
     def _inner(self, other: Block) -> Tensor | None:
-        return (self.entries.double() * other.diagonal().double()).sum()
+        return dot(self.entries, other.diagonal())
 
     def diagonal(self) -> Tensor:
         return self.entries
 
     def squared_norm(self) -> Tensor:
-        return self.entries.double().square().sum()
+        return dot(self.entries, self.entries)
 
     def eigenvalues(self) -> Tensor:
         return self.entries.double().flatten().sort(descending=True).values
 
     def logdet(self, damping: float) -> Tensor:
-        return (self.entries.double().clamp(min=0) + check_damping(damping)).log().sum()
+        values = self.entries.clamp(min=0).double()
+        return values.add_(check_damping(damping)).log_().sum()
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, flat = self.entries.double().flatten().topk(min(k, self.size))

@@ -21,10 +21,12 @@ from fisherlab.blocks.numerics import (
     check_dense,
     coordinates,
     damped_inverse,
+    dot,
     spectral,
     spectrum_power,
     sum_of,
     symmetrise,
+    trace_of,
 )
 from fisherlab.blocks.remembered import remembered
 
@@ -156,7 +158,7 @@ class Kronecker(Block):
 
     def _inner(self, other: Block) -> Tensor | None:
         if isinstance(other, Kronecker):
-            return _dot(self.G, other.G) * _dot(self.A, other.A)
+            return dot(self.G, other.G) * dot(self.A, other.A)
         return None
 
     def trace(self) -> Tensor:
@@ -169,7 +171,7 @@ class Kronecker(Block):
             sides = [_entries(factor) for factor, _ in self._named()]
         else:
             sides = [values for values, _ in known]
-        left, right = (_dot(side, side) for side in sides)
+        left, right = (dot(side, side) for side in sides)
         return left * right
 
     def diagonal(self) -> Tensor:
@@ -323,12 +325,7 @@ def _spectral(factor: Factor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _trace(factor: Factor) -> Tensor:
-    return factor.double().trace() if isinstance(factor, Tensor) else factor.trace()
-
-
-def _dot(one: Tensor, two: Tensor) -> Tensor:
-    # products in the matrices' own dtype: no float64 copies of a factor of 4608^2
-    return (one * two).sum(dtype=torch.float64)
+    return trace_of(factor) if isinstance(factor, Tensor) else factor.trace()
 
 
 def _factor_power(

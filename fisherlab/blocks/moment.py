@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.coordinates import Unformed
-from fisherlab.blocks.numerics import _eigh, declare_range
+from fisherlab.blocks.numerics import _eigh, declare_range, dot, trace_of
 from fisherlab.blocks.span import Span
 
 
@@ -30,13 +30,14 @@ class Moment(Unformed):
     ) -> None:
         super().__init__(rows.shape[-1], rows)
         self.rows, self.scale, self.frame, self.weight = rows, scale, frame, weight
-        # eigenpairs at scale 1, of which those at any scale are made
+        # at scale 1, of which those at any scale are made
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._traces: dict[str, Tensor] = {}
 
     def scaled(self, factor: float | Tensor) -> Moment:
         """`factor S`, with the same eigenvectors."""
         other = Moment(self.rows, self.scale * factor, self.frame, self.weight)
-        other._pairs = self._pairs
+        other._pairs, other._traces = self._pairs, self._traces
         return other
 
     def _space(self) -> Tensor | None:
@@ -64,8 +65,9 @@ class Moment(Unformed):
         return (V @ weighted.mT) @ rows * self.scale
 
     def trace(self) -> Tensor:
-        rows, weighted = self._sides(self.rows)
-        return (rows * weighted).sum(dtype=torch.float64) * self.scale
+        if not self._traces:
+            self._traces["unit"] = dot(*self._sides(self.rows))
+        return self._traces["unit"] * self.scale
 
     def formed(self) -> Tensor:
         if self.weight is None:
@@ -117,7 +119,7 @@ class Lifted(Unformed):
         return V @ self.V @ self.C @ self.V.mT
 
     def trace(self) -> Tensor:
-        return self.C.diagonal().sum(dtype=torch.float64)
+        return trace_of(self.C)
 
     def formed(self) -> Tensor:
         matrix = self.V @ self.C @ self.V.mT

@@ -39,6 +39,21 @@ def symmetrise(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def dot(one: Tensor, two: Tensor) -> Tensor:
+    """The sum of products, 0-d float64: along rows in their own dtype, over rows in float64.
+
+    A float64 sum of float32 numbers first makes a float64 copy of them all: three times the time.
+    """
+    if one.dtype != two.dtype:
+        one, two = one.double(), two.double()
+    return torch.linalg.vecdot(one, two).sum(dtype=torch.float64)
+
+
+def trace_of(matrix: Tensor) -> Tensor:
+    """`tr S`, 0-d float64."""
+    return matrix.diagonal().sum(dtype=torch.float64)
+
+
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     """The sum of an iterable of tensors."""
     terms = iter(tensors)

@@ -18,6 +18,7 @@ from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     cholesky,
+    dot,
     eigh,
     fits_gram,
     rank_of,
@@ -190,7 +191,9 @@ class Outer(Block):
         self.check(V)
         inner = self.of.project(V, self._full).double()
         value = (inner * self._apply_core(inner)).sum((-2, -1))
-        return value + self.shift * V.double().square().sum((-2, -1))
+        if not self.shift:
+            return value
+        return value + self.shift * torch.linalg.vecdot(V, V).sum(-1, dtype=torch.float64)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         K = contractions.cross_gram(self.a, self.g, a, g)
@@ -210,7 +213,7 @@ class Outer(Block):
         if isinstance(other, Eigen):
             return shifted + self._eigen_inner(other)
         if isinstance(other, Diagonal):
-            return shifted + self.core * (other.entries.double() * self.of.squares.double()).sum()
+            return shifted + self.core * dot(other.entries, self.of.squares)
         known = other.inner_with_columns(self.of)
         if known is not None:
             return shifted + self.core * known

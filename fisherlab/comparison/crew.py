@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from threading import Event
 from types import TracebackType
 from typing import Any
@@ -31,8 +32,9 @@ class Crew:
     """`measure(name, stopped)` for every name, several at once where more than one is heavy.
 
     `costs` are multiplications by name. The heaviest come first, so that no thread ends up with a
-    heavy one when the others have finished; `order` is that order. Leaving the context early makes
-    `stopped` set, and waits for what is running to notice.
+    heavy one when the others have finished; between them the light ones, two of which would wait
+    for each other. `order` is that order. Leaving the context early makes `stopped` set, and waits
+    for what is running to notice.
     """
 
     def __init__(
@@ -43,14 +45,18 @@ class Crew:
         alone: bool = False,
     ) -> None:
         self.measure, self.stopped = measure, Event()
-        heavy = sum(cost >= HEAVY for cost in costs.values())
+        heavy = [name for name, cost in costs.items() if cost >= HEAVY]
         self.threads = torch.get_num_threads()
         # elsewhere the number of threads is one for the whole process
         possible = device.type == "cpu" and torch.backends.openmp.is_available() and not alone
-        self.at_once = min(self.threads, AT_ONCE, heavy) if possible else 1
+        self.at_once = min(self.threads, AT_ONCE, len(heavy)) if possible else 1
         self.order = list(costs)
         if self.at_once > 1:
-            self.order.sort(key=lambda name: -costs[name])
+            heavy.sort(key=lambda name: -costs[name])
+            light = [name for name in costs if costs[name] < HEAVY]
+            first, rest = heavy[: self.at_once], heavy[self.at_once :]
+            mixed = (name for pair in zip_longest(light, rest) for name in pair if name)
+            self.order = [*first, *mixed]
         self._pool: ThreadPoolExecutor | None = None
         self._running: dict[str, Future[Rows]] = {}
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherlab.blocks.columns import Columns, compact
+from fisherlab.blocks.numerics import trace_of
 from fisherlab.blocks.remembered import remembered
 from fisherlab.extract.layer import Convolution, LayerCapture
 
@@ -116,7 +117,7 @@ class ImageColumns(Columns):
 
     @property
     def trace(self) -> Tensor:
-        return self.left.double().trace()
+        return trace_of(self.left)
 
 
 def sharing(layer: LayerCapture) -> LayerCapture:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block
+from fisherlab.blocks.numerics import dot
 
 
 @dataclass(frozen=True)
@@ -25,27 +26,30 @@ class Step:
     slope: Tensor  # g.d
     curvature: Tensor  # d^T (F + lambda I) d
     exact_slope: Tensor  # g.d*, which is -g^T (F + lambda I)^{-1} g
+    square: Tensor  # d.d
+    exact_square: Tensor  # d*.d*
 
     @classmethod
     def of(
         cls, ours: Tensor, exact: Tensor, gradient: Tensor, quadratic: Tensor, damping: float
     ) -> Step:
         """From two steps that are known, and `d^T F d` of ours."""
-        curvature = quadratic + damping * _dot(ours, ours)
-        return cls(ours, exact, _dot(gradient, ours), curvature, _dot(gradient, exact))
+        square = dot(ours, ours)
+        slopes = dot(gradient, ours), quadratic + damping * square, dot(gradient, exact)
+        return cls(ours, exact, *slopes, square, dot(exact, exact))
 
     @property
     def cosine(self) -> Tensor:
         """`d.d* / (|d| |d*|)`."""
-        size = (_dot(self.ours, self.ours) * _dot(self.exact, self.exact)).sqrt()
-        product = _dot(self.ours, self.exact)
+        size = (self.square * self.exact_square).sqrt()
+        product = dot(self.ours, self.exact)
         return torch.where(size > 0, product / size.clamp(min=1e-300), torch.ones_like(size))
 
     @property
     def error(self) -> Tensor:
         """`|d - d*| / |d*|`."""
-        difference, size = self.ours - self.exact, _dot(self.exact, self.exact)
-        return (_dot(difference, difference) / size.clamp(min=1e-300)).sqrt()
+        difference = self.ours - self.exact
+        return (dot(difference, difference) / self.exact_square.clamp(min=1e-300)).sqrt()
 
     @property
     def decrease(self) -> Tensor:
@@ -92,10 +96,6 @@ def quadratic_decrease(X: Block, F: Block, gradient: Tensor, damping: float) -> 
 def quadratic_decrease_scaled(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
     """The share of the exact decrease at the best step length, in [0, 1]; 0-d float64."""
     return step(X, F, gradient, damping).decrease_scaled
-
-
-def _dot(one: Tensor, two: Tensor) -> Tensor:
-    return (one * two).sum(dtype=torch.float64)
 
 
 def _ratio(value: Tensor, base: Tensor) -> Tensor:

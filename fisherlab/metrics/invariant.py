@@ -70,7 +70,10 @@ def _extremes(X: Block, F: Block, damping: float) -> Tensor:
     if not _affordable(X, F):
         return torch.full((2,), math.nan, dtype=torch.float64, device=F.device)
     largest = _largest(F.power(1, damping), X.power(-1, damping))
-    smallest = 1 / _largest(X.power(1, damping), F.power(-1, damping))
+    inverse = F.power(-1, damping)
+    if isinstance(inverse, Outer):
+        inverse = Outer.over(inverse.of.double, inverse.core, inverse.shift)
+    smallest = 1 / _largest(X.power(1, damping), inverse)
     return torch.stack([smallest, largest])
 
 
