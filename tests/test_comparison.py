@@ -356,6 +356,48 @@ def test_ctrl_c_hands_over_what_was_measured():
     assert set(stopped.value.comparison.frame["layer"]) == {"0", "2"}
 
 
+# --- in float32 ---
+
+
+def wide_layer(grouped):
+    torch.manual_seed(0)
+    if grouped:
+        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return nn.Sequential(nn.Conv2d(128, 40, 3, groups=2, padding=1), *pooled)
+    return nn.Sequential(nn.Linear(600, 100))
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact", "mc"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_directions_of_a_wide_layer_in_float32_are_those_of_float64(grouped, fisher_type):
+    """1e-3 of the mean eigenvalue is 1e-7 of the largest: rounding of the gradient is as large."""
+    x = randn(6, *((128, 2, 2) if grouped else (600,)), seed=1)
+    labels = torch.arange(6)
+    frames = []
+    for dtype in (torch.float64, torch.float32):
+        model = wide_layer(grouped).to(dtype)
+        names = ["kfac", "ekfac", "diagonal", "eva"]
+        options = {"approximations": names, "fisher_type": fisher_type, "dampings": (1e-3,)}
+        if fisher_type == "mc":
+            options["generator"] = torch.Generator().manual_seed(0)
+        frames.append(fl.compare(model, CE, x.to(dtype), labels, **options).frame)
+    for column in ("direction_cosine", "quadratic_decrease_scaled"):
+        assert (frames[0][column] - frames[1][column]).abs().max() < 2e-2, column
+    for column in ("direction_error", "stein_loss", "trace_ratio"):
+        assert (frames[1][column] / frames[0][column] - 1).abs().max() < 2e-2, column
+
+
+def test_a_table_says_where_its_numbers_need_more_digits():
+    class Blurred(blocks.Diagonal):
+        unseen = 0.25
+
+    makers = {"blurred": lambda layer: Blurred(torch.ones(layer.shape).to(layer.dtype))}
+    table = compared(approximations=makers | {"kfac": fl.KFAC()})
+    notes = table.frame.groupby("approximation")["note"].unique()
+    assert list(notes["kfac"]) == [""] and "25%" in notes["blurred"][0]
+    assert "blurred" in table.note and "3 layers" in table.note and "kfac" not in table.note
+
+
 # --- side by side ---------------------------------------------------------------------------------
 
 

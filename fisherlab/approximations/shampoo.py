@@ -24,6 +24,8 @@ from fisherlab.blocks.numerics import (
 from fisherlab.blocks.serialise import remembers
 from fisherlab.extract import LayerCapture
 
+NAME = "Shampoo's second moment"
+
 
 @dataclass(frozen=True)
 class Shampoo(Approximation, name="shampoo"):
@@ -126,6 +128,11 @@ class _Rooted(_Sided):
         left, right = (_trace(S) if isinstance(S, Tensor) else S.trace() for S in (self.L, self.R))
         return left.double() * right.double()
 
+    @property
+    def unseen(self) -> float:
+        left, right = (_unseen(side) for side in (self.L, self.R))
+        return 1 - (1 - left) * (1 - right)
+
     def within(self, V: Tensor) -> Block | None:
         near = super().within(V)
         if not isinstance(near, Kronecker):
@@ -137,27 +144,57 @@ def _trace(side: Tensor) -> Tensor:
     return trace_of(side) if side.ndim == 2 else side.sum(dtype=torch.float64)
 
 
+def _noise(values: Tensor) -> Tensor:
+    """What an eigenvalue may be by rounding alone.
+
+    The usual bound where the spectrum breaks off above it, as that of a moment of low rank does.
+    Where it runs on below, the bound is too careful by far, and 1/damping makes much of what it
+    cuts: there as much as the negative eigenvalues are, which are nothing but rounding.
+    """
+    eps = torch.finfo(values.dtype).eps
+    bound = RANK_TOLERANCE * eps * values.abs().max()
+    small = values <= bound
+    below = values.masked_fill(~small, -torch.inf).max()
+    above = values.masked_fill(small, torch.inf).min()
+    breaks_off = above * eps**0.5 > below
+    seen = RANK_TOLERANCE * -values.min().clamp(max=0)
+    return torch.where(breaks_off, bound, torch.minimum(bound, seen))
+
+
 def _raised(values: Tensor, exponent: float, damping: float) -> Tensor:
     # a root makes rounding of a rank-deficient moment visible (1e-16 becomes 1e-8), and what is
     # cut for it as well: of a float32 moment of 2304 rows a cut at eps times rows took 3/4 of tr X
-    noise = RANK_TOLERANCE * torch.finfo(values.dtype).eps * values.abs().max()
-    values = torch.where(values > noise, values, torch.zeros_like(values))
-    return spectrum_power(values, exponent, damping, "Shampoo's second moment")
+    values = torch.where(values > _noise(values), values, torch.zeros_like(values))
+    return spectrum_power(values, exponent, damping, NAME)
+
+
+def _spectral(side: Tensor | Moment) -> tuple[Tensor, Tensor]:
+    return spectral(side, NAME) if isinstance(side, Tensor) else side.spectral(NAME)
 
 
 def _root(side: Tensor | Moment) -> Tensor | Decomposed:
     """`S^{1/2}`, in the eigenvectors of `S`."""
-    name = "Shampoo's second moment"
     if isinstance(side, Tensor) and side.ndim == 1:
         return _raised(side, 0.5, 0.0)
-    values, vectors = spectral(side, name) if isinstance(side, Tensor) else side.spectral(name)
+    values, vectors = _spectral(side)
     return Decomposed(_raised(values, 0.5, 0.0), vectors)
+
+
+def _unseen(side: Tensor | Moment) -> float:
+    """The share of `tr S^{1/2}` that its cut eigenvalues may have had, at most."""
+    if isinstance(side, Tensor) and side.ndim == 1:
+        return 0.0
+    values, _ = _spectral(side)
+    noise = _noise(values)
+    kept = values > noise
+    cut = (~kept).sum() * noise.double().sqrt()
+    return float(cut / (cut + values[kept].double().sqrt().sum()).clamp(min=1e-300))
 
 
 def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
     if side.ndim == 1:
         return _raised(side, exponent, damping)
-    values, vectors = spectral(side, "Shampoo's second moment")
+    values, vectors = spectral(side, NAME)
     powers = _raised(values, exponent, damping)
     if vectors.shape[1] == len(vectors):
         return vectors * powers @ vectors.mT

@@ -233,6 +233,11 @@ class Block(ABC):
         """Share of the spectrum's absolute sum that was negative and taken as zero; 0 if PSD."""
         return 0.0
 
+    @property
+    def unseen(self) -> float:
+        """Share of the trace that may lie in eigenvalues below rounding, taken as zero."""
+        return 0.0
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that represent the block, not what is remembered beside them."""
         for name, value in vars(self).items():

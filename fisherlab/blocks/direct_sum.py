@@ -126,6 +126,10 @@ class DirectSum(Block):
     def clamped(self) -> float:
         return max(part.clamped for part in self.parts)
 
+    @property
+    def unseen(self) -> float:
+        return max(part.unseen for part in self.parts)
+
 
 def layer_block(parts: Sequence[AnyBlock]) -> AnyBlock | DirectSum:
     """The block of a layer: that of its only group, or the direct sum of its groups'."""

@@ -91,16 +91,20 @@ class Eigen(Block):
             x.to(self.dtype) for x in (self.spectrum, self.tail_G, self.tail_A, self.tail)
         )
         if self.confined:
-            return self.Q_G @ (spectrum * core) @ self.Q_A.mT
+            return self.within_bases(spectrum * core)
         if self.level is not None:
             level = self.level.to(self.dtype)
-            inside = self.Q_G @ ((spectrum - level) * core) @ self.Q_A.mT
+            inside = self.within_bases((spectrum - level) * core)
             return inside.addcmul_(V.to(inside), level)
         GV = self.Q_G.mT @ V
         # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
         inside = self.Q_G @ ((spectrum - tail_G[:, None] - tail_A + tail) * core)
         result = (inside + V @ self.Q_A * (tail_A - tail)) @ self.Q_A.mT
         return result + self.Q_G @ ((tail_G - tail)[:, None] * GV) + tail * V
+
+    def within_bases(self, core: Tensor) -> Tensor:
+        """`Q_G core Q_A^T`."""
+        return self.Q_G @ core @ self.Q_A.mT
 
     def within(self, V: Tensor) -> Block | None:
         C = coordinates(self.Q_A, V)

@@ -18,6 +18,8 @@ GIB = 1024**3
 GRANTED = GIB // 4
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
+# What a gradient has beside the space it lies in is rounding up to this many eps of its length.
+BESIDE = 100.0
 
 _DECOMPOSITIONS = WeakTensorKeyDictionary()
 # matrix -> (its state, a function returning a basis of its range[, values, vectors once known])
@@ -52,6 +54,14 @@ def dot(one: Tensor, two: Tensor) -> Tensor:
 def trace_of(matrix: Tensor) -> Tensor:
     """`tr S`, 0-d float64."""
     return matrix.diagonal().sum(dtype=torch.float64)
+
+
+def is_rounding(beside: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what lies beside a space, of square length `beside`, is rounding in a `dtype` vector.
+
+    An inverse divides it by the damping, which may be smaller by far than rounding is.
+    """
+    return bool((beside <= (BESIDE * torch.finfo(dtype).eps) ** 2 * square).all())
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -15,12 +15,14 @@ from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import (
+    RANK_TOLERANCE,
     BlockError,
     check_damping,
     cholesky,
     dot,
     eigh,
     fits_gram,
+    is_rounding,
     rank_of,
     spectrum_power,
     symmetrise,
@@ -187,6 +189,41 @@ class Outer(Block):
         rest = 0.0 if base == 0 else base**exponent
         return self.rescaled(symmetrise(W * (powers - rest) @ W.mT), rest)
 
+    def solve(self, V: Tensor, damping: float) -> Tensor:
+        """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + C K)^{-1} w`.
+
+        A gradient in float32 is such a sum up to its rounding, which 1 / damping would blow up: a
+        damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
+        """
+        self.check(V)
+        damping = check_damping(damping)
+        plain = not self.shift and not isinstance(self.core, Tensor) and self.core > 0
+        w = self._combination(V) if plain and damping else None
+        if w is None:
+            return super().solve(V, damping)
+        inverse = self.power(-1, damping)
+        assert isinstance(inverse, Outer) and isinstance(inverse.core, Tensor)
+        # its core is -(K + damping / c I)^{-1} / damping
+        y = w @ inverse.core * (-damping / self.core)
+        return self.of.combine(y.view(*V.shape[:-2], *self.of.sizes), True).to(V.dtype)
+
+    def _combination(self, V: Tensor) -> Tensor | None:
+        """`w` `[..., R]` with `V = U w` up to the rounding of `V`; None where there is none.
+
+        Nor in float64, whose rounding a damping does not make visible.
+        """
+        eps = torch.finfo(V.dtype).eps
+        if eps**2 < torch.finfo(torch.float64).eps:
+            return None
+        inner = self.of.project(V, True).flatten(-2)
+        values, Z = self.of.gram_eigen
+        rank = rank_of(values, eps**2)
+        values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
+        w = (inner @ Z / values) @ Z.mT
+        square = torch.linalg.vecdot(V.double(), V.double()).sum(-1)
+        beside = square - torch.linalg.vecdot(inner, w)
+        return w if is_rounding(beside, square, V.dtype) else None
+
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
         inner = self.of.project(V, self._full).double()
@@ -225,7 +262,10 @@ class Outer(Block):
         """`<U C U^T, other>` from the energies in its basis and, for tails, beside it."""
         E = self._rotated_gradients(other.Q_G, other.Q_A)
         value = (other.spectrum * E).sum()
-        if other.confined:
+        total = self.core * self.energies().sum()
+        noise = RANK_TOLERANCE * torch.finfo(self.dtype).eps * total
+        # what rounding leaves beside a basis that holds all columns, 1 / damping would blow up
+        if other.confined or total - E.sum() <= noise:
             return value
         rows, columns = E.sum(1), E.sum(0)
         if other.Q_A.shape[1] < self.shape[1]:
@@ -236,7 +276,7 @@ class Outer(Block):
             columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
         value = value + other.tail_G.double() @ (rows - E.sum(1))
         value = value + other.tail_A.double() @ (columns - E.sum(0))
-        rest = self.core * self.energies().sum() - rows.sum() - columns.sum() + E.sum()
+        rest = total - rows.sum() - columns.sum() + E.sum()
         return value + other.tail.double() * rest
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.numerics import dot, is_rounding
 from fisherlab.blocks.remembered import state_of
 from fisherlab.metrics.direction import Step
 
@@ -30,14 +32,34 @@ def remembering(method: str, *blocks: Block) -> Iterator[None]:
             del vars(block)[method]
 
 
+@dataclass(frozen=True)
+class Basis:
+    """A gradient in one Kronecker eigenbasis."""
+
+    block: Eigen  # has the basis, and keeps it alive
+    core: Tensor
+    holds: bool  # whether the gradient lies in it, up to its rounding
+    seconds: float
+
+    @classmethod
+    def of(cls, block: Eigen, gradient: Tensor) -> Basis:
+        """The gradient in the basis of a block, full or thin."""
+        start = time.perf_counter()
+        core = block.core(gradient)
+        holds = not block.thin
+        if block.thin:
+            rest = gradient - block.within_bases(core)
+            holds = is_rounding(dot(rest, rest), dot(gradient, gradient), gradient.dtype)
+        return cls(block, core, holds, time.perf_counter() - start)
+
+
 class Frame:
     """The exact block, its gradient and its natural-gradient steps."""
 
     def __init__(self, F: Outer | DirectSum, gradient: Tensor) -> None:
         self.F, self.gradient = F, gradient.to(F.dtype)
         self._steps: dict[float, Tensor] = {}
-        # by basis: a block of it, which keeps it alive, the gradient in it, and its seconds
-        self._cores: dict[Any, tuple[Eigen, Tensor, float]] = {}
+        self._bases: dict[Any, Basis] = {}
         self._added: list[tuple[dict[str, Any], Tensor, float]] = []
         self._inside: Inside | None = None
 
@@ -62,13 +84,16 @@ class Frame:
         """
         start, shared = time.perf_counter(), 0.0
         if isinstance(P, Eigen):
-            bases = state_of(P.Q_G), state_of(P.Q_A)
-            if bases not in self._cores:
-                core = P.core(self.gradient)
-                self._cores[bases] = P, core, time.perf_counter() - start
+            key = state_of(P.Q_G), state_of(P.Q_A)
+            if key not in self._bases:
+                self._bases[key] = Basis.of(P, self.gradient)
                 start = time.perf_counter()
-            _, core, shared = self._cores[bases]
-            result = P.times(self.gradient, core)
+            basis = self._bases[key]
+            shared = basis.seconds
+            if basis.holds:
+                result = P.within_bases(P.spectrum.to(P.dtype) * basis.core)
+            else:
+                result = P.times(self.gradient, basis.core)
         else:
             result = P @ self.gradient
         return result, time.perf_counter() - start + shared

@@ -19,12 +19,15 @@ from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import sum_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
-from fisherlab.comparison.table import MEASURES
+from fisherlab.comparison.table import MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
 
 Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
+
+# The share of a block's trace that rounding may hide before a row says so.
+UNSEEN = 0.01
 
 
 def by_layer(captures: Captures) -> dict[str, list[str]]:
@@ -130,14 +133,18 @@ class Layer:
             built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
             near, frame = self._retried(self._nearest, X)
             static, reason = self._retried(self._static, near, frame.F)
+            notes = [reason] if reason else []
+            if X.unseen > UNSEEN:
+                notes.append(f"up to {X.unseen:.0%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}
         except BlockError as error:
             for share in dampings:
                 damping = {"damping": share * unit, "damping_relative": share}
                 yield {**empty, **damping, "placement": "", "note": str(error)}
             return
+        note = "; ".join(notes)
         for share in dampings:
-            row = {**common, "damping": share * unit, "damping_relative": share, "note": reason}
+            row = {**common, "damping": share * unit, "damping_relative": share, "note": note}
             try:
                 with remembering("power", X, near):
                     found, at, step = self._retried(

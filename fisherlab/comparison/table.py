@@ -26,6 +26,9 @@ MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seco
 MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
+# How a row says that its numbers need float64.
+ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
+
 
 @dataclass
 class Comparison:
@@ -52,6 +55,23 @@ class Comparison:
     @property
     def note(self) -> str:
         """What a reader has to know before the first number."""
+        return " ".join(filter(None, (self._noise, self._rounding)))
+
+    @property
+    def _rounding(self) -> str:
+        """Which approximations' numbers need more digits than the model has."""
+        rows = self.frame[self.frame["note"].str.contains(ROUNDING, regex=False)]
+        if not len(rows):
+            return ""
+        names, layers = rows["approximation"].unique(), rows["layer"].nunique()
+        return (
+            f"Of {', '.join(names)}, part of the trace {ROUNDING} (see `note`, "
+            f"{layers} layer{'s' * (layers > 1)})."
+        )
+
+    @property
+    def _noise(self) -> str:
+        """What a batch of few examples says of its own errors."""
         if not self.noisy:
             return ""
         share = self.frame["diagonal_share"].median()

@@ -41,5 +41,5 @@ MEANING = {
     "solve_seconds": "time to invert it and take one step",
     "memory_bytes": "tensors that the block keeps",
     "clamped": "whether negative eigenvalues from rounding were set to zero",
-    "note": "why a row has no numbers",
+    "note": "why a row has no numbers, or what to mind about them",
 }
