@@ -394,7 +394,7 @@ def test_a_table_says_where_its_numbers_need_more_digits():
     makers = {"blurred": lambda layer: Blurred(torch.ones(layer.shape).to(layer.dtype))}
     table = compared(approximations=makers | {"kfac": fl.KFAC()})
     notes = table.frame.groupby("approximation")["note"].unique()
-    assert list(notes["kfac"]) == [""] and "25%" in notes["blurred"][0]
+    assert list(notes["kfac"]) == [""] and "25.0%" in notes["blurred"][0]
     assert "blurred" in table.note and "3 layers" in table.note and "kfac" not in table.note
 
 

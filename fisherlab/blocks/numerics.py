@@ -18,8 +18,9 @@ GIB = 1024**3
 GRANTED = GIB // 4
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
-# What a gradient has beside the space it lies in is rounding up to this many eps of its length.
-BESIDE = 100.0
+# Up to this many eps of its length, what a gradient has beside a space that should hold it is
+# rounding: 40 in the gradient itself, 260 where eigenvectors are rounded as well.
+BESIDE = 400.0
 
 _DECOMPOSITIONS = WeakTensorKeyDictionary()
 # matrix -> (its state, a function returning a basis of its range[, values, vectors once known])

@@ -52,6 +52,16 @@ class Basis:
             holds = is_rounding(dot(rest, rest), dot(gradient, gradient), gradient.dtype)
         return cls(block, core, holds, time.perf_counter() - start)
 
+    def product(self, P: Eigen, gradient: Tensor, damping: float) -> Tensor:
+        """`P g`. What of `g` lies where `P` is 1 / damping, if it is rounding, counts as zero."""
+        if not self.holds:
+            return P.times(gradient, self.core)
+        spectrum, core = P.spectrum.to(P.dtype), self.core
+        rest = core.masked_fill(spectrum * damping < 0.5, 0)
+        if is_rounding(dot(rest, rest), dot(core, core), core.dtype):
+            core = core - rest
+        return P.within_bases(spectrum * core)
+
 
 class Frame:
     """The exact block, its gradient and its natural-gradient steps."""
@@ -76,8 +86,8 @@ class Frame:
         Outer._squared_norm.remember(self.F, F.squared_norm())
         return self._inside
 
-    def product(self, P: Block) -> tuple[Tensor, float]:
-        """`P g`, and the seconds of it.
+    def product(self, P: Block, damping: float) -> tuple[Tensor, float]:
+        """`P g` for an inverse with some damping, and the seconds of it.
 
         Blocks in one Kronecker eigenbasis share what it makes of the gradient, half of the work;
         its time counts for each of them.
@@ -88,12 +98,8 @@ class Frame:
             if key not in self._bases:
                 self._bases[key] = Basis.of(P, self.gradient)
                 start = time.perf_counter()
-            basis = self._bases[key]
-            shared = basis.seconds
-            if basis.holds:
-                result = P.within_bases(P.spectrum.to(P.dtype) * basis.core)
-            else:
-                result = P.times(self.gradient, basis.core)
+            shared = self._bases[key].seconds
+            result = self._bases[key].product(P, self.gradient, damping)
         else:
             result = P @ self.gradient
         return result, time.perf_counter() - start + shared

@@ -27,7 +27,7 @@ from fisherlab.metrics.alignment import default_rank
 Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 
 # The share of a block's trace that rounding may hide before a row says so.
-UNSEEN = 0.01
+UNSEEN = 1e-3
 
 
 def by_layer(captures: Captures) -> dict[str, list[str]]:
@@ -135,7 +135,7 @@ class Layer:
             static, reason = self._retried(self._static, near, frame.F)
             notes = [reason] if reason else []
             if X.unseen > UNSEEN:
-                notes.append(f"up to {X.unseen:.0%} of its trace {ROUNDING}")
+                notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}
         except BlockError as error:
             for share in dampings:
@@ -226,7 +226,7 @@ class Layer:
         at, block = (frame, near) if plain else (self.whole, X)
         P = block.power(-1, damping) if P is None or plain else P
         inverted = time.perf_counter() - start
-        product, seconds = at.product(P)
+        product, seconds = at.product(P, damping)
         at.step(damping)  # refused here where the Gram matrix would be too large
         found = {
             "placement": placement,
