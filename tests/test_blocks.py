@@ -20,6 +20,7 @@ from references import randn
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, contractions, numerics
+from fisherlab.blocks.serialise import cast
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -108,6 +109,9 @@ def test_state_survives_a_dictionary(name):
     again = blocks.from_dict(blocks.to_dict(block))
     assert again.dtype == torch.float32 and repr(again) == repr(block)
     assert torch.equal(again.dense(), block.dense())
+    wider = cast(block, torch.float64)
+    assert wider.dtype == torch.float64 and type(wider) is type(again)
+    assert_near(wider.dense(), block.dense(), torch.float32)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -376,7 +376,7 @@ def test_directions_of_a_wide_layer_in_float32_are_those_of_float64(grouped, fis
     frames = []
     for dtype in (torch.float64, torch.float32):
         model = wide_layer(grouped).to(dtype)
-        names = ["kfac", "ekfac", "diagonal", "eva"]
+        names = ["kfac", "ekfac", "diagonal", "eva", "sngd"]
         options = {"approximations": names, "fisher_type": fisher_type, "dampings": (1e-3,)}
         if fisher_type == "mc":
             options["generator"] = torch.Generator().manual_seed(0)
@@ -385,6 +385,10 @@ def test_directions_of_a_wide_layer_in_float32_are_those_of_float64(grouped, fis
         assert (frames[0][column] - frames[1][column]).abs().max() < 2e-2, column
     for column in ("direction_error", "stein_loss", "trace_ratio"):
         assert (frames[1][column] / frames[0][column] - 1).abs().max() < 2e-2, column
+    # the exact block is itself
+    model = wide_layer(grouped).float()
+    own = fl.compare(model, CE, x.float(), labels, **(options | {"approximations": ["exact"]}))
+    assert (own.frame["direction_error"] == 0).all()
 
 
 def test_a_table_says_where_its_numbers_need_more_digits():

@@ -8,6 +8,7 @@ import torch
 from block_laws import matrix_power, orthonormal, psd
 from references import randn
 from test_approximations import found_and_expected
+from torch import nn
 
 import fisherlab as fl
 from fisherlab import blocks, metrics
@@ -244,6 +245,26 @@ def test_condition_by_lanczos_in_float32_is_that_of_float64(positions, monkeypat
         monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", 0)
     assert F.of.double.dtype == torch.float64 and F.of.double is F.of.double
     near(values[1], values[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["kfac", "ekfac", "tkfac", "diagonal", "eva", "mini_block", "exact"]
+)
+@pytest.mark.parametrize("dense_size", [0, 10**4])
+def test_condition_of_a_float32_model_is_that_of_float64(name, dense_size, monkeypatch):
+    """A damping of 1e-8 of the largest eigenvalue: rounding of a product would be as large."""
+    monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", dense_size)
+    torch.manual_seed(0)
+    model, x, labels = nn.Sequential(nn.Linear(60, 20)), randn(3, 60, seed=1), torch.arange(3)
+    values = []
+    for dtype in (torch.float64, torch.float32):
+        layer = fl.extract.capture(
+            model.to(dtype), nn.CrossEntropyLoss(), x.to(dtype), labels, fisher_type="empirical"
+        )["0"]
+        F = fl.Exact()(layer)
+        damping = 1e-5 * F.trace().item() / F.size
+        values.append(metrics.condition(fl.approximations.get(name)()(layer), F, damping))
+    near(values[1], values[0], rel=1e-2)
 
 
 def test_invariant_measures_do_not_change_with_the_coordinates():

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation, Means
+from fisherlab.approximations.base import Approximation, Later, Means
+from fisherlab.approximations.kfac import KFAC
 from fisherlab.blocks import Block, Kronecker
+from fisherlab.blocks.moment import Moment, scaled
 from fisherlab.extract import LayerCapture
 
 
@@ -25,14 +27,16 @@ class SNGD(Approximation, name="sngd"):
     needs = frozenset({"inputs", "outputs"})
     sides: ClassVar[Mapping[str, str]] = {"A": "input"}
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        A = layer.input_moment * (layer.column_share / layer.positions)
-        one = torch.ones((), dtype=A.dtype, device=A.device)
-        return {
-            "A": A,
-            "slope": layer.activation_slope * layer.examples,
-            "identity": one * layer.examples * layer.shape[0],
-        }
+    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        one = torch.ones((), dtype=layer.dtype, device=layer.device)
+        return Later(
+            A=lambda: layer.input_moment * (layer.column_share / layer.positions),
+            slope=lambda: layer.activation_slope * layer.examples,
+            identity=lambda: one * layer.examples * layer.shape[0],
+        )
+
+    def moments(self, layer: LayerCapture) -> dict[str, Moment]:
+        return {key: S for key, S in KFAC().moments(layer).items() if key == "A"}
 
     def diagonals(self, layer: LayerCapture) -> dict[str, Tensor]:
         share = layer.column_share / layer.positions
@@ -41,6 +45,7 @@ class SNGD(Approximation, name="sngd"):
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
-        A = means["A"]
+        A = means.factor("A")
         size = int(means["identity"].round().item())
-        return Kronecker(torch.ones(size, dtype=A.dtype, device=A.device), means["slope"].to(A) * A)
+        identity = torch.ones(size, dtype=A.dtype, device=A.device)
+        return Kronecker(identity, scaled(A, means["slope"].to(identity)))

@@ -12,8 +12,7 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation, Later, Means
 from fisherlab.approximations.damping import check_placement, place
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
-from fisherlab.blocks.moment import Moment
-from fisherlab.blocks.numerics import inherit
+from fisherlab.blocks.moment import Moment, scaled
 from fisherlab.extract import LayerCapture
 
 
@@ -92,7 +91,7 @@ class TKFAC(Approximation, name="tkfac"):
         scale = torch.where(root > 0, 1 / root, torch.zeros_like(root)).to(
             means.factor("left").dtype
         )
-        return Kronecker(*(_scaled(means.factor(key), scale) for key in ("left", "right")))
+        return Kronecker(*(scaled(means.factor(key), scale) for key in ("left", "right")))
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)
@@ -108,12 +107,6 @@ def _weighted(layer: LayerCapture) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs,
         outputs,
     )
-
-
-def _scaled(side: Tensor | Moment, scale: Tensor) -> Tensor | Moment:
-    if isinstance(side, Moment):
-        return side.scaled(scale)
-    return inherit(side * scale, side, lambda v: v * scale)
 
 
 @dataclass(frozen=True)

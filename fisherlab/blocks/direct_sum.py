@@ -54,6 +54,10 @@ class DirectSum(Block):
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         return DirectSum([part.power(exponent, damping) for part in self.parts])
 
+    def solve(self, V: Tensor, damping: float) -> Tensor:
+        pairs = zip(self.parts, self.split(V), strict=True)
+        return torch.cat([part.solve(v, damping) for part, v in pairs], -2)
+
     def quadratic(self, V: Tensor) -> Tensor:
         pairs = zip(self.parts, self.split(V), strict=True)
         return torch.stack([part.quadratic(v) for part, v in pairs]).sum(0)

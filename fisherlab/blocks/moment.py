@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.coordinates import Unformed
-from fisherlab.blocks.numerics import _eigh, declare_range, dot, trace_of
+from fisherlab.blocks.numerics import _eigh, declare_range, dot, inherit, trace_of
 from fisherlab.blocks.span import Span
 
 
@@ -77,6 +77,13 @@ class Moment(Unformed):
             matrix = symmetric_product(rows, weighted) * self.scale
         declare_range(matrix, self._space, self.spectral("factor") if self._pairs else None)
         return matrix
+
+
+def scaled(side: Tensor | Moment, factor: Tensor) -> Tensor | Moment:
+    """`factor S`, with the eigenvectors of `S`."""
+    if isinstance(side, Moment):
+        return side.scaled(factor)
+    return inherit(side * factor, side, lambda values: values * factor)
 
 
 class Decomposed(Unformed):

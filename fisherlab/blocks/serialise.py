@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.diagonal import Diagonal
@@ -54,6 +57,19 @@ def to_dict(block: Block) -> dict[str, Any]:
             value = [to_dict(part) for part in value]
         state[name] = value
     return state
+
+
+def cast(block: Block, dtype: torch.dtype) -> Block:
+    """The same block with its tensors in another floating dtype."""
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: converted(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [converted(part) for part in value]
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    return from_dict(converted(to_dict(block)))
 
 
 def from_dict(state: dict[str, Any]) -> Block:

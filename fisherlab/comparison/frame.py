@@ -86,22 +86,32 @@ class Frame:
         Outer._squared_norm.remember(self.F, F.squared_norm())
         return self._inside
 
-    def product(self, P: Block, damping: float) -> tuple[Tensor, float]:
-        """`P g` for an inverse with some damping, and the seconds of it.
+    def product(self, P: Block, damping: float, X: Block | None = None) -> tuple[Tensor, float]:
+        """`P g` for an inverse with some damping, that of `X` if given, and the seconds of it.
 
         Blocks in one Kronecker eigenbasis share what it makes of the gradient, half of the work;
         its time counts for each of them.
         """
+        if not isinstance(P, DirectSum):
+            return self._product(P, self.gradient, damping, X)
+        own = X.parts if isinstance(X, DirectSum) else [None] * len(P.parts)
+        rows = zip(P.parts, P.split(self.gradient), own, strict=True)
+        products = [self._product(part, g, damping, x) for part, g, x in rows]
+        return torch.cat([one for one, _ in products]), sum(seconds for _, seconds in products)
+
+    def _product(
+        self, P: Block, gradient: Tensor, damping: float, X: Block | None
+    ) -> tuple[Tensor, float]:
         start, shared = time.perf_counter(), 0.0
         if isinstance(P, Eigen):
-            key = state_of(P.Q_G), state_of(P.Q_A)
+            key = state_of(P.Q_G), state_of(P.Q_A), gradient.storage_offset()
             if key not in self._bases:
-                self._bases[key] = Basis.of(P, self.gradient)
+                self._bases[key] = Basis.of(P, gradient)
                 start = time.perf_counter()
             shared = self._bases[key].seconds
-            result = self._bases[key].product(P, self.gradient, damping)
+            result = self._bases[key].product(P, gradient, damping)
         else:
-            result = P @ self.gradient
+            result = P @ gradient if X is None else X.solve(gradient, damping)
         return result, time.perf_counter() - start + shared
 
     def add(self, row: dict[str, Any], ours: Tensor, damping: float) -> None:

@@ -146,7 +146,7 @@ class Layer:
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": note}
             try:
-                with remembering("power", X, near):
+                with remembering("power", X, near, *_parts(X)):
                     found, at, step = self._retried(
                         self._damped, maker, X, near, frame, share * unit
                     )
@@ -221,12 +221,14 @@ class Layer:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         start = time.perf_counter()
         P, placement = self._preconditioner(maker, X, damping)
-        plain = P is None or P is X.power(-1, damping)
+        plain = P is None or all(
+            one is part.power(-1, damping) for one, part in zip(_parts(P), _parts(X), strict=True)
+        )
         # placed elsewhere, the damping may depend on the dimensions that the inputs miss
         at, block = (frame, near) if plain else (self.whole, X)
         P = block.power(-1, damping) if P is None or plain else P
         inverted = time.perf_counter() - start
-        product, seconds = at.product(P, damping)
+        product, seconds = at.product(P, damping, block if plain else None)
         at.step(damping)  # refused here where the Gram matrix would be too large
         found = {
             "placement": placement,
@@ -244,3 +246,7 @@ class Layer:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
+
+
+def _parts(block: Block) -> tuple[Block, ...]:
+    return block.parts if isinstance(block, DirectSum) else (block,)

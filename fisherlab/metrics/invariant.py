@@ -22,6 +22,9 @@ from fisherlab.blocks import (
     MiniBlock,
     Outer,
 )
+from fisherlab.blocks.coordinates import Identity
+from fisherlab.blocks.serialise import cast
+from fisherlab.blocks.span import multiplied
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
 DENSE_SIZE = 512
@@ -64,17 +67,36 @@ def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tenso
 def _extremes(X: Block, F: Block, damping: float) -> Tensor:
     """The smallest and the largest eigenvalue of the preconditioned block, `[2]`."""
     if F.size <= DENSE_SIZE:
+        X, F = _exactly(X), _exactly(F)
         eye = damping * torch.eye(F.size, dtype=torch.float64, device=F.device)
-        root = X.power(-0.5, damping).dense().double()
-        return torch.linalg.eigvalsh(root @ (F.dense().double() + eye) @ root)[[0, -1]]
+        root = X.power(-0.5, damping).dense()
+        return torch.linalg.eigvalsh(root @ (F.dense() + eye) @ root)[[0, -1]]
     if not _affordable(X, F):
         return torch.full((2,), math.nan, dtype=torch.float64, device=F.device)
+    X, F = _exactly(X), _exactly(F)
     largest = _largest(F.power(1, damping), X.power(-1, damping))
-    inverse = F.power(-1, damping)
-    if isinstance(inverse, Outer):
-        inverse = Outer.over(inverse.of.double, inverse.core, inverse.shift)
-    smallest = 1 / _largest(X.power(1, damping), inverse)
+    smallest = 1 / _largest(X.power(1, damping), F.power(-1, damping))
     return torch.stack([smallest, largest])
+
+
+def _exactly(block: Block) -> Block:
+    """The block in float64: an inverse divides rounding, that of its product, by the damping."""
+    if block.dtype == torch.float64:
+        return block
+    if isinstance(block, Outer):
+        return Outer.over(block.of.double, block.core, block.shift)
+    if isinstance(block, Kronecker):
+        block = block.eigen
+    if not isinstance(block, Eigen):
+        return cast(block, torch.float64)
+    Q_G, Q_A = (_orthonormal(Q) for Q in (block.Q_G, block.Q_A))
+    tails = (block.spectrum, block.tail_G, block.tail_A, block.tail)
+    return Eigen(Q_G, Q_A, *(values.double() for values in tails))
+
+
+def _orthonormal(Q: Tensor) -> Tensor | None:
+    """A basis to the last digit of float64; None for the coordinates themselves."""
+    return None if isinstance(Q, Identity) else torch.linalg.qr(multiplied(Q).double()).Q
 
 
 def _affordable(X: Block, F: Block) -> bool:
