@@ -13,7 +13,7 @@ from torch import nn
 
 import fisherlab as fl
 from fisherlab import blocks, comparison
-from fisherlab.blocks import BlockError
+from fisherlab.blocks import BlockError, BlockTooLarge, mini_block
 from fisherlab.comparison import Interrupted, crew
 from fisherlab.comparison.layer import Layer
 
@@ -201,6 +201,21 @@ def test_few_inputs_are_measured_in_their_own_coordinates(dtype, fisher_type, mo
         tolerance, known = 1e-4, ["relative_error", "trace_ratio", "cosine", "diagonalisation"]
         left, right = left[known], right[known]
     pd.testing.assert_frame_equal(left, right, rtol=tolerance, atol=tolerance)
+
+
+def test_mini_blocks_of_few_inputs_are_never_formed(monkeypatch):
+    """120 blocks of 2049 x 2049 took three minutes where 32 examples make them 33 x 33."""
+    monkeypatch.setattr(mini_block, "dense_budget", lambda device: 8 * 20 * 6**2)
+    model = nn.Sequential(nn.Linear(50, 20)).double()
+    x, y = randn(5, 50, seed=3), torch.arange(5)
+    table = fl.compare(model, CE, x, y, approximations=["mini_block"])
+    assert (table.frame["note"] == "").all() and table.frame["stein_loss"].notna().all()
+    X = fl.MiniBlock()(fl.capture(model, CE, x, y)["0"])
+    with pytest.raises(BlockTooLarge, match="20 x 1 mini-blocks of 51 x 51"):
+        X.power(-1, 1.0)
+    # an optimizer's are those of the whole space
+    with pytest.raises(BlockTooLarge, match="layer '0'"):
+        fl.MiniBlock().sums(fl.capture(model, CE, x, y)["0"])
 
 
 def test_a_memory_budget_changes_nothing_but_the_memory():

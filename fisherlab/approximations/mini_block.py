@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, BlockTooLarge, RowBlocks
+from fisherlab.blocks import Block, RowBlocks
 from fisherlab.blocks import MiniBlock as Form
-from fisherlab.blocks.numerics import GIB, dense_budget
+from fisherlab.blocks.mini_block import check_blocks
 from fisherlab.extract import LayerCapture
 
 
@@ -38,7 +38,6 @@ class MiniBlock(Approximation, name="mini_block"):
         rows = layer.geometry.conv is None and layer.positions == 1 and not self.shared
         if not rows or layer.column_share != 1:
             return None
-        _groups(layer)
         columns = layer.columns
         return RowBlocks(columns.a, columns.g, 1 / layer.examples, columns)
 
@@ -58,10 +57,5 @@ def _groups(layer: LayerCapture) -> tuple[int, int]:
     conv = layer.geometry.conv
     k = math.prod(conv.kernel) if conv else i
     c = (i - (layer.geometry.bias if conv else 0)) // k
-    needed, budget = o * c * k * k * layer.dtype.itemsize, dense_budget(layer.device)
-    if needed > budget:
-        raise BlockTooLarge(
-            f"the mini-blocks of layer {layer.name!r} are {o} x {c} blocks of {k} x {k}, "
-            f"{needed / GIB:.3g} GiB, over the budget of {budget / GIB:.3g} GiB"
-        )
+    check_blocks(o, c, k, layer.dtype, layer.device, f"layer {layer.name!r}")
     return c, k

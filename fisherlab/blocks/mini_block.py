@@ -10,7 +10,15 @@ from torch import Tensor
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.numerics import BlockError, check_damping, eigh, spectrum_power
+from fisherlab.blocks.numerics import (
+    GIB,
+    BlockError,
+    BlockTooLarge,
+    check_damping,
+    dense_budget,
+    eigh,
+    spectrum_power,
+)
 from fisherlab.blocks.outer import Outer
 from fisherlab.blocks.remembered import remembered
 
@@ -160,7 +168,9 @@ class RowBlocks(MiniBlock):
 
     @remembered("a", "g")
     def blocks(self) -> Tensor:
-        """`[o, 1, i, i]`."""
+        """`[o, 1, i, i]`; raises `BlockTooLarge` past the memory budget."""
+        o, i = self.of.shape
+        check_blocks(o, 1, i, self.dtype, self.device, "RowBlocks")
         return self.of.grouped_moments(1, self.of.shape[1]) * self.scale
 
     @property
@@ -174,6 +184,10 @@ class RowBlocks(MiniBlock):
     @property
     def device(self) -> torch.device:
         return self.of.a.device
+
+    def within(self, V: Tensor) -> Block | None:
+        inside = self.of.inside if V is self.of.input_space else None
+        return None if inside is None else RowBlocks(inside.a, inside.g, self.scale, inside)
 
     def squared_norm(self) -> Tensor:
         # sum_o w_o^T (a a^T)^2 w_o:      n^2 (i + o)
@@ -192,6 +206,18 @@ class RowBlocks(MiniBlock):
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.a, self.g)
+
+
+def check_blocks(
+    o: int, c: int, k: int, dtype: torch.dtype, device: torch.device, name: str
+) -> None:
+    """Raises `BlockTooLarge` where `[o, c, k, k]` numbers exceed the memory budget."""
+    needed, budget = o * c * k * k * dtype.itemsize, dense_budget(device)
+    if needed > budget:
+        raise BlockTooLarge(
+            f"{name}: {o} x {c} mini-blocks of {k} x {k} take {needed / GIB:.3g} GiB, over the "
+            f"budget of {budget / GIB:.3g} GiB"
+        )
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:

@@ -243,6 +243,9 @@ class Layer:
         """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""
         if not isinstance(maker, Approximation) or maker.exponent != -1:
             return None, "tikhonov"
+        if type(maker).damped is Approximation.damped:
+            # its inverse is not made of X where X is known in fewer coordinates
+            return None, maker.placement
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
