@@ -389,3 +389,21 @@ def test_every_form_stays_on_its_device(name):
         assert value.is_cuda
     assert block.sample(1.0).is_cuda and block.inner(inverse).is_cuda
     assert_near(inverse.dense().cpu(), matrix_power(matrix, -1, 1.0), torch.float64)
+
+
+def test_an_inverse_of_dependent_columns_keeps_its_digits(generator: torch.Generator) -> None:
+    """The columns of an exact Fisher sum to zero: what they cancel is 1 / damping^2 in its core."""
+    a = torch.randn(6, 1, 8, generator=generator, dtype=torch.float64)
+    g = torch.randn(4, 6, 1, 30, generator=generator, dtype=torch.float64)
+    g = g - g.mean(0)
+    F = blocks.Outer(a, g)
+    damping = 1e-8 * F.trace().item() / F.size
+    D = F.dense() + damping * torch.eye(F.size, dtype=torch.float64)
+    inside = F.of.combine(torch.randn(4, 6, generator=generator, dtype=torch.float64))
+    anything = torch.randn(30, 8, generator=generator, dtype=torch.float64)
+    for V in (inside, anything, torch.stack([inside, anything])):
+        expected = torch.linalg.solve(D, V.reshape(-1, F.size).mT).mT.view_as(V)
+        for found in (F.solve(V, damping), F.power(-1, damping) @ V):
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+    identity = F.power(-1, damping) @ (F.power(1, damping) @ inside)
+    assert (identity - inside).norm() < 1e-4 * inside.norm()

@@ -29,6 +29,9 @@ from fisherlab.blocks.numerics import (
 )
 from fisherlab.blocks.remembered import remembered
 
+# Columns are dependent where a pivot of their damped Gram matrix is below this share of another.
+DEPENDENT = 1e-3
+
 
 class Outer(Block):
     """`F = shift I + U C U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
@@ -173,11 +176,11 @@ class Outer(Block):
         base = self.shift + damping
         if exponent == -1 and base > 0 and not isinstance(self.core, Tensor) and self.core > 0:
             # (mu I + c U U^T)^{-1} = I/mu - U (mu/c I + K)^{-1} U^T / mu
-            kernel = self.gram() + base / self.core * torch.eye(
-                self.columns, dtype=torch.float64, device=self.device
-            )
-            inverse = torch.cholesky_inverse(cholesky(kernel, "damped Gram matrix"))
-            return self.rescaled(-inverse / base, 1 / base)
+            L = self._damped_gram(base / self.core)
+            pivots = L.diagonal().square()
+            if bool(pivots.min() > DEPENDENT * pivots.max()):
+                return self.rescaled(-torch.cholesky_inverse(L) / base, 1 / base)
+            # of dependent columns what U cancels would drown the rest of the inverse
         values, W = self._range
         full = len(values) == self.size
         if base == 0 and exponent < 0 and not full:
@@ -197,15 +200,25 @@ class Outer(Block):
         """
         self.check(V)
         damping = check_damping(damping)
-        plain = not self.shift and not isinstance(self.core, Tensor) and self.core > 0
-        w = self._combination(V) if plain and damping else None
-        if w is None:
+        if self.shift or not damping or isinstance(self.core, Tensor) or not self.core > 0:
             return super().solve(V, damping)
-        inverse = self.power(-1, damping)
-        assert isinstance(inverse, Outer) and isinstance(inverse.core, Tensor)
-        # its core is -(K + damping / c I)^{-1} / damping
-        y = w @ inverse.core * (-damping / self.core)
-        return self.of.combine(y.view(*V.shape[:-2], *self.of.sizes), True).to(V.dtype)
+        L = self._damped_gram(damping / self.core)
+
+        def inverse(columns: Tensor) -> Tensor:
+            """`U (K + damping / c I)^{-1} columns`."""
+            solved = torch.cholesky_solve(columns.reshape(-1, self.columns).mT, L).mT
+            return self.of.combine(solved.reshape(*V.shape[:-2], *self.of.sizes), True)
+
+        w = self._combination(V)
+        if w is not None:
+            return (inverse(w) / self.core).to(V.dtype)
+        inner = self.of.project(V, True)
+        return ((V.double() - inverse(inner)) / damping).to(V.dtype)
+
+    def _damped_gram(self, damping: float) -> Tensor:
+        """Lower `L` with `K + damping I = L L^T`."""
+        eye = torch.eye(self.columns, dtype=torch.float64, device=self.device)
+        return cholesky(self.gram() + damping * eye, "damped Gram matrix")
 
     def _combination(self, V: Tensor) -> Tensor | None:
         """`w` `[..., R]` with `V = U w` up to the rounding of `V`; None where there is none.
