@@ -149,14 +149,15 @@ def coordinates(vectors: Tensor, V: Tensor) -> Tensor | None:
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     _check_finite(matrix, name, "eigendecomposition")
     symmetric = symmetrise(matrix)
-    largest = symmetric.abs().amax() if symmetric.numel() else symmetric.new_zeros(())
     attempts = (
         lambda: symmetric,
         lambda: symmetric.double(),
         lambda: symmetric.double().cpu(),
         lambda: (
             symmetric.double().cpu()
-            + 1e-14 * largest.double().cpu() * torch.eye(symmetric.shape[-1], dtype=torch.float64)
+            + 1e-14
+            * symmetric.abs().amax().double().cpu()
+            * torch.eye(symmetric.shape[-1]).double()
         ),
     )
     for attempt in attempts:
