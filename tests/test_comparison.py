@@ -415,6 +415,8 @@ def test_a_table_says_where_its_numbers_need_more_digits():
     notes = table.frame.groupby("approximation")["note"].unique()
     assert list(notes["kfac"]) == [""] and "25.0%" in notes["blurred"][0]
     assert "blurred" in table.note and "3 layers" in table.note and "kfac" not in table.note
+    table.frame["note"] = table.frame["note"].replace("", None)
+    assert "3 layers" in table.note
 
 
 # --- side by side ---------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ class Comparison:
     @property
     def _rounding(self) -> str:
         """Which approximations' numbers need more digits than the model has."""
-        rows = self.frame[self.frame["note"].str.contains(ROUNDING, regex=False)]
+        notes = self.frame["note"].fillna("").astype(str)  # a CSV file knows no empty string
+        rows = self.frame[notes.str.contains(ROUNDING, regex=False)]
         if not len(rows):
             return ""
         names, layers = rows["approximation"].unique(), rows["layer"].nunique()

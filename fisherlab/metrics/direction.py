@@ -70,7 +70,10 @@ def step(
     preconditioner: Block | None = None,
     exact: Tensor | None = None,
 ) -> Step:
-    """Both steps, `exact` if known; ours of `preconditioner`, by default `(X + damping I)^{-1}`."""
+    """Both steps, `exact` if known; ours of `preconditioner`, by default `(X + damping I)^{-1}`.
+
+    `P g` divides the rounding of a float32 gradient by the damping; `fl.compare` keeps it out.
+    """
     gradient = gradient.to(F.dtype)
     P = X.power(-1, damping) if preconditioner is None else preconditioner
     ours = -(P @ gradient)
