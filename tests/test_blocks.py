@@ -405,5 +405,7 @@ def test_an_inverse_of_dependent_columns_keeps_its_digits(generator: torch.Gener
         expected = torch.linalg.solve(D, V.reshape(-1, F.size).mT).mT.view_as(V)
         for found in (F.solve(V, damping), F.power(-1, damping) @ V):
             assert (found - expected).norm() < 1e-5 * expected.norm()
+    values = torch.linalg.eigvalsh(F.power(-1, damping).dense())
+    assert values[0] > 0
     identity = F.power(-1, damping) @ (F.power(1, damping) @ inside)
     assert (identity - inside).norm() < 1e-4 * inside.norm()

@@ -29,8 +29,9 @@ from fisherlab.blocks.numerics import (
 )
 from fisherlab.blocks.remembered import remembered
 
-# Columns are dependent where a pivot of their damped Gram matrix is below this share of another.
-DEPENDENT = 1e-3
+# Columns may be dependent where a pivot of their damped Gram matrix is below this share of another:
+# its pivots only hint at it, an inverse made without eigenvectors would not be positive definite.
+DEPENDENT = 0.1
 
 
 class Outer(Block):
