@@ -16,6 +16,7 @@ from fisherlab.blocks.numerics import (
     BlockTooLarge,
     check_damping,
     dense_budget,
+    dot,
     eigh,
     spectrum_power,
 )
@@ -84,21 +85,21 @@ class MiniBlock(Block):
     def _inner(self, other: Block) -> Tensor | None:
         if not isinstance(other, MiniBlock) or other.blocks.shape != self.blocks.shape:
             return None
-        total = _dot(self.blocks, other.blocks)
+        total = dot(self.blocks, other.blocks)
         if self.bias is None or other.bias is None:
             return total
-        return total + _dot(self.bias, other.bias)
+        return total + dot(self.bias, other.bias)
 
     def inner_with_columns(self, columns: Columns) -> Tensor | None:
         _, c, k, _ = self.blocks.shape
         if (c, k) not in columns.grouped:
             return None
-        total = _dot(self.blocks, columns.grouped_moments(c, k))
-        return total if self.bias is None else total + _dot(self.bias, columns.squares[:, -1])
+        total = dot(self.blocks, columns.grouped_moments(c, k))
+        return total if self.bias is None else total + dot(self.bias, columns.squares[:, -1])
 
     def squared_norm(self) -> Tensor:
-        value = _dot(self.blocks, self.blocks)
-        return value if self.bias is None else value + _dot(self.bias, self.bias)
+        value = dot(self.blocks, self.blocks)
+        return value if self.bias is None else value + dot(self.bias, self.bias)
 
     def diagonal(self) -> Tensor:
         return self.join(self.blocks.diagonal(0, -2, -1), self.bias)
@@ -218,7 +219,3 @@ def check_blocks(
             f"{name}: {o} x {c} mini-blocks of {k} x {k} take {needed / GIB:.3g} GiB, over the "
             f"budget of {budget / GIB:.3g} GiB"
         )
-
-
-def _dot(one: Tensor, two: Tensor) -> Tensor:
-    return torch.dot(one.double().flatten(), two.double().flatten())

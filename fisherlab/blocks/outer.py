@@ -230,10 +230,8 @@ class Outer(Block):
         if eps**2 < torch.finfo(torch.float64).eps:
             return None
         inner = self.of.project(V, True).flatten(-2)
-        values, Z = self.of.gram_eigen
-        rank = rank_of(values, eps**2)
-        values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
-        w = (inner @ Z / values) @ Z.mT
+        _, W = self._range
+        w = inner @ W @ W.mT
         square = torch.linalg.vecdot(V.double(), V.double()).sum(-1)
         beside = square - torch.linalg.vecdot(inner, w)
         return w if is_rounding(beside, square, V.dtype) else None

@@ -46,7 +46,7 @@ class Basis:
         """The gradient in the basis of a block, full or thin."""
         start = time.perf_counter()
         core = block.core(gradient)
-        holds = not block.thin
+        holds = True
         if block.thin:
             rest = gradient - block.within_bases(core)
             holds = is_rounding(dot(rest, rest), dot(gradient, gradient), gradient.dtype)
