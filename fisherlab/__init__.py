@@ -18,6 +18,7 @@ from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
 from fisherlab.comparison import Comparison, compare
 from fisherlab.extract import CaptureError, LayerCapture, capture, support
+from fisherlab.heap import keep_freed_memory
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "capture",
     "compare",
     "distributed",
+    "keep_freed_memory",
     "metrics",
     "support",
 ]

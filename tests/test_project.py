@@ -20,7 +20,7 @@ CONSTRAINTS = [
 
 # A module imports only from rows above it, and from its own row only what WITHIN names.
 ROWS = [
-    {"names"},
+    {"names", "heap"},
     {"blocks", "models", "datasets", "distributed"},
     {"metrics", "extract"},
     {"approximations"},

@@ -9,6 +9,7 @@ import pandas as pd
 import typer
 
 from fisherlab.commands.common import Code, UserError, bar, known, leave, show
+from fisherlab.heap import keep_freed_memory
 
 PARTS = ("capture", "build", "compare", "optim", "scaling")
 SHOWN = ["network", "work", "fisher_type", "by", "ratio", "spread", "reach", "of_reach"]
@@ -27,6 +28,7 @@ TITLES = {
     "scaling": "Fitted exponents",
 }
 QUICK = "--quick: sizes too small to measure at, so ratios are rough and fitted exponents are noise"
+KEPT = "freed memory is kept for the next call, of every library alike (fl.keep_freed_memory)"
 PATH = Path  # typer reads the annotation
 
 
@@ -65,6 +67,8 @@ def bench(
         "quick": quick,
     }
     notes = [QUICK] if quick else []
+    if keep_freed_memory():  # the process is ours
+        notes.append(KEPT)
     config: dict[str, Any] = {"command": "bench", "settings": settings, "notes": notes}
     rundir.begin(config, PARTS)
     status = "complete"
