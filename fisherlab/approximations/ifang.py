@@ -89,9 +89,9 @@ class IFANG(Eva, name="ifang"):
         return Eigen(
             block.Q_G,
             block.Q_A,
-            1 / torch.outer(along_G, along_A),
-            1 / (along_G * damping),
-            1 / (along_A * damping),
+            torch.outer(along_G, along_A).reciprocal(),
+            (damping * along_G).reciprocal(),
+            (damping * along_A).reciprocal(),
             block.spectrum.new_tensor(damping**-2),
         )
 

@@ -99,8 +99,8 @@ class Eigen(Block):
         GV = self.Q_G.mT @ V
         # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
         inside = self.Q_G @ ((spectrum - tail_G[:, None] - tail_A + tail) * core)
-        result = (inside + V @ self.Q_A * (tail_A - tail)) @ self.Q_A.mT
-        return result + self.Q_G @ ((tail_G - tail)[:, None] * GV) + tail * V
+        result = inside.addcmul_(V @ self.Q_A, tail_A - tail) @ self.Q_A.mT
+        return (result + self.Q_G @ ((tail_G - tail)[:, None] * GV)).addcmul_(V, tail)
 
     def within_bases(self, core: Tensor) -> Tensor:
         """`Q_G core Q_A^T`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.approximations import Approximation
+from fisherlab.blocks.numerics import dot
 from fisherlab.optim.natural_gradient import NaturalGradient
 
 Schedule = Callable[[float], float]
@@ -70,39 +71,35 @@ class ANG(NaturalGradient):
     def combine(
         self, gradients: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        s = self.blend
-        groups = [[name] for name in directions] if self.scope == "layer" else [list(directions)]
-        found: dict[str, Tensor] = {}
-        for names in groups:
-            d = torch.cat([directions[name].flatten() for name in names])
-            t = torch.cat([gradients[name].flatten() for name in names])
-            u = blended(d, t, s, self.amplitude)
-            if len(names) == 1:
-                self.factors[names[0]] = (d.norm() / t.norm().clamp(min=1e-30)).item()
-            pieces = u.split([directions[name].numel() for name in names])
-            found |= {
-                name: piece.view_as(directions[name])
-                for name, piece in zip(names, pieces, strict=True)
-            }
-        return found
+        s, names = self.blend, list(directions)
+        if self.scope == "layer":
+            ours = [directions[name] for name in names]
+            theirs = [gradients[name] for name in names]
+            norms = torch.stack(torch._foreach_norm(ours + theirs)).tolist()
+            pairs = zip(norms[: len(names)], norms[len(names) :], strict=True)
+            sizes = [rho / max(size, 1e-30) for rho, size in pairs]
+            self.factors = dict(zip(names, sizes, strict=True))
+            return {n: blended(directions[n], gradients[n], s, self.amplitude) for n in names}
+        d = torch.cat([directions[name].flatten() for name in names])
+        t = torch.cat([gradients[name].flatten() for name in names])
+        pieces = blended(d, t, s, self.amplitude).split([directions[n].numel() for n in names])
+        return {n: piece.view_as(directions[n]) for n, piece in zip(names, pieces, strict=True)}
 
 
 def blended(d: Tensor, t: Tensor, s: float, amplitude: str = "natural") -> Tensor:
     """The point between `d` and `t` on the sphere, of the length of `d`.      ANG (6), (7)."""
-    rho, size = d.norm(), t.norm()
-    if rho == 0 or size == 0:
+    dd, tt, dt = torch.stack([dot(d, d), dot(t, t), dot(d, t)]).tolist()
+    if dd == 0 or tt == 0:
         return d
-    cosine = ((d / rho) @ (t / size)).clamp(-1, 1)
-    if cosine < 0:
+    if dt < 0:
         return t
-    omega = cosine.double().arccos()
-    if omega < 1e-4:
-        unit = (1 - s) * d / rho + s * t / size
-    else:
-        toward_d = torch.sin((1 - s) * omega) / torch.sin(omega)
-        toward_t = torch.sin(s * omega) / torch.sin(omega)
-        unit = toward_d.to(d) * d / rho + toward_t.to(d) * t / size
-    return unit * (rho if amplitude == "natural" else rho ** (1 - s) * size**s)
+    rho, size = math.sqrt(dd), math.sqrt(tt)
+    omega = math.acos(min(1.0, dt / (rho * size)))
+    toward_d, toward_t = 1 - s, s
+    if omega >= 1e-4:
+        toward_d, toward_t = (math.sin(part * omega) / math.sin(omega) for part in (1 - s, s))
+    length = rho if amplitude == "natural" else rho ** (1 - s) * size**s
+    return torch.add(toward_d * length / rho * d, t, alpha=toward_t * length / size)
 
 
 class TruncatedNaturalGradient(NaturalGradient):

@@ -231,7 +231,9 @@ class NaturalGradient(RunningBlocks):
             self._preconditioners[key] @ part if key in self._preconditioners else part
             for key, part in zip(weight.keys, parts, strict=True)
         ]
-        direction = torch.cat(steps) * self._scale.get(weight.name, 1.0)
+        direction = torch.cat(steps) if len(steps) > 1 else steps[0]
+        if (scale := self._scale.get(weight.name, 1.0)) != 1.0:
+            direction = direction * scale
         if self.graft:
             direction = direction * (gradient.norm() / direction.norm().clamp(min=1e-30))
         return direction

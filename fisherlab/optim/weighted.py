@@ -1,8 +1,8 @@
 """Layers whose own backward returns a weighted gradient: what TENGraD, NGD-SMW and FNGD need.
 
-`p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's
-output gradient is scaled by `M v_n` before the ordinary weight gradient is taken, and only for the
-weight; what is propagated further back is untouched. The plain weight gradient is never computed.
+`p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's input
+is scaled by `M v_n` before the ordinary weight gradient is taken; what is propagated further back
+does not depend on the input. The plain weight gradient is never computed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.layer, ctx.bias_size = layer, None if bias is None else list(bias.shape)
+        ctx.layer = layer
         output, layer.output = layer.output, None
         assert output is not None
         return output
@@ -64,10 +64,8 @@ class _Weighted(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if found is not None:
             rows, needs = None, (needs[0], False, False)
-        weighted = g if rows is None else _scale_rows(g, rows)
         x, kernel = x.to(g.dtype), weight.to(g.dtype)
-        gradients = _gradients(layer.weight.module, x, kernel, ctx.bias_size, g, weighted, needs)
-        grad_x, grad_weight, grad_bias = gradients
+        grad_x, grad_weight, grad_bias = _gradients(layer.weight.module, x, kernel, g, rows, needs)
         if found is not None:
             known = layer.weight.split(found)
             grad_weight = known[layer.weight.weight]
@@ -80,45 +78,54 @@ class _Weighted(torch.autograd.Function):
         )
 
 
-def _scale_rows(g: Tensor, rows: Tensor) -> Tensor:
-    """`g` `[n, ...]` with row n (of each group's channels) scaled by `rows` `[groups, n]`."""
-    rows = rows.to(g.dtype)
-    if len(rows) == 1:
-        return g * rows.view(-1, *[1] * (g.ndim - 1))
-    channels = g.shape[1] // len(rows)
-    by_channel = rows.mT.repeat_interleave(channels, 1)
-    return g * by_channel.view(*by_channel.shape, *[1] * (g.ndim - 2))
-
-
 def _gradients(
     module: nn.Module,
     x: Tensor,
     kernel: Tensor,
-    bias_size: list[int] | None,
     g: Tensor,
-    weighted: Tensor,
+    rows: Tensor | None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    bias_wanted = bias_size is not None and needs[2]
+    """`(grad_x, grad_weight, grad_bias)` in one ordinary backward, of weighted inputs.
+
+    The weight's gradient is bilinear in input and output gradient, and `grad_x` does not depend on
+    the input: scaling that leaves what is propagated untouched.
+    """
+    grad_bias = _bias_gradient(module, g, rows) if needs[2] else None
+    if not (needs[0] or needs[1]):
+        return None, None, grad_bias
+    if rows is not None and needs[1]:
+        x = _scaled(x, rows.to(x.dtype))
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        flat = weighted.reshape(-1, weighted.shape[-1])
-        return (
-            g @ kernel if needs[0] else None,
-            flat.mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
-            flat.sum(0) if bias_wanted else None,
-        )
+        grad_x = g @ kernel if needs[0] else None
+        flat = g.reshape(-1, g.shape[-1])
+        return grad_x, flat.mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None, grad_bias
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return _by_autograd(module, x, kernel, g, weighted, needs, bias_wanted)
+        return *_by_autograd(module, x, kernel, g, needs), grad_bias
     zeros = [0] * len(module.stride)
     options = (module.stride, module.padding, module.dilation, False, zeros, module.groups)
+    wanted = [needs[0], needs[1], False]
     backward = torch.ops.aten.convolution_backward
-    if weighted is g:
-        return backward(g, x, kernel, bias_size, *options, [needs[0], needs[1], bias_wanted])
-    grad_x = None
-    if needs[0]:
-        grad_x = backward(g, x, kernel, bias_size, *options, [True, False, False])[0]
-    rest = backward(weighted, x, kernel, bias_size, *options, [False, needs[1], bias_wanted])
-    return grad_x, rest[1], rest[2]
+    return *backward(g, x, kernel, None, *options, wanted)[:2], grad_bias
+
+
+def _scaled(x: Tensor, rows: Tensor) -> Tensor:
+    """`x` `[n, ...]` with row n (of each group's channels) scaled by `rows` `[groups, n]`."""
+    if len(rows) == 1:
+        return x * rows.view(-1, *[1] * (x.ndim - 1))
+    by_channel = rows.mT.repeat_interleave(x.shape[1] // len(rows), 1)
+    return x * by_channel.view(*by_channel.shape, *[1] * (x.ndim - 2))
+
+
+def _bias_gradient(module: nn.Module, g: Tensor, rows: Tensor | None) -> Tensor:
+    """`sum_n rows[n] g[n]` over all positions, `[o]`."""
+    channels = g.ndim - 1 if isinstance(module, nn.Linear) else 1
+    if rows is None:
+        return g.sum([k for k in range(g.ndim) if k != channels])
+    if g.ndim > 2:
+        g = g.sum([k for k in range(1, g.ndim) if k != channels])
+    weighted = rows.to(g.dtype)[:, None] @ g.view(len(g), len(rows), -1).transpose(0, 1)
+    return weighted.flatten()
 
 
 def _by_autograd(
@@ -126,18 +133,14 @@ def _by_autograd(
     x: Tensor,
     kernel: Tensor,
     g: Tensor,
-    weighted: Tensor,
     needs: tuple[bool, ...],
-    bias_wanted: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Paddings that are an operation of their own: the layer once more, under autograd."""
     with torch.enable_grad():
         free_x, free_kernel = x.detach().requires_grad_(), kernel.detach().requires_grad_()
-        bias = x.new_zeros(kernel.shape[0], requires_grad=True)
-        output: Tensor = module._conv_forward(free_x, free_kernel, bias)
-        grad_x = torch.autograd.grad(output, free_x, g, retain_graph=True)[0] if needs[0] else None
-        grad_kernel, grad_bias = torch.autograd.grad(output, (free_kernel, bias), weighted)
-    return grad_x, grad_kernel if needs[1] else None, grad_bias if bias_wanted else None
+        output: Tensor = module._conv_forward(free_x, free_kernel, None)
+        grad_x, grad_kernel = torch.autograd.grad(output, (free_x, free_kernel), g)
+    return grad_x if needs[0] else None, grad_kernel if needs[1] else None
 
 
 class WeightedLayers:
