@@ -134,3 +134,21 @@ def test_save_writes_print_size_and_vector(tmp_path):
     assert png.name == "cost.v1.png" and pdf.read_bytes().startswith(b"%PDF")
     with Image.open(png) as image:
         assert image.width == round(theme.FULL * theme.DPI)
+
+
+@pytest.mark.parametrize(("low", "decimal"), [(0.4, True), (1e-6, False)])
+def test_a_logarithmic_axis_of_few_powers_of_ten_reads_as_decimals(
+    low: float, decimal: bool
+) -> None:
+    @theme.themed
+    def draw() -> theme.Picture:
+        figure, (ax,) = theme.panels(1)
+        ax.semilogy([0, 1], [low, 1.0])
+        return figure
+
+    figure = draw()
+    figure.draw_without_rendering()
+    both = figure.axes[0].yaxis.get_ticklabels(minor=True)
+    texts = {t.get_text() for t in [*both, *figure.axes[0].yaxis.get_ticklabels()]} - {""}
+    assert ("0.6" in texts) is decimal
+    assert any("10^" in text for text in texts) is not decimal

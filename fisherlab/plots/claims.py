@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fisherlab.plots import theme
@@ -119,6 +120,7 @@ def _run(ax: Axes, trials: Any) -> None:
     )
     ax.semilogy(steps, right, "--", color=LINE, label="bound")
     ax.set(xlabel="step", ylabel="squared residual / its start")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from fisherlab.plots import theme
 
@@ -82,6 +82,8 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     _leave_out_explosions(ax, table[column])
+    if x == "step":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(LABELS[x])
     ax.set_ylabel(LABELS.get(column, column))
 

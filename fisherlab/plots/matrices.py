@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from fisherlab.plots.theme import Picture
+from fisherlab.plots.theme import Picture, rotation
 
 # One map for what has a sign, one for what has none; both read in grey and by the colour-blind.
 SIGNED, POSITIVE = "RdBu_r", "viridis"
@@ -44,7 +44,7 @@ def name_axis(ax: Axes, names: Sequence[str], x: bool = True, y: bool = True) ->
     size = 7 if len(names) <= 16 else 5.5
     ticks, shown = list(range(0, len(names), step)), list(names)[::step]
     if x:
-        ax.set_xticks(ticks, shown, rotation=90, fontsize=size)
+        ax.set_xticks(ticks, shown, rotation=rotation(shown), fontsize=size)
     if y:
         ax.set_yticks(ticks, shown, fontsize=size)
 

@@ -18,6 +18,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatterSciNotation
 
 P = ParamSpec("P")
 T = TypeVar("T", bound=Figure)
@@ -160,9 +161,23 @@ def themed(draw: Callable[P, T]) -> Callable[P, T]:
     @wraps(draw)
     def inside(*args: P.args, **options: P.kwargs) -> T:
         with mpl.rc_context(STYLE):
-            return draw(*args, **options)
+            figure = draw(*args, **options)
+            for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+                if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
+                    axis.set_major_formatter(Decimals())
+                    axis.set_minor_formatter(Decimals())
+            return figure
 
     return inside
+
+
+class Decimals(LogFormatterSciNotation):
+    """Labels of a logarithmic axis: 0.4 and not 4 x 10^-1 where it shows few powers of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        label = super().__call__(x, pos)
+        low, high = sorted(self.axis.get_view_interval())
+        return f"{x:g}" if label and 1e-3 <= low and high <= min(1e4, 50 * low) else label
 
 
 def panels(
