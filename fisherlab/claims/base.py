@@ -215,5 +215,6 @@ def get(name: str) -> Claim:
         containing = [claim for claim in _REGISTRY if name.lower() in claim]
         near = nearest(name.lower(), [*papers, *_REGISTRY], containing)
         hint = f"nearest: {near}" if near else f"papers: {', '.join(papers)}"
+        hint += "; `fisherlab verify --list` names all claims"
         raise ClaimError(f"no claim or paper named {name!r}; {hint}")
     return _REGISTRY[name]()

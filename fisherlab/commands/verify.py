@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import typer
 
 from fisherlab.commands.common import Code, UserError, bar, leave, show
@@ -28,6 +29,9 @@ def verify(
         Path | None, typer.Option("--out", "-o", help="Folder for tables, page, counterexamples.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Name the claims, try none of them.")
+    ] = False,
 ) -> None:
     """Try the papers' claims on random cases, or on a real network, and print their verdicts.
 
@@ -42,6 +46,12 @@ def verify(
     if trials is not None and trials < 1:
         raise UserError(f"--trials is at least 1, got {trials}")
     wanted = chosen(names or None)
+    if only_list:
+        rows = [claims.get(name) for name in wanted]
+        facts = [(c.name, c.source, c.expected, c.statement) for c in rows]
+        columns = ["claim", "source", "on_record", "statement"]
+        show(pd.DataFrame(facts, columns=columns), wrap=("statement",))
+        return
     rundir = None if out is None else RunDir(out)
     settings = {"names": names or "all", "trials": trials, "seed": seed, "on": on}
     config = {"command": "verify", "settings": settings}
