@@ -334,3 +334,10 @@ def test_words_numbers_and_sizes():
     for wrong in ("0", "-1G", "inf", "G", ""):
         with pytest.raises(common.UserError, match="800M"):
             common.size(wrong)
+
+
+def test_a_method_that_one_batch_cannot_make_leaves_its_reason_and_no_report(tmp_path):
+    done = call("compare", *TINY, "-a", "kbfgs", "--epochs", "0", "--out", tmp_path / "run")
+    assert done.exit_code == 1, done.output
+    assert "kbfgs:" in done.output and "nothing could be measured" in done.output
+    assert not (tmp_path / "run" / "report.html").exists()

@@ -413,7 +413,8 @@ def test_a_table_says_where_its_numbers_need_more_digits():
     makers = {"blurred": lambda layer: Blurred(torch.ones(layer.shape).to(layer.dtype))}
     table = compared(approximations=makers | {"kfac": fl.KFAC()})
     notes = table.frame.groupby("approximation")["note"].unique()
-    assert list(notes["kfac"]) == [""] and "25.0%" in notes["blurred"][0]
+    assert all("rounding" not in note for note in notes["kfac"])
+    assert "25.0%" in notes["blurred"][0]
     assert "blurred" in table.note and "3 layers" in table.note and "kfac" not in table.note
     table.frame["note"] = table.frame["note"].replace("", None)
     assert "3 layers" in table.note
@@ -585,3 +586,69 @@ def test_pictures_and_folders_of_a_table_are_refused_by_name(tmp_path):
         table.plot("pareto")
     with pytest.raises(FileNotFoundError, match="holds no comparison.parquet"):
         fl.Comparison.load(tmp_path)
+
+
+# --- what a new user tried ------------------------------------------------------------------------
+
+
+def test_a_population_error_below_its_noise_is_not_zero():
+    model, (x, y) = net(), batch()
+    few = fl.compare(model, CE, x, y, reference=(x[:3] + 1e-9, y[:3]), approximations=["kfac"])
+    known = few.frame["population_error"].dropna()
+    assert (known > 0).all()
+    missing = few.frame[few.frame["population_error"].isna()]
+    assert len(missing) and missing["note"].str.contains("too few").all()
+    assert missing["population_error_se"].isna().all()
+    assert "below their sampling noise" in few.note
+    with pytest.raises(ValueError, match="the very batch"):
+        fl.compare(model, CE, x, y, reference=(x.clone(), y), approximations=["kfac"])
+
+
+def test_rows_of_a_grouped_convolution_say_what_its_exact_block_is():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+    ).double()
+    x = torch.randn(6, 2, 5, 5, dtype=torch.float64)
+    model(x)
+    notes = fl.compare(model, CE, x, torch.arange(6) % 3, approximations=["kfac"]).frame
+    notes = notes.groupby("layer")["note"].first()
+    assert "2 groups" in notes["0"] and "direct sum" in notes["0"] and notes["3"] == ""
+
+
+def test_a_run_of_a_command_is_not_overwritten_by_a_table(tmp_path):
+    table = compared(approximations=["kfac"])
+    table.save(table.save(tmp_path / "own"))  # its own folder, again
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"command": "compare"}')
+    with pytest.raises(FileExistsError, match="another folder"):
+        table.save(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+def test_one_damping_and_a_name_given_twice():
+    table = compared(approximations=["kfac", "kfac", fl.KFAC()], dampings=0.1)
+    assert set(table.frame["approximation"]) == {"kfac"}
+    assert list(table.frame["damping_relative"].unique()) == [0.1]
+    assert len(table.frame) == table.frame["layer"].nunique()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"approximations": []}, "no approximation to compare"),
+        ({"dampings": "1e-3"}, "dampings are relative"),
+        ({"memory": "800M"}, "memory is a number of bytes"),
+        ({"generator": 0}, "generator is 0"),
+        ({"mc_samples": 1.5}, "mc_samples must be"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        compared(**{"approximations": ["kfac"]} | options)
+
+
+def test_labels_of_another_integer_type_are_named():
+    x, y = batch()
+    for wrong in (y.int(), y.bool()):
+        with pytest.raises(fl.CaptureError, match=r"y\.long\(\)"):
+            compared(x, wrong, approximations=["kfac"])

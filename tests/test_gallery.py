@@ -325,3 +325,10 @@ def test_a_long_comparison_shows_a_bar_in_a_notebook_and_nothing_elsewhere(monke
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     bar = notebook_bar(names)
     assert isinstance(bar, tqdm) and list(bar) == names
+
+
+def test_eigenvalues_are_no_shares_of_the_trace():
+    falling = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"'kfac' fall with k.*metrics\.cumulative_trace"):
+        fl.plots.cumulative_trace({"kfac": falling})
+    fl.plots.cumulative_trace({"kfac": falling.cumsum(0)})

@@ -351,3 +351,27 @@ def test_a_weight_laid_out_channels_last_takes_the_same_step() -> None:
             optimizer.step()
     for one, other in zip(plain.parameters(), last.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_steps_that_a_bound_shortened_are_counted_and_said():
+    found = {}
+    for lr, bound in ((1.0, 1e-4), (100.0, 1e-4), (0.1, None)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        x, y = torch.randn(8, 5), torch.arange(8) % 3
+        opt = fl.optim.create("kfac", model, lr=lr, kl_clip=bound)
+        for _ in range(3):
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+        found[lr] = opt, [p.detach() for p in model.parameters()]
+    (one, few), (other, many), (free, _) = found.values()
+    # the same step at any learning rate, which is what the count is there to say
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-6)
+    assert one.clipped == other.clipped == 3 and free.clipped == 0
+    assert "kl_clip=0.0001 (3 of 3 steps" in repr(one) and "kl_clip" not in repr(free)
+    again = fl.optim.create("kfac", one.model)
+    again.load_state_dict(one.state_dict())
+    assert again.clipped == 3
+    with pytest.raises(ValueError, match="below 1"):
+        fl.optim.create("kfac", one.model, momentum=2.0)

@@ -149,6 +149,10 @@ def compare(
     if not first:
         return
     rundir.write_config({**study.config, "status": "complete"})
+    if table.frame["relative_error"].isna().all():
+        for line in refusals(table):
+            typer.echo(line)
+        leave(Code.NOTHING, "nothing could be measured, so there is no report")
     path = report.write(rundir)
     if table.note:
         typer.echo(table.note)
@@ -159,8 +163,6 @@ def compare(
     typer.echo(f"report: {path}")
     for note in study.notes:
         typer.echo(note)
-    if table.frame["relative_error"].isna().all():
-        leave(Code.NOTHING, "nothing could be measured; the column `note` says why")
 
 
 def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:

@@ -42,7 +42,7 @@ def compare(
     *,
     approximations: Mapping[str, Maker] | Iterable[str | Approximation] | None = None,
     fisher_type: str | None = None,
-    dampings: Sequence[float] = (1e-3, 1e-1),
+    dampings: Sequence[float] | float = (1e-3, 1e-1),
     reference: object = None,
     generator: torch.Generator | None = None,
     memory: int | None = None,
@@ -89,9 +89,14 @@ def compare(
     if ranks:
         ranks.check_model(model)
         _check_counts(ranks, batches)
-    if not dampings or any(not math.isfinite(d) or d <= 0 for d in dampings):
+    shares = [dampings] if isinstance(dampings, int | float) else list(dampings)
+    if not shares or any(not isinstance(d, int | float) or not 0 < d < math.inf for d in shares):
         raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
+    if memory is not None and (not isinstance(memory, int) or memory < 1):
+        raise ValueError(f"memory is a number of bytes, such as 800_000_000; got {memory!r}")
     makers = _makers(approximations, model)
+    if not makers:
+        raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
     fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0], forward)
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
@@ -117,7 +122,9 @@ def compare(
         unseen = [copy(reference)]  # ranks give parts of theirs away
     elif reference is not None:
         pair = reference if isinstance(reference, tuple) else (reference, None)
-        unseen = captured(split_batches(*pair), fisher_type)
+        others = split_batches(*pair)
+        _check_unseen(batches, others)
+        unseen = captured(others, fisher_type)
     _check_blocks(makers, captures[0])
     check_memory(captures[0], memory)
     facts = {
@@ -129,7 +136,7 @@ def compare(
     names = list(by_layer(captures[0]))
     config = {
         **facts,
-        "dampings": list(dampings),
+        "dampings": shares,
         "approximations": {k: repr(v) for k, v in makers.items()},
     }
     config |= {"backend": captures[0].report.backend, "skipped": captures[0].report.skipped}
@@ -154,7 +161,7 @@ def compare(
 
     def measure(name: str, stopped: Event) -> Rows:
         layer = Layer(name, captures, target, unseen, memory)
-        return layer.rows(makers, dampings, facts, stopped)
+        return layer.rows(makers, shares, facts, stopped)
 
     # a stated budget is that of one layer
     crew = Crew(measure, {name: costs[name] for name in mine}, device, memory is not None)
@@ -254,8 +261,27 @@ def _makers(
         if not isinstance(maker, Approximation):
             raise ValueError(f"{item!r} is neither a name nor an approximation; name it in a dict")
         name = maker.name or type(maker).__name__
-        makers[name if name not in makers else repr(maker)] = maker
+        if maker not in makers.values():
+            makers[name if name not in makers else repr(maker)] = maker
     return makers
+
+
+def _check_unseen(
+    batches: list[tuple[object, Tensor]], reference: list[tuple[object, Tensor]]
+) -> None:
+    """Refuse the batch itself as its unseen examples: it would flatter every approximation."""
+    for x, _ in batches:
+        for other, _ in reference:
+            if x is other or (
+                isinstance(x, Tensor)
+                and isinstance(other, Tensor)
+                and (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
+                and torch.equal(x, other)
+            ):
+                raise ValueError(
+                    "reference holds the very batch that the approximations are made of, whose "
+                    "error is relative_error; pass examples that they have not seen"
+                )
 
 
 def _check_blocks(makers: dict[str, Maker], captures: Captures) -> None:

@@ -19,7 +19,7 @@ from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import sum_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
-from fisherlab.comparison.table import MEASURES, ROUNDING
+from fisherlab.comparison.table import MEASURES, ROUNDING, UNKNOWN
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
@@ -64,6 +64,13 @@ class Layer:
         # every weight that matters is a combination of inputs: of few, in their coordinates
         self.inside = self.whole.inside() if same and self.unseen is None else None
         self.examples = int(self.memos[0].count)
+        groups = len(self.keys)
+        self.remark = ""
+        if groups > 1:
+            self.remark = (
+                f"a convolution of {groups} groups: its exact block is taken as the direct sum of "
+                "the groups' blocks, without what lies between groups"
+            )
         self.reference_examples = (
             sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
         )
@@ -133,7 +140,9 @@ class Layer:
             built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
             near, frame = self._retried(self._nearest, X)
             static, reason = self._retried(self._static, near, frame.F)
-            notes = [reason] if reason else []
+            notes = [text for text in (self.remark, reason) if text]
+            if self.unseen is not None and math.isnan(static["population_error"]):
+                notes.append(UNKNOWN)
             if X.unseen > UNSEEN:
                 notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}

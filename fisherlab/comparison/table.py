@@ -26,6 +26,8 @@ MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seco
 MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
+# How a row says that its population error is no number.
+UNKNOWN = "the unseen examples are too few to tell its population error from 0"
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 
@@ -55,13 +57,28 @@ class Comparison:
     @property
     def note(self) -> str:
         """What a reader has to know before the first number."""
-        return " ".join(filter(None, (self._noise, self._rounding)))
+        return " ".join(filter(None, (self._noise, self._unknown, self._rounding)))
+
+    def _noted(self, text: str) -> pd.DataFrame:
+        notes = self.frame["note"].fillna("").astype(str)  # a CSV file knows no empty string
+        return self.frame[notes.str.contains(text, regex=False)]
+
+    @property
+    def _unknown(self) -> str:
+        """How many of the population errors the unseen examples are too few for."""
+        key = ["layer", "approximation", "seed", "step"]
+        missing, every = (len(f.drop_duplicates(key)) for f in (self._noted(UNKNOWN), self.frame))
+        if not missing:
+            return ""
+        return (
+            f"{missing} of {every} population errors are below their sampling noise and left out "
+            "of the medians: take more unseen examples."
+        )
 
     @property
     def _rounding(self) -> str:
         """Which approximations' numbers need more digits than the model has."""
-        notes = self.frame["note"].fillna("").astype(str)  # a CSV file knows no empty string
-        rows = self.frame[notes.str.contains(ROUNDING, regex=False)]
+        rows = self._noted(ROUNDING)
         if not len(rows):
             return ""
         names, layers = rows["approximation"].unique(), rows["layer"].nunique()
@@ -104,11 +121,20 @@ class Comparison:
         )
         direction.columns = [f"direction_cosine @ {d:g}" for d in direction.columns]
         table = table.join(direction).dropna(axis=1, how="all")
-        return table.sort_values(self.leading)
+        # where everything was refused there is no error to sort by
+        return table.sort_values(self.leading) if self.leading in table else table
 
     def save(self, folder: str | Path) -> Path:
-        """Write `comparison.csv`, `comparison.parquet` and `config.json` into a folder."""
+        """Write `comparison.csv`, `comparison.parquet` and `config.json` into a folder.
+
+        A folder that a command wrote is refused: its figures and page would be of another table.
+        """
         folder = Path(folder)
+        if _is_of_a_command(folder / "config.json"):
+            raise FileExistsError(
+                f"{folder} is the folder of a `fisherlab` run, whose figures and report would stay "
+                "behind; save the table into another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.frame.to_csv(folder / "comparison.csv", index=False)
         self.frame.to_parquet(folder / "comparison.parquet", index=False)
@@ -161,6 +187,13 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")
         self.comparison = comparison
+
+
+def _is_of_a_command(config: Path) -> bool:
+    try:
+        return "command" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _takes_a_table(function: Any) -> bool:

@@ -74,6 +74,8 @@ def check_labels(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
     if isinstance(criterion, nn.CrossEntropyLoss) and not y.is_floating_point():
         classes = outputs.shape[1] if outputs.ndim > 1 else 0
         expected = (outputs.shape[0], *outputs.shape[2:])
+        if y.dtype not in (torch.int64, torch.uint8):
+            raise CaptureError(f"labels are {y.dtype}; class indices are torch.int64: y.long()")
         if tuple(y.shape) != expected:
             raise CaptureError(
                 f"labels have shape {tuple(y.shape)}, outputs {tuple(outputs.shape)} need "

@@ -54,7 +54,7 @@ def captures_in_parts(
     """
     x, y = split_batch(x, y)
     generator = options.get("generator")
-    state = None if generator is None else generator.get_state()
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
     try:
         return [capture(model, criterion, x, y, **options)]
     except torch.OutOfMemoryError as error:

@@ -20,8 +20,9 @@ def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
     """The relative error against the population and its standard error; 0-d float64 each.
 
     `reference` is the exact block (`Outer`, or a `DirectSum` of them) of examples that `X` was not
-    built from. NaN for fewer than three examples, or where the estimated population norm is not
-    positive. The standard error is that of the first-order (Hajek) projection.
+    built from. NaN for fewer than three examples, and where the estimate of the population's norm
+    or of the squared error is not positive, which is to say below its own noise. The standard error
+    is that of the first-order (Hajek) projection.
     """
     (rows, own), products = _pair_sums(reference), _example_products(X, reference)
     M = len(products)
@@ -36,8 +37,10 @@ def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
     squared = 1 + rest / norm
     influence = -2 * (products - product) / norm - rest * 2 * (rows - norm) / norm.square()
     spread = influence.std() / M**0.5
-    error = squared.clamp(min=0).sqrt()
-    return error, torch.where(error > 0, spread / (2 * error.clamp(min=1e-300)), nan)
+    if squared <= 0:
+        return nan, nan
+    error = squared.sqrt()
+    return error, spread / (2 * error)
 
 
 def population_norm(reference: Block) -> Tensor:

@@ -71,6 +71,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
             if not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if not isinstance(momentum, Tensor) and momentum >= 1:
+            raise ValueError(f"momentum must be below 1, where velocity dies out; got {momentum!r}")
         if nesterov and momentum == 0:
             raise ValueError("Nesterov momentum needs momentum > 0")
         if nonfinite not in ("raise", "skip"):
@@ -96,6 +98,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(model.parameters() if params is None else params, defaults)
         self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
         self.steps = 0
+        # steps that max_norm or kl_clip has shortened so far
+        self.clipped = 0
         self.hooked: list[Removable] = []
         self.model, self.weights = model, self._find_weights(model)
         self._shapes = {name: w.weight.shape for name, w in self.weights.items()}
@@ -244,6 +248,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             scale = min(scale, math.sqrt(self.kl_clip / max(abs(change), 1e-300)))
         if scale == 1.0:
             return directions
+        self.clipped += 1
         scaled = torch._foreach_mul(list(directions.values()), scale)
         return dict(zip(directions, scaled, strict=True))
 
@@ -287,6 +292,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     # state --------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        bounds = {"max_norm": self.max_norm, "kl_clip": self.kl_clip}
+        stated = ", ".join(f"{key}={bound:g}" for key, bound in bounds.items() if bound is not None)
+        if not stated:
+            return super().__repr__()
+        many = f"{self.clipped} of {self.steps} steps so far were shortened to it: there lr is moot"
+        return f"{super().__repr__()}\n{stated} ({many})"
+
     @property
     def method(self) -> str:
         """What a state belongs to."""
@@ -307,7 +320,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             {key: value for key, value in group.items() if not callable(value)}
             for group in state["param_groups"]
         ]
-        state["fisherlab"] = {"method": self.method, "steps": self.steps, **self._extra_state()}
+        counts = {"steps": self.steps, "clipped": self.clipped}
+        state["fisherlab"] = {"method": self.method, **counts, **self._extra_state()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,7 +340,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             raise ValueError(f"this state is of {method}, and this optimizer is {self.method}")
         self._check_momentum(rest)
         super().load_state_dict(rest)
-        self.steps = extra.pop("steps")
+        self.steps, self.clipped = extra.pop("steps"), extra.pop("clipped", 0)
         self._load_extra_state(extra)
 
     def _check_momentum(self, state: dict[str, Any]) -> None:

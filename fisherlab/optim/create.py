@@ -163,6 +163,10 @@ def names() -> list[str]:
 def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, its defaults overridden by `options`.
 
+    Most curvature methods come with a `kl_clip`, which keeps them stable at any learning rate: a
+    step that it shortens is as long at any larger `lr`. `opt.clipped` counts those steps; with
+    `kl_clip=None` the learning rate alone decides.
+
     Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
     and `TypeError` for an option that the method does not have.
     """

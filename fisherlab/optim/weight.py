@@ -82,6 +82,7 @@ def undelivered(name: str) -> str:
     """What to look for when a layer has a gradient that no hook saw."""
     return (
         f"layer {name!r} has a gradient but delivered nothing; no parameter was changed. Usual "
-        "causes: the model was compiled before the optimizer was made; the loop calls "
+        "causes: the optimizer was made after this forward pass; the model was compiled before "
+        "the optimizer was made; the loop calls "
         "model.forward or a part of the model; the layer runs inside activation checkpointing"
     )

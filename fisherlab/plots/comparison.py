@@ -21,7 +21,7 @@ LABELS = {
     "damping_relative": r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$",
     "layer": "layer",
     "step": "training step",
-    "seconds": "seconds to build and solve",
+    "seconds": "seconds to build and solve (shared work where it came first)",
     "diagonalisation": "share of $F$ on the diagonal",
     "subspace_overlap": "overlap of leading eigenspaces",
 }

@@ -52,7 +52,13 @@ def _width(name: str) -> float:
 
 @theme.themed
 def cumulative_trace(shares: Mapping[str, Tensor], layer: str = "") -> Figure:
-    """Share of the trace in the k largest eigenvalues."""
+    """Share of the trace in the k largest eigenvalues, as `metrics.cumulative_trace` returns it."""
+    for name, values in shares.items():
+        if bool((values.diff() < -1e-9).any()):
+            raise ValueError(
+                f"the shares of {name!r} fall with k, as eigenvalues do; pass "
+                "metrics.cumulative_trace(block)"
+            )
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, values in shares.items():
         _curve(ax, name, values)
