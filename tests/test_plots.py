@@ -152,3 +152,39 @@ def test_a_logarithmic_axis_of_few_powers_of_ten_reads_as_decimals(
     texts = {t.get_text() for t in [*both, *figure.axes[0].yaxis.get_ticklabels()]} - {""}
     assert ("0.6" in texts) is decimal
     assert any("10^" in text for text in texts) is not decimal
+
+
+def run_of(steps, names=("sgd", "kfac")):
+    """The rows and the loss curve of a run of so many steps in one epoch."""
+    found = [
+        {"optimizer": name, "seed": 0, "step": step, "train_seconds": (k + 1) * step * 0.01,
+         "train_loss": 2.0 / (step + 1), "accuracy": 0.1 * step}
+        for k, name in enumerate(names) for step in range(steps + 1)
+    ]  # fmt: skip
+    curve = pd.DataFrame([row for row in found if row["step"]])
+    return pd.DataFrame([row for row in found if row["step"] in (0, steps)]), curve
+
+
+def test_one_step_has_no_panels_of_a_loss_that_is_one_for_all():
+    many = plots.training_curves(*run_of(4), "accuracy")
+    assert [ax.get_ylabel() for ax in many.axes] == ["training loss"] * 2 + ["test accuracy"] * 2
+    one = plots.training_curves(*run_of(1), "accuracy")
+    assert [ax.get_ylabel() for ax in one.axes] == ["test accuracy"] * 2
+    assert all(float(tick).is_integer() for tick in one.axes[0].get_xticks())  # no 0.2 steps
+
+
+def test_a_curve_of_one_point_is_a_marker_in_grey_too():
+    names = [f"method{k}" for k in range(12)]  # the slowest takes 12 times the fastest: log axis
+    figure = plots.training_curves(*run_of(1, names), "accuracy")
+    against_time = figure.axes[1].get_lines()
+    assert len(against_time) == 12
+    assert all(len(line.get_xdata()) == 1 for line in against_time)
+    assert all(line.get_marker() not in ("", "None", None) for line in against_time)
+
+
+@pytest.mark.parametrize(("ratio", "panels"), [(8.0, 2), (float("nan"), 1)])
+def test_cost_has_no_empty_panel(ratio, panels):
+    summary = pd.DataFrame(
+        {"optimizer": ["kfac"], "final": [0.9], "final_sd": [0.1], "ratio_to_sgd": [ratio]}
+    )
+    assert len(plots.training_cost(summary, "accuracy").axes) == panels

@@ -319,7 +319,69 @@ def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
     assert row.final == pytest.approx(last.mean()) and row.final_sd == pytest.approx(last.std())
     assert row.best == pytest.approx(best.mean()) and row.best_sd == pytest.approx(best.std())
     assert row.seconds_per_epoch == pytest.approx(3 * row.seconds_per_step)
-    assert row.ratio_to_sgd == 1 and row.state_bytes > 0
+    assert row.state_bytes > 0
+
+
+def test_the_cost_in_the_table_is_the_quotient_of_its_row(tmp_path):
+    results = train(settings("sgd,kfac", epochs=5), tmp_path)
+    summary = results.summary().set_index("optimizer")
+    assert not results.untimed and (summary["timed_steps"] == 5 * 3 - 2).all()
+    for row in summary.itertuples():
+        assert row.ratio_to_sgd == row.seconds_per_step / row.sgd_seconds_per_step
+        mine = results.rows[results.rows["optimizer"] == row.Index].dropna(subset=["timed_steps"])
+        assert list(mine["timed_steps"]) == [1, 3, 3, 3, 3]
+        # every timed step counts alike: a refresh of the curvature in one of them is a cost
+        timed = (mine["seconds_per_step"] * mine["timed_steps"]).sum() / mine["timed_steps"].sum()
+        assert row.seconds_per_step == pytest.approx(timed)
+        assert row.sgd_seconds_per_step == mine["sgd_seconds_per_step"].median()
+
+
+def test_too_few_steps_have_no_ratio_to_sgd_and_the_reason_is_said(tmp_path):
+    results = train(settings("sgd,exact", epochs=1, examples=64), tmp_path)
+    summary = results.summary()
+    assert summary["ratio_to_sgd"].isna().all() and (summary["timed_steps"] == 0).all()
+    assert (summary["seconds_per_step"] > 0).all()
+    assert "fewer than 8 steps were timed; the first 2" in results.untimed
+
+
+def test_the_reference_draws_nothing_and_one_slow_step_does_not_move_it(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    reference = SGDReference(model, nn.MSELoss())
+    x, y = torch.zeros(2, 3), torch.zeros(2, 3)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    reference.begin()
+    reference.turn(x, y)
+    assert torch.equal(torch.rand(3), expected)
+    spent = iter([9.0, 0.9, 0.1, 0.1, 9.0, 0.9, 0.2, 2.0])  # the first two of a turn are not timed
+    monkeypatch.setattr(reference, "_step", lambda x, y: next(spent))
+    monkeypatch.setattr("fisherlab.experiments.training.cost.ENOUGH", 100.0)
+    reference.begin()
+    reference.turn(x, y)
+    reference.turn(x, y)
+    assert reference.seconds_per_step() == pytest.approx(0.15)
+
+
+def test_the_share_of_shortened_steps_is_a_column(tmp_path):
+    wanted = "kfac,free=kfac,sgd"
+    results = train(settings(wanted, ["free.kl_clip=none"], epochs=1), tmp_path)
+    share = results.summary().set_index("optimizer")["clipped_share"]
+    assert share["kfac"] == 1 and share["free"] == 0 and pd.isna(share["sgd"])
+
+
+def test_a_folder_of_before_these_columns_still_loads(tmp_path):
+    s = settings("kfac")
+    whole = train(s, tmp_path)
+    path = tmp_path / whole.records[0].path
+    state = checkpoint.load(path)
+    for row in state["rows"]:
+        row.pop("clipped_share", None)
+        row.pop("timed_steps", None)
+    checkpoint.save(path, state)
+    (row,) = train(s, tmp_path).summary().itertuples()
+    assert row.final == whole.summary().loc[0, "final"] and row.timed_steps == 6
+    assert row.seconds_per_step > 0 and pd.isna(row.clipped_share)
 
 
 def test_the_run_folder_holds_config_and_tables(tmp_path):

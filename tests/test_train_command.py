@@ -56,6 +56,23 @@ def test_train_prints_a_table_and_leaves_pictures(tmp_path):
     assert pd.read_parquet(tmp_path / "rows.parquet").equals(before)
 
 
+def test_a_table_without_ratios_says_why_and_has_no_panel_of_them(tmp_path):
+    result = run("train", tmp_path, "--optimizer sgd,exact --epochs 1")
+    assert result.exit_code == 0, result.output
+    assert "×SGD is empty where fewer than 8 steps were timed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "fits"),
+    [("lstm", "digits", "ptb"), ("transformer", "iris", "multi30k")],
+)
+def test_support_of_a_model_on_data_that_does_not_fit_is_2(model, data, fits):
+    result = typed(f"support --model {model} --data {data}")
+    assert result.exit_code == 2
+    assert f"model '{model}' does not take '{data}'" in result.stderr
+    assert result.stderr.endswith(f"it takes --data {fits}\n")
+
+
 def _config(folder):
     return json.loads((folder / "config.json").read_text())
 
@@ -192,6 +209,24 @@ def test_a_choice_at_the_end_of_its_grid_is_said():
     found = sweep.Search(grid, None, (), None)
     entry = training.Entry("sgd", "sgd", {"lr": "0.3", "momentum": "0.9"})
     assert found.edges(entry) == ["lr"]
+
+
+def test_points_that_were_one_run_are_said_with_the_reason(tmp_path):
+    result = typed(
+        "sweep --data digits --hidden 4 --batch-size 64 --examples 192 --validation 50",
+        "--grid kfac.lr=0.03,0.1 --grid sgd.lr=0.01,0.1 --grid sgd.nesterov=false",
+        "--epochs 1 --final-epochs 1 --final-examples 128 --seeds 1",
+        f"--out {tmp_path}",
+    )
+    assert result.exit_code == 0, result.output
+    note = (
+        "kfac: lr=0.03 and lr=0.1 gave the same run: kl_clip shortened every step; "
+        "pass kl_clip=none or search it"
+    )
+    assert note in result.stdout and "sgd: lr" not in result.stdout
+    page = (tmp_path / "sweep.md").read_text()
+    assert note in page and "(1 seed) |" in page and "nan" not in page
+    assert json.loads((tmp_path / "sweep.json").read_text())["notes"] == [note]
 
 
 @pytest.mark.parametrize("words", ["--grid kfac=1", "--grid adam.lr=1", "--grid kfac.lrr=1"])

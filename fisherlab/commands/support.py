@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 import typer
 
 from fisherlab import datasets, models
 from fisherlab.commands.common import show
+from fisherlab.experiments.training.task import misfit
 from fisherlab.extract import support as supported
 
 
@@ -24,7 +26,12 @@ def support(
         model, num_classes=card.num_outputs, input_size=card.input_shape, width=width
     )
     x = dataset.train.tensors[0][:examples]
-    frame = supported(net, x)
+    try:
+        frame = supported(net, x)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise misfit(model, data, x, error) from None
     for column in ("capture_bytes", "dense_bytes"):
         frame[column] = frame[column].map(_bytes)
     frame["shape"] = [shape if isinstance(shape, tuple) else "-" for shape in frame["shape"]]

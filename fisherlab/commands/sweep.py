@@ -21,7 +21,9 @@ def sweep(
     choices: Annotated[
         list[str], typer.Option("--grid", help="OPTIMIZER.OPTION=VALUE,VALUE: kfac.lr=0.03,0.1.")
     ],
-    data: Annotated[str, typer.Option(help="Data set: `fisherlab data` lists them.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="Data set: `fisherlab data list` names them.")
+    ] = "digits",
     model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
     optimizer: Annotated[str, typer.Option(help="Names separated by commas.")] = "kfac,sgd",
     epochs: Annotated[int, typer.Option(help="Epochs of each point.")] = 3,
@@ -67,6 +69,8 @@ def sweep(
         result = search(settings, optimizer, found, out, final=final, watch=watch)
     if result.chosen:
         show(result.table, f"{result.tried.metric}: held out, then on the test set")
+        for note in result.notes:
+            typer.echo(note)
         typer.echo(f"everything tried is in {out}")
     if result.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")

@@ -19,7 +19,9 @@ PATH = Path  # typer reads the annotation
 
 
 def train(
-    data: Annotated[str, typer.Option(help="Data set: `fisherlab data` lists them.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="Data set: `fisherlab data list` names them.")
+    ] = "digits",
     model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
     optimizer: Annotated[
         str, typer.Option(help="Names separated by commas, LABEL=NAME to run one twice, or all.")
@@ -150,6 +152,8 @@ def _say(results: training.Results, out: Path) -> None:
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
     show(_readable(summary), f"{results.metric} on the test set")
+    if results.untimed:
+        typer.echo(results.untimed)
     for row in summary[summary["note"] != ""].itertuples():
         typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
     typer.echo(f"rows, curves, checkpoints, pictures and report.html are in {out}")
@@ -176,6 +180,7 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
         table["train loss"] = summary["train_loss"]
         table["s/step"] = summary["seconds_per_step"]
         table["s/epoch"] = summary["seconds_per_epoch"]
+        table["SGD's s/step"] = summary["sgd_seconds_per_step"]
         table["×SGD"] = summary["ratio_to_sgd"]
         table["peak MB"] = summary["peak_memory_bytes"] / 1e6
         table["state MB"] = summary["state_bytes"] / 1e6

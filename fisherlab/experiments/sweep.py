@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fisherlab.experiments import checkpoint
@@ -52,6 +53,7 @@ class Search:
             }
             if final is not None and "final" in final:
                 columns = ["seeds", "final", "final_sd", "best", "train_loss", "ratio_to_sgd"]
+                columns += ["clipped_share"]
                 row |= final.loc[entry.label, columns].to_dict()
             rows.append(row)
         return pd.DataFrame(rows)
@@ -63,10 +65,48 @@ class Search:
         for row in self.table.itertuples():
             test = "-"
             if self.final is not None and row.seeds:
-                test = f"{row.final:.4f} ± {row.final_sd:.4f} ({row.seeds:.0f} seeds)"
+                spread = f" ± {row.final_sd:.4f} ({row.seeds:.0f} seeds)"
+                test = f"{row.final:.4f}{spread if row.seeds > 1 else ' (1 seed)'}"
             cells = [row.optimizer, row.points, row.options, row.at_the_edge, row.validation, test]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join(lines) + "\n"
+        notes = "".join(f"\n{note}.\n" for note in self.notes)
+        return "\n".join(lines) + "\n" + notes
+
+    @property
+    def notes(self) -> list[str]:
+        """Which points of a grid were one and the same run, and why: the choice says nothing."""
+        rows, entries = self.tried.rows, self.tried.settings.entries
+        found = []
+        for _, points in groupby(entries, key=lambda entry: entry.name):
+            runs: list[tuple[np.ndarray, list[Entry]]] = []
+            for point in points:
+                mine = rows[(rows["optimizer"] == point.label) & (rows["epoch"] > 0)]
+                losses = mine[["train_loss", "test_loss"]].to_numpy()
+                if len(losses) < self.tried.settings.epochs:
+                    continue  # it did not come to its end
+                for theirs, alike in runs:
+                    if np.allclose(losses, theirs, rtol=1e-4):
+                        alike.append(point)
+                        break
+                else:
+                    runs.append((losses, [point]))
+            found += [self._alike(alike) for _, alike in runs if len(alike) > 1]
+        return found
+
+    def _alike(self, points: list[Entry]) -> str:
+        """`kfac: lr=0.03 and lr=0.1 gave the same run: ...`."""
+        first = points[0].options
+        moved = [o for o in first if len({point.options[o] for point in points}) > 1]
+        said = [", ".join(f"{o}={point.options[o]}" for o in moved) for point in points]
+        rows = self.tried.rows
+        mine = rows[rows["optimizer"].isin([p.label for p in points]) & (rows["epoch"] > 0)]
+        share = mine["clipped_share"].min() if "clipped_share" in mine else 0.0
+        why = "the losses of every epoch agree to 4 digits"
+        if share == 1:
+            bound = "max_norm" if "max_norm" in first else "kl_clip"
+            why = f"{bound} shortened every step; pass {bound}=none or search it"
+        name = points[0].name
+        return f"{name}: {', '.join(said[:-1])} and {said[-1]} gave the same run: {why}"
 
     def edges(self, entry: Entry) -> list[str]:
         """Options chosen at an end of their grid: a wider one may find better."""
@@ -158,6 +198,7 @@ def _write(search: Search, folder: Path) -> None:
         "final": None if search.final is None else search.final.settings.to_json(),
         "table": search.table.to_dict("records"),
         "tried": search.tried.summary()[["optimizer", "final", "status"]].to_dict("records"),
+        "notes": search.notes,
         "versions": versions(),
     }
     checkpoint.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")

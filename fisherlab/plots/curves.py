@@ -24,7 +24,7 @@ LABELS = {
 }
 LOGARITHMIC = ("train_loss", "perplexity", "rmse")
 AT_MOST = 9  # curves in colour; more cannot be told apart
-OTHERS = "#d9d9d9"
+OTHERS = "#b5b5b5"  # darker than the grid
 
 
 @theme.themed
@@ -34,13 +34,17 @@ def training_curves(
     """Training loss and a metric against steps (left) and against time (right).
 
     A line is the mean over seeds, its band their range. The first of `best` (of all, in the order
-    of `rows`, if not given) and SGD have their own colours, the rest are grey.
+    of `rows`, if not given) and SGD have their own colours, the rest are grey. A run of one point
+    is its marker; a loss measured once, before anything differs, has no panels.
     """
     present = list(dict.fromkeys([*best, *rows["optimizer"]]))
     names = present[:AT_MOST]
     names += [name for name in present[AT_MOST:] if name == "sgd"]  # what all are compared with
-    figure, axes = theme.panels(4, columns=2, height=2.2)
-    for row, (table, column) in enumerate([(curve, "train_loss"), (rows, metric)]):
+    measured = [(curve, "train_loss"), (rows, metric)]
+    if curve["step"].nunique() < 2:  # the loss before the first step, which is one for all
+        measured = measured[1:]
+    figure, axes = theme.panels(2 * len(measured), columns=2, height=2.2)
+    for row, (table, column) in enumerate(measured):
         for ax, x in zip(axes[2 * row : 2 * row + 2], ("step", "train_seconds"), strict=True):
             _lines(ax, table, x, column, names)
     theme.legend(figure, names, "optimizer")
@@ -69,7 +73,8 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
             places,
             values.mean(),
             color=colour,
-            marker=theme.marker(str(name)) if known else None,
+            # a line of one point is nothing
+            marker=theme.marker(str(name)) if known else "." if len(places) == 1 else None,
             markevery=max(1, len(places) // 6),
             lw=1.2 if known else 0.7,
             zorder=3 if known else 1,
@@ -83,7 +88,7 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
         ax.yaxis.set_minor_formatter(NullFormatter())
     _leave_out_explosions(ax, table[column])
     if x == "step":
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel(LABELS[x])
     ax.set_ylabel(LABELS.get(column, column))
 
@@ -96,23 +101,30 @@ def _leave_out_explosions(ax: Axes, values: pd.Series) -> None:
 
 @theme.themed
 def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
-    """What each optimizer reaches at the end, and beside it what a step costs; the best on top."""
+    """What each optimizer reaches at the end, and beside it what a step costs; the best on top.
+
+    Without the second where no optimizer took enough steps to be timed.
+    """
     known = summary.dropna(subset=["final"])
     places = range(len(known) - 1, -1, -1)
-    figure, (reached, paid) = theme.panels(
-        2, columns=2, height=0.8 + 0.16 * len(known), sharey=True
+    timed = bool(known["ratio_to_sgd"].notna().any())
+    figure, (reached, *paid) = theme.panels(
+        1 + timed, columns=2, height=0.8 + 0.16 * len(known), sharey=True
     )
     for place, row in zip(places, known.itertuples(), strict=True):
         colour, marker = theme.look(str(row.optimizer))
         look: dict[str, Any] = {"color": colour, "marker": marker, "ls": ""}
         reached.errorbar(row.final, place, xerr=row.final_sd, elinewidth=0.8, **look)
-        paid.plot([row.ratio_to_sgd], [place], **look)
+        for ax in paid:
+            ax.plot([row.ratio_to_sgd], [place], **look)
     reached.set_yticks(list(places), list(known["optimizer"]))
     reached.set_xlabel(f"{LABELS.get(metric, metric)} at the end")
     if metric in LOGARITHMIC:
         reached.set_xscale("log")
-    paid.set_xscale("log")
-    paid.axvline(1.0, **theme.GUIDE)
-    paid.set_xlabel(LABELS["ratio_to_sgd"])
-    theme.title(figure, "What an optimizer reaches, and what its steps cost")
+    for ax in paid:
+        ax.set_xscale("log")
+        ax.axvline(1.0, **theme.GUIDE)
+        ax.set_xlabel(LABELS["ratio_to_sgd"])
+    cost = ", and what its steps cost" if timed else "; too few steps to time"
+    theme.title(figure, f"What an optimizer reaches{cost}")
     return figure

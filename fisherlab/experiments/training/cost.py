@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,37 +13,57 @@ from torch import Tensor, nn
 
 from fisherlab import optim
 
+# The first steps of a process, and of the reference in each of its turns, that are not timed.
 WARM_UP = 2
-ENOUGH = 5.0  # seconds
+TURNS, TURN = 5, 4  # times per epoch that the reference takes so many steps
+ENOUGH = 5.0  # seconds of reference per epoch
+FEWEST = 8  # timed steps from which a ratio says something
 
 
 class SGDReference:
-    """SGD with momentum on a model of its own, timed right after each epoch of a method.
+    """SGD with momentum on a model of its own, timed between the steps of a method.
 
     The machine's speed drifts and other processes come and go: a ratio to SGD measured in another
-    minute says little.
+    minute says little. The median over an epoch, since SGD's steps are all alike; the mean of a
+    method, whose rare steps that refresh its curvature are what it costs.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
         self.model, self.criterion = model, criterion
         # timing does not need progress, and must not diverge
         self.optimizer = optim.create("sgd", model, lr=1e-6)
+        self.spent, self.timed = 0.0, list[float]()
 
-    def seconds_per_step(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
-        """The mean over batches, the first two left out; after 5 seconds that is enough."""
-        seconds = []
-        for _, x, y in batches:
-            start = time.perf_counter()
-            self.optimizer.zero_grad()
-            loss = self.criterion(self.model(x), y)
-            loss.backward()
-            self.optimizer.step()
-            finished(x.device)
-            seconds.append(time.perf_counter() - start)
-            if sum(seconds) > ENOUGH and len(seconds) > WARM_UP:
-                break
-        timed = seconds[WARM_UP:] or seconds
-        return sum(timed) / len(timed)
+    def begin(self) -> None:
+        """Forget the epoch before."""
+        self.spent, self.timed = 0.0, []
+
+    def turn(self, x: Tensor, y: Tensor) -> None:
+        """A few steps on a batch, the method's own random draws left alone."""
+        kind = x.device.type
+        devices = [] if kind == "cpu" else [x.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            for k in range(TURN):
+                if self.timed and self.spent > ENOUGH:
+                    return
+                seconds = self._step(x, y)
+                self.spent += seconds
+                if k >= WARM_UP:
+                    self.timed.append(seconds)
+
+    def seconds_per_step(self) -> float:
+        """The median over the timed steps of the epoch."""
+        return median(self.timed)
+
+    def _step(self, x: Tensor, y: Tensor) -> float:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.criterion(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        loss.item()  # as the method's loop does
+        finished(x.device)
+        return time.perf_counter() - start
 
 
 def finished(device: torch.device) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import pandas as pd
 
 from fisherlab.experiments.rundir import RunDir
+from fisherlab.experiments.training.cost import FEWEST, WARM_UP
 from fisherlab.experiments.training.record import Record
 from fisherlab.experiments.training.task import HIGHER_IS_BETTER, Task
 
 # The columns that a resumed run cannot repeat.
 CLOCK = (
     "seconds_per_step",
+    "timed_steps",
     "sgd_seconds_per_step",
     "ratio_to_sgd",
     "train_seconds",
@@ -34,8 +36,13 @@ COLUMNS = {
     "rmse": "root mean squared error on the test set, in the units of the source",
     "perplexity": "exp(test_loss)",
     "bleu": "of greedy translations of the test set, 0 to 100, on lower-case words and marks",
-    "seconds_per_step": "forward, backward and step; mean over the epoch",
-    "sgd_seconds_per_step": "SGD with momentum on the same model, right after the epoch",
+    "clipped_share": "share of the epoch's steps that kl_clip or max_norm shortened; a step that "
+    "kl_clip shortens is as long at any larger lr",
+    "seconds_per_step": "forward, backward and step; mean over the timed steps of the epoch",
+    "timed_steps": "steps of the epoch without the first 2 of a process; where none is left, "
+    "seconds_per_step is the mean of those",
+    "sgd_seconds_per_step": "SGD with momentum on the same model, between the steps of the epoch; "
+    "median",
     "ratio_to_sgd": "seconds_per_step / sgd_seconds_per_step; of sgd itself, the clock's noise",
     "train_seconds": "seconds in steps so far, without evaluation",
     "peak_memory_bytes": "peak of the allocator (GPU) or of the process (Linux) in the epoch",
@@ -83,7 +90,9 @@ class Results:
         """One row per optimizer, the best first, then those without a result and why.
 
         The metric at the last and at the best epoch, mean and deviation over the seeds that came to
-        their end; the median over epochs of the cost of a step, 1 for SGD itself.
+        their end. The cost of a step is the mean over all timed steps, refreshes of the curvature
+        included, and its ratio the quotient by that of the reference SGD in the same row (the
+        median over epochs); of SGD itself, the clock's noise. No ratio below `FEWEST` timed steps.
         """
         found = [self._summary(entry.label) for entry in self.settings.entries]
         frame = pd.DataFrame(found)
@@ -91,6 +100,17 @@ class Results:
             return frame
         return frame.sort_values(
             "final", ascending=not self.higher_is_better, na_position="last", ignore_index=True
+        )
+
+    @property
+    def untimed(self) -> str:
+        """Why some of the summary have no ratio to SGD; "" where all have one."""
+        summary = self.summary()
+        if "final" not in summary or not (summary["timed_steps"] < FEWEST).any():
+            return ""
+        return (
+            f"×SGD is empty where fewer than {FEWEST} steps were timed; the first {WARM_UP} of a "
+            "run are not: give more --epochs or --examples, or a smaller --batch-size"
         )
 
     def _summary(self, label: str) -> dict[str, Any]:
@@ -108,12 +128,17 @@ class Results:
         }
         if not done:
             return row
-        rows = pd.DataFrame([r for record in done for r in record.rows])
+        # a folder of an earlier version has fewer columns
+        rows = pd.DataFrame([r for record in done for r in record.rows], columns=list(COLUMNS))
         by_seed = rows.groupby("seed")[self.metric]
         final = by_seed.last()
         best = by_seed.max() if self.higher_is_better else by_seed.min()
         last = rows.groupby("seed").last()
-        per_step = rows["seconds_per_step"].median()
+        epochs = rows[rows["epoch"] > 0]
+        timed = epochs["timed_steps"].astype(float).fillna(self.steps_per_epoch)
+        weight = timed if timed.any() else timed + 1
+        per_step = (epochs["seconds_per_step"] * weight).sum() / weight.sum()
+        sgd = epochs["sgd_seconds_per_step"].median()
         return row | {
             "final": final.mean(),
             "final_sd": final.std() if len(final) > 1 else math.nan,
@@ -123,8 +148,10 @@ class Results:
             "test_loss": last["test_loss"].mean(),
             "seconds_per_step": per_step,
             "seconds_per_epoch": per_step * self.steps_per_epoch,
-            # the others are multiples of it
-            "ratio_to_sgd": 1.0 if done[0].entry.name == "sgd" else rows["ratio_to_sgd"].median(),
+            "timed_steps": int(timed.sum()),
+            "sgd_seconds_per_step": sgd,
+            "ratio_to_sgd": per_step / sgd if timed.sum() >= FEWEST else math.nan,
+            "clipped_share": epochs["clipped_share"].astype(float).mean(),
             "peak_memory_bytes": rows["peak_memory_bytes"].max(),
             "state_bytes": rows["state_bytes"].max(),
         }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fisherlab import comparison, optim
 from fisherlab.approximations.damping import LevenbergMarquardt
-from fisherlab.experiments.training.cost import PeakMemory, SGDReference, finished, tensor_bytes
+from fisherlab.experiments.training.cost import (
+    TURNS,
+    WARM_UP,
+    PeakMemory,
+    SGDReference,
+    finished,
+    tensor_bytes,
+)
 from fisherlab.experiments.training.divergence import EXPLODED, Diverged, blame, weight_norms
 from fisherlab.experiments.training.entries import make
 from fisherlab.experiments.training.record import Record
@@ -47,6 +55,7 @@ class Run:
         self.looks_twice = isinstance(self.optimizer, optim.KBFGSOptimizer) or adapts
         self.epoch = self.steps = 0
         self.seconds = 0.0
+        self.cold = WARM_UP  # steps until the clock is to be trusted; of this process, no state
         self.first_loss: float | None = None
 
     # state ----------------------------------------------------------------------------------------
@@ -78,18 +87,27 @@ class Run:
         self.record.rows.append({**self._identity(), "train_loss": math.nan, **found})
 
     def train_epoch(self, reference: SGDReference, stepped: Callable[[float], None]) -> None:
-        """Train one epoch, evaluate, and time SGD beside it."""
+        """Train one epoch with SGD timed between its steps, and evaluate."""
         task, memory = self.task, PeakMemory(self.task.x.device)
         # of a model's own draws, such as dropout; each epoch starts its own stream
         torch.manual_seed(1_000_003 * self.record.seed + self.epoch)
         every = max(1, task.steps_per_epoch // WINDOWS)
+        every_turn = max(1, task.steps_per_epoch // TURNS)
         losses: list[float] = []
-        before = self.seconds
+        timed: list[float] = []
+        warming: list[float] = []
+        clipped, steps = getattr(self.optimizer, "clipped", math.nan), self.steps
+        reference.begin()
         for indices, x, y in task.batches(self.record.seed, self.epoch):
             start = time.perf_counter()
             losses.append(self.step(indices, x, y))
-            self.seconds += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds += spent
+            (warming if self.cold else timed).append(spent)
+            self.cold = max(0, self.cold - 1)
             stepped(losses[-1])
+            if len(losses) % every_turn == 0:
+                reference.turn(x, y)
             if len(losses) % every == 0:
                 self._point(len(losses), sum(losses[-every:]) / every)
         peak, state = memory.bytes(), tensor_bytes(self.optimizer.state_dict())
@@ -98,8 +116,8 @@ class Run:
             # a skipped step is the optimizer's business, not the schedule's
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
             self.scheduler.step()
-        per_step = (self.seconds - before) / len(losses)
-        sgd = reference.seconds_per_step(self._some_batches())
+        shortened = getattr(self.optimizer, "clipped", math.nan) - clipped
+        per_step, sgd = fmean(timed or warming), reference.seconds_per_step()
         self.epoch += 1
         self.record.rows.append(
             {
@@ -107,9 +125,11 @@ class Run:
                 "lr": lr,
                 "train_loss": sum(losses) / len(losses),
                 **task.evaluate(self.model),
+                "clipped_share": shortened / (self.steps - steps),
                 "seconds_per_step": per_step,
+                "timed_steps": len(timed),
                 "sgd_seconds_per_step": sgd,
-                "ratio_to_sgd": per_step / sgd,
+                "ratio_to_sgd": per_step / sgd if timed else math.nan,
                 "train_seconds": self.seconds,
                 "peak_memory_bytes": math.nan if peak is None else float(peak),
                 "state_bytes": state,
@@ -176,13 +196,3 @@ class Run:
             "epoch": self.epoch,
             "step": self.steps,
         }
-
-    def _some_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A twentieth of an epoch, between 10 and 50 steps, for the clock."""
-        wanted = min(max(10, self.task.steps_per_epoch // 20), 50)
-        while wanted > 0:
-            for batch in self.task.batches(self.record.seed, self.epoch):
-                if wanted == 0:
-                    return
-                wanted -= 1
-                yield batch

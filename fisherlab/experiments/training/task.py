@@ -18,6 +18,8 @@ from fisherlab.models.sequence import Transformer
 EVALUATION_BATCH = 500
 AUGMENTED = ("cifar10", "cifar100")  # where the papers crop and flip
 HIGHER_IS_BETTER = ("accuracy", "bleu")
+OF_WORDS = {"lstm": "ptb", "transformer": "multi30k"}  # models of tokens, and their data sets
+OF_ANY_SHAPE = ("mlp", "autoencoder")
 
 
 class Task:
@@ -71,10 +73,7 @@ class Task:
             with torch.no_grad():
                 loss = self.criterion()(model(x), self.y[:2])
         except (RuntimeError, IndexError, ValueError) as error:
-            raise SettingsError(
-                f"model {self.settings.model!r} does not take {self.settings.data!r} "
-                f"({tuple(x.shape[1:])}): {str(error).splitlines()[0]}"
-            ) from None
+            raise misfit(self.settings.model, self.settings.data, x, error) from None
         if not torch.isfinite(loss):
             raise SettingsError(
                 f"the loss of {self.settings.model!r} is {loss.item()} from the start"
@@ -162,6 +161,19 @@ class Task:
         if self.y.ndim > 1:
             found["perplexity"] = math.exp(min(loss, 700.0))
         return found
+
+
+def misfit(model: str, data: str, x: Tensor, error: Exception) -> SettingsError:
+    """What to tell the user whose model failed with this error on this data set."""
+    known = [name for name in datasets.names() if name not in OF_WORDS.values()]
+    if model in OF_WORDS:
+        known = [OF_WORDS[model]]
+    elif model not in OF_ANY_SHAPE:
+        known = [name for name in known if len(datasets.card(name).input_shape) == 3]
+    return SettingsError(
+        f"model {model!r} does not take {data!r} ({tuple(x.shape[1:])}): "
+        f"{str(error).splitlines()[0]}; it takes --data {', '.join(known)}"
+    )
 
 
 def augmented(x: Tensor, generator: torch.Generator, border: int = 4) -> Tensor:
