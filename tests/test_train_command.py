@@ -229,6 +229,16 @@ def test_points_that_were_one_run_are_said_with_the_reason(tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["notes"] == [note]
 
 
+def test_a_point_that_lost_a_seed_is_no_other_points_run(tmp_path):
+    entries = training.entries("a=sgd,b=sgd", ["a.lr=0.1", "b.lr=0.1"])
+    options = {"hidden": (4,), "examples": 128, "batch_size": 64, "epochs": 1, "seeds": (0, 1)}
+    tried = training.train(Settings(entries=entries, **options), tmp_path)
+    search = sweep.Search({}, tried, (), None)
+    assert len(search.notes) == 1 and "the losses of every epoch agree" in search.notes[0]
+    tried.records[-1].rows.clear()
+    assert not search.notes
+
+
 @pytest.mark.parametrize("words", ["--grid kfac=1", "--grid adam.lr=1", "--grid kfac.lrr=1"])
 def test_a_wrong_grid_is_2(words, tmp_path):
     result = typed(f"sweep --optimizer kfac {words} --out {tmp_path / 'run'}")
