@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -18,6 +18,27 @@ WARM_UP = 2
 TURNS, TURN = 5, 4  # times per epoch that the reference takes so many steps
 ENOUGH = 5.0  # seconds of reference per epoch
 FEWEST = 8  # timed steps from which a ratio says something
+
+
+class Clock:
+    """The seconds of a method's steps in an epoch, without the first of the process."""
+
+    def __init__(self) -> None:
+        self.cold = WARM_UP
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the epoch before."""
+        self.timed, self.warming = list[float](), list[float]()
+
+    def add(self, seconds: float) -> None:
+        """Count a step."""
+        (self.warming if self.cold else self.timed).append(seconds)
+        self.cold = max(0, self.cold - 1)
+
+    def seconds_per_step(self) -> float:
+        """The mean over the timed steps of the epoch; over the others where there is none."""
+        return fmean(self.timed or self.warming)
 
 
 class SGDReference:

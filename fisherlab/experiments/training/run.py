@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fisherlab import comparison, optim
 from fisherlab.approximations.damping import LevenbergMarquardt
 from fisherlab.experiments.training.cost import (
     TURNS,
-    WARM_UP,
+    Clock,
     PeakMemory,
     SGDReference,
     finished,
@@ -55,7 +54,7 @@ class Run:
         self.looks_twice = isinstance(self.optimizer, optim.KBFGSOptimizer) or adapts
         self.epoch = self.steps = 0
         self.seconds = 0.0
-        self.cold = WARM_UP  # steps until the clock is to be trusted; of this process, no state
+        self.clock = Clock()  # of this process, no state
         self.first_loss: float | None = None
 
     # state ----------------------------------------------------------------------------------------
@@ -94,17 +93,15 @@ class Run:
         every = max(1, task.steps_per_epoch // WINDOWS)
         every_turn = max(1, task.steps_per_epoch // TURNS)
         losses: list[float] = []
-        timed: list[float] = []
-        warming: list[float] = []
         clipped, steps = getattr(self.optimizer, "clipped", math.nan), self.steps
+        self.clock.begin()
         reference.begin()
         for indices, x, y in task.batches(self.record.seed, self.epoch):
             start = time.perf_counter()
             losses.append(self.step(indices, x, y))
             spent = time.perf_counter() - start
             self.seconds += spent
-            (warming if self.cold else timed).append(spent)
-            self.cold = max(0, self.cold - 1)
+            self.clock.add(spent)
             stepped(losses[-1])
             if len(losses) % every_turn == 0:
                 reference.turn(x, y)
@@ -117,7 +114,7 @@ class Run:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
             self.scheduler.step()
         shortened = getattr(self.optimizer, "clipped", math.nan) - clipped
-        per_step, sgd = fmean(timed or warming), reference.seconds_per_step()
+        per_step, sgd = self.clock.seconds_per_step(), reference.seconds_per_step()
         self.epoch += 1
         self.record.rows.append(
             {
@@ -127,9 +124,9 @@ class Run:
                 **task.evaluate(self.model),
                 "clipped_share": shortened / (self.steps - steps),
                 "seconds_per_step": per_step,
-                "timed_steps": len(timed),
+                "timed_steps": len(self.clock.timed),
                 "sgd_seconds_per_step": sgd,
-                "ratio_to_sgd": per_step / sgd if timed else math.nan,
+                "ratio_to_sgd": per_step / sgd if self.clock.timed else math.nan,
                 "train_seconds": self.seconds,
                 "peak_memory_bytes": math.nan if peak is None else float(peak),
                 "state_bytes": state,
