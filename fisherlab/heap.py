@@ -2,7 +2,7 @@
 
 glibc gives every tensor above 32 MiB memory of its own and returns it on release. The next tensor
 of that size is then filled page by page, at about 1 GB/s: a third of the time of capturing an exact
-Fisher, a twentieth of a whole comparison (ResNet-18, 2 CPU cores).
+Fisher, a tenth of a whole comparison (ResNet-18, 2 CPU cores).
 """
 
 from __future__ import annotations
