@@ -140,8 +140,8 @@ def test_against_the_naive_einsum(name, sizes, workspace, monkeypatch):
 def test_both_sides_of_the_operation_count_are_taken(name, monkeypatch):
     """With few positions no per-example gradient is formed, with many it is."""
     formed = []
-    stacked = contractions._stacked
-    monkeypatch.setattr(contractions, "_stacked", lambda g: formed.append(1) or stacked(g))
+    stacked = contractions.stacked
+    monkeypatch.setattr(contractions, "stacked", lambda g: formed.append(1) or stacked(g))
     check(
         name, SIZES["few positions"] if name != "project many" else (4, 3, 1, 2, 9), torch.float64
     )

@@ -167,6 +167,13 @@ def test_ctrl_c_is_130_and_keeps_the_results(tmp_path):
 # Sweep -------------------------------------------------------------------------------------------
 
 
+def swept(folder, *words):
+    """The result of a sweep on digits that came to its end."""
+    result = typed("sweep --data digits --batch-size 64", *words, f"--out {folder}")
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def test_a_grid_is_every_combination():
     grid = sweep.grid(["kfac.lr=0.1,0.2,0.3", "kfac.damping=relative(1),gram_norm(2)"], "kfac,sgd")
     points = sweep.points("kfac,sgd", grid)
@@ -175,13 +182,11 @@ def test_a_grid_is_every_combination():
 
 
 def test_a_sweep_chooses_on_held_out_examples_and_tests_the_best(tmp_path):
-    result = typed(
-        "sweep --data digits --hidden 8 --batch-size 64 --examples 640 --validation 200",
+    swept(
+        tmp_path,
+        "--hidden 8 --examples 640 --validation 200 --epochs 2 --final-epochs 2 --seeds 2",
         "--optimizer sgd,adam --grid sgd.lr=1e-6,0.1,1e9 --grid adam.lr=1e-3,1e-2",
-        "--epochs 2 --final-epochs 2 --seeds 2",
-        f"--out {tmp_path}",
     )
-    assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "sweep.json").read_text())
     table = {row["optimizer"]: row for row in found["table"]}
     assert table["sgd"]["options"] == "lr=0.1" and table["sgd"]["points"] == 3
@@ -212,13 +217,12 @@ def test_a_choice_at_the_end_of_its_grid_is_said():
 
 
 def test_points_that_were_one_run_are_said_with_the_reason(tmp_path):
-    result = typed(
-        "sweep --data digits --hidden 4 --batch-size 64 --examples 192 --validation 50",
-        "--grid kfac.lr=0.03,0.1 --grid sgd.lr=0.01,0.1 --grid sgd.nesterov=false",
-        "--epochs 1 --final-epochs 1 --final-examples 128 --seeds 1",
-        f"--out {tmp_path}",
+    result = swept(
+        tmp_path,
+        "--hidden 4 --examples 192 --validation 50 --epochs 1 --final-epochs 1 --seeds 1",
+        "--final-examples 128 --grid kfac.lr=0.03,0.1 --grid sgd.lr=0.01,0.1",
+        "--grid sgd.nesterov=false",
     )
-    assert result.exit_code == 0, result.output
     note = (
         "kfac: lr=0.03 and lr=0.1 gave the same run: kl_clip shortened every step; "
         "pass kl_clip=none or search it"

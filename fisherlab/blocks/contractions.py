@@ -103,10 +103,10 @@ def per_example(a: Tensor, g: Tensor) -> Tensor:
     m, n, t, o, i = _sizes(a, g)
     if t == 1:
         return g[:, :, 0, :, None] * a[None, :, 0, None, :]
-    return torch.bmm(_stacked(g), a).view(n, m, o, i).transpose(0, 1)
+    return torch.bmm(stacked(g), a).view(n, m, o, i).transpose(0, 1)
 
 
-def _stacked(g: Tensor) -> Tensor:
+def stacked(g: Tensor) -> Tensor:
     """The output vectors along o, `[n, m o, t]`: one bmm with `a` makes all gradients."""
     m, n, t, o = g.shape
     return g.permute(1, 0, 3, 2).reshape(n, m * o, t)
@@ -123,7 +123,7 @@ def per_example_chunks(a: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
     buffer = a.new_empty(parts[0].stop, m * o, i)
     for part in parts:
         out = buffer[: part.stop - part.start]
-        torch.bmm(_stacked(g[:, part]), a[part], out=out)
+        torch.bmm(stacked(g[:, part]), a[part], out=out)
         yield part, out.view(-1, m, o, i).transpose(0, 1)
 
 

@@ -95,8 +95,7 @@ def capture(
         )
     if backend not in BACKENDS:
         raise CaptureError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
-    if not isinstance(mc_samples, int) or mc_samples < 1:
-        raise CaptureError(f"mc_samples must be a whole number of at least 1, got {mc_samples!r}")
+    fisher.check_draws(mc_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
             f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"

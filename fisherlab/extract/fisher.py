@@ -235,6 +235,12 @@ def _softmax_root(outputs: Tensor, terms: Terms, root: float) -> Iterator[Tensor
             yield vector.view_as(outputs)
 
 
+def check_draws(mc_samples: int) -> None:
+    """Refuse a number of draws that is none."""
+    if not isinstance(mc_samples, int) or mc_samples < 1:
+        raise CaptureError(f"mc_samples must be a whole number of at least 1, got {mc_samples!r}")
+
+
 def mc_vectors(
     criterion: Callable,
     outputs: Tensor,
@@ -248,8 +254,7 @@ def mc_vectors(
     Every one of `ranks` draws for the joint batch and keeps its own rows: two ranks never share a
     draw, their generators stay in step, and the draws are those of a single process.
     """
-    if draws < 1:
-        raise CaptureError(f"mc_samples must be at least 1, got {draws}")
+    check_draws(draws)
     terms = terms_of(criterion, outputs, y, "mc", ranks)
     generator = generator or torch.Generator().manual_seed(0)
     scale = math.sqrt(terms.scale / draws)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherlab.blocks.columns import Columns, compact
-from fisherlab.blocks.contractions import slices
+from fisherlab.blocks.contractions import slices, stacked
 from fisherlab.blocks.numerics import trace_of
 from fisherlab.blocks.remembered import remembered
 from fisherlab.extract.layer import Convolution, LayerCapture
@@ -38,12 +38,12 @@ def image_gradients(x: Tensor, g: Tensor, conv: Convolution, out: Tensor) -> Non
         positions = math.prod(g.shape[3:])
         for part in slices(n, positions * (m * o + out.shape[3]) * x.element_size(), x):
             patches = F.unfold(x[part], conv.kernel, conv.dilation, 0, conv.stride)
-            D = torch.bmm(_stacked(g[:, part]), patches.mT)
+            D = torch.bmm(stacked(g[:, part].flatten(3).mT), patches.mT)
             out[:, part] = D.view(-1, m, o, out.shape[3]).transpose(0, 1)
         return
     width = x.shape[3]
-    rows = _stacked(F.pad(g, (0, width - g.shape[4])))[..., : (g.shape[3] - 1) * width + g.shape[4]]
-    size, images = rows.shape[2], x.flatten(2)
+    size, images = (g.shape[3] - 1) * width + g.shape[4], x.flatten(2)
+    rows = stacked(F.pad(g, (0, width - g.shape[4])).flatten(3).mT)[..., :size]
     starts = [
         i * conv.dilation[0] * width + j * conv.dilation[1]
         for i, j in product(*map(range, conv.kernel))
@@ -54,11 +54,6 @@ def image_gradients(x: Tensor, g: Tensor, conv: Convolution, out: Tensor) -> Non
         torch.stack(entries, -1, out=out.view(n, o, -1, len(starts)))
     else:
         out.copy_(torch.stack(entries, -1).view(n, m, o, -1).transpose(0, 1))
-
-
-def _stacked(g: Tensor) -> Tensor:
-    """The output vectors stacked along o, `[n, m o, t]`."""
-    return g.transpose(0, 1).flatten(1, 2).flatten(2)
 
 
 class ImageColumns(Columns):
@@ -132,7 +127,9 @@ class ImageColumns(Columns):
         image_gradients(x, g, cast(Convolution, geometry.conv), weights)
         if geometry.bias:
             D[..., -1] = g.sum((3, 4))
-        return D.mul_(self.layer.gradient_scale).view(m * n, o * i)
+        if self.layer.gradient_scale != 1:
+            D *= self.layer.gradient_scale
+        return D.view(m * n, o * i)
 
     @property
     def trace(self) -> Tensor:

@@ -78,7 +78,7 @@ class ANG(NaturalGradient):
             norms = torch.stack(torch._foreach_norm(ours + theirs)).tolist()
             pairs = zip(norms[: len(names)], norms[len(names) :], strict=True)
             sizes = [rho / max(size, 1e-30) for rho, size in pairs]
-            self.factors = dict(zip(names, sizes, strict=True))
+            self.factors |= zip(names, sizes, strict=True)
             return {n: blended(directions[n], gradients[n], s, self.amplitude) for n in names}
         d = torch.cat([directions[name].flatten() for name in names])
         t = torch.cat([gradients[name].flatten() for name in names])

@@ -297,8 +297,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         stated = ", ".join(f"{key}={bound:g}" for key, bound in bounds.items() if bound is not None)
         if not stated:
             return super().__repr__()
-        many = f"{self.clipped} of {self.steps} steps so far were shortened to it: there lr is moot"
-        return f"{super().__repr__()}\n{stated} ({many})"
+        many = f"{self.clipped} of {self.steps} steps so far were shortened"
+        moot = (
+            ""
+            if self.kl_clip is None
+            else "; one that kl_clip shortens is as long at any larger lr"
+        )
+        return f"{super().__repr__()}\n{stated} ({many}{moot})"
 
     @property
     def method(self) -> str:
