@@ -9,15 +9,18 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.moment import Moment
-from fisherlab.blocks.numerics import declare_range
 from fisherlab.extract import LayerCapture
 from fisherlab.names import nearest
 
 _REGISTRY: dict[str, type[Approximation]] = {}
 
-
-# Sums whose range lies in the span of the layer's inputs: their eigenbasis may be thin.
-INPUT_MOMENTS = frozenset({"A", "right"})
+# Cheaper forms of a sum or a block, and the methods whose results they repeat.
+_SHORTCUTS = {
+    "origin": ("sums",),
+    "diagonals": ("sums",),
+    "moments": ("sums",),
+    "of_whole": ("sums", "basis", "corrections", "block"),
+}
 
 
 class Later(Mapping[str, Tensor]):
@@ -46,21 +49,17 @@ class Means(Mapping[str, Tensor]):
         self,
         sums: Mapping[str, Tensor],
         count: float,
-        layer: LayerCapture | None = None,
         moments: Mapping[str, Moment] | None = None,
     ) -> None:
-        self._sums, self._count, self._layer = sums, count, layer
+        self._sums, self._count = sums, count
         self._moments = moments or {}
         self._means: dict[str, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._means:
-            mean = self._means[key] = self._sums[key] / self._count
-            layer = self._layer
-            if key in INPUT_MOMENTS and layer is not None and layer.few_inputs:
-                # of the capture alone: what is declared must not keep the mean alive
-                declare_range(mean, lambda: layer.columns.input_space)
+            factor = self.factor(key) if key in self._moments else self._sums[key] / self._count
+            self._means[key] = factor if isinstance(factor, Tensor) else factor.formed()
         return self._means[key]
 
     def factor(self, key: str) -> Tensor | Moment:
@@ -85,10 +84,13 @@ class Means(Mapping[str, Tensor]):
 class Approximation:
     """An approximation of a layer's Fisher block: the sums it needs and the block their means make.
 
-    It never divides by the number of examples, never remembers and never loops over batches:
-    `Running` and `Memo` (running.py) do, for every approximation alike. Subclasses are frozen
-    dataclasses, so that equal ones are equal and share work. `class X(Approximation, name="x")`
-    registers; the comparison, the optimizers, the command line and the law tests read the registry.
+    `Running` and `Memo` (running.py) divide by the number of examples, remember and loop over
+    batches, for every approximation alike. Subclasses are frozen dataclasses, so that equal ones
+    are equal and share work. `class X(Approximation, name="x")` registers; the comparison, the
+    optimizers, the command line and the law tests read the registry.
+
+    `origin`, `diagonals`, `moments` and `of_whole` are shortcuts to `sums` and `block`. A subclass
+    that redefines `sums` does not inherit them, so that every caller uses the new sums.
     """
 
     name: ClassVar[str] = ""
@@ -101,12 +103,24 @@ class Approximation:
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         super().__init_subclass__()
+        cls._drop_stale_shortcuts()
         if name is None:
             return
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise ValueError(f"an approximation named {name!r} exists already: {_REGISTRY[name]}")
         cls.name = name
         _REGISTRY[name] = cls
+
+    @classmethod
+    def _drop_stale_shortcuts(cls) -> None:
+        """Undo every inherited shortcut to a method that this class defines anew."""
+
+        def depth(method: str) -> int:
+            return next(k for k, base in enumerate(cls.__mro__) if method in vars(base))
+
+        for shortcut, methods in _SHORTCUTS.items():
+            if any(depth(method) < depth(shortcut) for method in methods):
+                setattr(cls, shortcut, vars(Approximation)[shortcut])
 
     @property
     def origin(self) -> Approximation:

@@ -12,7 +12,7 @@ from fisherlab.approximations.base import Approximation, Later, Means
 from fisherlab.approximations.damping import check_placement, place
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.blocks.moment import Moment
+from fisherlab.blocks.moment import Moment, within
 from fisherlab.extract import LayerCapture
 
 
@@ -63,15 +63,23 @@ class KFAC(Approximation, name="kfac"):
 
     def moments(self, layer: LayerCapture) -> dict[str, Moment]:
         found: dict[str, Moment] = {}
-        if self.weight_sharing == "reduce":
-            return found
+        columns, reduce = layer.columns, self.weight_sharing == "reduce"
+        scale = layer.column_share / (1 if reduce else layer.positions)
+
+        def inputs(a: Tensor) -> Tensor:
+            return a.mean(1) if reduce else a
+
+        def outputs(g: Tensor) -> Tensor:
+            return g.sum(2) if reduce else g
+
         if layer.few_inputs:
-            columns = layer.columns
-            scale = layer.column_share / layer.positions
-            found["A"] = Moment(columns.a, scale, lambda: columns.input_frame)
+            found["A"] = Moment(
+                inputs(columns.a), scale, within(lambda: columns.input_frame, inputs)
+            )
         if layer.few_gradients:
-            columns = layer.columns
-            found["G"] = Moment(columns.g, 1.0, lambda: columns.output_frame)
+            found["G"] = Moment(
+                outputs(columns.g), 1.0, within(lambda: columns.output_frame, outputs)
+            )
         return found
 
     def block(

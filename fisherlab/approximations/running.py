@@ -64,7 +64,7 @@ class Memo:
                 self._means[origin] = Means(sums, self.count)
             else:
                 moments = origin.moments(whole)
-                self._means[origin] = Means(origin.sums(whole), self.count, whole, moments)
+                self._means[origin] = Means(origin.sums(whole), self.count, moments)
         return self._means[origin]
 
     def _whole(self) -> LayerCapture | None:
@@ -174,7 +174,13 @@ class Running:
         if not large:
             return sums
         diagonals = origin.diagonals(layer)
-        return {key: diagonals[key] if key in large else sums[key] for key in sums}
+
+        def kept(key: str) -> Tensor:
+            if key not in large:
+                return sums[key]
+            return diagonals[key] if key in diagonals else sums[key].diagonal()
+
+        return {key: kept(key) for key in sums}
 
     def new_basis(self) -> Sums:
         """The basis of the current means: the expensive part."""

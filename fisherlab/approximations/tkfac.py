@@ -69,19 +69,26 @@ class TKFAC(Approximation, name="tkfac"):
         )
 
     def moments(self, layer: LayerCapture) -> dict[str, Moment]:
-        found: dict[str, Moment] = {}
-        if self.weight_sharing != "partial":
-            return found
         # D = g^T a, so that sum D D^T = g^T (a a^T) g and sum D^T D = a^T (sum_m g g^T) a
+        found: dict[str, Moment] = {}
         columns = layer.columns
+        partial = self.weight_sharing == "partial"
+        scale = 1.0 if partial else 1 / layer.positions
+
+        def left(g: Tensor) -> Tensor:
+            if partial:
+                return columns.input_products @ g
+            return columns.a.square().sum((1, 2))[:, None, None] * g
+
+        def right(a: Tensor) -> Tensor:
+            if partial:
+                return columns.gradient_products @ a
+            return columns.g.square().sum((0, 2, 3))[:, None, None] * a
+
         if layer.few_gradients:
-            found["left"] = Moment(
-                columns.g, 1.0, lambda: columns.output_frame, lambda g: columns.input_products @ g
-            )
+            found["left"] = Moment(columns.g, scale, lambda: columns.output_frame, left)
         if layer.few_inputs:
-            found["right"] = Moment(
-                columns.a, 1.0, lambda: columns.input_frame, lambda a: columns.gradient_products @ a
-            )
+            found["right"] = Moment(columns.a, scale, lambda: columns.input_frame, right)
         return found
 
     def block(

@@ -12,6 +12,8 @@ from fisherlab.blocks.coordinates import Unformed
 from fisherlab.blocks.numerics import _eigh, declare_range, dot, inherit, trace_of
 from fisherlab.blocks.span import Span
 
+Frame = Callable[[], tuple[Tensor, Tensor] | None]
+
 
 class Moment(Unformed):
     """`S = scale X^T W X` of rows `X` `[..., d]`, clearly fewer than d.
@@ -25,7 +27,7 @@ class Moment(Unformed):
         self,
         rows: Tensor,
         scale: float | Tensor,
-        frame: Callable[[], tuple[Tensor, Tensor] | None],
+        frame: Frame,
         weight: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(rows.shape[-1], rows)
@@ -77,6 +79,24 @@ class Moment(Unformed):
             matrix = symmetric_product(rows, weighted) * self.scale
         declare_range(matrix, self._space, self.spectral("factor") if self._pairs else None)
         return matrix
+
+
+def within(frame: Frame, combine: Callable[[Tensor], Tensor]) -> Frame:
+    """The frame of rows that are linear combinations of a frame's rows.
+
+    Args:
+        frame: returns a basis `V` `[d, r]` and rows in its coordinates, `[..., r]`.
+        combine: maps rows of any width to their combinations, such as means over positions.
+
+    Returns:
+        A frame with the same `V` and the combined coordinates.
+    """
+
+    def combined() -> tuple[Tensor, Tensor] | None:
+        found = frame()
+        return None if found is None else (found[0], combine(found[1]))
+
+    return combined
 
 
 def scaled(side: Tensor | Moment, factor: Tensor) -> Tensor | Moment:
