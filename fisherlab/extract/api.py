@@ -17,6 +17,7 @@ from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import fisher
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, find_activations, recording
 from fisherlab.extract.select import check_batch, check_model, choices, select
 
@@ -54,6 +55,10 @@ class Captures(dict[str, LayerCapture]):
         super().__init__(layers)
         self.report, self.outputs, self.labels = report, outputs, labels
 
+    def __missing__(self, name: str) -> LayerCapture:
+        reason = self.report.skipped.get(name)
+        raise KeyError(name if reason is None else f"layer {name!r} was left out: {reason}")
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}: {layer.shape}" for name, layer in self.items())
         return f"Captures({inside}; {self.report.backend})"
@@ -72,6 +77,7 @@ def capture(
     layers: Iterable[str] | None = None,
     forward: Forward | None = None,
     ranks: Ranks | None = None,
+    check: str = "full",
 ) -> Captures:
     """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
 
@@ -85,6 +91,10 @@ def capture(
     `ranks`: the processes that hold the other shards of this batch, if any; they capture together,
     each its own rows of what a single process would capture.
 
+    `check` proves the capture by one more backward pass. "full": each row belongs to its example,
+    and `sum g a^T` is autograd's gradient of weight and bias. "gradient": the second only. "off":
+    neither. A layer that fails is left out, with its reason in `report.skipped`.
+
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
     Raises `CaptureError` naming the layer, tensor or criterion that cannot be captured, and why.
@@ -95,6 +105,8 @@ def capture(
         )
     if backend not in BACKENDS:
         raise CaptureError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
+    if check not in CHECKS:
+        raise CaptureError(f"unknown check {check!r}; one of {', '.join(CHECKS)}")
     fisher.check_draws(mc_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
@@ -115,37 +127,46 @@ def capture(
             fisher_type, criterion, outputs, y, mc_samples, generator, ranks
         )
 
-    def check(outputs: Tensor) -> Tensor:
+    def checked(outputs: Tensor) -> Tensor:
         return _check_outputs(outputs, criterion, y, ranks)
 
     start = time.perf_counter()
     name, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     columns = None if fisher_type == "empirical" else vectors
     run = partial(_forward, model, x, forward)
-    with _isolated(x):
+    # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
+    with _isolated(x), nn.utils.parametrize.cached():
         if name == "backpack":
             from fisherlab.extract import backpack
 
             record, outputs, activations = backpack.run(
-                model, modules, run, check, criterion, y, columns
+                model, modules, run, checked, criterion, y, columns
             )
         else:
             record, outputs, activations = _by_hooks(
-                model, modules, run, check, criterion, y, columns
+                model, modules, run, checked, criterion, y, columns
             )
+        calls = _joined(modules, record)
+        captured = _assemble(modules, calls, activations, outputs.shape[0], fisher_type)
+        broken: dict[str, str] = {}
+        if check != "off" and captured:
+            broken = unproven(outputs, record.labels, captured, calls, modules, check)
     if layers is None and not record.calls and not record.without_graph:
         raise CaptureError(
             f"none of {', '.join(modules)} was called; a model compiled before the capture ignores "
             "new hooks: pass the module that was compiled"
         )
-    captured = _assemble(modules, record, activations, outputs.shape[0], fisher_type)
     skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
     skipped |= {n: "not called in this forward pass" for n in modules if n not in record.calls}
-    skipped |= {n: _NO_GRAPH for n in record.without_graph}
+    skipped |= {n: _NO_GRAPH for n in record.without_graph} | broken
     if layers is not None:
         for layer in modules:
-            if layer not in record.calls:
+            if layer in broken or layer not in record.calls:
                 raise CaptureError(f"layer {layer!r}: {skipped[layer]}")
+    captured = {n: layer for n, layer in captured.items() if layer.name not in broken}
+    if broken and not captured:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in broken.items())
+        raise CaptureError(f"no layer could be captured: {reasons}")
     report = Report(name, reason, time.perf_counter() - start, skipped)
     return Captures(captured, report, outputs.detach(), y)
 
@@ -242,7 +263,7 @@ def _by_hooks(
 ) -> tuple[Record, Tensor, dict[str, Callable | None]]:
     with recording(modules, model) as record:
         outputs = forward()
-        labels = check(outputs)
+        labels = record.labels = check(outputs)
         columns = None if vectors is None else partial(vectors, outputs.detach())
         if record.calls:
             fill(outputs, record, labels, columns)
@@ -250,18 +271,23 @@ def _by_hooks(
         return record, outputs, find_activations(outputs, record)
 
 
-def _assemble(
-    modules: dict[str, nn.Module],
-    record: Record,
-    activations: dict[str, Callable | None],
-    examples: int,
-    fisher_type: str,
-) -> dict[str, LayerCapture]:
+def _joined(modules: dict[str, nn.Module], record: Record) -> dict[str, list[Call]]:
+    """The calls of all modules that share a weight, under the name of its first owner."""
     owners: dict[int, str] = {}
     joined: dict[str, list[Call]] = {}
     for name, module in modules.items():
         owner = owners.setdefault(id(module.weight), name)
         joined.setdefault(owner, []).extend(record.calls.get(name, []))
+    return joined
+
+
+def _assemble(
+    modules: dict[str, nn.Module],
+    joined: dict[str, list[Call]],
+    activations: dict[str, Callable | None],
+    examples: int,
+    fisher_type: str,
+) -> dict[str, LayerCapture]:
     captured = {}
     for name, calls in joined.items():
         if not calls:

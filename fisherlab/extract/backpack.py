@@ -161,7 +161,7 @@ def run(
     follower = Follower(OutputColumns() if vectors else OutputGradient(), kept=modules)
     with recording(modules, model) as record, follower.following(model):
         outputs = forward()
-        labels = check(outputs)
+        labels = record.labels = check(outputs)
         record.check_inputs()
         activations = find_activations(outputs, record)
         if record.calls:

@@ -119,11 +119,29 @@ class Geometry:
             a[..., -1] = 1
         return a
 
-    def _patches(self, raw: Tensor, conv: Convolution) -> Tensor:
-        """A strided view `[n, *out, c, *kernel]` of the padded input of this group."""
+    def project(self, raw: Tensor, v: Tensor) -> Tensor:
+        """`a . v` `[n, t]` of every row of `inputs(raw)`, for `v` `[i]`; no patch is laid out."""
+        direction = v[: self.in_features]
+        if self.conv is None:
+            product = raw.reshape(raw.shape[0], -1, self.in_features) @ direction
+        else:
+            padded = self._padded(raw, self.conv)
+            kernel = direction.view(1, padded.shape[1], *self.conv.kernel)
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.conv.kernel) - 1]
+            stride, dilation = self.conv.stride, self.conv.dilation
+            product = convolve(padded, kernel, stride=stride, dilation=dilation).flatten(1)
+        return product + v[-1] if self.bias else product
+
+    def _padded(self, raw: Tensor, conv: Convolution) -> Tensor:
+        """The padded input `[n, c, ...]` of this group."""
         channels = raw.shape[1] // self.groups
         raw = raw[:, self.group * channels : (self.group + 1) * channels]
-        padded = F.pad(raw, conv.padding, mode=conv.mode) if any(conv.padding) else raw
+        return F.pad(raw, conv.padding, mode=conv.mode) if any(conv.padding) else raw
+
+    def _patches(self, raw: Tensor, conv: Convolution) -> Tensor:
+        """A strided view `[n, *out, c, *kernel]` of the padded input of this group."""
+        padded = self._padded(raw, conv)
+        channels = padded.shape[1]
         kernel, stride, dilation = conv.kernel, conv.stride, conv.dilation
         out = [
             (length - d * (k - 1) - 1) // s + 1

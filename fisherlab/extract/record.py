@@ -69,6 +69,8 @@ class Record:
     without_graph: set[str] = field(default_factory=set)
     norms: dict[Any, Tensor] = field(default_factory=dict)
     active: bool = True
+    # the gradient of the summed per-example loss at the outputs
+    labels: Tensor = field(init=False)
 
     def every(self) -> list[Call]:
         """All calls, layer by layer."""

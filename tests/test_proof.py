@@ -1,0 +1,231 @@
+"""A capture proves itself: what breaks its two laws is left out by name, never measured."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherlab as fl
+from fisherlab.extract import CaptureError
+
+CE = nn.CrossEntropyLoss()
+TYPES = ("exact", "mc", "empirical")
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * (torch.arange(20).view(4, 5) % 2), self.bias)
+
+
+class Squashed(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class TiedDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)) @ self.a.weight)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(F.linear(torch.tanh(self.a(x)), self.a.weight))
+
+
+class TwoBiases(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.b = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.c.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.c(torch.tanh(self.a(x)))))
+
+
+class HandNorm(nn.Module):
+    """Batch normalisation that no module type shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        s = self.a(x)
+        return self.b(torch.tanh((s - s.mean(0)) / s.std(0)))
+
+
+class Graph(nn.Module):
+    """Rows are nodes; a node sees its neighbour."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.a(x))
+        return self.b(hidden + hidden.roll(1, 0))
+
+
+class TimeFirst(nn.Module):
+    """As many time steps as examples, time in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        steps = x[:, None] * torch.linspace(0.5, 1.5, len(x)).to(x)[None, :, None]
+        return self.b(torch.tanh(self.a(steps.transpose(0, 1))).mean(0))
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def convolutional(first):
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 1, 5)), first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+    )
+
+
+PRODUCTS = {
+    "masked weight": (lambda: nn.Sequential(Masked(5, 4), nn.Tanh(), nn.Linear(4, 3)), "0"),
+    "activation inside": (lambda: nn.Sequential(Squashed(5, 4), nn.Linear(4, 3)), "0"),
+    "standardised": (lambda: convolutional(Standardised(1, 2, (1, 3))), "1"),
+    "transposed use": (TiedDecoder, "a"),
+    "functional use": (Functional, "a"),
+    "two biases": (TwoBiases, "a"),
+    "hook": (hooked, "0"),
+}
+ROWS = {
+    "batch norm by hand": (HandNorm, "a"),
+    "graph": (Graph, "a"),
+    "time first": (TimeFirst, "a"),
+}
+
+
+def batch(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 5, generator=generator).to(dtype), torch.arange(6) % 3
+
+
+def made(make, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = make()
+    model(torch.zeros(6, 5))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.parametrize("kind", PRODUCTS | ROWS)
+def test_a_layer_that_breaks_a_law_is_left_out_by_name(kind, fisher_type, dtype):
+    make, name = (PRODUCTS | ROWS)[kind]
+    model, (x, y) = made(make, dtype), batch(dtype)
+    captured = fl.capture(model, CE, x, y, fisher_type=fisher_type)
+    assert name not in captured
+    wanted = "not one example each" if kind in ROWS else "not the sum of g a"
+    assert wanted in captured.report.skipped[name]
+    with pytest.raises(KeyError, match=wanted):
+        captured[name]
+    with pytest.raises(CaptureError, match=f"layer {name!r}: .*{wanted}"):
+        fl.capture(model, CE, x, y, fisher_type=fisher_type, layers=[name])
+    table = fl.compare(model, CE, x, y, fisher_type=fisher_type, approximations=["kfac"])
+    assert set(table.frame.layer) == set(captured)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", PRODUCTS | ROWS)
+def test_layers_that_are_kept_are_right(kind):
+    make, _ = (PRODUCTS | ROWS)[kind]
+    model, (x, y) = made(make), batch()
+    captured = fl.capture(model, CE, x, y)
+    assert len(captured) >= 1
+    CE(model(x), y).backward()
+    for name, layer in captured.items():
+        module = model.get_submodule(name)
+        expected = torch.cat([module.weight.grad.flatten(1), module.bias.grad[:, None]], 1)
+        assert (layer.gradient - expected).norm() < 1e-12 * (1 + expected.norm()), name
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_check_of_gradients_alone_does_not_see_rows(kind):
+    make, name = ROWS[kind]
+    model, (x, y) = made(make), batch()
+    assert name in fl.capture(model, CE, x, y, check="gradient")
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_without_a_check_nothing_is_left_out(kind):
+    make, name = PRODUCTS[kind]
+    model, (x, y) = made(make), batch()
+    assert name not in fl.capture(model, CE, x, y, check="gradient")
+    assert name in fl.capture(model, CE, x, y, check="off")
+
+
+def test_an_unknown_check_is_refused():
+    model, (x, y) = made(Graph), batch()
+    with pytest.raises(CaptureError, match="unknown check 'half'; one of full, gradient, off"):
+        fl.capture(model, CE, x, y, check="half")
+
+
+def test_a_model_without_one_right_layer_is_refused_with_every_reason():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.a(x).mean(0)
+
+    x, y = batch()
+    with pytest.raises(CaptureError, match="no layer could be captured: 'a': its rows"):
+        fl.capture(made(Mean), CE, x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_right_capture_passes_at_any_scale(scale, dtype):
+    torch.manual_seed(0)
+    models = [
+        nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 3)),
+        convolutional(nn.Conv2d(1, 4, (1, 3), padding=(0, 1), stride=2, padding_mode="circular")),
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3)),
+        nn.Sequential(
+            nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 10, 1, groups=5), nn.Flatten(), nn.Linear(10, 3)
+        ),
+    ]
+    x, y = batch(dtype)
+    for model in models:
+        model(torch.zeros(6, 5))
+        captured = fl.capture(model.to(dtype), CE, scale * x, y)
+        broken = [why for why in captured.report.skipped.values() if "its " in why or "off" in why]
+        assert not broken and len(captured) >= 2
+
+
+def test_a_gradient_of_rounding_raises_no_alarm():
+    # two examples whose gradients cancel: the sum is rounding, its terms are not
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)).double()
+    x = torch.randn(1, 5).double().expand(2, 5)
+    with torch.no_grad():
+        model[1].weight.copy_(model[1].weight[:1].expand(2, 4))
+        model[1].bias.zero_()
+    captured = fl.capture(model, CE, x, torch.tensor([0, 1]))
+    assert captured["0"].gradient.norm() < 1e-15 and not captured.report.skipped
