@@ -229,3 +229,74 @@ def test_a_gradient_of_rounding_raises_no_alarm():
         model[1].bias.zero_()
     captured = fl.capture(model, CE, x, torch.tensor([0, 1]))
     assert captured["0"].gradient.norm() < 1e-15 and not captured.report.skipped
+
+
+def test_a_random_forward_pass_is_refused_though_no_dropout_module_is_active():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.a = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            h = self.i(x)[:, None].expand(-1, 3, -1)
+            return self.o(self.a(h, h, h)[0].mean(1))
+
+    model, (x, y) = made(Attention), batch()
+    with pytest.raises(CaptureError, match="draws random numbers"):
+        fl.capture(model.train(), CE, x, y)
+    assert "i" in fl.capture(model, CE, x, y, check="gradient")
+    assert "i" in fl.capture(model.eval(), CE, x, y)
+
+
+def test_a_forward_pass_may_draw_numbers_that_change_nothing():
+    class Draws(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0 * torch.rand(())
+
+    x, y = batch()
+    assert "0" in fl.capture(made(lambda: nn.Sequential(Draws(5, 3))), CE, x, y)
+
+
+class Counting(nn.Module):
+    """Buffers that a forward pass updates: one in place, one replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.o = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.register_buffer("ema", torch.zeros(4))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        hidden = self.l(x)
+        self.ema.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
+        self.count = self.count + 1
+        return self.o(hidden)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Counting,
+        lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(5, 4)), nn.Linear(4, 3)),
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Linear(4, 3)
+        ),
+    ],
+    ids=["own buffers", "spectral norm by hooks", "spectral norm by parametrization"],
+)
+def test_buffers_and_training_flags_come_back(make):
+    model, (x, y) = made(make), batch()
+    for k, module in enumerate(model.modules()):
+        module.training = k % 2 == 0
+    flags = [module.training for module in model.modules()]
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    assert buffers
+    fl.capture(model, CE, x, y)
+    fl.support(model, x)
+    with pytest.raises(CaptureError):
+        fl.capture(model, CE, x, torch.full_like(y, 7))
+    assert [module.training for module in model.modules()] == flags
+    for name, buffer in model.named_buffers():
+        same, before = buffers[name]
+        assert buffer is same and torch.equal(buffer, before), name

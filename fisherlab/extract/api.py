@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import fisher
 from fisherlab.extract.hooks import fill
+from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, find_activations, recording
@@ -93,7 +93,8 @@ def capture(
 
     `check` proves the capture by one more backward pass. "full": each row belongs to its example,
     and `sum g a^T` is autograd's gradient of weight and bias. "gradient": the second only. "off":
-    neither. A layer that fails is left out, with its reason in `report.skipped`.
+    neither. A layer that fails is left out, with its reason in `report.skipped`. "full" refuses a
+    model whose outputs change from one forward pass to the next.
 
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
@@ -118,7 +119,9 @@ def capture(
     model = unwrapped(model)
     check_model(model)
     check_batch(x, y, model)
-    modules = select(model, layers)
+    with isolated(model, x):  # to read a parametrized weight may update its buffers
+        modules = select(model, layers)
+        skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
     if not modules:
         raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d-3d")
 
@@ -135,7 +138,8 @@ def capture(
     columns = None if fisher_type == "empirical" else vectors
     run = partial(_forward, model, x, forward)
     # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
-    with _isolated(x), nn.utils.parametrize.cached():
+    with isolated(model, x), nn.utils.parametrize.cached():
+        before = random_state(x)
         if name == "backpack":
             from fisherlab.extract import backpack
 
@@ -149,6 +153,8 @@ def capture(
         calls = _joined(modules, record)
         captured = _assemble(modules, calls, activations, outputs.shape[0], fisher_type)
         broken: dict[str, str] = {}
+        if check == "full" and not torch.equal(before, random_state(x)):
+            _check_repeatable(run, outputs)
         if check != "off" and captured:
             broken = unproven(outputs, record.labels, captured, calls, modules, check)
     if layers is None and not record.calls and not record.without_graph:
@@ -156,7 +162,6 @@ def capture(
             f"none of {', '.join(modules)} was called; a model compiled before the capture ignores "
             "new hooks: pass the module that was compiled"
         )
-    skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
     skipped |= {n: "not called in this forward pass" for n in modules if n not in record.calls}
     skipped |= {n: _NO_GRAPH for n in record.without_graph} | broken
     if layers is not None:
@@ -229,12 +234,16 @@ def _forward(model: nn.Module, x: object, forward: Forward | None = None) -> Ten
     return outputs
 
 
-@contextmanager
-def _isolated(x: object) -> Iterator[None]:
-    """Gradients on, and the global random streams as they were, whatever the model draws."""
-    devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
-    with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-        yield
+def _check_repeatable(run: Callable[[], Tensor], outputs: Tensor) -> None:
+    """Refuse a model whose outputs are other ones at the next call."""
+    with torch.no_grad():
+        again, outputs = run(), outputs.detach()
+    if (again - outputs).norm() > 1e-3 * outputs.norm():
+        raise CaptureError(
+            "the forward pass draws random numbers (dropout in a function or in attention, a "
+            "sampled latent), so a second capture would be of another network; call model.eval(), "
+            "or pass check='gradient' to capture this draw"
+        )
 
 
 def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks | None) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
-from fisherlab.extract.api import _forward, _isolated
-from fisherlab.extract.record import recording
-from fisherlab.extract.select import choices, select
+from fisherlab.extract.api import _forward
+from fisherlab.extract.isolation import isolated
+from fisherlab.extract.record import Record, recording
+from fisherlab.extract.select import Choice, choices, select
 
 
 def support(model: nn.Module, x: object) -> pd.DataFrame:
@@ -26,38 +27,32 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
     (the Kronecker factors too large for an optimizer, which keeps their diagonals).
     """
     model = unwrapped(model)
-    modules = select(model, [c.name for c in choices(model) if c.status == "exact"])
-    training = model.training
-    try:
+    with isolated(model, x):
+        found = choices(model)
+        modules = select(model, [c.name for c in found if c.status == "exact"])
         model.eval()
-        with _isolated(x), recording(modules, model) as record:
+        with recording(modules, model) as record:
             _forward(model, x)
-    finally:
-        model.train(training)
-    rate = _multiplications_per_second(x)
-    rows = []
-    for choice in choices(model):
-        parameters = list(choice.module.parameters(recurse=False))
-        row = {
-            "layer": choice.name,
-            "layer_type": type(choice.module).__name__,
-            "n_parameters": sum(p.numel() for p in parameters),
-            "status": choice.status,
-            "backend": "",
-            "reason": choice.reason,
-        }
-        if choice.status == "exact":
-            calls = record.calls.get(choice.name)
-            row |= (
-                {"status": "plain gradient", "reason": "not called"}
-                if not calls
-                else {
-                    "backend": "hooks",
-                    **_costs(choice.module, calls, rate),
-                }
-            )
-        rows.append(row)
-    return pd.DataFrame(rows)
+        rate = _multiplications_per_second(x)
+        return pd.DataFrame([_row(choice, record, rate) for choice in found])
+
+
+def _row(choice: Choice, record: Record, rate: float) -> dict[str, object]:
+    parameters = list(choice.module.parameters(recurse=False))
+    row: dict[str, object] = {
+        "layer": choice.name,
+        "layer_type": type(choice.module).__name__,
+        "n_parameters": sum(p.numel() for p in parameters),
+        "status": choice.status,
+        "backend": "",
+        "reason": choice.reason,
+    }
+    if choice.status != "exact":
+        return row
+    calls = record.calls.get(choice.name)
+    if not calls:
+        return row | {"status": "plain gradient", "reason": "not called"}
+    return row | {"backend": "hooks", **_costs(choice.module, calls, rate)}
 
 
 def _costs(module: nn.Module, calls: list, rate: float) -> dict[str, object]:

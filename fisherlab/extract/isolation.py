@@ -1,0 +1,47 @@
+"""A pass through a user's model that leaves the model and the process as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
+
+
+@contextmanager
+def isolated(model: nn.Module, x: object) -> Iterator[None]:
+    """Gradients on; random streams, buffers and training flags are put back at the end.
+
+    Args:
+        model: the model that runs inside. A forward pass may update its buffers: running
+            statistics, codebooks, the vectors of spectral normalisation.
+        x: the batch, whose device has a random stream of its own.
+    """
+    devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
+    ]
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, name, buffer, version, before in buffers:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(before)
+
+
+def random_state(x: object) -> Tensor:
+    """The state of the global random stream that a forward pass of `x` would draw from."""
+    if isinstance(x, Tensor) and x.is_cuda:
+        return torch.cuda.get_rng_state(x.device)
+    return torch.get_rng_state()
