@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
+
+# Whether a capture's own pass runs: an optimizer's hooks on the same model then look away.
+_ISOLATED: ContextVar[bool] = ContextVar("isolated", default=False)
+
+
+def is_isolated() -> bool:
+    """Whether the current pass is one of a capture, not one of the user's training."""
+    return _ISOLATED.get()
 
 
 @contextmanager
@@ -27,10 +36,12 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not isinstance(buffer, UninitializedBuffer)
     ]
+    token = _ISOLATED.set(True)
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
+        _ISOLATED.reset(token)
         for module, training in flags:
             module.training = training
         for module, name, buffer, version, before in buffers:

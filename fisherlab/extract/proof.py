@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.layer import Geometry, LayerCapture
 from fisherlab.extract.record import Call
 
 CHECKS = ("full", "gradient", "off")
@@ -74,14 +74,22 @@ def unproven(
                 "a mean over the batch), or the first axis of its input is not the example"
             )
             continue
-        error = max(_gradient_error(part, rows, leaf_gradients, generator) for part in parts)
+        error = max(
+            gradient_error(part.geometry, part.raw_inputs, rows, leaf_gradients, generator)
+            for part in parts
+        )
         if error > _tolerance(calls[name]):
-            failures[name] = (
-                "the gradient of its weight and bias is not the sum of g a^T over its calls "
-                f"(off by {error:.1e} of the terms): they are changed before use, or used "
-                "elsewhere too, or a hook changes the layer's output"
-            )
+            failures[name] = not_a_product(error)
     return failures
+
+
+def not_a_product(error: float) -> str:
+    """Why a layer has no block whose gradient is another one than its calls make."""
+    return (
+        "the gradient of its weight and bias is not the sum of g a^T over its calls (off by "
+        f"{error:.1e} of the terms): they are changed before use, or used elsewhere too, or a hook "
+        "changes the layer's output"
+    )
 
 
 def _leaves(module: nn.Module) -> list[Tensor]:
@@ -95,41 +103,61 @@ def _like(gradient: Tensor | None, target: Tensor) -> Tensor:
 
 
 def _tolerance(calls: Sequence[Call]) -> float:
-    dtypes = {dtype for call in calls for dtype in (call.raw_input.dtype, call.output.dtype)}
-    tf32 = calls[0].output.is_cuda and torch.float32 in dtypes
-    return COARSE if tf32 else max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
+    tensors = [tensor for call in calls for tensor in (call.raw_input, call.output)]
+    return max(tolerance(tensor) for tensor in tensors)
+
+
+def tolerance(tensor: Tensor) -> float:
+    """What rounding may leave, relative to the sum of the lengths of what is added."""
+    tf32 = tensor.is_cuda and tensor.dtype == torch.float32
+    return COARSE if tf32 else TOLERANCE.get(tensor.dtype, COARSE)
 
 
 def _rows_belong(calls: Sequence[Call], rows: Sequence[Tensor], weights: Tensor) -> bool:
     """Whether every row's gradient is that of its example times the example's weight."""
-    tolerance = _tolerance(calls)
+    bound = _tolerance(calls)
     for call, row in zip(calls, rows, strict=True):
         g = call.label_gradient
         expected = g * weights.to(g).view(-1, *[1] * (g.ndim - 1))
-        if (row - expected).norm() > tolerance * expected.norm():
+        if (row - expected).norm() > bound * expected.norm():
             return False
     return True
 
 
-def _gradient_error(
-    layer: LayerCapture,
+def gradient_error(
+    geometry: Geometry,
+    raw_inputs: Sequence[Tensor],
     rows: Sequence[Tensor],
     leaves: Sequence[Tensor],
     generator: torch.Generator,
 ) -> float:
-    """`|sum g (a . v) - (dL/dW) v|` over the sum of `|g| |a . v|`."""
-    geometry = layer.geometry
-    o, i = layer.shape
+    """`|sum g (a . v) - (dL/dW) v|` over the sum of `|g| |a . v|`, on a random `v`.
+
+    Args:
+        geometry: of the layer, or of one group of a convolution.
+        raw_inputs: the input of every call.
+        rows: the gradient at the output of every call.
+        leaves: the gradients of the weight and, if it is in the block, of the bias.
+        generator: draws `v`.
+    """
+    i, o = geometry.in_features + geometry.bias, geometry.out_features
     v = torch.randn(i, generator=generator, dtype=torch.float64).to(rows[0])
-    of_group = slice(geometry.group * o, (geometry.group + 1) * o)
-    expected = leaves[0][of_group].flatten(1).to(v) @ v[: geometry.in_features]
+    expected = leaves[0].flatten(1).to(v) @ v[: geometry.in_features]
     if geometry.bias:
-        expected = expected + leaves[1][of_group].to(v) * v[-1]
-    total, size = torch.zeros_like(expected), 0.0
-    for raw, row in zip(layer.raw_inputs, rows, strict=True):
-        products, g = geometry.project(raw, v), geometry.outputs(row)
-        total = total + torch.einsum("nt,nto->o", products, g)
-        size += float((products.abs() * g.norm(dim=2)).sum())
-    error = float((total - expected).norm())
+        expected = expected + leaves[1].to(v) * v[-1]
+    total, size = projected_gradient(geometry, raw_inputs, rows, v)
+    error = float((total - expected[geometry.group * o : (geometry.group + 1) * o]).norm())
     # without any captured gradient, the whole gradient of the weight is unexplained
     return error / size if size else (float("inf") if error else 0.0)
+
+
+def projected_gradient(
+    geometry: Geometry, raw_inputs: Sequence[Tensor], rows: Sequence[Tensor], v: Tensor
+) -> tuple[Tensor, float]:
+    """`sum_{n,t} g (a . v)` `[o]` over all calls, and the sum of `|g| |a . v|`."""
+    total, size = v.new_zeros(geometry.out_features), 0.0
+    for raw, row in zip(raw_inputs, rows, strict=True):
+        products, g = geometry.project(raw.to(v), v), geometry.outputs(row)
+        total = total + torch.einsum("nt,nto->o", products, g)
+        size += float((products.abs() * g.norm(dim=2)).sum())
+    return total, size

@@ -97,6 +97,8 @@ class KBFGSOptimizer(NaturalGradient):
         for name in gradients:
             for key in self.weights[name].keys:
                 layers = delivered(before, key)
+                if self.recorder is not None and name in self.recorder.left_out:
+                    continue
                 if not layers:
                     raise OptimizerError(undelivered(name))
                 if key in self._preconditioners:

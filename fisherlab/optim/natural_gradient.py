@@ -195,14 +195,17 @@ class NaturalGradient(RunningBlocks):
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         gradients = {n: g for n, w in self.weights.items() if (g := w.gradient()) is not None}
+        following = self.steps
         try:
             self._refresh(gradients)
             found = {
                 name: self._precondition(self.weights[name], gradient)
                 for name, gradient in gradients.items()
             }
+            following += 1
         finally:
-            self._prepare_next()
+            # a refused step is taken again with the next batch
+            self._prepare(following)
         return {
             p: d
             for name, matrix in self.combine(gradients, found).items()
@@ -219,10 +222,9 @@ class NaturalGradient(RunningBlocks):
         if self.recorder is not None:
             self.recorder.clear()
 
-    def _prepare_next(self) -> None:
+    def _prepare(self, following: int) -> None:
         if self.recorder is not None:
             self.recorder.clear()
-            following = self.steps + 1
             self.recorder.wanted = any(self._collects(w, following) for w in self.weights.values())
 
     def _precondition(self, weight: Weight, gradient: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ class NGD(CurvatureOptimizer):
             if gradient is None:
                 continue
             layers = [delivered(passes, key) for key in weight.keys]
+            if name in self.recorder.left_out:
+                continue
             if not layers[0]:
                 if has_gradient(weight):
                     raise OptimizerError(undelivered(name))

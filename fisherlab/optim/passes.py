@@ -39,6 +39,8 @@ class Pass:
     output_gradient: Tensor | None = None
     loss_scale: Tensor | None = None
     labels: Tensor | None = None
+    # the tensor whose columns were sent back
+    criterion_saw: Tensor | None = None
     activations: dict[str, Callable | None] = field(default_factory=dict)
 
     @property

@@ -2,13 +2,16 @@
 
 Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input,
 so a forward without a backward leaves nothing behind and an evaluation pass between two steps
-disturbs nothing. The factor between `dL` and the per-example loss is read off the criterion's own
+disturbs nothing. A pass counts only if its gradient is in `.grad` at the step (`AdditiveLaw`).
+ The factor between `dL` and the per-example loss is read off the criterion's own
 loss tensor, or recognised from (output, its gradient) for softmax cross entropy: a wrong factor c
 would give a Fisher matrix that is c^2 off without any error.
 """
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any, cast
 
@@ -18,11 +21,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
+from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
+from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.names import unknown
+from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError, scale_factor
 
@@ -64,8 +70,17 @@ class Recorder:
         # of the passes last captured: what turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
+        # those that a backward pass has reached; the graph alone keeps the others
         self.passes: list[Pass] = []
+        self._latest: weakref.ref[Pass] | None = None
         self._open: Pass | None = None
+        self._model = weakref.ref(model)
+        # layers whose gradient is not `g a^T` of their calls, and why; known after the first pass
+        self.left_out: dict[str, str] = {}
+        self._proven = examples is not None or self.summed
+        self.law: AdditiveLaw | None = None
+        if self.gradients and "inputs" in needs and examples is None and ranks is None:
+            self.law = AdditiveLaw(self._leaves(), lambda: self.wanted and not is_isolated())
         self._handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
         for name, module in modules.items():
             self._handles.append(
@@ -84,21 +99,57 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.law is not None:
+            self.law.remove()
 
     def clear(self) -> None:
         """Forget the passes since the last step."""
         self.passes.clear()
-        self._open = None
+        self._open = self._latest = None
+        if self.law is not None:
+            self.law.clear()
+
+    def _leaves(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The weight and the bias, if in its block, of every owner of a weight."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, module in self.modules.items():
+            weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+            if not any(weight is known for known, _ in found.values()):
+                found[name] = weight, bias if name in self.biased else None
+        return found
+
+    def _drop_zeroed(self) -> None:
+        """Forget passes whose gradients were thrown away: no weight has one any more."""
+        if self.passes and all(m.weight.grad is None for m in self.modules.values()):
+            self.passes.clear()
+            if self.law is not None:
+                self.law.clear()
+
+    def _arrived(self, current: Pass) -> None:
+        """A backward pass reaches `current`; `.grad` is still as it was before."""
+        if any(current is known for known in self.passes):
+            return
+        self._drop_zeroed()
+        if not self.passes and self.law is not None:
+            self.law.begin()
+        self.passes.append(current)
 
     # hooks ------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
+        # a deep copy of the model carries these hooks along
+        if model is not self._model():
+            return
+        self._open = None
+        if is_isolated():
+            return
+        self._drop_zeroed()
         self._open = Pass() if self.wanted and torch.is_grad_enabled() else None
 
     def _layer_hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             current = self._open
-            if current is None or not output.requires_grad:
+            if current is None or not output.requires_grad or module is not self.modules[name]:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
             part = raw[: self.examples]
@@ -107,12 +158,13 @@ class Recorder:
                 self._kept(part),
                 output.detach()[: self.examples] if self.outputs else None,
             )
-            if self.columns or self.slopes:
+            if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
                 call.graph = GraphCall(raw, edge, output.detach(), raw._version, output._version)
             current.calls.setdefault(name, []).append(call)
 
             def arrive(gradient: Tensor) -> None:
+                self._arrived(current)
                 call.arrived = True
                 if self.gradients:
                     part = self._kept(gradient[: self.examples].detach())
@@ -134,6 +186,8 @@ class Recorder:
             self._open.norms[get_gradient_edge(output).node] = output.detach()
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if model is not self._model() or is_isolated():
+            return
         current, self._open = self._open, None
         if current is None or not current.calls:
             return
@@ -143,10 +197,13 @@ class Recorder:
         current.output = output.detach()
 
         def arrive(gradient: Tensor) -> None:
-            current.output_gradient = gradient.detach()
+            self._arrived(current)
+            current.output_gradient = _plus(current.output_gradient, gradient)
 
         output.register_hook(arrive)
-        self.passes.append(current)
+        self._latest = weakref.ref(current)
+        if not self._proven:
+            self._prove(current, output)
         if self.slopes:
             calls = {n: [c.graph for c in cs if c.graph] for n, cs in current.calls.items()}
             current.activations = find_activations(output, Record(calls, norms=current.norms))
@@ -188,22 +245,24 @@ class Recorder:
                 if gradient is None:
                     gradient = torch.zeros_like(call.graph.output)
                 call.columns.append(gradient[: self.examples].detach())
-        for call in calls:
-            # the hook on the output tensor has seen these columns too: only the loss's own counts
-            call.gradient, call.arrived = None, False
-        current.output_gradient = None
+        # the hooks on the output tensors have seen these columns too: only the loss's own count
+        self._forget_gradients(current)
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
-        if not self.passes or not isinstance(loss, Tensor) or not loss.requires_grad:
+        current = None if self._latest is None else self._latest()
+        if current is None or is_isolated():
             return
-        current = self.passes[-1]
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
         current.labels = args[1].detach() if len(args) > 1 else None
 
         def arrive(gradient: Tensor) -> None:
-            current.loss_scale = gradient.detach()
+            current.loss_scale = _plus(current.loss_scale, gradient)
 
         loss.register_hook(arrive)
-        if self.columns:
+        # a second loss of the same outputs (mixed labels) has the same Hessian
+        if self.columns and current.criterion_saw is not args[0]:
+            current.criterion_saw = args[0]
             self._send_columns(current, args[0], current.labels)
 
     # what the passes delivered ------------------------------------------------------------------
@@ -212,15 +271,76 @@ class Recorder:
         """One dict of captures per forward and backward since the last step, checked and scaled."""
         arrived = [p for p in self.passes if p.arrived]
         self.factors = [self._factor(p) for p in arrived]
-        return [self._capture(*pair) for pair in zip(arrived, self.factors, strict=True)]
+        found = [self._capture(*pair) for pair in zip(arrived, self.factors, strict=True)]
+        if self.law is None or not found:
+            return found
+        kept = self.law.present(found, self.factors)
+        self.factors = [self.factors[k] for k in kept]
+        return [found[k] for k in kept]
 
-    def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
+    def _prove(self, current: Pass, output: Tensor) -> None:
+        """Leave out layers whose gradient is not `sum g a^T` of their calls; asked once.
+
+        A random vector is sent back from the outputs: terms of the loss that are no terms of the
+        model, such as a penalty on the weights, are not in it.
+        """
+        self._proven = True
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(output.shape, generator=generator).to(output)
+        joined = {n: cs for n, cs in self._joined(current).items() if cs}
+        edges: list[Any] = [call.graph.edge for calls in joined.values() for call in calls]
+        leaves = {name: [x for x in self._leaves()[name] if x is not None] for name in joined}
+        flat = [leaf for found in leaves.values() for leaf in found]
+        with torch.enable_grad():
+            product = (output * vector).sum()
+        gradients = torch.autograd.grad(
+            product, [*edges, *flat], retain_graph=True, allow_unused=True
+        )
+        rest = iter(gradients[: len(edges)]), iter(gradients[len(edges) :])
+        for name, calls in joined.items():
+            rows = [_or_zero(next(rest[0]), call.graph.output) for call in calls]
+            found = [_or_zero(next(rest[1]), leaf) for leaf in leaves[name]]
+            module, bias = self.modules[name], name in self.biased
+            inputs = [call.raw_input for call in calls]
+            error = max(
+                gradient_error(Geometry.of(module, bias, k), inputs, rows, found, generator)
+                for k in range(getattr(module, "groups", 1))
+            )
+            if error > max(tolerance(x) for x in (*inputs, *rows)):
+                self.left_out[name] = not_a_product(error)
+                warnings.warn(
+                    f"layer {name!r} has no block and takes its plain gradient: "
+                    f"{self.left_out[name]}",
+                    stacklevel=2,
+                )
+        self._forget_gradients(current)
+        if not self.columns and not self.slopes:
+            for call in (call for calls in current.calls.values() for call in calls):
+                call.graph = None
+
+    def _forget_gradients(self, current: Pass) -> None:
+        """Undo what the hooks saw of a backward pass that is not the loss's own."""
+        for calls in current.calls.values():
+            for call in calls:
+                call.gradient, call.arrived = None, False
+        current.output_gradient = None
+        self.passes = [known for known in self.passes if known is not current]
+
+    def _joined(self, one: Pass) -> dict[str, list[Call]]:
+        """The calls of all modules that share a weight, under the name of its first owner."""
         owners: dict[int, str] = {}
         joined: dict[str, list[Call]] = {}
         for name, module in self.modules.items():
             owner = owners.setdefault(id(module.weight), name)
-            calls = [c for c in one.calls.get(name, []) if c.arrived]
-            joined.setdefault(owner, []).extend(calls)
+            joined.setdefault(owner, []).extend(one.calls.get(name, []))
+        return joined
+
+    def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
+        joined = {
+            name: [call for call in calls if call.arrived]
+            for name, calls in self._joined(one).items()
+            if name not in self.left_out
+        }
         found: dict[str, LayerCapture] = {}
         for name, calls in joined.items():
             if calls:
@@ -301,6 +421,15 @@ def uncompiled(hook: Callable) -> Callable:
         return breaking(*args) if torch.compiler.is_compiling() else hook(*args)
 
     return either
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient.detach()
+
+
+def _plus(known: Tensor | None, gradient: Tensor) -> Tensor:
+    """The sum over backward passes of one graph, as `.grad` holds it."""
+    return gradient.detach() if known is None else known + gradient.detach()
 
 
 def _wide(tensor: Tensor) -> Tensor:

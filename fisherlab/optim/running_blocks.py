@@ -89,6 +89,8 @@ class RunningBlocks(AdaptiveDamping):
         found = {key: delivered(passes, key) for weight in due for key in weight.keys}
         for weight in due:
             layers = found[weight.keys[0]]
+            if weight.name in self.recorder.left_out:
+                continue
             if not layers and has_gradient(weight):
                 raise OptimizerError(undelivered(weight.name))
         return found

@@ -1,0 +1,121 @@
+"""Whether what was recorded adds up to the gradient that backward passes left in `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.proof import projected_gradient
+
+
+class AdditiveLaw:
+    """`sum_passes sum_{n,t} g a^T = .grad`, on a random vector `v` per layer.
+
+    A hook reads `.grad v` when a backward pass has accumulated it, before a user clips it. A pass
+    whose gradient was dropped (a skipped batch, an attack, the first half of a SAM step) is not in
+    the sum.
+    """
+
+    def __init__(
+        self, leaves: Mapping[str, tuple[Tensor, Tensor | None]], wanted: Callable[[], bool]
+    ) -> None:
+        """`leaves`: the weight and, if it has a block, the bias of each layer."""
+        generator = torch.Generator().manual_seed(0)
+        self.leaves = dict(leaves)
+        self.vectors: dict[str, Tensor] = {}
+        # `.grad v` of the weight and of the bias: before the first recorded pass, and now
+        self.base: dict[str, dict[str, Tensor]] = {}
+        self.left: dict[str, dict[str, Tensor]] = {}
+        self._handles = []
+        for name, (weight, bias) in leaves.items():
+            width = weight[0].numel() + (bias is not None)
+            v = torch.randn(width, generator=generator, dtype=torch.float64)
+            self.vectors[name] = v.to(weight)
+            for leaf in (weight, bias):
+                if isinstance(leaf, nn.Parameter) and leaf.requires_grad:
+                    hook = self._hook(name, "bias" if leaf is bias else "weight", wanted)
+                    self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+
+    def _hook(self, name: str, kind: str, wanted: Callable[[], bool]) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            if wanted():
+                self._read(self.left, name, kind, leaf)
+
+        return hook
+
+    def _read(self, into: dict[str, dict[str, Tensor]], name: str, kind: str, leaf: Tensor) -> None:
+        width = leaf[0].numel() if kind == "weight" else 1
+        # a layer of another shape is refused at the step, which names it
+        if leaf.grad is None or width > len(self.vectors[name]):
+            return
+        gradient, v = leaf.grad.detach(), self.vectors[name].to(leaf.grad)
+        product = (
+            gradient * v[-1] if kind == "bias" else gradient.flatten(1) @ v[: gradient[0].numel()]
+        )
+        into.setdefault(name, {})[kind] = product
+
+    def begin(self) -> None:
+        """Note what `.grad` holds before the first recorded pass accumulates."""
+        self.base.clear()
+        for name, (weight, bias) in self.leaves.items():
+            self._read(self.base, name, "weight", weight)
+            if bias is not None:
+                self._read(self.base, name, "bias", bias)
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget what the passes since the last step left."""
+        self.base.clear()
+        self.left.clear()
+
+    def present(
+        self, captures: Sequence[Mapping[str, LayerCapture]], factors: Sequence[float]
+    ) -> list[int]:
+        """The indices of the passes that `.grad` holds; all, if they explain it as well as some.
+
+        Args:
+            captures: by name, of each pass; gradients scaled by `factors`.
+            factors: what turned each pass's `dL/ds` into the gradient of the per-example loss.
+        """
+        every = list(range(len(captures)))
+        known = [
+            n for n in self.left if any(layer.name == n for c in captures for layer in c.values())
+        ]
+        if len(every) == 1 or not known:
+            return every
+        rows, left = [], []
+        for name in known:
+            found = [self._of_pass(name, *pair) for pair in zip(captures, factors, strict=True)]
+            o = max(len(term) for term in found)
+            zero = torch.zeros(o, dtype=torch.float64, device=self.vectors[name].device)
+            rows.append(torch.stack([term if len(term) else zero for term in found], 1))
+            left.append(_sum(self.left[name], zero) - _sum(self.base.get(name, {}), zero))
+        sums, total = torch.cat(rows), torch.cat(left)
+        share = torch.linalg.lstsq(sums, total[:, None], driver="gelsd").solution[:, 0]
+        kept = [k for k in every if float(share[k]) > 0.5]
+        unexplained, rest = ((total - sums[:, part].sum(1)).norm() for part in (every, kept))
+        # a penalty on the weights leaves a rest in both
+        return kept if kept and float(rest) < 0.5 * float(unexplained) else every
+
+    def _of_pass(self, name: str, captured: Mapping[str, LayerCapture], factor: float) -> Tensor:
+        """`sum g (a . v)` `[o]` in the scale of `.grad`; empty if the layer took no part."""
+        terms = []
+        for layer in captured.values():
+            rows = layer.raw_label_gradients
+            if layer.name == name and rows is not None:
+                v = self.vectors[name].to(rows[0])
+                terms.append(projected_gradient(layer.geometry, layer.raw_inputs, rows, v)[0])
+                terms[-1] = terms[-1].double() * layer.gradient_scale / factor
+        return torch.cat(terms) if terms else self.vectors[name].new_zeros(0).double()
+
+
+def _sum(terms: Mapping[str, Tensor], zero: Tensor) -> Tensor:
+    return sum((term.double() for term in terms.values()), zero)
