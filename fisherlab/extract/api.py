@@ -19,7 +19,7 @@ from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, find_activations, recording
-from fisherlab.extract.select import check_batch, check_model, choices, select
+from fisherlab.extract.select import check_batch, check_model, choices, select, weight_identity
 
 BACKENDS = ("auto", "backpack", "hooks")
 # The faster backend where `fisherlab bench capture` has been run; hooks where it has not.
@@ -282,10 +282,10 @@ def _by_hooks(
 
 def _joined(modules: dict[str, nn.Module], record: Record) -> dict[str, list[Call]]:
     """The calls of all modules that share a weight, under the name of its first owner."""
-    owners: dict[int, str] = {}
+    owners: dict[object, str] = {}
     joined: dict[str, list[Call]] = {}
     for name, module in modules.items():
-        owner = owners.setdefault(id(module.weight), name)
+        owner = owners.setdefault(weight_identity(module), name)
         joined.setdefault(owner, []).extend(record.calls.get(name, []))
     return joined
 

@@ -18,54 +18,77 @@ _DROPOUT = nn.modules.dropout._DropoutNd
 
 @dataclass(frozen=True)
 class Choice:
-    """A module with parameters: its name, whether it has a block, and the reason if it has none."""
+    """A module with parameters: whether it has a block, and the reason if it has none.
+
+    `status` is "exact", "tied" (the block of `owner`, whose weight it shares) or "plain gradient".
+    """
 
     name: str
     module: nn.Module
     status: str
     reason: str = ""
+    owner: str | None = None
+
+
+def weight_identity(module: nn.Module) -> object:
+    """What tells whether two modules have one weight: the parameter, or the module if it computes.
+
+    A parametrized weight is another tensor at each access, so no two modules share it.
+    """
+    weight = module._parameters.get("weight")
+    return module if weight is None else weight
 
 
 def choices(model: nn.Module) -> list[Choice]:
     """One `Choice` per module that owns parameters, in order of registration."""
-    owners: dict[int, tuple[str, nn.Module]] = {}
-    found = []
-    fused = set()
+    owners: dict[object, Choice] = {}
+    found: dict[str, Choice] = {}
+    fused: set[nn.Module] = set()
     for name, module in model.named_modules():
         name = name or type(model).__name__.lower()
         if isinstance(module, nn.MultiheadAttention):
-            fused |= {id(part) for part in module.modules()}
+            fused.update(module.modules())
         if not list(module.parameters(recurse=False)) and not _parametrized(module):
             continue
-        found.append(_choice(name, module, id(module) in fused, owners))
-    return found
+        choice = _choice(name, module, module in fused)
+        first = owners.setdefault(weight_identity(module), choice)
+        found[name] = choice
+        if first is choice:
+            continue
+        if isinstance(module, nn.Linear) and found[first.name].status == "exact":
+            if isinstance(first.module, nn.Linear):
+                reason = f"shares its weight with {first.name!r}"
+                found[name] = Choice(name, module, "tied", reason, first.name)
+                continue
+        for one, other in ((choice, first), (first, choice)):
+            if found[one.name].status != "plain gradient":
+                reason = (
+                    f"shares its weight with {other.name!r}, {type(other.module).__name__}: the "
+                    "block of a weight used by two kinds of layer, or by two convolutions, is not "
+                    "defined"
+                )
+                found[one.name] = Choice(one.name, one.module, "plain gradient", reason)
+    lost = {name for name, choice in found.items() if choice.status == "plain gradient"}
+    return [
+        Choice(c.name, c.module, "plain gradient", found[c.owner].reason) if c.owner in lost else c
+        for c in found.values()
+    ]
 
 
 def _parametrized(module: nn.Module) -> bool:
     return torch.nn.utils.parametrize.is_parametrized(module)
 
 
-def _choice(
-    name: str, module: nn.Module, fused: bool, owners: dict[int, tuple[str, nn.Module]]
-) -> Choice:
+def _choice(name: str, module: nn.Module, fused: bool) -> Choice:
     plain = "plain gradient"
     if fused:
         return Choice(name, module, plain, "inside nn.MultiheadAttention, which calls no layer")
     if isinstance(module, _RECURRENT):
         return Choice(name, module, plain, "fused recurrence; fl.models' lstm is of Linear maps")
     if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        kind = type(module).__name__
-        tied = owners.get(id(getattr(module, "weight", None)))
-        owners.setdefault(id(getattr(module, "weight", None)), (name, module))
-        if tied:
-            return Choice(name, module, "tied", f"{kind} shares its weight with {tied[0]!r}")
-        return Choice(name, module, plain, f"{kind} has no Kronecker form")
+        return Choice(name, module, plain, f"{type(module).__name__} has no Kronecker form")
     if not module.weight.requires_grad:
         return Choice(name, module, plain, "its weight is frozen")
-    weight = id(module.weight)
-    if weight in owners:
-        return Choice(name, module, "tied", f"shares its weight with {owners[weight][0]!r}")
-    owners[weight] = (name, module)
     return Choice(name, module, "exact")
 
 
@@ -74,7 +97,7 @@ def select(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modul
     known = {choice.name: choice for choice in choices(model)}
     if layers is None:
         chosen = {c.name: c.module for c in known.values() if c.status == "exact"}
-        return chosen | _sharing(known, set(known))
+        return chosen | _sharing(known, set(chosen))
     chosen = {}
     for name in [layers] if isinstance(layers, str) else layers:
         if name not in known:
@@ -91,20 +114,7 @@ def select(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modul
 
 def _sharing(known: dict[str, Choice], owners: set[str]) -> dict[str, nn.Module]:
     """The layers that share the weight of one of `owners`: one block, the positions of all."""
-    found: dict[str, nn.Module] = {}
-    for choice in known.values():
-        owner = choice.reason.split("'")[1] if choice.status == "tied" else None
-        if owner not in owners:
-            continue
-        if not (
-            isinstance(choice.module, nn.Linear) and isinstance(known[owner].module, nn.Linear)
-        ):
-            raise CaptureError(
-                f"layer {choice.name!r} {choice.reason}: the block of a weight used by two "
-                "different kinds of layer is not defined; name other layers with `layers=`"
-            )
-        found[choice.name] = choice.module
-    return found
+    return {c.name: c.module for c in known.values() if c.owner in owners}
 
 
 def check_model(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fisherlab.distributed import Ranks, unwrapped
+from fisherlab.extract.select import weight_identity
 from fisherlab.optim.passes import blocked_layers
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
@@ -106,21 +107,22 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         self._dtypes: dict[str, torch.dtype] = {}
 
     def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
-        where = {id(p): k for k, group in enumerate(self.param_groups) for p in group["params"]}
+        where = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
         found: dict[str, Weight] = {}
         modules = blocked_layers(model)
-        uses = Counter(id(module.weight) for module in modules.values())
+        uses = Counter(weight_identity(module) for module in modules.values())
         for name, module in modules.items():
-            if id(module.weight) not in where or (
-                uses[id(module.weight)] > 1 and not self.joins_tied
-            ):
+            weight = weight_identity(module)
+            if not isinstance(weight, nn.Parameter) or weight not in where:
                 continue
-            if any(w.weight is module.weight for w in found.values()):
+            if uses[weight] > 1 and not self.joins_tied:
                 continue
-            weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
-            if bias is not None and (not bias.requires_grad or id(bias) not in where):
+            if any(w.weight is weight for w in found.values()):
+                continue
+            bias = cast(nn.Parameter | None, module.bias)
+            if bias is not None and (not bias.requires_grad or bias not in where):
                 bias = None
-            found[name] = Weight(name, module, weight, bias, where[id(weight)])
+            found[name] = Weight(name, module, weight, bias, where[weight])
         return found
 
     def option(self, weight: Weight, name: str) -> Any:

@@ -18,6 +18,7 @@ from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block, from_dict, to_dict
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
+from fisherlab.extract.select import weight_identity
 from fisherlab.optim.recorder import Recorder, check_fisher_type
 from fisherlab.optim.running_blocks import RunningBlocks
 from fisherlab.optim.summary import summary_row
@@ -170,14 +171,14 @@ class NaturalGradient(RunningBlocks):
 
     @staticmethod
     def _tied(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        weights = {id(m.weight) for m in modules.values()}
-        known = {id(m) for m in modules.values()}
+        weights = {weight_identity(m) for m in modules.values()}
+        known = set(modules.values())
         return {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
-            and id(module.weight) in weights
-            and id(module) not in known
+            and weight_identity(module) in weights
+            and module not in known
         }
 
     # the step -----------------------------------------------------------------------------------

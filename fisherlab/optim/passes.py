@@ -50,22 +50,8 @@ class Pass:
 
 
 def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that an optimizer preconditions; a weight tied to another kind is plain."""
-    found = choices(model)
-    byname = {choice.name: choice for choice in found}
-    modules = {c.name: c.module for c in found if c.status == "exact"}
-    for choice in found:
-        if choice.status != "tied":
-            continue
-        first = choice.reason.split("'")[1]
-        both_linear = isinstance(choice.module, nn.Linear) and isinstance(
-            byname[first].module, nn.Linear
-        )
-        if both_linear:
-            modules[choice.name] = choice.module
-        else:
-            modules.pop(first, None)
-    return modules
+    """The modules that an optimizer preconditions, those that share a weight included."""
+    return {c.name: c.module for c in choices(model) if c.status in ("exact", "tied")}
 
 
 def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:

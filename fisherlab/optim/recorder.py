@@ -27,6 +27,7 @@ from fisherlab.extract.moments import example_sum
 from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
 from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
+from fisherlab.extract.select import weight_identity
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
@@ -328,10 +329,10 @@ class Recorder:
 
     def _joined(self, one: Pass) -> dict[str, list[Call]]:
         """The calls of all modules that share a weight, under the name of its first owner."""
-        owners: dict[int, str] = {}
+        owners: dict[object, str] = {}
         joined: dict[str, list[Call]] = {}
         for name, module in self.modules.items():
-            owner = owners.setdefault(id(module.weight), name)
+            owner = owners.setdefault(weight_identity(module), name)
             joined.setdefault(owner, []).extend(one.calls.get(name, []))
         return joined
 
