@@ -138,7 +138,8 @@ def capture(
             f"none of {', '.join(modules)} was called; a model compiled before the capture ignores "
             "new hooks: pass the module that was compiled"
         )
-    captured = _assemble(modules, record, activations, outputs.shape[0], fisher_type)
+    scale = fisher.term_scale(criterion, outputs, y, ranks)
+    captured = _assemble(modules, record, activations, outputs.shape[0], fisher_type, scale)
     skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
     skipped |= {n: "not called in this forward pass" for n in modules if n not in record.calls}
     skipped |= {n: _NO_GRAPH for n in record.without_graph}
@@ -256,6 +257,7 @@ def _assemble(
     activations: dict[str, Callable | None],
     examples: int,
     fisher_type: str,
+    term_scale: float,
 ) -> dict[str, LayerCapture]:
     owners: dict[int, str] = {}
     joined: dict[str, list[Call]] = {}
@@ -283,6 +285,7 @@ def _assemble(
                 activation=activations.get(name),
                 raw_preactivations=tuple(evaluated) if len(evaluated) == len(calls) else None,
                 fisher_type=fisher_type,
+                term_scale=term_scale,
             )
     return captured
 
