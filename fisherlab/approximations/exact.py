@@ -8,6 +8,7 @@ from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import BlockError, Outer
 from fisherlab.blocks.columns import joined
 from fisherlab.extract import LayerCapture
+from fisherlab.extract.joint import one_sample
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Exact(Approximation, name="exact"):
     additive = False
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Outer:
+        layers = one_sample(layers)
         if len(layers) == 1 and layers[0].column_share == 1:
             return Outer.over(layers[0].columns)
         of = joined([layer.columns for layer in layers])

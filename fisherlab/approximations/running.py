@@ -15,6 +15,7 @@ from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.image import sharing
+from fisherlab.extract.joint import one_sample
 
 Sums = dict[str, Tensor]
 
@@ -44,7 +45,8 @@ class Memo:
     """
 
     def __init__(self, layers: Sequence[LayerCapture], memory: int | None = None) -> None:
-        self.layers = tuple(sharing(replace(layer, shared={})) for layer in layers)
+        whole = one_sample(layers)
+        self.layers = tuple(sharing(replace(layer, shared={})) for layer in whole)
         self.memory = memory
         self.count = sum(layer.examples for layer in self.layers)
         self._means: dict[Approximation, Means] = {}
@@ -158,7 +160,7 @@ class Running:
 
         Raises `BlockError` where its sums have NaN or inf entries, which would stay for good.
         """
-        total = add(self._sums(layer) for layer in layers)
+        total = add(self._sums(layer) for layer in one_sample(layers))
         count = sum(layer.examples for layer in layers)
         if not all(all_finite(value) for value in total.values()):
             raise BlockError(
@@ -195,7 +197,8 @@ class Running:
 
     def correct(self, *layers: LayerCapture) -> None:
         """Add one batch to the corrections, in the current basis."""
-        total = add(self.approximation.corrections(layer, self.basis) for layer in layers)
+        whole = one_sample(layers)
+        total = add(self.approximation.corrections(layer, self.basis) for layer in whole)
         if not total:
             return
         count = sum(layer.examples for layer in layers)

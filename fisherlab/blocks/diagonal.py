@@ -65,6 +65,9 @@ class Diagonal(Block):
         vectors[torch.arange(len(flat)), flat] = 1
         return values, vectors.view(-1, *self.shape)
 
+    def leading_values(self, k: int) -> Tensor:
+        return self.entries.double().flatten().topk(min(k, self.size)).values
+
     def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
         flat = self.entries.double().flatten().topk(min(k, self.size)).indices
         o, i = self.shape

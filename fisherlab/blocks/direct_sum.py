@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -101,6 +102,10 @@ class DirectSum(Block):
         values = torch.cat([part.eigenvalues() for part in self.parts])
         return values.sort(descending=True).values
 
+    def leading_values(self, k: int) -> Tensor:
+        values = torch.cat([part.leading_values(k) for part in self.parts])
+        return values.sort(descending=True).values[:k]
+
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, vectors, start = [], [], 0
         for part in self.parts:
@@ -128,11 +133,26 @@ class DirectSum(Block):
 
     @property
     def clamped(self) -> float:
-        return max(part.clamped for part in self.parts)
+        shares = [part.clamped for part in self.parts]
+        if not any(shares):
+            return 0.0
+        if any(math.isnan(share) for share in shares):
+            return math.nan
+        sums = [float(part.eigenvalues().abs().sum()) for part in self.parts]
+        return _mean(shares, sums)
 
     @property
     def unseen(self) -> float:
-        return max(part.unseen for part in self.parts)
+        shares = [part.unseen for part in self.parts]
+        if not any(shares):
+            return 0.0
+        return _mean(shares, [float(part.trace().abs()) for part in self.parts])
+
+
+def _mean(shares: Sequence[float], weights: Sequence[float]) -> float:
+    """Shares of the parts as the share of the whole."""
+    total = sum(weights)
+    return sum(s * w for s, w in zip(shares, weights, strict=True)) / total if total else 0.0
 
 
 def layer_block(parts: Sequence[AnyBlock]) -> AnyBlock | DirectSum:

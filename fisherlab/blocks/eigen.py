@@ -224,6 +224,9 @@ class Eigen(Block):
         values, q_G, q_A = self._leading(k)
         return values, torch.einsum("ok,ik->koi", q_G, q_A)
 
+    def leading_values(self, k: int) -> Tensor:
+        return self._leading(k)[0]
+
     def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
         _, q_G, q_A = self._leading(k)
         return q_G, q_A
@@ -252,5 +255,5 @@ class Eigen(Block):
 
     @property
     def clamped(self) -> float:
-        values = self.spectrum.double()
+        values = self.eigenvalues()
         return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))

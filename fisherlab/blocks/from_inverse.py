@@ -64,6 +64,9 @@ class FromInverse(Block):
     def eigenvalues(self) -> Tensor:
         return self.forward.eigenvalues()
 
+    def leading_values(self, k: int) -> Tensor:
+        return self.forward.leading_values(k)
+
     def leading_factors(self, k: int) -> tuple[Tensor, Tensor] | None:
         return self.forward.leading_factors(k)
 

@@ -186,6 +186,9 @@ class Kronecker(Block):
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         return self.eigen.leading(k)
 
+    def leading_values(self, k: int) -> Tensor:
+        return self.eigen.leading_values(k)
+
     def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
         return self.eigen.leading_factors(k)
 

@@ -56,8 +56,8 @@ def compare(
 ) -> Comparison:
     """How well each approximation matches the exact Fisher block of every layer.
 
-    `x, y` is one batch, or `x` a loader of batches (y None), which count as one sample; a batch may
-    be a dict with its labels inside, and `forward(model, x)` calls the model in its own way.
+    `x, y` is one batch, or `x` a loader of batches (y None), which are one sample under one mean; a
+    batch may be a dict with its labels inside, and `forward(model, x)` calls the model in its way.
     `approximations`: names or instances, or a dict name -> approximation, block or
     callable(layer) -> block; a dict layer -> block, as `opt.blocks()` hands out, is one
     preconditioner. Default: everything registered that one capture can build.

@@ -87,6 +87,11 @@ class Layer:
         if isinstance(maker, Mapping):
             parts = [maker[key] for key in self.keys if key in maker]
             return maker.get(self.name) or (layer_block(parts) if parts else None)
+        if len(self.parts[0]) > 1:
+            raise BlockError(
+                f"a callable makes the block of one capture, and layer {self.name!r} has "
+                f"{len(self.parts[0])}, one per batch: pass one batch, or an Approximation"
+            )
         return layer_block([maker(part[0]) for part in self.parts])
 
     def rows(

@@ -151,7 +151,8 @@ def capture(
                 model, modules, run, checked, criterion, y, columns
             )
         calls = _joined(modules, record)
-        captured = _assemble(modules, calls, activations, outputs.shape[0], fisher_type)
+        scale = fisher.term_scale(criterion, outputs, y, ranks)
+        captured = _assemble(modules, calls, activations, outputs.shape[0], fisher_type, scale)
         broken: dict[str, str] = {}
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
@@ -296,6 +297,7 @@ def _assemble(
     activations: dict[str, Callable | None],
     examples: int,
     fisher_type: str,
+    term_scale: float,
 ) -> dict[str, LayerCapture]:
     captured = {}
     for name, calls in joined.items():
@@ -318,6 +320,7 @@ def _assemble(
                 activation=activations.get(name),
                 raw_preactivations=tuple(evaluated) if len(evaluated) == len(calls) else None,
                 fisher_type=fisher_type,
+                term_scale=term_scale,
             )
     return captured
 

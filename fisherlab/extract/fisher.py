@@ -112,6 +112,26 @@ def divisor(criterion: Callable, outputs: Tensor, y: Tensor) -> float:
     return float(terms)
 
 
+def term_scale(
+    criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
+) -> float:
+    """`c = M / Z` of a mean over `Z` loss terms (their class weights), 1 under a sum.
+
+    1 for a criterion of the user's own, whose mean is one over examples. With `ranks` that of the
+    batch of all ranks.
+    """
+    if reduction_of(criterion) == "sum" or not isinstance(criterion, tuple(_FUNCTIONS.values())):
+        return 1.0
+    M, Z = float(outputs.shape[0]), float(outputs.numel())
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        # a mean over class probabilities is one over positions
+        probabilities = y.is_floating_point()
+        Z = Z / outputs.shape[1] if probabilities else divisor(criterion, outputs, y)
+    if ranks is not None:
+        M, Z = ranks.total(M), ranks.total(Z)
+    return M / Z
+
+
 def label_vectors(
     criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
 ) -> Tensor:

@@ -1,8 +1,8 @@
-"""Captures of the shards of one batch, brought together layer by layer."""
+"""Captures of several batches or shards that are one sample, brought together by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,6 +10,38 @@ from torch import Tensor
 from fisherlab.distributed import Ranks
 from fisherlab.extract.api import Captures
 from fisherlab.extract.layer import LayerCapture, Raw
+
+
+def one_sample(layers: Sequence[LayerCapture]) -> tuple[LayerCapture, ...]:
+    """Captures of one layer with the loss terms of all of them under one mean, `c = M / Z`.
+
+    Each batch was captured under its own mean, which divides by its own loss terms. Where padding
+    or class weights make these differ per example, the gradients take the factor of the whole:
+    `c / c_b`, its root in the vectors of a Hessian.
+    """
+    scales = {layer.term_scale for layer in layers}
+    if len(scales) == 1:
+        return tuple(layers)
+    M = sum(layer.examples for layer in layers)
+    c = M / sum(layer.examples / layer.term_scale for layer in layers)
+    return tuple(_under(layer, c) for layer in layers)
+
+
+def _under(layer: LayerCapture, c: float) -> LayerCapture:
+    ratio = c / layer.term_scale
+    root = ratio if layer.fisher_type == "empirical" else ratio**0.5
+
+    def times(raw: Raw, factor: float) -> Raw:
+        return None if raw is None else tuple(factor * tensor for tensor in raw)
+
+    return replace(
+        layer,
+        raw_output_gradients=times(layer.raw_output_gradients, root),
+        raw_label_gradients=times(layer.raw_label_gradients, ratio),
+        term_scale=c,
+        shared=None,
+        after=None if layer.after is None else _under(layer.after, c),
+    )
 
 
 def joined(layer: LayerCapture, ranks: Ranks, to: int | None = None) -> LayerCapture:

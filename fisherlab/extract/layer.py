@@ -227,6 +227,8 @@ class LayerCapture:
     gradient_scale: float = 1.0
     # the examples that each row of the raw tensors is the sum of; above 1 only sums are known
     summed: int = 1
+    # c = M / Z of the batch, whose mean divides by Z loss terms; inside both raw gradients
+    term_scale: float = 1.0
     # the share of each example's output vectors that this capture holds: 1 unless it is a chunk
     column_share: float = 1.0
     # the same batch captured again after a step, for quasi-Newton pairs

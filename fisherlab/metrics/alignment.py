@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import Block
+from fisherlab.blocks import Block, DirectSum, Outer
 
 
 def diagonalisation(X: Block, F: Block) -> Tensor:
@@ -22,16 +22,40 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
     return torch.where(norm > 0, energy / norm.clamp(min=1e-300), torch.ones_like(norm))
 
 
-def _bases(X: Block, F: Block, k: int) -> tuple[Tensor, Tensor]:
-    (_, one), (_, two) = X.leading(k), F.leading(k)
-    k = min(len(one), len(two))
-    return one[:k].double().flatten(1), two[:k].double().flatten(1)
-
-
 def default_rank(F: Block, k: int = 10) -> int:
-    """k, or the rank of `F` where it is smaller."""
+    """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
     values = F.leading_values(k)
-    return max(1, int((values > 1e-12 * values[0].clamp(min=1e-300)).sum())) if len(values) else 0
+    if not len(values) or values[0] <= 0:
+        return 0
+    return int((values > _noise(F) * values[0]).sum())
+
+
+def _noise(block: Block) -> float:
+    """Share of the largest eigenvalue below which an eigenvector is an eigensolver's choice."""
+    part = block.parts[0] if isinstance(block, DirectSum) else block
+    # an exact block knows its eigenvalues from a Gram matrix in float64
+    eps = 0.0 if isinstance(part, Outer) else torch.finfo(part.dtype).eps
+    return max(1e-12, eps)
+
+
+def _products(X: Block, F: Block, k: int) -> Tensor:
+    """`V_k^T Q_k`, `[k, k]` float64: eigenvectors of `F` down, of `X` across.
+
+    Every form by one rule: an eigenvector that a block does not define is missing, a row or a
+    column of zeros, even where an eigensolver would return some basis of the null space.
+    """
+    rows, columns = default_rank(F, k), default_rank(X, k)
+    products = torch.zeros(k, k, dtype=torch.float64, device=F.device)
+    if not rows or not columns:
+        return products
+    factors = X.leading_factors(columns)
+    if factors is not None:
+        found = F.leading_products(rows, *factors)
+    else:
+        Q, V = (B.leading(r)[1].double().flatten(1) for B, r in ((X, columns), (F, rows)))
+        found = V @ Q.mT
+    products[:rows, :columns] = found.double()
+    return products
 
 
 def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
@@ -43,35 +67,38 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     k = default_rank(F, k)
     if k == 0:
         return torch.ones((), dtype=torch.float64, device=F.device)
-    factors = X.leading_factors(k)
-    if factors is None:
-        Q, V = _bases(X, F, k)
-        products = Q @ V.mT
-    else:
-        products = F.leading_products(k, *factors)
-    return products.double().square().sum() / k
+    # vectors that are orthonormal up to rounding may seem to hold more than the whole
+    return (_products(X, F, k).square().sum() / k).clamp(max=1)
 
 
 def spectral_gap(F: Block, k: int = 10) -> Tensor:
-    """`(lambda_k - lambda_{k+1}) / lambda_1`; near 0 the leading k-subspace is not defined."""
-    values, _ = F.leading(k + 1)
-    if len(values) == 0 or values[0] == 0:
+    """`(lambda_k - lambda_{k+1}) / lambda_1`; near 0 the leading k-subspace is not defined.
+
+    k is lowered to the rank of `F`, as in `subspace_overlap`.
+    """
+    values = F.leading_values(k + 1)
+    k = default_rank(F, k)
+    if k == 0:
         return torch.zeros((), dtype=torch.float64, device=F.device)
-    k = min(k, len(values))
     following = values[k] if len(values) > k else torch.zeros_like(values[0])
     return (values[k - 1] - following) / values[0]
 
 
 def principal_angles(X: Block, F: Block, k: int = 10) -> Tensor:
-    """Angles between the leading k-subspaces of `X` and `F`, radians, ascending, `[k]` float64."""
-    Q, V = _bases(X, F, default_rank(F, k))
-    return torch.linalg.svdvals(Q @ V.mT).clamp(max=1).arccos()
+    """Angles between the leading k-subspaces of `X` and `F`, radians, ascending, `[k]` float64.
+
+    k is lowered to the rank of `F`. To a direction that an `X` of smaller rank misses, the angle
+    is `pi / 2`.
+    """
+    return torch.linalg.svdvals(_products(X, F, default_rank(F, k))).clamp(max=1).arccos()
 
 
 def overlap_matrix(X: Block, F: Block, k: int = 10) -> Tensor:
-    """`|<v_i, q_j>|`, `[k, k]` float64: leading eigenvectors of `F` down, of `X` across."""
-    Q, V = _bases(X, F, k)
-    return (V @ Q.mT).abs()
+    """`|<v_i, q_j>|`, `[k, k]` float64: leading eigenvectors of `F` down, of `X` across.
+
+    A row or a column is zero where the rank of its block is smaller than its index.
+    """
+    return _products(X, F, k).abs().clamp(max=1)
 
 
 def off_diagonal_mass(X: Block, F: Block) -> Tensor:
@@ -107,27 +134,33 @@ def grouped_overlap(X: Block, F: Block, k: int = 10, rtol: float = 1e-3) -> Grou
     """`||V_I^T Q_J||_F / sqrt(min(|I|, |J|))` of the leading eigenspaces of `F` (down) and `X`.
 
     Groups of equal eigenvalues count as one space, whole: the result does not depend on the basis
-    that an eigensolver picks in it. 1: the smaller space lies in the larger. Of single eigenvectors
-    it is `|<v_i, q_j>|`.
+    that an eigensolver picks in it. The null space of either is no group. 1: the smaller space lies
+    in the larger. Of single eigenvectors it is `|<v_i, q_j>|`.
     """
-    # twice as many as asked for, so that the group which the k-th belongs to comes whole
-    (x_values, Q), (f_values, V) = X.leading(2 * k), F.leading(2 * k)
-    Q, V = Q.double().flatten(1), V.double().flatten(1)
-    rows = [s for s in eigenvalue_groups(f_values, rtol) if s.start < k]
-    columns = [s for s in eigenvalue_groups(x_values, rtol) if s.start < k]
-    squares = (V @ Q.mT).square()
+    (x_values, columns), (f_values, rows) = (_groups(B, k, rtol) for B in (X, F))
     sizes = [[s.stop - s.start for s in groups] for groups in (rows, columns)]
-    matrix = torch.stack(
-        [
-            torch.stack(
-                [squares[r, c].sum() / min(m, n) for c, n in zip(columns, sizes[1], strict=True)]
-            )
-            for r, m in zip(rows, sizes[0], strict=True)
-        ]
-    )
+    matrix = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=F.device)
+    if rows and columns:
+        squares = _products(X, F, max(len(x_values), len(f_values))).square()
+        for i, r in enumerate(rows):
+            for j, c in enumerate(columns):
+                matrix[i, j] = squares[r, c].sum() / min(sizes[0][i], sizes[1][j])
     return GroupedOverlap(
         matrix.sqrt().clamp(max=1),
-        torch.stack([f_values[s].double().mean() for s in rows]),
-        torch.stack([x_values[s].double().mean() for s in columns]),
+        f_values.new_tensor([f_values[s].mean() for s in rows]),
+        x_values.new_tensor([x_values[s].mean() for s in columns]),
         *sizes,
     )
+
+
+def _groups(block: Block, k: int, rtol: float) -> tuple[Tensor, list[slice]]:
+    """Leading eigenvalues and the groups of them that start before the k-th, each whole."""
+    asked = 2 * k
+    while True:
+        values = block.leading_values(asked)[: default_rank(block, asked)]
+        groups = [s for s in eigenvalue_groups(values, rtol) if s.start < k]
+        # the last group may go on beyond what was asked for
+        if len(values) < asked or not groups or groups[-1].stop < asked:
+            stop = groups[-1].stop if groups else 0
+            return values[:stop], groups
+        asked *= 2

@@ -1,0 +1,154 @@
+"""Columns of the table are what they say, for every block form, against dense float64 algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherlab as fl
+from fisherlab import blocks, metrics
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+
+def exact(n: int, shape=(3, 4), seed: int = 0) -> blocks.Outer:
+    """The exact block of n examples at one position."""
+    o, i = shape
+    return blocks.Outer(draw(n, 1, i, seed=seed), draw(1, n, 1, o, seed=seed + 1))
+
+
+def leading(matrix: Tensor, k: int) -> Tensor:
+    """Orthonormal columns of the k leading eigenvectors that are no null space, zeros after."""
+    values, vectors = torch.linalg.eigh(matrix)
+    top = vectors.flip(1)[:, :k] * (values.flip(0)[:k] > 1e-11 * values[-1])
+    return top
+
+
+def low_rank(form: str, rank: int) -> blocks.Block:
+    """A block of that rank on a 3 x 4 weight, distinct eigenvalues, in each form."""
+    F = exact(rank, seed=7)
+    if form == "outer":
+        return F
+    if form == "dense":
+        return blocks.Dense(F.dense(), F.shape)
+    if form == "diagonal":
+        entries = torch.zeros(12, dtype=torch.float64)
+        entries[:rank] = torch.arange(rank, 0, -1)
+        return blocks.Diagonal(entries.view(3, 4))
+    if form == "mini_block":
+        parts = torch.zeros(3, 2, 2, 2, dtype=torch.float64)
+        for k in range(rank):
+            row = draw(2, seed=k)
+            parts[k % 3, k // 3] = torch.outer(row, row)
+        return blocks.MiniBlock(parts)
+    if form == "kronecker_sum":
+        G, A = draw(1, 3, seed=3), draw(rank, 4, seed=4)
+        return blocks.KroneckerSum((G.mT @ G)[None], (A.mT @ A)[None])
+    Q_G, Q_A = (torch.linalg.qr(draw(d, d, seed=d)).Q for d in (3, 4))
+    spectrum = torch.zeros(12, dtype=torch.float64)
+    spectrum[:rank] = torch.arange(rank, 0, -1)
+    if form == "eigen":
+        return blocks.Eigen(Q_G, Q_A, spectrum.view(3, 4))
+    assert form == "thin"
+    values = torch.arange(rank, 0, -1, dtype=torch.float64)[None]
+    return blocks.Eigen(Q_G[:, :1], Q_A[:, :rank], values)
+
+
+FORMS = ["outer", "dense", "diagonal", "mini_block", "kronecker_sum", "eigen", "thin"]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_subspace_of_smaller_rank_misses_the_rest_in_every_form(form, rank):
+    X, F, k = low_rank(form, rank), exact(6), 5
+    assert torch.linalg.matrix_rank(X.dense()) == rank
+    products = leading(X.dense(), k).mT @ leading(F.dense(), k)
+    expected = products.square().sum() / k
+    assert float(metrics.subspace_overlap(X, F, k)) == pytest.approx(float(expected), rel=1e-8)
+    angles = metrics.principal_angles(X, F, k)
+    assert len(angles) == k and (angles[rank:] == math.pi / 2).all()
+    torch.testing.assert_close(angles.cos(), torch.linalg.svdvals(products), rtol=0, atol=1e-8)
+    matrix = metrics.overlap_matrix(X, F, k)
+    torch.testing.assert_close(matrix, products.mT.abs(), rtol=0, atol=1e-8)
+    grouped = metrics.grouped_overlap(X, F, k, rtol=1e-9)
+    assert len(grouped.sizes) == rank
+    torch.testing.assert_close(grouped.matrix, matrix[:, :rank], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_exact_subspace_has_the_rank_of_the_exact_block_in_every_form(form):
+    """As `F`: k is lowered to its rank, whatever an eigensolver returns beyond it."""
+    X, F = exact(6), low_rank(form, 2)
+    products = leading(X.dense(), 2).mT @ leading(F.dense(), 2)
+    expected = products.square().sum() / 2
+    assert float(metrics.subspace_overlap(X, F, 9)) == pytest.approx(float(expected), rel=1e-8)
+    assert len(metrics.principal_angles(X, F, 9)) == 2
+    values = torch.linalg.eigvalsh(F.dense()).flip(0)
+    assert float(metrics.spectral_gap(F, 9)) == pytest.approx(float(values[1] / values[0]))
+
+
+def test_subspaces_of_grouped_layers_miss_the_rest_too():
+    F, X = (
+        blocks.DirectSum([exact(n, seed=s) for s in seeds])
+        for n, seeds in ((4, (0, 2)), (1, (5, 9)))
+    )
+    products = leading(X.dense(), 6).mT @ leading(F.dense(), 6)
+    expected = products.square().sum() / 6
+    assert float(metrics.subspace_overlap(X, F, 6)) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_a_block_of_zeros_has_no_subspace():
+    zero, F = blocks.Dense(torch.zeros(12, 12, dtype=torch.float64), (3, 4)), exact(3)
+    assert float(metrics.subspace_overlap(zero, F, 3)) == 0
+    assert (metrics.principal_angles(zero, F, 3) == math.pi / 2).all()
+    assert metrics.grouped_overlap(zero, F, 3).matrix.shape == (3, 0)
+    assert float(metrics.spectral_gap(zero, 3)) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlaps_are_at_most_one_where_columns_nearly_depend(seed):
+    """A confident softmax in float32: eigenvectors `U w / sqrt(lambda)` of small lambda."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(30)
+    layers = fl.capture(model, nn.CrossEntropyLoss(), torch.randn(9, 6), torch.randint(4, (9,)))
+    for layer in layers.values():
+        F = fl.Exact()(layer)
+        X = blocks.Dense(F.dense(), F.shape)
+        for one in (F, X, fl.KFAC()(layer)):
+            assert float(metrics.subspace_overlap(one, F, 10)) <= 1
+            assert float(metrics.overlap_matrix(one, F, 10).max()) <= 1
+
+
+def test_clamped_of_groups_is_a_share_of_the_whole():
+    parts = []
+    for seed, scale in ((1, 1.0), (2, 40.0), (3, 0.1)):
+        G, A = draw(2, 3, 3, seed=seed), draw(2, 4, 4, seed=seed + 10)
+        parts.append(blocks.KroneckerSum(scale * (G + G.mT), A + A.mT))
+    parts.append(blocks.Diagonal(torch.rand(3, 4).double()))
+    values = torch.linalg.eigvalsh(torch.block_diag(*(part.dense() for part in parts)))
+    expected = -values.clamp(max=0).sum() / values.abs().sum()
+    assert blocks.DirectSum(parts).clamped == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_clamped_counts_the_tails_of_a_thin_basis():
+    Q_G, Q_A = torch.linalg.qr(draw(3, 2)).Q, torch.linalg.qr(draw(4, 2)).Q
+    X = blocks.Eigen(Q_G, Q_A, draw(2, 2), draw(2), draw(2), draw(()))
+    values = torch.linalg.eigvalsh(X.dense())
+    expected = -values.clamp(max=0).sum() / values.abs().sum()
+    assert X.clamped == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_what_rounding_may_hide_of_groups_is_a_share_of_the_whole():
+    class Half(blocks.Diagonal):
+        unseen = 0.5
+
+    parts = [Half(torch.ones(2, 3).double()), blocks.Diagonal(9 * torch.ones(2, 3).double())]
+    assert blocks.DirectSum(parts).unseen == pytest.approx(0.05)
