@@ -247,24 +247,53 @@ def test_condition_by_lanczos_in_float32_is_that_of_float64(positions, monkeypat
     near(values[1], values[0], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["kfac", "ekfac", "tkfac", "diagonal", "eva", "mini_block", "exact"]
-)
-@pytest.mark.parametrize("dense_size", [0, 10**4])
-def test_condition_of_a_float32_model_is_that_of_float64(name, dense_size, monkeypatch):
-    """A damping of 1e-8 of the largest eigenvalue: rounding of a product would be as large."""
-    monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", dense_size)
+SMALL_DAMPING = ["kfac", "ekfac", "tkfac", "diagonal", "eva", "mini_block", "exact"]
+
+
+def slightly_damped(name, dtype):
+    """`X` and `F` of three examples, and a damping of 1e-8 of the largest eigenvalue of `F`."""
     torch.manual_seed(0)
     model, x, labels = nn.Sequential(nn.Linear(60, 20)), randn(3, 60, seed=1), torch.arange(3)
-    values = []
-    for dtype in (torch.float64, torch.float32):
-        layer = fl.extract.capture(
-            model.to(dtype), nn.CrossEntropyLoss(), x.to(dtype), labels, fisher_type="empirical"
-        )["0"]
-        F = fl.Exact()(layer)
-        damping = 1e-5 * F.trace().item() / F.size
-        values.append(metrics.condition(fl.approximations.get(name)()(layer), F, damping))
-    near(values[1], values[0], rel=1e-2)
+    layer = fl.extract.capture(
+        model.to(dtype), nn.CrossEntropyLoss(), x.to(dtype), labels, fisher_type="empirical"
+    )["0"]
+    F = fl.Exact()(layer)
+    return fl.approximations.get(name)()(layer), F, 1e-5 * F.trace().item() / F.size
+
+
+@pytest.mark.parametrize("name", SMALL_DAMPING)
+@pytest.mark.parametrize("dense_size", [0, 10**4])
+def test_condition_keeps_its_digits_where_it_is_large(name, dense_size, monkeypatch):
+    """Up to 4e14. Each end is the largest eigenvalue of a matrix, known to all but 8 digits."""
+    monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", dense_size)
+    X, F, damping = slightly_damped(name, torch.float64)
+    x, f = (block.dense() + damping * torch.eye(F.size).double() for block in (X, F))
+    ends = []
+    for one, other in ((f, x), (x, f)):
+        values, Q = torch.linalg.eigh(other)
+        root = Q * values.clamp(min=damping).rsqrt() @ Q.mT
+        ends.append(torch.linalg.eigvalsh(root @ one @ root)[-1])
+    near(metrics.condition(X, F, damping), ends[0] * ends[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SMALL_DAMPING)
+@pytest.mark.parametrize("dense_size", [0, 10**4])
+def test_condition_of_a_float32_model_is_that_of_float64(name, dense_size, monkeypatch):
+    """A damping of 1e-8 of the largest eigenvalue: rounding of a product would be as large.
+
+    No eigenvalue moves by more than some eps of itself, 1e-6, where the ranges are known.
+    """
+    monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", dense_size)
+    exact, single = (
+        metrics.condition(*slightly_damped(name, dtype)) for dtype in (torch.float64, torch.float32)
+    )
+    near(single, exact, rel=1e-5)
+
+
+def test_condition_of_a_singular_block_without_damping_has_no_bound():
+    F = blocks.Dense(torch.diag(torch.tensor([0.0, 1, 2, 3]).double()), (2, 2))
+    X = blocks.Dense(torch.diag(torch.tensor([1.0, 1, 1, 6]).double()), (2, 2))
+    assert metrics.condition(X, F, 0.0) > 1e15
 
 
 def test_invariant_measures_do_not_change_with_the_coordinates():

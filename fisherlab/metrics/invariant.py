@@ -69,8 +69,12 @@ def _extremes(X: Block, F: Block, damping: float) -> Tensor:
     if F.size <= DENSE_SIZE:
         X, F = _exactly(X), _exactly(F)
         eye = damping * torch.eye(F.size, dtype=torch.float64, device=F.device)
-        root = X.power(-0.5, damping).dense()
-        return torch.linalg.eigvalsh(root @ (F.dense() + eye) @ root)[[0, -1]]
+        root, singular = torch.linalg.cholesky_ex(F.dense() + eye)
+        if singular:
+            root = F.power(0.5, damping).dense()
+        # Rounding is eps of the largest: 1e14 between eigenvalues is 1e7 between singular values.
+        product = root.mT @ X.power(-0.5, damping).dense()
+        return torch.linalg.svdvals(product).square()[[-1, 0]]
     if not _affordable(X, F):
         return torch.full((2,), math.nan, dtype=torch.float64, device=F.device)
     X, F = _exactly(X), _exactly(F)
