@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,8 @@ import fisherlab as fl
 from fisherlab import approximations, comparison
 from fisherlab.cli import app
 from fisherlab.commands import common
-from fisherlab.experiments import rundir
+from fisherlab.experiments import rundir, training
+from fisherlab.experiments.sweep import grid
 from fisherlab.experiments.training.task import Task
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -322,8 +324,9 @@ def test_every_end_has_its_code(error, code):
 
 
 def test_words_numbers_and_sizes():
-    assert common.words(" a, b,,a ") == ["a", "b"]
+    assert common.words(" a, b,,a ") == ["a", "b", "a"]
     assert common.numbers("--x", "1e-3, 1", float) == [1e-3, 1.0]
+    assert common.several("thing", "b, a,b", ["b", "a"]) == ["b", "a"]
     assert common.several("thing", "all", ["b", "a"]) == ["b", "a"]
     assert [common.size(text) for text in ("512", "2K", "1.5G", None)] == [
         512,
@@ -334,6 +337,41 @@ def test_words_numbers_and_sizes():
     for wrong in ("0", "-1G", "inf", "G", ""):
         with pytest.raises(common.UserError, match="800M"):
             common.size(wrong)
+
+
+@pytest.mark.parametrize("hidden", [[8, 8], [8, 4, 4], [8, 4, 8]])
+@pytest.mark.parametrize("command", ["train", "sweep", "compare"])
+def test_hidden_layers_of_one_width_are_all_built(command, hidden, tmp_path):
+    words = ["--data", "digits", "--model", "mlp", "--hidden", ",".join(map(str, hidden))]
+    more = {
+        "train": ["--optimizer", "sgd", "--examples", 64],
+        "sweep": ["--optimizer", "sgd", "--examples", 64, "--grid", "sgd.lr=0.1,0.01"],
+        "compare": ["-a", "kfac", "--batch-size", 8, "--reference", 0, "--at", "start"],
+    }[command]
+    epochs = 0 if command == "compare" else 1
+    result = call(command, *words, *more, "--epochs", epochs, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    if command == "compare":
+        frame = pd.read_parquet(tmp_path / "run" / "comparison.parquet")
+        widths = [64, *hidden, 10]
+        expected = [o * (i + 1) for i, o in pairwise(widths)]
+        assert list(frame.drop_duplicates("layer")["n_parameters"]) == expected
+        return
+    (path, *_) = sorted((tmp_path / "run").rglob("*.pt"))
+    state = torch.load(path, weights_only=False)["training"]["model"]
+    assert [len(b) for name, b in state.items() if name.endswith("bias")] == [*hidden, 10]
+
+
+def test_lists_in_which_a_second_mention_says_nothing_have_it_once(tmp_path):
+    words = ["--layers", "1,1", "--dampings", "0.1,1e-1", "--at", "start,start", "--seeds", "0,0"]
+    rest = ["-a", "kfac,kfac", "--epochs", 0, "--reference", 0, "--out", tmp_path / "run"]
+    result = call("compare", *TINY, *words, *rest)
+    assert result.exit_code == 0, result.output
+    assert len(pd.read_parquet(tmp_path / "run" / "comparison.parquet")) == 1
+    assert [entry.label for entry in training.entries("kfac, kfac")] == ["kfac"]
+    assert grid(["sgd.lr=0.1,0.3, 0.1"], "sgd") == {"sgd": {"lr": ["0.1", "0.3"]}}
+    with pytest.raises(training.SettingsError, match="sgd.lr twice"):
+        grid(["sgd.lr=0.1", "sgd.lr=0.3"], "sgd")
 
 
 def test_a_method_that_one_batch_cannot_make_leaves_its_reason_and_no_report(tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from fisherlab.commands.common import Code, UserError, bar, known, leave, show
+from fisherlab.commands.common import Code, UserError, bar, known, leave, once, show
 from fisherlab.heap import keep_freed_memory
 
 PARTS = ("capture", "build", "compare", "optim", "scaling")
@@ -48,7 +48,7 @@ def bench(
     Prints a table; the folder gets bench.json, tables and pictures. What is faster elsewhere, or
     short of what was to be reached, stands in the table with what limits it.
     """
-    chosen = [known("part", part, PARTS) for part in parts or PARTS]
+    chosen = [known("part", part, PARTS) for part in once(parts or PARTS)]
     if repeats is not None and repeats < 1:
         raise UserError(f"--repeats is at least 1, got {repeats}")
     from fisherlab.experiments.bench import record

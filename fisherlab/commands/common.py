@@ -142,21 +142,26 @@ def known(kind: str, given: str, names: Iterable[str]) -> str:
 
 
 def words(text: str | None) -> list[str]:
-    """`"a, b" -> ["a", "b"]`, each once."""
-    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
+    """`"a, b, b" -> ["a", "b", "b"]`: in order, repeats kept; `once` drops them."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def once(items: Iterable[T]) -> list[T]:
+    """Every item at its first place: for lists in which a second mention says nothing."""
+    return list(dict.fromkeys(items))
 
 
 def several(kind: str, text: str, names: Iterable[str]) -> list[str]:
-    """A comma list of known names, at least one; `all` is every one of them."""
+    """A comma list of known names, at least one, each once; `all` is every one of them."""
     names = list(names)
-    given = names if text.strip() == "all" else words(text)
+    given = names if text.strip() == "all" else once(words(text))
     if not given:
         raise UserError(f"no {kind} given. Known: {', '.join(names)}")
     return [known(kind, word, names) for word in given]
 
 
 def numbers(option: str, text: str, number: Callable[[str], T]) -> list[T]:
-    """A comma list of numbers, at least one; `number` is `int` or `float`."""
+    """A comma list of numbers, at least one, repeats kept; `number` is `int` or `float`."""
     try:
         found = [number(word) for word in words(text)]
     except ValueError:

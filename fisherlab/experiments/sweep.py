@@ -128,7 +128,12 @@ def grid(assignments: Sequence[str], wanted: str) -> Grid:
             raise SettingsError(
                 f"--grid takes OPTIMIZER.OPTION=VALUE,VALUE of {known}; got {text!r}"
             )
-        found[match[1]][match[2]] = re.split(r",(?![^()]*\))", match[3])
+        if match[2] in found[match[1]]:
+            raise SettingsError(
+                f"--grid names {match[1]}.{match[2]} twice; give all its values in one list"
+            )
+        values = (value.strip() for value in re.split(r",(?![^()]*\))", match[3]))
+        found[match[1]][match[2]] = list(dict.fromkeys(values))  # a point twice is one run
     return found
 
 

@@ -36,8 +36,9 @@ def entries(
     assignment overrides. `control` adds SGD with FNGD's per-layer factors to each FNGD.
     """
     items = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    items = [item.strip() for item in items]
     items = [name for item in items for name in (optim.names() if item == "all" else [item])]
-    pairs = [_named(item.strip()) for item in dict.fromkeys(items)]
+    pairs = [_named(item) for item in dict.fromkeys(items)]
     named = dict(pairs)
     if len(named) < len(pairs):
         raise SettingsError(f"two optimizers have one label in {', '.join(items)}")
