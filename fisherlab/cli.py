@@ -20,6 +20,7 @@ from fisherlab.commands import (
     verify,
 )
 from fisherlab.commands.common import guarded
+from fisherlab.heap import keep_freed_memory
 
 COMMANDS: list[Callable[..., None]] = [
     compare.compare,
@@ -59,5 +60,6 @@ def options(
 
 
 def main() -> None:
-    """The entry point `fisherlab`."""
+    """The entry point `fisherlab`; its process keeps freed memory for the next tensor."""
+    keep_freed_memory()
     app()

@@ -10,26 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from threading import Lock
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -2, -3, -4, -8
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 MiB = 1024**2
-# One heap for all threads, never shrunk, and nothing outside of it.
-KEPT = {TRIM_THRESHOLD: -1, TOP_PAD: 64 * MiB, MMAP_MAX: 0, ARENA_MAX: 1}
-# Where glibc's own adjusting ends up once a process has used large tensors. (That threads share a
-# heap is not taken back: glibc decides once.)
-RETURNED = {
-    TRIM_THRESHOLD: 64 * MiB,
-    TOP_PAD: MiB // 8,
-    MMAP_THRESHOLD: 32 * MiB,
-    MMAP_MAX: 65536,
-}
-
-_lock = Lock()
-_users = 0
+# The heap never shrinks, and nothing lies outside of it. How threads share heaps is glibc's choice.
+KEPT = {TRIM_THRESHOLD: -1, TOP_PAD: 64 * MiB, MMAP_MAX: 0}
 
 
 def keep_freed_memory() -> bool:
@@ -37,33 +23,14 @@ def keep_freed_memory() -> bool:
 
     Not with another C library than glibc, nor where the environment sets `MALLOC_*_` or glibc's
     malloc tunables: then somebody has decided. The process stays as large as it once was.
+    The library never calls it; the commands do, in their own process.
     """
-    global _users
     library = _glibc()
     if library is None:
         return False
-    with _lock:
-        _users += 1
-        if _users == 1:
-            _set(library, KEPT)
+    for option, value in KEPT.items():
+        library.mallopt(option, value)
     return True
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory until the block is left, then hand all of it back to the system."""
-    global _users
-    kept = keep_freed_memory()
-    try:
-        yield
-    finally:
-        library = _glibc()
-        if kept and library is not None:
-            with _lock:
-                _users -= 1
-                if not _users:
-                    _set(library, RETURNED)
-                    return_freed_memory()
 
 
 def return_freed_memory() -> None:
@@ -71,11 +38,6 @@ def return_freed_memory() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
-
-
-def _set(library: ctypes.CDLL, options: dict[int, int]) -> None:
-    for option, value in options.items():
-        library.mallopt(option, value)
 
 
 @cache

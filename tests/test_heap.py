@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(
 # `grown(f)`: by how many MiB the process has grown once f() has been called, in tensors of 40 MiB
 START = """
 import torch, fisherlab as fl
-from fisherlab.heap import freed_memory_kept
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -45,29 +44,97 @@ def run(code: str, **environment: str) -> None:
     assert found.returncode == 0, found.stderr
 
 
-def test_memory_is_kept_inside_the_block_and_returned_behind_it() -> None:
+def test_a_process_that_keeps_memory_uses_it_again() -> None:
     run("""
 assert grown(use) < 20
-before = resident()
-with freed_memory_kept():
-    with freed_memory_kept():
-        use()
-    assert resident() - before > 30, "the outer block still stands"
-    assert grown(use) < 10, "freed memory was not used again"
-assert resident() - before < 20
-""")
-
-
-def test_a_process_that_keeps_memory_keeps_it_behind_a_block() -> None:
-    run("""
 assert fl.keep_freed_memory()
-with freed_memory_kept():
-    use()
-assert grown(use) < 10
+use()
+assert grown(use) < 10, "freed memory was not used again"
 before = resident()
 kept = torch.ones(40 * 2**18)
 assert resident() - before < 10, "the memory was not there any more"
 """)
+
+
+# `mallopt` is replaced by one that counts: nothing but the opt-in may call it
+COUNTED = """
+from fisherlab import heap
+calls = []
+class Library:
+    def mallopt(self, option, value):
+        calls.append((option, value))
+    def malloc_trim(self, pad):
+        calls.append(("trim", pad))
+heap._glibc = lambda: Library()
+model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 4))
+batch = torch.randn(8, 20), torch.arange(8) % 4
+"""
+
+
+def test_the_library_never_tells_the_allocator_anything() -> None:
+    run(
+        COUNTED
+        + """
+fl.compare(model, torch.nn.CrossEntropyLoss(), *batch)
+fl.capture(model, torch.nn.CrossEntropyLoss(), *batch)
+optimizer = fl.optim.create("kfac", model)
+torch.nn.CrossEntropyLoss()(model(batch[0]), batch[1]).backward()
+optimizer.step()
+assert calls == [], calls
+"""
+    )
+
+
+def test_a_command_keeps_memory_in_its_own_process_and_leaves_the_arenas() -> None:
+    run(
+        COUNTED
+        + """
+import sys
+from fisherlab import cli
+sys.argv = ["fisherlab", "--version"]
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code
+ARENA_TEST, ARENA_MAX = -7, -8
+assert calls and not {ARENA_TEST, ARENA_MAX} & {option for option, _ in calls}, calls
+"""
+    )
+
+
+def test_threads_have_as_many_heaps_after_a_comparison_as_without() -> None:
+    count = """
+import ctypes, os, tempfile, threading
+def arenas():
+    library = ctypes.CDLL(None)
+    library.fopen.restype = ctypes.c_void_p
+    path = tempfile.mkstemp()[1]
+    file = library.fopen(path.encode(), b"w")
+    library.malloc_info(0, ctypes.c_void_p(file))
+    library.fclose(ctypes.c_void_p(file))
+    with open(path) as text:
+        return text.read().count("<heap nr=")
+def used():
+    kept = [bytearray(200) for _ in range(1000)]
+    started.wait()
+    ended.wait()
+    del kept
+started, ended = threading.Barrier(7), threading.Barrier(7)
+threads = [threading.Thread(target=used) for _ in range(6)]
+"""
+    run(
+        COUNTED.replace("heap._glibc = lambda: Library()", "")
+        + count
+        + """
+fl.compare(model, torch.nn.CrossEntropyLoss(), *batch, approximations=["kfac"])
+for thread in threads:
+    thread.start()
+started.wait()
+found = arenas()
+ended.wait()
+assert found >= min(7, 8 * os.cpu_count()), found
+"""
+    )
 
 
 def test_a_comparison_leaves_the_heap_as_it_was() -> None:

@@ -28,12 +28,10 @@ from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import check_batch, check_model
-from fisherlab.heap import freed_memory_kept
 
 EXACT_UP_TO = 20
 
 
-@freed_memory_kept()
 def compare(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
