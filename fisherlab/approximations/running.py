@@ -1,4 +1,4 @@
-"""The only place that divides, remembers or reduces: means over chunks, batches, ranks, time."""
+"""Means of an approximation's sums over chunks, batches, ranks and time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sums = dict[str, Tensor]
 
 
 def add(terms: Iterable[Mapping[str, Tensor]]) -> Sums:
-    """Entrywise sum of dictionaries with the same keys, in place on copies of the first."""
+    """Entrywise sum of dictionaries with the same keys; a key of one term keeps its own tensor."""
     total: Sums = {}
     for term in terms:
         for key, value in term.items():
