@@ -304,6 +304,13 @@ def test_identities_are_measured_in_decades():
     assert math.isnan(same.compare(one, one * math.nan))
 
 
+def test_an_undecided_claim_is_no_contradiction_and_exits_0():
+    usual = ["tkfac_beats_kfac_usually", "tekfac_beats_ekfac_usually"]
+    result = CliRunner().invoke(cli.app, ["verify", *usual, "--trials", "3"])
+    assert result.exit_code == 0, result.output[-500:]
+    assert "2 undecided" in result.output
+
+
 def test_a_matrix_that_cannot_be_factored_leaves_a_trial_undecided():
     class Singular(Toy):
         """Never comes to an end."""

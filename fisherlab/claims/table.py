@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fisherlab.blocks import BlockError
 from fisherlab.claims import base, real, search
-from fisherlab.claims.base import HOLDS, REFUTED, Case, Claim, ClaimError
+from fisherlab.claims.base import HOLDS, REFUTED, UNDECIDED, Case, Claim, ClaimError
 
 # Draws per wanted trial, where many fail a claim's assumption.
 DRAWS = 30
@@ -89,13 +89,13 @@ class Verdicts:
 
     @property
     def unexpected(self) -> list[str]:
-        """Claims whose verdict is not the one on record.
+        """Claims whose verdict contradicts the one on record; an undecided claim contradicts none.
 
         On a real network a claim that is refuted elsewhere may well hold: only one that is on
         record as true can be contradicted there.
         """
         frame = self.frame
-        wrong = frame.verdict != frame.expected
+        wrong = (frame.verdict != frame.expected) & (frame.verdict != UNDECIDED)
         if self.on:
             wrong &= (frame.expected == HOLDS) & (frame.verdict == REFUTED)
         return list(frame.claim[wrong])
@@ -135,7 +135,8 @@ class Verdicts:
         counts = self.frame.verdict.value_counts().to_dict()
         parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         wrong = self.unexpected
-        tail = f"; not as on record: {', '.join(wrong)}" if wrong else "; all as on record"
+        decided = "the decided ones" if UNDECIDED in counts else "all"
+        tail = f"; not as on record: {', '.join(wrong)}" if wrong else f"; {decided} as on record"
         return f"Verdicts({len(self.frame)} claims: {parts}{tail})"
 
 

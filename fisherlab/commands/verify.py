@@ -36,7 +36,7 @@ def verify(
     """Try the papers' claims on random cases, or on a real network, and print their verdicts.
 
     With --out: claims.json, claims.parquet, counterexamples, pictures and report.html.
-    The exit code is 1 if a verdict is not the one on record.
+    The exit code is 1 if a verdict contradicts the one on record; undecided contradicts none.
     """
     from fisherlab import claims
     from fisherlab.claims.table import chosen, tried
