@@ -113,6 +113,15 @@ class Outer(Block):
         """The same columns with another core and shift."""
         return Outer.over(self.of, core, shift)
 
+    @property
+    def double(self) -> Outer:
+        """The same block in float64, one object: what is known of it stays known."""
+        return self if self.dtype == torch.float64 else self._double
+
+    @remembered("of", "core", "shift")
+    def _double(self) -> Outer:
+        return Outer.over(self.of.double, self.core, self.shift)
+
     def within(self, V: Tensor) -> Outer | None:
         return self._within if V is self.of.input_space else None
 

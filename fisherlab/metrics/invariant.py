@@ -88,7 +88,7 @@ def _exactly(block: Block) -> Block:
     if block.dtype == torch.float64:
         return block
     if isinstance(block, Outer):
-        return Outer.over(block.of.double, block.core, block.shift)
+        return block.double
     if isinstance(block, Kronecker):
         block = block.eigen
     if not isinstance(block, Eigen):
