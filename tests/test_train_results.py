@@ -16,5 +16,7 @@ def test_the_page_on_sngds_mlp_agrees_with_its_numbers():
         assert f"| {100 * row['final']:.2f} ± " in line and f"`{row['options']}`" in line
         paper = found["paper"].get(row["optimizer"])
         assert paper is None or f"| {100 * paper:.1f} |" in line
+    for part in ("search", "final"):
+        assert found[part]["hidden"] == [80, 80] and "784-80-80-10" in page
     order = sorted(("sngd", "kfac", "sgd"), key=lambda name: -final[name])
     assert f"here it is {', '.join(order)}." in page
