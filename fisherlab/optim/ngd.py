@@ -155,6 +155,12 @@ class NGD(CurvatureOptimizer):
             blocks, gradients, lambdas
         )
 
+    def _extra_state(self) -> dict[str, Any]:
+        return {"generator": self.recorder.generator.get_state()}
+
+    def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        self.recorder.generator.set_state(extra["generator"].cpu())
+
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last step: damping, relative too, and the eigenvalues above it."""
         return last_steps(self._last, self.steps)

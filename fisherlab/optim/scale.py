@@ -103,6 +103,8 @@ class LossScale:
 
     def __init__(self, model: nn.Module, criterion: Callable | None) -> None:
         self.criterion = criterion
+        # backward passes that have reached the model's output so far
+        self.backwards = 0
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
@@ -135,6 +137,7 @@ class LossScale:
         output.register_hook(self._arrive)
 
     def _arrive(self, gradient: Tensor) -> None:
+        self.backwards += 1
         self._gradient, self._known = gradient.detach(), None
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.approximations.damping import Rule, as_rule, gram_norm
-from fisherlab.blocks import Outer
+from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.numerics import cholesky
+from fisherlab.blocks.numerics import cholesky, sum_of
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import CurvatureOptimizer
@@ -64,8 +64,8 @@ class Woodbury(CurvatureOptimizer):
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
         self.alpha, self.fold = alpha, fold
-        self._repeated: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._factor = 1.0
+        # the calls of layers called several times, of each backward pass with its factor
+        self._repeated: dict[str, dict[int, tuple[float, list[tuple[Tensor, Tensor]]]]] = {}
         self._changes: dict[str, float] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
@@ -79,7 +79,7 @@ class Woodbury(CurvatureOptimizer):
         factor = self.scale.factor
         calls, mine = self._gathered([(x, g)], factor)
         columns = columns_of(weight, calls, factor)
-        rows = self.solve(weight, columns)
+        rows = self.solve(weight, columns, factor)
         # of gradients that were formed for their Gram matrix their sum is free
         if self.ranks is None and all(isinstance(each, ImageColumns) for each in columns):
             return rows, _combined(columns, rows).mul_(1 / factor)
@@ -95,25 +95,31 @@ class Woodbury(CurvatureOptimizer):
         mine = self.ranks.rows(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
-    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
-        """`M v` of every group from its columns."""
+    def solve(self, weight: Weight, columns: list[Columns], factor: float) -> Tensor:
+        """`M v` of every group from its columns; `factor` turned `dL/ds` into them."""
         blocks = [GramBlock(each) for each in columns]
-        rule = (
-            as_rule(self.option(weight, "damping")) if self.alpha is None else gram_norm(self.alpha)
-        )
-        found, lambdas, change = [], [], 0.0
-        for block in blocks:
-            K, damping = block.gram(), rule({weight.name: block})[weight.name]
+        lambdas = self._dampings(weight, blocks)
+        found, change = [], 0.0
+        for block, damping in zip(blocks, lambdas, strict=True):
+            K = block.gram()
             rows = weights_of(K, damping, self.fold, weight.name)
-            # <U v, U 1 / M>, where rows is M v
-            change += (K @ rows).sum().item() / len(K) ** 2
+            # <U v, U 1> in the scale of p.grad, where rows is M v
+            change += (K @ rows).sum().item() / factor**2
             found.append(rows)
-            lambdas.append(damping)
         self._changes[weight.name] = change
         size = sum(block.size for block in blocks)
         grams = [block.core * block.gram() for block in blocks]
         self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
         return torch.stack(found)
+
+    def _dampings(self, weight: Weight, blocks: list[GramBlock]) -> list[float]:
+        """The damping of every group: the layer's own, or `alpha ||K||` of each."""
+        if self.alpha is not None:
+            rule = gram_norm(self.alpha)
+            return [rule({weight.name: block})[weight.name] for block in blocks]
+        whole = blocks[0] if len(blocks) == 1 else DirectSum(blocks)
+        rule = as_rule(self.option(weight, "damping"))
+        return [rule({weight.name: whole})[weight.name]] * len(blocks)
 
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last batch: damping, relative too, and the eigenvalues above it."""
@@ -121,8 +127,12 @@ class Woodbury(CurvatureOptimizer):
         return last_steps({n: self._last[n] for n in self.weights if n in self._last}, self.steps)
 
     def _remember(self, weight: Weight, x: Tensor, g: Tensor) -> None:
-        self._factor = self.scale.factor
-        self._repeated.setdefault(weight.name, []).append((x, g))
+        current, passes = self.scale.backwards, self._repeated.setdefault(weight.name, {})
+        if weight.weight.grad is None:
+            # what an earlier backward pass left was dropped with its gradient
+            for earlier in passes.keys() - {current}:
+                del passes[earlier]
+        passes.setdefault(current, (self.scale.factor, []))[1].append((x, g))
 
     def _discard(self) -> None:
         self._repeated.clear()
@@ -138,25 +148,29 @@ class Woodbury(CurvatureOptimizer):
         self._check_delivered()
         found: dict[nn.Parameter, Tensor] = {}
         repeated, self._repeated = self._repeated, {}
-        for name, calls in repeated.items():
+        for name, passes in repeated.items():
             weight = self.weights[name]
-            calls, _ = self._gathered(calls, self._factor)
-            columns = columns_of(weight, calls, self._factor)
-            step = _combined(columns, self.solve_repeated(weight, columns)) / columns[0].count
-            found |= weight.split(step.to(weight.weight.dtype))
+            steps = [self._step_of(weight, *one) for one in passes.values()]
+            found |= weight.split(sum_of(steps).to(weight.weight.dtype))
         if self.kl_clip is None and self.max_norm is None:
             return found
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
         return {p: p.grad for p in every if p.grad is not None} | found
+
+    def _step_of(self, weight: Weight, factor: float, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """`U M v / factor` of one backward pass, in the scale of its gradient."""
+        calls, _ = self._gathered(calls, factor)
+        columns = columns_of(weight, calls, factor)
+        return _combined(columns, self.solve_repeated(weight, columns, factor)) / factor
 
     def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
         # p.grad is the direction already: its product with the gradient comes from the Gram matrix
         changes, self._changes = self._changes, {}
         return sum(self.option(self.weights[n], "lr") ** 2 * c for n, c in changes.items())
 
-    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
+    def solve_repeated(self, weight: Weight, columns: list[Columns], factor: float) -> Tensor:
         """`M v` of a layer that was called several times."""
-        return self.solve(weight, columns)
+        return self.solve(weight, columns, factor)
 
 
 class GramBlock(Outer):
