@@ -1,4 +1,7 @@
-"""What every test shares."""
+"""What every test shares, and the variants of an environment that no number may depend on."""
+
+import os
+import random
 
 import hypothesis
 import pytest
@@ -8,6 +11,33 @@ from fisherlab.plots import theme
 
 hypothesis.settings.register_profile("fisherlab", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fisherlab")
+
+# on matrices this small, two threads mostly wait for each other
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# FISHERLAB_ORDER=7: files, and the tests in each, in the random order of seed 7.
+ORDER = os.environ.get("FISHERLAB_ORDER")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of `FISHERLAB_ORDER`, the same in every process; a file's tests stay together."""
+    if ORDER is None:
+        return
+    order = random.Random(int(ORDER))
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    groups = [files[name] for name in sorted(files)]
+    order.shuffle(groups)
+    for group in groups:
+        order.shuffle(group)
+    items[:] = [item for group in groups for item in group]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The seed that repeats a failure of this run."""
+    if ORDER is not None:
+        terminalreporter.write_line(f"in random order: FISHERLAB_ORDER={ORDER}")
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-torch.set_num_threads(1)
-
 DECAY = 0.95
 # By default everything is refreshed at each of the first steps; then bases rest until step 100.
 WARMUP = 20

@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
-# on matrices this small, two threads mostly wait for each other
-torch.set_num_threads(1)
-
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers that depend on the seed alone."""
