@@ -84,15 +84,15 @@ class FNGD(Woodbury):
         rows = self._shared(weight, self.ranks.size * n)[:, start : start + n]
         return rows.to(g.device), None
 
-    def solve(self, weight: Weight, columns: list[Columns], factor: float) -> Tensor:
-        rows = super().solve(weight, columns, factor)
+    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
+        rows = super().solve(weight, columns)
         self._fresh[weight.name] = rows
         return rows
 
-    def solve_repeated(self, weight: Weight, columns: list[Columns], factor: float) -> Tensor:
+    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
         if not self.collecting:
             return self._shared(weight, columns[0].count).to(weight.weight.device)
-        return super().solve_repeated(weight, columns, factor)
+        return super().solve_repeated(weight, columns)
 
     def _shared(self, weight: Weight, n: int) -> Tensor:
         """`M v~` of this layer for a batch of n, `[groups, n]`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.damping import Rule, as_rule, gram_norm
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.numerics import cholesky, sum_of
+from fisherlab.blocks.numerics import cholesky, dot, sum_of
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import CurvatureOptimizer
@@ -66,7 +66,8 @@ class Woodbury(CurvatureOptimizer):
         self.alpha, self.fold = alpha, fold
         # the calls of layers called several times, of each backward pass with its factor
         self._repeated: dict[str, dict[int, tuple[float, list[tuple[Tensor, Tensor]]]]] = {}
-        self._changes: dict[str, float] = {}
+        # of the last solve: its product with the gradient, and its square length
+        self._changes: dict[str, tuple[float, float]] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
         self.layers = WeightedLayers(model, self.weights, *_unowned(self.rows, self._remember))
@@ -79,7 +80,7 @@ class Woodbury(CurvatureOptimizer):
         factor = self.scale.factor
         calls, mine = self._gathered([(x, g)], factor)
         columns = columns_of(weight, calls, factor)
-        rows = self.solve(weight, columns, factor)
+        rows = self.solve(weight, columns)
         # of gradients that were formed for their Gram matrix their sum is free
         if self.ranks is None and all(isinstance(each, ImageColumns) for each in columns):
             return rows, _combined(columns, rows).mul_(1 / factor)
@@ -95,18 +96,20 @@ class Woodbury(CurvatureOptimizer):
         mine = self.ranks.rows(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
-    def solve(self, weight: Weight, columns: list[Columns], factor: float) -> Tensor:
-        """`M v` of every group from its columns; `factor` turned `dL/ds` into them."""
+    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
+        """`M v` of every group from its columns."""
         blocks = [GramBlock(each) for each in columns]
         lambdas = self._dampings(weight, blocks)
-        found, change = [], 0.0
+        found, change, square = [], 0.0, 0.0
         for block, damping in zip(blocks, lambdas, strict=True):
             K = block.gram()
             rows = weights_of(K, damping, self.fold, weight.name)
-            # <U v, U 1> in the scale of p.grad, where rows is M v
-            change += (K @ rows).sum().item() / factor**2
+            # <U M v, U 1> and ||U M v||^2, in the scale of the per-example gradients
+            weighted = K @ rows
+            change += weighted.sum().item()
+            square += float(rows @ weighted)
             found.append(rows)
-        self._changes[weight.name] = change
+        self._changes[weight.name] = change, square
         size = sum(block.size for block in blocks)
         grams = [block.core * block.gram() for block in blocks]
         self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
@@ -150,27 +153,43 @@ class Woodbury(CurvatureOptimizer):
         repeated, self._repeated = self._repeated, {}
         for name, passes in repeated.items():
             weight = self.weights[name]
-            steps = [self._step_of(weight, *one) for one in passes.values()]
-            found |= weight.split(sum_of(steps).to(weight.weight.dtype))
+            gradient = weight.gradient()
+            if gradient is not None:
+                pairs = [self._step_of(weight, *one) for one in passes.values()]
+                step, plain = (sum_of(terms) for terms in zip(*pairs, strict=True))
+                # .grad may have been unscaled, clipped or averaged over ranks since
+                ratio = dot(gradient, plain) / dot(plain, plain).clamp(min=1e-300)
+                found |= weight.split((ratio * step).to(weight.weight.dtype))
         if self.kl_clip is None and self.max_norm is None:
             return found
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
         return {p: p.grad for p in every if p.grad is not None} | found
 
-    def _step_of(self, weight: Weight, factor: float, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """`U M v / factor` of one backward pass, in the scale of its gradient."""
+    def _step_of(
+        self, weight: Weight, factor: float, calls: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The step `U M v / factor` of one backward pass, and its gradient `U 1 / factor`."""
         calls, _ = self._gathered(calls, factor)
         columns = columns_of(weight, calls, factor)
-        return _combined(columns, self.solve_repeated(weight, columns, factor)) / factor
+        rows = self.solve_repeated(weight, columns)
+        step, plain = _combined(columns, rows), _combined(columns, torch.ones_like(rows))
+        return step / factor, plain / factor
 
     def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
-        # p.grad is the direction already: its product with the gradient comes from the Gram matrix
+        # p.grad is the direction already: its product with the gradient comes from the Gram
+        # matrix, at the scale that the lengths of the two tell
         changes, self._changes = self._changes, {}
-        return sum(self.option(self.weights[n], "lr") ** 2 * c for n, c in changes.items())
+        total = 0.0
+        for name, (change, square) in changes.items():
+            weight = self.weights[name]
+            parts = [p for p in (weight.weight, weight.bias) if p is not None and p in directions]
+            length = sum(float(dot(directions[p], directions[p])) for p in parts)
+            total += self.option(weight, "lr") ** 2 * change * length / max(square, 1e-300)
+        return total
 
-    def solve_repeated(self, weight: Weight, columns: list[Columns], factor: float) -> Tensor:
+    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
         """`M v` of a layer that was called several times."""
-        return self.solve(weight, columns, factor)
+        return self.solve(weight, columns)
 
 
 class GramBlock(Outer):
