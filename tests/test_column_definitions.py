@@ -152,3 +152,15 @@ def test_what_rounding_may_hide_of_groups_is_a_share_of_the_whole():
 
     parts = [Half(torch.ones(2, 3).double()), blocks.Diagonal(9 * torch.ones(2, 3).double())]
     assert blocks.DirectSum(parts).unseen == pytest.approx(0.05)
+
+
+def test_the_diagonal_share_does_not_depend_on_the_root_of_the_hessian():
+    a, g = draw(5, 2, 4), draw(3, 5, 2, 3, seed=1)
+    F = blocks.Outer(a, g)
+    turned = blocks.Outer(a, torch.einsum("mk,knto->mnto", torch.linalg.qr(draw(3, 3)).Q, g))
+    torch.testing.assert_close(F.dense(), turned.dense())
+    each = [blocks.Outer(a[n : n + 1], g[:, n : n + 1]).dense() for n in range(5)]
+    total = sum((p * q).sum() for p in each for q in each)
+    expected = sum(p.square().sum() for p in each) / total
+    for block in (F, turned):
+        torch.testing.assert_close(metrics.diagonal_share(block), expected, rtol=1e-12, atol=0)

@@ -96,7 +96,7 @@ class Comparison:
             return ""
         share = self.frame["diagonal_share"].median()
         text = (
-            f"{share:.0%} of ||F||^2 is the diagonal of the Gram matrix, i.e. sampling noise of "
+            f"{share:.0%} of ||F||^2 are the examples' own blocks, i.e. sampling noise of "
             "this batch: in-sample errors mostly measure the batch"
         )
         if self.leading == "population_error":

@@ -22,7 +22,7 @@ MEANING = {
     "population_error_se": "its standard error",
     "population_error_low": "lower end of its 95 % interval, from 10 unseen examples on",
     "population_error_high": "upper end; infinite where the population's norm may be zero",
-    "diagonal_share": "share of ||F||^2 on the diagonal of the Gram matrix: sampling noise of the "
+    "diagonal_share": "share of ||F||^2 that the examples' own blocks hold: sampling noise of the "
     "batch",
     "optimality_gap": "relative error minus that of the best Kronecker product; negative for "
     "blocks that are no Kronecker product",

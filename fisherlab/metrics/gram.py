@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import DirectSum, Outer
+from fisherlab.blocks.columns import Columns
+from fisherlab.extract import LayerCapture
 
 
 class HasGram(Protocol):
@@ -50,23 +52,24 @@ def similarity(one: Tensor, two: Tensor) -> Tensor:
     return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300)
 
 
-def diagonal_share(F: HasGram) -> Tensor:
-    """Share of `||F||^2` on the diagonal of the Gram matrix: sampling noise of the batch.
+def diagonal_share(F: Outer | DirectSum | LayerCapture) -> Tensor:
+    """`sum_n ||F_n||^2 / sum_{n,k} <F_n, F_k>` of the examples' own blocks: the batch's noise.
 
-    Of an exact block in tiles of examples, at any number of them.
+    Whatever root of the Hessian the columns are. In tiles of examples, at any number of them.
     """
     parts = F.parts if isinstance(F, DirectSum) else (F,)
-    shares = [_squares(part) for part in parts]
-    diagonal, total = (torch.stack(terms).sum() for terms in zip(*shares, strict=True))
-    return torch.where(total > 0, diagonal / total, torch.ones_like(total))
+    sums = [_columns(part).pair_sums for part in parts]
+    own = torch.stack([own.sum() for _, own in sums]).sum()
+    total = torch.stack([rows.sum() for rows, _ in sums]).sum()
+    return torch.where(total > 0, own / total, torch.ones_like(total))
 
 
-def _squares(F: Any) -> tuple[Tensor, Tensor]:
-    """`sum_r K_rr^2` and `||K||^2`."""
+def _columns(F: Any) -> Columns:
     if isinstance(F, Outer):
-        return F.energies().square().sum(), F.of.pair_sums[0].sum()
-    K = F.gram().double()
-    return K.diagonal().square().sum(), K.square().sum()
+        return F.of
+    if isinstance(F, LayerCapture):
+        return F.columns
+    raise TypeError(f"the examples' own blocks are known of an exact block or a capture, got {F!r}")
 
 
 def similarity_matrix(correlations: Sequence[Tensor]) -> Tensor:
