@@ -73,7 +73,7 @@ class Layer:
                 "the groups' blocks, without what lies between groups"
             )
         self.reference_examples = (
-            sum(batch.labels.shape[0] for batch in unseen) if unseen else self.examples
+            float(sum(batch.labels.shape[0] for batch in unseen)) if unseen else math.nan
         )
 
     def _exact(self, captures: list[Captures]) -> Outer | DirectSum:

@@ -8,7 +8,7 @@ MEANING = {
     "fisher_type": "output vectors sent backwards: exact, mc (labels drawn from the model) or "
     "empirical (observed labels)",
     "examples": "examples that X and F were made of",
-    "reference_examples": "unseen examples that the population error was measured on",
+    "reference_examples": "unseen examples of the population error; empty without",
     "reference_fisher_type": "Fisher type of the exact block",
     "seed": "of initialisation, batches and drawn labels",
     "step": "training steps taken before the measurement",
@@ -42,6 +42,6 @@ MEANING = {
     "build_seconds": "time to make the block; work shared with an earlier one is counted there",
     "solve_seconds": "time to invert it and take one step",
     "memory_bytes": "tensors that the block keeps",
-    "clamped": "whether negative eigenvalues from rounding were set to zero",
+    "clamped": "share of the absolute spectrum that was negative and set to zero",
     "note": "why a row has no numbers, or what to mind about them",
 }
