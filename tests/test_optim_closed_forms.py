@@ -251,11 +251,13 @@ def test_truncated_kfac_is_sgd_after_the_switch(batch: tuple[Tensor, Tensor]) ->
     assert not optimizer.recorder.wanted
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 def test_kbfgs_updates_its_inverses_and_satisfies_the_secant_equation(
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Tensor, Tensor], inplace: bool
 ) -> None:
     x, y = batch
     model = small()
+    model[1] = nn.ReLU(inplace=inplace)
     optimizer = fl.optim.create("kbfgs", model, lr=0.2, momentum=0.0)
 
     def closure() -> Tensor:
@@ -285,6 +287,74 @@ def test_kbfgs_updates_its_inverses_and_satisfies_the_secant_equation(
     optimizer.step(closure)
     for k, H in zip(("0", "2"), held, strict=True):
         assert not torch.equal(optimizer._running[k].basis["H_g"], H)
+
+
+def kbfgs_run(model: nn.Module, parts: list[tuple[Tensor, Tensor]], steps: int = 5) -> Tensor:
+    """The weights after a few K-BFGS steps on the mean over `parts`, each a backward pass."""
+    total = sum(len(x) for x, _ in parts)
+    optimizer = fl.optim.create("kbfgs", model, lr=0.2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = [F.cross_entropy(model(x), y) * len(x) / total for x, y in parts]
+        for loss in losses:
+            loss.backward()
+        return sum(losses)
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def with_activation(kind: str, activation: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        if kind == "conv":
+            first = [nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2, padding=1), activation]
+            return nn.Sequential(*first, nn.Flatten(), nn.Linear(16, 4)).double()
+        layers = nn.Linear(6, 5), activation, nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4)
+        return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Hardtanh])
+def test_kbfgs_learns_from_pre_activations_that_are_overwritten(
+    batch: tuple[Tensor, Tensor], kind: str, activation: type[nn.Module]
+) -> None:
+    """An in-place activation of the same network takes the same steps."""
+    plain = kbfgs_run(with_activation(kind, activation()), [batch])
+    found = kbfgs_run(with_activation(kind, activation(inplace=True)), [batch])
+    torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.LayerNorm])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_sngd_s_slope_is_that_of_pre_activations_that_are_overwritten(
+    batch: tuple[Tensor, Tensor], norm: type[nn.Module], activation: type[nn.Module]
+) -> None:
+    def run(inplace: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        layers = nn.Linear(6, 5), norm(5), activation(inplace=inplace), nn.Linear(5, 4)
+        model = nn.Sequential(*layers).double()
+        optimizer = fl.optim.create("sngd", model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (4, 8), (3, 4, 5)])
+def test_kbfgs_of_micro_batches_is_that_of_their_batch(
+    batch: tuple[Tensor, Tensor], sizes: tuple[int, ...]
+) -> None:
+    x, y = batch
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    whole = kbfgs_run(small(), [batch])
+    torch.testing.assert_close(kbfgs_run(small(), parts), whole, rtol=1e-9, atol=1e-11)
 
 
 def joint(layer: nn.Linear) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.numerics import sum_of
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.scale import OptimizerError
@@ -103,12 +104,11 @@ class KBFGSOptimizer(NaturalGradient):
                     raise OptimizerError(undelivered(name))
                 if key in self._preconditioners:
                     continue
-                layer = layers[0]
-                a, t = layer.inputs, layer.positions
-                A = second_moment(a) / (a.shape[0] * t)
+                rows = sum(layer.inputs.shape[0] * layer.positions for layer in layers)
+                A = sum_of([second_moment(layer.inputs) for layer in layers]) / rows
                 eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
                 H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + self.root * eye))
-                H_g = torch.eye(layer.shape[0], dtype=A.dtype, device=A.device)
+                H_g = torch.eye(layers[0].shape[0], dtype=A.dtype, device=A.device)
                 self._preconditioners[key] = Kronecker(H_g, H_a)
                 self._blocks[key] = FromInverse(self._preconditioners[key])
                 self._lambdas[name] = self.root**2

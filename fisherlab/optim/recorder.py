@@ -154,14 +154,12 @@ class Recorder:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
             part = raw[: self.examples]
-            call = Call(
-                len(part),
-                self._kept(part),
-                output.detach()[: self.examples] if self.outputs else None,
-            )
+            seen = self._seen(output)
+            kept = seen[: self.examples] if self.outputs else None
+            call = Call(len(part), self._kept(part), kept)
             if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
-                call.graph = GraphCall(raw, edge, output.detach(), raw._version, output._version)
+                call.graph = GraphCall(raw, edge, seen, raw._version, seen._version)
             current.calls.setdefault(name, []).append(call)
 
             def arrive(gradient: Tensor) -> None:
@@ -182,9 +180,13 @@ class Recorder:
         """What is kept of the examples: they, or their sum, taken while they are at hand."""
         return example_sum(_wide(tensor)) if self.summed else tensor
 
+    def _seen(self, output: Tensor) -> Tensor:
+        """An output; a copy where its values are read later, when an activation overwrote it."""
+        return output.detach().clone() if self.outputs else output.detach()
+
     def _norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._open is not None and output.requires_grad:
-            self._open.norms[get_gradient_edge(output).node] = output.detach()
+            self._open.norms[get_gradient_edge(output).node] = self._seen(output)
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
         if model is not self._model() or is_isolated():
@@ -377,12 +379,6 @@ class Recorder:
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
         pre = [c.graph.preactivation for c in calls if c.graph is not None]
-        if self.slopes and not all(value is not None for value in pre):
-            raise OptimizerError(
-                f"the output of layer {name!r} was changed in place, so the values at which its "
-                "activation is evaluated are lost: write x = x * 2 for x.mul_(2); no parameter was "
-                "changed"
-            )
         return {
             f"{name}:{k}" if groups > 1 else name: LayerCapture(
                 name=name,
