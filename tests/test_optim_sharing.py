@@ -199,3 +199,70 @@ def test_trace_rule_scales_the_fully_connected_layers() -> None:
     V = torch.cat([twin[3].weight.grad, twin[3].bias.grad[:, None]], 1)
     expected = 0.1 * blocks["3"].solve(V, 1e-2)[:, :-1] / beta
     torch.testing.assert_close(before - model[3].weight.detach(), expected)
+
+
+def two_branches() -> nn.Module:
+    """Two convolutions of unlike scale and two fully-connected layers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layers = [nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+
+
+def in_groups(model: nn.Module, split: list[list[int]]) -> list[dict]:
+    return [{"params": [p for k in part for p in model[k].parameters()]} for part in split]
+
+
+@pytest.mark.parametrize("fc_expansion", [True, False])
+@pytest.mark.parametrize("split", [[[0, 2, 4, 6]], [[0, 2], [4, 6]], [[6, 0], [4], [2]]])
+def test_beta_is_the_largest_lambda_of_any_group_s_convolutions(
+    split: list[list[int]], fc_expansion: bool
+) -> None:
+    from fisherlab.approximations.damping import trace
+
+    model, twin = two_branches(), two_branches()
+    rule = trace(1e3, {"0", "2"}, constant=0.02, fc_expansion=fc_expansion)
+    optimizer = fl.optim.NaturalGradient(
+        model, fl.Exact(), params=in_groups(model, split), lr=0.1, damping=rule, momentum=0.0,
+        statistics_every=1, basis_every=1,
+    )  # fmt: skip
+    x = 5 * torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(2)).double()
+    y = torch.arange(8) % 4
+    before = copy.deepcopy(model.state_dict())
+    step(model, optimizer, x, y)
+    rows: dict[str, list[Tensor]] = {"0": [], "2": [], "4": [], "6": []}
+    for k in range(8):
+        twin.zero_grad()
+        F.cross_entropy(twin(x[k : k + 1]), y[k : k + 1]).backward()
+        for name, found in rows.items():
+            layer = twin[int(name)]
+            found.append(torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1))
+    D = {name: torch.stack(found) for name, found in rows.items()}
+    # the trace of each convolution's block is below vartheta = 1000
+    lambdas = {n: 1e3 / D[n][0].numel() for n in ("0", "2")}
+    assert all(D[n].square().sum() / 8 < 1e3 for n in lambdas)
+    beta = max(lambdas.values()) if fc_expansion else 1.0
+    table = optimizer.summary().set_index("layer")
+    for name in ("4", "6"):
+        U = D[name].flatten(1)
+        block = beta * (U.T @ U / 8 + 0.02 * torch.eye(U.shape[1]).double())
+        expected = 0.1 * torch.linalg.solve(block, U.mean(0)).view_as(D[name][0])
+        moved = torch.cat(
+            [before[f"{name}.weight"] - model[int(name)].weight.detach(),
+             (before[f"{name}.bias"] - model[int(name)].bias.detach())[:, None]], 1,
+        )  # fmt: skip
+        assert (moved - expected).norm() < 1e-9 * expected.norm()
+        assert table.loc[name, "beta"] == pytest.approx(beta)
+    assert table.loc["0", "beta"] == table.loc["2", "beta"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["ngd", "blockwise_ngd", "tengrad"])
+def test_methods_without_beta_refuse_a_rule_that_has_one(name: str) -> None:
+    from fisherlab.approximations.damping import trace
+
+    with pytest.raises(ValueError, match=r"by beta, which (NGD|TENGraD) does not.*fc_expansion"):
+        fl.optim.create(name, conv_net(), damping=trace(1e-2, {"0"}))
+    model = conv_net()
+    rule = trace(1e-2, {"0"}, fc_expansion=False)
+    optimizer = fl.optim.create(name, model, damping=rule)
+    step(model, optimizer, torch.ones(4, 1, 3, 3).double(), torch.arange(4))

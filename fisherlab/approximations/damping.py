@@ -99,12 +99,33 @@ def trace(
             for name, block in blocks.items()
         }
 
+    rule.expands = fc_expansion and bool(convolutions)  # type: ignore[attr-defined]
     rule.fully_connected_scale = lambda lambdas: (  # type: ignore[attr-defined]
         max((lambdas[name] for name in convolutions if name in lambdas), default=1.0)
         if fc_expansion
         else 1.0
     )
     return rule
+
+
+def expansion(damping: float | Rule) -> Callable[[dict[str, float]], float] | None:
+    """What gives beta of fully-connected blocks from the lambdas of all layers; None: 1."""
+    return getattr(damping, "fully_connected_scale", None)
+
+
+def unexpanded(damping: float | Rule, method: str) -> Rule:
+    """The rule, for a method whose blocks have no factor beta.
+
+    Raises:
+        BlockError: the rule has one.
+    """
+    if expansion(damping) is not None and getattr(damping, "expands", True):
+        raise BlockError(
+            f"the damping rule multiplies fully-connected blocks by beta, which {method} does not "
+            "do; pass trace(..., fc_expansion=False), or take "
+            "NaturalGradient(model, fl.Exact(), damping=...)"
+        )
+    return as_rule(damping)
 
 
 def gram_norm(alpha: float) -> Rule:

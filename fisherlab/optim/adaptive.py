@@ -20,8 +20,8 @@ class AdaptiveDamping(CurvatureOptimizer):
     """Adapts the damping of groups whose rule is `levenberg_marquardt`."""
 
     @abstractmethod
-    def _damped_blocks(self) -> dict[str, tuple[Block, float]]:
-        """The current block of each layer and its lambda."""
+    def _damped_blocks(self) -> dict[str, tuple[Block, float, float]]:
+        """The current block of each layer, its lambda, and the factor beta on both."""
 
     @abstractmethod
     def _damp_again(self) -> None:
@@ -60,12 +60,12 @@ class AdaptiveDamping(CurvatureOptimizer):
         return loss
 
     def _predicted_change(self, moved: dict[nn.Parameter, Tensor]) -> float:
-        """`<g, d> + 1/2 <d, (F~ + lambda I) d>` of the step just taken."""
+        """`<g, d> + 1/2 <d, beta (F~ + lambda I) d>` of the step just taken."""
         value = sum((d * p.grad).sum().item() for p, d in moved.items() if p.grad is not None)
-        for name, (block, damping) in self._damped_blocks().items():
+        for name, (block, damping, beta) in self._damped_blocks().items():
             d = self.weights[name].joined(moved)
-            value += 0.5 * block.quadratic(d).item()
-            value += 0.5 * damping * d.square().sum().item()
+            value += 0.5 * beta * block.quadratic(d).item()
+            value += 0.5 * beta * damping * d.square().sum().item()
         return value
 
 

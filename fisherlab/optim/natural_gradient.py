@@ -247,10 +247,12 @@ class NaturalGradient(RunningBlocks):
         """Per layer: damping, absolute and relative to `tr F / N`, and the eigenvalues above it.
 
         Where next to no eigenvalue exceeds the damping, the step is the gradient's direction.
+        `beta`: the factor of the rule `trace` on the damped block of a fully-connected layer.
         `diagonal_factors`: the sides larger than `largest_factor`.
         """
         rows = [
             summary_row(name, block.size, self._lambdas.get(name, math.nan), block.eigenvalues())
+            | {"beta": self.beta(name)}
             | {"diagonal_factors": self.diagonal_factors(self.weights[name])}
             for name, block in self.blocks().items()
         ]

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab.approximations.damping import Rule, as_rule
+from fisherlab.approximations.damping import Rule, unexpanded
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, DirectSum, Outer, contractions
 from fisherlab.blocks.numerics import cholesky
@@ -62,7 +62,7 @@ class NGD(CurvatureOptimizer):
             raise ValueError(
                 f"scope is 'joint' or 'layer' and form 'gram' or 'dense', got {scope!r}, {form!r}"
             )
-        as_rule(damping)
+        unexpanded(damping, "NGD")
         if damping == 0:
             raise ValueError("the exact block is singular, so damping must be positive, got 0")
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
@@ -139,7 +139,7 @@ class NGD(CurvatureOptimizer):
         found: dict[str, float] = {}
         for k, group in enumerate(self.param_groups):
             ours: dict[str, Block] = {n: F for n, F in blocks.items() if self.weights[n].group == k}
-            found |= as_rule(group["damping"])(ours)
+            found |= unexpanded(group["damping"], "NGD")(ours)
         return found
 
     def _solve(

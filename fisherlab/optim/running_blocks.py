@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherlab.approximations import Approximation, Running
-from fisherlab.approximations.damping import as_rule
+from fisherlab.approximations.damping import as_rule, expansion
 from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import LayerCapture
@@ -163,13 +163,15 @@ class RunningBlocks(AdaptiveDamping):
             names = [w.name for w in self.weights.values() if w.group == k]
             joined = {n: self._joined(self._blocks, self.weights[n]) for n in names}
             blocks = {n: b for n, b in joined.items() if b is not None}
-            rule = as_rule(group["damping"])
-            lambdas = rule(blocks) if blocks else {}
-            expand = getattr(rule, "fully_connected_scale", None)
-            for name, value in lambdas.items():
-                self._lambdas[name] = float(value)
-                if expand is not None and isinstance(self.weights[name].module, nn.Linear):
-                    self._scale[name] = 1 / expand(lambdas)
+            lambdas = as_rule(group["damping"])(blocks) if blocks else {}
+            self._lambdas |= {name: float(value) for name, value in lambdas.items()}
+        # beta is of all layers, whichever group they are in
+        self._scale = {
+            name: 1 / expand(self._lambdas)
+            for name, weight in self.weights.items()
+            if isinstance(weight.module, nn.Linear) and name in self._lambdas
+            if (expand := expansion(self.option(weight, "damping"))) is not None
+        }
 
         def damped(key: str) -> Block:
             name = self._owner[key].name
@@ -196,8 +198,12 @@ class RunningBlocks(AdaptiveDamping):
             return None
         return parts[0] if len(parts) == 1 else DirectSum(parts)
 
-    def _damped_blocks(self) -> dict[str, tuple[Block, float]]:
-        return {name: (block, self._lambdas[name]) for name, block in self.blocks().items()}
+    def beta(self, name: str) -> float:
+        """The factor on a fully-connected layer's damped block; 1 without the rule `trace`."""
+        return 1 / self._scale.get(name, 1.0)
+
+    def _damped_blocks(self) -> dict[str, tuple[Block, float, float]]:
+        return {n: (F, self._lambdas[n], self.beta(n)) for n, F in self.blocks().items()}
 
     def _damp_again(self) -> None:
         self._damp(list(self._blocks))

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab.approximations.damping import Rule, as_rule, gram_norm
+from fisherlab.approximations.damping import Rule, gram_norm, unexpanded
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky, dot, sum_of
@@ -61,6 +61,8 @@ class Woodbury(CurvatureOptimizer):
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        if damping is not None:
+            unexpanded(damping, type(self).__name__)
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
         self.alpha, self.fold = alpha, fold
@@ -121,7 +123,7 @@ class Woodbury(CurvatureOptimizer):
             rule = gram_norm(self.alpha)
             return [rule({weight.name: block})[weight.name] for block in blocks]
         whole = blocks[0] if len(blocks) == 1 else DirectSum(blocks)
-        rule = as_rule(self.option(weight, "damping"))
+        rule = unexpanded(self.option(weight, "damping"), type(self).__name__)
         return [rule({weight.name: whole})[weight.name]] * len(blocks)
 
     def summary(self) -> pd.DataFrame:
