@@ -130,12 +130,13 @@ def corrected(history: list, factors: Callable, share: float) -> Tensor:
     return Q @ torch.diag(1 / (spectrum + share * spectrum.mean())) @ Q.T
 
 
-def rank_one(history: list) -> tuple[Tensor, Tensor]:
-    return mean(history, lambda a, g: g.mean(0), 1), mean(history, lambda a, g: a.mean(0), 1)
+def rank_one(history: list, decay: float = DECAY) -> tuple[Tensor, Tensor]:
+    g = mean(history, lambda a, g: g.mean(0), 1, decay)
+    return g, mean(history, lambda a, g: a.mean(0), 1, decay)
 
 
 def eva(history: list, damping: float) -> Tensor:
-    v = torch.kron(*rank_one(history))
+    v = torch.kron(*rank_one(history, 0.05))
     return torch.linalg.inv(torch.outer(v, v) + damping * eye(len(v)))
 
 

@@ -313,6 +313,7 @@ def test_random_numbers_drawn_by_the_model_do_not_move_the_global_stream(backend
     model, y = Noisy().double(), torch.tensor([0, 1, 2])
     before = torch.get_rng_state()
     with torch.no_grad():
-        capture(model, CE, randn(3, 4), y, fisher_type="mc", backend=backend)
+        # outputs that change from call to call are refused by the full check
+        capture(model, CE, randn(3, 4), y, fisher_type="mc", backend=backend, check="gradient")
         assert not torch.is_grad_enabled()
     assert torch.equal(before, torch.get_rng_state())

@@ -166,3 +166,26 @@ def test_defaults_train_an_autoencoder(name: str) -> None:
         losses.append(loss.item())
     assert max(losses) < 1.2 * losses[0]
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0], losses[::6]
+
+
+@pytest.mark.parametrize(
+    "name", ["eva", "ifang", "kfac", "ekfac", "tkfac", "tekfac", "sngd", "shampoo", "diagonal"]
+)
+def test_after_an_epoch_no_default_is_the_gradient_in_disguise(name: str) -> None:
+    """Eva by name averaged its signed means away: median cosine 0.9996 to the gradient."""
+    x, y, *_ = digits(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    model = fl.models.create("mlp", input_size=64, hidden=(20,), generator=generator)
+    optimizer = fl.optim.create(name, model, momentum=0.0)
+    cosines = []
+    for part in batches(x, 64, 30):
+        optimizer.zero_grad()
+        backward(model, x[part], y[part])
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        moved = torch.cat(
+            [(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)]
+        )
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        cosines.append(F.cosine_similarity(moved, gradient, 0))
+    assert torch.stack(cosines[-10:]).median() < 0.98

@@ -229,3 +229,21 @@ def test_a_resumed_run_draws_the_labels_of_the_run_it_resumes(name):
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(trained(None), trained(3))
+
+
+@NAMES
+def test_a_capture_between_the_passes_of_a_step_changes_no_bit(name):
+    def trained(audit):
+        model, (x, y) = made(Recurrent), batch()
+        criterion = nn.CrossEntropyLoss()
+        opt = optimizer(name, model, criterion, **options_of(name))
+        for _ in range(3):
+            opt.zero_grad()
+            loss = criterion(model(x), y)
+            if audit:
+                fl.capture(model, criterion, 2 * x, y)
+            loss.backward()
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(trained(False), trained(True))

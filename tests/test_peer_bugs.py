@@ -268,7 +268,7 @@ def test_models_that_return_no_tensor_and_weights_shared_across_kinds():
             return self.decode(self.embed(tokens)).mT
 
     tokens = torch.tensor([[0, 1], [3, 4]])
-    with pytest.raises(CaptureError, match="'decode' .*shares its weight with 'embed'"):
+    with pytest.raises(CaptureError, match="'decode'.*shares its weight with 'embed'"):
         capture(Language().double(), CE, tokens, tokens)
 
     class Reversed(Language):
@@ -278,7 +278,7 @@ def test_models_that_return_no_tensor_and_weights_shared_across_kinds():
             self.embed = nn.Embedding(5, 4)
             self.embed.weight = self.decode.weight
 
-    with pytest.raises(CaptureError, match="'embed' .*shares its weight with 'decode'"):
+    with pytest.raises(CaptureError, match="'decode' has no block: shares its weight with 'embed'"):
         capture(Reversed().double(), CE, tokens, tokens, layers=["decode"])
 
 

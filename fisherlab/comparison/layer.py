@@ -23,7 +23,6 @@ from fisherlab.comparison.table import MEASURES, ROUNDING, UNKNOWN
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
-from fisherlab.metrics.population import FEWEST
 
 Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 
@@ -154,7 +153,7 @@ class Layer:
             static, reason = self._retried(self._static, near, frame.F)
             notes = [text for text in (self.remark, reason) if text]
             if self.unseen is not None and math.isnan(static["population_error"]):
-                notes.append(unknown(static["population_error_low"]))
+                notes.append(UNKNOWN)
             if X.unseen > UNSEEN:
                 notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}
@@ -213,7 +212,9 @@ class Layer:
 
     def _static(self, X: Block, F: Block) -> tuple[dict[str, float], str]:
         """What does not depend on the damping, and why a measure of the spectrum is missing."""
-        population = population_columns(X, self.unseen)
+        error, spread = math.nan, math.nan
+        if self.unseen is not None:
+            error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
         reason = ""
         try:
@@ -225,7 +226,8 @@ class Layer:
         return {
             **spectral,
             "relative_error": metrics.relative_error(X, F).item(),
-            **population,
+            "population_error": error,
+            "population_error_se": spread,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
             "cosine": metrics.cosine(X, F).item(),
             "scaled_error": metrics.scaled_error(X, F).item(),
@@ -267,23 +269,6 @@ class Layer:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
-
-
-def population_columns(X: Block, unseen: Block | None) -> dict[str, float]:
-    """The columns of the population error; NaN without unseen examples."""
-    columns = {"population_error": "error", "population_error_se": "error_se"}
-    columns |= {"population_error_low": "low", "population_error_high": "high"}
-    if unseen is None:
-        return dict.fromkeys(columns, math.nan)
-    found = metrics.population_estimate(X, unseen)
-    return {column: getattr(found, name).item() for column, name in columns.items()}
-
-
-def unknown(low: float) -> str:
-    """Why a population error is NaN: beside an interval, or without one."""
-    if math.isnan(low):
-        return f"{UNKNOWN} and its interval: fewer than {FEWEST}, or single ones dominate"
-    return f"{UNKNOWN}: the interval says what is known"
 
 
 def _parts(block: Block) -> tuple[Block, ...]:

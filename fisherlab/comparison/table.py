@@ -19,8 +19,7 @@ NOISY = 0.2
 IDENTITY = ["layer", "layer_type", "n_parameters", "approximation", "fisher_type", "examples"]
 IDENTITY += ["reference_examples", "reference_fisher_type", "seed", "step", "dtype"]
 IDENTITY += ["damping", "damping_relative", "placement"]
-MEASURES = ["relative_error", "population_error", "population_error_se"]
-MEASURES += ["population_error_low", "population_error_high", "diagonal_share"]
+MEASURES = ["relative_error", "population_error", "population_error_se", "diagonal_share"]
 MEASURES += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
 MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
 MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
@@ -28,7 +27,7 @@ MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
 # How a row says that its population error is no number.
-UNKNOWN = "too few unseen examples for its population error"
+UNKNOWN = "the unseen examples are too few to tell its population error from 0"
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 
@@ -72,9 +71,8 @@ class Comparison:
         if not missing:
             return ""
         return (
-            f"{missing} of {every} population errors have too few unseen examples: not known to a "
-            "third of themselves, they are left out of the medians. Take more; the interval "
-            "(population_error_low, _high) says what is known."
+            f"{missing} of {every} population errors are below their sampling noise and left out "
+            "of the medians: take more unseen examples."
         )
 
     @property
@@ -106,8 +104,7 @@ class Comparison:
     def summary(self) -> pd.DataFrame:
         """One row per approximation, the median over layers (and seeds) at the last step.
 
-        Sorted by `leading`; direction cosines get one column per relative damping. A median that
-        some rows have no number for has their count beside it.
+        Sorted by `leading`; direction cosines get one column per relative damping.
         """
         last = self.frame[self.frame["step"] == self.frame["step"].max()]
         columns = [self.leading]
@@ -115,13 +112,7 @@ class Comparison:
         columns += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
         columns += ["subspace_overlap", "build_seconds"]
         once = last.drop_duplicates(["layer", "approximation", "seed", "step"])
-        groups = once.groupby("approximation")
-        table = groups[columns].median()
-        for column in reversed(columns):
-            known = groups[column].count()
-            if known.any() and (known < groups.size()).any():
-                text = known.astype(str) + " of " + groups.size().astype(str)
-                table.insert(columns.index(column) + 1, f"{column} known", text)
+        table = once.groupby("approximation")[columns].median()
         direction = last.pivot_table(
             index="approximation",
             columns="damping_relative",

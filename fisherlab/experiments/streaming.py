@@ -17,7 +17,6 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.comparison import default_fisher_type
-from fisherlab.comparison.layer import population_columns, unknown
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.api import Forward, split_batches
 from fisherlab.extract.memory import captures_in_parts, check_memory
@@ -108,14 +107,12 @@ def _errors(
     F = layer_block([memo.exact() for memo in memos])
     for name, maker in makers.items():
         row = {"approximation": name, "relative_error": math.nan, "population_error": math.nan}
-        row |= {**population_columns(F, None), "note": ""}
+        row |= {"population_error_se": math.nan, "note": ""}
         try:
             X = layer_block([memo.block(maker) for memo in memos])
-            found = population_columns(X, population)
+            error, spread = metrics.population_error(X, population)
             row["relative_error"] = metrics.relative_error(X, F).item()
-            row |= found
-            if math.isnan(found["population_error"]):
-                row["note"] = unknown(found["population_error_low"])
+            row |= {"population_error": error.item(), "population_error_se": spread.item()}
         except BlockError as refusal:
             row["note"] = str(refusal)
         yield row

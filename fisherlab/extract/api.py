@@ -123,7 +123,12 @@ def capture(
         modules = select(model, layers)
         skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
     if not modules:
-        raise CaptureError("no layer of this model has a block: no trainable Linear or Conv1d-3d")
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
+        raise CaptureError(
+            "no layer of this model has a block: it has no trainable Linear or Conv1d-3d"
+            if not reasons
+            else f"no layer of this model has a block: {reasons}"
+        )
 
     def vectors(outputs: Tensor) -> Iterator[Tensor]:
         return fisher.output_vectors(

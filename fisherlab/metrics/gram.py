@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
-from fisherlab.extract import LayerCapture
 
 
 class HasGram(Protocol):
@@ -18,6 +17,15 @@ class HasGram(Protocol):
 
     def gram(self) -> Tensor:
         """`U^T U`, `[R, R]`."""
+        ...
+
+
+class HasColumns(Protocol):
+    """Anything with per-example gradients, such as a layer capture."""
+
+    @property
+    def columns(self) -> Columns:
+        """The per-example gradients."""
         ...
 
 
@@ -52,7 +60,7 @@ def similarity(one: Tensor, two: Tensor) -> Tensor:
     return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300)
 
 
-def diagonal_share(F: Outer | DirectSum | LayerCapture) -> Tensor:
+def diagonal_share(F: Outer | DirectSum | HasColumns) -> Tensor:
     """`sum_n ||F_n||^2 / sum_{n,k} <F_n, F_k>` of the examples' own blocks: the batch's noise.
 
     Whatever root of the Hessian the columns are. In tiles of examples, at any number of them.
@@ -67,8 +75,9 @@ def diagonal_share(F: Outer | DirectSum | LayerCapture) -> Tensor:
 def _columns(F: Any) -> Columns:
     if isinstance(F, Outer):
         return F.of
-    if isinstance(F, LayerCapture):
-        return F.columns
+    columns = getattr(F, "columns", None)
+    if isinstance(columns, Columns):
+        return columns
     raise TypeError(f"the examples' own blocks are known of an exact block or a capture, got {F!r}")
 
 

@@ -149,7 +149,8 @@ _MAKERS: dict[str, Maker] = {
     "shampoo": _with(
         NaturalGradient, Shampoo(statistics="gradient"), lr=0.1, damping=relative(1e-4), graft=True
     ),
-    "eva": _with(NaturalGradient, Eva(), **_clipped(0.03), **_OF_BATCH),
+    # the paper's code weighs the new mean by 0.95: averaged longer, signed means cancel
+    "eva": _with(NaturalGradient, Eva(), decay=0.05, **_clipped(0.03), **_OF_BATCH),
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),
     "kronecker_sum": _kronecker_sum,
 }

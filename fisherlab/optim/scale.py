@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.extract import fisher
+from fisherlab.extract.isolation import is_isolated
 
 
 class OptimizerError(RuntimeError):
@@ -130,7 +131,7 @@ class LossScale:
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
         output = getattr(output, "logits", output)
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if is_isolated() or not isinstance(output, Tensor) or not output.requires_grad:
             return
         self._output, self._gradient, self._scale = output.detach(), None, None
         self._known = None
@@ -141,7 +142,7 @@ class LossScale:
         self._gradient, self._known = gradient.detach(), None
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
-        if isinstance(loss, Tensor) and loss.requires_grad:
+        if isinstance(loss, Tensor) and loss.requires_grad and not is_isolated():
             loss.register_hook(self._scaled)
 
     def _scaled(self, gradient: Tensor) -> None:

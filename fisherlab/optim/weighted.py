@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fisherlab.blocks.columns import Columns
 from fisherlab.extract.image import ImageColumns
+from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import Geometry, LayerCapture
 from fisherlab.optim.recorder import uncompiled
 from fisherlab.optim.weight import Weight
@@ -170,7 +171,8 @@ class WeightedLayers:
 
     def _hook(self, weight: Weight) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not (torch.is_grad_enabled() and output.requires_grad):
+            # a capture's own pass is none of the training's
+            if is_isolated() or not (torch.is_grad_enabled() and output.requires_grad):
                 return None
             calls = self._calls.setdefault(weight.name, [0])
             calls[0] += 1
