@@ -19,6 +19,8 @@ from fisherlab.optim.passes import blocked_layers
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
 
+DECAY_PLACEMENTS = ("after", "before", "loss")
+
 
 class Removable(Protocol):
     """Hooks on a model."""
@@ -31,13 +33,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     """Momentum, weight decay and learning rate per parameter group, after preconditioning.
 
     A subclass returns the directions of the layers that have a block; every other parameter takes
-    its plain gradient. `weight_decay` is added to the direction (coupled, as `torch.optim.SGD`
-    does) or, with `decoupled`, shrinks the parameter by `1 - lr weight_decay` (as AdamW does).
+    its plain gradient. With the preconditioner `P` and `weight_decay` `w`, the direction is
+
+        P g + w W      weight_decay_placement="after"
+        P (g + w W)    "before", or "loss": an L2 term `w/2 |W|^2` of the loss has this gradient
+
+    With `decoupled` the weights shrink by `1 - lr w` instead, as AdamW's do. "before" is the
+    gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `kl_clip`.
 
     `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm
-    of all directions together; `kl_clip` scales them so that
-    `sum lr^2 <direction, gradient> <= kl_clip`. Where that binds, the step is `sqrt(kl_clip)` long
-    in the metric of the blocks whatever `lr` is: a learning-rate schedule then has no effect.
+    of all directions together. `kl_clip` multiplies them by `min(1, sqrt(kl_clip / q))`,
+    `q = sum lr^2 <direction, gradient>`. Where that binds, the step is `sqrt(kl_clip)` long in the
+    metric of the blocks whatever `lr` is: a learning-rate schedule then has no effect.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
@@ -49,6 +56,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     # whether the calls of several modules with one weight make one block; else it is plain
     joins_tied: ClassVar[bool] = False
 
+    # those that a method can take
+    decay_placements: ClassVar[tuple[str, ...]] = DECAY_PLACEMENTS
+
     def __init__(
         self,
         model: nn.Module,
@@ -58,6 +68,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        weight_decay_placement: str = "after",
         decoupled: bool = False,
         max_norm: float | None = None,
         kl_clip: float | None = None,
@@ -86,6 +97,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "weight_decay_placement": weight_decay_placement,
             "decoupled": decoupled,
             **(groups or {}),
         }
@@ -123,6 +135,41 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             if bias is not None and (not bias.requires_grad or bias not in where):
                 bias = None
             found[name] = Weight(name, module, weight, bias, where[weight])
+        return found
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim` does; refuse a decay that cannot be placed."""
+        options = {**self.defaults, **param_group}
+        placement = options["weight_decay_placement"]
+        if placement not in DECAY_PLACEMENTS:
+            known = ", ".join(DECAY_PLACEMENTS)
+            raise ValueError(f"weight_decay_placement is one of {known}; got {placement!r}")
+        if placement not in self.decay_placements:
+            raise ValueError(
+                f"{type(self).__name__} weighs the gradients of a batch's examples, and a weight "
+                f"decay is none of them, so weight_decay_placement={placement!r} is not "
+                "possible; pass 'after', or take NaturalGradient(model, fl.Exact(), ...)"
+            )
+        if options["decoupled"] and placement != "after":
+            raise ValueError(
+                f"decoupled weight decay is no part of the gradient; leave out "
+                f"weight_decay_placement={placement!r}, or decoupled=True"
+            )
+        super().add_param_group(param_group)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The `[weight | bias]` to precondition: `g`, or `g + w W` with the decay placed before."""
+        before = [group for group in self.param_groups if _placed_before(group)]
+        decays = {p: float(group["weight_decay"]) for group in before for p in group["params"]}
+        found = {}
+        for name, weight in self.weights.items():
+            gradient = weight.gradient()
+            if gradient is None:
+                continue
+            params = [p for p in (weight.weight, weight.bias) if p is not None]
+            if any(decays.get(p, 0.0) for p in params):
+                gradient = gradient + weight.joined({p: decays.get(p, 0.0) * p for p in params})
+            found[name] = gradient
         return found
 
     def option(self, weight: Weight, name: str) -> Any:
@@ -257,7 +304,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
         """`sum lr^2 <direction, gradient>`, to second order twice the KL divergence of the step."""
         products = [
-            group["lr"] ** 2 * torch.dot(directions[p].flatten(), p.grad.flatten())
+            group["lr"] ** 2
+            * torch.dot(directions[p].flatten(), _decayed(p, p.grad, group).flatten())
             for group in self.param_groups
             for p in group["params"]
             if p in directions
@@ -269,7 +317,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            steps = [directions.get(p, cast(Tensor, p.grad)) for p in params]
+            steps = [
+                directions[p] if p in directions else _decayed(p, cast(Tensor, p.grad), group)
+                for p in params
+            ]
             lr, decay = float(group["lr"]), group["weight_decay"]
             if group["decoupled"] and decay:
                 torch._foreach_mul_(params, 1 - lr * decay)
@@ -279,7 +330,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                 params,
                 steps,
                 buffers,
-                weight_decay=0.0 if group["decoupled"] else decay,
+                weight_decay=0.0 if group["decoupled"] or _placed_before(group) else decay,
                 momentum=group["momentum"],
                 lr=lr,
                 dampening=0.0,
@@ -340,7 +391,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         rest = {k: v for k, v in state_dict.items() if k != "fisherlab"}
         extra = dict(state_dict["fisherlab"])
         rest["param_groups"] = [
-            {**{key: value for key, value in ours.items() if callable(value)}, **theirs}
+            {
+                "weight_decay_placement": "after",
+                **{key: value for key, value in ours.items() if callable(value)},
+                **theirs,
+            }
             for ours, theirs in zip(self.param_groups, rest["param_groups"], strict=True)
         ]
         if (method := extra.pop("method", self.method)) != self.method:
@@ -360,6 +415,17 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                         f"this state is of another model: parameter {index} has shape "
                         f"{tuple(buffer.shape)} there and {tuple(p.shape)} here"
                     )
+
+
+def _placed_before(group: dict[str, Any]) -> bool:
+    return group["weight_decay_placement"] != "after" and not group["decoupled"]
+
+
+def _decayed(p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    """`g + w W` where the group's weight decay is placed before; else `g`."""
+    if not (_placed_before(group) and group["weight_decay"]):
+        return gradient
+    return gradient.add(p, alpha=float(group["weight_decay"]))
 
 
 def _laid_out_alike(

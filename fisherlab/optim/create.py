@@ -36,8 +36,8 @@ Maker = Callable[..., torch.optim.Optimizer]
 # damping relative to the mean eigenvalue tr F / N of each layer's block, three times it for running
 # means and ten times for the block of a single batch, which the gradient of that batch overfits;
 DAMPING, BATCH_DAMPING = 3.0, 10.0
-# and steps clipped to lr^2 <direction, gradient> <= 1e-4: as a batch is fitted its Fisher matrix
-# vanishes faster than its gradient, and a relative damping lets the step grow without bound.
+# and steps at most sqrt(1e-4) long in the metric of their blocks: as a batch is fitted its Fisher
+# matrix vanishes faster than its gradient, and a relative damping lets the step grow without bound.
 # Momentum 0.9 makes of it a KL divergence near 1e-2.
 # A product fitted to a single batch does not hold that batch's gradient: a tenth of it there.
 LR, KL_CLIP, CAUTIOUS_CLIP = 0.03, 1e-4, 1e-5

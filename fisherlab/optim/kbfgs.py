@@ -75,7 +75,7 @@ class KBFGSOptimizer(NaturalGradient):
             return loss
         before = self.recorder.captures()
         self.recorder.clear()
-        gradients = {n: g for n, w in self.weights.items() if (g := w.gradient()) is not None}
+        gradients = self.gradients()
         self._start(gradients, before)
         directions = {
             p: d

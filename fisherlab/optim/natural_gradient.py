@@ -67,6 +67,7 @@ class NaturalGradient(RunningBlocks):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        weight_decay_placement: str = "after",
         decoupled: bool = False,
         decay: float = 0.95,
         statistics_every: int = 10,
@@ -107,6 +108,7 @@ class NaturalGradient(RunningBlocks):
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
+            weight_decay_placement=weight_decay_placement,
             decoupled=decoupled,
             max_norm=max_norm,
             kl_clip=kl_clip,
@@ -195,7 +197,7 @@ class NaturalGradient(RunningBlocks):
                 self.recorder.wanted = wanted
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
-        gradients = {n: g for n, w in self.weights.items() if (g := w.gradient()) is not None}
+        gradients = self.gradients()
         following = self.steps
         try:
             self._refresh(gradients)

@@ -111,10 +111,8 @@ class NGD(CurvatureOptimizer):
             self.recorder.clear()
         blocks: dict[str, Outer | DirectSum] = {}
         gradients: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            gradient = weight.gradient()
-            if gradient is None:
-                continue
+        for name, gradient in self.gradients().items():
+            weight = self.weights[name]
             layers = [delivered(passes, key) for key in weight.keys]
             if name in self.recorder.left_out:
                 continue

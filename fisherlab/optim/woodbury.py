@@ -42,6 +42,9 @@ class Woodbury(CurvatureOptimizer):
 
     data_parallel = True
 
+    # `P (g + w W)` needs the columns of the whole weight, which no backward pass has
+    decay_placements = ("after",)
+
     def __init__(
         self,
         model: nn.Module,
