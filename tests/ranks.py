@@ -26,7 +26,9 @@ OPTIMIZERS = {
         model, fl.KFAC(), damping=0.1, fisher_type="mc", **OPTIONS
     ),
     "tengrad": lambda model: TENGraD(model, lr=0.1, damping=0.1),
+    "tengrad_clipped": lambda model: TENGraD(model, lr=0.1, damping=0.1, kl_clip=1e-2),
     "fngd": lambda model: FNGD(model, lr=0.1, coefficient_steps=2),
+    "fngd_clipped": lambda model: FNGD(model, lr=0.1, coefficient_steps=2, kl_clip=1e-4),
     "fngd_example": lambda model: FNGD(model, lr=0.1, coefficient_steps=2, share="example"),
     "adapted": lambda model: NaturalGradient(
         model, fl.KFAC(), damping=levenberg_marquardt(0.1, every=2), **OPTIONS

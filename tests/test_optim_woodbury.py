@@ -1,8 +1,11 @@
 """TENGraD, NGD-SMW, FNGD against dense steps: reused layers, reductions, micro-batches, groups."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fisherlab as fl
 from fisherlab.approximations.damping import relative
@@ -247,3 +250,222 @@ def test_a_capture_between_the_passes_of_a_step_changes_no_bit(name):
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(trained(False), trained(True))
+
+
+def plain_gradients(kind, criterion, parts, scale):
+    model = made(kind)
+    for part in parts:
+        loss_of(criterion, model, *part, scale).backward()
+    return {n: [p.grad.clone() for p in m.parameters()] for n, m in model.named_children()}
+
+
+def weighted_gradients(name, kind, parts, scale, reduction):
+    """The sum over passes of `scale` times each pass's own dense step."""
+    total = None
+    for x, y in parts:
+        size = len(x) if reduction == "sum" else 1
+        step = {
+            k: scale * size * dense_step(D, DAMPING, name != "tengrad")
+            for k, D in per_example(kind, x, y).items()
+        }
+        total = step if total is None else {k: total[k] + step[k] for k in step}
+    return total
+
+
+def flat_gradients(model):
+    children = model.named_children()
+    return {n: torch.cat([p.grad.flatten() for p in m.parameters()]) for n, m in children}
+
+
+@NAMES
+@MODELS
+@REDUCTIONS
+def test_backward_leaves_the_weighted_gradient_of_reused_layers_too(name, kind, reduction, scale):
+    """So that GradScaler, clipping and DDP see what will be used."""
+    model, (x, y) = made(kind), batch()
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    opt = optimizer(name, model, criterion, **options_of(name))
+    parts = [(x[:2], y[:2]), (x[2:], y[2:])]
+    for part in parts:
+        loss_of(criterion, model, *part, scale).backward()
+    expected = weighted_gradients(name, kind, parts, scale, reduction)
+    for layer, found in flat_gradients(model).items():
+        assert (found - expected[layer]).norm() < 1e-9 * expected[layer].norm(), layer
+    opt.remove()
+
+
+@NAMES
+@MODELS
+def test_passes_whose_forwards_come_first_are_not_merged(name, kind):
+    model, (x, y) = made(kind), batch()
+    criterion = nn.CrossEntropyLoss()
+    opt = optimizer(name, model, criterion, **options_of(name))
+    parts = [(x[:3], y[:3]), (x[3:], y[3:])]
+    sum(0.5 * criterion(model(one), two) for one, two in parts).backward()
+    expected = weighted_gradients(name, kind, parts, 0.5, "mean")
+    for layer, found in flat_gradients(model).items():
+        assert (found - expected[layer]).norm() < 1e-9 * expected[layer].norm(), layer
+    opt.remove()
+
+
+@NAMES
+@pytest.mark.parametrize("kind", [Recurrent, SharedConv])
+@REDUCTIONS
+@pytest.mark.parametrize("sizes", [(6,), (3, 3), (1, 5), (2, 2, 2)])
+@pytest.mark.parametrize("bias_lr", [LR, 0.03])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_clipping_counts_every_pass_that_the_gradient_holds(
+    name, kind, reduction, scale, sizes, bias_lr, unscaled
+):
+    clip = 1e-11
+    model, (x, y) = made(kind), batch()
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    groups = [
+        {"params": [m.weight for m in model.children()]},
+        {"params": [m.bias for m in model.children()], "lr": bias_lr},
+    ]
+    options = {"params": groups, "kl_clip": clip, **options_of(name)}
+    opt = optimizer(name, model, criterion, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    criterion(model(x), y).backward()
+    opt.zero_grad()  # a dropped pass counts nowhere
+    for part in parts:
+        loss_of(criterion, model, *part, scale).backward()
+    left = 1.0
+    if unscaled:  # as GradScaler and gradient clipping do
+        left = 0.3
+        for p in model.parameters():
+            p.grad *= left
+    opt.step()
+    g = plain_gradients(kind, criterion, parts, scale)
+    d = weighted_gradients(name, kind, parts, scale, reduction)
+    change, expected = 0.0, []
+    for layer, module in model.named_children():
+        sizes_ = [p.numel() for p in module.parameters()]
+        for part, gradient, lr in zip(d[layer].split(sizes_), g[layer], (LR, bias_lr), strict=True):
+            change += lr**2 * left**2 * float(part @ gradient.flatten())
+            expected.append(lr * left * part)
+    assert change > clip and opt.clipped == 1
+    for old, p, step in zip(before, model.parameters(), expected, strict=True):
+        wanted = step * (clip / change) ** 0.5
+        assert ((old - p.detach()).flatten() - wanted).norm() < 1e-8 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", [Recurrent, SharedConv, Grouped])
+@pytest.mark.parametrize("sizes", [(6,), (3, 3)])
+def test_shared_coefficients_are_clipped_and_are_means_over_all_micro_batches(kind, sizes):
+    """FNGD: the second phase has no Gram matrix, and micro-batches are batches of the first."""
+    clip, n = 1e-8, sizes[0]
+    model, (x, y) = made(kind), batch()
+    criterion = nn.CrossEntropyLoss()
+    # coefficients far from one another, or the run says that it is SGD
+    damping = 0.05
+    options = {"damping": damping, "alpha": None, "coefficient_steps": 1, "kl_clip": None}
+    opt = optimizer("fngd", model, criterion, **options)
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    for part in parts:
+        loss_of(criterion, model, *part, 1 / len(parts)).backward()
+    opt.param_groups[0]["lr"] = 1e-300  # the weights stay, the phase ends
+    opt.step()
+    # a grouped convolution's coefficients differ between groups
+    coefficients = {}
+    for layer, module in model.named_children():
+        groups, rows = getattr(module, "groups", 1), []
+        for part in parts:
+            D = per_example(kind, *part)[layer]
+            weights, biases = D[:, : module.weight.numel()], D[:, module.weight.numel() :]
+            U = torch.cat([weights.reshape(n, groups, -1), biases.reshape(n, groups, -1)], 2)
+            K = torch.einsum("ngp,mgp->gnm", U, U)
+            eye = torch.eye(n, dtype=torch.float64)
+            ones = torch.ones(groups, n, 1, dtype=torch.float64)
+            v = torch.linalg.solve(n * damping * eye + K, ones)[..., 0]
+            rows.append(n * damping * v)
+        coefficients[layer] = sum(rows) / len(rows)
+    for layer, found in opt.coefficients().items():
+        assert torch.allclose(found, coefficients[layer], rtol=1e-10)
+    opt.kl_clip, opt.param_groups[0]["lr"] = clip, LR
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    opt.zero_grad()
+    x, y = x[:n].flip(0), y[:n]
+    criterion(model(x), y).backward()
+    opt.step()
+    expected, change = {}, 0.0
+    for layer, D in per_example(kind, x, y).items():
+        module = getattr(model, layer)
+        rows = [
+            coefficients[layer].repeat_interleave(p.numel() // len(coefficients[layer]), 0).mT
+            for p in module.parameters()
+        ]
+        expected[layer] = (torch.cat(rows, 1) * D).mean(0)
+        change += LR**2 * float(expected[layer] @ D.mean(0))
+    assert change > clip and opt.clipped == 1
+    for layer, found in moved(model, before).items():
+        wanted = expected[layer] * (clip / change) ** 0.5
+        assert (found - wanted).norm() < 1e-7 * wanted.norm(), layer
+
+
+class Partly(nn.Module):
+    """A layer whose third call reaches no output, or that is recomputed in the backward pass."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.h, self.o, self.checkpointed = nn.Linear(3, 3), nn.Linear(3, 3), checkpointed
+
+    def forward(self, x):
+        def twice(z):
+            return torch.tanh(self.h(torch.tanh(self.h(z))))
+
+        x = x[:, 0]
+        z = checkpoint(twice, x, use_reentrant=False) if self.checkpointed else twice(x)
+        self.unused = self.h(z)
+        return self.o(z)
+
+
+@NAMES
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_calls_without_a_gradient_and_recomputed_calls(name, checkpointed):
+    (x, y), found = batch(), []
+    for flag in (False, checkpointed):
+        model = made(lambda flag=flag: Partly(flag))
+        opt = optimizer(name, model, None, **options_of(name))
+        nn.functional.cross_entropy(model(x), y).backward()
+        found.append(flat_gradients(model))
+        opt.remove()
+    expected = weighted_gradients(name, lambda: Partly(False), [(x, y)], 1.0, "mean")
+    for one in found:
+        for layer, gradient in one.items():
+            assert (gradient - expected[layer]).norm() < 1e-9 * expected[layer].norm(), layer
+
+
+@NAMES
+@pytest.mark.parametrize("kind", [Recurrent, SharedConv, Grouped])
+def test_a_bias_of_another_optimizer_keeps_its_plain_gradient(name, kind):
+    model, (x, y) = made(kind), batch()
+    criterion = nn.CrossEntropyLoss()
+    params = [m.weight for m in model.children()]
+    opt = optimizer(name, model, criterion, params=params, **options_of(name))
+    criterion(model(x), y).backward()
+    for layer, (_, bias) in plain_gradients(kind, criterion, [(x, y)], 1.0).items():
+        assert torch.allclose(getattr(model, layer).bias.grad, bias, rtol=1e-10, atol=0)
+    opt.remove()
+
+
+@NAMES
+def test_a_deep_copy_of_the_model_trains_on_its_own(name):
+    model, (x, y) = made(Recurrent), batch()
+    opt = optimizer(name, model, nn.CrossEntropyLoss(), **options_of(name))
+    other = copy.deepcopy(model)
+    nn.functional.cross_entropy(model(x), y).backward()
+    found = flat_gradients(model)
+    opt.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    nn.functional.cross_entropy(other(3 * x), y).backward()
+    loss.backward()
+    for layer, gradient in flat_gradients(model).items():
+        assert torch.equal(gradient, found[layer])
+    plain = made(Recurrent)
+    nn.functional.cross_entropy(plain(3 * x), y).backward()
+    for layer, gradient in flat_gradients(other).items():
+        assert torch.allclose(gradient, flat_gradients(plain)[layer], rtol=1e-10)
+    opt.remove()

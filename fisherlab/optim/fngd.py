@@ -10,10 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab.blocks.columns import Columns
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
-from fisherlab.optim.woodbury import Woodbury
+from fisherlab.optim.weighted import Calls
+from fisherlab.optim.woodbury import Taken, Woodbury
 
 # Spread of the shared coefficients below which a run is SGD with a per-layer factor.
 FLAT = 0.05
@@ -60,7 +60,6 @@ class FNGD(Woodbury):
         self._counts: dict[str, Tensor] = {}
         # of the second phase, whose sums no longer change: the means where they are needed
         self._settled: dict[str, Tensor] = {}
-        self._fresh: dict[str, Tensor] = {}
         self._indices: Tensor | None = None
         self._told = False
 
@@ -74,25 +73,16 @@ class FNGD(Woodbury):
         """Whether the first phase is still going on."""
         return self.share == "none" or self.steps < self.coefficient_steps
 
-    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         if self.collecting:
-            return super().rows(weight, x, g)
-        n = len(g)
-        if self.ranks is None:
-            return self._shared(weight, n).to(g.device), None
-        start = self.ranks.index * n
-        rows = self._shared(weight, self.ranks.size * n)[:, start : start + n]
-        return rows.to(g.device), None
-
-    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
-        rows = super().solve(weight, columns)
-        self._fresh[weight.name] = rows
-        return rows
-
-    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
-        if not self.collecting:
-            return self._shared(weight, columns[0].count).to(weight.weight.device)
-        return super().solve_repeated(weight, columns)
+            found = super().rows(weight, calls, factor)
+            self._taken[weight.name][-1].indices = self._indices
+            return found
+        n, device = len(calls[0][1]), calls[0][1].device
+        mine = slice(None) if self.ranks is None else self.ranks.rows(n)
+        every = self._shared(weight, n if self.ranks is None else self.ranks.size * n).to(device)
+        self._take(weight, Taken(calls, every[:, mine], factor, every))
+        return every[:, mine], None
 
     def _shared(self, weight: Weight, n: int) -> Tensor:
         """`M v~` of this layer for a batch of n, `[groups, n]`."""
@@ -130,24 +120,19 @@ class FNGD(Woodbury):
         directions = super()._directions()
         if self.collecting and self.share != "none":
             self._collect()
-        self._fresh = {}
         if self.share != "none" and self.steps + 1 == self.coefficient_steps:
             self._tell()
         return directions
 
-    def _discard(self) -> None:
-        super()._discard()
-        self._fresh = {}
-
     def _collect(self) -> None:
         self._settled.clear()
-        for name, rows in self._fresh.items():
-            rows = rows.cpu()
+        for name, taken in ((name, one) for name, many in self._taken.items() for one in many):
+            rows = taken.every.cpu()
             n = rows.shape[1]
             if self.batch_size is None:
                 self.batch_size = n
             if self.share == "example":
-                self._collect_examples(name, rows)
+                self._collect_examples(name, rows, taken.indices)
             elif n == self.batch_size:
                 if name not in self._sums:
                     self._sums[name] = torch.zeros_like(rows)
@@ -155,21 +140,21 @@ class FNGD(Woodbury):
                 self._sums[name] += rows
                 self._counts[name] += 1
 
-    def _collect_examples(self, name: str, rows: Tensor) -> None:
-        if self._indices is None or len(self._indices) != rows.shape[1]:
+    def _collect_examples(self, name: str, rows: Tensor, indices: Tensor | None) -> None:
+        if indices is None or len(indices) != rows.shape[1]:
             raise OptimizerError(
                 "share='example' needs opt.set_batch(indices) before each forward pass"
             )
-        size = int(self._indices.max()) + 1
+        size = int(indices.max()) + 1
         known = self._counts.get(name, torch.zeros(0, dtype=torch.float64))
         if len(known) < size:
             grown = torch.zeros(len(rows), size, dtype=torch.float64)
             grown[:, : len(known)] = self._sums.get(name, grown[:, :0])
             self._sums[name] = grown
             self._counts[name] = torch.cat([known, known.new_zeros(size - len(known))])
-        self._sums[name].index_add_(1, self._indices, rows)
-        ones = torch.ones(len(self._indices), dtype=torch.float64)
-        self._counts[name].index_add_(0, self._indices, ones)
+        self._sums[name].index_add_(1, indices, rows)
+        ones = torch.ones(len(indices), dtype=torch.float64)
+        self._counts[name].index_add_(0, indices, ones)
 
     def _tell(self) -> None:
         spread = self.summary()["spread"].dropna()

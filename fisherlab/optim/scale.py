@@ -6,6 +6,7 @@ Fisher matrix that is c^2 off without any error.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -99,26 +100,15 @@ _ASK = (
 )
 
 
-class LossScale:
-    """The factor of the latest forward, known as soon as its backward has begun."""
+class Loss:
+    """The loss of one forward, as its backward tells it: where its scale is read off."""
 
-    def __init__(self, model: nn.Module, criterion: Callable | None) -> None:
+    def __init__(self, criterion: Callable | None) -> None:
         self.criterion = criterion
-        # backward passes that have reached the model's output so far
-        self.backwards = 0
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
         self._known: float | None = None
-        self.handles = [model.register_forward_hook(torch.compiler.disable(self._end))]
-        if isinstance(criterion, nn.Module):
-            self.handles.append(criterion.register_forward_hook(self._loss))
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
 
     @property
     def factor(self) -> float:
@@ -129,21 +119,46 @@ class LossScale:
             self._known = scale_factor(self._output, self._gradient, self._scale, self.criterion)
         return self._known
 
-    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        output = getattr(output, "logits", output)
-        if is_isolated() or not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        self._output, self._gradient, self._scale = output.detach(), None, None
-        self._known = None
+    def follow(self, output: Tensor) -> None:
+        """Watch the output of the model."""
+        self._output = output.detach()
         output.register_hook(self._arrive)
 
     def _arrive(self, gradient: Tensor) -> None:
-        self.backwards += 1
         self._gradient, self._known = gradient.detach(), None
+
+    def scaled(self, gradient: Tensor) -> None:
+        """The gradient that arrives at the criterion's own loss."""
+        self._scale, self._known = gradient.detach(), None
+
+
+class LossScale:
+    """The loss of each forward, in `loss` that of the latest."""
+
+    def __init__(self, model: nn.Module, criterion: Callable | None) -> None:
+        self.criterion, self.loss = criterion, Loss(criterion)
+        self._model = weakref.ref(model)
+        self.handles = [model.register_forward_hook(torch.compiler.disable(self._end))]
+        if isinstance(criterion, nn.Module):
+            self.handles.append(criterion.register_forward_hook(self._loss))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def begin(self) -> None:
+        """A forward begins: earlier ones may still await their backward."""
+        self.loss = Loss(self.criterion)
+
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        output = getattr(output, "logits", output)
+        if is_isolated() or model is not self._model():
+            return
+        if isinstance(output, Tensor) and output.requires_grad:
+            self.loss.follow(output)
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and not is_isolated():
-            loss.register_hook(self._scaled)
-
-    def _scaled(self, gradient: Tensor) -> None:
-        self._scale, self._known = gradient.detach(), None
+            loss.register_hook(self.loss.scaled)

@@ -7,9 +7,10 @@ does not depend on the input. The plain weight gradient is never computed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,67 +21,104 @@ from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import Geometry, LayerCapture
 from fisherlab.optim.recorder import uncompiled
+from fisherlab.optim.scale import Loss, LossScale
 from fisherlab.optim.weight import Weight
 
-# rows(weight, raw input, raw output gradient) -> [groups, n] weights, None for the plain gradient;
-# and the weighted gradient `[o, i]` itself, where it is known with them
-Rows = Callable[[Weight, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+# the raw input and output gradient of each call of a layer in one pass
+Calls = list[tuple[Tensor, Tensor]]
+# rows(weight, calls, factor) -> [groups, n] weights, and the weighted gradient `[o, i]` itself
+# where it is known with them; `factor` turns output gradients into those of the per-example loss
+Rows = Callable[[Weight, Calls, float], tuple[Tensor, Tensor | None]]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Layer:
-    """One call's output on its way into the graph, and how its backward is to be weighted."""
+    """A layer in one forward of the model: how often it was called, and what came back."""
 
     weight: Weight
     rows: Rows
-    output: Tensor | None
+    loss: Loss
     reached: set[str]
-    calls: list[int] = field(default_factory=list)
-    repeated: Callable[[Weight, Tensor, Tensor], None] | None = None
+    count: int = 0
+    # of a layer called several times: they share one Gram matrix, so all must have arrived
+    arrived: Calls = field(default_factory=list)
+
+    def weighted(self) -> Tensor:
+        """The weighted gradient `[o, i]` of the calls that one backward pass has brought."""
+        calls, self.arrived = self.arrived, []
+        factor = self.loss.factor
+        rows, found = self.rows(self.weight, calls, factor)
+        return combined(self.weight, calls, rows, factor) if found is None else found
+
+
+class _Joined(torch.autograd.Function):
+    """The parameters of a layer on their way to its calls; backwards, all calls have arrived."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, layer: _Layer
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.layer = layer
+        pairs = [(p, p.detach()) for p in (weight, bias) if p is not None]
+        ctx.mark_non_differentiable(*(alias for p, alias in pairs if not p.requires_grad))
+        return pairs[0][1], None if bias is None else pairs[1][1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple:
+        layer: _Layer = ctx.layer
+        if layer.arrived:
+            weight = layer.weight
+            parts = weight.split(layer.weighted().to(weight.weight.dtype))
+            grad_weight = parts[weight.weight]
+            grad_bias = None if weight.bias is None else parts[weight.bias]
+        return grad_weight, grad_bias, None
 
 
 class _Weighted(torch.autograd.Function):
     """The layer itself forwards; backwards the weight's gradient has its rows weighted."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: _Layer,
+        output: list[Tensor],
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
-        output, layer.output = layer.output, None
-        assert output is not None
-        return output
+        return output.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, kernel = ctx.saved_tensors
         layer: _Layer = ctx.layer
-        layer.reached.add(layer.weight.name)
-        if layer.calls[0] > 1 and layer.repeated is not None:
-            # several calls share one Gram matrix, which exists only when all have arrived
-            layer.repeated(layer.weight, x, g)
-            rows = found = None
+        weight, needs = layer.weight, ctx.needs_input_grad[:3]
+        layer.reached.add(weight.name)
+        rows = found = None
+        if layer.count > 1:
+            layer.arrived.append((x, g))
         else:
-            rows, found = layer.rows(layer.weight, x, g)
-        needs = ctx.needs_input_grad
+            rows, found = layer.rows(weight, [(x, g)], layer.loss.factor)
+        if rows is None or found is not None:
+            # a bias that is another optimizer's keeps its plain gradient
+            rows, needs = None, (needs[0], False, needs[2] and weight.bias is None)
+        dtype = kernel.dtype
+        grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, rows, needs))
         if found is not None:
-            rows, needs = None, (needs[0], False, False)
-        x, kernel = x.to(g.dtype), weight.to(g.dtype)
-        grad_x, grad_weight, grad_bias = _gradients(layer.weight.module, x, kernel, g, rows, needs)
-        if found is not None:
-            known = layer.weight.split(found)
-            grad_weight = known[layer.weight.weight]
-            grad_bias = None if layer.weight.bias is None else known[layer.weight.bias]
-        return (
-            grad_x,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(weight.dtype),
-            None,
-        )
+            known = weight.split(found)
+            grads[1] = known[weight.weight]
+            if weight.bias is not None:
+                grads[2] = known[weight.bias]
+        grad_x, *others = grads
+        return (grad_x, *(None if grad is None else grad.to(dtype) for grad in others), None, None)
 
 
 def _gradients(
-    module: nn.Module,
+    owner: Weight,
     x: Tensor,
     kernel: Tensor,
     g: Tensor,
@@ -92,7 +130,8 @@ def _gradients(
     The weight's gradient is bilinear in input and output gradient, and `grad_x` does not depend on
     the input: scaling that leaves what is propagated untouched.
     """
-    grad_bias = _bias_gradient(module, g, rows) if needs[2] else None
+    module, ours = owner.module, owner.bias is not None
+    grad_bias = _bias_gradient(module, g, rows if ours else None) if needs[2] else None
     if not (needs[0] or needs[1]):
         return None, None, grad_bias
     if rows is not None and needs[1]:
@@ -152,12 +191,14 @@ class WeightedLayers:
         model: nn.Module,
         weights: dict[str, Weight],
         rows: Rows,
-        repeated: Callable[[Weight, Tensor, Tensor], None] | None = None,
+        criterion: Callable | None = None,
     ) -> None:
-        self.rows, self.repeated = rows, repeated
+        self.rows = rows
         # layers whose backward came through these hooks since the last step
         self.reached: set[str] = set()
-        self._calls: dict[str, list[int]] = {}
+        self._model = weakref.ref(model)
+        # of the latest forward: each layer, with its parameters on their way to its calls
+        self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self.handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
         for weight in weights.values():
             self.handles.append(
@@ -165,20 +206,32 @@ class WeightedLayers:
                     uncompiled(self._hook(weight)), with_kwargs=True
                 )
             )
+        # after the layers' hooks, whose output it follows: the model may be a single layer
+        self.scale = LossScale(model, criterion)
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
-        self._calls = {}
+        # a deep copy of the model carries these hooks along
+        if model is self._model() and torch.is_grad_enabled() and not is_isolated():
+            self._layers = {}
+            self.scale.begin()
 
     def _hook(self, weight: Weight) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             # a capture's own pass is none of the training's
             if is_isolated() or not (torch.is_grad_enabled() and output.requires_grad):
                 return None
-            calls = self._calls.setdefault(weight.name, [0])
-            calls[0] += 1
-            layer = _Layer(weight, self.rows, output.detach(), self.reached, calls, self.repeated)
+            if module is not weight.module:
+                return None
+            if weight.name not in self._layers:
+                layer = _Layer(weight, self.rows, self.scale.loss, self.reached)
+                ours = _Joined.apply(weight.weight, weight.bias, layer)
+                self._layers[weight.name] = layer, *ours
+            layer, kernel, bias = self._layers[weight.name]
+            layer.count += 1
+            if weight.bias is None:
+                bias = cast("Tensor | None", module.bias)
             x = args[0] if args else kwargs["input"]
-            return _Weighted.apply(x, module.weight, module.bias, layer)
+            return _Weighted.apply(x, kernel, bias, layer, [output.detach()])
 
         return hook
 
@@ -187,9 +240,21 @@ class WeightedLayers:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self._layers = {}
+        self.scale.remove()
 
 
-def columns_of(weight: Weight, calls: list[tuple[Tensor, Tensor]], factor: float) -> list[Columns]:
+def combined(weight: Weight, calls: Calls, rows: Tensor, factor: float) -> Tensor:
+    """`sum_n rows[n] dL/dW_n`, `[o, i]`: the per-example gradients of the loss itself, weighted."""
+    return of_columns(columns_of(weight, calls, factor), rows) / factor
+
+
+def of_columns(columns: list[Columns], rows: Tensor) -> Tensor:
+    """`U rows` of every group, stacked as the weight `[o, i]`."""
+    return torch.cat([each.combine(row[None]) for each, row in zip(columns, rows, strict=True)])
+
+
+def columns_of(weight: Weight, calls: Calls, factor: float) -> list[Columns]:
     """The columns of each group from the raw pairs of a layer's calls, gradients times `factor`."""
     found: list[Columns] = []
     for group in range(weight.groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -18,10 +19,10 @@ from fisherlab.blocks.numerics import cholesky, dot, sum_of
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import CurvatureOptimizer
-from fisherlab.optim.scale import LossScale, OptimizerError
+from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
-from fisherlab.optim.weighted import WeightedLayers, columns_of
+from fisherlab.optim.weighted import Calls, WeightedLayers, columns_of, of_columns
 
 
 class Woodbury(CurvatureOptimizer):
@@ -33,8 +34,11 @@ class Woodbury(CurvatureOptimizer):
     `lambda = alpha ||K||_F` per layer and batch (FNGD (14)); exactly one of them.
 
     `p.grad` is the weighted gradient after `backward()`, so clipping, loss scaling and accumulation
-    see what will be used (accumulation: the mean of the micro-batches' steps). A layer called
-    several times in one forward is solved in `step()`.
+    see what will be used (accumulation: the mean of the micro-batches' steps). The calls of a layer
+    in one forward share one Gram matrix; those of two forwards never do. With `kl_clip`, inputs and
+    output gradients are kept until the step.
+
+    A rule's lambda is one per layer; `alpha ||K||_F` is one per group of a convolution.
 
     Under DDP every rank solves for the joint batch: a layer's raw inputs and output gradients are
     gathered, `n (|x| + |s|)` numbers, never per-example gradients.
@@ -69,31 +73,38 @@ class Woodbury(CurvatureOptimizer):
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
         self.alpha, self.fold = alpha, fold
-        # the calls of layers called several times, of each backward pass with its factor
-        self._repeated: dict[str, dict[int, tuple[float, list[tuple[Tensor, Tensor]]]]] = {}
-        # of the last solve: its product with the gradient, and its square length
-        self._changes: dict[str, tuple[float, float]] = {}
+        # per layer, the backward passes that `.grad` holds
+        self._taken: dict[str, list[Taken]] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
-        self.layers = WeightedLayers(model, self.weights, *_unowned(self.rows, self._remember))
-        # after the layers' hooks, whose output it follows: the model may be a single layer
-        self.scale = LossScale(model, criterion)
-        self.hooked += [self.layers, self.scale]
+        self.layers = WeightedLayers(model, self.weights, _unowned(self.rows), criterion)
+        self.hooked.append(self.layers)
 
-    def rows(self, weight: Weight, x: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`M v`, `[groups, n]`, for one call of a layer, and the weighted gradient where cheap."""
-        factor = self.scale.factor
-        calls, mine = self._gathered([(x, g)], factor)
-        columns = columns_of(weight, calls, factor)
-        rows = self.solve(weight, columns)
-        # of gradients that were formed for their Gram matrix their sum is free
-        if self.ranks is None and all(isinstance(each, ImageColumns) for each in columns):
-            return rows, _combined(columns, rows).mul_(1 / factor)
+    def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
+        """`M v`, `[groups, n]`, for a layer's calls, and the weighted gradient where cheap."""
+        every, mine = self._gathered(calls, factor)
+        columns = columns_of(weight, every, factor)
+        rows, products = self.solve(weight, columns)
+        # in the scale of the gradient that backward leaves
+        scale = (factor * (1 if self.ranks is None else self.ranks.size)) ** -2
+        products = products[0] * scale, products[1] * scale
+        self._take(weight, Taken(calls, rows[:, mine], factor, rows, products))
+        # of gradients that were formed for their Gram matrix, or joined, their sum is free
+        joined = len(calls) > 1 or all(isinstance(each, ImageColumns) for each in columns)
+        if self.ranks is None and joined:
+            return rows, of_columns(columns, rows) / factor
         return rows[:, mine], None
 
-    def _gathered(
-        self, calls: list[tuple[Tensor, Tensor]], factor: float
-    ) -> tuple[list[tuple[Tensor, Tensor]], slice]:
+    def _take(self, weight: Weight, taken: Taken) -> None:
+        passes = self._taken.setdefault(weight.name, [])
+        if passes and not has_gradient(weight):
+            # what an earlier backward pass left was dropped with its gradient
+            passes.clear()
+        if self.kl_clip is None:
+            taken.calls = []
+        passes.append(taken)
+
+    def _gathered(self, calls: Calls, factor: float) -> tuple[Calls, slice]:
         """The raw pairs of the joint batch, and which of its rows are this rank's."""
         if self.ranks is None:
             return calls, slice(None)
@@ -101,24 +112,22 @@ class Woodbury(CurvatureOptimizer):
         mine = self.ranks.rows(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
-    def solve(self, weight: Weight, columns: list[Columns]) -> Tensor:
-        """`M v` of every group from its columns."""
+    def solve(self, weight: Weight, columns: list[Columns]) -> tuple[Tensor, tuple[float, float]]:
+        """`M v` of every group from its columns; `<U M v, U 1>` and `||U M v||^2`."""
         blocks = [GramBlock(each) for each in columns]
         lambdas = self._dampings(weight, blocks)
         found, change, square = [], 0.0, 0.0
         for block, damping in zip(blocks, lambdas, strict=True):
             K = block.gram()
             rows = weights_of(K, damping, self.fold, weight.name)
-            # <U M v, U 1> and ||U M v||^2, in the scale of the per-example gradients
             weighted = K @ rows
             change += weighted.sum().item()
             square += float(rows @ weighted)
             found.append(rows)
-        self._changes[weight.name] = change, square
         size = sum(block.size for block in blocks)
         grams = [block.core * block.gram() for block in blocks]
         self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
-        return torch.stack(found)
+        return torch.stack(found), (change, square)
 
     def _dampings(self, weight: Weight, blocks: list[GramBlock]) -> list[float]:
         """The damping of every group: the layer's own, or `alpha ||K||` of each."""
@@ -134,16 +143,8 @@ class Woodbury(CurvatureOptimizer):
         # solved in the order of the backward pass, told in that of the layers
         return last_steps({n: self._last[n] for n in self.weights if n in self._last}, self.steps)
 
-    def _remember(self, weight: Weight, x: Tensor, g: Tensor) -> None:
-        current, passes = self.scale.backwards, self._repeated.setdefault(weight.name, {})
-        if weight.weight.grad is None:
-            # what an earlier backward pass left was dropped with its gradient
-            for earlier in passes.keys() - {current}:
-                del passes[earlier]
-        passes.setdefault(current, (self.scale.factor, []))[1].append((x, g))
-
     def _discard(self) -> None:
-        self._repeated.clear()
+        self._taken.clear()
         self.layers.reached.clear()
 
     def _check_delivered(self) -> None:
@@ -154,47 +155,65 @@ class Woodbury(CurvatureOptimizer):
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         self._check_delivered()
-        found: dict[nn.Parameter, Tensor] = {}
-        repeated, self._repeated = self._repeated, {}
-        for name, passes in repeated.items():
-            weight = self.weights[name]
-            gradient = weight.gradient()
-            if gradient is not None:
-                pairs = [self._step_of(weight, *one) for one in passes.values()]
-                step, plain = (sum_of(terms) for terms in zip(*pairs, strict=True))
-                # .grad may have been unscaled, clipped or averaged over ranks since
-                ratio = dot(gradient, plain) / dot(plain, plain).clamp(min=1e-300)
-                found |= weight.split((ratio * step).to(weight.weight.dtype))
         if self.kl_clip is None and self.max_norm is None:
-            return found
+            return {}
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
-        return {p: p.grad for p in every if p.grad is not None} | found
+        return {p: p.grad for p in every if p.grad is not None}
 
-    def _step_of(
-        self, weight: Weight, factor: float, calls: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """The step `U M v / factor` of one backward pass, and its gradient `U 1 / factor`."""
-        calls, _ = self._gathered(calls, factor)
-        columns = columns_of(weight, calls, factor)
-        rows = self.solve_repeated(weight, columns)
-        step, plain = _combined(columns, rows), _combined(columns, torch.ones_like(rows))
-        return step / factor, plain / factor
+    def _apply(self, directions: dict[nn.Parameter, Tensor]) -> None:
+        self._taken.clear()
+        super()._apply(directions)
 
     def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
-        # p.grad is the direction already: its product with the gradient comes from the Gram
-        # matrix, at the scale that the lengths of the two tell
-        changes, self._changes = self._changes, {}
+        # .grad is the direction already, unscaled, clipped or averaged over ranks since: what
+        # backward left of direction and gradient, at the scale that the two lengths tell
         total = 0.0
-        for name, (change, square) in changes.items():
+        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        for name, passes in self._taken.items():
             weight = self.weights[name]
-            parts = [p for p in (weight.weight, weight.bias) if p is not None and p in directions]
-            length = sum(float(dot(directions[p], directions[p])) for p in parts)
-            total += self.option(weight, "lr") ** 2 * change * length / max(square, 1e-300)
+            params = [p for p in (weight.weight, weight.bias) if p is not None]
+            lrs = {p: rates[p] for p in params if p in directions}
+            change, square = self._products(weight, passes, lrs)
+            length = sum(float(dot(directions[p], directions[p])) for p in lrs)
+            total += change * length / square if square else 0.0
         return total
 
-    def solve_repeated(self, weight: Weight, columns: list[Columns]) -> Tensor:
-        """`M v` of a layer that was called several times."""
-        return self.solve(weight, columns)
+    def _products(
+        self, weight: Weight, passes: list[Taken], lrs: dict[nn.Parameter, float]
+    ) -> tuple[float, float]:
+        """`sum lr^2 <d, g>` and `||d||^2` of what the passes together left in a layer."""
+        known = passes[0].products
+        if len(passes) == 1 and known is not None and len(set(lrs.values())) == 1:
+            return known[0] * next(iter(lrs.values())) ** 2, known[1]
+        steps, gradients = zip(*(taken.pair(weight) for taken in passes), strict=True)
+        found = {"d": sum_of(steps), "g": sum_of(gradients)}
+        if self.ranks is not None:
+            found = {key: sums / self.ranks.size for key, sums in self.ranks.sum(found).items()}
+        d, g = (weight.split(found[key]) for key in "dg")
+        change = sum(lr**2 * float(dot(d[p], g[p])) for p, lr in lrs.items())
+        return change, float(dot(found["d"], found["d"]))
+
+
+@dataclass(eq=False)
+class Taken:
+    """What one backward pass brought to a layer, and the weights that its examples took."""
+
+    # of this rank
+    calls: Calls
+    rows: Tensor
+    factor: float
+    # of all ranks together
+    every: Tensor
+    # `<d, g>` and `||d||^2` of its direction and gradient, if they were at hand
+    products: tuple[float, float] | None = None
+    # the examples' indices in the data set
+    indices: Tensor | None = None
+
+    def pair(self, weight: Weight) -> tuple[Tensor, Tensor]:
+        """Its direction and its gradient, in the scale of the loss."""
+        columns = columns_of(weight, self.calls, self.factor)
+        ones = torch.ones_like(self.rows)
+        return of_columns(columns, self.rows) / self.factor, of_columns(columns, ones) / self.factor
 
 
 class GramBlock(Outer):
@@ -207,15 +226,10 @@ class GramBlock(Outer):
         return self.core * self.gram().trace()
 
 
-def _combined(columns: list[Columns], rows: Tensor) -> Tensor:
-    """`U v` of every group, stacked as the weight `[o, i]`."""
-    return torch.cat([each.combine(row[None]) for each, row in zip(columns, rows, strict=True)])
-
-
-def _unowned(*methods: Callable) -> list[Callable]:
-    """Bound methods that do not keep their object alive: the model holds the hooks."""
-    references = [weakref.WeakMethod(method) for method in methods]
-    return [lambda *args, r=r: _call(r, args) for r in references]
+def _unowned(method: Callable) -> Callable:
+    """A bound method that does not keep its object alive: the model holds the hooks."""
+    reference = weakref.WeakMethod(method)
+    return lambda *args: _call(reference, args)
 
 
 def _call(reference: weakref.WeakMethod, args: tuple) -> Any:
