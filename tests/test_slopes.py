@@ -138,6 +138,36 @@ def test_nu_is_the_mean_derivative_of_the_function_fed(name):
     assert network["last"] == pytest.approx(1, rel=1e-12)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_outputs_are_pre_activations_whatever_follows_in_place(inplace):
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace), nn.Linear(4, 3)).double()
+    x = randn(6, 5)
+    layer = fl.capture(model, CE, x, Y)["0"]
+    expected = F.linear(x, model[0].weight, model[0].bias)
+    assert relative(layer.outputs[:, 0], expected.detach()) < 1e-15
+    assert (layer.outputs < 0).any()
+
+
+def test_kbfgs_is_the_same_with_an_activation_in_place():
+    ends = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace), nn.Linear(4, 3)).double()
+        optimizer = fl.optim.create("kbfgs", model)
+        for k in range(6):
+            x = randn(6, 5, seed=k)
+
+            def closure(model=model, optimizer=optimizer, x=x):
+                optimizer.zero_grad()
+                loss = CE(model(x), Y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
+
+
 class RootMeanSquare(nn.Module):
     """A normalisation by hand: its square is a statistic, not what the map feeds."""
 

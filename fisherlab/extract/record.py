@@ -71,8 +71,9 @@ def recording(modules: dict[str, nn.Module], model: nn.Module) -> Iterator[Recor
             if not output.requires_grad:
                 record.without_graph.add(name)
                 return None
-            # the edge is taken here, before an in-place activation can rewire the output
-            call = Call(raw.detach(), get_gradient_edge(output), output.detach(), raw._version)
+            # both are taken here, before an in-place activation can rewire and overwrite the output
+            edge, kept = get_gradient_edge(output), output.detach().clone()
+            call = Call(raw.detach(), edge, kept, raw._version)
             record.calls.setdefault(name, []).append(call)
             # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
             # view's history, and the edge would silently receive nothing

@@ -155,7 +155,7 @@ class Recorder:
             call = Call(
                 len(part),
                 self._kept(part),
-                output.detach()[: self.examples] if self.outputs else None,
+                output.detach()[: self.examples].clone() if self.outputs else None,
             )
             if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
