@@ -201,7 +201,8 @@ def test_backends_agree(kind, fisher_type):
             one, other = getattr(layer, field), getattr(backpack[name], field)
             assert one.shape == other.shape
             assert relative(other, one) < 1e-12, (name, field)
-        assert layer.activation_slope == backpack[name].activation_slope
+        assert torch.allclose(layer.slopes, backpack[name].slopes, rtol=1e-14, atol=0)
+        assert layer.without_slope == backpack[name].without_slope
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

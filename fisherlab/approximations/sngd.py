@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Later, Means
 from fisherlab.approximations.kfac import KFAC
-from fisherlab.blocks import Block, Kronecker
+from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.moment import Moment, scaled
 from fisherlab.extract import LayerCapture
 
@@ -21,13 +21,16 @@ class SNGD(Approximation, name="sngd"):
     """`F ~ I (x) nu A`,  `A = E[a a^T]`,  `nu = E f'(s)` of the activation fed.      SNGD (12).
 
     It has no output gradients in it, so it is not on the scale of `F`: read its cosine and its
-    scaled error only.
+    scaled error only. A layer that feeds no element-wise function has no `nu` and no block: it is a
+    row of NaN in a comparison, and takes its plain gradient in an optimizer, which says so.
     """
 
-    needs = frozenset({"inputs", "outputs"})
+    needs = frozenset({"inputs", "activation_slope"})
     sides: ClassVar[Mapping[str, str]] = {"A": "input"}
 
     def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
+        if layer.without_slope:
+            raise BlockError(layer.without_slope)
         one = torch.ones((), dtype=layer.dtype, device=layer.device)
         return Later(
             A=lambda: layer.input_moment * (layer.column_share / layer.positions),

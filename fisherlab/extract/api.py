@@ -18,7 +18,7 @@ from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.proof import CHECKS, unproven
-from fisherlab.extract.record import Call, Record, find_activations, recording
+from fisherlab.extract.record import Call, Record, joined_slopes, recording, set_slopes
 from fisherlab.extract.select import check_batch, check_model, choices, select, weight_identity
 
 BACKENDS = ("auto", "backpack", "hooks")
@@ -148,16 +148,12 @@ def capture(
         if name == "backpack":
             from fisherlab.extract import backpack
 
-            record, outputs, activations = backpack.run(
-                model, modules, run, checked, criterion, y, columns
-            )
+            record, outputs = backpack.run(model, modules, run, checked, criterion, y, columns)
         else:
-            record, outputs, activations = _by_hooks(
-                model, modules, run, checked, criterion, y, columns
-            )
+            record, outputs = _by_hooks(model, modules, run, checked, criterion, y, columns)
         calls = _joined(modules, record)
         scale = fisher.term_scale(criterion, outputs, y, ranks)
-        captured = _assemble(modules, calls, activations, outputs.shape[0], fisher_type, scale)
+        captured = _assemble(modules, calls, outputs.shape[0], fisher_type, scale)
         broken: dict[str, str] = {}
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
@@ -275,7 +271,7 @@ def _by_hooks(
     criterion: Callable,
     y: Tensor,
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
-) -> tuple[Record, Tensor, dict[str, Callable | None]]:
+) -> tuple[Record, Tensor]:
     with recording(modules, model) as record:
         outputs = forward()
         labels = record.labels = check(outputs)
@@ -283,7 +279,8 @@ def _by_hooks(
         if record.calls:
             fill(outputs, record, labels, columns)
         record.check_inputs()
-        return record, outputs, find_activations(outputs, record)
+        set_slopes(outputs, record.every())
+        return record, outputs
 
 
 def _joined(modules: dict[str, nn.Module], record: Record) -> dict[str, list[Call]]:
@@ -299,7 +296,6 @@ def _joined(modules: dict[str, nn.Module], record: Record) -> dict[str, list[Cal
 def _assemble(
     modules: dict[str, nn.Module],
     joined: dict[str, list[Call]],
-    activations: dict[str, Callable | None],
     examples: int,
     fisher_type: str,
     term_scale: float,
@@ -312,7 +308,7 @@ def _assemble(
         module = modules[name]
         bias = module.bias is not None and bool(module.bias.requires_grad)
         groups = getattr(module, "groups", 1)
-        evaluated = [c.preactivation for c in calls if c.preactivation is not None]
+        slopes, reason = joined_slopes(name, calls)
         for group in range(groups):
             captured[f"{name}:{group}" if groups > 1 else name] = LayerCapture(
                 name=name,
@@ -322,8 +318,8 @@ def _assemble(
                 raw_output_gradients=tuple(call.gradients for call in calls),
                 raw_label_gradients=tuple(call.label_gradient for call in calls),
                 raw_outputs=tuple(call.output for call in calls),
-                activation=activations.get(name),
-                raw_preactivations=tuple(evaluated) if len(evaluated) == len(calls) else None,
+                slopes=slopes,
+                without_slope=reason,
                 fisher_type=fisher_type,
                 term_scale=term_scale,
             )

@@ -32,7 +32,7 @@ from torch.nn.modules.loss import _Loss
 
 from fisherlab.extract.hooks import send_backwards
 from fisherlab.extract.layer import CaptureError
-from fisherlab.extract.record import Record, find_activations, recording
+from fisherlab.extract.record import Record, recording, set_slopes
 
 # BackPACK saves what an extension returns under this attribute of the weight; it is taken at once.
 SAVED = "_fisherlab_columns"
@@ -156,18 +156,18 @@ def run(
     criterion: Callable,
     y: Tensor,
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
-) -> tuple[Record, Tensor, dict[str, Callable | None]]:
-    """The calls of `modules` with their gradients, the outputs, the activations."""
+) -> tuple[Record, Tensor]:
+    """The calls of `modules` with their gradients and slopes, and the outputs."""
     follower = Follower(OutputColumns() if vectors else OutputGradient(), kept=modules)
     with recording(modules, model) as record, follower.following(model):
         outputs = forward()
         labels = record.labels = check(outputs)
         record.check_inputs()
-        activations = find_activations(outputs, record)
         if record.calls:
             columns = [] if vectors is None else vectors(outputs.detach())
             fill(outputs, record, follower, labels, list(columns))
-        return record, outputs, activations
+        set_slopes(outputs, record.every())
+        return record, outputs
 
 
 def fill(

@@ -71,7 +71,7 @@ def joined(layer: LayerCapture, ranks: Ranks, to: int | None = None) -> LayerCap
         raw_output_gradients=columns,
         raw_label_gradients=labels,
         raw_outputs=each(layer.raw_outputs),
-        raw_preactivations=each(layer.raw_preactivations),
+        slopes=None if layer.slopes is None else gather(0)(layer.slopes),
         shared=None,
     )
 

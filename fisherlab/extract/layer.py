@@ -219,9 +219,10 @@ class LayerCapture:
     raw_output_gradients: tuple[Tensor, ...] | None
     raw_label_gradients: tuple[Tensor, ...] | None
     raw_outputs: tuple[Tensor, ...] | None = None
-    # what the layer feeds: the element-wise activation and the values it is evaluated at
-    activation: Callable[[Tensor], Tensor] | None = None
-    raw_preactivations: tuple[Tensor, ...] | None = None
+    # `[n, 2]` per example: the sum of `f'` of what the map feeds, and the number of its terms
+    slopes: Tensor | None = None
+    # why the map has no `nu`; "" where it has one
+    without_slope: str = ""
     fisher_type: str = "empirical"
     # what both raw gradients count: those of an optimizer are of the loss, 1/M of the `l_n`
     gradient_scale: float = 1.0
@@ -327,20 +328,16 @@ class LayerCapture:
 
     @property
     def activation_slope(self) -> Tensor:
-        """`nu = E f'(s)` of the element-wise activation the layer feeds, 0-d float64; 1 for none.
+        """`nu = E f'(z)` of the element-wise function that `s` ends in, 0-d float64.
 
-        The mean over examples, positions and units; behind a normalisation, evaluated there.
+        The mean over examples, positions and units. `f` may stand behind a normalisation or a sum,
+        and is then evaluated there; the gates of an LSTM have one each. 1 where `s` is the model's
+        output; NaN where there is no such function (`without_slope` says why).
         """
-        raw = self._present("raw_preactivations", "activation_slope")
-        if self.activation is None:
-            return torch.ones((), dtype=torch.float64, device=self.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for values in raw:
-            free = values.detach().requires_grad_()
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(self.activation(free).sum(), free)
-            total += slope.sum(dtype=torch.float64)
-        return total / sum(values.numel() for values in raw)
+        if self.slopes is None:
+            raise CaptureError(self._absent("activation_slope", "activation_slope"))
+        total, terms = self.slopes.double().sum(0)
+        return total / terms if not self.without_slope else torch.full_like(total, math.nan)
 
     @property
     def gradient(self) -> Tensor:
@@ -441,7 +438,7 @@ class LayerCapture:
             raw_output_gradients=cut(self.raw_output_gradients, columns, examples),
             raw_label_gradients=cut(self.raw_label_gradients, examples),
             raw_outputs=cut(self.raw_outputs, examples),
-            raw_preactivations=cut(self.raw_preactivations, examples),
+            slopes=None if self.slopes is None else self.slopes[examples],
             column_share=self.column_share * held / total,
             shared=None,
             after=None if self.after is None else self.after.part(examples, columns),
@@ -459,7 +456,7 @@ class LayerCapture:
             raw_output_gradients=each(self.raw_output_gradients),
             raw_label_gradients=each(self.raw_label_gradients),
             raw_outputs=each(self.raw_outputs),
-            raw_preactivations=each(self.raw_preactivations),
+            slopes=None if self.slopes is None else function(self.slopes),
             shared=None,
         )
 

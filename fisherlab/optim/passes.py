@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,14 +33,12 @@ class Pass:
     """One forward of the model: its layer calls, its output, and what the backward brought."""
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    norms: dict[Any, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
     output_gradient: Tensor | None = None
     loss_scale: Tensor | None = None
     labels: Tensor | None = None
     # the tensor whose columns were sent back
     criterion_saw: Tensor | None = None
-    activations: dict[str, Callable | None] = field(default_factory=dict)
 
     @property
     def arrived(self) -> bool:

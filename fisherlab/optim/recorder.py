@@ -25,8 +25,8 @@ from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
-from fisherlab.extract.record import NORMALISATIONS, Record, find_activations
 from fisherlab.extract.record import Call as GraphCall
+from fisherlab.extract.record import joined_slopes, set_slopes
 from fisherlab.extract.select import weight_identity
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
@@ -65,8 +65,8 @@ class Recorder:
         self.examples, self.ranks = examples, ranks
         # what an approximation does not need is not kept: memory that backward then reuses
         self.summed = SUMS.issuperset(needs)
-        self.gradients = not {"inputs", "outputs"}.issuperset(needs)
-        self.outputs = self.slopes = "outputs" in needs
+        self.gradients = not {"inputs", "outputs", "activation_slope"}.issuperset(needs)
+        self.outputs, self.slopes = "outputs" in needs, "activation_slope" in needs
         self.columns = fisher_type != "empirical" and "output_gradients" in needs
         # of the passes last captured: what turned dL/ds into per-example gradients
         self.factors: list[float] = []
@@ -76,7 +76,8 @@ class Recorder:
         self._latest: weakref.ref[Pass] | None = None
         self._open: Pass | None = None
         self._model = weakref.ref(model)
-        # layers whose gradient is not `g a^T` of their calls, and why; known after the first pass
+        # layers without a block, and why: their gradient is not `g a^T` of their calls, or they
+        # have no slope; known after the first pass
         self.left_out: dict[str, str] = {}
         self._proven = examples is not None or self.summed
         self.law: AdditiveLaw | None = None
@@ -89,9 +90,6 @@ class Recorder:
             )
         # after the layers' own: the model may be a single layer
         self._handles.append(model.register_forward_hook(uncompiled(self._end)))
-        if self.slopes:
-            norms = [m for m in model.modules() if isinstance(m, NORMALISATIONS)]
-            self._handles += [m.register_forward_hook(uncompiled(self._norm)) for m in norms]
         if isinstance(criterion, nn.Module):
             self._handles.append(criterion.register_forward_hook(self._loss))
 
@@ -154,12 +152,14 @@ class Recorder:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
             part = raw[: self.examples]
-            seen = self._seen(output)
-            kept = seen[: self.examples] if self.outputs else None
-            call = Call(len(part), self._kept(part), kept)
+            call = Call(
+                len(part),
+                self._kept(part),
+                output.detach()[: self.examples].clone() if self.outputs else None,
+            )
             if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
-                call.graph = GraphCall(raw, edge, seen, raw._version, seen._version)
+                call.graph = GraphCall(raw, edge, output.detach(), raw._version)
             current.calls.setdefault(name, []).append(call)
 
             def arrive(gradient: Tensor) -> None:
@@ -179,14 +179,6 @@ class Recorder:
     def _kept(self, tensor: Tensor) -> Tensor:
         """What is kept of the examples: they, or their sum, taken while they are at hand."""
         return example_sum(_wide(tensor)) if self.summed else tensor
-
-    def _seen(self, output: Tensor) -> Tensor:
-        """An output; a copy where its values are read later, when an activation overwrote it."""
-        return output.detach().clone() if self.outputs else output.detach()
-
-    def _norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self._open is not None and output.requires_grad:
-            self._open.norms[get_gradient_edge(output).node] = self._seen(output)
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
         if model is not self._model() or is_isolated():
@@ -208,8 +200,7 @@ class Recorder:
         if not self._proven:
             self._prove(current, output)
         if self.slopes:
-            calls = {n: [c.graph for c in cs if c.graph] for n, cs in current.calls.items()}
-            current.activations = find_activations(output, Record(calls, norms=current.norms))
+            self._find_slopes(current, output)
         if self.columns and not isinstance(self.criterion, nn.Module):
             self._send_columns(current, output, None)
 
@@ -321,6 +312,24 @@ class Recorder:
             for call in (call for calls in current.calls.values() for call in calls):
                 call.graph = None
 
+    def _find_slopes(self, current: Pass, output: Tensor) -> None:
+        """Slopes of all calls; layers that have none are left out, which is said once."""
+        graphs = {
+            name: [call.graph for call in calls if call.graph is not None]
+            for name, calls in self._joined(current).items()
+            if calls
+        }
+        set_slopes(output, [call for calls in graphs.values() for call in calls])
+        reasons = {name: joined_slopes(name, calls)[1] for name, calls in graphs.items()}
+        new = {n: reason for n, reason in reasons.items() if reason and n not in self.left_out}
+        if new:
+            self.left_out |= new
+            warnings.warn(
+                f"SNGD has no block of these layers, which take their plain gradients: "
+                f"{'; '.join(new.values())}",
+                stacklevel=2,
+            )
+
     def _forget_gradients(self, current: Pass) -> None:
         """Undo what the hooks saw of a backward pass that is not the loss's own."""
         for calls in current.calls.values():
@@ -378,7 +387,10 @@ class Recorder:
         outputs = tuple(_wide(c.output) for c in calls if c.output is not None) or None
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
-        pre = [c.graph.preactivation for c in calls if c.graph is not None]
+        slopes = None
+        if self.slopes:
+            graphs = [call.graph for call in calls if call.graph is not None]
+            slopes = joined_slopes(name, graphs)[0][: self.examples]
         return {
             f"{name}:{k}" if groups > 1 else name: LayerCapture(
                 name=name,
@@ -388,8 +400,7 @@ class Recorder:
                 raw_output_gradients=columns,
                 raw_label_gradients=labels,
                 raw_outputs=outputs,
-                activation=one.activations.get(name),
-                raw_preactivations=cast(tuple[Tensor, ...], tuple(pre)) if self.slopes else None,
+                slopes=slopes,
                 fisher_type=self.fisher_type,
                 gradient_scale=scale,
                 summed=calls[0].examples if self.summed else 1,

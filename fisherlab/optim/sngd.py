@@ -2,33 +2,39 @@
 
 `W = w' G^{-1/2}` acts on the weight, not on the patches, so a convolution costs one small product
 more. One gradient step on `w'` is one natural-gradient step on `W` for the fixed `G` (Prop. 1).
-`fl.optim.create("sngd", model)` takes the same step from the optimizer's side.
+`fl.optim.create("sngd", model)` takes the same step from the optimizer's side, with the same `nu`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import Geometry
+from fisherlab.extract.slopes import slopes
+from fisherlab.names import unknown
 from fisherlab.optim.passes import blocked_layers
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
 
-ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Softplus)
-_LOOKED_THROUGH = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Flatten)
+Activation = Callable[[Tensor], Tensor] | None
 
 
 class LocalFisher(nn.Module):
     """`[W | b] = [w' | b'] G^{-1/2}`,  `G = nu A + eps I`,  as a parametrization of one layer.
 
-    `A = E[a a^T]` (trailing 1 for the bias) and `nu = E f'(s)` are running means of the training
-    passes (`decay`, from I), buffers outside the backward pass; `eps = eps_relative tr(nu A)`.
+    `A = E[a a^T]` (trailing 1 for the bias) and `nu = E f'(z)` are running means of the training
+    passes (`decay`, from I), buffers outside the backward pass; `eps = eps_relative tr(nu A)`. A
+    layer that feeds no element-wise function (`without_slope` says so) keeps `G = I`.
     """
 
     G: Tensor
@@ -38,7 +44,6 @@ class LocalFisher(nn.Module):
     def __init__(
         self,
         module: nn.Module,
-        activation: Callable[[Tensor], Tensor] | None,
         method: str,
         decay: float,
         eps: float,
@@ -46,8 +51,9 @@ class LocalFisher(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = Geometry.of(module, module.bias is not None)
-        self.activation, self.method, self.decay = activation, method, decay
+        self.method, self.decay = method, decay
         self.eps, self.rank = eps, rank
+        self.without_slope = ""
         size = self.geometry.in_features + self.geometry.bias
         weight = cast(Tensor, module.weight)
         eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
@@ -55,20 +61,9 @@ class LocalFisher(nn.Module):
             self.register_buffer(name, eye.clone())
         self.handles: list[RemovableHandle] = []
 
-    def observe(self, x: Tensor, s: Tensor) -> None:
-        """Blend one batch of inputs and pre-activations into the running `nu A`."""
-        a = self.geometry.inputs(x)
-        A = second_moment(a) / (a.shape[0] * a.shape[1])
-        self.G.mul_(self.decay).add_((1 - self.decay) * self.slope(s) * A)
-
-    def slope(self, s: Tensor) -> Tensor:
-        """`nu`, the mean derivative of the activation; 1 for none."""
-        if self.activation is None:
-            return torch.ones((), dtype=s.dtype, device=s.device)
-        free = s.detach().requires_grad_()
-        with torch.enable_grad():
-            (derivative,) = torch.autograd.grad(self.activation(free).sum(), free)
-        return derivative.mean()
+    def observe(self, A: Tensor, nu: float) -> None:
+        """Blend one batch's mean of `a a^T` and slope into the running `nu A`."""
+        self.G.mul_(self.decay).add_(A, alpha=(1 - self.decay) * nu)
 
     def roots(self) -> Roots:
         """`G^{1/2}` and `G^{-1/2}` of the damped running mean."""
@@ -125,28 +120,35 @@ def reconstruct(
     decay: float = 0.995,
     eps: float = 1e-4,
     rank: int = 128,
-    activations: Mapping[str, Callable[[Tensor], Tensor] | None] | None = None,
+    activations: Mapping[str, Activation] | None = None,
 ) -> nn.Module:
     """Turn every Linear and Conv of `model` into a local Fisher layer, in place.      SNGD III.
 
     Outputs are unchanged, and parameters keep their identity, so an optimizer made before stays
     valid. With `optimizer` given, `G` is refreshed after every `every` of its steps (else call
     `refresh`). `method`: "newton_schulz", "denman_beavers", "eigh" or "nystroem" (of `rank`).
-    `activations` overrides, by layer name, the activation found by module order. Grouped
-    convolutions stay as they are.
+    Grouped convolutions stay as they are.
+
+    `nu` is that of `LayerCapture.activation_slope`, read off each training pass of `model`, which
+    is the whole network: its outputs are where `nu` is 1. `activations` overrides it by layer name,
+    with the derivative at the layer's own output; None stands for 1. A layer that feeds no
+    element-wise function keeps `G = I`, with a warning.
     """
     if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
         raise ValueError(f"unknown method {method!r}")
-    found = activations_by_order(model) | dict(activations or {})
-    for name, module in blocked_layers(model).items():
+    layers = blocked_layers(model)
+    for name in activations or {}:
+        if name not in layers:
+            raise ValueError(unknown("layer", name, layers))
+    for module in layers.values():
         if parametrize.is_parametrized(module) or getattr(module, "groups", 1) > 1:
             continue
-        fisher = LocalFisher(module, found.get(name), method, decay, eps, rank)
+        fisher = LocalFisher(module, method, decay, eps, rank)
         weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
         parametrize.register_parametrization(module, "weight", _WeightOf(fisher, bias))
         if bias is not None:
             parametrize.register_parametrization(module, "bias", _BiasOf(fisher, weight))
-        fisher.handles.append(module.register_forward_hook(_observer(fisher)))
+    _Observer(model, activations or {})
     if optimizer is not None:
         count = [0]
 
@@ -159,13 +161,108 @@ def reconstruct(
     return model
 
 
-def _observer(fisher: LocalFisher) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if module.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                fisher.observe(args[0].detach(), output.detach())
+@dataclass
+class _Call:
+    """One call of a reconstructed layer in a forward pass of the model."""
 
-    return hook
+    moment: Tensor
+    rows: int
+    edge: GradientEdge
+    # mean derivative of the activation that the user named
+    slope: float | None
+
+
+class _Observer:
+    """Hooks that blend each training pass of the model into its local Fishers, once per batch."""
+
+    def __init__(self, model: nn.Module, activations: Mapping[str, Activation]) -> None:
+        self.activations = dict(activations)
+        fishers = local_fishers(model)
+        self.layers = {module: (name, fisher) for name, (module, fisher) in fishers.items()}
+        self.calls: dict[str, list[_Call]] | None = None
+        handles = [
+            model.register_forward_pre_hook(self.begin),
+            *(m.register_forward_hook(self.remember, with_kwargs=True) for m in self.layers),
+            model.register_forward_hook(self.end),
+        ]
+        for _, fisher in self.layers.values():
+            fisher.handles = handles
+
+    def begin(self, model: nn.Module, args: tuple) -> None:
+        self.calls = {} if torch.is_grad_enabled() and not is_isolated() else None
+
+    def remember(
+        self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor | None:
+        if self.calls is None or not module.training or not output.requires_grad:
+            return None
+        name, fisher = self.layers[module]
+        with torch.no_grad():
+            a = fisher.geometry.inputs((args[0] if args else kwargs["input"]).detach())
+            moment, rows = second_moment(a), a.shape[0] * a.shape[1]
+        known = name in self.activations
+        slope = _mean_derivative(self.activations[name], output.detach()) if known else None
+        call = _Call(moment, rows, get_gradient_edge(output), slope)
+        self.calls.setdefault(name, []).append(call)
+        # an in-place operation on a view replaces the view's history, where the slope is read off
+        return output.clone() if output._is_view() else None
+
+    @torch.no_grad()
+    def end(self, model: nn.Module, args: tuple, output: object) -> None:
+        made, self.calls = self.calls or {}, None
+        every = [call for calls in made.values() for call in calls if call.slope is None]
+        found = slopes(_tensors(output), [call.edge for call in every]) if every else []
+        fishers = dict(self.layers.values())
+        rest, left = iter(found), []
+        for name, calls in made.items():
+            fisher = fishers[name]
+            nu = calls[0].slope
+            if nu is None:
+                mine = [next(rest) for _ in calls]
+                reason = next((each.reason for each in mine if each.reason), "")
+                if reason:
+                    if not fisher.without_slope:
+                        fisher.without_slope = f"layer {name!r} has no slope nu: {reason}"
+                        left.append(fisher.without_slope)
+                    continue
+                total, terms = torch.stack([each.sums.sum(0) for each in mine]).sum(0).tolist()
+                nu = total / terms
+            else:
+                nu = sum(call.rows * cast(float, call.slope) for call in calls)
+                nu /= sum(call.rows for call in calls)
+            A = torch.stack([call.moment for call in calls]).sum(0)
+            fisher.observe(A / sum(call.rows for call in calls), nu)
+        if left:
+            warnings.warn(
+                "these layers keep G = I, so they take their plain gradients; nu = 1 is "
+                f"reconstruct(..., activations={{name: None}}): {'; '.join(left)}",
+                stacklevel=2,
+            )
+
+
+def _mean_derivative(activation: Activation, s: Tensor) -> float:
+    """`E f'(s)` of an activation that the user named; 1 for None."""
+    if activation is None:
+        return 1.0
+    free = s.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        # an in-place activation needs a tensor that is no leaf
+        (derivative,) = torch.autograd.grad(activation(free.clone()).sum(), free)
+    return float(derivative.double().mean())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returned."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from _tensors(part)
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
+    elif hasattr(output, "logits"):
+        yield from _tensors(output.logits)
 
 
 def local_fishers(model: nn.Module) -> dict[str, tuple[nn.Module, LocalFisher]]:
@@ -186,6 +283,8 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     `w' <- G^{-1/2} w`, which contradicts (11); (11) is followed.)
     """
     for module, fisher in local_fishers(model).values():
+        if fisher.without_slope:
+            continue
         roots = fisher.roots()
         change = fisher.inverse @ roots.root
         weight, bias = _originals(module)
@@ -233,19 +332,3 @@ def restore(model: nn.Module) -> nn.Module:
             for name, value in effective.items():
                 getattr(module, name).copy_(value)
     return model
-
-
-def activations_by_order(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor] | None]:
-    """The element-wise activation that follows each layer in order of registration, or None.
-
-    Normalisation layers in between are looked through; any other module ends the search.
-    """
-    modules = [(n, m) for n, m in model.named_modules() if not list(m.children())]
-    found: dict[str, Callable[[Tensor], Tensor] | None] = {}
-    for k, (name, module) in enumerate(modules):
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            continue
-        following = (m for _, m in modules[k + 1 :] if not isinstance(m, _LOOKED_THROUGH))
-        after = next(following, None)
-        found[name] = after if isinstance(after, ACTIVATIONS) else None
-    return found
