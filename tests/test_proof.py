@@ -7,6 +7,7 @@ from torch import nn
 
 import fisherlab as fl
 from fisherlab.extract import CaptureError
+from fisherlab.extract.isolation import isolated
 
 CE = nn.CrossEntropyLoss()
 TYPES = ("exact", "mc", "empirical")
@@ -300,3 +301,21 @@ def test_buffers_and_training_flags_come_back(make):
     for name, buffer in model.named_buffers():
         same, before = buffers[name]
         assert buffer is same and torch.equal(buffer, before), name
+
+
+def test_a_graph_that_holds_buffers_survives_a_capture_between_its_passes():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().eval()
+    x, y = batch()
+    loss = CE(model(x), y)
+    fl.capture(model, CE, 2 * x, y)
+    loss.backward()
+    assert model[0].weight.grad.norm() > 0
+
+
+def test_statistics_of_a_batch_norm_in_training_come_back():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with isolated(model, batch()[0]):
+        model(batch()[0])
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

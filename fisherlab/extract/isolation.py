@@ -20,6 +20,27 @@ def is_isolated() -> bool:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers are afterwards as before, whether a pass writes into them or replaces them."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before in buffers:
+            module._buffers[name] = buffer
+            # by value: batch norm writes its statistics without a new version, and a copy where
+            # nothing changed would break a graph that holds the buffer
+            if not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)
+
+
+@contextmanager
 def isolated(model: nn.Module, x: object) -> Iterator[None]:
     """Gradients on; random streams, buffers and training flags are put back at the end.
 
@@ -30,25 +51,14 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
     """
     devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
-    ]
     token = _ISOLATED.set(True)
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        with buffers_kept(model), torch.enable_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         _ISOLATED.reset(token)
         for module, training in flags:
             module.training = training
-        for module, name, buffer, version, before in buffers:
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(before)
 
 
 def random_state(x: object) -> Tensor:

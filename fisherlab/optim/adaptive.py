@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherlab.approximations.damping import LevenbergMarquardt
 from fisherlab.blocks import Block
+from fisherlab.extract.isolation import buffers_kept
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.scale import OptimizerError
 
@@ -75,12 +76,7 @@ def unmoved(model: nn.Module) -> Iterator[None]:
 
     `torch.optim` counts no such second pass: an evaluation of the loss must not train.
     """
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)
+    forked = [index for index in devices if index is not None]
+    with buffers_kept(model), torch.random.fork_rng(devices=forked):
+        yield
