@@ -109,7 +109,7 @@ def trace(
 
 
 def expansion(damping: float | Rule) -> Callable[[dict[str, float]], float] | None:
-    """What gives beta of fully-connected blocks from the lambdas of all layers; None: 1."""
+    """The function from the lambdas of all layers to beta of fully-connected blocks; None: 1."""
     return getattr(damping, "fully_connected_scale", None)
 
 

@@ -117,7 +117,7 @@ class Layer:
         measured: list[tuple[str, dict[str, Any]]] = []
         frames = [frame for frame in (self.whole, self.inside) if frame is not None]
         exact = [frame.F for frame in frames]
-        # what depends on the layer and the damping alone is made once, for all methods
+        # powers depend on the layer and the damping alone: made once, for all methods
         parts = [part for F in exact for part in _parts(F)]
         doubles = [part.double for part in parts if isinstance(part, Outer)]
         with (

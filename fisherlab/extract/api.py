@@ -19,7 +19,7 @@ from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, joined_slopes, recording, set_slopes
-from fisherlab.extract.select import check_batch, check_model, choices, select, weight_identity
+from fisherlab.extract.select import by_owner, check_batch, check_model, choices, select
 
 BACKENDS = ("auto", "backpack", "hooks")
 # The faster backend where `fisherlab bench capture` has been run; hooks where it has not.
@@ -151,7 +151,7 @@ def capture(
             record, outputs = backpack.run(model, modules, run, checked, criterion, y, columns)
         else:
             record, outputs = _by_hooks(model, modules, run, checked, criterion, y, columns)
-        calls = _joined(modules, record)
+        calls = by_owner(modules, record.calls)
         scale = fisher.term_scale(criterion, outputs, y, ranks)
         captured = _assemble(modules, calls, outputs.shape[0], fisher_type, scale)
         broken: dict[str, str] = {}
@@ -281,16 +281,6 @@ def _by_hooks(
         record.check_inputs()
         set_slopes(outputs, record.every())
         return record, outputs
-
-
-def _joined(modules: dict[str, nn.Module], record: Record) -> dict[str, list[Call]]:
-    """The calls of all modules that share a weight, under the name of its first owner."""
-    owners: dict[object, str] = {}
-    joined: dict[str, list[Call]] = {}
-    for name, module in modules.items():
-        owner = owners.setdefault(weight_identity(module), name)
-        joined.setdefault(owner, []).extend(record.calls.get(name, []))
-    return joined
 
 
 def _assemble(

@@ -65,8 +65,8 @@ def unproven(
     failures: dict[str, str] = {}
     for name in names:
         module = modules[name]
-        rows = [_like(next(arrived), call.label_gradient) for call in calls[name]]
-        leaf_gradients = [_like(next(gradients), leaf) for leaf in _leaves(module)]
+        rows = [or_zero(next(arrived), call.label_gradient) for call in calls[name]]
+        leaf_gradients = [or_zero(next(gradients), leaf) for leaf in _leaves(module)]
         parts = [layer for layer in captured.values() if layer.name == name]
         if check == "full" and not _rows_belong(calls[name], rows, weights):
             failures[name] = (
@@ -98,7 +98,8 @@ def _leaves(module: nn.Module) -> list[Tensor]:
     return [weight] if bias is None or not bias.requires_grad else [weight, bias]
 
 
-def _like(gradient: Tensor | None, target: Tensor) -> Tensor:
+def or_zero(gradient: Tensor | None, target: Tensor) -> Tensor:
+    """A gradient in the dtype of its target; zeros where none arrived."""
     return torch.zeros_like(target) if gradient is None else gradient.to(target.dtype)
 
 
@@ -108,7 +109,7 @@ def _tolerance(calls: Sequence[Call]) -> float:
 
 
 def tolerance(tensor: Tensor) -> float:
-    """What rounding may leave, relative to the sum of the lengths of what is added."""
+    """The rounding that a sum may keep, relative to the lengths of its terms."""
     tf32 = tensor.is_cuda and tensor.dtype == torch.float32
     return COARSE if tf32 else TOLERANCE.get(tensor.dtype, COARSE)
 

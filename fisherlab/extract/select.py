@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract.layer import CONVOLUTIONS, CaptureError
 from fisherlab.names import nearest
+
+C = TypeVar("C")
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -31,12 +34,24 @@ class Choice:
 
 
 def weight_identity(module: nn.Module) -> object:
-    """What tells whether two modules have one weight: the parameter, or the module if it computes.
+    """The parameter that is the module's weight, or the module itself if it computes its weight.
 
     A parametrized weight is another tensor at each access, so no two modules share it.
     """
     weight = module._parameters.get("weight")
     return module if weight is None else weight
+
+
+def by_owner(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[C]]
+) -> dict[str, list[C]]:
+    """The calls of all modules that share a weight, under the name of its first owner."""
+    owners: dict[object, str] = {}
+    joined: dict[str, list[C]] = {}
+    for name, module in modules.items():
+        owner = owners.setdefault(weight_identity(module), name)
+        joined.setdefault(owner, []).extend(calls.get(name, ()))
+    return joined
 
 
 def choices(model: nn.Module) -> list[Choice]:

@@ -18,7 +18,7 @@ from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block, from_dict, to_dict
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
-from fisherlab.extract.select import weight_identity
+from fisherlab.extract.select import choices
 from fisherlab.optim.recorder import Recorder, check_fisher_type
 from fisherlab.optim.running_blocks import RunningBlocks
 from fisherlab.optim.summary import summary_row
@@ -136,7 +136,7 @@ class NaturalGradient(RunningBlocks):
         self.recorder: Recorder | None = None
         if local:
             modules = {w.name: w.module for w in self.weights.values()}
-            modules |= self._tied(model, modules)
+            modules |= {c.name: c.module for c in choices(model) if c.owner in modules}
             self.recorder = Recorder(
                 model,
                 modules,
@@ -170,18 +170,6 @@ class NaturalGradient(RunningBlocks):
                 f"replaced by their diagonals in layer {'; '.join(layers)}",
                 stacklevel=3,
             )
-
-    @staticmethod
-    def _tied(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        weights = {weight_identity(m) for m in modules.values()}
-        known = set(modules.values())
-        return {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and weight_identity(module) in weights
-            and module not in known
-        }
 
     # the step -----------------------------------------------------------------------------------
 

@@ -3,9 +3,10 @@
 Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input,
 so a forward without a backward leaves nothing behind and an evaluation pass between two steps
 disturbs nothing. A pass counts only if its gradient is in `.grad` at the step (`AdditiveLaw`).
- The factor between `dL` and the per-example loss is read off the criterion's own
-loss tensor, or recognised from (output, its gradient) for softmax cross entropy: a wrong factor c
-would give a Fisher matrix that is c^2 off without any error.
+
+The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
+recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would give a
+Fisher matrix that is c^2 off without any error.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from fisherlab.extract import fisher
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
-from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
+from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.record import joined_slopes, set_slopes
-from fisherlab.extract.select import weight_identity
+from fisherlab.extract.select import by_owner
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
@@ -110,12 +111,11 @@ class Recorder:
 
     def _leaves(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """The weight and the bias, if in its block, of every owner of a weight."""
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for name, module in self.modules.items():
-            weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-            if not any(weight is known for known, _ in found.values()):
-                found[name] = weight, bias if name in self.biased else None
-        return found
+        owners = ((name, self.modules[name]) for name in by_owner(self.modules, {}))
+        return {
+            name: (cast(Tensor, m.weight), cast(Tensor, m.bias) if name in self.biased else None)
+            for name, m in owners
+        }
 
     def _drop_zeroed(self) -> None:
         """Forget passes whose gradients were thrown away: no weight has one any more."""
@@ -281,9 +281,10 @@ class Recorder:
         self._proven = True
         generator = torch.Generator().manual_seed(0)
         vector = torch.randn(output.shape, generator=generator).to(output)
-        joined = {n: cs for n, cs in self._joined(current).items() if cs}
+        joined = {n: cs for n, cs in by_owner(self.modules, current.calls).items() if cs}
         edges: list[Any] = [call.graph.edge for calls in joined.values() for call in calls]
-        leaves = {name: [x for x in self._leaves()[name] if x is not None] for name in joined}
+        parameters = self._leaves()
+        leaves = {name: [x for x in parameters[name] if x is not None] for name in joined}
         flat = [leaf for found in leaves.values() for leaf in found]
         with torch.enable_grad():
             product = (output * vector).sum()
@@ -292,8 +293,8 @@ class Recorder:
         )
         rest = iter(gradients[: len(edges)]), iter(gradients[len(edges) :])
         for name, calls in joined.items():
-            rows = [_or_zero(next(rest[0]), call.graph.output) for call in calls]
-            found = [_or_zero(next(rest[1]), leaf) for leaf in leaves[name]]
+            rows = [or_zero(next(rest[0]), call.graph.output) for call in calls]
+            found = [or_zero(next(rest[1]), leaf) for leaf in leaves[name]]
             module, bias = self.modules[name], name in self.biased
             inputs = [call.raw_input for call in calls]
             error = max(
@@ -316,7 +317,7 @@ class Recorder:
         """Slopes of all calls; layers that have none are left out, which is said once."""
         graphs = {
             name: [call.graph for call in calls if call.graph is not None]
-            for name, calls in self._joined(current).items()
+            for name, calls in by_owner(self.modules, current.calls).items()
             if calls
         }
         set_slopes(output, [call for calls in graphs.values() for call in calls])
@@ -338,19 +339,10 @@ class Recorder:
         current.output_gradient = None
         self.passes = [known for known in self.passes if known is not current]
 
-    def _joined(self, one: Pass) -> dict[str, list[Call]]:
-        """The calls of all modules that share a weight, under the name of its first owner."""
-        owners: dict[object, str] = {}
-        joined: dict[str, list[Call]] = {}
-        for name, module in self.modules.items():
-            owner = owners.setdefault(weight_identity(module), name)
-            joined.setdefault(owner, []).extend(one.calls.get(name, []))
-        return joined
-
     def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
         joined = {
             name: [call for call in calls if call.arrived]
-            for name, calls in self._joined(one).items()
+            for name, calls in by_owner(self.modules, one.calls).items()
             if name not in self.left_out
         }
         found: dict[str, LayerCapture] = {}
@@ -429,10 +421,6 @@ def uncompiled(hook: Callable) -> Callable:
         return breaking(*args) if torch.compiler.is_compiling() else hook(*args)
 
     return either
-
-
-def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient.detach()
 
 
 def _plus(known: Tensor | None, gradient: Tensor) -> Tensor:
