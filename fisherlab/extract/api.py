@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import fisher
+from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
-from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, joined_slopes, recording, set_slopes
 from fisherlab.extract.select import by_owner, check_batch, check_model, choices, select

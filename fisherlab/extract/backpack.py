@@ -30,8 +30,8 @@ from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import send_backwards
-from fisherlab.extract.layer import CaptureError
 from fisherlab.extract.record import Record, recording, set_slopes
 
 # BackPACK saves what an extension returns under this attribute of the weight; it is taken at once.

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fisherlab.extract.layer import Geometry, LayerCapture
+from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.record import Call
 
 CHECKS = ("full", "gradient", "off")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
-from fisherlab.extract.layer import CONVOLUTIONS, CaptureError
+from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
 from fisherlab.names import nearest
 
 C = TypeVar("C")

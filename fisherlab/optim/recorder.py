@@ -22,8 +22,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
+from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
