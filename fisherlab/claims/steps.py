@@ -101,7 +101,7 @@ class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):
 
     def left(self, case: Case) -> Tensor:
         arguments = (model_of(case), criterion_of(case), case["x"], case["y"])
-        found = capture(*arguments, fisher_type="empirical")
+        found = capture(*arguments, fisher_type="empirical", kinds=("map",))
         K = torch.stack([Exact()(layer).gram() for layer in found.values()])
         return 1 - K.square().sum() / K.sum(0).square().sum()
 
