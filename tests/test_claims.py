@@ -1,11 +1,14 @@
 """Claims: their two sides, their verdicts, what is searched, saved and shown."""
 
+import ast
 import inspect
 import json
 import math
 import re
 import sys
 import types
+from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -139,6 +142,16 @@ def test_a_kind_of_no_meaning_is_refused():
             kind = "theorem"
 
     assert "odd" not in claims.names()
+
+
+def test_the_notebook_counts_the_claims_there_are():
+    path = Path(__file__).parents[1] / "notebooks" / "11_three_claims.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    (stored,) = next(cell for cell in notebook["cells"] if cell.get("execution_count") == 1)[
+        "outputs"
+    ]
+    kinds = Counter(claims.get(name).kind for name in claims.names())
+    assert ast.literal_eval("".join(stored["data"]["text/plain"])) == kinds
 
 
 def test_a_counterexample_can_be_loaded_and_violates_its_claim(table):

@@ -258,7 +258,7 @@ class Factors(OfLayer, Identity, name="ang_factors_by_a_scalar_inverse"):
 
 
 class PrintedFactors(Factors, name="ang_factors_as_printed"):
-    """As printed the reduced rows are in the middle scalar only, and the full ones outside."""
+    """With reduced rows in the middle scalar alone, (11)-(12) invert the damped reduced factors."""
 
     source = "ANG (11)-(12)"
     latex = (

@@ -157,7 +157,7 @@ class DenseMemory(_Exponent, name="dense_ngd_stores_p2_numbers"):
 
 
 class ExactTime(_StepTime, name="exact_ngd_by_gram_matrices_takes_p_operations"):
-    """The exact natural gradient by Gram matrices takes O(p) operations, the original O(p^3)."""
+    """The exact natural gradient by Gram matrices takes O(p) operations, not O(p^3)."""
 
     kind = EXTENSION
     latex = r"\text{operations of } (F + \lambda I)^{-1} g \propto p"

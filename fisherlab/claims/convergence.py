@@ -104,7 +104,7 @@ def spectrum(case: Case) -> tuple[float, float]:
 
 
 class Corrected(Linear, name="fngd_theorem_corrected"):
-    """With both roots removed and L >= 3 the residual falls at least by 1 - eta in every step."""
+    """With both roots removed and L >= 3 every step multiplies the residual by at most 1 - eta."""
 
     kind = EXTENSION
     latex = (
@@ -123,7 +123,7 @@ class Corrected(Linear, name="fngd_theorem_corrected"):
 
 
 class Printed(Linear, name="fngd_theorem_as_printed"):
-    """With the printed learning rate the residual falls at least by 1 - eta in every step."""
+    """With the printed learning rate every step multiplies the residual by at most 1 - eta."""
 
     latex = (
         r"\tilde\eta = (L - \sqrt{2L} - 1) / (L \sqrt{\tfrac{\lambda_{\max}}"
@@ -142,7 +142,7 @@ class Printed(Linear, name="fngd_theorem_as_printed"):
 
 
 class OneLayer(Linear, name="fngd_theorem_for_one_layer"):
-    """Taken to one layer and any rate, Theorem 1 still lowers the residual by 1 - eta a step."""
+    """Taken to one layer and any rate, Theorem 1 still bounds the residual by (1 - eta)^k."""
 
     kind = EXTENSION
     latex = r"L = 1,\ G = \mu I \Rightarrow \|v_k - y\|^2 \le (1 - \eta)^k \|v_0 - y\|^2"
