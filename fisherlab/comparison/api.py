@@ -24,12 +24,11 @@ from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
 from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import Captures
 from fisherlab.extract.api import Forward, _forward, split_batches
-from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
+from fisherlab.extract.criteria import as_module, rules_of
+from fisherlab.extract.fisher import FISHER_TYPES, default_type
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import check_batch, check_model
-
-EXACT_UP_TO = 20
 
 
 def compare(
@@ -95,7 +94,9 @@ def compare(
     makers = _makers(approximations, model)
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
-    fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0], forward)
+    why_empirical = ""
+    if fisher_type is None:
+        fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
     if reference is not None and (
@@ -141,6 +142,7 @@ def compare(
     config |= {
         "model": type(model).__name__,
         "criterion": repr(criterion),
+        "why_empirical": why_empirical,
         "mc_samples": mc_samples,
     }
     config |= versions() | {"ranks": ranks.size if ranks else 1}
@@ -198,13 +200,22 @@ def notebook_bar(names: Sequence[str]) -> Iterable[str]:
 def default_fisher_type(
     model: nn.Module, criterion: Callable, x: object, forward: Forward | None = None
 ) -> str:
-    """exact up to 20 output elements per example, else mc; empirical for an unknown criterion."""
+    """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
+
+    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown.
+    """
+    return _default_type(model, criterion, x, None, forward)[0]
+
+
+def _default_type(
+    model: nn.Module, criterion: Callable, x: object, y: Tensor | None, forward: Forward | None
+) -> tuple[str, str]:
+    """The default Fisher type, and why it is the empirical one."""
     criterion = as_module(criterion)
-    if not isinstance(criterion, nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss):
-        return "empirical"
+    if rules_of(criterion) is None:  # no forward pass is needed to know
+        return default_type(criterion, torch.empty(0))
     with torch.no_grad():
-        outputs = _forward(model, x, forward)
-    return "exact" if exact_columns(outputs) <= EXACT_UP_TO else "mc"
+        return default_type(criterion, _forward(model, x, forward))
 
 
 def versions() -> dict[str, str]:

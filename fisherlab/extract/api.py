@@ -260,6 +260,7 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks
     fisher.check_labels(criterion, outputs, y)
     labels = fisher.label_vectors(criterion, outputs, y, ranks)
     fisher.check_additive(criterion, outputs.detach(), y)
+    fisher.check_registered(criterion, outputs.detach(), y)
     return labels
 
 

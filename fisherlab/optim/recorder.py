@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
+from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
@@ -32,7 +33,7 @@ from fisherlab.extract.select import by_owner
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
-from fisherlab.optim.scale import OptimizerError, scale_factor
+from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
 
 # of a capture: what sums of the raw tensors over the examples determine
 SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
@@ -92,7 +93,7 @@ class Recorder:
         # after the layers' own: the model may be a single layer
         self._handles.append(model.register_forward_hook(uncompiled(self._end)))
         if isinstance(criterion, nn.Module):
-            self._handles.append(criterion.register_forward_hook(self._loss))
+            self._handles.append(criterion.register_forward_hook(self._loss, with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -214,7 +215,7 @@ class Recorder:
         free = output.detach().float() if output.dtype.itemsize < 4 else output.detach()
         if labels is None:
             # mc and exact vectors depend on the labels through nothing but their shape
-            is_class = isinstance(criterion, nn.CrossEntropyLoss)
+            is_class = rules_of(criterion) is not None and cast(Rules, rules_of(criterion)).classes
             labels = free.argmax(1) if is_class else torch.zeros_like(free)
         M, rows = len(cast(Tensor, current.output)), len(free)
         if rows != M and self.fisher_type == "exact":
@@ -242,22 +243,40 @@ class Recorder:
         # the hooks on the output tensors have seen these columns too: only the loss's own count
         self._forget_gradients(current)
 
-    def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
+    def _loss(self, criterion: nn.Module, args: tuple, kwargs: dict, loss: Tensor) -> None:
         current = None if self._latest is None else self._latest()
         if current is None or is_isolated():
             return
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        current.labels = args[1].detach() if len(args) > 1 else None
+        saw = args[0] if args else kwargs["input"]
+        labels = args[1] if len(args) > 1 else kwargs.get("target")
+        current.labels = labels.detach() if isinstance(labels, Tensor) else None
 
         def arrive(gradient: Tensor) -> None:
             current.loss_scale = _plus(current.loss_scale, gradient)
 
         loss.register_hook(arrive)
-        # a second loss of the same outputs (mixed labels) has the same Hessian
-        if self.columns and current.criterion_saw is not args[0]:
-            current.criterion_saw = args[0]
-            self._send_columns(current, args[0], current.labels)
+        if not self.columns:
+            return
+        if current.criterion_saw is saw:
+            # a second loss of the same outputs (mixed labels) has the same Hessian
+            if labels_matter(criterion, saw, cast(Tensor, current.labels)):
+                raise OptimizerError(
+                    f"fisher_type={self.fisher_type!r} takes one loss of the same outputs where "
+                    "labels have weights or are ignored; mix the labels before the loss, or use "
+                    "'empirical'"
+                )
+        else:
+            rules = rules_of(criterion)
+            if current.labels is None or (rules is not None and rules.apart):
+                raise OptimizerError(
+                    f"fisher_type={self.fisher_type!r} needs {type(criterion).__name__} called as "
+                    "criterion(outputs, labels); a criterion that is called in another way has "
+                    "the empirical Fisher only"
+                )
+            current.criterion_saw = saw
+            self._send_columns(current, saw, current.labels)
 
     # what the passes delivered ------------------------------------------------------------------
 
@@ -403,6 +422,14 @@ class Recorder:
     def _factor(self, one: Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
         assert one.output is not None
+        if self.columns and one.loss_scale is None and one.output_gradient is not None:
+            # columns were sent for every label, an ignored one included
+            if ignored_terms(one.output, one.output_gradient):
+                raise OptimizerError(
+                    f"fisher_type={self.fisher_type!r} cannot tell which labels are ignored by a "
+                    "loss function; pass `criterion=` the module that the training loop calls, "
+                    "such as torch.nn.CrossEntropyLoss()"
+                )
         return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
 
 
