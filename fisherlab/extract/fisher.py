@@ -158,7 +158,9 @@ def terms_of(
     criterion: Callable, outputs: Tensor, y: Tensor, fisher_type: str, ranks: Ranks | None = None
 ) -> Terms:
     """The scale of the terms of a criterion whose model distribution is known, or a refusal."""
-    known(criterion, outputs, fisher_type)
+    rules = known(criterion, outputs, fisher_type)
+    if rules.factor is not None:
+        rules.factor(criterion, outputs, y)  # refuses negative weights
     return Terms(term_scale(criterion, outputs, y, ranks))
 
 

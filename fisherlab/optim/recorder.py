@@ -261,7 +261,8 @@ class Recorder:
             return
         if current.criterion_saw is saw:
             # a second loss of the same outputs (mixed labels) has the same Hessian
-            if labels_matter(criterion, saw, cast(Tensor, current.labels)):
+            seen = cast(Tensor, saw), cast(Tensor, current.labels)
+            if labels_matter(criterion, *seen):
                 raise OptimizerError(
                     f"fisher_type={self.fisher_type!r} takes one loss of the same outputs where "
                     "labels have weights or are ignored; mix the labels before the loss, or use "
