@@ -478,3 +478,128 @@ def test_two_losses_of_one_output_need_one_hessian():
     expected = capture(model, plain, x, y)
     for name, trace in found.items():
         assert trace == pytest.approx(fl.Exact()(expected[name]).trace().item(), rel=1e-10)
+
+
+# Classes last
+
+
+class Tokens(nn.Module):
+    """`[n, t, d]` to `[n, t, classes]`, or the classes in axis 1."""
+
+    def __init__(self, last, classes=C, tail=nn.Identity):
+        super().__init__()
+        torch.manual_seed(0)
+        self.map, self.out = nn.Linear(D, 4), nn.Linear(4, classes)
+        self.last, self.tail = last, tail
+        self.double()
+
+    def forward(self, x):
+        f = self.out(torch.tanh(self.map(x)))
+        f = f.log_softmax(-1) if self.tail is nn.LogSoftmax else f
+        return f if self.last else f.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("fisher_type", fisher.FISHER_TYPES)
+@pytest.mark.parametrize("shape", [(2,), (2, 4)])
+def test_classes_last_are_classes_first(fisher_type, shape):
+    x, y = randn(M, *shape, D), torch.arange(M * math.prod(shape)).view(M, *shape) % C
+    y[0, 0] = -100
+    for criterion, tail in ((nn.CrossEntropyLoss(), None), (nn.NLLLoss(), nn.LogSoftmax)):
+        first, last = (
+            capture(Tokens(k, tail=tail), criterion, x, y, fisher_type=fisher_type)
+            for k in (False, True)
+        )
+        for name in first:
+            assert torch.equal(first[name].output_gradients, last[name].output_gradients)
+            assert torch.equal(first[name].label_gradients, last[name].label_gradients)
+        assert torch.equal(first.outputs, last.outputs)
+    tables = [
+        fl.compare(Tokens(k, tail=nn.LogSoftmax), nn.NLLLoss(), x, y, approximations=["kfac"])
+        for k in (False, True)
+    ]
+    error = tables[0].frame["relative_error"] - tables[1].frame["relative_error"]
+    assert error.abs().max() == 0
+
+
+def test_as_many_classes_as_positions_are_refused_with_a_way_out():
+    x, y = randn(M, C, D), torch.arange(M * C).view(M, C) % C
+    for last in (False, True):
+        model = Tokens(last)
+        with pytest.raises(CaptureError, match="whether the classes are axis 1 or the last; add"):
+            capture(model, nn.CrossEntropyLoss(), x, y)
+        layers = capture(
+            model,
+            nn.CrossEntropyLoss(),
+            x,
+            y[..., None],
+            forward=lambda m, x: m(x).unsqueeze(2 if m.last else 3),
+        )
+        outputs = model(x) if last else model(x).movedim(1, -1)
+        expected = capture(
+            Tokens(False),
+            nn.CrossEntropyLoss(),
+            x[:, :2],
+            y[:, :2],
+        )
+        assert torch.equal(layers.outputs.flatten(2), outputs.movedim(-1, 1))
+        again = layers["map"].output_gradients.view(C, C, M, C, 4)[:2, :, :, :2]
+        ratio = (C / 2) ** 0.5  # the same terms under a mean over fewer of them
+        assert (
+            relative(ratio * again.reshape(2 * C, M, 2, 4), expected["map"].output_gradients)
+            < 1e-12
+        )
+
+
+# Batches and outputs
+
+
+class Outputs(dict):
+    """An output object of another library: a mapping, its entries attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, kind):
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x, scale=1.0):
+        f = self.model(x * scale)
+        return {"object": Outputs(logits=f), "dict": {"logits": f}, "tuple": (f, x)}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["object", "dict", "tuple"])
+def test_outputs_in_objects_mappings_and_tuples(kind):
+    from collections import UserDict
+
+    model, x, y = problem()
+    expected = capture(model, nn.CrossEntropyLoss(), x, y)
+    wrapped = Wrapped(model, kind)
+    batch = UserDict(x=x, labels=y)
+    if kind == "tuple":
+        with pytest.raises(
+            CaptureError, match=r"the model returned tuple.*wrap the model.*model\(x\)\[0\]"
+        ):
+            capture(wrapped, nn.CrossEntropyLoss(), batch)
+        with pytest.raises(CaptureError, match="forward returned tuple"):
+            capture(wrapped, nn.CrossEntropyLoss(), batch, forward=lambda m, x: m(**x))
+        forward = lambda m, x: m(**x)[0]  # noqa: E731
+    else:
+        forward = None
+    layers = capture(wrapped, nn.CrossEntropyLoss(), batch, forward=forward)
+    assert relative(layers["model.0"].output_gradients, expected["0"].output_gradients) < 1e-14
+    for sample in (batch, [batch]):
+        table = fl.compare(
+            wrapped, nn.CrossEntropyLoss(), sample, approximations=["kfac"], forward=forward
+        )
+        assert set(table.frame["examples"]) == {M}
+
+
+@pytest.mark.parametrize("kind", ["object", "dict"])
+def test_an_optimizer_reads_outputs_in_objects_and_mappings(kind):
+    model, x, y = problem()
+    wrapped, criterion = Wrapped(model, kind), nn.CrossEntropyLoss()
+    found = traces(wrapped, lambda: F.cross_entropy(wrapped(x)["logits"], y), None, "empirical")
+    expected = capture(model, criterion, x, y, fisher_type="empirical")
+    assert found["model.0"] == pytest.approx(fl.Exact()(expected["0"]).trace().item(), rel=1e-10)

@@ -24,7 +24,7 @@ from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
 from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import Captures
 from fisherlab.extract.api import Forward, _forward, split_batches
-from fisherlab.extract.criteria import as_module, rules_of
+from fisherlab.extract.criteria import arranged, as_module, rules_of
 from fisherlab.extract.fisher import FISHER_TYPES, default_type
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
@@ -198,13 +198,18 @@ def notebook_bar(names: Sequence[str]) -> Iterable[str]:
 
 
 def default_fisher_type(
-    model: nn.Module, criterion: Callable, x: object, forward: Forward | None = None
+    model: nn.Module,
+    criterion: Callable,
+    x: object,
+    forward: Forward | None = None,
+    y: Tensor | None = None,
 ) -> str:
     """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
 
-    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown.
+    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown. The labels `y`
+    tell where the classes are in the outputs, axis 1 or the last.
     """
-    return _default_type(model, criterion, x, None, forward)[0]
+    return _default_type(model, criterion, x, y, forward)[0]
 
 
 def _default_type(
@@ -215,7 +220,8 @@ def _default_type(
     if rules_of(criterion) is None:  # no forward pass is needed to know
         return default_type(criterion, torch.empty(0))
     with torch.no_grad():
-        return default_type(criterion, _forward(model, x, forward))
+        outputs = _forward(model, x, forward)
+        return default_type(criterion, outputs if y is None else arranged(criterion, outputs, y))
 
 
 def versions() -> dict[str, str]:

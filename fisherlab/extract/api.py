@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks, unwrapped
-from fisherlab.extract import fisher
+from fisherlab.extract import criteria, fisher
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.outputs import output_of
 from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, joined_slopes, recording, set_slopes
 from fisherlab.extract.select import by_owner, check_batch, check_model, choices, select
@@ -96,6 +97,9 @@ def capture(
     neither. A layer that fails is left out, with its reason in `report.skipped`. "full" refuses a
     model whose outputs change from one forward pass to the next.
 
+    Classes are axis 1 of the outputs, or the last if the shape of the class indices shows it; the
+    captured `outputs` have them in axis 1. `register_criterion` adds a criterion of your own.
+
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
     Raises `CaptureError` naming the layer, tensor or criterion that cannot be captured, and why.
@@ -141,7 +145,10 @@ def capture(
     start = time.perf_counter()
     name, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     columns = None if fisher_type == "empirical" else vectors
-    run = partial(_forward, model, x, forward)
+
+    def run() -> Tensor:
+        return criteria.arranged(criterion, _forward(model, x, forward), y)
+
     # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
     with isolated(model, x), nn.utils.parametrize.cached():
         before = random_state(x)
@@ -192,7 +199,7 @@ def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
     """The model's arguments and the labels of a batch `(x, y)` or a dict with its labels inside."""
     if y is not None:
         return x, y
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         key = next((name for name in LABELS if name in x), None)
         if key is None:
             raise CaptureError(
@@ -210,7 +217,7 @@ def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
 def split_batches(x: object, y: Tensor | None = None) -> list[tuple[object, Tensor]]:
     """One batch, given in any way that `split_batch` takes, or all of a loader."""
     pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
-    if y is not None or isinstance(x, dict) or pair:
+    if y is not None or isinstance(x, Mapping) or pair:
         return [split_batch(x, y)]
     if isinstance(x, Tensor) or not isinstance(x, Iterable):
         raise ValueError("pass labels y, or a loader of (x, y) batches as x")
@@ -223,15 +230,16 @@ def split_batches(x: object, y: Tensor | None = None) -> list[tuple[object, Tens
 def _forward(model: nn.Module, x: object, forward: Forward | None = None) -> Tensor:
     if forward is not None:
         outputs = forward(model, x)
-    elif isinstance(x, dict):
+    elif isinstance(x, Mapping):
         outputs = model(**x)
     else:
         outputs = model(*x) if isinstance(x, tuple | list) else model(x)
-    outputs = getattr(outputs, "logits", outputs)
+    outputs = output_of(outputs)
     if not isinstance(outputs, Tensor):
+        who = "the model" if forward is None else "forward"
         raise CaptureError(
-            f"the model returned {type(outputs).__name__}; FisherLab needs one tensor of outputs "
-            "(or an object with `.logits`): wrap the model"
+            f"{who} returned {type(outputs).__name__}; FisherLab needs one tensor of outputs (or "
+            "`.logits`): wrap the model, or pass forward=lambda model, x: model(x)[0]"
         )
     return outputs
 

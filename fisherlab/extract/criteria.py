@@ -311,7 +311,7 @@ def prove(criterion: Any, outputs: Tensor, y: Tensor, gradient: Tensor) -> None:
     name = name_of(criterion)
     M, mean = len(outputs), reduction_of(criterion) == "mean"
     if rules.terms is not None:
-        free = outputs.detach().requires_grad_()
+        free = outputs.detach().contiguous().requires_grad_()
         with torch.enable_grad():
             total = per_term(criterion, free, y)
             (found,) = torch.autograd.grad(total, free)
@@ -344,7 +344,7 @@ def _close(one: Tensor, two: Tensor) -> bool:
 
 
 def _hessian_product(criterion: Any, outputs: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    free = outputs.detach().requires_grad_()
+    free = outputs.detach().contiguous().requires_grad_()
     with torch.enable_grad():
         total = per_term(criterion, free, y)
         (slope,) = torch.autograd.grad(total, free, create_graph=True)
@@ -386,7 +386,7 @@ def _autograd_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -
             f"`sample` registered for {name_of(criterion)} drew labels of shape "
             f"{tuple(drawn.shape)}; those of the batch have {tuple(y.shape)}"
         )
-    free = outputs.detach().requires_grad_()
+    free = outputs.detach().contiguous().requires_grad_()
     with torch.enable_grad():
         (score,) = torch.autograd.grad(per_term(criterion, free, drawn), free)
     return score

@@ -78,7 +78,7 @@ def label_vectors(
     With `ranks` that of the batch of all ranks, whose mean may count other terms than this one's.
     """
     rules = rules_of(criterion) or Rules()
-    free = outputs.detach().requires_grad_()
+    free = outputs.detach().contiguous().requires_grad_()
     with torch.enable_grad():
         loss = rules.call(criterion, free, y)
     if loss.ndim:

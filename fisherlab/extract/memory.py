@@ -96,7 +96,7 @@ def _rows(x: object, n: int, rows: slice) -> object:
     """Some examples of a model's arguments; tensors of another length belong to every example."""
     if isinstance(x, Tensor):
         return x[rows] if x.ndim and len(x) == n else x
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {key: _rows(value, n, rows) for key, value in x.items()}
     if isinstance(x, tuple | list):
         return type(x)(_rows(value, n, rows) for value in x)

@@ -26,6 +26,7 @@ from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
+from fisherlab.extract.outputs import output_of
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.record import joined_slopes, set_slopes
@@ -187,7 +188,7 @@ class Recorder:
         current, self._open = self._open, None
         if current is None or not current.calls:
             return
-        output = getattr(output, "logits", output)
+        output = output_of(output)
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         current.output = output.detach()

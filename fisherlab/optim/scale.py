@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import is_a
 from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.outputs import output_of
 
 
 class OptimizerError(RuntimeError):
@@ -163,7 +164,7 @@ class LossScale:
         self.loss = Loss(self.criterion)
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        output = getattr(output, "logits", output)
+        output = output_of(output)
         if is_isolated() or model is not self._model():
             return
         if isinstance(output, Tensor) and output.requires_grad:
