@@ -50,6 +50,7 @@ def compare(
     progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
     forward: Forward | None = None,
     alone: bool = False,
+    mask: Tensor | str | None = None,
 ) -> Comparison:
     """How well each approximation matches the exact Fisher block of every layer.
 
@@ -64,6 +65,9 @@ def compare(
     Fisher type to measure against on the same batch. `memory` bounds, in bytes, the chunks that
     approximations are built of and the intermediates of a product (the exact block keeps its `a`
     and `g`); on a device that runs out of memory both are halved until they fit.
+
+    `mask`: the real positions of one batch, or the name of an entry of dict batches, as in
+    `capture`.
 
     Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
     itself). The layers are shared out: a rank receives the other shards of its layers, their raw
@@ -105,7 +109,14 @@ def compare(
         kind = type(reference).__name__
         raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
     options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
-    options |= {"generator": generator, "forward": forward, "ranks": ranks}
+    options |= {"generator": generator, "forward": forward, "ranks": ranks, "mask": mask}
+    if isinstance(mask, Tensor) and (
+        len(batches) > 1 or not isinstance(reference, str | Captures | None)
+    ):
+        raise ValueError(
+            "a mask tensor is that of one batch; for a loader or a reference pass dict batches and "
+            "the name of their mask, such as mask='attention_mask'"
+        )
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
         parts = [

@@ -18,6 +18,7 @@ from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.outputs import output_of
+from fisherlab.extract.padding import Masked, bare, counted, mask_of, masks
 from fisherlab.extract.proof import CHECKS, unproven
 from fisherlab.extract.record import Call, Record, joined_slopes, recording, set_slopes
 from fisherlab.extract.select import by_owner, check_batch, check_model, choices, select
@@ -79,6 +80,7 @@ def capture(
     forward: Forward | None = None,
     ranks: Ranks | None = None,
     check: str = "full",
+    mask: Tensor | str | None = None,
 ) -> Captures:
     """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
 
@@ -99,6 +101,11 @@ def capture(
 
     Classes are axis 1 of the outputs, or the last if the shape of the class indices shows it; the
     captured `outputs` have them in axis 1. `register_criterion` adds a criterion of your own.
+
+    `mask` `[n, positions]`, True for real, or the name of an entry of a dict batch: padding is left
+    out of the loss and of means over positions, in every layer with these position axes. Positions
+    of a Linear without any gradient (padding that the loss ignores) are left out of these means
+    anyway. A layer whose masked positions have a gradient is left out: the model uses them.
 
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
@@ -123,6 +130,9 @@ def capture(
     model = unwrapped(model)
     check_model(model)
     check_batch(x, y, model)
+    mask = mask_of(mask, x, y)
+    if mask is not None:
+        criterion = Masked(criterion, mask)
     with isolated(model, x):  # to read a parametrized weight may update its buffers
         modules = select(model, layers)
         skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
@@ -160,12 +170,18 @@ def capture(
             record, outputs = _by_hooks(model, modules, run, checked, criterion, y, columns)
         calls = by_owner(modules, record.calls)
         scale = fisher.term_scale(criterion, outputs, y, ranks)
-        captured = _assemble(modules, calls, outputs.shape[0], fisher_type, scale)
         broken: dict[str, str] = {}
+        captured = _assemble(modules, calls, outputs.shape[0], fisher_type, scale, mask, broken)
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if check != "off" and captured:
-            broken = unproven(outputs, record.labels, captured, calls, modules, check)
+            broken |= unproven(outputs, record.labels, captured, calls, modules, check)
+    if mask is not None and not masks(criterion, outputs, captured.values()):
+        shapes = {layer.name: tuple(layer.raw_inputs[0].shape) for layer in captured.values()}
+        raise CaptureError(
+            f"mask of shape {tuple(mask.shape)} fits the positions of no layer (inputs {shapes}) "
+            f"and not the outputs {tuple(outputs.shape)}"
+        )
     if layers is None and not record.calls and not record.without_graph:
         raise CaptureError(
             f"none of {', '.join(modules)} was called; a model compiled before the capture ignores "
@@ -266,9 +282,12 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks
             "of outputs and labels is the example"
         )
     fisher.check_labels(criterion, outputs, y)
+    mask = criterion.spread(outputs) if isinstance(criterion, Masked) else None
+    if mask is not None and fisher.divisor(criterion, outputs, y) == 0:
+        raise CaptureError("mask leaves no loss term: every real position is ignored")
     labels = fisher.label_vectors(criterion, outputs, y, ranks)
-    fisher.check_additive(criterion, outputs.detach(), y)
-    fisher.check_registered(criterion, outputs.detach(), y)
+    fisher.check_additive(bare(criterion), outputs.detach(), y)
+    fisher.check_registered(bare(criterion), outputs.detach(), y)
     return labels
 
 
@@ -298,7 +317,10 @@ def _assemble(
     examples: int,
     fisher_type: str,
     term_scale: float,
+    mask: Tensor | None,
+    broken: dict[str, str],
 ) -> dict[str, LayerCapture]:
+    """Captures by name; in `broken` the layers whose masked positions have a gradient."""
     captured = {}
     for name, calls in joined.items():
         if not calls:
@@ -308,17 +330,24 @@ def _assemble(
         bias = module.bias is not None and bool(module.bias.requires_grad)
         groups = getattr(module, "groups", 1)
         slopes, reason = joined_slopes(name, calls)
+        columns = tuple(call.gradients for call in calls)
+        labels = tuple(call.label_gradient for call in calls)
+        try:
+            counts = counted(Geometry.of(module, bias), columns, labels, mask)
+        except CaptureError as error:
+            broken[name], counts = str(error), None
         for group in range(groups):
             captured[f"{name}:{group}" if groups > 1 else name] = LayerCapture(
                 name=name,
                 layer_type=type(module).__name__,
                 geometry=Geometry.of(module, bias, group),
                 raw_inputs=tuple(_matching(call.raw_input, call.gradients) for call in calls),
-                raw_output_gradients=tuple(call.gradients for call in calls),
-                raw_label_gradients=tuple(call.label_gradient for call in calls),
+                raw_output_gradients=columns,
+                raw_label_gradients=labels,
                 raw_outputs=tuple(call.output for call in calls),
                 slopes=slopes,
                 without_slope=reason,
+                counted=counts,
                 fisher_type=fisher_type,
                 term_scale=term_scale,
             )

@@ -117,6 +117,12 @@ class Rules:
     proven: bool = False
 
 
+class WithRules:
+    """A criterion that brings its own rules along; None where it has none."""
+
+    rules: Rules | None
+
+
 _REGISTRY: dict[Any, Rules] = {}
 
 
@@ -175,6 +181,8 @@ def register_criterion(
 
 def rules_of(criterion: Callable) -> Rules | None:
     """What is known of a criterion by its exact type; None for one that is not known."""
+    if isinstance(criterion, WithRules):
+        return criterion.rules
     if not isinstance(criterion, nn.Module):
         found = _looked_up(_REGISTRY, criterion)
         if found is not None:

@@ -65,7 +65,14 @@ def captures_in_parts(
         torch.cuda.empty_cache()
     n = len(y)
     cut = n // 2
-    if n < 2 or not _alike(criterion, y[:cut], y[cut:]) or options.get("ranks") is not None:
+    mean = fisher.reduction_of(fisher.as_module(criterion)) == "mean"
+    masked = mean and options.get("mask") is not None  # halves may have other numbers of terms
+    if (
+        n < 2
+        or masked
+        or not _alike(criterion, y[:cut], y[cut:])
+        or options.get("ranks") is not None
+    ):
         raise CaptureError(
             f"capturing a batch of {n} examples ran out of memory and cannot be done in halves; "
             f"pass a loader of smaller batches ({message})"
@@ -75,7 +82,13 @@ def captures_in_parts(
     return [
         part
         for rows in (slice(0, cut), slice(cut, n))
-        for part in captures_in_parts(model, criterion, _rows(x, n, rows), y[rows], **options)
+        for part in captures_in_parts(
+            model,
+            criterion,
+            _rows(x, n, rows),
+            y[rows],
+            **options | {"mask": _rows(options.get("mask"), n, rows)},
+        )
     ]
 
 

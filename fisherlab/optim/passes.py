@@ -26,6 +26,8 @@ class Call:
     arrived: bool = False
     columns: list[Tensor] = field(default_factory=list)
     graph: GraphCall | None = None
+    # the input awaits the gradient, which says what positions its sum is over
+    waiting: bool = False
 
 
 @dataclass

@@ -27,6 +27,7 @@ from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.outputs import output_of
+from fisherlab.extract.padding import counted, weighed_input
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.record import joined_slopes, set_slopes
@@ -66,6 +67,7 @@ class Recorder:
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.ranks = examples, ranks
+        self.needs = frozenset(needs)
         # what an approximation does not need is not kept: memory that backward then reuses
         self.summed = SUMS.issuperset(needs)
         self.gradients = not {"inputs", "outputs", "activation_slope"}.issuperset(needs)
@@ -154,10 +156,13 @@ class Recorder:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
             part = raw[: self.examples]
+            # of a Linear over positions, those without a gradient are left out of the sum
+            waiting = self.summed and isinstance(module, nn.Linear) and part.ndim > 2
             call = Call(
                 len(part),
-                self._kept(part),
+                part if waiting else self._kept(part),
                 output.detach()[: self.examples].clone() if self.outputs else None,
+                waiting=waiting,
             )
             if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
@@ -167,6 +172,10 @@ class Recorder:
             def arrive(gradient: Tensor) -> None:
                 self._arrived(current)
                 call.arrived = True
+                if call.waiting:
+                    rows = gradient[: self.examples].detach()
+                    call.raw_input = self._kept(weighed_input(call.raw_input, rows))
+                    call.waiting = False
                 if self.gradients:
                     part = self._kept(gradient[: self.examples].detach())
                     call.gradient = part if call.gradient is None else call.gradient + part
@@ -397,6 +406,11 @@ class Recorder:
             # its own columns are of the per-example loss already
             labels, scale = tuple(factor * g for g in labels), 1.0
             columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
+        counts = None
+        if self.gradients and "inputs" in self.needs and not self.summed:
+            assert labels is not None
+            own = columns if columns is not None else tuple(g[None] for g in labels)
+            counts = counted(Geometry.of(module, name in self.biased), own, labels)
         outputs = tuple(_wide(c.output) for c in calls if c.output is not None) or None
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
@@ -414,6 +428,7 @@ class Recorder:
                 raw_label_gradients=labels,
                 raw_outputs=outputs,
                 slopes=slopes,
+                counted=counts,
                 fisher_type=self.fisher_type,
                 gradient_scale=scale,
                 summed=calls[0].examples if self.summed else 1,
