@@ -326,3 +326,27 @@ def test_masks_that_cannot_be_read_are_refused():
     flat = nn.Sequential(nn.Linear(D, 4), nn.Flatten(), nn.Linear(20, 5)).double()
     with pytest.raises(CaptureError, match="leave open which axes are positions"):
         capture(flat, nn.MSELoss(), x, randn(M, 5), mask=mask)
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfac_reduce", "tkfac_expand", "eva"])
+def test_dead_positions_count_and_padding_behind_a_rectifier_does_not(method):
+    """All four units of several real positions are negative; their inputs are in the factor."""
+    x, mask, y = sequences(0, LENGTHS)
+    blocks, weights = [], Pooled(torch.relu)
+    with torch.no_grad():
+        weights.a.bias -= 0.9
+    dead = (weights.a(x) <= 0).all(2) & mask
+    assert dead.any()
+    make, criterion = fl.approximations.get(method)(), nn.CrossEntropyLoss()
+    for pad in (0, *PADS):
+        x, mask, y = sequences(pad, LENGTHS)
+        layer = capture(weights, criterion, (x, mask.double()), y, fisher_type="empirical")["a"]
+        assert torch.equal(layer.counted, mask)
+        blocks.append(make(layer).dense())
+        opt = fl.optim.NaturalGradient(weights, make, criterion=criterion, lr=0.0, damping=1.0)
+        criterion(weights(x, mask.double()), y).backward()
+        opt.step()
+        assert relative(opt.blocks()["a"].dense(), blocks[-1]) < 1e-10
+        opt.zero_grad()
+        opt.remove()
+    assert all(relative(found, blocks[0]) < 1e-10 for found in blocks)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks, unwrapped
-from fisherlab.extract import criteria, fisher
+from fisherlab.extract import criteria, dead, fisher
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
@@ -171,7 +171,13 @@ def capture(
         calls = by_owner(modules, record.calls)
         scale = fisher.term_scale(criterion, outputs, y, ranks)
         broken: dict[str, str] = {}
-        captured = _assemble(modules, calls, outputs.shape[0], fisher_type, scale, mask, broken)
+
+        def behind(found: list[Call]) -> list[Tensor]:
+            shapes = [call.output.shape for call in found]
+            return dead.behind(outputs, record.labels, [call.edge for call in found], shapes)
+
+        examples = outputs.shape[0]
+        captured = _assemble(modules, calls, examples, fisher_type, scale, mask, broken, behind)
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if check != "off" and captured:
@@ -319,6 +325,7 @@ def _assemble(
     term_scale: float,
     mask: Tensor | None,
     broken: dict[str, str],
+    behind: Callable[[list[Call]], list[Tensor]],
 ) -> dict[str, LayerCapture]:
     """Captures by name; in `broken` the layers whose masked positions have a gradient."""
     captured = {}
@@ -333,7 +340,9 @@ def _assemble(
         columns = tuple(call.gradients for call in calls)
         labels = tuple(call.label_gradient for call in calls)
         try:
-            counts = counted(Geometry.of(module, bias), columns, labels, mask)
+            counts = counted(
+                Geometry.of(module, bias), columns, labels, mask, partial(behind, calls)
+            )
         except CaptureError as error:
             broken[name], counts = str(error), None
         for group in range(groups):

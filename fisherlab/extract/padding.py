@@ -1,11 +1,13 @@
 """Padding: which positions of an example count, in the loss and in means over positions.
 
 A position counts in a layer's input factor if any backpropagated vector is non-zero there, for some
-column or for the observed labels. An example without any gradient counts with all its positions.
+column or for the observed labels, at the layer's output or behind the rectifier that follows (see
+`dead`). An example without any gradient counts with all its positions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,6 +152,7 @@ def counted(
     columns: Sequence[Tensor],
     labels: Sequence[Tensor] | None,
     mask: Tensor | None = None,
+    behind: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor | None:
     """Which positions count, `[n, t]` over all calls; None where all do.
 
@@ -161,10 +164,13 @@ def counted(
         columns: the backpropagated vectors `[m, n, ...]` of every call.
         labels: the gradients `[n, ...]` at the observed labels, if they are not the columns.
         mask: the real positions `[n, ...]`; used for calls with the same position axes.
+        behind: positions `[n, t]` of every call with a gradient behind a rectifier.
 
     Raises:
         CaptureError: a masked position has a gradient.
     """
+    if mask is None and (geometry.conv is not None or _count(geometry, columns) == 1):
+        return None
     found: list[Tensor] = []
     real: list[Tensor] = []
     for k, raw in enumerate(columns):
@@ -187,17 +193,26 @@ def counted(
         real.append(torch.ones_like(arrived) if kept is None else kept)
         found.append(arrived if geometry.conv is None else real[-1])
     counts, possible = torch.cat(found, 1), torch.cat(real, 1)
+    if behind is not None and not bool((counts == possible).all()):
+        counts = counts | (torch.cat(list(behind()), 1) & possible)
     counts = torch.where(counts.any(1, keepdim=True), counts, possible)
     return None if bool(counts.all()) else counts
 
 
-def weighed_input(raw: Tensor, gradient: Tensor) -> Tensor:
+def _count(geometry: Geometry, columns: Sequence[Tensor]) -> int:
+    """Positions of a Linear over all calls."""
+    return sum(math.prod(positions_of(geometry, raw)) for raw in columns)
+
+
+def weighed_input(raw: Tensor, gradient: Tensor, behind: Tensor | None) -> Tensor:
     """The input `[n, ..., i]` of a Linear with weights `T / T_n`, 0 at positions that do not count.
 
     Sums of it over positions, divided by T, are means over the positions that count.
     """
     n = len(raw)
     arrived = (gradient != 0).any(-1).reshape(n, -1)
+    if behind is not None:
+        arrived = arrived | behind
     counts = torch.where(arrived.any(1, keepdim=True), arrived, True)
     if bool(counts.all()):
         return raw

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
+from fisherlab.extract.dead import seen_at, stopping
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
 from fisherlab.extract.moments import example_sum
@@ -167,6 +169,8 @@ class Recorder:
             if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
                 call.graph = GraphCall(raw, edge, output.detach(), raw._version)
+            if self.gradients and isinstance(module, nn.Linear):
+                call.edge, call.shape = get_gradient_edge(output), output.shape
             current.calls.setdefault(name, []).append(call)
 
             def arrive(gradient: Tensor) -> None:
@@ -174,7 +178,7 @@ class Recorder:
                 call.arrived = True
                 if call.waiting:
                     rows = gradient[: self.examples].detach()
-                    call.raw_input = self._kept(weighed_input(call.raw_input, rows))
+                    call.raw_input = self._kept(weighed_input(call.raw_input, rows, call.behind))
                     call.waiting = False
                 if self.gradients:
                     part = self._kept(gradient[: self.examples].detach())
@@ -212,6 +216,7 @@ class Recorder:
             self._prove(current, output)
         if self.slopes:
             self._find_slopes(current, output)
+        self._watch_rectifiers(current, output)
         if self.columns and not isinstance(self.criterion, nn.Module):
             self._send_columns(current, output, None)
 
@@ -343,6 +348,23 @@ class Recorder:
             for call in (call for calls in current.calls.values() for call in calls):
                 call.graph = None
 
+    def _watch_rectifiers(self, current: Pass, output: Tensor) -> None:
+        """See which positions of a Linear the loss reaches behind a rectifier that stops it."""
+        joined = by_owner(self.modules, current.calls).values()
+        several = [c for calls in joined for c in calls if len(calls) > 1 or c.raw_input.ndim > 2]
+        calls = [call for call in several if call.edge is not None]
+        edges = [call.edge for call in calls if call.edge is not None]
+        for call, nodes in zip(calls, stopping(output, edges) if edges else (), strict=True):
+            shape = call.shape
+            for node in nodes:
+                node.register_prehook(partial(self._seen_behind, call, shape))
+        for known in (call for calls in joined for call in calls):
+            known.edge = None
+
+    def _seen_behind(self, call: Call, shape: torch.Size, gradients: tuple) -> None:
+        seen = seen_at(gradients[0], shape)[: self.examples]
+        call.behind = seen if call.behind is None else call.behind | seen
+
     def _find_slopes(self, current: Pass, output: Tensor) -> None:
         """Slopes of all calls; layers that have none are left out, which is said once."""
         graphs = {
@@ -410,7 +432,15 @@ class Recorder:
         if self.gradients and "inputs" in self.needs and not self.summed:
             assert labels is not None
             own = columns if columns is not None else tuple(g[None] for g in labels)
-            counts = counted(Geometry.of(module, name in self.biased), own, labels)
+            geometry = Geometry.of(module, name in self.biased)
+
+            def behind() -> list[Tensor]:
+                shapes = [geometry.outputs(raw, 2).shape[1:3] for raw in own]
+                empty = torch.zeros((), dtype=torch.bool, device=own[0].device)
+                pairs = zip(calls, shapes, strict=True)
+                return [(empty if c.behind is None else c.behind).expand(s) for c, s in pairs]
+
+            counts = counted(geometry, own, labels, behind=behind)
         outputs = tuple(_wide(c.output) for c in calls if c.output is not None) or None
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
