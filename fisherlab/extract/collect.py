@@ -64,6 +64,10 @@ def collect(
     for name, found in calls.items():
         if name in failures:
             continue
+        if weighted is None and record.tape.others.get(name):
+            # what is not proven is not taken on trust
+            failures[name] = _why(record, name)[0]
+            continue
         form = Form.of(found)
         try:
             parts = [piece for call in found for piece in pieces(call, form, n)]
@@ -209,12 +213,12 @@ def _skipped(
             found[name.rpartition(".")[0] or name] = _RECURRENCE
         elif name in failures:
             found[name] = failures[name]
+        elif any(c.bias is weight.tensor for c in record.every()):
+            found[name] = "it is the bias of a weight without a block, or a weight's second bias"
         elif name in record.tape.without_graph:
             found[name] = _NO_GRAPH
         elif others:
             found[name] = f"it is used by {', '.join(sorted(others))}, not by a product of `kinds`"
-        elif any(c.bias is weight.tensor for c in record.every()):
-            found[name] = "it is the bias of a weight without a block, or a weight's second bias"
         else:
             found[name] = "not called in this forward pass"
     return found

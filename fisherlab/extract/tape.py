@@ -127,9 +127,9 @@ class Tape(TorchFunctionMode):
                 return out
             self._note(func, (use.product.x,))
             if use.bias is None and use.product.bias is not None:
-                self._note(func, (use.product.bias,))
+                self._note(func, (use.product.bias,), " as a bias of several or no single weight")
             return self.record(use, out)
-        if _carries_graph(out):
+        if self._is_new(out):
             self._note(func, (*args, *kwargs.values()))
         return out
 
@@ -142,11 +142,17 @@ class Tape(TorchFunctionMode):
             return name
         return self._names.get(id(tensor._base))
 
-    def _note(self, func: Callable, arguments: Sequence[Any]) -> None:
+    def _is_new(self, out: object) -> bool:
+        """Whether a result depends on something trainable; a view of a weight is that weight."""
+        if isinstance(out, Tensor):
+            return out.requires_grad and self.name(out) is None
+        return isinstance(out, tuple | list) and any(self._is_new(item) for item in out)
+
+    def _note(self, func: Callable, arguments: Sequence[Any], role: str = "") -> None:
         for tensor in _tensors(arguments):
             name = self.name(tensor)
             if name is not None and tensor.requires_grad:
-                self.others.setdefault(name, set()).add(_name(func))
+                self.others.setdefault(name, set()).add(_name(func) + role)
 
     def _use(self, func: Callable, product: Product | None) -> Use | None:
         """The use of a tracked weight that a product is; None where it is none."""
@@ -239,15 +245,6 @@ def _geometry(
 
 def _name(func: Callable) -> str:
     return getattr(func, "__name__", str(func))
-
-
-def _carries_graph(out: object) -> bool:
-    """Whether a result is new and depends on something trainable; a view of a weight is not new."""
-    if isinstance(out, Tensor):
-        return out.requires_grad and out._base is None
-    if isinstance(out, tuple | list):
-        return any(_carries_graph(item) for item in out)
-    return False
 
 
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:

@@ -229,6 +229,12 @@ class Recorder:
             self._find_slopes(current, output)
         self._watch_rectifiers(current, output)
         if self.columns and not isinstance(self.criterion, nn.Module):
+            if not self.watch.single:
+                raise OptimizerError(
+                    f"the model returned several tensors, and fisher_type={self.fisher_type!r} "
+                    "must know which the loss is of; pass `criterion=` the module that the "
+                    "training loop calls"
+                )
             self._send_columns(current, output, None)
         elif not self.columns:
             for call in current.every():
@@ -558,7 +564,11 @@ class Recorder:
 
     def _factor(self, one: Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
-        assert one.output is not None
+        if one.output is None:
+            raise OptimizerError(
+                "the model returned no tensor with a graph, so the examples of its batch are not "
+                "known; return the outputs (a tensor, a tuple, a dict); no parameter was changed"
+            )
         if self.columns and one.loss_scale is None and one.output_gradient is not None:
             # columns were sent for every label, an ignored one included
             if ignored_terms(one.output, one.output_gradient):

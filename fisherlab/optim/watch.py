@@ -54,7 +54,8 @@ class Watch:
         wanted: whether the pass that begins is to be recorded.
         begin: called when such a pass begins.
         record: gets each use and its output, and returns the output or a tensor in its place.
-        end: called with the model's output tensor, or None where it has none with a graph.
+        end: called with the model's output tensor, the first of several, or None where it has none
+            with a graph.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Watch:
         names = weights_of(model, computed=False)
         self.owners = names
         self.tape = Tape({name: owner.tensor for name, owner in names.items()}, record)
+        # whether the latest pass returned one tensor, or one called `logits`
+        self.single = True
         # a recorded pass runs; in compiled code
         self._running = self._compiled = False
         self._handles = [
@@ -113,9 +116,9 @@ class Watch:
         stack = _get_current_function_mode_stack()
         if stack and stack[-1] is self.tape:
             self.tape.__exit__(None, None, None)
-        output = output_of(output)
-        seen = isinstance(output, Tensor) and output.requires_grad
-        self.end(output if seen else None)
+        found = output_of(output)
+        self.single = isinstance(found, Tensor)
+        self.end(first_with_graph(found))
 
     def called(
         self, weight: Weight, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
@@ -140,6 +143,19 @@ def _of_module(watch: weakref.ref[Watch], weight: Weight) -> Callable:
         return None if known is None else known.called(weight, module, args, kwargs, output)
 
     return hook
+
+
+def first_with_graph(output: Any) -> Tensor | None:
+    """The first tensor with a graph in what a model returned."""
+    if isinstance(output, Tensor):
+        return output if output.requires_grad and output.ndim else None
+    inside: Any = ()
+    if isinstance(output, Mapping):
+        inside = output.values()
+    elif isinstance(output, tuple | list):
+        inside = output
+    found = (first_with_graph(item) for item in inside)
+    return next((tensor for tensor in found if tensor is not None), None)
 
 
 def unowned(method: Callable) -> Callable:

@@ -235,8 +235,7 @@ class WeightedLayers:
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
         self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
-        # after the products' own, whose output it follows: the model may be a single layer
-        self.scale = LossScale(model, criterion)
+        self.scale = LossScale(criterion)
 
     def _begin(self) -> None:
         self._layers, self._asked = {}, []
@@ -270,6 +269,7 @@ class WeightedLayers:
         return weighted
 
     def _end(self, output: Tensor | None) -> None:
+        self.scale.end(output)
         for name, functions in self.watch.tape.others.items():
             if name in self.weights and name not in self.left_out:
                 self._say(name, f"it is used by {', '.join(sorted(functions))} as well")
