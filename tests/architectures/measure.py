@@ -1,0 +1,339 @@
+"""What a capture and an optimizer do with an architecture, against plain autograd."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import fisherlab as fl
+from architectures.table import Problem
+
+# Bias columns that a block may have.
+MOST_BIASES = 3
+
+
+def examples(x: Any, k: slice) -> Any:
+    """Some examples of a batch."""
+    if isinstance(x, dict):
+        return {name: examples(value, k) for name, value in x.items()}
+    if isinstance(x, tuple):
+        return tuple(examples(value, k) for value in x)
+    return x[k] if isinstance(x, torch.Tensor) else x
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def output_gradients(problem: Problem) -> Tensor:
+    """`dl_n / df` of the per-example losses, `M` times the gradient of a mean criterion."""
+    with torch.no_grad():
+        outputs = problem.outputs(problem.x)
+    outputs.requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.criterion(outputs, problem.y), outputs)
+    return gradient * (len(outputs) if problem.criterion.reduction == "mean" else 1)
+
+
+def differentiable(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters, and the weights that are computed from some of them.
+
+    Inside `parametrize.cached()`, where such a weight is the same tensor at every access.
+    """
+    found: dict[str, Tensor] = dict(trainable(model))
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            found |= {f"{name}.{key}": getattr(module, key) for key in module.parametrizations}
+    return found
+
+
+def pulled_back(problem: Problem, x: Any, vectors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """`J^T v` `[v, *shape]` of everything differentiable, for some vectors at the outputs."""
+    with parametrize.cached():
+        outputs = problem.outputs(x)
+        leaves = differentiable(problem.model)
+        rows = [
+            torch.autograd.grad(
+                outputs, list(leaves.values()), v, retain_graph=True, allow_unused=True
+            )
+            for v in vectors
+        ]
+    found = {}
+    for k, (name, leaf) in enumerate(leaves.items()):
+        every = [torch.zeros_like(leaf) if row[k] is None else row[k] for row in rows]
+        found[name] = torch.stack(every)
+    return found
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def per_example(problem: Problem) -> dict[str, Tensor]:
+    """`[n, *shape]` of everything differentiable: each example alone through the model."""
+    ones = [slice(n, n + 1) for n in range(len(problem.y))]
+    vectors = output_gradients(problem)
+    return joined([pulled_back(problem, examples(problem.x, k), [vectors[k]]) for k in ones])
+
+
+def jacobians(problem: Problem) -> tuple[dict[str, Tensor], Tensor]:
+    """`J` `[n k, *shape]` of everything differentiable, row by row, and `H` `[n, k, k]`.
+
+    `H` is the Hessian of an example's loss in its k outputs.
+    """
+    with torch.no_grad():
+        whole = problem.outputs(problem.x)
+    M, k = len(whole), whole[0].numel()
+    scale = M if problem.criterion.reduction == "mean" else 1
+    basis = torch.eye(k, dtype=whole.dtype).view(k, 1, *whole.shape[1:])
+    rows, hessians = [], []
+    for n in range(M):
+        rows.append(pulled_back(problem, examples(problem.x, slice(n, n + 1)), basis))
+
+        def loss(f: Tensor, n: int = n) -> Tensor:
+            batch = torch.cat([whole[:n], f.view(1, *whole.shape[1:]), whole[n + 1 :]])
+            return scale * problem.criterion(batch, problem.y)
+
+        hessians.append(torch.autograd.functional.hessian(loss, whole[n].flatten()))
+    return joined(rows), torch.stack(hessians)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a parameter, and the columns of a captured block that they are.
+
+    Args:
+        parameter: its name.
+        rows: which rows of the parameter, flattened to a matrix.
+        flipped: whether the block holds their transpose.
+        columns: which columns of the block.
+    """
+
+    parameter: str
+    rows: slice
+    flipped: bool
+    columns: slice
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """`[n, o, i]` from one tensor `[n, *shape]` per example."""
+        matrix = stacked.reshape(*stacked.shape[:2], -1)[:, self.rows]
+        return matrix.mT if self.flipped else matrix
+
+
+def weights(D: Tensor, name: str, parameter: Tensor) -> Iterator[Part]:
+    """Every place that a parameter `[n, *shape]` or some rows of it may have in a block."""
+    if parameter.ndim < 3:
+        return
+    rows, length = parameter.shape[1], parameter[0, 0].numel()
+    o, width = D.shape[1:]
+    if length <= width and rows % o == 0:
+        for start in range(0, rows, o):
+            yield Part(name, slice(start, start + o), False, slice(0, length))
+    if length == o:
+        for i in range(max(1, width - MOST_BIASES), width + 1):
+            for start in range(0, rows, i) if rows % i == 0 else ():
+                yield Part(name, slice(start, start + i), True, slice(0, i))
+
+
+def biases(D: Tensor, name: str, parameter: Tensor, column: int) -> Iterator[Part]:
+    """Every place that a vector `[n, d]` may have in one column of a block."""
+    o = D.shape[1]
+    if parameter.ndim == 2 and parameter.shape[1] % o == 0:
+        for start in range(0, parameter.shape[1], o):
+            yield Part(name, slice(start, start + o), False, slice(column, column + 1))
+
+
+def located(D: Tensor, truth: dict[str, Tensor], own: list[str]) -> list[Part]:
+    """The parameters whose gradients a block `[n, o, w]` has, found by their numbers.
+
+    The weight is one of `own`, the parameters of the module that the block is named after, or
+    some rows of it, as it is stored or transposed. Trailing columns are biases, which may belong
+    to another module with the same weight.
+
+    Raises:
+        AssertionError: no parameter of the module fits the block's shape.
+    """
+
+    def closest(parts: Iterable[Part]) -> Part | None:
+        def distance(part: Part) -> float:
+            return float((D[:, :, part.columns] - part.of(truth[part.parameter])).norm())
+
+        return min(parts, key=distance, default=None)
+
+    weight = closest(part for name in own for part in weights(D, name, truth[name]))
+    assert weight is not None, f"no parameter among {own} fits a block {tuple(D.shape)}"
+    found = [weight]
+    for column in range(weight.columns.stop, D.shape[2]):
+        names = [*own, *(name for name in truth if name not in own)]
+        bias = closest(part for name in names for part in biases(D, name, truth[name], column))
+        assert bias is not None, f"no vector fits column {column} of a block {tuple(D.shape)}"
+        found.append(bias)
+    return found
+
+
+def error(D: Tensor, truth: dict[str, Tensor], parts: list[Part]) -> float:
+    """The largest distance of an example's gradient, relative to the largest gradient."""
+    expected = torch.cat([part.of(truth[part.parameter]) for part in parts], 2)
+    size = expected.flatten(1).norm(dim=1).max()
+    distance = (D - expected).flatten(1).norm(dim=1).max()
+    return float(distance / size) if size else float(distance)
+
+
+@dataclass
+class Measured:
+    """A capture of an architecture, compared with autograd.
+
+    Args:
+        parameters: how many numbers are trainable.
+        errors: the relative error of every block.
+        parts: the parameters that every block holds.
+        skipped: every reason, with the layers that were left out for it.
+        refusal: why the capture was refused; "" where it was made.
+    """
+
+    parameters: int
+    errors: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    covered: int = 0
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def share(self) -> float:
+        """The share of the trainable parameters that have a block."""
+        return self.covered / self.parameters
+
+
+def own_parameters(model: nn.Module, block: str, names: Iterable[str]) -> list[str]:
+    """The parameters that a block may be of: those of its module, or the one it is named after."""
+    base = block if block in dict(model.named_modules()) else block.rsplit(":", 1)[0]
+    own = [name for name in names if name == base or name.rpartition(".")[0] == base]
+    if own:
+        return own
+    module = model.get_submodule(base)
+    ids = {id(p): name for name, p in model.named_parameters()}
+    return [ids[id(p)] for p in module.parameters() if id(p) in ids]
+
+
+def measured(problem: Problem) -> Measured:
+    """Captures a problem without any option but `forward`, and compares every block."""
+    model = problem.model
+    found = Measured(sum(p.numel() for p in trainable(model).values()))
+    options = {} if problem.forward is None else {"forward": problem.forward}
+    try:
+        captures = fl.capture(
+            model, problem.criterion, problem.x, problem.y, fisher_type="empirical", **options
+        )
+    except fl.CaptureError as refusal:
+        found.refusal = str(refusal)
+        return found
+    for layer, reason in captures.report.skipped.items():
+        found.skipped.setdefault(reason, []).append(layer)
+    truth = per_example(problem)
+    covered = {name: torch.zeros_like(p[0], dtype=torch.bool) for name, p in truth.items()}
+    for name, layer in captures.items():
+        (D,) = layer.per_example_gradients()
+        parts = located(D, truth, own_parameters(model, name, truth))
+        found.parts[name] = parts
+        found.errors[name] = error(D, truth, parts)
+        for part in parts:
+            covered[part.parameter][part.rows] = True
+    found.covered = sum(int(covered[name].sum()) for name in trainable(model))
+    return found
+
+
+def exact_errors(problem: Problem, parts: dict[str, list[Part]]) -> dict[str, float]:
+    """`|F v - (1/M) sum_n J_n^T H_n J_n v|` of every block, relative, on a random `v`."""
+    options = {} if problem.forward is None else {"forward": problem.forward}
+    captures = fl.capture(
+        problem.model, problem.criterion, problem.x, problem.y, fisher_type="exact", **options
+    )
+    rows, hessians = jacobians(problem)
+    M, k = hessians.shape[:2]
+    found = {}
+    for name, layer in captures.items():
+        D = layer.per_example_gradients().flatten(0, 1)
+        J = torch.cat([part.of(rows[part.parameter]) for part in parts[name]], 2)
+        v = torch.randn(*D.shape[1:], dtype=D.dtype)
+        product = torch.einsum("coi,c->oi", D, torch.einsum("coi,oi->c", D, v)) / M
+        slopes = torch.einsum("coi,oi->c", J, v).view(M, k, 1)
+        expected = torch.einsum("coi,c->oi", J, (hessians @ slopes).flatten()) / M
+        size, distance = expected.norm(), (product - expected).norm()
+        found[name] = float(distance / size) if size else float(distance)
+    return found
+
+
+@dataclass
+class Trained:
+    """Some steps of an optimizer.
+
+    Args:
+        covered: the parameters that it preconditions.
+        cosines: of every step and the plain gradient step, on the covered parameters.
+        warned: the warnings that it gave.
+        refusal: why it was not made or took no step; "" where it did.
+    """
+
+    covered: list[str] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    refusal: str = ""
+
+    @property
+    def silent_sgd(self) -> bool:
+        """Whether the steps were plain gradient steps and nobody was told."""
+        plain = not self.covered or max(self.cosines) >= 0.999
+        return plain and not self.warned and not self.refusal
+
+
+def trained(problem: Problem, optimizer: str, steps: int = 3) -> Trained:
+    """Takes some steps in the ordinary loop, without momentum.
+
+    The plain gradient is that of a twin without an optimizer, since `p.grad` may be another one.
+    """
+    model, twin, found = problem.model, copy.deepcopy(problem.model), Trained()
+    options = {"criterion": problem.criterion, "momentum": 0.0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            opt = fl.optim.create(optimizer, model, **options)
+            for _ in range(steps):
+                twin.load_state_dict(model.state_dict())
+                before = trainable(twin)
+                plain = plain_gradient(problem, twin)
+                opt.zero_grad()
+                problem.criterion(problem.outputs(problem.x), problem.y).backward()
+                opt.step()
+                found.covered = [name for name in preconditioned(opt, model) if name in plain]
+                params = trainable(model)
+                moved = [params[name].detach() - before[name].detach() for name in found.covered]
+                if moved:
+                    one = torch.cat([step.flatten() for step in moved])
+                    other = torch.cat([-plain[name].flatten() for name in found.covered])
+                    found.cosines.append(float(torch.cosine_similarity(one, other, dim=0)))
+        except (ValueError, RuntimeError) as refusal:
+            found.refusal = f"{type(refusal).__name__}: {refusal}"
+    found.warned = [str(w.message) for w in caught]
+    return found
+
+
+def plain_gradient(problem: Problem, twin: nn.Module) -> dict[str, Tensor]:
+    """The gradient of the loss by autograd, of the parameters that have one."""
+    outputs = dataclasses.replace(problem, model=twin).outputs(problem.x)
+    params = trainable(twin)
+    loss = problem.criterion(outputs, problem.y)
+    gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    return {n: g for n, g in zip(params, gradients, strict=True) if g is not None}
+
+
+def preconditioned(opt: Any, model: nn.Module) -> list[str]:
+    """The names of the parameters that have a block."""
+    blocked = {p for w in opt.weights.values() for p in (w.weight, w.bias) if p is not None}
+    return [name for name, p in trainable(model).items() if p in blocked]
