@@ -226,7 +226,8 @@ def albert(transformers):
     return text_classifier(transformers.AlbertForSequenceClassification(config))
 
 
-@hugging_face("DeBERTa", share=0.000, exact=True)
+# It normalises in float32 whatever its input is: exact columns differ from a Jacobian by 1e-7.
+@hugging_face("DeBERTa", share=0.000)
 def deberta(transformers):
     config = transformers.DebertaConfig(
         **BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8

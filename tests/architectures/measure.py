@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from architectures.table import Problem
 
 # Bias columns that a block may have.
 MOST_BIASES = 3
+# A place is the right one where the relative distance is less.
+SURE = 1e-11
 
 
 def examples(x: Any, k: slice) -> Any:
@@ -111,43 +114,45 @@ class Part:
 
     Args:
         parameter: its name.
-        rows: which rows of the parameter, flattened to a matrix.
+        length: of a row of the parameter as a matrix: all axes but the first, the last one, or 1.
+        rows: which rows of that matrix.
         flipped: whether the block holds their transpose.
         columns: which columns of the block.
     """
 
     parameter: str
+    length: int
     rows: slice
     flipped: bool
     columns: slice
 
     def of(self, stacked: Tensor) -> Tensor:
         """`[n, o, i]` from one tensor `[n, *shape]` per example."""
-        matrix = stacked.reshape(*stacked.shape[:2], -1)[:, self.rows]
+        matrix = stacked.reshape(len(stacked), -1, self.length)[:, self.rows]
         return matrix.mT if self.flipped else matrix
 
 
 def weights(D: Tensor, name: str, parameter: Tensor) -> Iterator[Part]:
     """Every place that a parameter `[n, *shape]` or some rows of it may have in a block."""
-    if parameter.ndim < 3:
-        return
-    rows, length = parameter.shape[1], parameter[0, 0].numel()
     o, width = D.shape[1:]
-    if length <= width and rows % o == 0:
-        for start in range(0, rows, o):
-            yield Part(name, slice(start, start + o), False, slice(0, length))
-    if length == o:
-        for i in range(max(1, width - MOST_BIASES), width + 1):
-            for start in range(0, rows, i) if rows % i == 0 else ():
-                yield Part(name, slice(start, start + i), True, slice(0, i))
+    size = parameter[0].numel()
+    for length in {size // parameter.shape[1], parameter.shape[-1], 1} if size and parameter.ndim > 1 else ():
+        rows = size // length
+        if 0 <= width - length <= MOST_BIASES and rows % o == 0:
+            for start in range(0, rows, o):
+                yield Part(name, length, slice(start, start + o), False, slice(0, length))
+        if length == o:
+            for i in range(max(1, width - MOST_BIASES), width + 1):
+                for start in range(0, rows, i) if rows % i == 0 else ():
+                    yield Part(name, length, slice(start, start + i), True, slice(0, i))
 
 
 def biases(D: Tensor, name: str, parameter: Tensor, column: int) -> Iterator[Part]:
     """Every place that a vector `[n, d]` may have in one column of a block."""
     o = D.shape[1]
-    if parameter.ndim == 2 and parameter.shape[1] % o == 0:
-        for start in range(0, parameter.shape[1], o):
-            yield Part(name, slice(start, start + o), False, slice(column, column + 1))
+    if parameter[0].numel() % o == 0:
+        for start in range(0, parameter[0].numel(), o):
+            yield Part(name, 1, slice(start, start + o), False, slice(column, column + 1))
 
 
 def located(D: Tensor, truth: dict[str, Tensor], own: list[str]) -> list[Part]:
@@ -162,12 +167,19 @@ def located(D: Tensor, truth: dict[str, Tensor], own: list[str]) -> list[Part]:
     """
 
     def closest(parts: Iterable[Part]) -> Part | None:
-        def distance(part: Part) -> float:
-            return float((D[:, :, part.columns] - part.of(truth[part.parameter])).norm())
+        best, least = None, math.inf
+        for part in parts:
+            block = D[:, :, part.columns]
+            distance = float((block - part.of(truth[part.parameter])).norm())
+            if distance < least:
+                best, least = part, distance
+            if distance <= SURE * float(block.norm()):
+                break
+        return best
 
-        return min(parts, key=distance, default=None)
-
-    weight = closest(part for name in own for part in weights(D, name, truth[name]))
+    # a bias is no weight where there is a matrix
+    matrices = [name for name in own if truth[name].ndim > 2] or own
+    weight = closest(part for name in matrices for part in weights(D, name, truth[name]))
     assert weight is not None, f"no parameter among {own} fits a block {tuple(D.shape)}"
     found = [weight]
     for column in range(weight.columns.stop, D.shape[2]):
@@ -244,7 +256,7 @@ def measured(problem: Problem) -> Measured:
         found.parts[name] = parts
         found.errors[name] = error(D, truth, parts)
         for part in parts:
-            covered[part.parameter][part.rows] = True
+            covered[part.parameter].view(-1, part.length)[part.rows] = True
     found.covered = sum(int(covered[name].sum()) for name in trainable(model))
     return found
 
