@@ -136,7 +136,9 @@ def weights(D: Tensor, name: str, parameter: Tensor) -> Iterator[Part]:
     """Every place that a parameter `[n, *shape]` or some rows of it may have in a block."""
     o, width = D.shape[1:]
     size = parameter[0].numel()
-    for length in {size // parameter.shape[1], parameter.shape[-1], 1} if size and parameter.ndim > 1 else ():
+    for length in (
+        {size // parameter.shape[1], parameter.shape[-1], 1} if size and parameter.ndim > 1 else ()
+    ):
         rows = size // length
         if 0 <= width - length <= MOST_BIASES and rows % o == 0:
             for start in range(0, rows, o):
@@ -311,29 +313,71 @@ def trained(problem: Problem, optimizer: str, steps: int = 3) -> Trained:
     The plain gradient is that of a twin without an optimizer, since `p.grad` may be another one.
     """
     model, twin, found = problem.model, copy.deepcopy(problem.model), Trained()
-    options = {"criterion": problem.criterion, "momentum": 0.0}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            opt = fl.optim.create(optimizer, model, **options)
+            opt = fl.optim.create(optimizer, model, criterion=problem.criterion, momentum=0.0)
             for _ in range(steps):
                 twin.load_state_dict(model.state_dict())
-                before = trainable(twin)
                 plain = plain_gradient(problem, twin)
-                opt.zero_grad()
-                problem.criterion(problem.outputs(problem.x), problem.y).backward()
-                opt.step()
+                moved = step_of(problem, opt, twin)
                 found.covered = [name for name in preconditioned(opt, model) if name in plain]
-                params = trainable(model)
-                moved = [params[name].detach() - before[name].detach() for name in found.covered]
-                if moved:
-                    one = torch.cat([step.flatten() for step in moved])
+                if found.covered:
+                    one = torch.cat([moved[name].flatten() for name in found.covered])
                     other = torch.cat([-plain[name].flatten() for name in found.covered])
                     found.cosines.append(float(torch.cosine_similarity(one, other, dim=0)))
         except (ValueError, RuntimeError) as refusal:
             found.refusal = f"{type(refusal).__name__}: {refusal}"
     found.warned = [str(w.message) for w in caught]
     return found
+
+
+def step_of(problem: Problem, opt: torch.optim.Optimizer, twin: nn.Module) -> dict[str, Tensor]:
+    """The change that one step makes to every parameter, which is what `twin` has at its start."""
+    opt.zero_grad()
+    problem.criterion(problem.outputs(problem.x), problem.y).backward()
+    opt.step()
+    before = trainable(twin)
+    return {name: (p - before[name]).detach() for name, p in trainable(problem.model).items()}
+
+
+def step_errors(problem: Problem, optimizer: str) -> dict[str, float]:
+    """How far a first step is from `-lr c (F + lambda I)^{-1} g` of plain autograd, per block.
+
+    "fngd" has `lambda = alpha ||U^T U||_F` and `c = lambda`; "exact" has a fixed lambda and c = 1.
+    """
+    model, twin = problem.model, copy.deepcopy(problem.model)
+    truth = per_example(dataclasses.replace(problem, model=twin))
+    alpha, fixed = 0.01, 0.1
+    options: dict[str, Any] = {"criterion": problem.criterion, "lr": 1.0, "momentum": 0.0}
+    if optimizer == "fngd":
+        opt = fl.optim.FNGD(model, alpha=alpha, **options)
+    else:
+        opt = fl.optim.NaturalGradient(model, fl.Exact(), damping=fixed, **options)
+    moved = step_of(problem, opt, twin)
+    names = {p: name for name, p in trainable(model).items()}
+    found = {}
+    for key, weight in opt.weights.items():
+        block = [names[p] for p in (weight.weight, weight.bias) if p is not None]
+        for group in range(weight.groups):
+            columns = joined_group(truth, block, group, weight.groups)
+            step = joined_group({n: moved[n][None] for n in block}, block, group, weight.groups)
+            K = columns @ columns.mT
+            M = len(K)
+            damping = float(alpha * K.norm()) if optimizer == "fngd" else fixed
+            damped = M * damping * torch.eye(M, dtype=K.dtype) + K
+            # a dead unit has no step, whatever its damping
+            v = torch.linalg.solve(damped, K.new_ones(M)) if damping else K.new_zeros(M)
+            expected = -(damping if optimizer == "fngd" else 1.0) * (v @ columns)
+            size = float(expected.norm())
+            distance = float((step[0] - expected).norm())
+            found[f"{key}:{group}"] = distance / size if size else distance
+    return found
+
+
+def joined_group(stacked: dict[str, Tensor], names: list[str], group: int, groups: int) -> Tensor:
+    """`[n, k]`: the rows of one group of some parameters, one below the other."""
+    return torch.cat([stacked[name].chunk(groups, 1)[group].flatten(1) for name in names], 1)
 
 
 def plain_gradient(problem: Problem, twin: nn.Module) -> dict[str, Tensor]:
