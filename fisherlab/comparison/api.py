@@ -27,7 +27,8 @@ from fisherlab.extract.api import Forward, _forward, split_batches
 from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
-from fisherlab.extract.select import check_batch, check_model
+from fisherlab.extract.select import Names, check_batch, check_model
+from fisherlab.extract.tape import KINDS
 
 EXACT_UP_TO = 20
 
@@ -44,7 +45,8 @@ def compare(
     reference: object = None,
     generator: torch.Generator | None = None,
     memory: int | None = None,
-    layers: Iterable[str] | None = None,
+    layers: Names = None,
+    skip: Names = None,
     backend: str = "auto",
     mc_samples: int = 1,
     step: int = 0,
@@ -105,6 +107,8 @@ def compare(
         raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
     options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
     options |= {"generator": generator, "forward": forward, "ranks": ranks}
+    # the approximations are of linear maps; others are compared where they are named
+    options |= {"skip": skip, "kinds": ("map",) if layers is None else KINDS}
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
         parts = [

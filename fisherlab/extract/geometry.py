@@ -87,12 +87,12 @@ class Geometry:
     Args:
         in_features: width of `a`, without the trailing ones.
         out_features: width of `g`.
-        bias: columns of `a` that stand for biases: one, or one per bias of a shared weight.
+        bias: whether the last column of `a` stands for the bias.
         conv: the hyper-parameters of a convolution, whose inputs are patches.
         group: the group of a convolution that this capture covers, of `groups`.
         transposed: the hyper-parameters of a transposed convolution, whose gradients are patches.
         lookup: of an embedding the index without gradient (`padding_idx`), or -1.
-        column: which bias column this call adds; None where it adds no bias.
+        adds: whether this call adds the bias: 1 in that column, else 0.
         start: the first row of the weight that this call multiplies.
         width: the number of those rows; None for all.
         flipped: whether the weight is stored as `[i, o]`.
@@ -100,13 +100,13 @@ class Geometry:
 
     in_features: int
     out_features: int
-    bias: int
+    bias: bool
     conv: Convolution | None = None
     group: int = 0
     groups: int = 1
     transposed: Convolution | None = None
     lookup: int | None = None
-    column: int | None = 0
+    adds: bool = True
     start: int = 0
     width: int | None = None
     flipped: bool = False
@@ -135,10 +135,7 @@ class Geometry:
             rows = self._rows(raw)
             if not self.bias:
                 return rows
-            ones = rows.new_zeros(n, rows.shape[1], int(self.bias))
-            if self.column is not None:
-                ones[..., self.column] = 1
-            return torch.cat([rows, ones], -1)
+            return torch.cat([rows, rows.new_full((n, rows.shape[1], 1), self.adds)], -1)
         patches = self.conv.windows(self._channels(raw))
         dims = len(self.conv.kernel)
         positions = math.prod(tuple(patches.shape[1 : 1 + dims]))
@@ -147,9 +144,7 @@ class Geometry:
         body = a.as_strided(patches.shape, _row_strides(patches.shape, a.stride(), dims))
         body.copy_(patches)
         if self.bias:
-            a[..., self.in_features :] = 0
-            if self.column is not None:
-                a[..., self.in_features + self.column] = 1
+            a[..., -1] = self.adds
         return a
 
     def _rows(self, raw: Tensor) -> Tensor:
@@ -180,9 +175,7 @@ class Geometry:
             product = direction[index] * (index != self.lookup)
         else:
             product = self._rows(raw) @ direction
-        if self.bias and self.column is not None:
-            return product + v[self.in_features + self.column]
-        return product
+        return product + v[-1] if self.bias and self.adds else product
 
     def _channels(self, raw: Tensor) -> Tensor:
         """The channels `[n, c, ...]` of this group."""
@@ -207,15 +200,13 @@ class Geometry:
         positions = math.prod(rows.shape[1 : 1 + places])
         found = rows.sum(tuple(range(1 + places))).flatten()
         if self.bias:
-            ones = found.new_zeros(int(self.bias))
-            if self.column is not None:
-                ones[self.column] = summed * len(raw) * positions
-            found = torch.cat([found, ones])
+            ones = summed * len(raw) * positions * self.adds
+            found = torch.cat([found, found.new_full((1,), ones)])
         return found, positions
 
     def input_moment(self, raw: Tensor) -> Tensor:
         """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
-        whole = self.bias <= 1 and (not self.bias or self.column is not None)
+        whole = self.adds or not self.bias
         if self.conv is None or not whole or not self.conv.plain or not self._correlated(raw):
             return contractions.second_moment(self.inputs(raw))
         moment = patch_moment(self._channels(raw), self.conv.kernel[0])
@@ -260,11 +251,10 @@ class Geometry:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as `[o, i]`, the part of this group."""
-        rows = weight.reshape(weight.shape[0], -1)
         o, i = self.out_features, self.in_features
         if self.flipped:
-            return rows[self.group * i : (self.group + 1) * i].mT
-        return rows[self.group * o : (self.group + 1) * o]
+            return weight.reshape(self.groups, i, o)[self.group].mT
+        return weight.reshape(self.groups, o, i)[self.group]
 
 
 def _row_strides(size: torch.Size, rows: tuple[int, ...], dims: int) -> list[int]:

@@ -86,7 +86,7 @@ class LayerCapture:
     @property
     def inputs(self) -> Tensor:
         """`a` `[n, t, i]`, last feature 1 where there is a bias; made anew at each access."""
-        calls = [map_.inputs(raw) for map_, raw in self._calls(self.raw_inputs)]
+        calls = [map_.inputs(raw) for map_, raw in self.calls(self.raw_inputs)]
         return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
 
     @property
@@ -95,7 +95,7 @@ class LayerCapture:
         conv = self.geometry.conv
         if self.shared is not None and "columns" in self.shared and not (conv and conv.plain):
             return contractions.second_moment(self.columns.a)
-        moments = [map_.input_moment(raw) for map_, raw in self._calls(self.raw_inputs)]
+        moments = [map_.input_moment(raw) for map_, raw in self.calls(self.raw_inputs)]
         return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
 
     @property
@@ -112,7 +112,7 @@ class LayerCapture:
     @property
     def mean_input_sum(self) -> Tensor:
         """`sum_n mean_t a`, `[i]`."""
-        sums = [map_.input_sum(raw, self.summed) for map_, raw in self._calls(self.raw_inputs)]
+        sums = [map_.input_sum(raw, self.summed) for map_, raw in self.calls(self.raw_inputs)]
         total = sums[0][0] if len(sums) == 1 else torch.stack([s for s, _ in sums]).sum(0)
         return total / sum(positions for _, positions in sums)
 
@@ -120,21 +120,21 @@ class LayerCapture:
     def output_gradients(self) -> Tensor:
         """`g` `[m, n, t, o]` of the per-example loss, the column scale inside."""
         raw = self._present("raw_output_gradients", "output_gradients")
-        calls = [map_.outputs(x, 2) for map_, x in self._calls(raw)]
+        calls = [map_.outputs(x, 2) for map_, x in self.calls(raw)]
         return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 2))
 
     @property
     def label_gradients(self) -> Tensor:
         """`g` `[n, t, o]` of the per-example loss at the observed labels."""
         raw = self._present("raw_label_gradients", "label_gradients")
-        calls = [map_.outputs(x) for map_, x in self._calls(raw)]
+        calls = [map_.outputs(x) for map_, x in self.calls(raw)]
         return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 1))
 
     @property
     def label_gradient_sum(self) -> Tensor:
         """`sum_{n,t} g` at the observed labels, `[o]`."""
         raw = self._present("raw_label_gradients", "label_gradients")
-        sums = [map_.outputs(x).sum((0, 1)) for map_, x in self._calls(raw)]
+        sums = [map_.outputs(x).sum((0, 1)) for map_, x in self.calls(raw)]
         return self._scaled(sums[0] if len(sums) == 1 else torch.stack(sums).sum(0))
 
     def _scaled(self, gradients: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class LayerCapture:
     def outputs(self) -> Tensor:
         """`s` `[n, t, o]`, the layer's outputs."""
         raw = self._present("raw_outputs", "outputs")
-        calls = [map_.outputs(x) for map_, x in self._calls(raw)]
+        calls = [map_.outputs(x) for map_, x in self.calls(raw)]
         return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
 
     @property
@@ -242,9 +242,9 @@ class LayerCapture:
         if raw is None:
             return self.inputs.shape[1]
         leading = 2 if self.raw_output_gradients is not None else 1
-        return sum(map_.positions(x, leading) for map_, x in self._calls(raw))
+        return sum(map_.positions(x, leading) for map_, x in self.calls(raw))
 
-    def _calls(self, raw: tuple[Tensor, ...]) -> Iterator[tuple[Geometry, Tensor]]:
+    def calls(self, raw: tuple[Tensor, ...]) -> Iterator[tuple[Geometry, Tensor]]:
         """The geometry and the raw tensor of each call."""
         return zip(self.maps or [self.geometry] * len(raw), raw, strict=True)
 
