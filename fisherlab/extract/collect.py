@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
+from fisherlab.extract import dead
 from fisherlab.extract.assemble import Form, Piece, capture_of, pieces, shared_biases
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.padding import counted
 from fisherlab.extract.proof import Weighted, call_tolerance, gradient_error, not_a_product
-from fisherlab.extract.rows import SEVERAL, as_rows, find_examples
+from fisherlab.extract.rows import SEVERAL, as_rows, find_examples, take
 from fisherlab.extract.select import Weight
 from fisherlab.extract.tape import Call, Record, joined_slopes
 
@@ -28,6 +31,7 @@ def collect(
     term_scale: float,
     check: str,
     examples: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[dict[str, LayerCapture], dict[str, str]]:
     """Captures by name, and `{name: reason}` of the weights without one.
 
@@ -40,6 +44,7 @@ def collect(
         check: "full", "gradient" or "off".
         examples: the example of every row, for calls with as many rows; None: rows are asked of
             autograd where they are not the examples.
+        mask: the real positions `[n, ...]`; None where no padding is known.
     """
     n = len(outputs)
     calls = {name: found for name, found in record.calls.items() if found}
@@ -74,7 +79,7 @@ def collect(
                 failures[name] = not_a_product(error, *_why(record, name))
                 continue
         slopes, reason = _slopes(name, found, parts, n)
-        captured |= capture_of(
+        layers = capture_of(
             name,
             kind,
             parts,
@@ -86,8 +91,40 @@ def collect(
             fisher_type=fisher_type,
             term_scale=term_scale,
         )
+        try:
+            counts = _counted(next(iter(layers.values())), parts, mask, outputs, record.labels)
+        except CaptureError as masked:
+            failures[name], record.mask_fits = str(masked), True
+            continue
+        captured |= {key: replace(layer, counted=counts) for key, layer in layers.items()}
         covered |= {id(weights[name].tensor), id(form.bias)}
     return captured, _skipped(record, weights, failures, covered)
+
+
+def _counted(
+    layer: LayerCapture,
+    parts: Sequence[Piece],
+    mask: Tensor | None,
+    outputs: Tensor,
+    labels: Tensor,
+) -> Tensor | None:
+    """The positions that count, `[n, t]` over all parts; None where all do."""
+    if any(part.sums for part in parts):
+        # sums and unit vectors have no positions
+        return None
+
+    def seen() -> list[Tensor]:
+        edges, shapes = [part.call.edge for part in parts], [p.call.output.shape for p in parts]
+        found = dead.behind(outputs, labels, edges, shapes)
+        return [
+            one if part.rows is None else take(one.flatten(), part.rows)
+            for one, part in zip(found, parts, strict=True)
+        ]
+
+    maps = layer.maps or [layer.geometry] * len(parts)
+    columns, rows = layer.raw_output_gradients, layer.raw_label_gradients
+    assert columns is not None and rows is not None
+    return counted(maps, columns, rows, mask, seen)
 
 
 def covered_share(weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]) -> float:

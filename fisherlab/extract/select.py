@@ -281,7 +281,7 @@ def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
 
 def _tensors(x: object) -> list[tuple[Tensor, str]]:
     """The tensors among the model's arguments, and what to call each."""
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         named = [(value, f"x[{key!r}]") for key, value in x.items()]
     elif isinstance(x, tuple | list):
         named = [(value, f"x[{k}]") for k, value in enumerate(x)]

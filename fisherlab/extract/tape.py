@@ -268,6 +268,8 @@ class Record:
         self.tape = Tape(weights, self._add)
         # the gradient of the summed per-example loss at the outputs
         self.labels: Tensor
+        # whether a mask was found to fit a layer that is left out
+        self.mask_fits = False
 
     def _add(self, use: Use, output: Tensor) -> Tensor:
         if use.name not in self.calls:

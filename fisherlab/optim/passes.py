@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.record import Call as GraphCall
@@ -26,6 +28,13 @@ class Call:
     arrived: bool = False
     columns: list[Tensor] = field(default_factory=list)
     graph: GraphCall | None = None
+    # the input awaits the gradient, which says what positions its sum is over
+    waiting: bool = False
+    # of a Linear: the edge behind its output until the forward ends, and the positions `[n, t]`
+    # that a gradient has reached behind a rectifier
+    edge: GradientEdge | None = None
+    shape: torch.Size = torch.Size()
+    behind: Tensor | None = None
 
 
 @dataclass

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
+from fisherlab.extract.criteria import Rules, labels_matter, rules_of
+from fisherlab.extract.dead import seen_at, stopping
 from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
+from fisherlab.extract.outputs import output_of
+from fisherlab.extract.padding import counted, weighed_input
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.record import joined_slopes, set_slopes
@@ -33,7 +38,7 @@ from fisherlab.extract.select import by_owner
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
-from fisherlab.optim.scale import OptimizerError, scale_factor
+from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
 
 # of a capture: what sums of the raw tensors over the examples determine
 SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
@@ -65,6 +70,7 @@ class Recorder:
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.ranks = examples, ranks
+        self.needs = frozenset(needs)
         # what an approximation does not need is not kept: memory that backward then reuses
         self.summed = SUMS.issuperset(needs)
         self.gradients = not {"inputs", "outputs", "activation_slope"}.issuperset(needs)
@@ -93,7 +99,7 @@ class Recorder:
         # after the layers' own: the model may be a single layer
         self._handles.append(model.register_forward_hook(uncompiled(self._end)))
         if isinstance(criterion, nn.Module):
-            self._handles.append(criterion.register_forward_hook(self._loss))
+            self._handles.append(criterion.register_forward_hook(self._loss, with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -153,19 +159,28 @@ class Recorder:
                 return None
             raw = (args[0] if args else kwargs["input"]).detach()
             part = raw[: self.examples]
+            # of a Linear over positions, those without a gradient are left out of the sum
+            waiting = self.summed and isinstance(module, nn.Linear) and part.ndim > 2
             call = Call(
                 len(part),
-                self._kept(part),
+                part if waiting else self._kept(part),
                 output.detach()[: self.examples].clone() if self.outputs else None,
+                waiting=waiting,
             )
             if self.columns or self.slopes or not self._proven:
                 edge = get_gradient_edge(output)
                 call.graph = GraphCall(raw, edge, output.detach(), raw._version)
+            if self.gradients and isinstance(module, nn.Linear):
+                call.edge, call.shape = get_gradient_edge(output), output.shape
             current.calls.setdefault(name, []).append(call)
 
             def arrive(gradient: Tensor) -> None:
                 self._arrived(current)
                 call.arrived = True
+                if call.waiting:
+                    rows = gradient[: self.examples].detach()
+                    call.raw_input = self._kept(weighed_input(call.raw_input, rows, call.behind))
+                    call.waiting = False
                 if self.gradients:
                     part = self._kept(gradient[: self.examples].detach())
                     call.gradient = part if call.gradient is None else call.gradient + part
@@ -187,7 +202,7 @@ class Recorder:
         current, self._open = self._open, None
         if current is None or not current.calls:
             return
-        output = getattr(output, "logits", output)
+        output = output_of(output)
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         current.output = output.detach()
@@ -202,6 +217,7 @@ class Recorder:
             self._prove(current, output)
         if self.slopes:
             self._find_slopes(current, output)
+        self._watch_rectifiers(current, output)
         if self.columns and not isinstance(self.criterion, nn.Module):
             self._send_columns(current, output, None)
 
@@ -215,7 +231,7 @@ class Recorder:
         free = output.detach().float() if output.dtype.itemsize < 4 else output.detach()
         if labels is None:
             # mc and exact vectors depend on the labels through nothing but their shape
-            is_class = isinstance(criterion, nn.CrossEntropyLoss)
+            is_class = rules_of(criterion) is not None and cast(Rules, rules_of(criterion)).classes
             labels = free.argmax(1) if is_class else torch.zeros_like(free)
         M, rows = len(cast(Tensor, current.output)), len(free)
         if rows != M and self.fisher_type == "exact":
@@ -243,22 +259,41 @@ class Recorder:
         # the hooks on the output tensors have seen these columns too: only the loss's own count
         self._forget_gradients(current)
 
-    def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
+    def _loss(self, criterion: nn.Module, args: tuple, kwargs: dict, loss: Tensor) -> None:
         current = None if self._latest is None else self._latest()
         if current is None or is_isolated():
             return
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        current.labels = args[1].detach() if len(args) > 1 else None
+        saw = args[0] if args else kwargs["input"]
+        labels = args[1] if len(args) > 1 else kwargs.get("target")
+        current.labels = labels.detach() if isinstance(labels, Tensor) else None
 
         def arrive(gradient: Tensor) -> None:
             current.loss_scale = _plus(current.loss_scale, gradient)
 
         loss.register_hook(arrive)
-        # a second loss of the same outputs (mixed labels) has the same Hessian
-        if self.columns and current.criterion_saw is not args[0]:
-            current.criterion_saw = args[0]
-            self._send_columns(current, args[0], current.labels)
+        if not self.columns:
+            return
+        if current.criterion_saw is saw:
+            # a second loss of the same outputs (mixed labels) has the same Hessian
+            seen = cast(Tensor, saw), cast(Tensor, current.labels)
+            if labels_matter(criterion, *seen):
+                raise OptimizerError(
+                    f"fisher_type={self.fisher_type!r} takes one loss of the same outputs where "
+                    "labels have weights or are ignored; mix the labels before the loss, or use "
+                    "'empirical'"
+                )
+        else:
+            rules = rules_of(criterion)
+            if current.labels is None or (rules is not None and rules.apart):
+                raise OptimizerError(
+                    f"fisher_type={self.fisher_type!r} needs {type(criterion).__name__} called as "
+                    "criterion(outputs, labels); a criterion that is called in another way has "
+                    "the empirical Fisher only"
+                )
+            current.criterion_saw = saw
+            self._send_columns(current, saw, current.labels)
 
     # what the passes delivered ------------------------------------------------------------------
 
@@ -316,6 +351,23 @@ class Recorder:
         if not self.columns and not self.slopes:
             for call in (call for calls in current.calls.values() for call in calls):
                 call.graph = None
+
+    def _watch_rectifiers(self, current: Pass, output: Tensor) -> None:
+        """See which positions of a Linear the loss reaches behind a rectifier that stops it."""
+        joined = by_owner(self.modules, current.calls).values()
+        several = [c for calls in joined for c in calls if len(calls) > 1 or c.raw_input.ndim > 2]
+        calls = [call for call in several if call.edge is not None]
+        edges = [call.edge for call in calls if call.edge is not None]
+        for call, nodes in zip(calls, stopping(output, edges) if edges else (), strict=True):
+            shape = call.shape
+            for node in nodes:
+                node.register_prehook(partial(self._seen_behind, call, shape))
+        for known in (call for calls in joined for call in calls):
+            known.edge = None
+
+    def _seen_behind(self, call: Call, shape: torch.Size, gradients: tuple) -> None:
+        seen = seen_at(gradients[0], shape)[: self.examples]
+        call.behind = seen if call.behind is None else call.behind | seen
 
     def _find_slopes(self, current: Pass, output: Tensor) -> None:
         """Slopes of all calls; layers that have none are left out, which is said once."""
@@ -380,6 +432,19 @@ class Recorder:
             # its own columns are of the per-example loss already
             labels, scale = tuple(factor * g for g in labels), 1.0
             columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
+        counts = None
+        if self.gradients and "inputs" in self.needs and not self.summed:
+            assert labels is not None
+            own = columns if columns is not None else tuple(g[None] for g in labels)
+            geometry = Geometry.of(module, name in self.biased)
+
+            def behind() -> list[Tensor]:
+                shapes = [geometry.outputs(raw, 2).shape[1:3] for raw in own]
+                empty = torch.zeros((), dtype=torch.bool, device=own[0].device)
+                pairs = zip(calls, shapes, strict=True)
+                return [(empty if c.behind is None else c.behind).expand(s) for c, s in pairs]
+
+            counts = counted([geometry] * len(own), own, labels, behind=behind)
         outputs = tuple(_wide(c.output) for c in calls if c.output is not None) or None
         bias = name in self.biased
         groups = getattr(module, "groups", 1)
@@ -397,6 +462,7 @@ class Recorder:
                 raw_label_gradients=labels,
                 raw_outputs=outputs,
                 slopes=slopes,
+                counted=counts,
                 fisher_type=self.fisher_type,
                 gradient_scale=scale,
                 summed=calls[0].examples if self.summed else 1,
@@ -407,6 +473,14 @@ class Recorder:
     def _factor(self, one: Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
         assert one.output is not None
+        if self.columns and one.loss_scale is None and one.output_gradient is not None:
+            # columns were sent for every label, an ignored one included
+            if ignored_terms(one.output, one.output_gradient):
+                raise OptimizerError(
+                    f"fisher_type={self.fisher_type!r} cannot tell which labels are ignored by a "
+                    "loss function; pass `criterion=` the module that the training loop calls, "
+                    "such as torch.nn.CrossEntropyLoss()"
+                )
         return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
 
 
