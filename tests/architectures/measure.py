@@ -16,10 +16,11 @@ from torch.nn.utils import parametrize
 
 import fisherlab as fl
 from architectures.table import Problem
+from fisherlab.extract.fisher import draw_labels
 
 # Bias columns that a block may have.
 MOST_BIASES = 3
-# A place is the right one where the relative distance is less.
+# A place is the right one where the distance is less, relative to the block's length.
 SURE = 1e-11
 
 
@@ -168,14 +169,15 @@ def located(D: Tensor, truth: dict[str, Tensor], own: list[str]) -> list[Part]:
         AssertionError: no parameter of the module fits the block's shape.
     """
 
+    sure = SURE * float(D.norm())
+
     def closest(parts: Iterable[Part]) -> Part | None:
         best, least = None, math.inf
-        for part in parts:
-            block = D[:, :, part.columns]
-            distance = float((block - part.of(truth[part.parameter])).norm())
+        for part in sorted(parts, key=lambda part: part.columns.start - part.columns.stop):
+            distance = float((D[:, :, part.columns] - part.of(truth[part.parameter])).norm())
             if distance < least:
                 best, least = part, distance
-            if distance <= SURE * float(block.norm()):
+            if distance <= sure:
                 break
         return best
 
@@ -184,8 +186,10 @@ def located(D: Tensor, truth: dict[str, Tensor], own: list[str]) -> list[Part]:
     weight = closest(part for name in matrices for part in weights(D, name, truth[name]))
     assert weight is not None, f"no parameter among {own} fits a block {tuple(D.shape)}"
     found = [weight]
+    others = [name for name in truth if truth[name].ndim == 2 and name not in own]
     for column in range(weight.columns.stop, D.shape[2]):
-        names = [*own, *(name for name in truth if name not in own)]
+        used = {part.parameter for part in found}
+        names = [name for name in (*own, *others) if name not in used]
         bias = closest(part for name in names for part in biases(D, name, truth[name], column))
         assert bias is not None, f"no vector fits column {column} of a block {tuple(D.shape)}"
         found.append(bias)
@@ -209,10 +213,12 @@ class Measured:
         errors: the relative error of every block.
         parts: the parameters that every block holds.
         skipped: every reason, with the layers that were left out for it.
+        reported: the share that the capture states.
         refusal: why the capture was refused; "" where it was made.
     """
 
     parameters: int
+    reported: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
     covered: int = 0
@@ -248,6 +254,7 @@ def measured(problem: Problem) -> Measured:
     except fl.CaptureError as refusal:
         found.refusal = str(refusal)
         return found
+    found.reported = captures.report.share
     for layer, reason in captures.report.skipped.items():
         found.skipped.setdefault(reason, []).append(layer)
     truth = per_example(problem)
@@ -282,6 +289,26 @@ def exact_errors(problem: Problem, parts: dict[str, list[Part]]) -> dict[str, fl
         size, distance = expected.norm(), (product - expected).norm()
         found[name] = float(distance / size) if size else float(distance)
     return found
+
+
+def drawn_errors(problem: Problem, parts: dict[str, list[Part]]) -> dict[str, float]:
+    """The error of every block for labels drawn from the model, `sqrt(M / Z)` on each term."""
+    options = {} if problem.forward is None else {"forward": problem.forward}
+    captures = fl.capture(
+        problem.model, problem.criterion, problem.x, problem.y, fisher_type="mc", **options
+    )
+    with torch.no_grad():
+        outputs = problem.outputs(problem.x)
+    drawn = draw_labels(problem.criterion, outputs, torch.Generator().manual_seed(0))
+    counted = problem.y != problem.criterion.ignore_index
+    drawn = torch.where(counted, drawn, problem.y)
+    scale = math.sqrt(float(counted.sum()) / len(counted))
+    truth = per_example(dataclasses.replace(problem, y=drawn))
+    scaled = {name: scale * gradients for name, gradients in truth.items()}
+    return {
+        name: error(layer.per_example_gradients()[0], scaled, parts[name])
+        for name, layer in captures.items()
+    }
 
 
 @dataclass

@@ -48,7 +48,9 @@ class Architecture:
         name: as its paper or its package calls it.
         build: makes the model and a batch.
         share: the least share of the trainable parameters that have a block.
-        exact: whether the exact Fisher type is checked too; it takes outputs of few classes.
+        exact: whether the exact Fisher type is checked, which takes outputs of few classes; else
+            labels are drawn.
+        float32: whether it normalises in float32, whatever the dtype of its input.
         quick: whether it belongs to the default run.
         packages: what it needs beside torch.
     """
@@ -57,8 +59,14 @@ class Architecture:
     build: Callable[..., Problem]
     share: float
     exact: bool = False
+    float32: bool = False
     quick: bool = False
     packages: tuple[str, ...] = ()
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error of gradients whose output vectors are equal to rounding."""
+        return 1e-5 if self.float32 else 1e-10
 
     def problem(self, seed: int = 0) -> Problem:
         """The problem; the test is skipped where a package is absent."""
