@@ -17,7 +17,6 @@ from architectures.measure import (
 )
 from architectures.measure import error as relative_error
 from architectures.measure import per_example as autograd_per_example
-from torch.nn.utils.parametrize import is_parametrized
 
 import fisherlab as fl
 
@@ -57,12 +56,11 @@ def every(condition=lambda architecture: True):
 @pytest.mark.parametrize("name", every())
 def test_every_block_is_autograds_of_each_example(name):
     architecture = TABLE[name]
-    problem = architecture.problem()
-    found = measured(problem)
+    found = measured(architecture.problem())
     assert max(found.errors.values(), default=0.0) < EXACT, found.errors
     assert found.share >= architecture.share, found.refusal or found.skipped
-    if not any(is_parametrized(module) for module in problem.model.modules()):
-        assert found.reported == pytest.approx(found.share)
+    # the one counts a computed weight, the other what it is computed from
+    assert found.reported == pytest.approx(found.share, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", every(lambda architecture: architecture.exact))
