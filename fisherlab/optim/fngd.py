@@ -73,6 +73,10 @@ class FNGD(Woodbury):
         """Whether the first phase is still going on."""
         return self.share == "none" or self.steps < self.coefficient_steps
 
+    def due(self) -> tuple[str, ...]:
+        """`coefficients` in the first phase."""
+        return (*super().due(), *(("coefficients",) if self.collecting else ()))
+
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         if self.collecting:
             found = super().rows(weight, calls, factor)
