@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from references import Reference, randn, relative
 from torch import nn
 
+from fisherlab import comparison
 from fisherlab.blocks import Outer
 from fisherlab.extract import CaptureError, capture, support
 from fisherlab.extract.fisher import FISHER_TYPES
@@ -378,5 +379,29 @@ def test_support_names_every_module_with_parameters():
     assert frame.loc["norm", "status"] == "plain gradient"
     assert frame.loc["up", "status"] == "exact"
     assert frame.loc["up", "positions"] == 2
+    assert list(frame["compare"]) == ["skipped", "exact", "exact", "exact"]
     before = copy.deepcopy(model.state_dict())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [(nn.BatchNorm1d(4), "call model.eval()"), (nn.Dropout(0.5), "active Dropout")],
+)
+def test_support_says_that_compare_refuses_training_mode(layer, why):
+    model, x, y = nn.Sequential(nn.Linear(3, 4), layer), torch.randn(5, 3), torch.arange(5) % 4
+    assert model.training
+    with pytest.raises(CaptureError) as refused:
+        comparison.compare(model, CE, x, y)
+    assert set(support(model, x)["compare"]) == {f"refused: {refused.value}"}
+    assert why in str(refused.value) and model.training
+    assert support(model.eval(), x)["compare"].iloc[0] == "exact"
+
+
+@pytest.mark.parametrize("outputs", [20, 21])
+def test_support_says_which_fisher_type_compare_takes(outputs):
+    model, x = nn.Sequential(nn.Linear(3, outputs)), torch.randn(2, 3)
+    (said,) = support(model, x)["compare"]
+    table = comparison.compare(model, CE, x, torch.arange(2), approximations=["kfac"])
+    assert said.split(",")[0] == table.frame["fisher_type"][0]
+    assert said == ("exact" if outputs == 20 else "mc, 1 draw (more than 20 outputs)")

@@ -345,6 +345,89 @@ def test_save_load_and_concat(tmp_path):
     assert (both.summary()["relative_error"] == table.summary()["relative_error"]).all()
 
 
+class Partly(nn.Module):
+    """A tied pair, a frozen layer, an embedding, a normalisation and a convolution in groups."""
+
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.two.weight = self.one.weight
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(6))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.grouped = nn.Conv1d(4, 2, 1, groups=2)
+        self.head = nn.Linear(6, outputs)
+
+    def forward(self, tokens):
+        h = self.two(self.one(self.embedding(tokens)).tanh())
+        for norm in self.norms:
+            h = norm(h)
+        return self.head(self.grouped(self.frozen(h).transpose(1, 2)).flatten(1))
+
+
+def partly(outputs=3, **options):
+    torch.manual_seed(0)
+    model, y = Partly(outputs).double(), torch.tensor([0, 1, 2, 1])
+    x = torch.randint(5, (4, 3), generator=torch.Generator().manual_seed(0))
+    return fl.compare(model, CE, x, y, approximations=["kfac"], **options)
+
+
+def test_the_first_lines_say_what_was_measured():
+    table = partly()
+    covered = 16 + (2 * 2 + 2) + (3 * 6 + 3)  # the pair once, the groups, the head
+    trained = covered + 5 * 4 + 6 * 8
+    first, second, third = table.about.split("\n")
+    assert first == "Fisher type exact, 4 examples, float64."
+    share = f"({covered / trained:.0%})"
+    assert second == f"3 layers with {covered} of {trained} trainable parameters {share}."
+    assert third == (
+        "Skipped: embedding (Embedding has no Kronecker form); norms.0, norms.1, norms.2, norms.3 "
+        "and 2 more (LayerNorm has no Kronecker form); frozen (its weight is frozen)."
+    )
+    assert repr(table).startswith(table.about)
+    html = table._repr_html_()
+    assert html.index("Fisher type exact") < html.index("trainable") < html.index("<table")
+
+
+def test_more_than_twenty_outputs_are_said_to_be_one_draw():
+    by_default = "Above 20 outputs this is the default"
+    first = partly(21).about.split("\n")[0]
+    assert first.startswith("Fisher type mc with 1 draw per example, 4 examples") and (
+        by_default in first
+    )
+    asked = partly(21, fisher_type="mc", mc_samples=3).about
+    assert "mc with 3 draws per example" in asked and by_default not in asked
+    assert "draw" not in partly(20).about
+
+
+def test_the_first_lines_say_what_it_was_measured_against():
+    seen = compared(*batch(3), fisher_type="empirical", reference=batch(4, seed=3))
+    assert "4 unseen examples for the population error" in seen.about
+    other = compared(*batch(3), fisher_type="empirical", reference="exact")
+    assert "measured against the exact Fisher of the same examples" in other.about
+    assert fl.Comparison(compared().frame).about.startswith("Fisher type exact")  # without config
+
+
+def test_several_tables_as_one_keep_every_config():
+    one, two = partly(step=0), partly(21, step=5, dampings=[1e-3, 1.0])
+    for both in (
+        fl.Comparison.concat([one, two]),
+        fl.Comparison.concat([fl.Comparison.concat([one]), two, one]),
+    ):
+        assert both.config["step"] == [0, 5] and both.config["dampings"] == [1e-3, 1e-1, 1.0]
+        assert both.config["fisher_type"] == ["exact", "mc"]
+        assert both.config["skipped"] == one.config["skipped"]
+        assert both.config["parameters"]["trained"] == [
+            table.config["parameters"]["trained"] for table in (one, two)
+        ]
+        assert both.config["model"] == "Partly" and "frozen" in both.about
+        assert "exact and mc with 1 draw per example" in both.about
+    same = fl.Comparison.concat([one, partly(step=7)])
+    assert same.config["parameters"] == one.config["parameters"]
+    assert same.about == one.about
+    assert fl.Comparison.concat([one]).config == one.config
+
+
 def test_the_summary_says_what_a_noisy_batch_is():
     table = compared(*batch(3), fisher_type="empirical")
     assert table.noisy

@@ -24,12 +24,10 @@ from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
 from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import Captures
 from fisherlab.extract.api import Forward, _forward, split_batches
-from fisherlab.extract.fisher import FISHER_TYPES, as_module, exact_columns
+from fisherlab.extract.fisher import EXACT_UP_TO, FISHER_TYPES, as_module, exact_columns
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
-from fisherlab.extract.select import check_batch, check_model
-
-EXACT_UP_TO = 20
+from fisherlab.extract.select import check_batch, check_model, coverage
 
 
 def compare(
@@ -95,6 +93,7 @@ def compare(
     makers = _makers(approximations, model)
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
+    asked = fisher_type is not None
     fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0], forward)
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
@@ -137,7 +136,9 @@ def compare(
         "dampings": shares,
         "approximations": {k: repr(v) for k, v in makers.items()},
     }
-    config |= {"backend": captures[0].report.backend, "skipped": captures[0].report.skipped}
+    config |= {"backend": captures[0].report.backend, "fisher_type_asked": asked}
+    config["skipped"] = {k: v for batch in captures for k, v in batch.report.skipped.items()}
+    config["parameters"] = coverage(model, names)
     config |= {
         "model": type(model).__name__,
         "criterion": repr(criterion),

@@ -41,7 +41,7 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     last = frame[frame["step"] == frame["step"].max()]
     yield Section(
         "Which approximation is nearest",
-        [_what(frame, run.config), *([table.note] if table.note else [])],
+        [_what(frame, run.config), *table.about.split("\n"), *filter(None, [table.note])],
         [Table(summary, "Median over layers and seeds at the last step, the nearest first.")],
     )
     shown = {name: text for name, text in PICTURES.items() if _drawable(name, frame)}

@@ -27,6 +27,7 @@ from fisherlab.extract.layer import CaptureError
 
 FISHER_TYPES = ("exact", "mc", "empirical")
 MAX_COLUMNS = 4096
+EXACT_UP_TO = 20
 
 _FUNCTIONS: dict[Callable, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,

@@ -90,6 +90,18 @@ def choices(model: nn.Module) -> list[Choice]:
     ]
 
 
+def coverage(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """How many parameters the model trains, and how many of them belong to these layers."""
+    modules = {name or type(model).__name__.lower(): m for name, m in model.named_modules()}
+    trained = {p for p in model.parameters() if p.requires_grad}
+    covered = trained & {p for name in layers for p in modules[name].parameters()}
+    return {"trained": _count(trained), "covered": _count(covered)}
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
 def _parametrized(module: nn.Module) -> bool:
     return torch.nn.utils.parametrize.is_parametrized(module)
 

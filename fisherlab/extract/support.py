@@ -12,32 +12,43 @@ from torch import Tensor, nn
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.api import _forward
+from fisherlab.extract.fisher import EXACT_UP_TO, exact_columns
 from fisherlab.extract.isolation import isolated
+from fisherlab.extract.layer import CaptureError
 from fisherlab.extract.record import Record, recording
-from fisherlab.extract.select import Choice, choices, select
+from fisherlab.extract.select import Choice, check_model, choices, select
 
 
 def support(model: nn.Module, x: object) -> pd.DataFrame:
     """One row per module with parameters: its status, the reason, and what its block would cost.
 
     Columns: layer, layer_type, n_parameters, status ("exact", "tied", "plain gradient"), backend,
-    reason, shape (o, i), positions, capture_bytes (raw input and one column of output gradients),
-    gram_multiplications (of the Gram matrix with one column per example), estimated_seconds (those
-    at the rate of this machine), dense_bytes (of the block nobody should form), diagonal_factors
-    (the Kronecker factors too large for an optimizer, which keeps their diagonals).
+    reason, compare (what `compare` does with it by default: the Fisher type it takes for a
+    criterion of known likelihood, or why it refuses the model as it stands), shape (o, i),
+    positions, capture_bytes (raw input and one column of output gradients), gram_multiplications
+    (of the Gram matrix with one column per example), estimated_seconds (those at the rate of this
+    machine), dense_bytes (of the block nobody should form), diagonal_factors (the Kronecker factors
+    too large for an optimizer, which keeps their diagonals).
     """
     model = unwrapped(model)
+    try:
+        check_model(model)
+        refused = ""
+    except CaptureError as error:
+        refused = f"refused: {error}"
     with isolated(model, x):
         found = choices(model)
         modules = select(model, [c.name for c in found if c.status == "exact"])
         model.eval()
         with recording(modules, model) as record:
-            _forward(model, x)
+            outputs = _forward(model, x)
+        many = exact_columns(outputs) > EXACT_UP_TO
+        kind = f"mc, 1 draw (more than {EXACT_UP_TO} outputs)" if many else "exact"
         rate = _multiplications_per_second(x)
-        return pd.DataFrame([_row(choice, record, rate) for choice in found])
+        return pd.DataFrame([_row(choice, record, rate, refused or kind) for choice in found])
 
 
-def _row(choice: Choice, record: Record, rate: float) -> dict[str, object]:
+def _row(choice: Choice, record: Record, rate: float, compared: str) -> dict[str, object]:
     parameters = list(choice.module.parameters(recurse=False))
     row: dict[str, object] = {
         "layer": choice.name,
@@ -46,12 +57,16 @@ def _row(choice: Choice, record: Record, rate: float) -> dict[str, object]:
         "status": choice.status,
         "backend": "",
         "reason": choice.reason,
+        "compare": compared if compared.startswith("refused") else "skipped",
     }
+    if choice.status == "tied":
+        return row | {"compare": compared}
     if choice.status != "exact":
         return row
     calls = record.calls.get(choice.name)
     if not calls:
         return row | {"status": "plain gradient", "reason": "not called"}
+    row["compare"] = compared
     return row | {"backend": "hooks", **_costs(choice.module, calls, rate)}
 
 
