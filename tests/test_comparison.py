@@ -22,7 +22,8 @@ COLUMNS = """layer layer_type n_parameters approximation fisher_type examples re
 reference_fisher_type seed step dtype damping damping_relative placement relative_error
 population_error population_error_se diagonal_share optimality_gap trace_ratio cosine scaled_error
 diagonalisation subspace_overlap direction_cosine direction_error quadratic_decrease
-quadratic_decrease_scaled stein_loss condition build_seconds solve_seconds memory_bytes clamped"""
+quadratic_decrease_scaled stein_loss condition build_seconds solve_seconds memory_bytes
+formed_bytes clamped"""
 TIMES = ["build_seconds", "solve_seconds"]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.blocks import Block, Eigen
+from fisherlab.blocks.serialise import remembers
 from fisherlab.extract import LayerCapture
 
 
@@ -33,7 +34,15 @@ class Eva(Approximation, name="eva"):
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
         (g, g_energy), (a, a_energy) = _direction(means["g"]), _direction(means["a"])
-        return Eigen(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
+        return LowRank(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
+
+
+@remembers("Q_G", "Q_A", "spectrum")
+class LowRank(Eigen):
+    """A matrix of few directions, however many examples it is made of."""
+
+    def formed_bytes(self) -> int:
+        return self.memory_bytes()
 
 
 def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -248,9 +248,20 @@ class Block(ABC):
                     yield from item.tensors()
 
     def memory_bytes(self) -> int:
-        """Bytes of the tensors that represent the block; one used twice counts once."""
+        """Bytes of the tensors that represent the block, as kept; one used twice counts once.
+
+        A factor of few rows is kept as its rows, a thin basis as its vectors: `formed_bytes` counts
+        the matrices.
+        """
         sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors()}
         return sum(sizes.values())
+
+    def formed_bytes(self) -> int:
+        """Bytes with every factor, basis and mini-block as a whole matrix, whatever the batch.
+
+        Such is the block of many batches. A matrix-free block has no such part: its own matrix.
+        """
+        return self.memory_bytes()
 
     def saved(self, name: str) -> Any:
         """A constructor's argument, as it is written to a file."""

@@ -44,6 +44,9 @@ class DirectSum(Block):
     def device(self) -> torch.device:
         return self.parts[0].device
 
+    def formed_bytes(self) -> int:
+        return sum(part.formed_bytes() for part in {id(part): part for part in self.parts}.values())
+
     def split(self, V: Tensor) -> tuple[Tensor, ...]:
         """The rows of each part."""
         self.check(V)

@@ -47,6 +47,12 @@ class Eigen(Block):
         # the one value of all tails, where it is known that there is only one
         self.level = self.tail if self._confined else level
 
+    def formed_bytes(self) -> int:
+        # a side in its own coordinates has no vectors
+        bases = [Q for Q in (self.Q_G, self.Q_A) if not isinstance(Q, Identity)]
+        entries = self.size * self.spectrum.element_size()
+        return entries + sum(len(Q) ** 2 * Q.element_size() for Q in bases)
+
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
         return None if isinstance(value, Identity) else multiplied(value)

@@ -27,6 +27,9 @@ class FromInverse(Block):
     def device(self) -> torch.device:
         return self.inverse.device
 
+    def formed_bytes(self) -> int:
+        return self.inverse.formed_bytes()
+
     @remembered("inverse")
     def forward(self) -> Block:
         """`F` in the form that the inverse of `P` takes."""

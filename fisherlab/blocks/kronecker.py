@@ -99,8 +99,7 @@ class Kronecker(Block):
             else:
                 yield from factor.tensors()
 
-    def memory_bytes(self) -> int:
-        """Bytes of the two factors, formed or not."""
+    def formed_bytes(self) -> int:
         factors = {id(factor): factor for factor in (self._G, self._A)}.values()
         sides = (
             len(F.entries) if isinstance(F, DiagonalFactor) else F.shape[0] ** 2 for F in factors

@@ -208,6 +208,9 @@ class RowBlocks(MiniBlock):
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.a, self.g)
 
+    def formed_bytes(self) -> int:
+        return self.size * self.shape[1] * self.dtype.itemsize
+
 
 def check_blocks(
     o: int, c: int, k: int, dtype: torch.dtype, device: torch.device, name: str

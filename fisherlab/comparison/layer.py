@@ -148,7 +148,8 @@ class Layer:
                 return
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
-            built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
+            built = {"build_seconds": time.perf_counter() - start}
+            built |= {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
             near, frame = self._retried(self._nearest, X)
             static, reason = self._retried(self._static, near, frame.F)
             notes = [text for text in (self.remark, reason) if text]

@@ -39,7 +39,10 @@ MEANING = {
     "condition": "condition number of S: how well X preconditions F; 1 is best",
     "build_seconds": "time to make the block; work shared with an earlier one is counted there",
     "solve_seconds": "time to invert it and take one step",
-    "memory_bytes": "tensors that the block keeps",
+    "memory_bytes": "tensors that the block keeps: rows and thin bases where the batch spans few "
+    "dimensions, so it grows with the batch",
+    "formed_bytes": "the same with every factor, basis and mini-block as a whole matrix, whatever "
+    "the batch; of exact the block itself; eva and ifang have vectors only",
     "clamped": "share of the absolute spectrum that was negative and set to zero",
     "note": "why a row has no numbers, or what to mind about them",
 }
