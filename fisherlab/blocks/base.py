@@ -167,6 +167,13 @@ class Block(ABC):
         _, vectors = self.leading(self.size)
         return other.quadratic(vectors)
 
+    def chosen(self, other: Block) -> Tensor:
+        """How far `sum diagonal_of(other)^2` may move with an eigensolver's choice; 0-d float64.
+
+        Above 0 where `other` has energy in a null space of this block, whose basis nothing defines.
+        """
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
         from fisherlab.blocks.contractions import slices

@@ -128,6 +128,12 @@ class DirectSum(Block):
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
 
+    def chosen(self, other: Block) -> Tensor:
+        if not isinstance(other, DirectSum):
+            return super().chosen(other)
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.stack([one.chosen(two) for one, two in pairs]).sum()
+
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         pairs = zip(
             self.parts, formed(Q_G).split([part.shape[0] for part in self.parts]), strict=True

@@ -79,6 +79,9 @@ class FromInverse(Block):
     def diagonal_of(self, other: Block) -> Tensor:
         return self.forward.diagonal_of(other)
 
+    def chosen(self, other: Block) -> Tensor:
+        return self.forward.chosen(other)
+
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return self.forward.rotated_diagonal(Q_G, Q_A)
 

@@ -123,7 +123,7 @@ class Kronecker(Block):
     def eigen(self) -> Eigen:
         """The same matrix in its Kronecker eigenbasis."""
         (l_G, Q_G), (l_A, Q_A) = self.spectra
-        return Eigen(Q_G, Q_A, torch.outer(l_G, l_A))
+        return Eigen(Q_G, Q_A, torch.outer(l_G, l_A)).of_factors(l_G, l_A)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent == 1 and damping == 0:
@@ -193,6 +193,9 @@ class Kronecker(Block):
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self.eigen.diagonal_of(other)
+
+    def chosen(self, other: Block) -> Tensor:
+        return self.eigen.chosen(other)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         rotated_G = ((self.G @ Q_G) * Q_G).sum(0, dtype=torch.float64)
@@ -295,6 +298,9 @@ class KroneckerSum(Block):
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self._form.diagonal_of(other)
+
+    def chosen(self, other: Block) -> Tensor:
+        return self._form.chosen(other)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return sum_of(term.rotated_diagonal(Q_G, Q_A) for term in self.terms)

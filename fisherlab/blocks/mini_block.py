@@ -18,6 +18,7 @@ from fisherlab.blocks.numerics import (
     dense_budget,
     dot,
     eigh,
+    null_of,
     spectrum_power,
 )
 from fisherlab.blocks.outer import Outer
@@ -140,6 +141,12 @@ class MiniBlock(Block):
                 column = contractions.diagonal(other.a[..., -1:], other.g)[:, 0]
             return other.core * self.join(rotated, column).double() + other.shift
         return super().diagonal_of(other)
+
+    def chosen(self, other: Block) -> Tensor:
+        rotated, _ = self.split(self.diagonal_of(other).double())
+        null = null_of(self._eigh[0])
+        sums, directions = (rotated * null).sum(-1), null.sum(-1).clamp(min=1)
+        return (sums.square() * (1 - 1 / directions)).sum()
 
 
 class RowBlocks(MiniBlock):

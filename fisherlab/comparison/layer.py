@@ -19,7 +19,7 @@ from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import sum_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
-from fisherlab.comparison.table import MEASURES, ROUNDING, UNKNOWN
+from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING, UNKNOWN
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
@@ -153,6 +153,8 @@ class Layer:
             near, frame = self._retried(self._nearest, X)
             static, reason = self._retried(self._static, near, frame.F)
             notes = [text for text in (self.remark, reason) if text]
+            if not reason and math.isnan(static["diagonalisation"]):
+                notes.append(CHOSEN)
             if self.unseen is not None and math.isnan(static["population_error"]):
                 notes.append(UNKNOWN)
             if X.unseen > UNSEEN:

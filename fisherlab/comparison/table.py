@@ -29,6 +29,11 @@ COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
 # How a row says that its population error is no number.
 UNKNOWN = "the unseen examples are too few to tell its population error from 0"
+# How a row says that its eigenbasis is no basis of its own.
+CHOSEN = (
+    "F has energy in a null space of its factors, where the eigensolver picks the basis: no "
+    "diagonalisation, and corrected eigenvalues there are of that basis"
+)
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 

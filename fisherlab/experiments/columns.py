@@ -28,7 +28,7 @@ MEANING = {
     "cosine": "<X, F> / (||X|| ||F||); 1 is right up to scale",
     "scaled_error": "relative error after the best rescaling, sqrt(1 - cosine^2)",
     "diagonalisation": "share of ||F||^2 on the diagonal in the eigenbasis of X; 1: only "
-    "eigenvalues can be wrong",
+    "eigenvalues can be wrong; empty where F has energy in a null space of X",
     "subspace_overlap": "overlap of the leading eigenspaces (10, or the rank) of X and F; 1: equal",
     "direction_cosine": "cosine between the damped natural gradients of X and of F; 1 is best",
     "direction_error": "|d - d*| / |d*| of the same two steps",
