@@ -204,6 +204,17 @@ def same_coefficients_for_all(coefficients):
     return lambda self: {n: v.mean(1, keepdim=True) + 0 * v for n, v in coefficients(self).items()}
 
 
+def gram_of_gradients(a, g):
+    """The Gram matrix of the examples' gradients, which are formed."""
+    rows = torch.einsum("mnto,nti->noi", g, a).flatten(1)
+    return rows @ rows.mT
+
+
+def second_moments(a, g):
+    """Products of the printed cost without `M^2`: no Gram matrix."""
+    return [x.flatten(0, -2).mT @ x.flatten(0, -2) for x in (a, g)]
+
+
 MUTATIONS = {
     # foundations
     "score_has_mean_zero": wrap(fisher, "label_vectors", lambda f: lambda *a: f(*a) + 0.1),
@@ -247,7 +258,7 @@ MUTATIONS = {
     "tekfac_keeps_the_trace": wrap(
         EigenCorrected, "corrections", corrections(lambda x, layer: x * layer.examples)
     ),
-    "literal_tkfac_keeps_the_trace": put(tekfac.LiteralTrace, "approximation", TKFAC()),
+    "tkfac_of_summed_positions_keeps_the_trace": put(tekfac.SummedTrace, "approximation", TKFAC()),
     "kfac_keeps_the_trace": put(tekfac.KfacTrace, "approximation", TKFAC()),
     "kfac_trace_error_is_a_covariance": wrap(
         KFAC, "sums", sums("G", lambda x, layer: x * layer.examples)
@@ -343,7 +354,7 @@ MUTATIONS = {
     # costs
     "dense_ngd_takes_p3_operations": as_optimizer("ngd"),
     "dense_ngd_stores_p2_numbers": as_optimizer("ngd"),
-    "exact_ngd_needs_p3_operations": without_projection,
+    "exact_ngd_by_gram_matrices_takes_p_operations": without_projection,
     "tengrad_scales_like_sgd": both(
         as_optimizer("ngd_dense"), put(complexity.TengradTime, "largest_size", 512)
     ),
@@ -354,11 +365,8 @@ MUTATIONS = {
         "gram",
         lambda f: lambda a, g: contractions.cross_gram(a, g, a[:4], g[:, :4]),
     ),
-    "gram_matrix_cost_as_printed": wrap(
-        contractions,
-        "gram",
-        lambda f: lambda a, g: contractions.cross_gram(a, g, a[:4], g[:, :4]),
-    ),
+    "gram_matrix_cost_as_printed": put(contractions, "gram", gram_of_gradients),
+    "gram_matrix_cost_for_any_batch": put(contractions, "gram", second_moments),
     "ifang_inverse_is_free_of_n3": put(
         complexity.IfangTime, "approximation", KFAC(placement="factored")
     ),

@@ -1,11 +1,14 @@
 """Claims: their two sides, their verdicts, what is searched, saved and shown."""
 
+import ast
 import inspect
 import json
 import math
 import re
 import sys
 import types
+from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -21,7 +24,7 @@ from fisherlab.claims import base, dense, instances, search
 from fisherlab.claims.base import AtMost, Claim, ClaimError, Identity, Order, Usually
 from fisherlab.claims.real import real_cases
 from fisherlab.claims.statistics import fitted_slope, wilson
-from fisherlab.claims.table import Trials
+from fisherlab.claims.table import Trials, summary
 from fisherlab.plots import claims as pictures
 
 run = CliRunner().invoke
@@ -53,7 +56,7 @@ def test_every_verdict_is_the_one_on_record(table):
 
 
 def test_the_table_has_the_columns_that_are_promised(table):
-    promised = ["claim", "source", "holds", "expected", "verdict", "margin", "trials"]
+    promised = ["claim", "kind", "source", "holds", "expected", "verdict", "margin", "trials"]
     assert set([*promised, "counterexample", "seconds", "note"]) <= set(table.frame)
     assert table.frame.holds.dtype == bool
     assert (table.frame.trials >= 1).all()
@@ -69,11 +72,86 @@ def test_every_claim_says_what_and_where():
         assert claim.paper in claims.PAPERS, name
         assert len(claim.statement) > 30 and claim.statement.endswith("."), name
         assert claim.latex, name
+        assert claim.kind in claims.KINDS, name
+        # what a reader of the papers can look up
+        assert not re.search("details|methods|trap|errat", claim.source), name
         parser.parse(pictures.formula(claim.latex))
         assert claim.expected in ("holds", "refuted"), name
         if claim.outside:
             assert claim.assumption, name
             assert claims.get(claim.outside).expected == "refuted", name
+
+
+# Each was held against the text of its paper: the refuted sentences that the papers print or imply.
+REFUTED_OF_THE_PAPERS = {
+    "ang_blend_has_unit_length_in_the_g_norm",
+    "ang_factors_as_printed",
+    "ang_point_is_the_minimiser_for_any_weights",
+    "fngd_lemma_3_as_printed",
+    "fngd_norm_bound_as_printed",
+    "fngd_shared_coefficients_keep_information",
+    "fngd_sharing_predicts_the_next_epoch",
+    "fngd_theorem_as_printed",
+    "newton_schulz_without_scaling",
+    "sngd_refresh_as_printed",
+}
+DENIED_BY_THE_PAPERS = {
+    "ang_ends_as_sgd",
+    "empirical_fisher_is_fisher",
+    "kfac_is_exact_for_networks",
+    "kfac_keeps_the_trace",
+}
+
+
+def test_only_what_a_paper_says_counts_as_its_error(table):
+    frame = table.frame
+    found = {
+        kind: set(frame.claim[(frame.kind == kind) & (frame.verdict == "refuted")])
+        for kind in claims.KINDS
+    }
+    assert found["claim"] == REFUTED_OF_THE_PAPERS
+    assert found["contrast"] == DENIED_BY_THE_PAPERS
+    errors = f"({len(REFUTED_OF_THE_PAPERS)} claims of the papers refuted, "
+    assert errors in repr(table)
+    assert f"{len(found['extension'])} extensions refuted" in repr(table)
+    # a contrast that held would be an error of the paper
+    assert (frame.verdict[frame.kind == "contrast"] == "refuted").all()
+
+
+def test_a_summary_counts_by_kind_and_knows_one_from_many():
+    rows = [
+        ("claim", "holds"),
+        ("claim", "refuted"),
+        ("extension", "holds"),
+        ("extension", "holds"),
+    ]
+    frame = pd.DataFrame([*rows, ("contrast", "undecided")], columns=["kind", "verdict"])
+    assert summary(frame) == (
+        "1 claim of the papers refuted, 1 holds; 2 extensions hold; 1 contrast undecided"
+    )
+    assert summary(frame[:1]) == "1 claim of the papers holds"
+    assert summary(frame[:0]) == "none tried"
+
+
+def test_a_kind_of_no_meaning_is_refused():
+    with pytest.raises(ClaimError, match="kind 'theorem'; kinds: claim, extension, contrast"):
+
+        class Odd(Toy, name="odd"):
+            """Has a kind of its own."""
+
+            kind = "theorem"
+
+    assert "odd" not in claims.names()
+
+
+def test_the_notebook_counts_the_claims_there_are():
+    path = Path(__file__).parents[1] / "notebooks" / "11_three_claims.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    (stored,) = next(cell for cell in notebook["cells"] if cell.get("execution_count") == 1)[
+        "outputs"
+    ]
+    kinds = Counter(claims.get(name).kind for name in claims.names())
+    assert ast.literal_eval("".join(stored["data"]["text/plain"])) == kinds
 
 
 def test_a_counterexample_can_be_loaded_and_violates_its_claim(table):
@@ -308,7 +386,7 @@ def test_an_undecided_claim_is_no_contradiction_and_exits_0():
     usual = ["tkfac_beats_kfac_usually", "tekfac_beats_ekfac_usually"]
     result = CliRunner().invoke(cli.app, ["verify", *usual, "--trials", "3"])
     assert result.exit_code == 0, result.output[-500:]
-    assert "2 undecided" in result.output
+    assert "1 claim of the papers undecided; 1 extension undecided" in result.output
 
 
 def test_a_matrix_that_cannot_be_factored_leaves_a_trial_undecided():
@@ -440,7 +518,11 @@ def test_pictures_show_both_sides(table):
     assert worst[-1] > bound[-1]
     ax = pictures.claim(table, "kfac_is_exact_for_networks").axes[0]
     assert len(ax.collections[0].get_offsets()) > 3
-    assert len(pictures.verdicts(table).axes[0].patches) >= 10
+    axes = pictures.verdicts(table).axes
+    assert len(axes) == len(claims.KINDS)
+    # every bar is as long as its number of rows: the panels tell the whole table
+    total = sum(bar.get_width() for ax in axes for bar in ax.patches)
+    assert total == len(table.frame)
 
 
 def test_the_command_leaves_a_page(tmp_path):
@@ -450,8 +532,13 @@ def test_the_command_leaves_a_page(tmp_path):
     assert "newton_schulz_converges" in done.output and "SNGD: Liu et al." in done.output
     page = (out / "report.html").read_text()
     assert "newton schulz without scaling" in page and page.count("data:image/png") >= 3
+    assert "2 claims of the papers refuted, " in page and "Extension: ours" in page
     again = run(cli.app, ["verify", "sngd", "--out", str(out)])
     assert again.exit_code == 2 and "--overwrite" in again.output
+    path = out / "claims.json"
+    path.write_text(path.read_text().replace('"kind"', '"sort"'))
+    older = run(cli.app, ["report", str(out)])
+    assert older.exit_code == 2 and "without their kinds; run it again" in older.output
 
 
 def test_the_command_fails_where_a_verdict_is_not_on_record(monkeypatch):
@@ -498,4 +585,6 @@ def test_the_command_lists_claims_whole_without_trying_them(monkeypatch):
     done = run(cli.app, ["verify", "--list"])
     assert done.exit_code == 0, done.output
     assert all(name in done.output for name in claims.names())
+    for name in claims.names():
+        assert re.search(rf"{name} +. {claims.get(name).kind} ", done.output), name
     assert "newton_schulz_is_quadratic" not in run(cli.app, ["verify", "--list", "fngd"]).output

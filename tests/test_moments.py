@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.extract import layer
-from fisherlab.extract.layer import Geometry
+from fisherlab.extract import geometry as module
+from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.moments import patch_moment
 
 
@@ -22,7 +22,7 @@ def test_correlated_moment_is_the_moment_of_patches(
     generator: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layer, "PAIR", 0)
+    monkeypatch.setattr(module, "PAIR", 0)
     conv = nn.Conv2d(4, 6, kernel, padding=kernel // 2, groups=groups, bias=bias)
     x = torch.randn(3, 4, *size, generator=generator, dtype=torch.float64)
     for group in range(groups):
@@ -35,7 +35,7 @@ def test_correlated_moment_is_the_moment_of_patches(
 def test_small_batches_form_their_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(
-        layer, "patch_moment", lambda *args: used.append(args) or patch_moment(*args)
+        module, "patch_moment", lambda *args: used.append(args) or patch_moment(*args)
     )
     geometry = Geometry.of(nn.Conv2d(16, 3, 5, padding=2), True)
     few = geometry.input_moment(torch.ones(8, 16, 8, 8))

@@ -78,7 +78,10 @@ def weight_normed():
 @pytest.mark.parametrize(
     ("make", "layers"),
     [
-        (lambda: nn.Sequential(Scale(), Scale(), nn.Linear(5, 3)), ["0.lin", "1.lin", "2"]),
+        (
+            lambda: nn.Sequential(Scale(), Scale(), nn.Linear(5, 3)),
+            ["0.gamma", "0.lin", "1.gamma", "1.lin", "2"],
+        ),
         (doubled, ["0", "2", "3"]),
         (weight_normed, ["0", "2"]),
     ],
@@ -110,23 +113,48 @@ class Embeddings(nn.Module):
 
 
 @pytest.mark.parametrize("tied_head", [False, True])
-def test_a_weight_of_two_kinds_is_left_out_and_the_rest_is_captured(tied_head):
+def test_a_weight_of_two_kinds_has_one_block_under_its_first_name(tied_head):
     model = Embeddings(tied_head).double()
     tokens, y = torch.arange(12).reshape(6, 2) % 5, torch.arange(6) % 5
     captured = fl.capture(model, CE, tokens, y)
-    assert list(captured) == (["m"] if tied_head else ["m", "o"])
-    fl.compare(model, CE, tokens, y, approximations=["kfac"])
-    assert set(fl.optim.create("kfac", model).weights) == set(captured)
+    assert list(captured) == (["e", "m"] if tied_head else ["e", "m", "o"])
+    assert captured.report.share == 1
+    names = fl.compare(model, CE, tokens, y, approximations=["kfac"]).frame.layer
+    assert set(names) == ({"m"} if tied_head else {"m", "o"})
+    assert set(fl.optim.create("kfac", model).weights) == set(names)
     if tied_head:
-        assert "shares its weight with 'e', Embedding" in captured.report.skipped["o"]
-        with pytest.raises(CaptureError, match="'o' has no block: shares its weight with 'e'"):
-            fl.capture(model, CE, tokens, y, layers=["o"])
+        # any of its names will do
+        assert list(fl.capture(model, CE, tokens, y, layers=["o"])) == ["e"]
+    CE(model(tokens), y).backward()
+    wanted = model.e.weight.grad
+    layer = captured["e"]
+    assert torch.allclose(layer.gradient, layer.geometry.matrix(wanted), atol=1e-14)
 
 
-def test_of_two_convolutions_with_one_weight_neither_has_a_block():
+def test_two_convolutions_with_one_weight_have_one_block():
     one, two = nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(1, 1, 3, padding=1, stride=1)
     two.weight = one.weight
     model = nn.Sequential(nn.Unflatten(1, (1, 5)), one, two, nn.Flatten(), nn.Linear(5, 3)).double()
     x, y = batch()
     captured = fl.capture(model, CE, x, y)
-    assert list(captured) == ["4"] and "shares its weight" in captured.report.skipped["1"]
+    assert list(captured) == ["1", "4"]
+    assert captured["1"].positions == 10
+    CE(model(x), y).backward()
+    expected = torch.cat([one.weight.grad.flatten(1), one.bias.grad[:, None]], 1)
+    assert torch.allclose(captured["1"].gradient, expected, atol=1e-14)
+
+
+def test_layers_and_skip_are_patterns_and_unknown_ones_are_refused():
+    model, (x, y) = doubled().double(), batch()
+    assert list(fl.capture(model, CE, x, y, layers="[02]")) == ["0", "2"]
+    assert list(fl.capture(model, CE, x, y, skip=["2"])) == ["0", "3"]
+    assert set(fl.compare(model, CE, x, y, skip="0", approximations=["kfac"]).frame.layer) == {
+        "2",
+        "3",
+    }
+    with pytest.raises(CaptureError, match=r"no layer 'enc\.\*' in this model; nearest"):
+        fl.capture(model, CE, x, y, layers="enc.*")
+    with pytest.raises(CaptureError, match="skip='7' means no layer"):
+        fl.capture(model, CE, x, y, skip="7")
+    with pytest.raises(CaptureError, match="kinds are some of map, embedding, factors; got 'map'"):
+        fl.capture(model, CE, x, y, kinds="map")

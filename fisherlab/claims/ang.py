@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherlab.approximations.ifang import IFANG
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.claims import dense
-from fisherlab.claims.base import REFUTED, AtMost, Case, Identity
+from fisherlab.claims.base import CONTRAST, REFUTED, AtMost, Case, Identity
 from fisherlab.claims.instances import (
     OfLayer,
     OfNetwork,
@@ -188,7 +188,7 @@ class Sphere(_Blend, Identity, name="ang_blend_rotates_on_the_sphere"):
 class Chord(_Blend, AtMost, name="ang_chord_is_shorter_than_the_sphere"):
     """The linear blend of two unit vectors is shorter than one, so it underestimates the step."""
 
-    source = "ANG Proposition 3"
+    source = "ANG section 2.2"
     latex = r"\|(1-\lambda) \hat d + \lambda \hat t\| < 1"
     sides = ("longest chord point", "sphere")
 
@@ -238,7 +238,7 @@ class GNorm(_Blend, Identity, name="ang_blend_has_unit_length_in_the_g_norm"):
 class Factors(OfLayer, Identity, name="ang_factors_by_a_scalar_inverse"):
     """The damped inverse of a factor of one mean row needs no more than the inverse of a scalar."""
 
-    source = "ANG Propositions 5-6"
+    source = "ANG (13)"
     latex = (
         r"(\lambda I + \tilde a \tilde a^\top)^{-1} = \tfrac{1}{\lambda}(I - \tilde a "
         r"(\lambda + \tilde a^\top \tilde a)^{-1} \tilde a^\top)"
@@ -258,7 +258,7 @@ class Factors(OfLayer, Identity, name="ang_factors_by_a_scalar_inverse"):
 
 
 class PrintedFactors(Factors, name="ang_factors_as_printed"):
-    """As printed the reduced rows are in the middle scalar only, and the full ones outside."""
+    """With reduced rows in the middle scalar alone, (11)-(12) invert the damped reduced factors."""
 
     source = "ANG (11)-(12)"
     latex = (
@@ -284,7 +284,7 @@ class PrintedFactors(Factors, name="ang_factors_as_printed"):
 class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
     """The last step of ANG is the gradient's, times a factor of each layer's own."""
 
-    source = "ANG (7), details 7"
+    source = "ANG (7)"
     latex = r"\lambda = 1 \Rightarrow u = (\|G^{-1} t\| / \|t\|) \, t"
 
     def left(self, case: Case) -> Tensor:
@@ -315,9 +315,10 @@ class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
 
 
 class AngIsSGD(AngEnd, name="ang_ends_as_sgd"):
-    """The last step of ANG is that of SGD."""
+    """The last step of ANG, which has the length of the natural gradient, is that of SGD."""
 
-    source = "ANG section 2.2"
+    source = "ANG abstract, (7)"
+    kind = CONTRAST
     latex = r"\lambda = 1 \Rightarrow u = t"
     expected = REFUTED
 

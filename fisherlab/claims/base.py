@@ -1,4 +1,4 @@
-"""`Claim`: a sentence of a paper as two independent sides, a margin and the verdict on record."""
+"""`Claim`: a sentence as two independent sides, its kind, a margin and the verdict on record."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ PAPERS = {
     "TEKFAC": "TEKFAC: Gao et al. 2021",
 }
 HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided"
+CLAIM, EXTENSION, CONTRAST = "claim", "extension", "contrast"
+KINDS = {
+    CLAIM: "the paper says so; at most an assumption narrows it",
+    EXTENSION: "ours: a correction, or a sentence taken further than the paper takes it",
+    CONTRAST: "the paper itself says otherwise: refuted agrees with it",
+}
 _REGISTRY: dict[str, type[Claim]] = {}
 
 
@@ -33,7 +39,10 @@ class ClaimError(ValueError):
 
 
 class Claim(ABC):
-    """A statement, the paper that makes it, and how to try it; its docstring is the statement.
+    """A statement, its paper, and how to try it; its docstring is the statement.
+
+    `kind` says whose statement it is: a key of `KINDS`. Only a refuted "claim" is an error of the
+    paper.
 
     `draw` makes a random case; `left` (FisherLab's own code) and `right` (the definition, by code
     of its own) compute the two sides; `compare` turns them into a margin, positive where the
@@ -47,6 +56,7 @@ class Claim(ABC):
     name: ClassVar[str] = ""
     latex: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    kind: ClassVar[str] = CLAIM
     expected: ClassVar[str] = HOLDS
     trials: ClassVar[int] = 12
     noise: ClassVar[float] = 1e-9
@@ -67,6 +77,8 @@ class Claim(ABC):
             return
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise ClaimError(f"a claim named {name!r} exists already: {_REGISTRY[name]}")
+        if cls.kind not in KINDS:
+            raise ClaimError(f"claim {name!r} has kind {cls.kind!r}; kinds: {', '.join(KINDS)}")
         cls.name = name
         _REGISTRY[name] = cls
 
@@ -77,7 +89,7 @@ class Claim(ABC):
 
     @property
     def paper(self) -> str:
-        """The key of the paper, as in `methods.md`."""
+        """The key of the paper in `PAPERS`."""
         return self.source.split()[0].rstrip(",")
 
     @abstractmethod

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block
-from fisherlab.claims.base import HOLDS, REFUTED, AtMost, Case, Claim, ClaimError, Identity
+from fisherlab.claims.base import (
+    EXTENSION,
+    HOLDS,
+    REFUTED,
+    AtMost,
+    Case,
+    Claim,
+    ClaimError,
+    Identity,
+)
 from fisherlab.claims.instances import captured, log_uniform, normal, orthogonal, without_one
 
 STEPS = 20
@@ -95,8 +104,9 @@ def spectrum(case: Case) -> tuple[float, float]:
 
 
 class Corrected(Linear, name="fngd_theorem_corrected"):
-    """With both roots removed and L >= 3 the residual falls at least by 1 - eta in every step."""
+    """With both roots removed and L >= 3 every step multiplies the residual by at most 1 - eta."""
 
+    kind = EXTENSION
     latex = (
         r"\tilde\eta = (L - \sqrt L - 1) / "
         r"(L \tfrac{\lambda_{\max}}{\lambda_{\min} + \lambda_{\max}} + \tfrac{\sqrt L}{2})^2"
@@ -113,7 +123,7 @@ class Corrected(Linear, name="fngd_theorem_corrected"):
 
 
 class Printed(Linear, name="fngd_theorem_as_printed"):
-    """With the printed learning rate the residual falls at least by 1 - eta in every step."""
+    """With the printed learning rate every step multiplies the residual by at most 1 - eta."""
 
     latex = (
         r"\tilde\eta = (L - \sqrt{2L} - 1) / (L \sqrt{\tfrac{\lambda_{\max}}"
@@ -132,8 +142,9 @@ class Printed(Linear, name="fngd_theorem_as_printed"):
 
 
 class OneLayer(Linear, name="fngd_theorem_for_one_layer"):
-    """For one layer too, at any rate, the residual falls at least by 1 - eta in every step."""
+    """Taken to one layer and any rate, Theorem 1 still bounds the residual by (1 - eta)^k."""
 
+    kind = EXTENSION
     latex = r"L = 1,\ G = \mu I \Rightarrow \|v_k - y\|^2 \le (1 - \eta)^k \|v_0 - y\|^2"
     expected = REFUTED
     depths = (1, 1)
@@ -181,6 +192,7 @@ class NormBound(Linear, AtMost, name="fngd_norm_bound_as_printed"):
 class NormBoundCorrected(Identity, NormBound, name="fngd_norm_bound_corrected"):
     """Without the root the expression is the norm itself."""
 
+    kind = EXTENSION
     latex = (
         r"\|\tilde J^\top (F + \lambda I)^{-1} \tilde J\| = \tfrac{1}{\lambda} "
         r"\tfrac{\lambda_{\max} \lambda M}{\lambda M + \lambda_{\max}}"
@@ -195,7 +207,7 @@ class NormBoundCorrected(Identity, NormBound, name="fngd_norm_bound_corrected"):
 
 
 class Lemma3(Claim, name="fngd_lemma_3_as_printed"):
-    """The last inequality of Lemma 3: the sum of all steps stays below the radius, for any rate."""
+    """The last inequality of Lemma 3: at any rate the sum of all steps stays below the radius."""
 
     source = "FNGD Lemma 3"
     latex = r"\tfrac{\eta}{\sqrt 2} \sum_{i \ge 0} (1 - \eta)^{i/2} < 1"
@@ -223,6 +235,7 @@ class Lemma3(Claim, name="fngd_lemma_3_as_printed"):
 class Lemma3Corrected(Lemma3, name="fngd_lemma_3_corrected"):
     """With one half in the place of one over root two the inequality of Lemma 3 is true."""
 
+    kind = EXTENSION
     latex = r"\tfrac{\eta}{2} \sum_{i \ge 0} (1 - \eta)^{i/2} < 1"
     expected = HOLDS
     factor = 0.5

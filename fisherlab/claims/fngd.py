@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
-from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Identity
+from fisherlab.claims.base import EXTENSION, REFUTED, AtMost, Case, Claim, Identity
 from fisherlab.claims.instances import (
     OfLayer,
     captured,
@@ -57,8 +57,9 @@ class ClosedForm(OfLayer, Identity, name="fngd_coefficients_are_the_natural_step
 
 
 class WithDecay(ClosedForm, name="fngd_coefficients_with_weight_decay"):
-    """The weights (9) give the natural step of a gradient with a decay term too."""
+    """Taken to a gradient with a decay term, the weights (9) still give the natural step."""
 
+    kind = EXTENSION
     latex = r"(F + \lambda I)^{-1} (g + \delta W) = U v"
     expected = REFUTED
     assumption = ""
@@ -137,7 +138,8 @@ class _Shared(Claim):
 class FlatCoefficients(_Shared, AtMost, name="fngd_coefficients_become_flat"):
     """After a shuffled first phase FNGD is SGD with a layer factor, up to noise std/sqrt(B)."""
 
-    source = "FNGD IV-C, details 1"
+    source = "FNGD IV-B"
+    kind = EXTENSION
     latex = r"\mathrm{std}_m(\tilde v_m) \approx \mathrm{std}_m(v_m) / \sqrt{B}"
     sides = ("spread of shared coefficients", "1.6 std / sqrt(B)")
 
@@ -152,7 +154,7 @@ class FlatCoefficients(_Shared, AtMost, name="fngd_coefficients_become_flat"):
 class SharedInformation(_Shared, AtMost, name="fngd_shared_coefficients_keep_information"):
     """After a shuffled epoch shared coefficients still tell the examples of a batch apart."""
 
-    source = "FNGD IV-C, trap A14"
+    source = "FNGD IV-B"
     latex = r"\mathrm{std}_m(\tilde v_m) \ge \tfrac{1}{2} \mathrm{std}_m(v_m)"
     expected = REFUTED
     sides = ("half the spread in a batch", "spread of shared coefficients")
@@ -167,7 +169,7 @@ class SharedInformation(_Shared, AtMost, name="fngd_shared_coefficients_keep_inf
 class _Nearer(_Shared, AtMost):
     """How far shared coefficients are from those of the next epoch's batches, and a constant is."""
 
-    source = "FNGD IV-C"
+    source = "FNGD IV-B"
     latex = r"\sum_b \|\tilde v - v_b\|^2 \le \sum_b \|\bar v - v_b\|^2"
     sides = ("shared coefficients", "their mean for all")
 
@@ -195,6 +197,7 @@ class SharingShuffled(_Nearer, name="fngd_sharing_predicts_the_next_epoch"):
 class SharingFixed(_Nearer, name="fngd_sharing_predicts_fixed_batches"):
     """In an epoch of one and the same batch, over and over, shared coefficients are its own."""
 
+    kind = EXTENSION
     assumption = "the batches are not shuffled: every batch is the same one"
     outside = "fngd_sharing_predicts_the_next_epoch"
     shuffled = False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
-from fisherlab.claims.base import REFUTED, Case, Identity
+from fisherlab.claims.base import CONTRAST, EXTENSION, REFUTED, Case, Identity
 from fisherlab.claims.instances import (
     OfNetwork,
     criterion_of,
@@ -56,9 +56,10 @@ class ScoreMean(_MeanScore, name="score_has_mean_zero"):
 
 
 class ObservedScoreMean(_MeanScore, name="empirical_score_has_mean_zero"):
-    """The score has mean zero at the observed labels too: the empirical Fisher is centred."""
+    """Taken to the observed labels, (4) still holds: their scores have mean zero."""
 
-    source = "NGM (7)"
+    source = "NGM (4), (7)"
+    kind = EXTENSION
     latex = r"\frac{1}{M} \sum_n \nabla \log p_\theta(y_n|x_n) = 0"
     expected = REFUTED
 
@@ -86,9 +87,10 @@ class OuterProduct(_Matrix, name="fisher_is_expected_outer_product"):
 
 
 class Empirical(_Matrix, name="empirical_fisher_is_fisher"):
-    """The empirical Fisher, with the observed labels, is the Fisher."""
+    """The empirical Fisher, an estimate in (7) and an approximation in (37), equals the Fisher."""
 
-    source = "NGM (7)"
+    source = "NGM (7), (37)"
+    kind = CONTRAST
     latex = r"\frac{1}{M} \sum_n \nabla \log p(y_n|x_n) \nabla \log p(y_n|x_n)^\top = F"
     expected = REFUTED
     fisher_type = "empirical"
@@ -122,7 +124,7 @@ class HessianOfKL(_Matrix, name="fisher_is_hessian_of_kl"):
 class GaussNewton(_Matrix, name="fisher_is_gauss_newton"):
     """The Fisher is the Gauss-Newton matrix of the softmax, squared and Bernoulli losses."""
 
-    source = "NGM section 2"
+    source = "NGM abstract, A.5.1"
     latex = r"F = \frac{1}{M} \sum_n J_n^\top (\nabla_f^2 \ell_n) J_n"
 
     def right(self, case: Case) -> Tensor:
@@ -146,7 +148,8 @@ class _MeanLoss(OfNetwork, Identity):
 class FisherOfMean(_MeanLoss, name="exact_fisher_of_a_mean_loss"):
     """Where the loss averages over outputs, the exact Fisher is that of the averaged loss."""
 
-    source = "NGM (8), details 2"
+    source = "NGM (8)"
+    kind = EXTENSION
     latex = r"F = E[\nabla^2 \tfrac{1}{C} \sum_j \ell_j] = \tfrac{1}{C} E[\nabla^2 \sum_j \ell_j]"
 
     def right(self, case: Case) -> Tensor:
@@ -155,9 +158,10 @@ class FisherOfMean(_MeanLoss, name="exact_fisher_of_a_mean_loss"):
 
 
 class ScoresOfMean(_MeanLoss, name="scores_of_a_mean_loss_give_its_fisher"):
-    """Gradients of a loss averaged over outputs, at drawn labels, give the Fisher of that loss."""
+    """Taken to a loss averaged over outputs, (6) still gives its Fisher from drawn labels."""
 
-    source = "NGM (6), trap A19"
+    source = "NGM (6)"
+    kind = EXTENSION
     latex = (
         r"E[\nabla \bar\ell \, \nabla \bar\ell^\top] = E[\nabla^2 \bar\ell],\ \bar\ell = "
         r"\tfrac{1}{C} \sum_j \ell_j"

@@ -122,7 +122,7 @@ class SteepestDescent(OfNetwork, AtMost, name="natural_gradient_is_steepest_in_k
 class Reparameterised(OfNetwork, Order, name="natural_gradient_is_invariant_to_first_order"):
     """In other smooth coordinates a natural step of size e ends within O(e^2) of the same place."""
 
-    source = "NGM section 2.3"
+    source = "NGM section 1"
     latex = (
         r"h(\phi - \epsilon F_\phi^{-1} \nabla_\phi L) = \theta - \epsilon F_\theta^{-1} "
         r"\nabla_\theta L + O(\epsilon^2)"

@@ -13,7 +13,7 @@ from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Kronecker
 from fisherlab.claims import dense
-from fisherlab.claims.base import REFUTED, AtMost, Case, Identity
+from fisherlab.claims.base import CONTRAST, EXTENSION, REFUTED, AtMost, Case, Identity
 from fisherlab.claims.instances import (
     OfLayer,
     captured,
@@ -29,7 +29,8 @@ from fisherlab.claims.tekfac import error_of
 class OptimalBound(OfLayer, AtMost, name="optimal_kronecker_product_is_a_lower_bound"):
     """No Kronecker product is nearer to the block than the leading term of its rearrangement."""
 
-    source = "TEKFAC section 2.4 (Van Loan and Pitsianis)"
+    source = "TEKFAC (2.8); Van Loan and Pitsianis 1993"
+    kind = EXTENSION
     latex = (
         r"\min_{G, A} \|F - G \otimes A\|_F \le \|F - X\|_F,\ X \in \{\mathrm{KFAC}, "
         r"\mathrm{TKFAC}, \dots\}"
@@ -59,7 +60,8 @@ class OptimalBound(OfLayer, AtMost, name="optimal_kronecker_product_is_a_lower_b
 class OptimalSVD(OfLayer, Identity, name="optimal_kronecker_product_is_a_singular_vector"):
     """The optimal product's error is all singular values of the rearranged block but the first."""
 
-    source = "TEKFAC section 2.4 (Van Loan and Pitsianis)"
+    source = "TEKFAC (2.8); Van Loan and Pitsianis 1993"
+    kind = EXTENSION
     latex = r"\|F - G \otimes A\|_F^2 = \sum_{k \ge 2} \sigma_k(\mathcal{R}(F))^2"
     tolerance = 1e-5
 
@@ -81,7 +83,8 @@ class OptimalSVD(OfLayer, Identity, name="optimal_kronecker_product_is_a_singula
 class ShampooSquared(OfLayer, Identity, name="tkfac_is_shampoo_squared"):
     """TKFAC with partial traces is the squared form of per-example Shampoo, for every T."""
 
-    source = "TEKFAC (2.10), details 11"
+    source = "TEKFAC (2.10)"
+    kind = EXTENSION
     latex = r"\sigma \Psi \otimes \Phi = L \otimes R / \mathrm{tr} L"
 
     def left(self, case: Case) -> Tensor:
@@ -95,12 +98,13 @@ class ShampooSquared(OfLayer, Identity, name="tkfac_is_shampoo_squared"):
 
 
 class LiteralTkfac(OfLayer, Identity, name="tkfac_as_printed_is_partial_traces"):
-    """For one position TKFAC as printed, `Lambda = a a^T`, has the partial traces as factors."""
+    """For one position the factors (2.10) are the partial traces of the block."""
 
-    source = "TEKFAC (2.9)"
+    source = "TEKFAC (2.10)"
+    kind = EXTENSION
     latex = r"\Phi = E[\mathrm{tr}\Gamma \, \Lambda] / E[\mathrm{tr}\Lambda \, \mathrm{tr}\Gamma]"
     assumption = "one position (T = 1)"
-    outside = "literal_tkfac_keeps_the_trace"
+    outside = "tkfac_of_summed_positions_keeps_the_trace"
 
     def draw(self, generator: torch.Generator, size: float) -> Case:
         return layer_case(generator, size, positions=1)
@@ -124,7 +128,8 @@ class LiteralTkfac(OfLayer, Identity, name="tkfac_as_printed_is_partial_traces")
 class HalfSteps(OfLayer, Identity, name="tkfac_is_the_first_step_to_the_optimum"):
     """TKFAC's factors are the two half-steps of the optimum's power iteration from the identity."""
 
-    source = "TEKFAC (2.10), details 11"
+    source = "TEKFAC (2.10)"
+    kind = EXTENSION
     latex = (
         r"\mathrm{vec} L = \mathcal{R}(F) \mathrm{vec} I,\quad \mathrm{vec} R = "
         r"\mathcal{R}(F)^\top \mathrm{vec} I"
@@ -150,7 +155,8 @@ class HalfSteps(OfLayer, Identity, name="tkfac_is_the_first_step_to_the_optimum"
 class Uncorrelated(OfLayer, Identity, name="kfac_is_tkfac_when_uncorrelated"):
     """KFAC is TKFAC, scale included, when each trace is uncorrelated with the other's factor."""
 
-    source = "TEKFAC section 2.4, details 11"
+    source = "TEKFAC section 2.4"
+    kind = EXTENSION
     latex = (
         r"\mathrm{cov}(\mathrm{tr}\Gamma, \Lambda) = \mathrm{cov}(\mathrm{tr}\Lambda, "
         r"\Gamma) = 0 \Rightarrow G \otimes A = \sigma \Psi \otimes \Phi"
@@ -207,7 +213,8 @@ class OneUncorrelated(Uncorrelated, name="kfac_is_tkfac_when_one_is_uncorrelated
 class LinearNetwork(OfLayer, Identity, name="kfac_is_exact_for_linear_networks"):
     """KFAC of the exact Fisher is the exact block of a deep linear network with squared error."""
 
-    source = "TEKFAC section 2.3, methods 3"
+    source = "TEKFAC (2.4)"
+    kind = EXTENSION
     latex = r"f = W_L \cdots W_1 x,\ \ell = \|f - y\|^2 \Rightarrow F = G \otimes A"
     assumption = "no activation, squared error, exact Fisher, one position"
     outside = "kfac_is_exact_for_networks"
@@ -239,8 +246,9 @@ class LinearNetwork(OfLayer, Identity, name="kfac_is_exact_for_linear_networks")
 
 
 class NonlinearNetwork(LinearNetwork, name="kfac_is_exact_for_networks"):
-    """KFAC of the exact Fisher is the exact block of a network with tanh units too."""
+    """KFAC, an approximation in (2.4), equals the exact block of a network with tanh units."""
 
+    kind = CONTRAST
     expected = REFUTED
     latex = r"F = G \otimes A"
     assumption = "squared error, exact Fisher, one position"
@@ -252,7 +260,8 @@ class NonlinearNetwork(LinearNetwork, name="kfac_is_exact_for_networks"):
 class OneExample(OfLayer, Identity, name="kfac_and_tkfac_are_exact_for_one_example"):
     """For one example and one position KFAC and TKFAC are both the exact block."""
 
-    source = "TEKFAC section 2.3, methods 3"
+    source = "TEKFAC (2.4)"
+    kind = EXTENSION
     latex = r"M = T = 1 \Rightarrow G \otimes A = \sigma \Psi \otimes \Phi = F"
     assumption = "one example, one position"
 

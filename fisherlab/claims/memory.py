@@ -1,4 +1,4 @@
-"""Outside one batch: fresh examples, averaged statistics and moving bases (TEKFAC, details 6)."""
+"""Outside one batch: fresh examples, averaged statistics and moving bases (TEKFAC)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
-from fisherlab.claims.base import REFUTED, AtMost, Case, Claim, Identity
+from fisherlab.claims.base import EXTENSION, REFUTED, AtMost, Case, Claim, Identity
 from fisherlab.claims.instances import captured, layer_case, without_one
 from fisherlab.metrics import relative_error
 
@@ -20,8 +20,12 @@ REFERENCE = 256
 
 
 class _Batches(Claim):
-    """Several batches of one layer, and a last one, from which no statistics are taken."""
+    """Several batches of one layer, and a last one, from which no statistics are taken.
 
+    The paper's theorem is about one batch: what is said of others is ours.
+    """
+
+    kind = EXTENSION
     sides = ("corrected", "its factors")
     batches = 1
     reference = REFERENCE
@@ -83,7 +87,7 @@ class _OutOfSample(_Batches, AtMost):
 class EkfacOutOfSample(_OutOfSample, name="ekfac_error_at_most_kfac_out_of_sample"):
     """EKFAC's error is at most KFAC's on examples that it has not seen, at small M too."""
 
-    source = "TEKFAC (2.7), details 6"
+    source = "TEKFAC (2.7)"
     latex = (
         r"\|F_{\mathrm{pop}} - F_{\mathrm{EKFAC}}\|_F \le \|F_{\mathrm{pop}} - "
         r"F_{\mathrm{KFAC}}\|_F"
@@ -99,7 +103,7 @@ class EkfacOutOfSample(_OutOfSample, name="ekfac_error_at_most_kfac_out_of_sampl
 class TekfacOutOfSample(_OutOfSample, name="tekfac_error_at_most_tkfac_out_of_sample"):
     """TEKFAC's error is at most TKFAC's on examples that it has not seen, at small M too."""
 
-    source = "TEKFAC Theorem 3.1, details 6"
+    source = "TEKFAC Theorem 3.1"
     latex = (
         r"\|F_{\mathrm{pop}} - F_{\mathrm{TEKFAC}}\|_F \le \|F_{\mathrm{pop}} - "
         r"F_{\mathrm{TKFAC}}\|_F"
@@ -115,7 +119,7 @@ class TekfacOutOfSample(_OutOfSample, name="tekfac_error_at_most_tkfac_out_of_sa
 class WithMemory(_Batches, AtMost, name="tekfac_error_at_most_tkfac_with_memory"):
     """With averaged statistics TEKFAC's error is at most TKFAC's on the batch at hand."""
 
-    source = "TEKFAC (3.6)-(3.8), details 6"
+    source = "TEKFAC (3.6)-(3.8)"
     latex = r"\|F_k - \bar F_{\mathrm{TEKFAC}}\|_F \le \|F_k - \bar F_{\mathrm{TKFAC}}\|_F"
     expected = REFUTED
     sides = ("averaged TEKFAC", "averaged TKFAC")
@@ -173,7 +177,7 @@ class StaleSpectrum(WithMemory, name="averaged_theta_survives_a_new_basis"):
 class CarriedTrace(_Batches, Identity, name="carried_theta_keeps_the_trace"):
     """Theta carried into a new basis by squared overlaps, and averaged on, keeps the trace."""
 
-    source = "TEKFAC (3.6)-(3.8), trap A2"
+    source = "TEKFAC (3.6)-(3.8)"
     latex = (
         r"\Theta \leftarrow (Q_G'^\top Q_G)^{\circ 2} \, \Theta \, ((Q_A'^\top Q_A)^{\circ 2})^\top"
     )

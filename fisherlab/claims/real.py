@@ -65,7 +65,7 @@ def _layers(model: nn.Module, base: Case, generator: torch.Generator) -> Iterato
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
     for kind in ("exact", "empirical"):
         arguments = (model, criterion_of(base), base["x"], base["y"])
-        for name, layer in capture(*arguments, fisher_type=kind).items():
+        for name, layer in capture(*arguments, fisher_type=kind, kinds=("map",)).items():
             o, i = layer.shape
             if o * i > LARGEST or ":" in name:
                 continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.claims import dense
-from fisherlab.claims.base import REFUTED, Case, Claim, Identity, Order
+from fisherlab.claims.base import EXTENSION, REFUTED, Case, Claim, Identity, Order
 from fisherlab.claims.instances import (
     ACTIVATIONS,
     OfNetwork,
@@ -178,9 +178,10 @@ class _Roots(Claim):
 
 
 class NewtonSchulz(_Roots, Identity, name="newton_schulz_converges"):
-    """Newton-Schulz from `Y = A / ||A||`, `Z = I` converges to the roots of A and its inverse."""
+    """With A scaled to length one, Newton-Schulz converges to the roots of A and its inverse."""
 
     source = "SNGD (15)"
+    kind = EXTENSION
     latex = r"\sqrt{\|A\|} \, Y_k \to A^{1/2},\quad Z_k / \sqrt{\|A\|} \to A^{-1/2}"
     tolerance = 1e-7
 
@@ -202,7 +203,7 @@ class DenmanBeavers(_Roots, Identity, name="denman_beavers_converges"):
 class BelowThree(_Roots, Identity, name="newton_schulz_without_scaling_below_three"):
     """Without scaling Newton-Schulz converges where all eigenvalues are in (0, 3)."""
 
-    source = "SNGD (15), methods 6"
+    source = "SNGD (15)"
     latex = r"\lambda(A) \subset (0, 3) \Rightarrow Y_k \to A^{1/2}"
     assumption = "all eigenvalues below 3"
     outside = "newton_schulz_without_scaling"
@@ -246,6 +247,7 @@ class QuadraticNewtonSchulz(Order, name="newton_schulz_is_quadratic"):
     latex = r"\|I - Z_{k+1} Y_{k+1}\| = O(\|I - Z_k Y_k\|^2)"
     order = 2.0
     source = "SNGD (15)"
+    kind = EXTENSION
     sides = ("residual", "zero")
 
     def draw(self, generator: torch.Generator, size: float) -> Case:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
-from fisherlab.claims.base import Case, Identity
+from fisherlab.claims.base import EXTENSION, Case, Identity
 from fisherlab.claims.instances import (
     OfLayer,
     OfNetwork,
@@ -81,6 +81,7 @@ class JointStep(Tengrad, name="joint_ngd_from_summed_gram_matrices"):
     """The natural step over all layers jointly needs only the sum of the layers' Gram matrices."""
 
     source = "NGM (9), (28)"
+    kind = EXTENSION
     latex = (
         r"(F + \lambda I)^{-1} g = \tfrac{1}{\lambda}(g - U(M\lambda I + \textstyle\sum_l "
         r"K_l)^{-1} U^\top g)"
@@ -92,7 +93,8 @@ class JointStep(Tengrad, name="joint_ngd_from_summed_gram_matrices"):
 class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):
     """The share of the Fisher outside the layers' blocks is 1 - sum ||K_l||^2 / ||sum K_l||^2."""
 
-    source = "NGM section 3, methods 2"
+    source = "NGM section 3"
+    kind = EXTENSION
     latex = r"1 - \textstyle\sum_l \|F_{ll}\|^2 / \|F\|^2 = 1 - \sum_l \|K_l\|^2 / \|\sum_l K_l\|^2"
 
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
@@ -101,7 +103,7 @@ class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):
 
     def left(self, case: Case) -> Tensor:
         arguments = (model_of(case), criterion_of(case), case["x"], case["y"])
-        found = capture(*arguments, fisher_type="empirical")
+        found = capture(*arguments, fisher_type="empirical", kinds=("map",))
         K = torch.stack([Exact()(layer).gram() for layer in found.values()])
         return 1 - K.square().sum() / K.sum(0).square().sum()
 

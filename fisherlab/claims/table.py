@@ -18,7 +18,17 @@ from torch import Tensor
 
 from fisherlab.blocks import BlockError
 from fisherlab.claims import base, real, search
-from fisherlab.claims.base import HOLDS, REFUTED, UNDECIDED, Case, Claim, ClaimError
+from fisherlab.claims.base import (
+    CLAIM,
+    CONTRAST,
+    EXTENSION,
+    HOLDS,
+    REFUTED,
+    UNDECIDED,
+    Case,
+    Claim,
+    ClaimError,
+)
 
 # Draws per wanted trial, where many fail a claim's assumption.
 DRAWS = 30
@@ -26,6 +36,7 @@ DRAWS = 30
 HUNTS = 4
 COLUMNS = (
     "claim",
+    "kind",
     "paper",
     "source",
     "holds",
@@ -38,6 +49,7 @@ COLUMNS = (
     "numbers",
     "note",
 )
+NOUNS = {CLAIM: "claim{} of the papers", EXTENSION: "extension{}", CONTRAST: "contrast{}"}
 
 
 @dataclass
@@ -79,7 +91,10 @@ Verdict = tuple[dict[str, Any], Trials]
 
 
 class Verdicts:
-    """The table of a `verify`: a row per claim, the smallest counterexample of each refuted."""
+    """The table of a `verify`: a row per claim, the smallest counterexample of each refuted.
+
+    Its `repr` counts by kind: only a refuted "claim" is an error of a paper.
+    """
 
     def __init__(self, verdicts: Iterable[Verdict], on: str = "") -> None:
         pairs = list(verdicts)
@@ -132,12 +147,25 @@ class Verdicts:
         return shown.to_html(index=False, float_format=lambda v: f"{v:.3g}")
 
     def __repr__(self) -> str:
-        counts = self.frame.verdict.value_counts().to_dict()
-        parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         wrong = self.unexpected
-        decided = "the decided ones" if UNDECIDED in counts else "all"
-        tail = f"; not as on record: {', '.join(wrong)}" if wrong else f"; {decided} as on record"
-        return f"Verdicts({len(self.frame)} claims: {parts}{tail})"
+        decided = "the decided ones" if (self.frame.verdict == UNDECIDED).any() else "all"
+        tail = f"not as on record: {', '.join(wrong)}" if wrong else f"{decided} as on record"
+        return f"Verdicts({summary(self.frame)}; {tail})"
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """How many statements of each kind have each verdict, refuted claims of the papers first."""
+    parts = []
+    for kind, noun in NOUNS.items():
+        counts = frame.verdict[frame.kind == kind].value_counts().to_dict()
+        found: list[str] = []
+        for verdict in (v for v in (REFUTED, HOLDS, UNDECIDED) if v in counts):
+            n = counts[verdict]
+            what = "" if found else " " + noun.format("" if n == 1 else "s")
+            verb = "hold" if verdict == HOLDS and n > 1 else verdict
+            found.append(f"{n}{what} {verb}")
+        parts.append(", ".join(found))
+    return "; ".join(filter(None, parts)) or "none tried"
 
 
 def _described(claim: Claim) -> dict[str, str]:
@@ -251,6 +279,7 @@ def _judged(
         torch.save(case, path)
     return {
         "claim": claim.name,
+        "kind": claim.kind,
         "paper": claim.paper,
         "source": claim.source,
         "holds": verdict == HOLDS,

@@ -12,7 +12,6 @@ from fisherlab import datasets, models
 from fisherlab.commands.common import show
 from fisherlab.experiments.training.task import misfit
 from fisherlab.extract import support as supported
-from fisherlab.extract.select import coverage
 
 
 def support(
@@ -48,10 +47,11 @@ def support(
 
 def _compared(net: torch.nn.Module, frame: pd.DataFrame) -> str:
     """What `fisherlab compare` does with the model, in a sentence."""
-    measured = frame[frame["status"] != "plain gradient"]
+    measured = frame[frame["compare"] != "skipped"]
     if not len(measured):
         return "compare refuses this model: no layer has a block"
-    covered, trained = (coverage(net, measured["layer"])[part] for part in ("covered", "trained"))
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    covered = int(measured["n_parameters"].sum())
     return (
         f"compare measures {len(measured)} of {len(frame)} layers, {covered:,} of {trained:,} "
         f"trainable parameters ({covered / trained:.0%}), in evaluation mode; Fisher type by "

@@ -10,7 +10,7 @@ import typer
 
 from fisherlab.commands.common import Code, UserError, bar, leave, show
 
-COLUMNS = ["claim", "source", "verdict", "margin", "trials", "seconds"]
+COLUMNS = ["claim", "kind", "source", "verdict", "margin", "trials", "seconds"]
 
 
 def verify(
@@ -35,6 +35,7 @@ def verify(
 ) -> None:
     """Try the papers' claims on random cases, or on a real network, and print their verdicts.
 
+    A claim is the paper's, an extension ours, a contrast what the paper itself denies.
     With --out: claims.json, claims.parquet, counterexamples, pictures and report.html.
     The exit code is 1 if a verdict contradicts the one on record; undecided contradicts none.
     """
@@ -48,8 +49,8 @@ def verify(
     wanted = chosen(names or None)
     if only_list:
         rows = [claims.get(name) for name in wanted]
-        facts = [(c.name, c.source, c.expected, c.statement) for c in rows]
-        columns = ["claim", "source", "on_record", "statement"]
+        facts = [(c.name, c.kind, c.source, c.expected, c.statement) for c in rows]
+        columns = ["claim", "kind", "source", "on_record", "statement"]
         show(pd.DataFrame(facts, columns=columns), wrap=("statement",))
         return
     rundir = None if out is None else RunDir(out)

@@ -27,7 +27,8 @@ from fisherlab.extract.api import Forward, _forward, split_batches
 from fisherlab.extract.fisher import EXACT_UP_TO, FISHER_TYPES, as_module, exact_columns
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
-from fisherlab.extract.select import check_batch, check_model, coverage
+from fisherlab.extract.select import Names, check_batch, check_model
+from fisherlab.extract.tape import KINDS
 
 
 def compare(
@@ -42,7 +43,8 @@ def compare(
     reference: object = None,
     generator: torch.Generator | None = None,
     memory: int | None = None,
-    layers: Iterable[str] | None = None,
+    layers: Names = None,
+    skip: Names = None,
     backend: str = "auto",
     mc_samples: int = 1,
     step: int = 0,
@@ -104,6 +106,8 @@ def compare(
         raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
     options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
     options |= {"generator": generator, "forward": forward, "ranks": ranks}
+    # the approximations are of linear maps; others are compared where they are named
+    options |= {"skip": skip, "kinds": ("map",) if layers is None else KINDS}
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
         parts = [
@@ -136,9 +140,10 @@ def compare(
         "dampings": shares,
         "approximations": {k: repr(v) for k, v in makers.items()},
     }
-    config |= {"backend": captures[0].report.backend, "fisher_type_asked": asked}
+    report = captures[0].report
+    config |= {"backend": report.backend, "fisher_type_asked": asked}
     config["skipped"] = {k: v for batch in captures for k, v in batch.report.skipped.items()}
-    config["parameters"] = coverage(model, names)
+    config["parameters"] = {"trained": report.trained, "covered": report.covered}
     config |= {
         "model": type(model).__name__,
         "criterion": repr(criterion),

@@ -217,7 +217,13 @@ class Study:
             return
         layers = self.settings.layers
         captured = capture(
-            model, self.task.criterion(), x, y, fisher_type="empirical", layers=layers
+            model,
+            self.task.criterion(),
+            x,
+            y,
+            fisher_type="empirical",
+            layers=layers,
+            kinds=("map",),
         )
         self.grams[step] = gram_study(captured, y)
 

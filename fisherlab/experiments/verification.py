@@ -9,14 +9,16 @@ from typing import Any
 
 import pandas as pd
 
-from fisherlab.claims import PAPERS, Verdicts
+from fisherlab.claims import KINDS, PAPERS, Verdicts
+from fisherlab.claims.table import summary
 from fisherlab.experiments.report import Picture, Section, Table, sections
 from fisherlab.experiments.rundir import FIGURES, RunDir, RunDirError
 from fisherlab.plots import claims as pictures
 
-SHOWN = ["claim", "source", "verdict", "expected", "margin", "trials", "seconds", "note"]
+SHOWN = ["claim", "kind", "source", "verdict", "expected", "margin", "trials", "seconds", "note"]
 MEANING = {
     "claim": "name of the claim: `fl.claims.get(name)`",
+    "kind": "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items()),
     "source": "paper and equation",
     "verdict": "holds, refuted by a counterexample, or undecided within rounding",
     "expected": "the verdict on record",
@@ -45,13 +47,15 @@ def of_verify(run: RunDir) -> Iterator[Section]:
         raise RunDirError(f"{run.folder} holds a verification without claims; run it again")
     rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
     frame = pd.DataFrame(rows)
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in frame.verdict.value_counts().items())
-    overview = _picture(run.folder, "verdicts", "Verdicts of each paper's claims.")
+    if "kind" not in frame:
+        raise RunDirError(f"{run.folder} holds claims without their kinds; run it again")
+    overview = _picture(run.folder, "verdicts", "Verdicts of each paper's claims, and of ours.")
     yield Section(
         "Verdicts",
         [
-            f"{len(frame)} claims: {counts}. A refuted claim has its smallest counterexample in "
-            "counterexamples/, to be read by fl.claims.load.",
+            f"{summary(frame)}. An extension is ours; a contrast is what the paper itself denies.",
+            "What is refuted has its smallest counterexample in counterexamples/, to be read by "
+            "fl.claims.load.",
         ],
         [Table(frame[SHOWN], "All claims; a heading sorts.", MEANING)],
         overview,
@@ -75,6 +79,7 @@ def _picture(folder: Path, name: str, caption: str) -> list[Picture]:
 def _sentences(row: dict[str, Any]) -> list[str]:
     found = [
         row["statement"],
+        f"{row['kind'].capitalize()}: {KINDS[row['kind']]}.",
         f"Verdict: {row['verdict']}, smallest margin {_number(row['margin'])}",
     ]
     found[-1] += f" over {row['trials']} trials." + (f" {row['note']}." if row["note"] else "")

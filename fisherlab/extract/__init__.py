@@ -1,7 +1,8 @@
 """From a model and a batch to the inputs and output gradients of every layer."""
 
 from fisherlab.extract.api import Captures, Report, capture
-from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.geometry import CaptureError, Geometry
+from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.support import support
 
 __all__ = ["CaptureError", "Captures", "Geometry", "LayerCapture", "Report", "capture", "support"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import fisher
+from fisherlab.extract.collect import collect, coverage
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
-from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
-from fisherlab.extract.proof import CHECKS, unproven
-from fisherlab.extract.record import Call, Record, joined_slopes, recording, set_slopes
-from fisherlab.extract.select import by_owner, check_batch, check_model, choices, select
+from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.proof import CHECKS
+from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
+from fisherlab.extract.tape import KINDS, Record, set_slopes
 
 BACKENDS = ("auto", "backpack", "hooks")
 # The faster backend where `fisherlab bench capture` has been run; hooks where it has not.
@@ -40,9 +41,18 @@ class Report:
     reason: str
     seconds: float
     skipped: dict[str, str] = field(default_factory=dict)
+    # parameters that are trained, and those of them that have a block
+    trained: int = 0
+    covered: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the trainable parameters, those that have a block."""
+        return self.covered / self.trained if self.trained else 0.0
 
     def __str__(self) -> str:
-        lines = [f"backend {self.backend}: {self.reason} ({self.seconds:.3f} s)"]
+        lines = [f"{self.share:.1%} of the trainable parameters have a block"]
+        lines += [f"backend {self.backend}: {self.reason} ({self.seconds:.3f} s)"]
         return "\n".join(lines + [f"  {name}: {why}" for name, why in self.skipped.items()])
 
 
@@ -74,7 +84,10 @@ def capture(
     backend: str = "auto",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
-    layers: Iterable[str] | None = None,
+    layers: Names = None,
+    skip: Names = None,
+    kinds: Collection[str] = KINDS,
+    examples: Tensor | None = None,
     forward: Forward | None = None,
     ranks: Ranks | None = None,
     check: str = "full",
@@ -87,6 +100,13 @@ def capture(
     "exact" (a root of the loss Hessian), "mc" (labels drawn from the model with `generator`, None a
     fresh one seeded with 0) or "empirical" (the observed labels). The model comes back untouched:
     no hooks, `.grad`, buffers, mode and global random streams as they were.
+
+    `layers` and `skip` are names or patterns such as `"encoder.*"`. A layer that is named in full
+    is captured or refused; any other is left out with its reason where it has no block.
+    `kinds`: which products have a block, of "map" (linear maps, convolutions), "embedding" and
+    "factors" (vectors of factors: normalisations and scales).
+    `examples` `[rows]` gives the example of each row, for rows that are in another order than the
+    batch's; None: autograd is asked (time-first sequences, windows, packed sequences).
 
     `ranks`: the processes that hold the other shards of this batch, if any; they capture together,
     each its own rows of what a single process would capture.
@@ -108,6 +128,8 @@ def capture(
         raise CaptureError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
     if check not in CHECKS:
         raise CaptureError(f"unknown check {check!r}; one of {', '.join(CHECKS)}")
+    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
+        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {kinds!r}")
     fisher.check_draws(mc_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
@@ -119,62 +141,47 @@ def capture(
     model = unwrapped(model)
     check_model(model)
     check_batch(x, y, model)
-    with isolated(model, x):  # to read a parametrized weight may update its buffers
-        modules = select(model, layers)
-        skipped = {c.name: c.reason for c in choices(model) if c.status not in ("exact", "tied")}
-    if not modules:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
-        raise CaptureError(
-            "no layer of this model has a block: it has no trainable Linear or Conv1d-3d"
-            if not reasons
-            else f"no layer of this model has a block: {reasons}"
-        )
-
-    def vectors(outputs: Tensor) -> Iterator[Tensor]:
-        return fisher.output_vectors(
-            fisher_type, criterion, outputs, y, mc_samples, generator, ranks
-        )
-
-    def checked(outputs: Tensor) -> Tensor:
-        return _check_outputs(outputs, criterion, y, ranks)
-
     start = time.perf_counter()
-    name, reason = _choose(backend, x if isinstance(x, Tensor) else y)
-    columns = None if fisher_type == "empirical" else vectors
-    run = partial(_forward, model, x, forward)
+    backend, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
     with isolated(model, x), nn.utils.parametrize.cached():
         before = random_state(x)
-        if name == "backpack":
+        weights = weights_of(model)
+        wanted, named = chosen(weights, layers, skip)
+        record = Record({w.name: w.tensor for w in weights.values()}, wanted, kinds)
+
+        def checked(outputs: Tensor) -> Tensor:
+            return _check_outputs(outputs, criterion, y, ranks)
+
+        def vectors(outputs: Tensor) -> Iterator[Tensor]:
+            return fisher.output_vectors(
+                fisher_type, criterion, outputs, y, mc_samples, generator, ranks
+            )
+
+        run = partial(_forward, model, x, forward)
+        columns = None if fisher_type == "empirical" else vectors
+        if backend == "backpack":
             from fisherlab.extract import backpack
 
-            record, outputs = backpack.run(model, modules, run, checked, criterion, y, columns)
+            outputs = backpack.run(model, record, run, checked, columns)
         else:
-            record, outputs = _by_hooks(model, modules, run, checked, criterion, y, columns)
-        calls = by_owner(modules, record.calls)
-        scale = fisher.term_scale(criterion, outputs, y, ranks)
-        captured = _assemble(modules, calls, outputs.shape[0], fisher_type, scale)
-        broken: dict[str, str] = {}
+            outputs = _by_tape(record, run, checked, columns)
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
-        if check != "off" and captured:
-            broken = unproven(outputs, record.labels, captured, calls, modules, check)
-    if layers is None and not record.calls and not record.without_graph:
+        scale = fisher.term_scale(criterion, outputs, y, ranks)
+        captured, skipped = collect(record, weights, outputs, fisher_type, scale, check, examples)
+    for name in sorted(named):
+        if name in skipped:
+            raise CaptureError(f"layer {name!r}: {skipped[name]}")
+    if not captured:
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
         raise CaptureError(
-            f"none of {', '.join(modules)} was called; a model compiled before the capture ignores "
-            "new hooks: pass the module that was compiled"
+            "no layer of this model has a block: it has no trainable weight that a product uses"
+            if not reasons
+            else f"no layer of this model has a block: {reasons}"
         )
-    skipped |= {n: "not called in this forward pass" for n in modules if n not in record.calls}
-    skipped |= {n: _NO_GRAPH for n in record.without_graph} | broken
-    if layers is not None:
-        for layer in modules:
-            if layer in broken or layer not in record.calls:
-                raise CaptureError(f"layer {layer!r}: {skipped[layer]}")
-    captured = {n: layer for n, layer in captured.items() if layer.name not in broken}
-    if broken and not captured:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in broken.items())
-        raise CaptureError(f"no layer could be captured: {reasons}")
-    report = Report(name, reason, time.perf_counter() - start, skipped)
+    seconds, counts = time.perf_counter() - start, coverage(weights, captured)
+    report = Report(backend, reason, seconds, skipped, *counts)
     return Captures(captured, report, outputs.detach(), y)
 
 
@@ -263,70 +270,18 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks
     return labels
 
 
-def _by_hooks(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
+def _by_tape(
+    record: Record,
     forward: Callable[[], Tensor],
     check: Callable[[Tensor], Tensor],
-    criterion: Callable,
-    y: Tensor,
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
-) -> tuple[Record, Tensor]:
-    with recording(modules, model) as record:
+) -> Tensor:
+    with record.tape:
         outputs = forward()
-        labels = record.labels = check(outputs)
-        columns = None if vectors is None else partial(vectors, outputs.detach())
-        if record.calls:
-            fill(outputs, record, labels, columns)
-        record.check_inputs()
-        set_slopes(outputs, record.every())
-        return record, outputs
-
-
-def _assemble(
-    modules: dict[str, nn.Module],
-    joined: dict[str, list[Call]],
-    examples: int,
-    fisher_type: str,
-    term_scale: float,
-) -> dict[str, LayerCapture]:
-    captured = {}
-    for name, calls in joined.items():
-        if not calls:
-            continue
-        _check_calls(name, calls, examples)
-        module = modules[name]
-        bias = module.bias is not None and bool(module.bias.requires_grad)
-        groups = getattr(module, "groups", 1)
-        slopes, reason = joined_slopes(name, calls)
-        for group in range(groups):
-            captured[f"{name}:{group}" if groups > 1 else name] = LayerCapture(
-                name=name,
-                layer_type=type(module).__name__,
-                geometry=Geometry.of(module, bias, group),
-                raw_inputs=tuple(_matching(call.raw_input, call.gradients) for call in calls),
-                raw_output_gradients=tuple(call.gradients for call in calls),
-                raw_label_gradients=tuple(call.label_gradient for call in calls),
-                raw_outputs=tuple(call.output for call in calls),
-                slopes=slopes,
-                without_slope=reason,
-                fisher_type=fisher_type,
-                term_scale=term_scale,
-            )
-    return captured
-
-
-def _matching(raw: Tensor, gradients: Tensor) -> Tensor:
-    return raw if raw.dtype == gradients.dtype else raw.to(gradients.dtype)
-
-
-def _check_calls(name: str, calls: list[Call], examples: int) -> None:
-    for index, call in enumerate(calls):
-        if call.raw_input.ndim < 2 or call.raw_input.shape[0] != examples:
-            raise CaptureError(
-                f"call {index} of layer {name!r} received {tuple(call.raw_input.shape)}, but the "
-                f"batch has {examples} examples and the first axis must be the example; keep "
-                "[n, ..., features] instead of flattening positions into the batch"
-            )
-        if not all_finite(call.gradients):
-            raise CaptureError(f"the gradient at the output of {name!r} has NaN or inf entries")
+    labels = record.labels = check(outputs)
+    columns = None if vectors is None else partial(vectors, outputs.detach())
+    if record.every():
+        fill(outputs, record, labels, columns)
+    record.check_inputs()
+    set_slopes(outputs, [call for call in record.every() if call.is_map])
+    return outputs

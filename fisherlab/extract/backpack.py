@@ -30,9 +30,9 @@ from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import send_backwards
-from fisherlab.extract.layer import CaptureError
-from fisherlab.extract.record import Record, recording, set_slopes
+from fisherlab.extract.tape import Record, set_slopes
 
 # BackPACK saves what an extension returns under this attribute of the weight; it is taken at once.
 SAVED = "_fisherlab_columns"
@@ -150,24 +150,27 @@ class OutputGradient(FirstOrderBackpropExtension):
 
 def run(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    record: Record,
     forward: Callable[[], Tensor],
     check: Callable[[Tensor], Tensor],
-    criterion: Callable,
-    y: Tensor,
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
-) -> tuple[Record, Tensor]:
-    """The calls of `modules` with their gradients and slopes, and the outputs."""
-    follower = Follower(OutputColumns() if vectors else OutputGradient(), kept=modules)
-    with recording(modules, model) as record, follower.following(model):
-        outputs = forward()
+) -> Tensor:
+    """The outputs; on `record` the calls with their gradients and slopes."""
+    modules = {name or type(model).__name__.lower(): m for name, m in model.named_modules()}
+    # element-wise weights have no rule here
+    kept = {name for name in record.calls if type(modules.get(name)) in LAYERS}
+    record.calls = {name: [] for name in record.calls if name in kept}
+    follower = Follower(OutputColumns() if vectors else OutputGradient(), kept=kept)
+    with follower.following(model):
+        with record.tape:
+            outputs = forward()
         labels = record.labels = check(outputs)
         record.check_inputs()
-        if record.calls:
+        if record.every():
             columns = [] if vectors is None else vectors(outputs.detach())
             fill(outputs, record, follower, labels, list(columns))
-        set_slopes(outputs, record.every())
-        return record, outputs
+    set_slopes(outputs, record.every())
+    return outputs
 
 
 def fill(
@@ -181,8 +184,9 @@ def fill(
     follower.follow("the loss", root)
     loss = root(outputs)
     arrived = send_backwards(loss, record, torch.ones_like(loss))
+    names = [name for name, calls in record.calls.items() for _ in calls]
     # from the outputs on, so that the layer named is the one in front of the mistake
-    layers = [*zip(record.calls, record.every(), arrived, strict=True)]
+    layers = [*zip(names, record.every(), arrived, strict=True)]
     for name, call, expected in reversed(layers):
         left = follower.columns.pop(name, expected.new_zeros(1)).to(expected.dtype)
         left = left.expand(len(columns) + 1, *expected.shape)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherlab.distributed import Ranks
-from fisherlab.extract.layer import CaptureError
+from fisherlab.extract.geometry import CaptureError
 
 FISHER_TYPES = ("exact", "mc", "empirical")
 MAX_COLUMNS = 4096

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fisherlab.extract.record import Record
+from fisherlab.extract.tape import Record
 
 
 def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tensor]:
@@ -36,7 +36,6 @@ def fill(
     `vectors` None: the loss gradient is the only column (the empirical Fisher).
     """
     calls = record.every()
-    record.active = False
     for call, gradient in zip(calls, send_backwards(outputs, record, labels), strict=True):
         call.label_gradient = gradient
     if vectors is None:

@@ -17,7 +17,8 @@ from fisherlab.blocks.columns import Columns, compact
 from fisherlab.blocks.contractions import slices, stacked
 from fisherlab.blocks.numerics import trace_of
 from fisherlab.blocks.remembered import remembered
-from fisherlab.extract.layer import Convolution, LayerCapture
+from fisherlab.extract.geometry import Convolution
+from fisherlab.extract.layer import LayerCapture
 
 # Rows of gradients per image channel from which one product with all patches, laid out a few
 # examples at a time (2 ns an entry), beats narrow products with the shifted images.

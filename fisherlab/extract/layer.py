@@ -1,8 +1,7 @@
 """`LayerCapture`: what the passes leave at one layer; its weight-sharing form, made on demand.
 
-Every layer is an affine map with shared weights, `s[n,t] = W a[n,t]`: a `Linear` over `[n, ..., i]`
-has its middle axes as positions, a convolution its output pixels, a module called several times its
-calls. Positions, patches and biases end here; nothing below knows what a convolution is.
+A weight that is multiplied several times has the positions of all its calls. Nothing below knows
+what a convolution is.
 """
 
 from __future__ import annotations
@@ -12,194 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns, compact, few, formed_gram
 from fisherlab.blocks.numerics import sum_of
-from fisherlab.extract.moments import example_sum, patch_moment, with_bias
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class CaptureError(ValueError):
-    """A model, criterion or batch that cannot be captured, or a field that was not captured."""
-
+from fisherlab.extract.geometry import CaptureError, Geometry
 
 Raw = tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution's hyper-parameters, one number per axis of the image."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    # last axis first, as F.pad takes it; right for numbers, "same" and "valid" alike
-    padding: tuple[int, ...]
-    mode: str
-
-    @property
-    def plain(self) -> bool:
-        """3 x 3 or 5 x 5, stride 1, output as large as the input: what `patch_moment` knows."""
-        size = self.kernel[0]
-        ones = self.stride == self.dilation == (1, 1) and self.mode == "constant"
-        return (
-            ones
-            and size in (3, 5)
-            and (self.kernel, self.padding) == ((size,) * 2, (size // 2,) * 4)
-        )
-
-    @classmethod
-    def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Convolution:
-        """Those of a module."""
-        return cls(
-            tuple(module.kernel_size),
-            tuple(module.stride),
-            tuple(module.dilation),
-            tuple(module._reversed_padding_repeated_twice),
-            "constant" if module.padding_mode == "zeros" else module.padding_mode,
-        )
-
-
-# Multiplications in whose time Python sees to one pair of offsets of `patch_moment`.
-PAIR = 8e5
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How one raw input `[n, ...]` becomes `[n, t, i]` and one raw output `[n, ...]` `[n, t, o]`.
-
-    `conv` holds the convolution's hyper-parameters (None for a linear map); `group` is the group
-    this capture covers, of `groups`; `bias` says whether a trailing 1 stands for the bias.
-    """
-
-    in_features: int
-    out_features: int
-    bias: bool
-    conv: Convolution | None = None
-    group: int = 0
-    groups: int = 1
-
-    @classmethod
-    def of(cls, module: nn.Module, bias: bool, group: int = 0) -> Geometry:
-        """The geometry of a `Linear` or `Conv1d/2d/3d`, one group of it."""
-        if isinstance(module, nn.Linear):
-            return cls(module.in_features, module.out_features, bias)
-        if not isinstance(module, CONVOLUTIONS):
-            raise CaptureError(f"no weight-sharing form for {type(module).__name__}")
-        groups = module.groups
-        return cls(
-            module.in_channels // groups * math.prod(module.kernel_size),
-            module.out_channels // groups,
-            bias,
-            Convolution.of(module),
-            group,
-            groups,
-        )
-
-    def inputs(self, raw: Tensor) -> Tensor:
-        """The raw input of one call as `a` `[n, t, i]`, contiguous, the bias's 1 included."""
-        n = raw.shape[0]
-        if self.conv is None:
-            rows = raw.reshape(n, -1, self.in_features)
-            if not self.bias:
-                return rows
-            return torch.cat([rows, rows.new_ones(n, rows.shape[1], 1)], -1)
-        patches = self._patches(raw, self.conv)
-        dims = len(self.conv.kernel)
-        positions = math.prod(tuple(patches.shape[1 : 1 + dims]))
-        a = raw.new_empty(n, positions, self.in_features + self.bias)
-        # one copy, straight from the strided view into the rows that carry the trailing 1
-        body = a.as_strided(patches.shape, _row_strides(patches.shape, a.stride(), dims))
-        body.copy_(patches)
-        if self.bias:
-            a[..., -1] = 1
-        return a
-
-    def project(self, raw: Tensor, v: Tensor) -> Tensor:
-        """`a . v` `[n, t]` of every row of `inputs(raw)`, for `v` `[i]`; no patch is laid out."""
-        direction = v[: self.in_features]
-        if self.conv is None:
-            product = raw.reshape(raw.shape[0], -1, self.in_features) @ direction
-        else:
-            padded = self._padded(raw, self.conv)
-            kernel = direction.view(1, padded.shape[1], *self.conv.kernel)
-            convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.conv.kernel) - 1]
-            stride, dilation = self.conv.stride, self.conv.dilation
-            product = convolve(padded, kernel, stride=stride, dilation=dilation).flatten(1)
-        return product + v[-1] if self.bias else product
-
-    def _padded(self, raw: Tensor, conv: Convolution) -> Tensor:
-        """The padded input `[n, c, ...]` of this group."""
-        channels = raw.shape[1] // self.groups
-        raw = raw[:, self.group * channels : (self.group + 1) * channels]
-        return F.pad(raw, conv.padding, mode=conv.mode) if any(conv.padding) else raw
-
-    def _patches(self, raw: Tensor, conv: Convolution) -> Tensor:
-        """A strided view `[n, *out, c, *kernel]` of the padded input of this group."""
-        padded = self._padded(raw, conv)
-        channels = padded.shape[1]
-        kernel, stride, dilation = conv.kernel, conv.stride, conv.dilation
-        out = [
-            (length - d * (k - 1) - 1) // s + 1
-            for length, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
-        ]
-        step_n, step_c, *steps = padded.stride()
-        strides = [step_n, *(s * z for s, z in zip(stride, steps, strict=True))]
-        strides += [step_c, *(d * z for d, z in zip(dilation, steps, strict=True))]
-        size = [padded.shape[0], *out, channels, *kernel]
-        return padded.as_strided(size, strides, padded.storage_offset())
-
-    def input_sum(self, raw: Tensor, summed: int = 1) -> tuple[Tensor, int]:
-        """`sum_{n,t} a`, `[i]`, and the number of positions; windows of the examples' sum.
-
-        Each row of `raw` is the sum of `summed` examples.
-        """
-        total = example_sum(raw)
-        if self.conv is None:
-            rows = total.reshape(1, -1, self.in_features)
-        else:
-            rows = self._patches(total, self.conv)
-        places = 1 if self.conv is None else len(self.conv.kernel)
-        positions = math.prod(rows.shape[1 : 1 + places])
-        found = rows.sum(tuple(range(1 + places))).flatten()
-        if self.bias:
-            found = torch.cat([found, found.new_full((1,), summed * len(raw) * positions)])
-        return found, positions
-
-    def input_moment(self, raw: Tensor) -> Tensor:
-        """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
-        if self.conv is None or not self.conv.plain or not self._correlated(raw):
-            return contractions.second_moment(self.inputs(raw))
-        channels = raw.shape[1] // self.groups
-        group = raw[:, self.group * channels : (self.group + 1) * channels]
-        moment = patch_moment(group, self.conv.kernel[0])
-        if not self.bias:
-            return moment
-        total, positions = self.input_sum(raw)
-        return with_bias(moment, total[:-1], len(raw) * positions)
-
-    def _correlated(self, raw: Tensor) -> bool:
-        """Whether `patch_moment` serves these images, and is faster than their patches.
-
-        Patches: n t i (i + 80), the 80 for laying them out. Pairs of offsets: a fixed `PAIR` each.
-        """
-        assert self.conv is not None
-        k = self.conv.kernel[0]
-        patches = len(raw) * math.prod(raw.shape[2:]) * self.in_features * (self.in_features + 80)
-        return min(raw.shape[2:]) >= k // 2 and patches >= PAIR * k**4
-
-    def outputs(self, raw: Tensor, leading: int = 1) -> Tensor:
-        """A raw output or output gradient `[*leading, ...]` as `[*leading, t, o]`."""
-        lead = raw.shape[:leading]
-        if self.conv is None:
-            return raw.reshape(*lead, -1, self.out_features)
-        start = self.group * self.out_features
-        channels = raw.narrow(leading, start, self.out_features)
-        return channels.flatten(leading + 1).transpose(leading, leading + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +53,8 @@ class LayerCapture:
     column_share: float = 1.0
     # the same batch captured again after a step, for quasi-Newton pairs
     after: LayerCapture | None = None
+    # the geometry of each call, where they differ
+    maps: tuple[Geometry, ...] | None = None
     # while a memo measures this layer: its columns, made once for every approximation
     shared: dict[str, Columns] | None = field(default=None, repr=False)
 
@@ -265,7 +86,7 @@ class LayerCapture:
     @property
     def inputs(self) -> Tensor:
         """`a` `[n, t, i]`, last feature 1 where there is a bias; made anew at each access."""
-        calls = [self.geometry.inputs(raw) for raw in self.raw_inputs]
+        calls = [map_.inputs(raw) for map_, raw in self.calls(self.raw_inputs)]
         return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
 
     @property
@@ -274,7 +95,7 @@ class LayerCapture:
         conv = self.geometry.conv
         if self.shared is not None and "columns" in self.shared and not (conv and conv.plain):
             return contractions.second_moment(self.columns.a)
-        moments = [self.geometry.input_moment(raw) for raw in self.raw_inputs]
+        moments = [map_.input_moment(raw) for map_, raw in self.calls(self.raw_inputs)]
         return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
 
     @property
@@ -291,7 +112,7 @@ class LayerCapture:
     @property
     def mean_input_sum(self) -> Tensor:
         """`sum_n mean_t a`, `[i]`."""
-        sums = [self.geometry.input_sum(raw, self.summed) for raw in self.raw_inputs]
+        sums = [map_.input_sum(raw, self.summed) for map_, raw in self.calls(self.raw_inputs)]
         total = sums[0][0] if len(sums) == 1 else torch.stack([s for s, _ in sums]).sum(0)
         return total / sum(positions for _, positions in sums)
 
@@ -299,21 +120,21 @@ class LayerCapture:
     def output_gradients(self) -> Tensor:
         """`g` `[m, n, t, o]` of the per-example loss, the column scale inside."""
         raw = self._present("raw_output_gradients", "output_gradients")
-        calls = [self.geometry.outputs(x, 2) for x in raw]
+        calls = [map_.outputs(x, 2) for map_, x in self.calls(raw)]
         return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 2))
 
     @property
     def label_gradients(self) -> Tensor:
         """`g` `[n, t, o]` of the per-example loss at the observed labels."""
         raw = self._present("raw_label_gradients", "label_gradients")
-        calls = [self.geometry.outputs(x) for x in raw]
+        calls = [map_.outputs(x) for map_, x in self.calls(raw)]
         return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 1))
 
     @property
     def label_gradient_sum(self) -> Tensor:
         """`sum_{n,t} g` at the observed labels, `[o]`."""
         raw = self._present("raw_label_gradients", "label_gradients")
-        sums = [self.geometry.outputs(x).sum((0, 1)) for x in raw]
+        sums = [map_.outputs(x).sum((0, 1)) for map_, x in self.calls(raw)]
         return self._scaled(sums[0] if len(sums) == 1 else torch.stack(sums).sum(0))
 
     def _scaled(self, gradients: Tensor) -> Tensor:
@@ -323,7 +144,7 @@ class LayerCapture:
     def outputs(self) -> Tensor:
         """`s` `[n, t, o]`, the layer's outputs."""
         raw = self._present("raw_outputs", "outputs")
-        calls = [self.geometry.outputs(x) for x in raw]
+        calls = [map_.outputs(x) for map_, x in self.calls(raw)]
         return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
 
     @property
@@ -421,8 +242,11 @@ class LayerCapture:
         if raw is None:
             return self.inputs.shape[1]
         leading = 2 if self.raw_output_gradients is not None else 1
-        width = self.geometry.out_features * self.geometry.groups
-        return sum(math.prod(x.shape[leading:]) // width for x in raw)
+        return sum(map_.positions(x, leading) for map_, x in self.calls(raw))
+
+    def calls(self, raw: tuple[Tensor, ...]) -> Iterator[tuple[Geometry, Tensor]]:
+        """The geometry and the raw tensor of each call."""
+        return zip(self.maps or [self.geometry] * len(raw), raw, strict=True)
 
     def part(self, examples: slice, columns: slice = slice(None)) -> LayerCapture:
         """The capture of some examples and some of their output vectors."""
@@ -476,11 +300,3 @@ class LayerCapture:
 def _product(g: Tensor, a: Tensor) -> Tensor:
     """`sum_{n,t} g a^T`, `[o, i]`."""
     return g.flatten(0, 1).mT @ a.flatten(0, 1)
-
-
-def _row_strides(size: torch.Size, rows: tuple[int, ...], dims: int) -> list[int]:
-    """Strides that lay patches `[n, *out, c, *kernel]` into rows `[n, t, i]` of given strides."""
-    out, inside = tuple(size[1 : 1 + dims]), tuple(size[1 + dims :])
-    strides = [rows[0]]
-    strides += [math.prod(out[d + 1 :]) * rows[1] for d in range(dims)]
-    return strides + [math.prod(inside[d + 1 :]) for d in range(dims + 1)]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fisherlab.extract import fisher
 from fisherlab.extract.api import Captures, capture, split_batch
-from fisherlab.extract.layer import CaptureError, LayerCapture
+from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.layer import LayerCapture
 
 
 def form_bytes(layer: LayerCapture) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fisherlab.extract.layer import Geometry, LayerCapture
-from fisherlab.extract.record import Call
+from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.rows import as_rows
+from fisherlab.extract.tape import Call
 
 CHECKS = ("full", "gradient", "off")
 # Relative to the sum of the lengths of what is added. Half precision and TF32 round this coarsely.
@@ -19,146 +21,136 @@ COARSE = 5e-2
 EXPONENTS = 8
 
 
-def unproven(
-    outputs: Tensor,
-    labels: Tensor,
-    captured: Mapping[str, LayerCapture],
-    calls: Mapping[str, Sequence[Call]],
-    modules: Mapping[str, nn.Module],
-    check: str,
-) -> dict[str, str]:
-    """Layers whose capture is not what autograd says, with the reason.
+@dataclass
+class Weighted:
+    """One more backward pass, in which the loss term of example n has the weight `w_n`.
 
-    One more backward pass sends every example's loss gradient with its own weight `w_n`, a power of
-    two. For a right capture, the following hold:
+    `rows` are the gradients at the outputs of the calls, `leaves` those of the parameters by id.
+    """
 
-        rows:       `g_w[n, t] = w_n g[n, t]`, so row n depends on the loss of example n only
-        gradients:  `sum_{n,t} g_w a^T = dL_w/dW`, bias included
+    weights: Tensor
+    rows: dict[int, Tensor]
+    leaves: dict[int, Tensor]
 
-    The gradients are compared on a random vector `v`: `sum g (a . v)` against `(dL_w/dW) v`, which
-    takes O(n t (i + o)) instead of O(n t i o).
+    @classmethod
+    def of(
+        cls, outputs: Tensor, labels: Tensor, calls: Sequence[Call], leaves: Sequence[Tensor]
+    ) -> Weighted:
+        """Send every example's loss gradient with its own weight, a power of two.
+
+        Args:
+            outputs: the model's outputs `[n, ...]`, with their graph.
+            labels: the gradient of the summed per-example loss at `outputs`.
+            calls: the recorded calls.
+            leaves: weights and biases.
+        """
+        generator = torch.Generator().manual_seed(0)
+        n = outputs.shape[0]
+        exponents = torch.randint(-EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator)
+        weights = (2.0**exponents).to(outputs)
+        sources: list[Any] = [call.edge for call in calls]
+        with torch.enable_grad():
+            weighted = labels * weights.view(-1, *[1] * (labels.ndim - 1))
+            product = (outputs * weighted).sum()
+        found = torch.autograd.grad(
+            product, [*sources, *leaves], retain_graph=True, allow_unused=True
+        )
+        arrived = found[: len(calls)]
+        rows = [or_zero(g, c.label_gradient) for g, c in zip(arrived, calls, strict=True)]
+        gradients = [or_zero(g, p) for g, p in zip(found[len(calls) :], leaves, strict=True)]
+        return cls(
+            weights,
+            {id(c): g for c, g in zip(calls, rows, strict=True)},
+            {id(p): g for p, g in zip(leaves, gradients, strict=True)},
+        )
+
+    def arrived(self, call: Call) -> Tensor:
+        """The gradient at the output of a call."""
+        return self.rows[id(call)]
+
+    def belong(self, call: Call) -> bool:
+        """Whether each row of a call depends on its example alone: `g_w[n, t] = w_n g[n, t]`."""
+        row, g = self.rows[id(call)], call.label_gradient
+        weights = self.weights.to(g)
+        if call.examples is not None:
+            row, g = as_rows(call, row), as_rows(call, g)
+            weights = weights[call.examples]
+        elif len(g) != len(weights):
+            return False
+        expected = g * weights.view(-1, *[1] * (g.ndim - 1))
+        bound = call_tolerance(call)
+        return bool((row - expected).norm() <= bound * expected.norm())
+
+
+def gradient_error(
+    parts: Sequence[LayerCapture],
+    leaf: Tensor,
+    bias: Tensor | None,
+) -> float:
+    """`|sum g (a . v) - (dL/dW) v|` over the sum of `|g| |a . v|`, on a random `v`.
+
+    It takes O(n t (i + o)) instead of the O(n t i o) of the gradients themselves.
 
     Args:
-        outputs: the model's outputs `[n, ...]`, with their graph.
-        labels: the gradient of the summed per-example loss at `outputs`.
-        captured: captures by name; the groups of a convolution are one each.
-        calls: the recorded calls of each weight's owner, in the order of the captures.
-        modules: the module that owns each weight.
-        check: "full" for both laws, "gradient" for the second.
-
-    Returns:
-        `{module name: reason}` of the captures that break a law; empty where all hold.
+        parts: captures of the weight, one per group, whose label gradients are those of `leaf`.
+        leaf: the gradient of the weight.
+        bias: the gradient of the bias; None where the block has none.
     """
     generator = torch.Generator().manual_seed(0)
-    n = outputs.shape[0]
-    exponents = torch.randint(-EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator)
-    weights = (2.0**exponents).to(outputs)
-    names = [name for name, found in calls.items() if found]
-    sources: list[Any] = [call.edge for name in names for call in calls[name]]
-    leaves = [leaf for name in names for leaf in _leaves(modules[name])]
-    with torch.enable_grad():
-        weighted = labels * weights.view(-1, *[1] * (labels.ndim - 1))
-        product = (outputs * weighted).sum()
-    found = torch.autograd.grad(product, [*sources, *leaves], retain_graph=True, allow_unused=True)
-    arrived = iter(found[: len(sources)])
-    gradients = iter(found[len(sources) :])
-    failures: dict[str, str] = {}
-    for name in names:
-        module = modules[name]
-        rows = [or_zero(next(arrived), call.label_gradient) for call in calls[name]]
-        leaf_gradients = [or_zero(next(gradients), leaf) for leaf in _leaves(module)]
-        parts = [layer for layer in captured.values() if layer.name == name]
-        if check == "full" and not _rows_belong(calls[name], rows, weights):
-            failures[name] = (
-                "its rows are not one example each: examples interact (batch statistics, a graph, "
-                "a mean over the batch), or the first axis of its input is not the example"
-            )
-            continue
-        error = max(
-            gradient_error(part.geometry, part.raw_inputs, rows, leaf_gradients, generator)
-            for part in parts
-        )
-        if error > _tolerance(calls[name]):
-            failures[name] = not_a_product(error)
-    return failures
+    worst = 0.0
+    for part in parts:
+        geometry = part.geometry
+        i, o = geometry.in_features, geometry.out_features
+        width = i + (bias is not None)
+        v = torch.randn(width, generator=generator, dtype=torch.float64)
+        v = v.to(part.raw_inputs[0])
+        expected = geometry.matrix(leaf).to(v) @ v[:i]
+        if bias is not None:
+            rows = bias.reshape(-1)[geometry.group * o : (geometry.group + 1) * o]
+            expected = expected + rows.to(v) * v[-1]
+        total, size = projected_gradient(part, v)
+        error = float((total - expected).norm())
+        # without any captured gradient, the whole gradient of the weight is unexplained
+        worst = max(worst, error / size if size else (float("inf") if error else 0.0))
+    return worst
 
 
-def not_a_product(error: float) -> str:
+def projected_gradient(layer: LayerCapture, v: Tensor) -> tuple[Tensor, float]:
+    """`sum_{n,t} g (a . v)` `[o]` over all calls at the labels, and the sum of `|g| |a . v|`."""
+    total, size = v.new_zeros(layer.shape[0]), 0.0
+    rows = cast(tuple[Tensor, ...], layer.raw_label_gradients)
+    for (geometry, raw), row in zip(layer.calls(layer.raw_inputs), rows, strict=True):
+        products, g = geometry.project(raw.to(v), v), geometry.outputs(row)
+        total = total + torch.einsum("nt,nto->o", products, g)
+        size += float((products.abs() * g.norm(dim=2)).sum())
+    return total, size
+
+
+def not_a_product(
+    error: float,
+    why: str = "they are changed before use, or used elsewhere too",
+) -> str:
     """Why a layer has no block whose gradient is another one than its calls make."""
     return (
         "the gradient of its weight and bias is not the sum of g a^T over its calls (off by "
-        f"{error:.1e} of the terms): they are changed before use, or used elsewhere too, or a hook "
-        "changes the layer's output"
+        f"{error:.1e} of the terms): {why}"
     )
 
 
-def _leaves(module: nn.Module) -> list[Tensor]:
-    """The weight and, if it has a block, the bias."""
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    return [weight] if bias is None or not bias.requires_grad else [weight, bias]
+def call_tolerance(call: Call) -> float:
+    """That of a call's input and output; the numbers of an embedding's tokens are exact."""
+    tensors = [t for t in (call.raw_input, call.output) if t.is_floating_point()]
+    return max(tolerance(tensor) for tensor in tensors)
 
 
 def or_zero(gradient: Tensor | None, target: Tensor) -> Tensor:
-    """A gradient in the dtype of its target; zeros where none arrived."""
-    return torch.zeros_like(target) if gradient is None else gradient.to(target.dtype)
-
-
-def _tolerance(calls: Sequence[Call]) -> float:
-    tensors = [tensor for call in calls for tensor in (call.raw_input, call.output)]
-    return max(tolerance(tensor) for tensor in tensors)
+    """A dense gradient in the dtype of its target; zeros where none arrived."""
+    if gradient is None:
+        return torch.zeros_like(target)
+    return (gradient.to_dense() if gradient.is_sparse else gradient).to(target.dtype)
 
 
 def tolerance(tensor: Tensor) -> float:
     """The rounding that a sum may keep, relative to the lengths of its terms."""
     tf32 = tensor.is_cuda and tensor.dtype == torch.float32
     return COARSE if tf32 else TOLERANCE.get(tensor.dtype, COARSE)
-
-
-def _rows_belong(calls: Sequence[Call], rows: Sequence[Tensor], weights: Tensor) -> bool:
-    """Whether every row's gradient is that of its example times the example's weight."""
-    bound = _tolerance(calls)
-    for call, row in zip(calls, rows, strict=True):
-        g = call.label_gradient
-        expected = g * weights.to(g).view(-1, *[1] * (g.ndim - 1))
-        if (row - expected).norm() > bound * expected.norm():
-            return False
-    return True
-
-
-def gradient_error(
-    geometry: Geometry,
-    raw_inputs: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    leaves: Sequence[Tensor],
-    generator: torch.Generator,
-) -> float:
-    """`|sum g (a . v) - (dL/dW) v|` over the sum of `|g| |a . v|`, on a random `v`.
-
-    Args:
-        geometry: of the layer, or of one group of a convolution.
-        raw_inputs: the input of every call.
-        rows: the gradient at the output of every call.
-        leaves: the gradients of the weight and, if it is in the block, of the bias.
-        generator: draws `v`.
-    """
-    i, o = geometry.in_features + geometry.bias, geometry.out_features
-    v = torch.randn(i, generator=generator, dtype=torch.float64).to(rows[0])
-    expected = leaves[0].flatten(1).to(v) @ v[: geometry.in_features]
-    if geometry.bias:
-        expected = expected + leaves[1].to(v) * v[-1]
-    total, size = projected_gradient(geometry, raw_inputs, rows, v)
-    error = float((total - expected[geometry.group * o : (geometry.group + 1) * o]).norm())
-    # without any captured gradient, the whole gradient of the weight is unexplained
-    return error / size if size else (float("inf") if error else 0.0)
-
-
-def projected_gradient(
-    geometry: Geometry, raw_inputs: Sequence[Tensor], rows: Sequence[Tensor], v: Tensor
-) -> tuple[Tensor, float]:
-    """`sum_{n,t} g (a . v)` `[o]` over all calls, and the sum of `|g| |a . v|`."""
-    total, size = v.new_zeros(geometry.out_features), 0.0
-    for raw, row in zip(raw_inputs, rows, strict=True):
-        products, g = geometry.project(raw.to(v), v), geometry.outputs(row)
-        total = total + torch.einsum("nt,nto->o", products, g)
-        size += float((products.abs() * g.norm(dim=2)).sum())
-    return total, size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fisherlab.extract.layer import CaptureError
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.slopes import Slopes, slopes
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
-from fisherlab.extract.layer import CONVOLUTIONS, CaptureError
+from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
 from fisherlab.names import nearest
 
 C = TypeVar("C")
@@ -90,18 +91,6 @@ def choices(model: nn.Module) -> list[Choice]:
     ]
 
 
-def coverage(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
-    """How many parameters the model trains, and how many of them belong to these layers."""
-    modules = {name or type(model).__name__.lower(): m for name, m in model.named_modules()}
-    trained = {p for p in model.parameters() if p.requires_grad}
-    covered = trained & {p for name in layers for p in modules[name].parameters()}
-    return {"trained": _count(trained), "covered": _count(covered)}
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
 def _parametrized(module: nn.Module) -> bool:
     return torch.nn.utils.parametrize.is_parametrized(module)
 
@@ -119,8 +108,100 @@ def _choice(name: str, module: nn.Module, fused: bool) -> Choice:
     return Choice(name, module, "exact")
 
 
-def select(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The modules to capture by name; unknown or unsupported names are refused with the reason."""
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, or the computed weight of a parametrized module, and every name it has."""
+
+    name: str
+    tensor: Tensor
+    module: nn.Module
+    # its name in the module
+    local: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def parametrized(self) -> bool:
+        """Whether the module computes it."""
+        return self.local not in self.module._parameters
+
+
+def weights_of(model: nn.Module) -> dict[str, Weight]:
+    """By name, in order of registration: a module's own name for its `weight`.
+
+    A tensor that several modules share has the name of the first; the others are aliases.
+    """
+    found: dict[int, Weight] = {}
+    for prefix, module in model.named_modules():
+        if "parametrizations" in prefix.split("."):
+            continue
+        computed = list(getattr(module, "parametrizations", ())) if _parametrized(module) else []
+        for local in (*module._parameters, *computed):
+            tensor = getattr(module, local)
+            if not isinstance(tensor, Tensor):
+                continue
+            at = prefix or type(model).__name__.lower()
+            name = at if local == "weight" else f"{prefix}.{local}" if prefix else local
+            first = found.get(id(tensor))
+            if first is None:
+                found[id(tensor)] = Weight(name, tensor, module, local)
+            else:
+                found[id(tensor)] = replace(first, aliases=(*first.aliases, name))
+    return {weight.name: weight for weight in found.values()}
+
+
+Names = str | Iterable[str] | None
+
+
+def chosen(
+    weights: Mapping[str, Weight], layers: Names, skip: Names = None
+) -> tuple[list[str], set[str]]:
+    """The names of the weights that `layers` means, and those of them that it names in full.
+
+    Args:
+        weights: those of the model.
+        layers: names or patterns such as `"encoder.*"`; None for all trainable ones.
+        skip: names or patterns of what is left out.
+
+    Raises:
+        CaptureError: for a name or a pattern that means nothing in this model.
+    """
+    known = {alias: w.name for w in weights.values() for alias in (w.name, *w.aliases)}
+    trainable = {name for name, weight in weights.items() if weight.tensor.requires_grad}
+    found: set[str] = set()
+    named: set[str] = set()
+    if layers is None:
+        found = trainable
+    else:
+        for pattern in [layers] if isinstance(layers, str) else layers:
+            if pattern in known:
+                named.add(known[pattern])
+                continue
+            matches = {known[name] for name in _matching(pattern, known)} & trainable
+            if not matches:
+                near = nearest(pattern, known, list(known)[:5])
+                raise CaptureError(
+                    f"no layer {pattern!r} in this model; nearest: {near}; "
+                    "fl.support and `fisherlab support` list all"
+                )
+            found |= matches
+    for pattern in [skip] if isinstance(skip, str) else skip or ():
+        matches = {known[name] for name in _matching(pattern, known)}
+        if not matches:
+            near = nearest(pattern, known, list(known)[:5])
+            raise CaptureError(f"skip={pattern!r} means no layer of this model; nearest: {near}")
+        found -= matches
+        named -= matches
+    for name in sorted(named - trainable):
+        raise CaptureError(f"layer {name!r} has no block: its weight is frozen")
+    return [name for name in weights if name in found | named], named
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+
+
+def select(model: nn.Module, layers: Names) -> dict[str, nn.Module]:
+    """The Linear and convolution modules by name, those that share a weight included."""
     known = {choice.name: choice for choice in choices(model)}
     if layers is None:
         chosen = {c.name: c.module for c in known.values() if c.status == "exact"}
@@ -162,6 +243,8 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, nn.LSTM | nn.GRU | nn.RNN) and module.training and module.dropout:
             raise CaptureError(f"{name!r} has active dropout; call model.eval() first")
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise CaptureError(
                 f"parameter {name!r} is {parameter.dtype}; curvature in half precision is noise: "

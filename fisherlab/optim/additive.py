@@ -112,7 +112,7 @@ class AdditiveLaw:
             rows = layer.raw_label_gradients
             if layer.name == name and rows is not None:
                 v = self.vectors[name].to(rows[0])
-                terms.append(projected_gradient(layer.geometry, layer.raw_inputs, rows, v)[0])
+                terms.append(projected_gradient(layer, v)[0])
                 terms[-1] = terms[-1].double() * layer.gradient_scale / factor
         return torch.cat(terms) if terms else self.vectors[name].new_zeros(0).double()
 

@@ -22,8 +22,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
+from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.layer import CaptureError, Geometry, LayerCapture
+from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
@@ -297,10 +298,13 @@ class Recorder:
             found = [or_zero(next(rest[1]), leaf) for leaf in leaves[name]]
             module, bias = self.modules[name], name in self.biased
             inputs = [call.raw_input for call in calls]
-            error = max(
-                gradient_error(Geometry.of(module, bias, k), inputs, rows, found, generator)
+            parts = [
+                LayerCapture(
+                    name, "", Geometry.of(module, bias, k), tuple(inputs), None, tuple(rows)
+                )
                 for k in range(getattr(module, "groups", 1))
-            )
+            ]
+            error = gradient_error(parts, found[0], found[1] if len(found) > 1 else None)
             if error > max(tolerance(x) for x in (*inputs, *rows)):
                 self.left_out[name] = not_a_product(error)
                 warnings.warn(

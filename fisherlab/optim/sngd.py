@@ -19,8 +19,8 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.layer import Geometry
 from fisherlab.extract.slopes import slopes
 from fisherlab.names import unknown
 from fisherlab.optim.passes import blocked_layers

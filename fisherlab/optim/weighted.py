@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fisherlab.blocks.columns import Columns
+from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.layer import Geometry, LayerCapture
+from fisherlab.extract.layer import LayerCapture
 from fisherlab.optim.recorder import uncompiled
 from fisherlab.optim.scale import Loss, LossScale
 from fisherlab.optim.weight import Weight

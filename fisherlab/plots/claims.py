@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -15,6 +16,12 @@ from fisherlab.plots import theme
 
 TRUE, FALSE, LINE = theme.BLUE, theme.ORANGE, theme.GUIDE["color"]
 POINTS = 300
+COLOURS = {"holds": TRUE, "refuted": FALSE, "undecided": "#999999"}
+HEADINGS = {
+    "claim": "claims of the paper",
+    "extension": "extensions of ours",
+    "contrast": "denied by the paper",
+}
 # What matplotlib's formulas lack.
 _FORMULAS = (
     (r"\\tfrac|\\dfrac", r"\\frac"),
@@ -65,7 +72,8 @@ def claim(table: Any, name: str) -> theme.Picture:
         _run(ax, trials)
     else:
         _entries(ax, trials)
-    theme.title(figure, f"{name.replace('_', ' ')}: {row.verdict}")
+    kind = "" if row.kind == "claim" else f" ({row.kind})"
+    theme.title(figure, f"{name.replace('_', ' ')}{kind}: {row.verdict}")
     ax.set_title(formula(trials.claim.latex), loc="left", fontsize=7, pad=9)
     return figure
 
@@ -148,21 +156,29 @@ def _flat(side: Tensor) -> Tensor:
 
 @theme.themed
 def verdicts(table: Any) -> theme.Picture:
-    """How many claims of each paper hold and how many are refuted."""
-    counts = table.frame.groupby(["paper", "verdict"]).size().unstack(fill_value=0)
-    figure, (ax,) = theme.panels(1, width=theme.COLUMN * 1.25, height=1.8)
-    start = np.zeros(len(counts))
-    colours = {"holds": TRUE, "refuted": FALSE, "undecided": "#999999"}
-    for verdict in (v for v in colours if v in counts):
-        bars = ax.barh(
-            counts.index, counts[verdict], left=start, color=colours[verdict], label=verdict
-        )
-        labels = [str(n) if n else "" for n in counts[verdict]]
-        ax.bar_label(bars, labels, label_type="center", color="white", fontsize=7)
-        start += counts[verdict].to_numpy()
-    ax.invert_yaxis()
-    ax.grid(False)
-    ax.set(xlabel="claims")
-    figure.legend(loc="outside right upper", frameon=False)
-    theme.title(figure, "Claims of each paper")
+    """How many statements of each paper hold and how many are refuted, a panel per kind."""
+    frame = table.frame
+    papers = list(dict.fromkeys(frame.paper))
+    kinds = [kind for kind in HEADINGS if (frame.kind == kind).any()]
+    width = theme.COLUMN * (0.5 + 0.5 * len(kinds))
+    figure, axes = theme.panels(len(kinds), width=width, height=1.8, sharex=True, sharey=True)
+    for ax, kind in zip(axes, kinds, strict=True):
+        part = frame[frame.kind == kind]
+        counts = part.groupby(["paper", "verdict"]).size().unstack(fill_value=0)
+        counts = counts.reindex(papers, fill_value=0)
+        start = np.zeros(len(papers))
+        for verdict in (v for v in COLOURS if v in counts):
+            bars = ax.barh(papers, counts[verdict], left=start, color=COLOURS[verdict])
+            labels = [str(n) if n else "" for n in counts[verdict]]
+            ax.bar_label(bars, labels, label_type="center", color="white", fontsize=7)
+            start += counts[verdict].to_numpy()
+        ax.grid(False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_title(HEADINGS[kind], loc="left")
+        ax.set(xlabel="statements")
+    axes[0].invert_yaxis()
+    found = [verdict for verdict in COLOURS if (frame.verdict == verdict).any()]
+    patches = [Patch(color=COLOURS[verdict], label=verdict) for verdict in found]
+    figure.legend(handles=patches, loc="outside right upper", frameon=False)
+    theme.title(figure, "Verdicts")
     return figure

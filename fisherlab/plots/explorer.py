@@ -44,7 +44,7 @@ class Explorer:
         dampings: Sequence[float] = DAMPINGS,
     ) -> None:
         fisher_type = fisher_type or default_fisher_type(model, criterion, x)
-        self.captures = capture(model, criterion, x, y, fisher_type=fisher_type)
+        self.captures = capture(model, criterion, x, y, fisher_type=fisher_type, kinds=("map",))
         known = [name for name in registry.names() if name != "exact"]
         usable = [name for name in registry.of_one_batch() if name != "exact"]
         self.approximations = list(approximations or usable)

@@ -20,7 +20,12 @@ CAPTURE_REACH = {"empirical": 1.0, "exact": 3.4}
 def grams(network: Network) -> list[Tensor]:
     """The Gram matrix of every layer, from the factors."""
     layers = capture(
-        network.model, network.criterion, network.x, network.y, fisher_type="empirical"
+        network.model,
+        network.criterion,
+        network.x,
+        network.y,
+        fisher_type="empirical",
+        kinds=("map",),
     )
     return [layer.gram() for layer in layers.values()]
 

@@ -1,0 +1,178 @@
+"""From a tape to captures that are proven, and the reasons of what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.blocks.numerics import all_finite
+from fisherlab.extract.assemble import Form, Piece, capture_of, pieces, shared_biases
+from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.proof import Weighted, call_tolerance, gradient_error, not_a_product
+from fisherlab.extract.rows import SEVERAL, as_rows, find_examples
+from fisherlab.extract.select import Weight
+from fisherlab.extract.tape import Call, Record, joined_slopes
+
+_NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
+_RECURRENCE = "fused recurrence; fl.models' lstm is of Linear maps"
+
+
+def collect(
+    record: Record,
+    weights: Mapping[str, Weight],
+    outputs: Tensor,
+    fisher_type: str,
+    term_scale: float,
+    check: str,
+    examples: Tensor | None = None,
+) -> tuple[dict[str, LayerCapture], dict[str, str]]:
+    """Captures by name, and `{name: reason}` of the weights without one.
+
+    Args:
+        record: the tape of the pass, gradients included.
+        weights: every parameter of the model by name.
+        outputs: the model's outputs `[n, ...]`, with their graph.
+        fisher_type: of the columns on the record.
+        term_scale: `c = M / Z` of the batch.
+        check: "full", "gradient" or "off".
+        examples: the example of every row, for calls with as many rows; None: rows are asked of
+            autograd where they are not the examples.
+    """
+    n = len(outputs)
+    calls = {name: found for name, found in record.calls.items() if found}
+    for name, found in calls.items():
+        if not all(all_finite(call.gradients) for call in found):
+            raise CaptureError(f"the gradient at the output of {name!r} has NaN or inf entries")
+    leaves = _leaves(calls, weights)
+    weighted = None
+    if check != "off" and calls:
+        weighted = Weighted.of(outputs, record.labels, record.every(), leaves)
+    failures = shared_biases(calls) | _find_rows(
+        calls, outputs, weighted if check == "full" else None, examples
+    )
+    captured: dict[str, LayerCapture] = {}
+    covered: set[int] = set()
+    for name, found in calls.items():
+        if name in failures:
+            continue
+        form = Form.of(found)
+        try:
+            parts = [piece for call in found for piece in pieces(call, form, n)]
+        except ValueError as why:
+            failures[name] = str(why)
+            continue
+        kind = type(weights[name].module).__name__
+        if weighted is not None:
+            sums = capture_of(name, kind, parts, form, weighted.arrived)
+            leaf = weighted.leaves[id(weights[name].tensor)]
+            bias = None if form.bias is None else weighted.leaves[id(form.bias)]
+            error = gradient_error(list(sums.values()), leaf, bias)
+            if error > max(call_tolerance(call) for call in found):
+                failures[name] = not_a_product(error, *_why(record, name))
+                continue
+        slopes, reason = _slopes(name, found, parts, n)
+        captured |= capture_of(
+            name,
+            kind,
+            parts,
+            form,
+            lambda call: call.label_gradient,
+            lambda call: call.gradients,
+            slopes=slopes,
+            without_slope=reason,
+            fisher_type=fisher_type,
+            term_scale=term_scale,
+        )
+        covered |= {id(weights[name].tensor), id(form.bias)}
+    return captured, _skipped(record, weights, failures, covered)
+
+
+def coverage(
+    weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]
+) -> tuple[int, int]:
+    """How many parameters are trained, and how many of them have a block."""
+    total = sum(w.tensor.numel() for w in weights.values() if w.tensor.requires_grad)
+    inside = sum(layer.shape[0] * layer.shape[1] for layer in captured.values())
+    return total, min(total, inside)
+
+
+def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) -> list[Tensor]:
+    """The weights with calls and the biases that they add, each once."""
+    found = {id(weights[name].tensor): weights[name].tensor for name in calls}
+    for call in (call for some in calls.values() for call in some):
+        if call.bias is not None:
+            found[id(call.bias)] = call.bias
+    return list(found.values())
+
+
+def _find_rows(
+    calls: Mapping[str, Sequence[Call]],
+    outputs: Tensor,
+    weighted: Weighted | None,
+    examples: Tensor | None,
+) -> dict[str, str]:
+    """Set the examples of rows that are in another order than the batch's; why some have none."""
+    doubtful: list[tuple[str, Call]] = []
+    failures: dict[str, str] = {}
+    for name, call in ((name, call) for name, found in calls.items() for call in found):
+        rows = len(as_rows(call, call.output))
+        if examples is not None and rows == len(examples):
+            call.examples = examples.to(call.output.device)
+            if weighted is not None and not weighted.belong(call):
+                failures[name] = f"with the given examples, {SEVERAL}"
+        elif len(call.output) != len(outputs) or len(call.raw_input) != len(outputs):
+            doubtful.append((name, call))
+        elif weighted is not None and not weighted.belong(call):
+            doubtful.append((name, call))
+    if doubtful:
+        reasons = find_examples(outputs, [call for _, call in doubtful])
+        failures |= {name: why for (name, _), why in zip(doubtful, reasons, strict=True) if why}
+    return failures
+
+
+def _slopes(name: str, calls: Sequence[Call], parts: Sequence[Piece], n: int) -> tuple[Tensor, str]:
+    plain = all(not piece.sums and piece.rows is None for piece in parts)
+    if plain and all(call.slopes is not None for call in calls):
+        return joined_slopes(name, calls)
+    return torch.zeros(n, 2, dtype=torch.float64), (
+        f"layer {name!r} has no slope nu: it is no linear map of the examples' rows"
+    )
+
+
+def _why(record: Record, name: str) -> list[str]:
+    others = record.tape.others.get(name)
+    return [f"it is used by {', '.join(sorted(others))} as well"] if others else []
+
+
+def _skipped(
+    record: Record,
+    weights: Mapping[str, Weight],
+    failures: Mapping[str, str],
+    covered: Collection[int],
+) -> dict[str, str]:
+    """The trainable weights without a block, with the reasons."""
+    found: dict[str, str] = {}
+    for name, weight in weights.items():
+        if id(weight.tensor) in covered:
+            continue
+        if name not in record.calls:
+            if not weight.tensor.requires_grad and weight.local == "weight":
+                found[name] = "its weight is frozen"
+            continue
+        others = record.tape.others.get(name)
+        if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
+            found[name.rpartition(".")[0] or name] = _RECURRENCE
+        elif name in failures:
+            found[name] = failures[name]
+        elif name in record.tape.without_graph:
+            found[name] = _NO_GRAPH
+        elif others:
+            found[name] = f"it is used by {', '.join(sorted(others))}, not by a product of `kinds`"
+        elif any(c.bias is weight.tensor for c in record.every()):
+            found[name] = "it is the bias of a weight without a block, or a weight's second bias"
+        else:
+            found[name] = "not called in this forward pass"
+    return found

@@ -1,0 +1,111 @@
+"""Which example every row of a call belongs to, whatever the layout; and rows put in that order.
+
+Time-first sequences, windows, packed sequences and folded axes have their rows in other orders than
+the batch's. The examples are asked of autograd, never guessed from shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlab.extract.tape import Call
+
+SEVERAL = (
+    "its rows are not one example each: examples interact (batch statistics, a graph, a mean over "
+    "the batch), or one row serves several examples"
+)
+# Part of the step between two codes that rounding may take up.
+SLACK = 0.1
+
+
+def whole_rows(call: Call) -> bool:
+    """Whether a row is all but the first axis: images, whose positions are one row together."""
+    g = call.geometry
+    return g.conv is not None or g.transposed is not None or call.axis is not None
+
+
+def as_rows(call: Call, tensor: Tensor) -> Tensor:
+    """An output or its gradient as `[rows, features]`."""
+    return tensor.flatten(1) if whole_rows(call) else tensor.reshape(-1, tensor.shape[-1])
+
+
+def find_examples(outputs: Tensor, calls: Sequence[Call]) -> list[str]:
+    """Set `examples` of each call; returns why it has none, or "".
+
+    Loss terms are sent back with codes for weights: a row of example n returns `w_n` times its
+    gradient, which tells n. Two codes, the digits of n in base `sqrt(n)`, keep the steps between
+    codes far above rounding. Three backward passes to the layers' outputs, O(1) in n.
+
+    Args:
+        outputs: the model's outputs `[n, ...]`, with their graph.
+        calls: those whose rows are in doubt.
+    """
+    n = outputs.shape[0]
+    base = max(2, math.isqrt(n - 1) + 1)
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(outputs.shape, generator=generator).to(outputs) + 0.1
+    index = torch.arange(n, device=outputs.device)
+    digits = (index // base, index % base)
+    plain = _arrived(outputs, vector, calls)
+    coded = [_arrived(outputs, _times(vector, 1 + digit / base), calls) for digit in digits]
+    reasons = []
+    for k, call in enumerate(calls):
+        g = as_rows(call, plain[k]).double()
+        square = g.square().sum(1)
+        there = square > 0
+        example = torch.zeros(len(g), dtype=torch.long, device=g.device)
+        clean = torch.ones_like(there)
+        for place, weighted in zip((base, 1), coded, strict=True):
+            w = as_rows(call, weighted[k]).double()
+            ratio = (w * g).sum(1) / square.where(there, torch.ones_like(square))
+            code = (ratio - 1) * base
+            digit = code.round()
+            rest = (w - ratio[:, None] * g).norm(dim=1) * base
+            clean &= ((code - digit).abs() < SLACK) & (rest < SLACK * square.sqrt())
+            example += place * digit.long()
+        example = example.where(there, torch.full_like(example, -1))
+        right = bool((clean | ~there).all()) and bool((example < n).all())
+        call.examples = example if right else None
+        reasons.append("" if right else SEVERAL)
+    return reasons
+
+
+def _times(vector: Tensor, weights: Tensor) -> Tensor:
+    return vector * weights.to(vector).view(-1, *[1] * (vector.ndim - 1))
+
+
+def _arrived(outputs: Tensor, vector: Tensor, calls: Sequence[Call]) -> list[Tensor]:
+    edges: list[Any] = [call.edge for call in calls]
+    with torch.enable_grad():
+        product = (outputs * vector).sum()
+    found = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(call.output) if gradient is None else gradient
+        for call, gradient in zip(calls, found, strict=True)
+    ]
+
+
+def order(examples: Tensor, n: int) -> Tensor:
+    """`[n, t]`: the rows of each example, in their order; the number of rows where it has fewer."""
+    rows = len(examples)
+    counts = torch.bincount(examples[examples >= 0], minlength=n)
+    ranked = examples.argsort(stable=True)
+    ranked = ranked[rows - int(counts.sum()) :]
+    place = torch.arange(len(ranked), device=examples.device)
+    place = place - (counts.cumsum(0) - counts)[examples[ranked]]
+    found = examples.new_full((n, max(1, int(counts.max()))), rows)
+    found[examples[ranked], place] = ranked
+    return found
+
+
+def take(tensor: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+    """`tensor` at `rows`, zero where the index is the number of rows."""
+    shape = list(tensor.shape)
+    shape[dim] = 1
+    padded = torch.cat([tensor, tensor.new_zeros(shape)], dim)
+    return padded.index_select(dim, rows.flatten()).unflatten(dim, rows.shape)
