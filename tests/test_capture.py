@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from references import Reference, randn, relative
 from torch import nn
 
-from fisherlab import comparison
+from fisherlab import comparison, optim
 from fisherlab.blocks import Outer
 from fisherlab.extract import CaptureError, capture, support
 from fisherlab.extract.fisher import FISHER_TYPES
@@ -408,3 +408,49 @@ def test_support_says_which_fisher_type_compare_takes(outputs):
     table = comparison.compare(model, CE, x, torch.arange(2), approximations=["kfac"])
     assert said.split(",")[0] == table.frame["fisher_type"][0]
     assert said == ("exact" if outputs == 20 else "mc, 1 draw (more than 20 outputs)")
+
+
+class Checkpointed(nn.Module):
+    """A model that recomputes a segment in its backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.i, self.h, self.o = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        def segment(z):
+            return torch.tanh(self.h(z))
+
+        z = self.i(x)
+        if self.reentrant is None:
+            return self.o(segment(z))
+        return self.o(torch.utils.checkpoint.checkpoint(segment, z, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
+@pytest.mark.parametrize("check", ["full", "off"])
+def test_reentrant_checkpointing_is_refused_by_its_name(fisher_type, check):
+    x, y = randn(5, 4), torch.arange(5) % 3
+    options = {"fisher_type": fisher_type, "check": check}
+    model = Checkpointed(True).double()
+    with pytest.raises(CaptureError, match=r"reentrant form.*use_reentrant=False"):
+        capture(model, CE, x, y, **options)
+    assert all(p.grad is None for p in model.parameters())
+    found = []
+    for model.reentrant in (False, None):
+        found.append(capture(model, CE, x, y, **options))
+    for name in ("i", "h", "o"):
+        ours, theirs = (layers[name].columns.gram for layers in found)
+        assert relative(ours, theirs) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["kfac", "ngd", "exact"])
+def test_an_optimizer_refuses_reentrant_checkpointing_by_its_name(name):
+    model, x, y = Checkpointed(True), torch.randn(5, 4), torch.arange(5) % 3
+    optimizer = optim.create(name, model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(optim.OptimizerError, match=r"use_reentrant=False"):
+        CE(model(x), y).backward()
+        optimizer.step()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

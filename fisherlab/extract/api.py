@@ -19,6 +19,7 @@ from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.proof import CHECKS
+from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
 from fisherlab.extract.tape import KINDS, Record, set_slopes
 
@@ -144,7 +145,11 @@ def capture(
     start = time.perf_counter()
     backend, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
-    with isolated(model, x), nn.utils.parametrize.cached():
+    with (
+        isolated(model, x),
+        nn.utils.parametrize.cached(),
+        reentrant_named(CaptureError),
+    ):
         before = random_state(x)
         weights = weights_of(model)
         wanted, named = chosen(weights, layers, skip)
@@ -183,9 +188,6 @@ def capture(
     seconds, counts = time.perf_counter() - start, coverage(weights, captured)
     report = Report(backend, reason, seconds, skipped, *counts)
     return Captures(captured, report, outputs.detach(), y)
-
-
-_NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
 
 
 def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:

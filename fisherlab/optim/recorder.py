@@ -29,6 +29,7 @@ from fisherlab.extract.moments import example_sum
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
 from fisherlab.extract.record import Call as GraphCall
 from fisherlab.extract.record import joined_slopes, set_slopes
+from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.select import by_owner
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
@@ -229,13 +230,14 @@ class Recorder:
             self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
         )
         for vector in vectors:
-            gradients = torch.autograd.grad(
-                output,
-                [call.graph.edge for call in calls],
-                (scale * vector).to(output.dtype),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with reentrant_named(OptimizerError):
+                gradients = torch.autograd.grad(
+                    output,
+                    [call.graph.edge for call in calls],
+                    (scale * vector).to(output.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     gradient = torch.zeros_like(call.graph.output)
@@ -289,9 +291,10 @@ class Recorder:
         flat = [leaf for found in leaves.values() for leaf in found]
         with torch.enable_grad():
             product = (output * vector).sum()
-        gradients = torch.autograd.grad(
-            product, [*edges, *flat], retain_graph=True, allow_unused=True
-        )
+        with reentrant_named(OptimizerError):
+            gradients = torch.autograd.grad(
+                product, [*edges, *flat], retain_graph=True, allow_unused=True
+            )
         rest = iter(gradients[: len(edges)]), iter(gradients[len(edges) :])
         for name, calls in joined.items():
             rows = [or_zero(next(rest[0]), call.graph.output) for call in calls]
