@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -257,3 +258,39 @@ def test_rows_of_zero_gradient_are_no_direction_of_the_range():
     basis = torch.kron(g, a)
     expected = (basis.mT @ F.dense() @ basis).diagonal().square().sum() / F.dense().square().sum()
     assert float(metrics.diagonalisation(X, F)) == pytest.approx(float(expected), rel=1e-10)
+
+
+# --- in float32 ---
+
+
+@pytest.mark.parametrize("fisher_type", ["exact", "empirical"])
+def test_terms_of_a_sum_of_products_are_counted_once_in_float32(fisher_type):
+    """Two classes: the block is one product, and a second term is rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
+    x, y = draw(60, 5).float(), torch.arange(60) % 2
+    options = {"approximations": ["kronecker_sum"], "fisher_type": fisher_type, "layers": ["2"]}
+    (row, *_) = fl.compare(model, nn.CrossEntropyLoss(), x, y, **options).frame.itertuples()
+    assert row.trace_ratio == pytest.approx(1, rel=1e-5) and row.relative_error < 1e-5
+    layer = fl.capture(model, nn.CrossEntropyLoss(), x, y, fisher_type=fisher_type)["2"]
+    X = fl.approximations.get("kronecker_sum")()(layer)
+    assert (X.dense() - fl.Exact()(layer).dense()).norm() < 1e-5 * X.dense().norm()
+
+
+@pytest.mark.parametrize("units", [(1e4, 1e6), (1e-9, 1.0)])
+def test_columns_do_not_depend_on_the_unit_of_the_data_in_float32(units):
+    """Squares of a block's entries leave the range of float32: prices of 1e6, inputs of 1e-9."""
+    torch.manual_seed(0)
+    x, y = draw(32, 4) * units[0], draw(32, 2, seed=1) * units[1]
+    names = ["kfac", "diagonal", "kronecker_optimal", "ekfac", "mini_block"]
+    columns = ["relative_error", "trace_ratio", "cosine", "diagonalisation", "direction_cosine"]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = nn.Linear(4, 2, bias=False).to(dtype)
+        nn.init.zeros_(model.weight)
+        table = fl.compare(
+            model, nn.MSELoss(), x.to(dtype), y.to(dtype), approximations=names,
+            fisher_type="empirical", dampings=0.1,
+        )  # fmt: skip
+        found.append(table.frame.set_index("approximation")[columns].to_numpy())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-5)

@@ -46,10 +46,23 @@ def dot(one: Tensor, two: Tensor) -> Tensor:
     """The sum of products, 0-d float64: along rows in their own dtype, over rows in float64.
 
     A float64 sum of float32 numbers first makes a float64 copy of them all: three times the time.
+    It is made where the products leave the range of their dtype.
     """
     if one.dtype != two.dtype:
         one, two = one.double(), two.double()
-    return torch.linalg.vecdot(one, two).sum(dtype=torch.float64)
+    total = torch.linalg.vecdot(one, two).sum(dtype=torch.float64)
+    if one.dtype == torch.float64:
+        return total
+    kind = torch.finfo(one.dtype)
+    # below, terms may have been lost that are not small beside the sum
+    if not bool(torch.isfinite(total)) or bool(total.abs() < kind.tiny / kind.eps):
+        return torch.linalg.vecdot(one.double(), two.double()).sum()
+    return total
+
+
+def length_of(matrix: Tensor) -> Tensor:
+    """`||S||_F`, 0-d float64, whatever the unit of the entries."""
+    return dot(matrix, matrix).sqrt()
 
 
 def trace_of(matrix: Tensor) -> Tensor:
