@@ -14,9 +14,17 @@ from torch import Tensor
 from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
-from fisherlab.blocks import Block, BlockError, BlockTooLarge, DirectSum, Outer, contractions
+from fisherlab.blocks import (
+    Block,
+    BlockError,
+    BlockTooLarge,
+    DirectSum,
+    Kronecker,
+    Outer,
+    contractions,
+)
 from fisherlab.blocks.direct_sum import layer_block
-from fisherlab.blocks.numerics import sum_of
+from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING, UNKNOWN
@@ -148,8 +156,10 @@ class Layer:
                 return
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
-            built = {"build_seconds": time.perf_counter() - start}
-            built |= {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
+            built = {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
+            if not isinstance(maker, Block | Mapping):
+                seconds = time.perf_counter() - start
+                built |= self._retried(self._seconds, maker, X, seconds)
             near, frame = self._retried(self._nearest, X)
             static, reason = self._retried(self._static, near, frame.F)
             notes = [text for text in (self.remark, reason) if text]
@@ -178,6 +188,21 @@ class Layer:
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
+
+    def _seconds(self, maker: Maker, X: Block, seconds: float) -> dict[str, float]:
+        """What a method takes alone, from the captures on: nothing that others made is known.
+
+        `seconds` is what `X` took: of a callable, which shares nothing, the time alone.
+        """
+        if isinstance(maker, Approximation):
+            memos = [Memo(memo.layers, memo.memory) for memo in self.memos]
+            start = time.perf_counter()
+            X = layer_block([memo.block(maker) for memo in memos])
+            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for part in _parts(X):
+            decompose(part)
+        return {"build_seconds": seconds, "decompose_seconds": time.perf_counter() - start}
 
     def _retried(self, act: Callable[..., Any], *args: Any) -> Any:
         """`act(*args)`, again in half the memory each time the device runs out of it."""
@@ -272,6 +297,14 @@ class Layer:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
+
+
+def decompose(block: Block) -> None:
+    """Find what an inverse needs at any damping: a product's eigenvectors, a Gram matrix."""
+    if isinstance(block, Kronecker):
+        _ = block.spectra
+    elif isinstance(block, Outer) and fits_gram(block.columns, block.device):
+        block.gram()
 
 
 def _parts(block: Block) -> tuple[Block, ...]:

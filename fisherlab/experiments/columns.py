@@ -37,8 +37,11 @@ MEANING = {
     "stein_loss": "tr S - log det S - N of S = (X + lambda)^-1/2 (F + lambda) (X + lambda)^-1/2; 0 "
     "is equal",
     "condition": "condition number of S: how well X preconditions F; 1 is best",
-    "build_seconds": "time to make the block; work shared with an earlier one is counted there",
-    "solve_seconds": "time to invert it and take one step",
+    "build_seconds": "time to make the block alone, from the captured inputs and gradients; empty "
+    "for a block that was given",
+    "decompose_seconds": "time, alone, of what its inverse needs at any damping and other methods "
+    "may share: eigenvectors of Kronecker factors, or the Gram matrix of its columns",
+    "solve_seconds": "time to invert it, its eigenvectors or Gram matrix known, and take one step",
     "memory_bytes": "tensors that the block keeps: rows and thin bases where the batch spans few "
     "dimensions, so it grows with the batch",
     "formed_bytes": "the same with every factor, basis and mini-block as a whole matrix, whatever "
