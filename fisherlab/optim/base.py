@@ -217,6 +217,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         """An option of the group that the layer's weight is in."""
         return self.param_groups[weight.group][name]
 
+    def due(self) -> tuple[str, ...]:
+        """What the next step does beyond every step, such as `statistics`: its cost depends on it.
+
+        Nothing here: every step is like the others.
+        """
+        return ()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
