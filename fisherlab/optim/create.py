@@ -63,7 +63,7 @@ SQUARED = {"fisher_type": "mc", "lr": 0.03, **UNMOVED}
 SQUARED_EXACT = {"lr": 0.1, "damping": geometric(0.1), **UNMOVED}
 SQUARED_RANK_ONE = {"lr": 0.01}
 # No running mean to save on.
-_OF_BATCH = {"statistics_every": 1, "basis_every": 1}
+_OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 # What `create` passes itself, and what constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs"}
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
@@ -148,7 +148,11 @@ def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-_CORRECTED = {"share": CORRECTED_SHARE, "lr": CORRECTED_LR, "kl_clip": CORRECTED_CLIP}
+_CORRECTED: dict[str, Any] = {
+    "share": CORRECTED_SHARE,
+    "lr": CORRECTED_LR,
+    "kl_clip": CORRECTED_CLIP,
+}
 _KFAC = KFAC(placement="factored")
 _MAKERS: dict[str, Maker] = {
     "sgd": _plain(torch.optim.SGD, lr=0.1, momentum=0.9),
@@ -191,9 +195,9 @@ def names() -> list[str]:
 def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, its defaults overridden by `options`.
 
-    Most curvature methods come with a `kl_clip`, which keeps them stable at any learning rate: a
-    step that it shortens is as long at any larger `lr`. `opt.clipped` counts those steps; with
-    `kl_clip=None` the learning rate alone decides.
+    The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
+    guard, which holds the first steps: one that it shortens is as long at any larger `lr`.
+    `opt.clipped` counts those steps; with `kl_clip=None` the learning rate alone decides.
 
     Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
     and `TypeError` for an option that the method does not have.
