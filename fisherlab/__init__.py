@@ -17,7 +17,14 @@ from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
 from fisherlab.comparison import Comparison, compare
-from fisherlab.extract import CaptureError, LayerCapture, capture, register_criterion, support
+from fisherlab.extract import (
+    CaptureError,
+    LayerCapture,
+    capture,
+    register_criterion,
+    register_product,
+    support,
+)
 from fisherlab.heap import keep_freed_memory
 
 __version__ = "0.1.0"
@@ -66,5 +73,6 @@ __all__ = [
     "keep_freed_memory",
     "metrics",
     "register_criterion",
+    "register_product",
     "support",
 ]

@@ -4,6 +4,7 @@ from fisherlab.extract.api import Captures, Report, capture
 from fisherlab.extract.criteria import register_criterion
 from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.products import register_product
 from fisherlab.extract.support import support
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Report",
     "capture",
     "register_criterion",
+    "register_product",
     "support",
 ]

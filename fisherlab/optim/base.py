@@ -277,7 +277,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             owner
             for owner in self._owners.values()
             if owner.tensor.ndim > 1 and owner.tensor in where and owner.tensor.requires_grad
-            if not isinstance(owner.module, nn.Embedding)
+            if owner.name in self._wanted and not isinstance(owner.module, nn.Embedding)
         ]
         total = sum(owner.tensor.numel() for owner in matrices)
         inside = sum(
@@ -297,8 +297,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _why_plain(self, owner: Any) -> str:
         if owner.name in self.left_out:
             return self.left_out[owner.name]
-        if owner.name not in self._wanted:
-            return "left out by `layers` or `skip`"
         others = self._others.get(owner.name)
         if others:
             return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"

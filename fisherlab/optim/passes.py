@@ -31,6 +31,8 @@ class Call(tape.Call):
     slopes: tape.Slopes | None = None
     # the positions `[n, t]` that the loss reaches behind a rectifier
     behind: Tensor | None = None
+    # how many rows each example has, where rows are summed and are no examples
+    positions: int = 1
     # the input awaits the gradient, which says what positions its sum is over
     waiting: bool = False
 

@@ -226,6 +226,8 @@ class Recorder:
         self._latest = weakref.ref(current)
         if self._proves:
             self._prove(current, output)
+        elif self.summed:
+            self._count_positions(current, output)
         if self.slopes:
             self._find_slopes(current, output)
         self._watch_rectifiers(current, output)
@@ -373,6 +375,32 @@ class Recorder:
         if doubtful or fresh:
             self._forget_gradients(current)
 
+    def _count_positions(self, current: Pass, output: Tensor) -> None:
+        """Of sums over rows that are no examples: as many positions of each, or left out."""
+        n = len(output)
+        folded = [
+            (name, call)
+            for name, calls in current.calls.items()
+            for call in calls
+            if call.shape[0] != n and name not in self.left_out
+        ]
+        if not folded:
+            return
+        calls = [call for _, call in folded]
+        whys = find_examples(output, calls, _edges(calls), [call.shape for call in calls])
+        new: dict[str, str] = {}
+        for (name, call), why in zip(folded, whys, strict=True):
+            examples, call.examples = call.examples, None
+            if not why and examples is not None:
+                counts = torch.bincount(examples[examples >= 0], minlength=n)
+                whole = int(counts.min()) * n == len(examples) and len(call.shape) == 2
+                why = "" if whole else "its examples have different numbers of rows"
+                call.positions = len(examples) // n
+            if why:
+                new[name] = why
+        self._say(new)
+        self._forget_gradients(current)
+
     def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
         n, calls = len(output), [call for _, call in doubtful]
         whys = find_examples(output, calls, _edges(calls), [call.shape for call in calls])
@@ -500,6 +528,10 @@ class Recorder:
         batch = len(cast(Tensor, one.output))
         expected = batch if self.examples is None else None
         for index, call in enumerate(calls):
+            if call.positions > 1:
+                # a mean over positions, as of `[n, t, i]`
+                call.raw_input, call.count = call.raw_input / call.positions, batch
+                call.positions = 1
             given = (call.count, *call.raw_input.shape[1:])
             moved = expected is not None and call.count != expected and call.examples is None
             if len(given) < 2 or moved:

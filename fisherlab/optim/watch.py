@@ -173,11 +173,19 @@ def shown(model: nn.Module, weights: Mapping[str, Weight], adopt: Callable[[Use]
     """A watch of the first forward pass alone, which shows the matrices that are not yet known."""
     seen: list[bool] = []
 
+    used: dict[str, list[Use]] = {}
+
     def record(use: Use, output: Tensor) -> Tensor:
-        if use.kind == "map" and use.name not in weights:
-            adopt(use)
+        used.setdefault(use.name, []).append(use)
         return output
 
-    return Watch(
-        model, weights, lambda: not seen, lambda: None, record, lambda _: seen.append(True)
-    )
+    def end(output: Tensor | None) -> None:
+        seen.append(True)
+        for name, uses in used.items():
+            alone = name not in weights and name not in watch.tape.others
+            if alone and all(use.kind == "map" for use in uses):
+                adopt(uses[0])
+        used.clear()
+
+    watch = Watch(model, weights, lambda: not seen, lambda: None, record, end)
+    return watch

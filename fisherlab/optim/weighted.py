@@ -56,6 +56,9 @@ class _Layer:
     count: int = 0
     # whether the weight keeps its plain gradient
     plain: bool = False
+    # the examples of the batch, and whether a row of the input is one position of an example
+    examples: int = 0
+    folded: bool = False
     # of a layer called several times: they share one Gram matrix, so all must have arrived
     arrived: Calls = field(default_factory=list)
 
@@ -112,16 +115,21 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel = ctx.saved_tensors
         layer: _Layer = ctx.layer
+        given = x.shape
+        if layer.folded:
+            x, g = (t.view(layer.examples, -1, t.shape[-1]) for t in (x, g.contiguous()))
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
         if layer.state.asking:
             needs = (needs[0], False, False)
             asked = _gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs)[0]
+            asked = None if asked is None else asked.reshape(given)
             return asked, None, None, None, None
         layer.state.reached.add(weight.name)
         rows = found = None
         if layer.plain:
             needs = (needs[0], needs[1], needs[2])
             grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs))
+            grads[0] = None if grads[0] is None else grads[0].reshape(given)
             return *(None if grad is None else grad.to(kernel.dtype) for grad in grads), None, None
         if layer.count > 1:
             layer.arrived.append((x, g))
@@ -138,6 +146,7 @@ class _Weighted(torch.autograd.Function):
             if weight.bias is not None:
                 grads[2] = known[weight.bias]
         grad_x, *others = grads
+        grad_x = None if grad_x is None else grad_x.reshape(given)
         return (grad_x, *(None if grad is None else grad.to(dtype) for grad in others), None, None)
 
 
@@ -230,7 +239,9 @@ class WeightedLayers:
         self.rows, self.weights, self._adopt = rows, dict(weights), adopt
         self.state = _State()
         self.left_out: dict[str, str] = {}
+        # layers whose rows were proven to be examples, or their positions one after another
         self._proven: set[str] = set()
+        self._folded: set[str] = set()
         # of the latest forward: each layer, with its parameters on their way to its calls
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
@@ -273,23 +284,32 @@ class WeightedLayers:
         for name, functions in self.watch.tape.others.items():
             if name in self.weights and name not in self.left_out:
                 self._say(name, f"it is used by {', '.join(sorted(functions))} as well")
-        if output is None or not self._asked:
+        if output is None:
             return
-        asked, self._asked = self._asked, []
+        n = len(output)
+        if self._asked:
+            self._find_rows(output)
+        for name, (layer, *_) in self._layers.items():
+            layer.examples, layer.folded = n, name in self._folded
+
+    def _find_rows(self, output: Tensor) -> None:
+        n, asked = len(output), self._asked
         calls, edges = [call for _, call, _ in asked], [edge for *_, edge in asked]
+        self._asked = []
         shapes = [cast(Tensor, call.output).shape for call in calls]
         try:
             self.state.asking = True
             whys = find_examples(output, calls, edges, shapes)
         finally:
             self.state.asking = False
-        n = len(output)
         for (name, call, _), why in zip(asked, whys, strict=True):
             self._proven.add(name)
             same = len(cast(Tensor, call.output)) == n == len(call.raw_input)
-            if not same or not (why or in_order(call, n)):
-                reason = "its rows are not in the order of the examples"
-                self._say(name, why or reason)
+            ordered = not why and in_order(call, n)
+            if not same and ordered and self.weights[name].is_linear and call.raw_input.ndim == 2:
+                self._folded.add(name)
+            elif not same or not (why or ordered):
+                self._say(name, why or "its rows are not in the order of the examples")
 
     def _say(self, name: str, reason: str) -> None:
         """Leave a layer out, this pass included; said once."""

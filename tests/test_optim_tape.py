@@ -1,0 +1,324 @@
+"""Optimizers on weights that no known module multiplies, and on rows in any order."""
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_tape import Conv1D, Plain, TimeFirst, Tokens
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+import fisherlab as fl
+
+CE = nn.CrossEntropyLoss()
+METHODS = ("kfac", "tekfac", "exact", "fngd", "tengrad", "ngd", "shampoo", "eva", "sngd")
+
+
+def batch(n=8, width=5):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, width, generator=generator), torch.arange(n) % 3
+
+
+def trained(model, name, steps=3, x=None, y=None, **options):
+    """The optimizer after a few steps on one batch."""
+    x, y = batch() if x is None else (x, y)
+    optimizer = fl.optim.create(name, model, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_transposed_weight_takes_the_linear_layers_steps(name):
+    torch.manual_seed(0)
+    flipped = nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(4, 3)).double()
+    plain = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        for k in (0, 2):
+            plain[k].weight.copy_(flipped[k].weight.T)
+            plain[k].bias.copy_(flipped[k].bias)
+    x, y = batch()
+    one, two = (trained(m, name, x=x.double(), y=y) for m in (flipped, plain))
+    for k in (0, 2):
+        assert torch.allclose(flipped[k].weight.T, plain[k].weight, rtol=0, atol=1e-12)
+        assert torch.allclose(flipped[k].bias, plain[k].bias, rtol=0, atol=1e-12)
+    assert list(one.weights) == list(two.weights) == ["0", "2"]
+    assert one.covered_share == two.covered_share == 1
+
+
+class BatchFirst(TimeFirst):
+    """The same function; the steps are the second axis."""
+
+    def forward(self, x):
+        steps = x[:, None] * torch.linspace(0.5, 1.5, self.steps).to(x)[None, :, None]
+        return self.b(torch.tanh(self.n(self.a(steps))).mean(1))
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "exact", "ngd", "diagonal"])
+def test_time_first_takes_the_steps_of_batch_first(name, steps):
+    torch.manual_seed(0)
+    first = TimeFirst(steps).double()
+    second = BatchFirst(steps).double()
+    second.load_state_dict(first.state_dict())
+    x, y = batch()
+    for model in (first, second):
+        trained(model, name, x=x.double(), y=y)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fngd", "tengrad"])
+def test_weighted_layers_of_other_rows_are_plain_and_say_so(name):
+    torch.manual_seed(0)
+    model = TimeFirst(8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = trained(model, name, steps=1)
+    assert "'a' has no block" in str(said[0].message)
+    assert "not in the order of the examples" in str(said[0].message)
+    assert set(optimizer.left_out) == {"a"}
+    again = copy.deepcopy(model)
+    x, y = batch()
+    optimizer.zero_grad()
+    CE(model(x), y).backward()
+    CE(again(x), y).backward()
+    assert torch.allclose(model.a.weight.grad, again.a.weight.grad)
+
+
+@pytest.mark.parametrize("name", ["kfac", "fngd", "shampoo"])
+def test_a_head_that_is_the_embedding_is_plain_and_named(name):
+    torch.manual_seed(0)
+    model, x, y = Tokens(tied=True), torch.randint(7, (4, 3)), torch.arange(4)
+    optimizer = fl.optim.create(name, model)
+    CE(model(x), y).backward()
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert list(set(optimizer.weights) - set(optimizer.left_out)) == ["a"]
+
+
+def test_an_optimizer_of_plain_matrices_says_so_once():
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(5, 4)), nn.Tanh(), norm(nn.Linear(4, 3)))
+    x, y = batch()
+    optimizer = fl.optim.create("kfac", model)
+    CE(model(x), y).backward()
+    with pytest.warns(UserWarning, match="only 0% of the trainable matrices have a block"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CE(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.covered_share == 0
+
+
+def test_unfrozen_layers_get_a_block():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    optimizer = trained(model, "kfac", steps=1)
+    assert list(optimizer.blocks()) == ["2"]
+    model[0].requires_grad_(True)
+    x, y = batch()
+    for _ in range(2):
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+    assert set(optimizer.blocks()) == {"0", "2"}
+
+
+def test_layers_and_skip_choose_the_blocks():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    assert list(trained(copy.deepcopy(model), "kfac", skip="0").blocks()) == ["2"]
+    assert list(trained(copy.deepcopy(model), "kfac", layers=["0"]).blocks()) == ["0"]
+    with pytest.raises(ValueError, match=r"no layer 'encoder\.\*' in this model"):
+        fl.optim.create("kfac", model, layers="encoder.*")
+
+
+class Flat(nn.Module):
+    """The positions of all examples are the rows of one matrix, as in GPT-2's Conv1D."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.flat, self.a, self.b = flat, Conv1D(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.stack([x, 2 * x], 1)
+        h = F.linear(x, self.a.weight.T, self.a.bias) if not self.flat else self.a(x)
+        return self.b(torch.tanh(h)).mean(1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_folded_positions_take_the_steps_of_positions(name):
+    torch.manual_seed(0)
+    flat = Flat(True).double()
+    other = Flat(False).double()
+    other.load_state_dict(flat.state_dict())
+    x, y = batch()
+    for model in (flat, other):
+        optimizer = trained(model, name, x=x.double(), y=y)
+        assert set(optimizer.weights) == {"a", "b"} and not optimizer.left_out
+    for p, q in zip(flat.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-10)
+
+
+class Outputs(nn.Module):
+    """An actor and a critic."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.n = kind, nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        out = self.n(x)
+        return {"tuple": (out, x), "dict": {"scores": out, "x": x}, "tensor": out}[self.kind]
+
+
+@pytest.mark.parametrize("name", ["kfac", "fngd"])
+def test_several_outputs_take_the_steps_of_one(name):
+    torch.manual_seed(0)
+    models = [Outputs(kind) for kind in ("tensor", "tuple", "dict")]
+    x, y = batch()
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+    start = copy.deepcopy(models[0].state_dict())
+    for model in models:
+        model.load_state_dict(start)
+        optimizer = fl.optim.create(name, model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            out = model(x)
+            out = (
+                out[0] if model.kind == "tuple" else out["scores"] if model.kind == "dict" else out
+            )
+            CE(out, y).backward()
+            optimizer.step()
+    for model in models[1:]:
+        for p, q in zip(models[0].parameters(), model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["kfac", "fngd", "shampoo", "eva", "ngd"])
+def test_copies_and_pickles_of_a_model_carry_no_hooks(name):
+    model, (x, _) = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), batch()
+    optimizer = trained(model, name)
+    torch.save(model, io.BytesIO())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(x).sum().backward()
+        assert not _get_current_function_mode_stack()
+        with torch.no_grad():
+            assert torch.equal(other(x), model(x))
+    del optimizer
+    gc.collect()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_an_exception_in_a_forward_leaves_no_tape():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fails = nn.Linear(5, 3), False
+
+        def forward(self, x):
+            out = self.a(x)
+            if self.fails:
+                raise ValueError("no")
+            return out
+
+    model, (x, y) = Failing(), batch()
+    optimizer = trained(model, "kfac", steps=1)
+    model.fails = True
+    with pytest.raises(ValueError, match="no"):
+        model(x)
+    assert not _get_current_function_mode_stack()
+    model.fails = False
+    optimizer.zero_grad()
+    CE(model(x), y).backward()
+    optimizer.step()
+
+
+def test_a_resumed_run_knows_the_weights_that_calls_had_shown():
+    torch.manual_seed(0)
+    models = [nn.Sequential(Conv1D(5, 4), nn.Tanh(), Plain(4, 3)) for _ in range(2)]
+    x, y = batch()
+    first = trained(models[0], "kfac", steps=2)
+    second = fl.optim.create("kfac", models[1])
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        for _ in range(2):
+            optimizer.zero_grad()
+            CE(model(x), y).backward()
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(p, q)
+
+
+class Decoder(nn.Module):
+    """Convolutions up and down, and torch's own attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.t = nn.Conv1d(1, 2, 2), nn.ConvTranspose1d(2, 4, 2)
+        self.m, self.o = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.t(torch.tanh(self.c(x[:, None])))).mT
+        return self.o(self.m(h, h, h)[0].mean(1))
+
+
+@pytest.mark.parametrize("name", ["kfac", "exact", "shampoo"])
+def test_transposed_convolutions_and_attention_have_blocks(name):
+    torch.manual_seed(0)
+    model, (x, y) = Decoder().double(), batch()
+    optimizer = trained(model, name, x=x.double(), y=y)
+    assert set(optimizer.weights) == {"c", "t", "m.in_proj_weight", "m.out_proj", "o"}
+    assert not optimizer.left_out
+    assert optimizer.covered_share > 0.95
+    if name == "exact":
+        layer = fl.capture(model, CE, x.double(), y, fisher_type="empirical")["t"]
+        optimizer.zero_grad()
+        CE(model(x.double()), y).backward()
+        assert torch.allclose(optimizer.weights["t"].gradient(), layer.gradient, atol=1e-12)
+
+
+def test_register_product_makes_a_layer_of_a_users_function():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, g):
+            x, weight = ctx.saved_tensors
+            return g @ weight, g.T @ x
+
+    product = fl.register_product(Twice.apply)
+
+    class Own(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.W, self.function = nn.Parameter(torch.randn(3, 5)), function
+
+        def forward(self, x):
+            return self.function(x, self.W)
+
+    torch.manual_seed(0)
+    x, y = batch()
+    own, plain = Own(product), Own(F.linear)
+    plain.load_state_dict(own.state_dict())
+    for model in (own, plain):
+        trained(model, "kfac")
+    assert torch.allclose(own.W, plain.W, atol=1e-6)
+    layers = [fl.capture(model, CE, x, y)["W"] for model in (own, plain)]
+    assert torch.allclose(layers[0].gram(), layers[1].gram(), rtol=1e-3)
+    with pytest.raises(fl.CaptureError, match="no layer of this model has a block"):
+        fl.capture(Own(Twice.apply), CE, x, y)
