@@ -20,7 +20,8 @@ from fisherlab.comparison.layer import Layer
 CE = nn.CrossEntropyLoss()
 COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
 reference_fisher_type seed step dtype damping damping_relative placement relative_error
-population_error population_error_se diagonal_share optimality_gap trace_ratio cosine scaled_error
+population_error population_error_se population_error_low population_error_high
+ diagonal_share optimality_gap trace_ratio cosine scaled_error
 diagonalisation subspace_overlap direction_cosine direction_error quadratic_decrease
 quadratic_decrease_scaled stein_loss condition build_seconds solve_seconds memory_bytes clamped"""
 TIMES = ["build_seconds", "solve_seconds"]
@@ -350,8 +351,14 @@ def test_the_summary_says_what_a_noisy_batch_is():
     assert table.noisy
     assert "sampling noise" in table.note
     assert "pass `reference=`" in table.note
-    with_reference = compared(*batch(3), fisher_type="empirical", reference=batch(4, seed=3))
-    assert with_reference.leading == "population_error"
+    torch.manual_seed(0)
+    wide, y = nn.Sequential(nn.Linear(40, 3)).double(), torch.arange(40) % 3
+    unseen = (randn(40, 40, seed=3), y)
+    with_reference = fl.compare(
+        wide, CE, randn(3, 40, seed=2), y[:3], fisher_type="empirical", reference=unseen
+    )
+    assert with_reference.noisy and with_reference.leading == "population_error"
+    assert with_reference.frame["population_error"].notna().sum() > len(with_reference.frame) / 2
     assert with_reference.summary()["population_error"].is_monotonic_increasing
     for text in (repr(table), table._repr_html_()):
         assert "tekfac" in text
@@ -600,7 +607,8 @@ def test_a_population_error_below_its_noise_is_not_zero():
     missing = few.frame[few.frame["population_error"].isna()]
     assert len(missing) and missing["note"].str.contains("too few").all()
     assert missing["population_error_se"].isna().all()
-    assert "below their sampling noise" in few.note
+    assert missing["note"].str.contains("needs 10").all()
+    assert "have too few unseen examples" in few.note
     with pytest.raises(ValueError, match="the very batch"):
         fl.compare(model, CE, x, y, reference=(x.clone(), y), approximations=["kfac"])
 

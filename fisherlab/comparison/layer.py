@@ -19,7 +19,7 @@ from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import sum_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
-from fisherlab.comparison.table import MEASURES, ROUNDING, UNKNOWN
+from fisherlab.comparison.table import MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
@@ -150,10 +150,8 @@ class Layer:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
             built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
             near, frame = self._retried(self._nearest, X)
-            static, reason = self._retried(self._static, near, frame.F)
-            notes = [text for text in (self.remark, reason) if text]
-            if self.unseen is not None and math.isnan(static["population_error"]):
-                notes.append(UNKNOWN)
+            static, reasons = self._retried(self._static, near, frame.F)
+            notes = [text for text in (self.remark, *reasons) if text]
             if X.unseen > UNSEEN:
                 notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}
@@ -210,11 +208,9 @@ class Layer:
         near = self.inside.F if X is self.F else X.within(self.inside.V)
         return (X, self.whole) if near is None else (near, self.inside)
 
-    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], str]:
-        """What does not depend on the damping, and why a measure of the spectrum is missing."""
-        error, spread = math.nan, math.nan
-        if self.unseen is not None:
-            error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
+    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
+        """What does not depend on the damping, and why measures of it are missing."""
+        population, few = population_columns(X, self.unseen)
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
         reason = ""
         try:
@@ -226,12 +222,11 @@ class Layer:
         return {
             **spectral,
             "relative_error": metrics.relative_error(X, F).item(),
-            "population_error": error,
-            "population_error_se": spread,
+            **population,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
             "cosine": metrics.cosine(X, F).item(),
             "scaled_error": metrics.scaled_error(X, F).item(),
-        }, reason
+        }, (reason, few)
 
     def _damped(
         self, maker: Maker, X: Block, near: Block, frame: Frame, damping: float
@@ -269,6 +264,16 @@ class Layer:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
+
+
+def population_columns(X: Block, unseen: Block | None) -> tuple[dict[str, float], str]:
+    """The columns of the population error, and why it is NaN; all NaN without unseen examples."""
+    names = {"population_error": "error", "population_error_se": "error_se"}
+    names |= {"population_error_low": "low", "population_error_high": "high"}
+    if unseen is None:
+        return dict.fromkeys(names, math.nan), ""
+    found = metrics.population_estimate(X, unseen)
+    return {column: getattr(found, name).item() for column, name in names.items()}, found.reason
 
 
 def _parts(block: Block) -> tuple[Block, ...]:

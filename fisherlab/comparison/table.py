@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab.metrics.population import UNKNOWN
 from fisherlab.names import nearest
 
 # Share of ||F||^2 that is sampling noise, above which the in-sample error misleads.
@@ -19,15 +20,14 @@ NOISY = 0.2
 IDENTITY = ["layer", "layer_type", "n_parameters", "approximation", "fisher_type", "examples"]
 IDENTITY += ["reference_examples", "reference_fisher_type", "seed", "step", "dtype"]
 IDENTITY += ["damping", "damping_relative", "placement"]
-MEASURES = ["relative_error", "population_error", "population_error_se", "diagonal_share"]
-MEASURES += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
+MEASURES = ["relative_error", "population_error", "population_error_se"]
+MEASURES += ["population_error_low", "population_error_high", "diagonal_share", "optimality_gap"]
+MEASURES += ["trace_ratio", "cosine", "scaled_error", "diagonalisation"]
 MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
 MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
 MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
-# How a row says that its population error is no number.
-UNKNOWN = "the unseen examples are too few to tell its population error from 0"
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 
@@ -76,8 +76,9 @@ class Comparison:
         if not missing:
             return ""
         return (
-            f"{missing} of {every} population errors are below their sampling noise and left out "
-            "of the medians: take more unseen examples."
+            f"{missing} of {every} population errors have too few unseen examples and are left out "
+            "of the medians: take more. Their 95 % intervals, population_error_low and _high, say "
+            "what is known."
         )
 
     @property
@@ -109,7 +110,8 @@ class Comparison:
     def summary(self) -> pd.DataFrame:
         """One row per approximation, the median over layers (and seeds) at the last step.
 
-        Sorted by `leading`; direction cosines get one column per relative damping.
+        Sorted by `leading`; direction cosines get one column per relative damping. Where rows have
+        no number, a column beside the median counts those that have: "2 of 3".
         """
         last = self.frame[self.frame["step"] == self.frame["step"].max()]
         columns = [self.leading]
@@ -117,15 +119,11 @@ class Comparison:
         columns += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
         columns += ["subspace_overlap", "build_seconds"]
         once = last.drop_duplicates(["layer", "approximation", "seed", "step"])
-        table = once.groupby("approximation")[columns].median()
-        direction = last.pivot_table(
-            index="approximation",
-            columns="damping_relative",
-            values="direction_cosine",
-            aggfunc="median",
-        )
-        direction.columns = [f"direction_cosine @ {d:g}" for d in direction.columns]
-        table = table.join(direction).dropna(axis=1, how="all")
+        table = _medians(once, columns)
+        for damping, rows in last.groupby("damping_relative"):
+            name = f"direction_cosine @ {damping:g}"
+            renamed = rows.rename(columns={"direction_cosine": name})
+            table = table.join(_medians(renamed, [name]))
         # where everything was refused there is no error to sort by
         return table.sort_values(self.leading) if self.leading in table else table
 
@@ -192,6 +190,20 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")
         self.comparison = comparison
+
+
+def _medians(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Medians by approximation, each with the count of its numbers where some are missing."""
+    groups = frame.groupby("approximation")
+    parts: list[pd.Series] = []
+    for column in columns:
+        known, every = groups[column].count(), groups.size()
+        if not known.any():
+            continue
+        parts.append(groups[column].median())
+        if (known < every).any():
+            parts.append((known.astype(str) + " of " + every.astype(str)).rename(f"{column} known"))
+    return pd.concat(parts, axis=1) if parts else pd.DataFrame(index=groups.size().index)
 
 
 def _is_of_a_command(config: Path) -> bool:

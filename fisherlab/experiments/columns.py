@@ -17,9 +17,11 @@ MEANING = {
     "damping_relative": "lambda in units of tr F / N, the mean eigenvalue",
     "placement": "where the approximation puts the damping: tikhonov is X + lambda I",
     "relative_error": "||X - F|| / ||F|| in the Frobenius norm, on the same examples; 0 is best",
-    "population_error": "the same against the block of the whole distribution, estimated without "
-    "bias on unseen examples",
+    "population_error": "the same against the block of the whole distribution, from unseen "
+    "examples, its bias corrected to second order; empty where they are too few (see `note`)",
     "population_error_se": "its standard error",
+    "population_error_low": "lower end of its 95 % interval, from 10 unseen examples on",
+    "population_error_high": "upper end; infinite where the population's norm may be 0",
     "diagonal_share": "share of ||F||^2 that the examples' own blocks hold: sampling noise of the "
     "batch",
     "optimality_gap": "relative error minus that of the best Kronecker product; negative for "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fisherlab.extract.padding import counted
 from fisherlab.extract.proof import Weighted, call_tolerance, gradient_error, not_a_product
 from fisherlab.extract.rows import SEVERAL, as_rows, find_examples, take
 from fisherlab.extract.select import Weight
-from fisherlab.extract.tape import Call, Record, joined_slopes
+from fisherlab.extract.tape import Record, Recorded, joined_slopes
 
 NO_GRAPH = "its output carries no graph (no_grad, inference_mode, or reentrant checkpointing)"
 _RECURRENCE = "fused recurrence; fl.models' lstm is of Linear maps"
@@ -67,6 +68,10 @@ def collect(
     for name, found in calls.items():
         if name in failures:
             continue
+        if weighted is None and record.tape.others.get(name):
+            # what is not proven is not taken on trust
+            failures[name] = _why(record, name)[0]
+            continue
         form = Form.of(found)
         try:
             parts = [piece for call in found for piece in pieces(call, form, n)]
@@ -88,8 +93,8 @@ def collect(
             kind,
             parts,
             form,
-            lambda call: call.label_gradient,
-            lambda call: call.gradients,
+            lambda call: cast(Recorded, call).label_gradient,
+            lambda call: cast(Recorded, call).gradients,
             slopes=slopes,
             without_slope=reason,
             fisher_type=fisher_type,
@@ -118,7 +123,8 @@ def _counted(
         return None
 
     def seen() -> list[Tensor]:
-        edges, shapes = [part.call.edge for part in parts], [p.call.output.shape for p in parts]
+        calls = [cast(Recorded, part.call) for part in parts]
+        edges, shapes = [call.edge for call in calls], [call.output.shape for call in calls]
         found = dead.behind(outputs, labels, edges, shapes)
         return [
             one if part.rows is None else take(one.flatten(), part.rows)
@@ -139,7 +145,7 @@ def covered_share(weights: Mapping[str, Weight], captured: Mapping[str, LayerCap
     return min(1.0, inside / total) if total else 0.0
 
 
-def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) -> list[Tensor]:
+def _leaves(calls: Mapping[str, Sequence[Recorded]], weights: Mapping[str, Weight]) -> list[Tensor]:
     """The weights with calls and the biases that they add, each once."""
     found = {id(weights[name].tensor): weights[name].tensor for name in calls}
     for call in (call for some in calls.values() for call in some):
@@ -149,14 +155,14 @@ def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) 
 
 
 def _find_rows(
-    calls: Mapping[str, Sequence[Call]],
+    calls: Mapping[str, Sequence[Recorded]],
     outputs: Tensor,
     n: int,
     weighted: Weighted | None,
     examples: Tensor | None,
 ) -> dict[str, str]:
     """Set the examples of rows that are in another order than the batch's; why some have none."""
-    doubtful: list[tuple[str, Call]] = []
+    doubtful: list[tuple[str, Recorded]] = []
     failures: dict[str, str] = {}
     for name, call in ((name, call) for name, found in calls.items() for call in found):
         rows = len(as_rows(call, call.output))
@@ -171,12 +177,16 @@ def _find_rows(
     if doubtful and not outputs.ndim:
         failures |= {name: f"{SEVERAL}; return the loss of every example" for name, _ in doubtful}
     elif doubtful:
-        reasons = find_examples(outputs, [call for _, call in doubtful])
+        found = [call for _, call in doubtful]
+        edges, shapes = [call.edge for call in found], [call.output.shape for call in found]
+        reasons = find_examples(outputs, found, edges, shapes)
         failures |= {name: why for (name, _), why in zip(doubtful, reasons, strict=True) if why}
     return failures
 
 
-def _slopes(name: str, calls: Sequence[Call], parts: Sequence[Piece], n: int) -> tuple[Tensor, str]:
+def _slopes(
+    name: str, calls: Sequence[Recorded], parts: Sequence[Piece], n: int
+) -> tuple[Tensor, str]:
     plain = all(not piece.sums and piece.rows is None for piece in parts)
     if plain and all(call.slopes is not None for call in calls):
         return joined_slopes(name, calls)

@@ -19,7 +19,7 @@ from fisherlab.extract.criteria import WithRules
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.proof import call_tolerance
-from fisherlab.extract.tape import Call, Record
+from fisherlab.extract.tape import Record, Recorded
 
 SCALES = ("mean", "sum")
 # Relative. The scale of the other half of a batch differs by the number of its examples.
@@ -150,7 +150,7 @@ def rows_of(x: object, n: int, rows: slice | Tensor) -> object:
     return x
 
 
-def _ratio(call: Call, other: Call, rows: Tensor) -> tuple[float, float] | None:
+def _ratio(call: Recorded, other: Recorded, rows: Tensor) -> tuple[float, float] | None:
     """The factor of a call's gradients in the half batch, and their length; None if no factor."""
     g, h = call.label_gradient, other.label_gradient
     if len(call.output) <= int(rows.max()) or len(h) != len(rows):

@@ -44,7 +44,7 @@ def error_facets(
     """A measure over layer, depth, width, batch size, Fisher type or step; a line per method.
 
     A line is the median over what is left (layers, seeds), its band the middle half. `facet` names
-    a column that gives one panel per value.
+    a column that gives one panel per value. A median of fewer numbers than rows has both beside it.
     """
     frame = theme.frame_of(table)
     groups = [("", frame)] if facet is None else list(frame.groupby(facet, sort=False))
@@ -58,6 +58,7 @@ def error_facets(
             sort=numeric, estimator="median", errorbar=("pi", 50), markeredgewidth=0.3,
             err_kws={"alpha": 0.12, "linewidth": 0}, ax=ax, **theme.styles(names),
         )  # fmt: skip
+        _count(ax, part, over, measure)
         ax.set(xlabel=label(over), ylabel=label(measure))
         ax.label_outer()
         _ticks(ax, part[over], numeric)
@@ -88,6 +89,16 @@ def lines(
     subject = title or f"{label(y)} over {label(x)}".replace("\n", " ")
     theme.title(figure, subject[0].upper() + subject[1:])
     return figure
+
+
+def _count(ax: Axes, frame: pd.DataFrame, over: str, measure: str) -> None:
+    """Beside each median that some rows have no number for: how many have one, of how many."""
+    for (name, place), values in frame.groupby(["approximation", over], sort=False)[measure]:
+        if 0 < values.count() < len(values):
+            ax.annotate(
+                f"{values.count()}/{len(values)}", (place, values.median()), xytext=(3, 2),
+                textcoords="offset points", fontsize=6, color=theme.colour(str(name)),
+            )  # fmt: skip
 
 
 def _ticks(ax: Axes, values: pd.Series, numeric: bool) -> None:
@@ -135,9 +146,15 @@ def pareto(
 
 @theme.themed
 def in_sample_against_population(table: Any) -> Figure:
-    """Both errors over batch size: full lines in sample, dashed on examples not seen."""
+    """Both errors over batch size: full lines in sample, dashed on examples not seen.
+
+    A median of fewer numbers than layers has both beside it, such as 2/3.
+    """
     frame = theme.frame_of(table)
-    names = comparison.ranked(frame, "population_error")
+    key = ("layer", "approximation", "seed", "step", "examples")
+    frame = frame.drop_duplicates([column for column in key if column in frame])
+    ranks = (comparison.ranked(frame, c) for c in ("population_error", "relative_error"))
+    names = list(dict.fromkeys(name for rank in ranks for name in rank))
     figure, (ax,) = theme.panels(1, height=3.0)
     medians = frame.groupby(["approximation", "examples"]).median(numeric_only=True)
     for name in names:
@@ -147,6 +164,8 @@ def in_sample_against_population(table: Any) -> Figure:
                 rows.index, rows[column], ls=dash, color=theme.colour(name),
                 marker=theme.marker(name),
             )  # fmt: skip
+    for column in ("relative_error", "population_error"):
+        _count(ax, frame, "examples", column)
     _ticks(ax, frame["examples"], numeric=True)
     ax.set(xlabel=label("examples"), ylabel=r"$\|X - F\| \,/\, \|F\|$, median over layers")
     theme.legend(figure, names)
