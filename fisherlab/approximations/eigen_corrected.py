@@ -72,7 +72,8 @@ class EigenCorrected(Approximation):
         own = basis["l_G"].clamp(min=0)[:, None] * basis["l_A"].clamp(min=0)
         spectrum = corrections.get("spectrum", own)
         tails = {key: x.to(spectrum) for key, x in corrections.items() if key in TAILS and x.any()}
-        return Eigen(basis.get("Q_G"), basis.get("Q_A"), spectrum, **tails)
+        block = Eigen(basis.get("Q_G"), basis.get("Q_A"), spectrum, **tails)
+        return block.of_factors(basis["l_G"], basis["l_A"])
 
 
 def _bases(basis: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation, Means
 from fisherlab.blocks import Block, Eigen
+from fisherlab.blocks.numerics import BESIDE
+from fisherlab.blocks.serialise import remembers
 from fisherlab.extract import LayerCapture
 
 
@@ -33,7 +35,23 @@ class Eva(Approximation, name="eva"):
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
     ) -> Block:
         (g, g_energy), (a, a_energy) = _direction(means["g"]), _direction(means["a"])
-        return Eigen(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
+        return LowRank(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
+
+
+@remembers("Q_G", "Q_A", "spectrum")
+class LowRank(Eigen):
+    """A matrix of few directions, however many examples it is made of."""
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        # a direction without energy is anybody's
+        energies = self.spectrum.double()
+        sides = [energies.amax(side, keepdim=True) for side in (0, 1)]
+        floor = (BESIDE * torch.finfo(self.dtype).eps) ** 2 * energies.max()
+        here = (sides[0] > floor) & (sides[1] > floor)
+        return super().diagonal_of(other).masked_fill(~here, 0)
+
+    def formed_bytes(self) -> int:
+        return self.memory_bytes()
 
 
 def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:

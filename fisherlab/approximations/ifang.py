@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.approximations.base import Means
-from fisherlab.approximations.eva import Eva
+from fisherlab.approximations.eva import Eva, LowRank
 from fisherlab.blocks import Block, Eigen
 from fisherlab.blocks.numerics import BlockError, check_damping
 from fisherlab.blocks.serialise import remembers
@@ -103,7 +103,7 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @remembers("Q_G", "Q_A", "g_energies", "a_energies")
-class _Pair(Eigen):
+class _Pair(LowRank):
     """A product of two factors in their eigenvectors, which remembers their eigenvalues apart."""
 
     def __init__(self, Q_G: Tensor, Q_A: Tensor, g: Tensor, a: Tensor) -> None:

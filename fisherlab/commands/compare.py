@@ -155,8 +155,8 @@ def compare(
             typer.echo(line)
         leave(Code.NOTHING, "nothing could be measured, so there is no report")
     path = report.write(rundir)
-    if table.note:
-        typer.echo(table.note)
+    for said in filter(None, (table.about, table.note)):
+        typer.echo(said)
     show(*by_layer(table))
     show(*overview(table))
     for line in refusals(table):

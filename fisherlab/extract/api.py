@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
-from fisherlab.extract.collect import collect, covered_share
+from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of, loss_of
@@ -24,6 +24,7 @@ from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.outputs import output_of
 from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
+from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.select import (
     Names,
     check_batch,
@@ -55,8 +56,14 @@ class Report:
     reason: str
     seconds: float
     skipped: dict[str, str] = field(default_factory=dict)
-    # of the trainable parameters, those that have a block
-    share: float = 1.0
+    # parameters that are trained, and those of them that have a block
+    trained: int = 0
+    covered: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the trainable parameters, those that have a block."""
+        return self.covered / self.trained if self.trained else 0.0
 
     def __str__(self) -> str:
         lines = [f"{self.share:.1%} of the trainable parameters have a block"]
@@ -190,7 +197,7 @@ def capture(
 
     start = time.perf_counter()
     backend, reason = _choose(backend, x if isinstance(x, Tensor) else labels)
-    with isolated(model, x), ExitStack() as stack:
+    with isolated(model, x), reentrant_named(CaptureError), ExitStack() as stack:
         weights = weights_of(model)
         wanted, named = chosen(weights, layers, skip)
         half = [name for name in wanted if is_half(weights[name].tensor)]
@@ -269,8 +276,8 @@ def capture(
             if not reasons
             else f"no layer of this model has a block: {reasons}"
         )
-    share = covered_share(weights, captured)
-    report = Report(backend, reason, time.perf_counter() - start, skipped, share)
+    seconds, counts = time.perf_counter() - start, coverage(weights, captured)
+    report = Report(backend, reason, seconds, skipped, *counts)
     return Captures(captured, report, outputs.detach(), labels)
 
 

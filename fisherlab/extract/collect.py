@@ -137,12 +137,13 @@ def _counted(
     return counted(maps, columns, rows, mask, seen)
 
 
-def covered_share(weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]) -> float:
-    """The share of the trainable parameters that have a block."""
-    sizes = {name: w.tensor.numel() for name, w in weights.items() if w.tensor.requires_grad}
-    total = sum(sizes.values())
+def coverage(
+    weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]
+) -> tuple[int, int]:
+    """How many parameters are trained, and how many of them have a block."""
+    total = sum(w.tensor.numel() for w in weights.values() if w.tensor.requires_grad)
     inside = sum(layer.shape[0] * layer.shape[1] for layer in captured.values())
-    return min(1.0, inside / total) if total else 0.0
+    return total, min(total, inside)
 
 
 def _leaves(calls: Mapping[str, Sequence[Recorded]], weights: Mapping[str, Weight]) -> list[Tensor]:

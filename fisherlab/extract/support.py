@@ -13,13 +13,23 @@ from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.api import Forward, call
 from fisherlab.extract.collect import NO_GRAPH
+from fisherlab.extract.fisher import EXACT_UP_TO, exact_columns
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.isolation import isolated
-from fisherlab.extract.select import Weight, check_arrays, check_initialised, on_tape, weights_of
+from fisherlab.extract.outputs import output_of
+from fisherlab.extract.select import (
+    Weight,
+    check_arrays,
+    check_initialised,
+    check_model,
+    on_tape,
+    weights_of,
+)
 from fisherlab.extract.tape import Tape, Use
 
 COLUMNS = [
-    *("layer", "layer_type", "n_parameters", "status", "backend", "reason", "shape", "positions"),
-    *("capture_bytes", "gram_multiplications", "estimated_seconds", "dense_bytes"),
+    *("layer", "layer_type", "n_parameters", "status", "backend", "reason", "compare", "shape"),
+    *("positions", "capture_bytes", "gram_multiplications", "estimated_seconds", "dense_bytes"),
     "diagonal_factors",
 ]
 
@@ -31,14 +41,21 @@ def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> p
     anything.
 
     Columns: layer, layer_type, n_parameters, status ("exact", "tied", "plain gradient"), backend,
-    reason, shape (o, i), positions, capture_bytes (raw input and one column of output gradients),
-    gram_multiplications (of the Gram matrix with one column per example), estimated_seconds (those
-    at the rate of this machine), dense_bytes (of the block nobody should form), diagonal_factors
-    (the Kronecker factors too large for an optimizer, which keeps their diagonals).
+    reason, compare (what `compare` does with it by default: the Fisher type it takes for a
+    criterion of known likelihood, or why it refuses the model as it stands), shape (o, i),
+    positions, capture_bytes (raw input and one column of output gradients), gram_multiplications
+    (of the Gram matrix with one column per example), estimated_seconds (those at the rate of this
+    machine), dense_bytes (of the block nobody should form), diagonal_factors (the Kronecker factors
+    too large for an optimizer, which keeps their diagonals).
     """
     model = unwrapped(model)
     check_arrays(x)
     check_initialised(model)
+    try:
+        check_model(model)
+        refused = ""
+    except CaptureError as error:
+        refused = f"refused: {error}"
     uses: dict[str, list[Used]] = {}
 
     def note(use: Use, output: Tensor) -> Tensor:
@@ -52,14 +69,22 @@ def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> p
         model.eval()
         tape = Tape(on_tape(weights), note)
         with tape:
-            call(model, x, forward)
+            outputs = output_of(call(model, x, forward))
+        many = False
+        if isinstance(outputs, Tensor) and outputs.ndim:
+            many = exact_columns(outputs) > EXACT_UP_TO
+        elif not refused:
+            refused = "refused: not one tensor of outputs; pass forward="
+        kind = f"mc, 1 draw (more than {EXACT_UP_TO} outputs)" if many else "exact"
         rate = _multiplications_per_second(x)
         biases = {id(used.use.bias) for found in uses.values() for used in found}
         rows = []
         for name, weight in weights.items():
             if id(weight.tensor) in biases:
                 continue
-            rows.append(_row(weight, uses.get(name, []), _reason(weight, tape), rate))
+            row = _row(weight, uses.get(name, []), _reason(weight, tape), rate)
+            measured = row["status"] == "exact" and uses[name][0].use.kind == "map"
+            rows.append(row | {"compare": refused or (kind if measured else "skipped")})
             reason = f"shares its weight with {name!r}"
             rows += [
                 rows[-1] | {"layer": alias, "status": "tied", "reason": reason, "n_parameters": 0}
@@ -101,6 +126,7 @@ def _row(weight: Weight, uses: list[Used], reason: str, rate: float) -> dict[str
         "status": "plain gradient",
         "backend": "",
         "reason": "",
+        "compare": "",
     }
     if reason or not uses:
         return row | {"reason": reason or "not called"}

@@ -60,9 +60,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `kl_clip`.
 
     `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm
-    of all directions together. `kl_clip` multiplies them by `min(1, sqrt(kl_clip / q))`,
-    `q = sum lr^2 <direction, gradient>`. Where that binds, the step is `sqrt(kl_clip)` long in the
-    metric of the blocks whatever `lr` is: a learning-rate schedule then has no effect.
+    of all directions together. `kl_clip` guards against the step that curvature of few batches
+    misjudges: it multiplies the directions by
+
+        min(1, sqrt(r kl_clip / q)),   q = sum lr^2 <direction, gradient>,
+        r = min(1, (steps taken + 1) / warmup)
+
+    Where that binds, the step is `sqrt(r kl_clip)` long in the metric of the blocks whatever `lr`
+    is: a learning-rate schedule then has no effect. `clipped` counts such steps.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
@@ -87,6 +92,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         decoupled: bool = False,
         max_norm: float | None = None,
         kl_clip: float | None = None,
+        warmup: int = 0,
         nonfinite: str = "raise",
         layers: Names = None,
         skip: Names = None,
@@ -109,6 +115,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         for name, bound in {"max_norm": max_norm, "kl_clip": kl_clip}.items():
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name} must be positive or None, got {bound!r}")
+        if int(warmup) != warmup or warmup < 0:
+            raise ValueError(f"warmup counts steps and is at least 0, got {warmup!r}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -127,6 +135,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         model = unwrapped(model)
         super().__init__(model.parameters() if params is None else params, defaults)
         self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
+        self.warmup = warmup
         self.steps = 0
         # steps that max_norm or kl_clip has shortened so far
         self.clipped = 0
@@ -216,6 +225,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def option(self, weight: Weight, name: str) -> Any:
         """An option of the group that the layer's weight is in."""
         return self.param_groups[weight.group][name]
+
+    def due(self) -> tuple[str, ...]:
+        """What the next step does beyond every step, such as `statistics`: its cost depends on it.
+
+        Nothing here: every step is like the others.
+        """
+        return ()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -385,7 +401,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             scale = min(scale, self.max_norm / max(norm, 1e-300))
         if self.kl_clip is not None:
             change = self._predicted_kl(directions)
-            scale = min(scale, math.sqrt(self.kl_clip / max(abs(change), 1e-300)))
+            bound = self.kl_clip * min(1.0, (self.steps + 1) / max(1, self.warmup))
+            scale = min(scale, math.sqrt(bound / max(abs(change), 1e-300)))
         if scale == 1.0:
             return directions
         self.clipped += 1

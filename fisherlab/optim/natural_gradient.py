@@ -37,8 +37,9 @@ class NaturalGradient(RunningBlocks):
     the graph of the loop's own forward) or "exact". Statistics are refreshed every
     `statistics_every` steps (T_FIM), the basis and the damped inverse every `basis_every` (T_EIG,
     T_INV), corrected eigenvalues every `corrections_every` (T_RE; None: with the statistics), all
-    at step 0, and all of them at each of the first `warmup` steps: an inverse made of one batch is
-    wrong outside that batch's span, and the gradients of the next ones lie there.
+    at step 0, and all of them at each of the first `warmup` steps, while `kl_clip` grows to its
+    value: an inverse made of one batch is wrong outside that batch's span, where the gradients of
+    the next ones lie.
     `statistics_examples` uses the first rows of a batch only. `graft` gives each layer's step the
     length of its gradient. Of a Kronecker factor with more than `largest_factor` rows (the output
     side of a word model's last layer) the diagonal is kept; a warning and `summary()` name it.
@@ -99,8 +100,6 @@ class NaturalGradient(RunningBlocks):
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} counts steps and is at least 1, got {value!r}")
         as_rule(damping)
-        if int(warmup) != warmup or warmup < 0:
-            raise ValueError(f"warmup counts steps and is at least 0, got {warmup!r}")
         if statistics_examples is not None and statistics_examples < 1:
             raise ValueError(f"statistics_examples is at least 1, got {statistics_examples}")
         if largest_factor < 0:
@@ -116,6 +115,7 @@ class NaturalGradient(RunningBlocks):
             decoupled=decoupled,
             max_norm=max_norm,
             kl_clip=kl_clip,
+            warmup=warmup,
             nonfinite=nonfinite,
             layers=layers,
             skip=skip,
@@ -131,7 +131,7 @@ class NaturalGradient(RunningBlocks):
         self._running: dict[str, Running | None] = {}
         for weight in self.weights.values():
             self._joined_later(weight)
-        self.largest_factor, self.warmup = largest_factor, warmup
+        self.largest_factor = largest_factor
         self._warn_of_diagonals()
         self._blocks: dict[str, Block] = {}
         self._preconditioners: dict[str, Block] = {}

@@ -33,6 +33,7 @@ from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.padding import counted, weighed_input
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
+from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order, take
 from fisherlab.extract.slopes import slopes
 from fisherlab.extract.tape import Use
@@ -285,13 +286,14 @@ class Recorder:
             self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
         )
         for vector in vectors:
-            gradients = torch.autograd.grad(
-                output,
-                _edges(calls),
-                (scale * vector).to(output.dtype),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with reentrant_named(OptimizerError):
+                gradients = torch.autograd.grad(
+                    output,
+                    _edges(calls),
+                    (scale * vector).to(output.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     gradient = output.new_zeros(call.shape)
@@ -402,7 +404,8 @@ class Recorder:
         with torch.enable_grad():
             product = (output * vector).sum()
         sources: list[Any] = [*_edges(every), *leaves]
-        found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
+        with reentrant_named(OptimizerError):
+            found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
         rows = {
             id(call): output.new_zeros(call.shape) if g is None else g
             for call, g in zip(every, found[: len(every)], strict=True)

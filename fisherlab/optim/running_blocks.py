@@ -40,6 +40,12 @@ class RunningBlocks(AdaptiveDamping):
         step = self.steps if step is None else step
         return step < self.warmup or step % self.option(weight, what) == 0
 
+    def due(self) -> tuple[str, ...]:
+        """What the next step refreshes of any layer: `statistics`, `basis`, `corrections`."""
+        kinds = ("statistics", "basis", *(("corrections",) if self._corrected else ()))
+        found = [k for k in kinds if any(self._due(w, f"{k}_every") for w in self.weights.values())]
+        return (*super().due(), *found)
+
     def _collects(self, weight: Weight, step: int | None = None) -> bool:
         due = self._due(weight, "statistics_every", step)
         return due or (self._corrected and self._due(weight, "corrections_every", step))

@@ -21,8 +21,10 @@ UNITS = {
     "depth": "depth [hidden layers]",
     "width": "width [units]",
     "fisher_type": "Fisher type",
-    "build_seconds": "time to build the block [s]",
-    "memory_bytes": "memory of the block [bytes]",
+    "build_seconds": "time to build the block alone [s]",
+    "decompose_seconds": "time to decompose the block alone [s]",
+    "memory_bytes": "memory of the block as kept [bytes]",
+    "formed_bytes": "memory of the block, matrices formed [bytes]",
     "seconds": "time in steps [s]",
     "evidence": "log evidence [nats]",
     "rank": "rank correlation",
@@ -77,11 +79,9 @@ def lines(
     """Any column over any other, one line per method in its own look; `log` names the log axes."""
     figure, (ax,) = theme.panels(1, height=2.8)
     names = list(dict.fromkeys(frame[by]))
-    for name in names:
+    for name, look in theme.looks(names).items():
         rows = frame[frame[by] == name].sort_values(x)
-        ax.plot(
-            rows[x], rows[y], color=theme.colour(name), marker=theme.marker(name), markevery=0.1
-        )
+        ax.plot(rows[x], rows[y], **look.line, markevery=0.1)
     ax.set(xlabel=label(x), ylabel=label(y))
     for axis in log:
         ax.set(**{f"{axis}scale": "log"})
@@ -129,12 +129,12 @@ def pareto(
     figure, (ax,) = theme.panels(1, height=3.2)
     best = points.iloc[list(front)]
     ax.step(best[cost], best[measure], where="post", color="0.55", lw=1, zorder=1)
+    looks = theme.looks(points["approximation"])
     for index, row in points.reset_index(drop=True).iterrows():
         on = index in front
         ax.scatter(
-            row[cost], row[measure], 42 if on else 24, color=theme.colour(row["approximation"]),
-            marker=theme.marker(row["approximation"]), edgecolor="black", lw=0.9 if on else 0,
-            zorder=3 if on else 2,
+            row[cost], row[measure], 42 if on else 24, **looks[row["approximation"]].line,
+            edgecolor="black", lw=0.9 if on else 0, zorder=3 if on else 2,
         )  # fmt: skip
     if (points[cost] > 0).all():
         ax.set_xscale("log")
@@ -157,13 +157,10 @@ def in_sample_against_population(table: Any) -> Figure:
     names = list(dict.fromkeys(name for rank in ranks for name in rank))
     figure, (ax,) = theme.panels(1, height=3.0)
     medians = frame.groupby(["approximation", "examples"]).median(numeric_only=True)
-    for name in names:
+    for name, look in theme.looks(names).items():
         rows = medians.loc[name]
         for column, dash in (("relative_error", "-"), ("population_error", "--")):
-            ax.plot(
-                rows.index, rows[column], ls=dash, color=theme.colour(name),
-                marker=theme.marker(name),
-            )  # fmt: skip
+            ax.plot(rows.index, rows[column], ls=dash, **look.line)
     for column in ("relative_error", "population_error"):
         _count(ax, frame, "examples", column)
     _ticks(ax, frame["examples"], numeric=True)
