@@ -181,8 +181,6 @@ def broken(kind):
     elif kind == "inf in weight":
         with torch.no_grad():
             model[2].weight[0, 0] = float("inf")
-    elif kind == "half":
-        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
     elif kind == "dtype":
         x = x.float()
     elif kind == "batch norm":
@@ -197,7 +195,7 @@ def broken(kind):
         model, options = nn.Sequential(), {"layers": ["encodr"]}
         model.add_module("encoder", nn.Linear(4, 3).double())
     elif kind == "no block":
-        model = net(nn.Linear(4, 3), nn.LayerNorm(3))
+        model = net(nn.Linear(4, 3), nn.PReLU())
         options = {"layers": ["1"]}
     elif kind == "frozen":
         model[0].weight.requires_grad_(False)
@@ -219,14 +217,13 @@ BROKEN = {
     "empty batch": r"x is an empty batch, shape \(0, 4\)",
     "nan in x": "x has NaN or inf entries, first in row 2",
     "inf in weight": "parameter '2.weight' has NaN or inf",
-    "half": r"'0.weight' is torch.bfloat16.*model.float\(\)",
     "dtype": "x is torch.float32 and the model torch.float64",
     "batch norm": r"'1' is a BatchNorm1d that uses batch statistics.*model.eval\(\)",
     "no statistics": "'1' is a BatchNorm1d that uses batch statistics",
     "dropout": r"'1' is an active Dropout; call model.eval\(\)",
     "unknown layer": "no layer 'O' in this model; nearest: 0, 2",
     "near name": "no layer 'encodr' in this model; nearest: encoder",
-    "no block": "layer '1' has no block: LayerNorm has no Kronecker form",
+    "no block": "layer '1': it is used by prelu|'1' .PReLU. has no rule in BackPACK",
     "frozen": "layer '0' has no block: its weight is frozen",
     "all frozen": "no layer of this model has a block",
     "not called": "layer 'spare': not called in this forward pass",
@@ -242,7 +239,7 @@ def test_bad_input_is_refused_by_name(kind, backend):
         capture(model, CE, x, y, backend=backend, **options)
 
 
-def test_models_that_return_no_tensor_and_weights_shared_across_kinds():
+def test_models_that_return_no_tensor():
     class Pair(nn.Linear):
         def forward(self, x):
             return super().forward(x), x
@@ -251,44 +248,20 @@ def test_models_that_return_no_tensor_and_weights_shared_across_kinds():
         def forward(self, x):
             return super().forward(x), x
 
-    for model, message in (
-        (Pair(4, 3), "layer 'pair' is a Pair that returns tuple"),
-        (WithInput(nn.Linear(4, 3)), "the model returned tuple.*wrap the model"),
-    ):
-        with pytest.raises(CaptureError, match=message):
+    for model in (Pair(4, 3), WithInput(nn.Linear(4, 3))):
+        with pytest.raises(CaptureError, match="the model returned tuple.*wrap the model"):
             capture(model.double(), CE, randn(2, 4), torch.tensor([0, 1]))
-
-    class Language(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.decode = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-            self.decode.weight = self.embed.weight
-
-        def forward(self, tokens):
-            return self.decode(self.embed(tokens)).mT
-
-    tokens = torch.tensor([[0, 1], [3, 4]])
-    with pytest.raises(CaptureError, match="'decode'.*shares its weight with 'embed'"):
-        capture(Language().double(), CE, tokens, tokens)
-
-    class Reversed(Language):
-        def __init__(self):
-            super().__init__()
-            del self.embed
-            self.embed = nn.Embedding(5, 4)
-            self.embed.weight = self.decode.weight
-
-    with pytest.raises(CaptureError, match="'decode' has no block: shares its weight with 'embed'"):
-        capture(Reversed().double(), CE, tokens, tokens, layers=["decode"])
 
 
 @pytest.mark.parametrize("backend", BOTH)
-def test_a_model_compiled_before_the_capture_is_refused(backend):
-    """`torch.compile` ignores later hooks without a word: an empty result is no result."""
-    model, x, y = torch.compile(net(nn.Linear(4, 3)), backend="eager"), randn(3, 4), torch.arange(3)
+def test_a_model_compiled_before_the_capture_is_the_model(backend):
+    """`torch.compile` ignores later hooks without a word, so the Python behind it is run."""
+    plain, x, y = net(nn.Linear(4, 3)), randn(3, 4), torch.arange(3)
+    model = torch.compile(plain, backend="eager")
     model(x)
-    with pytest.raises(CaptureError, match="none of _orig_mod.0 was called"):
-        capture(model, CE, x, y, backend=backend)
+    (found,) = capture(model, CE, x, y, backend=backend).values()
+    (expected,) = capture(plain, CE, x, y, backend=backend).values()
+    assert torch.equal(found.per_example_gradients(), expected.per_example_gradients())
 
 
 def test_every_argument_of_the_model_is_checked():

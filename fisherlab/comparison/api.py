@@ -26,6 +26,7 @@ from fisherlab.extract import Captures
 from fisherlab.extract.api import Forward, _forward, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
 from fisherlab.extract.fisher import FISHER_TYPES, default_type
+from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import Names, check_batch, check_model
@@ -34,7 +35,7 @@ from fisherlab.extract.tape import KINDS
 
 def compare(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None,
     x: object,
     y: Tensor | None = None,
     *,
@@ -53,6 +54,7 @@ def compare(
     forward: Forward | None = None,
     alone: bool = False,
     mask: Tensor | str | None = None,
+    loss_scale: str | None = None,
 ) -> Comparison:
     """How well each approximation matches the exact Fisher block of every layer.
 
@@ -69,7 +71,8 @@ def compare(
     and `g`); on a device that runs out of memory both are halved until they fit.
 
     `mask`: the real positions of one batch, or the name of an entry of dict batches, as in
-    `capture`.
+    `capture`. `loss_scale`: a loss inside the model, criterion None, as in `capture`; of several
+    batches the model returns the losses of all examples.
 
     Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
     itself). The layers are shared out: a rank receives the other shards of its layers, their raw
@@ -85,7 +88,9 @@ def compare(
     ranks = None if alone else Ranks.current()
     model = unwrapped(model)
     with ranks.together("checking its batch") if ranks else nullcontext():
-        batches = split_batches(x, y)
+        criterion = criterion_of(criterion, loss_scale)
+        inside = isinstance(criterion, Inside)
+        batches = split_batches(x, y, inside)
         check_model(model)
         for batch in batches:
             check_batch(*batch, model)
@@ -125,9 +130,18 @@ def compare(
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
         parts = [
-            captures_in_parts(model, criterion, *b, fisher_type=kind, **options) for b in sample
+            captures_in_parts(
+                model, criterion, b[0], None if inside else b[1], fisher_type=kind, **options
+            )
+            for b in sample
         ]
-        return [part for batch in parts for part in batch]
+        found = [part for batch in parts for part in batch]
+        if inside and len(found) > 1 and not found[0].outputs.ndim:
+            raise ValueError(
+                "the losses of several batches have no common mean as numbers; let the model "
+                "return the loss of every example"
+            )
+        return found
 
     captures = captured(batches, fisher_type)
     target, unseen = captures, None
@@ -137,7 +151,7 @@ def compare(
         unseen = [copy(reference)]  # ranks give parts of theirs away
     elif reference is not None:
         pair = reference if isinstance(reference, tuple) else (reference, None)
-        others = split_batches(*pair)
+        others = split_batches(*pair) if not inside else split_batches(reference, None, True)
         _check_unseen(batches, others)
         unseen = captured(others, fisher_type)
     _check_blocks(makers, captures[0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,13 +18,23 @@ from fisherlab.extract import criteria, fisher
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
-from fisherlab.extract.isolation import isolated, random_state
+from fisherlab.extract.inside import Inside, criterion_of, loss_of
+from fisherlab.extract.isolation import floated, in_float32, is_half, isolated, random_state
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.outputs import output_of
 from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
 from fisherlab.extract.reentrant import reentrant_named
-from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
+from fisherlab.extract.select import (
+    Names,
+    check_batch,
+    check_dtypes,
+    check_model,
+    chosen,
+    on_tape,
+    tensors_of,
+    weights_of,
+)
 from fisherlab.extract.tape import KINDS, Record, set_slopes
 
 BACKENDS = ("auto", "backpack", "hooks")
@@ -79,11 +91,11 @@ class Captures(dict[str, LayerCapture]):
 
 def capture(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None,
     x: object,
     y: Tensor | None = None,
     *,
-    fisher_type: str = "exact",
+    fisher_type: str | None = None,
     backend: str = "auto",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
@@ -95,15 +107,16 @@ def capture(
     ranks: Ranks | None = None,
     check: str = "full",
     mask: Tensor | str | None = None,
+    loss_scale: str | None = None,
 ) -> Captures:
     """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
 
     `x` is a tensor, a tuple or a dict of the model's arguments; `y` the labels, or None where `x`
     is a pair (x, y) or a dict that holds them under "labels". `forward(model, x)` makes the outputs
     where the model is to be called in another way. `fisher_type` is
-    "exact" (a root of the loss Hessian), "mc" (labels drawn from the model with `generator`, None a
-    fresh one seeded with 0) or "empirical" (the observed labels). The model comes back untouched:
-    no hooks, `.grad`, buffers, mode and global random streams as they were.
+    "exact" (a root of the loss Hessian; the default), "mc" (labels drawn from the model with
+    `generator`, None a fresh one seeded with 0) or "empirical" (the observed labels). The model
+    comes back untouched: no hooks, `.grad`, buffers, mode and global random streams as they were.
 
     `layers` and `skip` are names or patterns such as `"encoder.*"`. A layer that is named in full
     is captured or refused; any other is left out with its reason where it has no block.
@@ -128,10 +141,21 @@ def capture(
     of a Linear without any gradient (padding that the loss ignores) are left out of these means
     anyway. A layer whose masked positions have a gradient is left out: the model uses them.
 
+    `loss_scale` "mean" or "sum" states how a loss inside the model is made of its examples' losses:
+    criterion None, `x` the whole batch, labels included, `forward(model, x)` the loss or the losses
+    `[n]` of the examples (default: `.loss`). The Fisher is the empirical one. "full" proves the
+    statement on half of the batch.
+
+    Trainable weights of half precision are captured in float32: the pass runs with float32 copies
+    of all half-precision tensors. A model that does not run so has no block for these weights.
+
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
     Raises `CaptureError` naming the layer, tensor or criterion that cannot be captured, and why.
     """
+    criterion = criterion_of(criterion, loss_scale)
+    inside = isinstance(criterion, Inside)
+    fisher_type = fisher_type or ("empirical" if inside else "exact")
     if fisher_type not in fisher.FISHER_TYPES:
         raise CaptureError(
             f"unknown fisher_type {fisher_type!r}; one of {', '.join(fisher.FISHER_TYPES)}"
@@ -147,38 +171,64 @@ def capture(
         raise CaptureError(
             f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"
         )
+    if inside and (fisher_type != "empirical" or backend == "backpack" or mask is not None):
+        raise CaptureError(
+            "a loss inside the model has the empirical Fisher of the hooks backend without a mask "
+            "alone: its distribution is not known; pass a criterion for more"
+        )
     criterion = fisher.as_module(criterion)
     fisher.reduction_of(criterion)
-    x, y = split_batch(x, y)
+    x, labels = split_batch(x, y, inside)
     model = unwrapped(model)
     check_model(model)
-    check_batch(x, y, model)
-    mask = mask_of(mask, x, y)
+    check_batch(x, labels, model)
+    mask = mask_of(mask, x, labels)
     if mask is not None:
         criterion = Masked(criterion, mask)
 
+    def returned(x: object) -> Tensor:
+        return _forward(model, x, forward, loss_of if inside else output_of)
+
     def run() -> Tensor:
-        return criteria.arranged(criterion, _forward(model, x, forward), y)
+        outputs = returned(x)
+        return criteria.arranged(
+            criterion, outputs.float() if is_half(outputs) else outputs, labels
+        )
 
     start = time.perf_counter()
-    backend, reason = _choose(backend, x if isinstance(x, Tensor) else y)
-    # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
-    with (
-        isolated(model, x),
-        nn.utils.parametrize.cached(),
-        reentrant_named(CaptureError),
-    ):
-        before = random_state(x)
+    backend, reason = _choose(backend, x if isinstance(x, Tensor) else labels)
+    with isolated(model, x), reentrant_named(CaptureError), ExitStack() as stack:
         weights = weights_of(model)
         wanted, named = chosen(weights, layers, skip)
-        record = Record({w.name: w.tensor for w in weights.values()}, wanted, kinds)
+        half = [name for name in wanted if is_half(weights[name].tensor)]
+        left_out: dict[str, str] = {}
+        if half:
+            kind, why = weights[half[0]].tensor.dtype, _float32(stack, model, returned, x)
+            if why:
+                why = f"its weight is {kind}, and the model does not run in float32: {why}"
+                left_out = dict.fromkeys(half, why)
+                wanted = [name for name in wanted if name not in left_out]
+            else:
+                x, labels, reason = (
+                    floated(x),
+                    floated(labels),
+                    f"{reason}; {kind} weights as float32",
+                )
+        # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
+        stack.enter_context(nn.utils.parametrize.cached())
+        before, weights = random_state(x), weights_of(model)
+        record = Record(on_tape(weights), wanted, kinds)
 
         def checked(outputs: Tensor) -> Tensor:
-            return _check_outputs(outputs, criterion, y, ranks)
+            if wanted and not outputs.requires_grad:
+                raise CaptureError(_without_graph(record))
+            if isinstance(criterion, Inside):
+                return criterion.gradient(outputs, len(labels), ranks)
+            return _check_outputs(outputs, criterion, labels, ranks)
 
         def vectors(outputs: Tensor) -> Iterator[Tensor]:
             return fisher.output_vectors(
-                fisher_type, criterion, outputs, y, mc_samples, generator, ranks
+                fisher_type, criterion, outputs, labels, mc_samples, generator, ranks
             )
 
         columns = None if fisher_type == "empirical" else vectors
@@ -190,9 +240,24 @@ def capture(
             outputs = _by_tape(record, run, checked, columns)
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
-        scale = fisher.term_scale(criterion, outputs, y, ranks)
+        if isinstance(criterion, Inside):
+            scale = 1.0
+            if check == "full" and not outputs.ndim:
+                again = Record(on_tape(weights), wanted, kinds)
+                left_out |= criterion.prove(record, again, returned, x, len(labels))
+        else:
+            scale = fisher.term_scale(criterion, outputs, labels, ranks)
         captured, skipped = collect(
-            record, weights, outputs, fisher_type, scale, check, examples, mask
+            record,
+            weights,
+            outputs,
+            len(labels),
+            fisher_type,
+            scale,
+            check,
+            examples,
+            mask,
+            left_out,
         )
     for name in sorted(named):
         if name in skipped:
@@ -213,7 +278,7 @@ def capture(
         )
     seconds, counts = time.perf_counter() - start, coverage(weights, captured)
     report = Report(backend, reason, seconds, skipped, *counts)
-    return Captures(captured, report, outputs.detach(), y)
+    return Captures(captured, report, outputs.detach(), labels)
 
 
 def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:
@@ -223,8 +288,17 @@ def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:
     return "hooks", MEASURED.get(device, f"the default: BackPACK has not been measured on {device}")
 
 
-def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
-    """The model's arguments and the labels of a batch `(x, y)` or a dict with its labels inside."""
+def split_batch(x: object, y: Tensor | None = None, inside: bool = False) -> tuple[object, Tensor]:
+    """The model's arguments and the labels of a batch `(x, y)` or a dict with its labels inside.
+
+    Args:
+        x: the batch.
+        y: the labels, or None where `x` holds them.
+        inside: whether the model computes the loss: it takes the whole batch, and the labels
+            returned are `[n, 0]`.
+    """
+    if inside:
+        return x, _no_labels(x, y)
     if y is not None:
         return x, y
     if isinstance(x, Mapping):
@@ -235,41 +309,134 @@ def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
                 "pass them as y"
             )
         return {name: value for name, value in x.items() if name != key}, x[key]
-    if isinstance(x, tuple | list) and len(x) == 2 and isinstance(x[1], Tensor):
+    if isinstance(x, tuple | list) and _is_pair(x):
         return x[0], x[1]
+    loader = (
+        ""
+        if isinstance(x, Tensor | str) or not hasattr(x, "__len__")
+        else ("; of a data set or a loader pass one batch, or fl.compare the loader")
+    )
     raise CaptureError(
-        f"labels are missing: pass y, a pair (x, y) or a dict with 'labels'; got {type(x).__name__}"
+        "labels are missing: pass y, a pair (x, y) or a dict with 'labels'; got "
+        f"{type(x).__name__}{loader}"
     )
 
 
-def split_batches(x: object, y: Tensor | None = None) -> list[tuple[object, Tensor]]:
+def _is_pair(x: tuple | list) -> bool:
+    """Whether two things are inputs and labels, right or wrong in type; not two batches."""
+    if len(x) != 2:
+        return False
+    labels = x[1]
+    numbers = isinstance(labels, list) and bool(labels) and isinstance(labels[0], int | float)
+    return isinstance(labels, Tensor) or hasattr(labels, "__array__") or numbers
+
+
+def _no_labels(x: object, y: Tensor | None) -> Tensor:
+    if y is not None:
+        raise CaptureError("with loss_scale the labels are the model's: leave y out, put them in x")
+    given = tensors_of(x)
+    if isinstance(x, Mapping):
+        given = [(x[key], key) for key in LABELS if isinstance(x.get(key), Tensor)] + given
+    given = [(tensor, role) for tensor, role in given if tensor.ndim]
+    if not given:
+        raise CaptureError("x holds no tensor of examples")
+    return given[0][0].new_empty((len(given[0][0]), 0))
+
+
+def split_batches(
+    x: object, y: Tensor | None = None, inside: bool = False
+) -> list[tuple[object, Tensor]]:
     """One batch, given in any way that `split_batch` takes, or all of a loader."""
-    pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
+    pair = isinstance(x, tuple | list) and _is_pair(x)
     if y is not None or isinstance(x, Mapping) or pair:
-        return [split_batch(x, y)]
+        return [split_batch(x, y, inside)]
     if isinstance(x, Tensor) or not isinstance(x, Iterable):
-        raise ValueError("pass labels y, or a loader of (x, y) batches as x")
-    batches = [split_batch(batch) for batch in x]
+        raise ValueError(
+            "pass labels y, or a loader of (x, y) batches as x, such as "
+            f"torch.utils.data.DataLoader(data, 128); got {type(x).__name__}"
+        )
+    batches = [split_batch(batch, None, inside) for batch in x]
     if not batches:
         raise CaptureError("the loader is empty")
     return batches
 
 
-def _forward(model: nn.Module, x: object, forward: Forward | None = None) -> Tensor:
-    if forward is not None:
-        outputs = forward(model, x)
-    elif isinstance(x, Mapping):
-        outputs = model(**x)
-    else:
-        outputs = model(*x) if isinstance(x, tuple | list) else model(x)
-    outputs = output_of(outputs)
+def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
+    """The model's own result for a batch of its arguments.
+
+    Raises:
+        CaptureError: for arguments that the model does not take, in number, name or dtype.
+    """
+    args: tuple = tuple(x) if isinstance(x, tuple | list) else (x,)
+    names = dict(x) if isinstance(x, Mapping) else {}
+    try:
+        if forward is not None:
+            return forward(model, x)
+        return model(**names) if isinstance(x, Mapping) else model(*args)
+    except (TypeError, RuntimeError) as error:
+        check_dtypes(x, model)
+        if forward is None:
+            _check_arguments(model, () if isinstance(x, Mapping) else args, names, error)
+        raise
+
+
+def _check_arguments(model: nn.Module, args: tuple, names: dict, error: Exception) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **names)
+    except TypeError:
+        given = f"the arguments {sorted(names)}" if names else f"{len(args)} arguments"
+        stack = "" if names else ", or torch.stack(x) for a list of examples"
+        raise CaptureError(
+            f"the model does not take {given} that x holds: {error}; pass "
+            f"forward=lambda model, x: ...{stack}"
+        ) from error
+    except ValueError:  # no signature is known
+        return
+
+
+def _forward(
+    model: nn.Module,
+    x: object,
+    forward: Forward | None = None,
+    of: Callable[[Any], Any] = output_of,
+) -> Tensor:
+    outputs = of(call(model, x, forward))
     if not isinstance(outputs, Tensor):
         who = "the model" if forward is None else "forward"
         raise CaptureError(
             f"{who} returned {type(outputs).__name__}; FisherLab needs one tensor of outputs (or "
             "`.logits`): wrap the model, or pass forward=lambda model, x: model(x)[0]"
         )
+    if outputs.is_complex():
+        raise CaptureError(
+            f"the outputs are {outputs.dtype}; return real ones, such as outputs.abs()"
+        )
     return outputs
+
+
+def _float32(
+    stack: ExitStack, model: nn.Module, returned: Callable[[object], Tensor], x: object
+) -> str:
+    """Make the model's half-precision tensors float32; why it does not run so, or ""."""
+    with ExitStack() as trial:
+        trial.enter_context(in_float32(model))
+        try:
+            with torch.no_grad():
+                returned(floated(x))
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        stack.push(trial.pop_all())
+    return ""
+
+
+def _without_graph(record: Record) -> str:
+    """Why the outputs have no graph though something is to be captured."""
+    inside = sorted(record.tape.without_graph)
+    return (
+        "the outputs carry no graph: forward detaches them, runs under torch.no_grad() or "
+        "inference_mode(), or uses no trainable weight; no gradient can be sent back"
+        + (f" (without a graph: {', '.join(inside)})" if inside else "")
+    )
 
 
 def _check_repeatable(run: Callable[[], Tensor], outputs: Tensor) -> None:
@@ -288,10 +455,16 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks
     """The gradient of the per-example loss at the observed labels, after every check of it."""
     if not torch.isfinite(outputs).all():
         raise CaptureError("the model's outputs have NaN or inf entries; check its weights")
+    if not outputs.ndim:
+        raise CaptureError(
+            "the model returned one number, its loss; pass the criterion's inputs by forward=, "
+            "such as lambda model, x: model(**x).logits, or None as criterion and "
+            "loss_scale='mean' or 'sum'"
+        )
     if outputs.shape[0] != y.shape[0]:
         raise CaptureError(
             f"the model returned {outputs.shape[0]} rows for {y.shape[0]} labels; the first axis "
-            "of outputs and labels is the example"
+            "of outputs and labels is the example: reshape them (outputs by forward=)"
         )
     fisher.check_labels(criterion, outputs, y)
     mask = criterion.spread(outputs) if isinstance(criterion, Masked) else None

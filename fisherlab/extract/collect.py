@@ -20,7 +20,7 @@ from fisherlab.extract.rows import SEVERAL, as_rows, find_examples, take
 from fisherlab.extract.select import Weight
 from fisherlab.extract.tape import Record, Recorded, joined_slopes
 
-_NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
+NO_GRAPH = "its output carries no graph (no_grad, inference_mode, or reentrant checkpointing)"
 _RECURRENCE = "fused recurrence; fl.models' lstm is of Linear maps"
 
 
@@ -28,26 +28,29 @@ def collect(
     record: Record,
     weights: Mapping[str, Weight],
     outputs: Tensor,
+    n: int,
     fisher_type: str,
     term_scale: float,
     check: str,
     examples: Tensor | None = None,
     mask: Tensor | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, LayerCapture], dict[str, str]]:
     """Captures by name, and `{name: reason}` of the weights without one.
 
     Args:
         record: the tape of the pass, gradients included.
         weights: every parameter of the model by name.
-        outputs: the model's outputs `[n, ...]`, with their graph.
+        outputs: the model's outputs `[n, ...]`, with their graph; or the loss of the batch.
+        n: the number of examples.
         fisher_type: of the columns on the record.
         term_scale: `c = M / Z` of the batch.
         check: "full", "gradient" or "off".
         examples: the example of every row, for calls with as many rows; None: rows are asked of
             autograd where they are not the examples.
         mask: the real positions `[n, ...]`; None where no padding is known.
+        left_out: weights without a block by name, and why.
     """
-    n = len(outputs)
     calls = {name: found for name, found in record.calls.items() if found}
     for name, found in calls.items():
         if not all(all_finite(call.gradients) for call in found):
@@ -55,10 +58,11 @@ def collect(
     leaves = _leaves(calls, weights)
     weighted = None
     if check != "off" and calls:
-        weighted = Weighted.of(outputs, record.labels, record.every(), leaves)
+        weighted = Weighted.of(outputs, record.labels, n, record.every(), leaves)
     failures = shared_biases(calls) | _find_rows(
-        calls, outputs, weighted if check == "full" else None, examples
+        calls, outputs, n, weighted if check == "full" else None, examples
     )
+    failures |= left_out or {}
     captured: dict[str, LayerCapture] = {}
     covered: set[int] = set()
     for name, found in calls.items():
@@ -154,6 +158,7 @@ def _leaves(calls: Mapping[str, Sequence[Recorded]], weights: Mapping[str, Weigh
 def _find_rows(
     calls: Mapping[str, Sequence[Recorded]],
     outputs: Tensor,
+    n: int,
     weighted: Weighted | None,
     examples: Tensor | None,
 ) -> dict[str, str]:
@@ -166,11 +171,13 @@ def _find_rows(
             call.examples = examples.to(call.output.device)
             if weighted is not None and not weighted.belong(call):
                 failures[name] = f"with the given examples, {SEVERAL}"
-        elif len(call.output) != len(outputs) or len(call.raw_input) != len(outputs):
+        elif len(call.output) != n or len(call.raw_input) != n:
             doubtful.append((name, call))
         elif weighted is not None and not weighted.belong(call):
             doubtful.append((name, call))
-    if doubtful:
+    if doubtful and not outputs.ndim:
+        failures |= {name: f"{SEVERAL}; return the loss of every example" for name, _ in doubtful}
+    elif doubtful:
         found = [call for _, call in doubtful]
         edges, shapes = [call.edge for call in found], [call.output.shape for call in found]
         reasons = find_examples(outputs, found, edges, shapes)
@@ -205,21 +212,25 @@ def _skipped(
     for name, weight in weights.items():
         if id(weight.tensor) in covered:
             continue
-        if name not in record.calls:
+        if name not in record.calls and name not in failures:
             if not weight.tensor.requires_grad and weight.local == "weight":
                 found[name] = "its weight is frozen"
+            continue
+        if weight.unfit:
+            found[name] = weight.unfit
             continue
         others = record.tape.others.get(name)
         if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
             found[name.rpartition(".")[0] or name] = _RECURRENCE
         elif name in failures:
             found[name] = failures[name]
-        elif any(c.bias is weight.tensor for c in record.every()):
-            found[name] = "it is the bias of a weight without a block, or a weight's second bias"
         elif name in record.tape.without_graph:
-            found[name] = _NO_GRAPH
+            found[name] = NO_GRAPH
         elif others:
             found[name] = f"it is used by {', '.join(sorted(others))}, not by a product of `kinds`"
+        elif name in record.tape.added:
+            owner = record.tape.added[name]
+            found[name] = f"it is a bias of {owner!r} and has no block of its own"
         else:
             found[name] = "not called in this forward pass"
     return found

@@ -405,10 +405,20 @@ def _check_classes(criterion: Any, outputs: Tensor, y: Tensor) -> None:
                 f"{tuple(outputs.shape)}"
             )
         return
-    classes = outputs.shape[1] if outputs.ndim > 1 else 0
+    if outputs.ndim < 2:
+        raise CaptureError(
+            f"outputs of shape {tuple(outputs.shape)} have no class axis; {name_of(criterion)} "
+            "takes one score per class, [n, classes]"
+        )
+    classes = outputs.shape[1]
     expected = (outputs.shape[0], *outputs.shape[2:])
     if y.dtype not in (torch.int64, torch.uint8):
         raise CaptureError(f"labels are {y.dtype}; class indices are torch.int64: y.long()")
+    if y.shape == outputs.shape != expected:
+        raise CaptureError(
+            f"labels of the outputs' shape {tuple(y.shape)} in whole numbers are one-hot; pass "
+            "class indices, y.argmax(1), or probabilities, y.float()"
+        )
     if tuple(y.shape) != expected:
         raise CaptureError(
             f"labels have shape {tuple(y.shape)}, outputs {tuple(outputs.shape)} need "
@@ -536,6 +546,14 @@ def _check_same(criterion: Any, outputs: Tensor, y: Tensor) -> None:
             f"targets have shape {tuple(y.shape)} and outputs {tuple(outputs.shape)}; "
             f"{name_of(criterion)} would broadcast them into another loss: reshape the targets"
         )
+
+
+def _check_bits(criterion: Any, outputs: Tensor, y: Tensor) -> None:
+    if not y.is_floating_point():
+        raise CaptureError(
+            f"targets are {y.dtype}; {name_of(criterion)} takes floating targets: y.float()"
+        )
+    _check_same(criterion, outputs, y)
 
 
 def _label_ones(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
@@ -703,7 +721,7 @@ _REGISTRY |= {
         sample=_draw_bits,
         score=_bernoulli_score,
         factor=_bernoulli_factor,
-        check=_check_same,
+        check=_check_bits,
     ),
     nn.PoissonNLLLoss: _built_in(
         weights=_label_ones,

@@ -79,10 +79,19 @@ def label_vectors(
     """
     rules = rules_of(criterion) or Rules()
     free = outputs.detach().contiguous().requires_grad_()
-    with torch.enable_grad():
-        loss = rules.call(criterion, free, y)
-    if loss.ndim:
-        raise CaptureError(f"{name_of(criterion)} returned shape {tuple(loss.shape)}, not a number")
+    try:
+        with torch.enable_grad():
+            loss = rules.call(criterion, free, y)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{name_of(criterion)} failed as criterion(outputs, y) on outputs {outputs.dtype} of "
+            f"shape {tuple(outputs.shape)} and labels {y.dtype} of shape {tuple(y.shape)}: {error}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.ndim:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CaptureError(f"{name_of(criterion)} returned {got}, not a number")
     if not torch.isfinite(loss):
         raise CaptureError(f"the loss is {loss.item()}; check data, labels and weights")
     (gradient,) = torch.autograd.grad(loss, free)

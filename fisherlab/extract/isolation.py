@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def isolated(model: nn.Module, x: object) -> Iterator[None]:
     """Gradients on; random streams, buffers and training flags are put back at the end.
 
+    Compiled modules run as the Python they were made of, so that their functions are seen.
+
     Args:
         model: the model that runs inside. A forward pass may update its buffers: running
             statistics, codebooks, the vectors of spectral normalisation.
@@ -53,12 +57,59 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     token = _ISOLATED.set(True)
     try:
-        with buffers_kept(model), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        with (
+            buffers_kept(model),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=devices),
+            _uncompiled(),
+        ):
             yield
     finally:
         _ISOLATED.reset(token)
         for module, training in flags:
             module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # nothing is compiled where the compiler was never loaded, which takes seconds
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if "torch._dynamo" not in sys.modules or set_stance is None:
+        return nullcontext()
+    return set_stance("force_eager")
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of half precision are float32 inside; afterwards as before.
+
+    Every value is kept. The arithmetic that a capture needs is that of float32.
+    """
+    halves = [
+        (tensor, tensor.data)
+        for tensor in (*model.parameters(), *model.buffers())
+        if is_half(tensor)
+    ]
+    try:
+        for tensor, data in halves:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in halves:
+            tensor.data = data
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor has floating numbers of fewer than 32 bits."""
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def floated(x: Any) -> Any:
+    """A batch with its half-precision tensors in float32."""
+    if isinstance(x, Tensor):
+        return x.float() if is_half(x) else x
+    if isinstance(x, Mapping):
+        return {key: floated(value) for key, value in x.items()}
+    return type(x)(map(floated, x)) if type(x) in (tuple, list) else x
 
 
 def random_state(x: object) -> Tensor:

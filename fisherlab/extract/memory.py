@@ -12,6 +12,7 @@ from fisherlab.extract import fisher
 from fisherlab.extract.api import Captures, capture, split_batch
 from fisherlab.extract.criteria import rules_of
 from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.inside import Inside, criterion_of, rows_of
 from fisherlab.extract.layer import LayerCapture
 
 
@@ -54,11 +55,13 @@ def captures_in_parts(
     Blocks of the parts together are those of the batch. Not where the halves count different
     numbers of loss terms (ignored labels, class weights): there the mean is that of the whole.
     """
-    x, y = split_batch(x, y)
+    criterion = criterion_of(criterion, options.pop("loss_scale", None))
+    inside = isinstance(criterion, Inside)
+    x, y = split_batch(x, y, inside)
     generator = options.get("generator")
     state = generator.get_state() if isinstance(generator, torch.Generator) else None
     try:
-        return [capture(model, criterion, x, y, **options)]
+        return [capture(model, criterion, x, None if inside else y, **options)]
     except torch.OutOfMemoryError as error:
         message = str(error)
     # out of the handler, whose traceback holds on to the tensors that did not fit
@@ -67,7 +70,8 @@ def captures_in_parts(
     n = len(y)
     cut = n // 2
     mean = fisher.reduction_of(fisher.as_module(criterion)) == "mean"
-    masked = mean and options.get("mask") is not None  # halves may have other numbers of terms
+    # halves may have other numbers of terms
+    masked = mean and (inside or options.get("mask") is not None)
     if (
         n < 2
         or masked
@@ -86,9 +90,9 @@ def captures_in_parts(
         for part in captures_in_parts(
             model,
             criterion,
-            _rows(x, n, rows),
-            y[rows],
-            **options | {"mask": _rows(options.get("mask"), n, rows)},
+            rows_of(x, n, rows),
+            None if inside else y[rows],
+            **options | {"mask": rows_of(options.get("mask"), n, rows)},
         )
     ]
 
@@ -104,14 +108,3 @@ def _alike(criterion: Callable, one: Tensor, two: Tensor) -> bool:
     return fisher.divisor(criterion, one, one) * len(two) == (
         fisher.divisor(criterion, two, two) * len(one)
     )
-
-
-def _rows(x: object, n: int, rows: slice) -> object:
-    """Some examples of a model's arguments; tensors of another length belong to every example."""
-    if isinstance(x, Tensor):
-        return x[rows] if x.ndim and len(x) == n else x
-    if isinstance(x, Mapping):
-        return {key: _rows(value, n, rows) for key, value in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_rows(value, n, rows) for value in x)
-    return x

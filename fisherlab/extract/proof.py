@@ -34,23 +34,30 @@ class Weighted:
 
     @classmethod
     def of(
-        cls, outputs: Tensor, labels: Tensor, calls: Sequence[Recorded], leaves: Sequence[Tensor]
+        cls,
+        outputs: Tensor,
+        labels: Tensor,
+        n: int,
+        calls: Sequence[Recorded],
+        leaves: Sequence[Tensor],
     ) -> Weighted:
         """Send every example's loss gradient with its own weight, a power of two.
 
         Args:
-            outputs: the model's outputs `[n, ...]`, with their graph.
+            outputs: the model's outputs `[n, ...]`, with their graph; of a loss all weigh 1.
             labels: the gradient of the summed per-example loss at `outputs`.
+            n: the number of examples.
             calls: the recorded calls.
             leaves: weights and biases.
         """
         generator = torch.Generator().manual_seed(0)
-        n = outputs.shape[0]
         exponents = torch.randint(-EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator)
-        weights = (2.0**exponents).to(outputs)
+        weights = (2.0**exponents).to(outputs) if outputs.ndim else outputs.new_ones(n)
         sources: list[Any] = [call.edge for call in calls]
         with torch.enable_grad():
-            weighted = labels * weights.view(-1, *[1] * (labels.ndim - 1))
+            weighted = labels
+            if labels.ndim:
+                weighted = labels * weights.view(-1, *[1] * (labels.ndim - 1))
             product = (outputs * weighted).sum()
         found = torch.autograd.grad(
             product, [*sources, *leaves], retain_graph=True, allow_unused=True

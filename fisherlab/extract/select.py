@@ -122,7 +122,28 @@ class Weight:
     @property
     def parametrized(self) -> bool:
         """Whether the module computes it."""
-        return self.local not in self.module._parameters
+        return self.local not in _parameters(self.module)
+
+    @property
+    def unfit(self) -> str:
+        """Why no product with it has a block, whatever the model does; or ""."""
+        if self.tensor.is_complex():
+            return f"its weight is {self.tensor.dtype}, and a block is one of real numbers"
+        if not self.tensor.numel():
+            return f"its weight has no entries, shape {tuple(self.tensor.shape)}"
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return (
+                "it is inside a scripted or traced module, whose functions Python does not see: "
+                "pass the module it was made of"
+            )
+        return ""
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters; those of a scripted one are no dict of Python's."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_parameters(recurse=False))
+    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
@@ -140,7 +161,7 @@ def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
         if computed and "parametrizations" in prefix.split("."):
             continue
         made = list(getattr(module, "parametrizations", ())) if _parametrized(module) else []
-        for local in (*module._parameters, *(made if computed else ())):
+        for local in (*_parameters(module), *(made if computed else ())):
             tensor = getattr(module, local)
             if not isinstance(tensor, Tensor):
                 continue
@@ -152,6 +173,11 @@ def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
             else:
                 found[id(tensor)] = replace(first, aliases=(*first.aliases, name))
     return {weight.name: weight for weight in found.values()}
+
+
+def on_tape(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """The tensors by name that can have a block."""
+    return {name: weight.tensor for name, weight in weights.items() if not weight.unfit}
 
 
 Names = str | Iterable[str] | None
@@ -171,34 +197,58 @@ def chosen(
         CaptureError: for a name or a pattern that means nothing in this model.
     """
     known = {alias: w.name for w in weights.values() for alias in (w.name, *w.aliases)}
+    full = {f"{name}.weight": owner for name, owner in known.items()}
     trainable = {name for name, weight in weights.items() if weight.tensor.requires_grad}
     found: set[str] = set()
     named: set[str] = set()
     if layers is None:
-        found = trainable
+        found = set(trainable)
     else:
-        for pattern in [layers] if isinstance(layers, str) else layers:
-            if pattern in known:
-                named.add(known[pattern])
+        for pattern in _patterns(layers, "layers"):
+            if pattern in known or pattern in full:
+                named.add(known.get(pattern) or full[pattern])
                 continue
-            matches = {known[name] for name in _matching(pattern, known)} & trainable
+            matches = {known[name] for name in _matching(pattern, known)}
             if not matches:
-                near = nearest(pattern, known, list(known)[:5])
+                near = _nearest(pattern, known)
                 raise CaptureError(
                     f"no layer {pattern!r} in this model; nearest: {near}; "
                     "fl.support and `fisherlab support` list all"
                 )
-            found |= matches
-    for pattern in [skip] if isinstance(skip, str) else skip or ():
+            if not matches & trainable:
+                raise CaptureError(f"every layer that layers={pattern!r} means is frozen")
+            found |= matches & trainable
+        if not found | named:
+            raise CaptureError("layers= names no layer; pass names, patterns, or None for all")
+    for pattern in [] if skip is None else _patterns(skip, "skip"):
         matches = {known[name] for name in _matching(pattern, known)}
         if not matches:
-            near = nearest(pattern, known, list(known)[:5])
+            near = _nearest(pattern, known)
             raise CaptureError(f"skip={pattern!r} means no layer of this model; nearest: {near}")
         found -= matches
         named -= matches
-    for name in sorted(named - trainable):
-        raise CaptureError(f"layer {name!r} has no block: its weight is frozen")
+    if skip is not None and trainable and not found | named:
+        raise CaptureError(f"skip={skip!r} leaves no layer to capture")
+    for name in sorted(named):
+        reason = weights[name].unfit or ("" if name in trainable else "its weight is frozen")
+        if reason:
+            raise CaptureError(f"layer {name!r} has no block: {reason}")
     return [name for name in weights if name in found | named], named
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    layers = [name for name in names if not name.endswith("bias")]
+    return nearest(pattern, layers, layers[:5])
+
+
+def _patterns(given: Iterable[str] | str, role: str) -> list[str]:
+    patterns = [given] if isinstance(given, str) else list(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise CaptureError(
+                f"{role}= takes names or patterns of layers; got {type(pattern).__name__}"
+            )
+    return patterns
 
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -230,8 +280,19 @@ def _sharing(known: dict[str, Choice], owners: set[str]) -> dict[str, nn.Module]
     return {c.name: c.module for c in known.values() if c.owner in owners}
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Refuse lazy layers that no batch has given a shape: a pass would initialise them."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise CaptureError(
+                f"{name!r} is not initialised: a lazy layer takes its shape from the first batch; "
+                "call the model once, under torch.no_grad()"
+            )
+
+
 def check_model(model: nn.Module) -> None:
-    """Refuse training-mode normalisation and dropout, half precision and non-finite parameters."""
+    """Refuse lazy layers, training-mode normalisation and dropout, and non-finite parameters."""
+    check_initialised(model)
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):
@@ -250,41 +311,48 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise CaptureError(
-                f"parameter {name!r} is {parameter.dtype}; curvature in half precision is noise: "
-                "call model.float() or model.double() (autocast is fine)"
-            )
         if not all_finite(parameter):
             raise CaptureError(f"parameter {name!r} has NaN or inf entries")
 
 
+def check_arrays(x: object, role: str = "x") -> None:
+    """Refuse NumPy arrays and what is like them."""
+    if not isinstance(x, Tensor) and hasattr(x, "__array__"):
+        kind = type(x).__name__
+        raise CaptureError(f"{role} is no tensor but {kind}; pass torch.as_tensor({role})")
+
+
 def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
-    """Refuse an empty batch, NaN or inf, and inputs of another dtype or device than the model's."""
-    for value, role in ((x, "x"), (y, "y")):
-        if not isinstance(value, Tensor) and (role == "y" or hasattr(value, "__array__")):
-            kind = type(value).__name__
-            raise CaptureError(f"{role} is no tensor but {kind}; pass torch.as_tensor({role})")
-    parameter = next(model.parameters(), None)
-    for tensor, role in (*_tensors(x), (y, "y")):
+    """Refuse an empty batch, NaN or inf, and inputs on another device than the model's."""
+    check_arrays(x)
+    if not isinstance(y, Tensor):
+        raise CaptureError(f"y is no tensor but {type(y).__name__}; pass torch.as_tensor(y)")
+    for tensor, role in (*tensors_of(x), (y, "y")):
         if tensor.ndim == 0 or tensor.shape[0] == 0:
             raise CaptureError(f"{role} is an empty batch, shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not all_finite(tensor):
             bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.ndim > 1 else None
             rows = "" if bad is None else f", first in row {int(bad.nonzero()[0])}"
             raise CaptureError(f"{role} has NaN or inf entries{rows}")
-    if parameter is None:
-        return
-    for tensor, role in _tensors(x):
-        if tensor.is_floating_point() and tensor.dtype != parameter.dtype:
+    devices = {parameter.device for parameter in model.parameters()}
+    for tensor, role in tensors_of(x):
+        if devices and tensor.device not in devices:
+            device = ", ".join(sorted(map(str, devices)))
+            raise CaptureError(f"{role} is on {tensor.device} and the model on {device}")
+
+
+def check_dtypes(x: object, model: nn.Module) -> None:
+    """Refuse inputs of another dtype than any parameter's; asked once the model failed."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+    for tensor, role in tensors_of(x):
+        if dtypes and tensor.is_floating_point() and tensor.dtype not in dtypes:
+            known = ", ".join(sorted(map(str, dtypes)))
             raise CaptureError(
-                f"{role} is {tensor.dtype} and the model {parameter.dtype}; convert one of them"
+                f"{role} is {tensor.dtype} and the model {known}; convert one of them"
             )
-        if tensor.device != parameter.device:
-            raise CaptureError(f"{role} is on {tensor.device} and the model on {parameter.device}")
 
 
-def _tensors(x: object) -> list[tuple[Tensor, str]]:
+def tensors_of(x: object) -> list[tuple[Tensor, str]]:
     """The tensors among the model's arguments, and what to call each."""
     if isinstance(x, Mapping):
         named = [(value, f"x[{key!r}]") for key, value in x.items()]

@@ -11,16 +11,34 @@ from torch import Tensor, nn
 
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
-from fisherlab.extract.api import _forward
+from fisherlab.extract.api import Forward, call
+from fisherlab.extract.collect import NO_GRAPH
 from fisherlab.extract.fisher import EXACT_UP_TO, exact_columns
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.isolation import isolated
-from fisherlab.extract.select import Weight, check_model, weights_of
+from fisherlab.extract.outputs import output_of
+from fisherlab.extract.select import (
+    Weight,
+    check_arrays,
+    check_initialised,
+    check_model,
+    on_tape,
+    weights_of,
+)
 from fisherlab.extract.tape import Tape, Use
 
+COLUMNS = [
+    *("layer", "layer_type", "n_parameters", "status", "backend", "reason", "compare", "shape"),
+    *("positions", "capture_bytes", "gram_multiplications", "estimated_seconds", "dense_bytes"),
+    "diagonal_factors",
+]
 
-def support(model: nn.Module, x: object) -> pd.DataFrame:
+
+def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> pd.DataFrame:
     """One row per weight: its status, the reason, and what its block would cost.
+
+    The model is called as `capture` calls it, by `forward(model, x)` if given, and may return
+    anything.
 
     Columns: layer, layer_type, n_parameters, status ("exact", "tied", "plain gradient"), backend,
     reason, compare (what `compare` does with it by default: the Fisher type it takes for a
@@ -31,6 +49,8 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
     too large for an optimizer, which keeps their diagonals).
     """
     model = unwrapped(model)
+    check_arrays(x)
+    check_initialised(model)
     try:
         check_model(model)
         refused = ""
@@ -47,10 +67,14 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
     with isolated(model, x), nn.utils.parametrize.cached():
         weights = weights_of(model)
         model.eval()
-        tape = Tape({name: weight.tensor for name, weight in weights.items()}, note)
+        tape = Tape(on_tape(weights), note)
         with tape:
-            outputs = _forward(model, x)
-        many = exact_columns(outputs) > EXACT_UP_TO
+            outputs = output_of(call(model, x, forward))
+        many = False
+        if isinstance(outputs, Tensor) and outputs.ndim:
+            many = exact_columns(outputs) > EXACT_UP_TO
+        elif not refused:
+            refused = "refused: not one tensor of outputs; pass forward="
         kind = f"mc, 1 draw (more than {EXACT_UP_TO} outputs)" if many else "exact"
         rate = _multiplications_per_second(x)
         biases = {id(used.use.bias) for found in uses.values() for used in found}
@@ -58,7 +82,7 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
         for name, weight in weights.items():
             if id(weight.tensor) in biases:
                 continue
-            row = _row(weight, uses.get(name, []), tape.others.get(name, set()), rate)
+            row = _row(weight, uses.get(name, []), _reason(weight, tape), rate)
             measured = row["status"] == "exact" and uses[name][0].use.kind == "map"
             rows.append(row | {"compare": refused or (kind if measured else "skipped")})
             reason = f"shares its weight with {name!r}"
@@ -67,7 +91,7 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
                 for alias in weight.aliases
                 if alias not in weights
             ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,19 @@ class Used:
     itemsize: int
 
 
-def _row(weight: Weight, uses: list[Used], others: set[str], rate: float) -> dict[str, object]:
+def _reason(weight: Weight, tape: Tape) -> str:
+    """Why a weight has no block whatever its products are, or ""."""
+    others = ", ".join(sorted(tape.others.get(weight.name, ())))
+    if not weight.tensor.requires_grad:
+        return "its weight is frozen"
+    if weight.unfit:
+        return weight.unfit
+    if weight.name in tape.without_graph:
+        return NO_GRAPH
+    return f"it is used by {others}" if others else ""
+
+
+def _row(weight: Weight, uses: list[Used], reason: str, rate: float) -> dict[str, object]:
     bias = next((used.use.bias for used in uses if used.use.bias is not None), None)
     row: dict[str, object] = {
         "layer": weight.name,
@@ -92,11 +128,8 @@ def _row(weight: Weight, uses: list[Used], others: set[str], rate: float) -> dic
         "reason": "",
         "compare": "",
     }
-    if not weight.tensor.requires_grad:
-        return row | {"reason": "its weight is frozen"}
-    if others or not uses:
-        names = ", ".join(sorted(others))
-        return row | {"reason": f"it is used by {names}" if others else "not called"}
+    if reason or not uses:
+        return row | {"reason": reason or "not called"}
     return row | {"status": "exact", "backend": "hooks", **_costs(uses, bias is not None, rate)}
 
 

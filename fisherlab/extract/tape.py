@@ -106,8 +106,10 @@ class Tape(TorchFunctionMode):
         self._names = {id(weight): name for name, weight in self.weights.items()}
         # by name: the functions that use a weight in another way
         self.others: dict[str, set[str]] = {}
-        # the products whose outputs carry no graph
+        # the weights and biases of products whose outputs carry no graph
         self.without_graph: set[str] = set()
+        # by name of a bias: the weight whose products add it
+        self.added: dict[str, str] = {}
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -122,8 +124,11 @@ class Tape(TorchFunctionMode):
         use = None if parse is None else self._use(func, parse(*args, **kwargs))
         out = func(*args, **kwargs)
         if use is not None and isinstance(out, Tensor):
+            bias = self.name(use.bias)
+            if bias is not None:
+                self.added.setdefault(bias, use.name)
             if not out.requires_grad:
-                self.without_graph.add(use.name)
+                self.without_graph |= {use.name, bias or use.name}
                 return out
             self._note(func, (use.product.x,))
             if use.bias is None and use.product.bias is not None:
