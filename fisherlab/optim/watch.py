@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.outputs import output_of
 from fisherlab.extract.products import Product
-from fisherlab.extract.select import weights_of
+from fisherlab.extract.select import on_tape, weights_of
 from fisherlab.extract.tape import Tape, Use
 from fisherlab.optim.weight import Weight
 
@@ -72,7 +72,7 @@ class Watch:
         self.begin, self.record, self.end = begin, record, end
         names = weights_of(model, computed=False)
         self.owners = names
-        self.tape = Tape({name: owner.tensor for name, owner in names.items()}, record)
+        self.tape = Tape(on_tape(names), record)
         # whether the latest pass returned one tensor, or one called `logits`
         self.single = True
         # a recorded pass runs; in compiled code
