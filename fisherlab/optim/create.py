@@ -45,10 +45,10 @@ CORRECTED_SHARE, CORRECTED_LR, CORRECTED_CLIP = 0.1, 0.005, 4e-4
 # of the block of a single batch, which the gradient of that batch overfits, and of all layers'
 BATCH_SHARE, JOINT_SHARE = 0.3, 1.0
 # An exact block holds that gradient: `lr^2 <direction, gradient>` is at most lr^2, per block.
-BATCH_LR, JOINT_LR = 0.02, 0.03
-# Blocks of one direction, or without output gradients, are not on the scale of F, and neither is
-# the length of a step in them.
-RANK_ONE_CLIP, SLOPE_CLIP = 1e-2, 2e-3
+BATCH_LR, JOINT_LR, JOINT_CLIP = 0.02, 0.03, 5e-4
+# Blocks damped inside their factors, or without output gradients, are not on the scale of F, and
+# neither is the length of a step in them.
+FACTORS_CLIP, SLOPE_CLIP = 1e-2, 2e-3
 # Steps at the start that refresh everything, while kl_clip grows to its value: on MNIST (MLP, batch
 # 128) the inverse of the first batch, kept for 100 steps, cost KFAC half of its speed; and the
 # gradients of a LeNet at its start are so small that its curvature grows 10^4-fold in ten steps.
@@ -62,7 +62,7 @@ SQUARED = {"fisher_type": "mc", "lr": 0.03, **UNMOVED}
 SQUARED_EXACT = {"lr": 0.1, "damping": geometric(0.1), **UNMOVED}
 SQUARED_RANK_ONE = {"lr": 0.01}
 # No running mean to save on.
-_OF_BATCH = {"statistics_every": 1, "basis_every": 1}
+_OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 # What `create` passes itself, and what constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs"}
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
@@ -118,7 +118,7 @@ def _exact(
 
 def _rank_one(kind: type[NaturalGradient], *args: Any, lr: float, **defaults: Any) -> Maker:
     approximation, damping = args
-    options = {**_guarded(damping, lr), "kl_clip": RANK_ONE_CLIP, **_OF_BATCH, **defaults}
+    options = {**_guarded(damping, lr), "kl_clip": FACTORS_CLIP, **_OF_BATCH, **defaults}
     return _for_criterion(_with(kind, approximation, **options), SQUARED_RANK_ONE)
 
 
@@ -147,15 +147,20 @@ def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-_CORRECTED = {"share": CORRECTED_SHARE, "lr": CORRECTED_LR, "kl_clip": CORRECTED_CLIP}
+_JOINT: dict[str, Any] = {"share": JOINT_SHARE, "lr": JOINT_LR, "kl_clip": JOINT_CLIP}
+_CORRECTED: dict[str, Any] = {
+    "share": CORRECTED_SHARE,
+    "lr": CORRECTED_LR,
+    "kl_clip": CORRECTED_CLIP,
+}
 _KFAC = KFAC(placement="factored")
 _MAKERS: dict[str, Maker] = {
     "sgd": _plain(torch.optim.SGD, lr=0.1, momentum=0.9),
     "adam": _plain(torch.optim.Adam, lr=1e-3),
     "adamw": _plain(torch.optim.AdamW, lr=1e-3),
     "radam": _plain(torch.optim.RAdam, lr=1e-2),
-    "ngd": _exact(NGD, JOINT_SHARE, JOINT_LR),
-    "ngd_dense": _exact(NGD, JOINT_SHARE, JOINT_LR, form="dense"),
+    "ngd": _exact(NGD, **_JOINT),
+    "ngd_dense": _exact(NGD, **_JOINT, form="dense"),
     "blockwise_ngd": _exact(NGD, BATCH_SHARE, BATCH_LR, scope="layer", form="dense"),
     "tengrad": _exact(TENGraD, BATCH_SHARE, BATCH_LR),
     "ngd_smw": _with(NGDSMW, lr=0.1, alpha=0.005),
@@ -173,11 +178,11 @@ _MAKERS: dict[str, Maker] = {
         NaturalGradient, Shampoo(statistics="gradient"), lr=0.1, damping=relative(1e-4), graft=True
     ),
     # the paper's code weighs the new mean by 0.95: averaged longer, signed means cancel
-    "eva": _rank_one(NaturalGradient, Eva(), 0.1, lr=0.03, decay=0.05),
+    "eva": _rank_one(NaturalGradient, Eva(), 0.07, lr=LR, kl_clip=KL_CLIP, decay=0.05),
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),
     "kronecker_sum": _kronecker_sum,
     "kfac_reduce": _natural(KFACReduce(), 0.02, lr=0.003),
-    "diagonal": _natural(Diagonal(), CORRECTED_SHARE, lr=CORRECTED_LR),
+    "diagonal": _natural(Diagonal(), CORRECTED_SHARE, lr=0.004, kl_clip=5e-4),
     "mini_block": _natural(MiniBlock(), lr=CORRECTED_LR),
 }
 
@@ -190,9 +195,9 @@ def names() -> list[str]:
 def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, its defaults overridden by `options`.
 
-    Most curvature methods come with a `kl_clip`, which keeps them stable at any learning rate: a
-    step that it shortens is as long at any larger `lr`. `opt.clipped` counts those steps; with
-    `kl_clip=None` the learning rate alone decides.
+    The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
+    guard, which holds the first steps: one that it shortens is as long at any larger `lr`.
+    `opt.clipped` counts those steps; with `kl_clip=None` the learning rate alone decides.
 
     Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
     and `TypeError` for an option that the method does not have.
