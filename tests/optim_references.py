@@ -262,7 +262,7 @@ class Steps:
         if name == "tekfac":
             return corrected(history, running_tkfac, 0.1)
         if name == "eva":
-            return eva(history, 0.1)
+            return eva(history, 0.07)
         if name == "ifang":
             return ifang(history, 0.3)
         if name == "sngd":

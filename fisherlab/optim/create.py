@@ -46,10 +46,10 @@ CORRECTED_SHARE, CORRECTED_LR, CORRECTED_CLIP = 0.1, 0.005, 4e-4
 # of the block of a single batch, which the gradient of that batch overfits, and of all layers'
 BATCH_SHARE, JOINT_SHARE = 0.3, 1.0
 # An exact block holds that gradient: `lr^2 <direction, gradient>` is at most lr^2, per block.
-BATCH_LR, JOINT_LR = 0.02, 0.03
-# Blocks of one direction, or without output gradients, are not on the scale of F, and neither is
-# the length of a step in them.
-RANK_ONE_CLIP, SLOPE_CLIP = 1e-2, 2e-3
+BATCH_LR, JOINT_LR, JOINT_CLIP = 0.02, 0.03, 5e-4
+# Blocks damped inside their factors, or without output gradients, are not on the scale of F, and
+# neither is the length of a step in them.
+FACTORS_CLIP, SLOPE_CLIP = 1e-2, 2e-3
 # Steps at the start that refresh everything, while kl_clip grows to its value: on MNIST (MLP, batch
 # 128) the inverse of the first batch, kept for 100 steps, cost KFAC half of its speed; and the
 # gradients of a LeNet at its start are so small that its curvature grows 10^4-fold in ten steps.
@@ -119,7 +119,7 @@ def _exact(
 
 def _rank_one(kind: type[NaturalGradient], *args: Any, lr: float, **defaults: Any) -> Maker:
     approximation, damping = args
-    options = {**_guarded(damping, lr), "kl_clip": RANK_ONE_CLIP, **_OF_BATCH, **defaults}
+    options = {**_guarded(damping, lr), "kl_clip": FACTORS_CLIP, **_OF_BATCH, **defaults}
     return _for_criterion(_with(kind, approximation, **options), SQUARED_RANK_ONE)
 
 
@@ -148,6 +148,7 @@ def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+_JOINT: dict[str, Any] = {"share": JOINT_SHARE, "lr": JOINT_LR, "kl_clip": JOINT_CLIP}
 _CORRECTED: dict[str, Any] = {
     "share": CORRECTED_SHARE,
     "lr": CORRECTED_LR,
@@ -159,8 +160,8 @@ _MAKERS: dict[str, Maker] = {
     "adam": _plain(torch.optim.Adam, lr=1e-3),
     "adamw": _plain(torch.optim.AdamW, lr=1e-3),
     "radam": _plain(torch.optim.RAdam, lr=1e-2),
-    "ngd": _exact(NGD, JOINT_SHARE, JOINT_LR),
-    "ngd_dense": _exact(NGD, JOINT_SHARE, JOINT_LR, form="dense"),
+    "ngd": _exact(NGD, **_JOINT),
+    "ngd_dense": _exact(NGD, **_JOINT, form="dense"),
     "blockwise_ngd": _exact(NGD, BATCH_SHARE, BATCH_LR, scope="layer", form="dense"),
     "tengrad": _exact(TENGraD, BATCH_SHARE, BATCH_LR),
     "ngd_smw": _with(NGDSMW, lr=0.1, alpha=0.005),
@@ -178,11 +179,11 @@ _MAKERS: dict[str, Maker] = {
         NaturalGradient, Shampoo(statistics="gradient"), lr=0.1, damping=relative(1e-4), graft=True
     ),
     # the paper's code weighs the new mean by 0.95: averaged longer, signed means cancel
-    "eva": _rank_one(NaturalGradient, Eva(), 0.1, lr=0.03, decay=0.05),
+    "eva": _rank_one(NaturalGradient, Eva(), 0.07, lr=LR, kl_clip=KL_CLIP, decay=0.05),
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),
     "kronecker_sum": _kronecker_sum,
     "kfac_reduce": _natural(KFACReduce(), 0.02, lr=0.003),
-    "diagonal": _natural(Diagonal(), CORRECTED_SHARE, lr=CORRECTED_LR),
+    "diagonal": _natural(Diagonal(), CORRECTED_SHARE, lr=0.004, kl_clip=5e-4),
     "mini_block": _natural(MiniBlock(), lr=CORRECTED_LR),
 }
 
