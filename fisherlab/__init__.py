@@ -17,7 +17,7 @@ from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
 from fisherlab.comparison import Comparison, compare
-from fisherlab.extract import CaptureError, LayerCapture, capture, support
+from fisherlab.extract import CaptureError, LayerCapture, capture, register_criterion, support
 from fisherlab.heap import keep_freed_memory
 
 __version__ = "0.1.0"
@@ -65,5 +65,6 @@ __all__ = [
     "distributed",
     "keep_freed_memory",
     "metrics",
+    "register_criterion",
     "support",
 ]

@@ -655,8 +655,8 @@ def with_weight(model, value):
         ({"model": net().train()}, "'3' is a BatchNorm2d .*model.eval"),
         ({"model": net().half()}, "float16"),
         ({"criterion": nn.HuberLoss(), "fisher_type": "mc", "y": randn(12, 3)}, "HuberLoss"),
-        ({"criterion": nn.CrossEntropyLoss(torch.ones(3).double()), "fisher_type": "exact"},
-         "`weight`"),
+        ({"criterion": nn.CrossEntropyLoss(-torch.ones(3).double()), "fisher_type": "exact"},
+         "negative weights"),
         ({"memory": 10}, "raise `memory`"),
     ],
 )  # fmt: skip

@@ -41,15 +41,18 @@ CRITERIA = {
     "bce sum": nn.BCEWithLogitsLoss(reduction="sum"),
 }
 _W = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
-# right for the empirical Fisher; no likelihood, so refused for the others
+# terms with weights: the Hessian of each term is that of an unweighted one times a factor
 WEIGHTED = {
-    "ce weight": (nn.CrossEntropyLoss(weight=_W), "linear", "`weight`"),
-    "ce weight smooth": (nn.CrossEntropyLoss(_W, label_smoothing=0.1), "tokens", "`weight`"),
-    "ce weight sum": (nn.CrossEntropyLoss(_W, reduction="sum"), "tokens", "`weight`"),
-    "ce soft": (nn.CrossEntropyLoss(), "linear", "class probabilities"),
-    "bce pos_weight": (nn.BCEWithLogitsLoss(pos_weight=_W), "linear", "`pos_weight`"),
-    "bce weight": (nn.BCEWithLogitsLoss(weight=_W), "image", "`weight`"),
-    "huber": (nn.HuberLoss(), "linear", "HuberLoss"),
+    "ce weight": (nn.CrossEntropyLoss(weight=_W), "linear"),
+    "ce weight ignore": (nn.CrossEntropyLoss(weight=_W, ignore_index=-7), "tokens"),
+    "ce weight smooth": (nn.CrossEntropyLoss(_W, label_smoothing=0.1), "tokens"),
+    "ce weight sum": (nn.CrossEntropyLoss(_W, reduction="sum"), "tokens"),
+    "ce soft": (nn.CrossEntropyLoss(), "linear"),
+    "ce soft tokens": (nn.CrossEntropyLoss(), "tokens"),
+    "ce soft weight": (nn.CrossEntropyLoss(_W, label_smoothing=0.2), "tokens"),
+    "bce pos_weight": (nn.BCEWithLogitsLoss(pos_weight=_W), "linear"),
+    "bce weight": (nn.BCEWithLogitsLoss(weight=_W), "image"),
+    "bce both": (nn.BCEWithLogitsLoss(weight=_W, pos_weight=2 * _W, reduction="sum"), "linear"),
 }
 
 
@@ -104,15 +107,27 @@ def test_every_layer_against_dense_autograd(criterion, net, fisher_type, backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", WEIGHTED)
-def test_weighted_losses_have_an_empirical_fisher_and_no_other(case, backend):
-    criterion, net, named = WEIGHTED[case]
-    model, x, y = problem(net, criterion, soft=case == "ce soft")
+def test_weighted_losses_against_dense_autograd(case, backend):
+    """exact is the dense Hessian; mc, averaged over all labels that can be drawn, is exact."""
+    criterion, net = WEIGHTED[case]
+    model, x, y = problem(net, criterion, soft="soft" in case)
+    for fisher_type in ("empirical", "exact"):
+        layers = capture(model, criterion, x, y, fisher_type=fisher_type, backend=backend)
+        for name, layer in layers.items():
+            expected = getattr(reference(model, criterion, x, y, name), fisher_type)()
+            assert relative(block(layer), expected) < 1e-10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_without_a_likelihood_has_an_empirical_fisher_and_no_other(backend):
+    criterion = nn.HuberLoss()
+    model, x, y = problem("linear", criterion)
     layers = capture(model, criterion, x, y, fisher_type="empirical", backend=backend)
     for name, layer in layers.items():
         expected = reference(model, criterion, x, y, name).empirical()
         assert relative(block(layer), expected) < 1e-10
     for fisher_type in ("exact", "mc"):
-        with pytest.raises(CaptureError, match=named):
+        with pytest.raises(CaptureError, match="HuberLoss is none of .*register_criterion"):
             capture(model, criterion, x, y, fisher_type=fisher_type, backend=backend)
 
 
@@ -142,10 +157,12 @@ def combinations(criterion, outputs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("net", ["linear", "tokens"])
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_mc_is_unbiased_for_exact_by_enumeration(criterion, net, backend, monkeypatch):
-    criterion = CRITERIA[criterion]
-    model, x, y = problem(net, criterion)
+@pytest.mark.parametrize("case", [*CRITERIA, *WEIGHTED])
+def test_mc_is_unbiased_for_exact_by_enumeration(case, net, backend, monkeypatch):
+    criterion = CRITERIA[case] if case in CRITERIA else WEIGHTED[case][0]
+    if case.startswith("bce") and case in WEIGHTED and net == "tokens":
+        criterion = nn.BCEWithLogitsLoss(_W[:, None], pos_weight=2 * _W[:, None])
+    model, x, y = problem(net, criterion, soft="soft" in case)
     exact = capture(model, criterion, x, y, backend=backend)
     sums = {name: torch.zeros_like(block(layer)) for name, layer in exact.items()}
     total = torch.zeros(M, dtype=torch.float64)

@@ -47,12 +47,14 @@ class KBFGS(Approximation, name="kbfgs"):
         a, t = layer.inputs, layer.positions
         first, second = layer.label_gradients, layer.after.label_gradients
         before, after = first.sum((0, 1)), second.sum((0, 1))
-        moved = layer.after.outputs.sum((0, 1)) - layer.outputs.sum((0, 1))
+        moved = layer.after.outputs - layer.outputs
+        if layer.counted is not None:
+            moved = layer.weighed(torch.where(layer.counted[..., None], moved, 0), 1.0)
         share = layer.column_share
         return {
-            "A": second_moment(a) * (share / t),
-            "a": a.sum((0, 1)) * (share / t),
-            "s": moved * (share / t),
+            "A": second_moment(layer.weighed(a)) * (share / t),
+            "a": layer.weighed(a.sum(1), 1.0).sum(0) * (share / t),
+            "s": moved.sum((0, 1)) * (share / t),
             "y": (after - before) * share,
             "g": before * share,
             "length": (first.norm(dim=-1).sum() + second.norm(dim=-1).sum()) * share,

@@ -24,6 +24,9 @@ class KFAC(Approximation, name="kfac"):
     reduce:  `A = (1/M) sum_n abar abar^T`,  `abar = mean_t a`,
              `G = (1/M) sum_{m,n} ghat ghat^T`,  `ghat = sum_t g`
 
+    Means over positions are those over the `T_n` positions of each example that count: padding,
+    without a gradient for any column, does not.
+
     `placement` of the damping: "tikhonov", "factored" (with `pi` None the trace rule, 1 as TEKFAC
     describes KFAC), "factorwise" or "eigenvalue".
     """
@@ -44,7 +47,8 @@ class KFAC(Approximation, name="kfac"):
         share = layer.column_share
         if self.weight_sharing == "reduce":
             a, g = layer.columns.a, layer.columns.g
-            return {"A": share * second_moment(a.mean(1)), "G": second_moment(g.sum(2))}
+            a = layer.weighed(a.mean(1), 1.0)
+            return {"A": share * second_moment(a), "G": second_moment(g.sum(2))}
         return Later(
             A=lambda: layer.input_moment * (share / layer.positions),
             G=lambda: second_moment(layer.output_gradients),
@@ -53,8 +57,9 @@ class KFAC(Approximation, name="kfac"):
     def diagonals(self, layer: LayerCapture) -> Mapping[str, Tensor]:
         a, g = layer.columns.a, layer.columns.g
         if self.weight_sharing == "reduce":
-            a, g, share = a.mean(1), g.sum(2), layer.column_share
+            a, g, share = layer.weighed(a.mean(1), 1.0), g.sum(2), layer.column_share
         else:
+            a = layer.weighed(a)
             share = layer.column_share / layer.positions
         return Later(
             A=lambda: share * a.square().flatten(0, -2).sum(0),
@@ -67,7 +72,7 @@ class KFAC(Approximation, name="kfac"):
         scale = layer.column_share / (1 if reduce else layer.positions)
 
         def inputs(a: Tensor) -> Tensor:
-            return a.mean(1) if reduce else a
+            return layer.weighed(a.mean(1), 1.0) if reduce else layer.weighed(a)
 
         def outputs(g: Tensor) -> Tensor:
             return g.sum(2) if reduce else g

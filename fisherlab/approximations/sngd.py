@@ -43,7 +43,7 @@ class SNGD(Approximation, name="sngd"):
 
     def diagonals(self, layer: LayerCapture) -> dict[str, Tensor]:
         share = layer.column_share / layer.positions
-        return {"A": share * layer.inputs.square().sum((0, 1))}
+        return {"A": share * layer.weighed(layer.inputs).square().sum((0, 1))}
 
     def block(
         self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]

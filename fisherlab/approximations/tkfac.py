@@ -78,12 +78,13 @@ class TKFAC(Approximation, name="tkfac"):
         def left(g: Tensor) -> Tensor:
             if partial:
                 return columns.input_products @ g
-            return columns.a.square().sum((1, 2))[:, None, None] * g
+            return layer.weighed(columns.a).square().sum((1, 2))[:, None, None] * g
 
         def right(a: Tensor) -> Tensor:
             if partial:
                 return columns.gradient_products @ a
-            return columns.g.square().sum((0, 2, 3))[:, None, None] * a
+            weights = columns.g.square().sum((0, 2, 3))[:, None, None]
+            return layer.weighed(weights * a, 1.0)
 
         if layer.few_gradients:
             found["left"] = Moment(columns.g, scale, lambda: columns.output_frame, left)
@@ -106,7 +107,7 @@ class TKFAC(Approximation, name="tkfac"):
 
 def _weighted(layer: LayerCapture) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`a` and `g` of each example times the other's length, and the squared lengths of both."""
-    a, g = layer.columns.a, layer.columns.g
+    a, g = layer.weighed(layer.columns.a), layer.columns.g
     inputs, outputs = a.square().sum((1, 2)), g.square().sum((0, 2, 3))
     return (
         a * outputs.sqrt()[:, None, None],

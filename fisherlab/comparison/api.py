@@ -24,7 +24,8 @@ from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
 from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import Captures
 from fisherlab.extract.api import Forward, _forward, split_batches
-from fisherlab.extract.fisher import EXACT_UP_TO, FISHER_TYPES, as_module, exact_columns
+from fisherlab.extract.criteria import arranged, as_module, rules_of
+from fisherlab.extract.fisher import FISHER_TYPES, default_type
 from fisherlab.extract.joint import shared_out
 from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import Names, check_batch, check_model
@@ -51,6 +52,7 @@ def compare(
     progress: Callable[[Sequence[Any]], Iterable[Any]] | None = None,
     forward: Forward | None = None,
     alone: bool = False,
+    mask: Tensor | str | None = None,
 ) -> Comparison:
     """How well each approximation matches the exact Fisher block of every layer.
 
@@ -65,6 +67,9 @@ def compare(
     Fisher type to measure against on the same batch. `memory` bounds, in bytes, the chunks that
     approximations are built of and the intermediates of a product (the exact block keeps its `a`
     and `g`); on a device that runs out of memory both are halved until they fit.
+
+    `mask`: the real positions of one batch, or the name of an entry of dict batches, as in
+    `capture`.
 
     Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
     itself). The layers are shared out: a rank receives the other shards of its layers, their raw
@@ -96,7 +101,9 @@ def compare(
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
     asked = fisher_type is not None
-    fisher_type = fisher_type or default_fisher_type(model, criterion, batches[0][0], forward)
+    why_empirical = ""
+    if fisher_type is None:
+        fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
     if isinstance(reference, str) and reference not in FISHER_TYPES:
         raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
     if reference is not None and (
@@ -105,9 +112,16 @@ def compare(
         kind = type(reference).__name__
         raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
     options: dict[str, Any] = {"backend": backend, "layers": layers, "mc_samples": mc_samples}
-    options |= {"generator": generator, "forward": forward, "ranks": ranks}
+    options |= {"generator": generator, "forward": forward, "ranks": ranks, "mask": mask}
     # the approximations are of linear maps; others are compared where they are named
     options |= {"skip": skip, "kinds": ("map",) if layers is None else KINDS}
+    if isinstance(mask, Tensor) and (
+        len(batches) > 1 or not isinstance(reference, str | Captures | None)
+    ):
+        raise ValueError(
+            "a mask tensor is that of one batch; for a loader or a reference pass dict batches and "
+            "the name of their mask, such as mask='attention_mask'"
+        )
 
     def captured(sample: list[tuple[object, Tensor]], kind: str) -> list[Captures]:
         parts = [
@@ -147,6 +161,7 @@ def compare(
     config |= {
         "model": type(model).__name__,
         "criterion": repr(criterion),
+        "why_empirical": why_empirical,
         "mc_samples": mc_samples,
     }
     config |= versions() | {"ranks": ranks.size if ranks else 1}
@@ -202,15 +217,30 @@ def notebook_bar(names: Sequence[str]) -> Iterable[str]:
 
 
 def default_fisher_type(
-    model: nn.Module, criterion: Callable, x: object, forward: Forward | None = None
+    model: nn.Module,
+    criterion: Callable,
+    x: object,
+    forward: Forward | None = None,
+    y: Tensor | None = None,
 ) -> str:
-    """exact up to 20 output elements per example, else mc; empirical for an unknown criterion."""
+    """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
+
+    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown. The labels `y`
+    tell where the classes are in the outputs, axis 1 or the last.
+    """
+    return _default_type(model, criterion, x, y, forward)[0]
+
+
+def _default_type(
+    model: nn.Module, criterion: Callable, x: object, y: Tensor | None, forward: Forward | None
+) -> tuple[str, str]:
+    """The default Fisher type, and why it is the empirical one."""
     criterion = as_module(criterion)
-    if not isinstance(criterion, nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss):
-        return "empirical"
+    if rules_of(criterion) is None:  # no forward pass is needed to know
+        return default_type(criterion, torch.empty(0))
     with torch.no_grad():
         outputs = _forward(model, x, forward)
-    return "exact" if exact_columns(outputs) <= EXACT_UP_TO else "mc"
+        return default_type(criterion, outputs if y is None else arranged(criterion, outputs, y))
 
 
 def versions() -> dict[str, str]:

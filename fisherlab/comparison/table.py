@@ -113,7 +113,12 @@ class Comparison:
     @property
     def note(self) -> str:
         """What a reader has to know before the first number."""
-        return " ".join(filter(None, (self._noise, self._unknown, self._rounding)))
+        return " ".join(filter(None, (self._type, self._noise, self._unknown, self._rounding)))
+
+    @property
+    def _type(self) -> str:
+        """Why the Fisher matrix is the empirical one, where nobody asked for it."""
+        return str(self.config.get("why_empirical") or "")
 
     def _noted(self, text: str) -> pd.DataFrame:
         notes = self.frame["note"].fillna("").astype(str)  # a CSV file knows no empty string

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.distributed import Ranks, unwrapped
-from fisherlab.extract import fisher
+from fisherlab.extract import criteria, fisher
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
 from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.outputs import output_of
+from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
 from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
@@ -92,6 +94,7 @@ def capture(
     forward: Forward | None = None,
     ranks: Ranks | None = None,
     check: str = "full",
+    mask: Tensor | str | None = None,
 ) -> Captures:
     """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
 
@@ -116,6 +119,14 @@ def capture(
     and `sum g a^T` is autograd's gradient of weight and bias. "gradient": the second only. "off":
     neither. A layer that fails is left out, with its reason in `report.skipped`. "full" refuses a
     model whose outputs change from one forward pass to the next.
+
+    Classes are axis 1 of the outputs, or the last if the shape of the class indices shows it; the
+    captured `outputs` have them in axis 1. `register_criterion` adds a criterion of your own.
+
+    `mask` `[n, positions]`, True for real, or the name of an entry of a dict batch: padding is left
+    out of the loss and of means over positions, in every layer with these position axes. Positions
+    of a Linear without any gradient (padding that the loss ignores) are left out of these means
+    anyway. A layer whose masked positions have a gradient is left out: the model uses them.
 
     A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
@@ -142,6 +153,13 @@ def capture(
     model = unwrapped(model)
     check_model(model)
     check_batch(x, y, model)
+    mask = mask_of(mask, x, y)
+    if mask is not None:
+        criterion = Masked(criterion, mask)
+
+    def run() -> Tensor:
+        return criteria.arranged(criterion, _forward(model, x, forward), y)
+
     start = time.perf_counter()
     backend, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
@@ -163,7 +181,6 @@ def capture(
                 fisher_type, criterion, outputs, y, mc_samples, generator, ranks
             )
 
-        run = partial(_forward, model, x, forward)
         columns = None if fisher_type == "empirical" else vectors
         if backend == "backpack":
             from fisherlab.extract import backpack
@@ -174,10 +191,19 @@ def capture(
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         scale = fisher.term_scale(criterion, outputs, y, ranks)
-        captured, skipped = collect(record, weights, outputs, fisher_type, scale, check, examples)
+        captured, skipped = collect(
+            record, weights, outputs, fisher_type, scale, check, examples, mask
+        )
     for name in sorted(named):
         if name in skipped:
             raise CaptureError(f"layer {name!r}: {skipped[name]}")
+    fits = mask is None or record.mask_fits or masks(criterion, outputs, captured.values())
+    if mask is not None and captured and not fits:
+        shapes = {layer.name: tuple(layer.raw_inputs[0].shape) for layer in captured.values()}
+        raise CaptureError(
+            f"mask of shape {tuple(mask.shape)} fits the positions of no layer (inputs {shapes}) "
+            f"and not the outputs {tuple(outputs.shape)}"
+        )
     if not captured:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
         raise CaptureError(
@@ -201,7 +227,7 @@ def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
     """The model's arguments and the labels of a batch `(x, y)` or a dict with its labels inside."""
     if y is not None:
         return x, y
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         key = next((name for name in LABELS if name in x), None)
         if key is None:
             raise CaptureError(
@@ -219,7 +245,7 @@ def split_batch(x: object, y: Tensor | None = None) -> tuple[object, Tensor]:
 def split_batches(x: object, y: Tensor | None = None) -> list[tuple[object, Tensor]]:
     """One batch, given in any way that `split_batch` takes, or all of a loader."""
     pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
-    if y is not None or isinstance(x, dict) or pair:
+    if y is not None or isinstance(x, Mapping) or pair:
         return [split_batch(x, y)]
     if isinstance(x, Tensor) or not isinstance(x, Iterable):
         raise ValueError("pass labels y, or a loader of (x, y) batches as x")
@@ -232,15 +258,16 @@ def split_batches(x: object, y: Tensor | None = None) -> list[tuple[object, Tens
 def _forward(model: nn.Module, x: object, forward: Forward | None = None) -> Tensor:
     if forward is not None:
         outputs = forward(model, x)
-    elif isinstance(x, dict):
+    elif isinstance(x, Mapping):
         outputs = model(**x)
     else:
         outputs = model(*x) if isinstance(x, tuple | list) else model(x)
-    outputs = getattr(outputs, "logits", outputs)
+    outputs = output_of(outputs)
     if not isinstance(outputs, Tensor):
+        who = "the model" if forward is None else "forward"
         raise CaptureError(
-            f"the model returned {type(outputs).__name__}; FisherLab needs one tensor of outputs "
-            "(or an object with `.logits`): wrap the model"
+            f"{who} returned {type(outputs).__name__}; FisherLab needs one tensor of outputs (or "
+            "`.logits`): wrap the model, or pass forward=lambda model, x: model(x)[0]"
         )
     return outputs
 
@@ -267,8 +294,12 @@ def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks
             "of outputs and labels is the example"
         )
     fisher.check_labels(criterion, outputs, y)
+    mask = criterion.spread(outputs) if isinstance(criterion, Masked) else None
+    if mask is not None and fisher.divisor(criterion, outputs, y) == 0:
+        raise CaptureError("mask leaves no loss term: every real position is ignored")
     labels = fisher.label_vectors(criterion, outputs, y, ranks)
-    fisher.check_additive(criterion, outputs.detach(), y)
+    fisher.check_additive(bare(criterion), outputs.detach(), y)
+    fisher.check_registered(bare(criterion), outputs.detach(), y)
     return labels
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
+from fisherlab.extract import dead
 from fisherlab.extract.assemble import Form, Piece, capture_of, pieces, shared_biases
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.padding import counted
 from fisherlab.extract.proof import Weighted, call_tolerance, gradient_error, not_a_product
-from fisherlab.extract.rows import SEVERAL, as_rows, find_examples
+from fisherlab.extract.rows import SEVERAL, as_rows, find_examples, take
 from fisherlab.extract.select import Weight
-from fisherlab.extract.tape import Call, Record, joined_slopes
+from fisherlab.extract.tape import Record, Recorded, joined_slopes
 
 _NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
 _RECURRENCE = "fused recurrence; fl.models' lstm is of Linear maps"
@@ -28,6 +32,7 @@ def collect(
     term_scale: float,
     check: str,
     examples: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[dict[str, LayerCapture], dict[str, str]]:
     """Captures by name, and `{name: reason}` of the weights without one.
 
@@ -40,6 +45,7 @@ def collect(
         check: "full", "gradient" or "off".
         examples: the example of every row, for calls with as many rows; None: rows are asked of
             autograd where they are not the examples.
+        mask: the real positions `[n, ...]`; None where no padding is known.
     """
     n = len(outputs)
     calls = {name: found for name, found in record.calls.items() if found}
@@ -74,20 +80,53 @@ def collect(
                 failures[name] = not_a_product(error, *_why(record, name))
                 continue
         slopes, reason = _slopes(name, found, parts, n)
-        captured |= capture_of(
+        layers = capture_of(
             name,
             kind,
             parts,
             form,
-            lambda call: call.label_gradient,
-            lambda call: call.gradients,
+            lambda call: cast(Recorded, call).label_gradient,
+            lambda call: cast(Recorded, call).gradients,
             slopes=slopes,
             without_slope=reason,
             fisher_type=fisher_type,
             term_scale=term_scale,
         )
+        try:
+            counts = _counted(next(iter(layers.values())), parts, mask, outputs, record.labels)
+        except CaptureError as masked:
+            failures[name], record.mask_fits = str(masked), True
+            continue
+        captured |= {key: replace(layer, counted=counts) for key, layer in layers.items()}
         covered |= {id(weights[name].tensor), id(form.bias)}
     return captured, _skipped(record, weights, failures, covered)
+
+
+def _counted(
+    layer: LayerCapture,
+    parts: Sequence[Piece],
+    mask: Tensor | None,
+    outputs: Tensor,
+    labels: Tensor,
+) -> Tensor | None:
+    """The positions that count, `[n, t]` over all parts; None where all do."""
+    if any(part.sums for part in parts):
+        # sums and unit vectors have no positions
+        return None
+
+    def seen() -> list[Tensor]:
+        calls = [cast(Recorded, part.call) for part in parts]
+        edges, shapes = [call.edge for call in calls], [call.output.shape for call in calls]
+        found = dead.behind(outputs, labels, edges, shapes)
+        return [
+            one if part.rows is None else take(one.flatten(), part.rows)
+            for one, part in zip(found, parts, strict=True)
+        ]
+
+    maps = layer.maps or [layer.geometry] * len(parts)
+    columns, rows = layer.raw_output_gradients, layer.raw_label_gradients
+    assert columns is not None and rows is not None
+    return counted(maps, columns, rows, mask, seen)
 
 
 def coverage(
@@ -99,7 +138,7 @@ def coverage(
     return total, min(total, inside)
 
 
-def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) -> list[Tensor]:
+def _leaves(calls: Mapping[str, Sequence[Recorded]], weights: Mapping[str, Weight]) -> list[Tensor]:
     """The weights with calls and the biases that they add, each once."""
     found = {id(weights[name].tensor): weights[name].tensor for name in calls}
     for call in (call for some in calls.values() for call in some):
@@ -109,13 +148,13 @@ def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) 
 
 
 def _find_rows(
-    calls: Mapping[str, Sequence[Call]],
+    calls: Mapping[str, Sequence[Recorded]],
     outputs: Tensor,
     weighted: Weighted | None,
     examples: Tensor | None,
 ) -> dict[str, str]:
     """Set the examples of rows that are in another order than the batch's; why some have none."""
-    doubtful: list[tuple[str, Call]] = []
+    doubtful: list[tuple[str, Recorded]] = []
     failures: dict[str, str] = {}
     for name, call in ((name, call) for name, found in calls.items() for call in found):
         rows = len(as_rows(call, call.output))
@@ -128,12 +167,16 @@ def _find_rows(
         elif weighted is not None and not weighted.belong(call):
             doubtful.append((name, call))
     if doubtful:
-        reasons = find_examples(outputs, [call for _, call in doubtful])
+        found = [call for _, call in doubtful]
+        edges, shapes = [call.edge for call in found], [call.output.shape for call in found]
+        reasons = find_examples(outputs, found, edges, shapes)
         failures |= {name: why for (name, _), why in zip(doubtful, reasons, strict=True) if why}
     return failures
 
 
-def _slopes(name: str, calls: Sequence[Call], parts: Sequence[Piece], n: int) -> tuple[Tensor, str]:
+def _slopes(
+    name: str, calls: Sequence[Recorded], parts: Sequence[Piece], n: int
+) -> tuple[Tensor, str]:
     plain = all(not piece.sums and piece.rows is None for piece in parts)
     if plain and all(call.slopes is not None for call in calls):
         return joined_slopes(name, calls)

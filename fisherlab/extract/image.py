@@ -72,7 +72,7 @@ class ImageColumns(Columns):
         conv = layer.geometry.conv
         if conv is None or len(conv.kernel) != 2 or len(layer.raw_inputs) > 1:
             return None
-        if layer.raw_output_gradients is None:
+        if layer.raw_output_gradients is None or layer.counted is not None:
             return None
         m, t = layer.columns_per_example, layer.positions
         return ImageColumns(layer) if t > 1 and compact(m, t, *layer.shape) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fisherlab.distributed import Ranks
@@ -58,6 +59,11 @@ def joined(layer: LayerCapture, ranks: Ranks, to: int | None = None) -> LayerCap
     def each(raw: Raw, dim: int = 0) -> Raw:
         return None if raw is None else tuple(map(gather(dim), raw))
 
+    counted = layer.counted
+    if any(ranks.objects(counted is not None)):
+        if counted is None:
+            counted = torch.ones(len(layer.raw_inputs[0]), layer.positions, device=layer.device)
+        counted = gather(0)(counted.to(layer.dtype)).bool()
     labels = layer.raw_label_gradients
     columns = each(layer.raw_output_gradients, 1)
     if columns is not None and layer.fisher_type == "empirical":
@@ -72,6 +78,7 @@ def joined(layer: LayerCapture, ranks: Ranks, to: int | None = None) -> LayerCap
         raw_label_gradients=labels,
         raw_outputs=each(layer.raw_outputs),
         slopes=None if layer.slopes is None else gather(0)(layer.slopes),
+        counted=counted,
         shared=None,
     )
 

@@ -51,6 +51,8 @@ class LayerCapture:
     term_scale: float = 1.0
     # the share of each example's output vectors that this capture holds: 1 unless it is a chunk
     column_share: float = 1.0
+    # positions that count in means over positions, `[n, t]`; None where all do
+    counted: Tensor | None = None
     # the same batch captured again after a step, for quasi-Newton pairs
     after: LayerCapture | None = None
     # the geometry of each call, where they differ
@@ -85,14 +87,34 @@ class LayerCapture:
 
     @property
     def inputs(self) -> Tensor:
-        """`a` `[n, t, i]`, last feature 1 where there is a bias; made anew at each access."""
+        """`a` `[n, t, i]`, last feature 1 where there is a bias; made anew at each access.
+
+        0 at positions that do not count, where `g` is 0 for every column.
+        """
         calls = [map_.inputs(raw) for map_, raw in self.calls(self.raw_inputs)]
-        return calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+        a = calls[0] if len(calls) == 1 else torch.cat(calls, 1)
+        return a if self.counted is None else torch.where(self.counted[..., None], a, 0)
+
+    @property
+    def position_weights(self) -> Tensor | None:
+        """`T / T_n` `[n]`, `T_n` the positions that count; None where all do."""
+        if self.counted is None:
+            return None
+        counts = self.counted.sum(1).double()
+        return torch.where(counts > 0, self.positions / counts.clamp(min=1), 0).to(self.dtype)
+
+    def weighed(self, a: Tensor, power: float = 0.5) -> Tensor:
+        """Rows `[n, ...]` times `(T / T_n)^power`, so that means over `T` are means over `T_n`."""
+        weights = self.position_weights
+        return a if weights is None else a * (weights**power).view(-1, *[1] * (a.ndim - 1))
 
     @property
     def input_moment(self) -> Tensor:
-        """`sum_{n,t} a a^T`, `[i, i]`."""
+        """`sum_n (T / T_n) sum_t a a^T`, `[i, i]`; `T_n = T` where all positions count."""
         conv = self.geometry.conv
+        if self.counted is not None:
+            a = self.inputs if self.shared is None else self.columns.a
+            return contractions.second_moment(self.weighed(a))
         if self.shared is not None and "columns" in self.shared and not (conv and conv.plain):
             return contractions.second_moment(self.columns.a)
         moments = [map_.input_moment(raw) for map_, raw in self.calls(self.raw_inputs)]
@@ -111,8 +133,10 @@ class LayerCapture:
 
     @property
     def mean_input_sum(self) -> Tensor:
-        """`sum_n mean_t a`, `[i]`."""
-        sums = [map_.input_sum(raw, self.summed) for map_, raw in self.calls(self.raw_inputs)]
+        """`sum_n mean_t a`, `[i]`, over the positions that count."""
+        if self.counted is not None:
+            return self.weighed(self.inputs.sum(1), 1.0).sum(0) / self.positions
+        sums = [self.geometry.input_sum(raw, self.summed) for raw in self.raw_inputs]
         total = sums[0][0] if len(sums) == 1 else torch.stack([s for s, _ in sums]).sum(0)
         return total / sum(positions for _, positions in sums)
 
@@ -263,6 +287,7 @@ class LayerCapture:
             raw_label_gradients=cut(self.raw_label_gradients, examples),
             raw_outputs=cut(self.raw_outputs, examples),
             slopes=None if self.slopes is None else self.slopes[examples],
+            counted=None if self.counted is None else self.counted[examples],
             column_share=self.column_share * held / total,
             shared=None,
             after=None if self.after is None else self.after.part(examples, columns),
@@ -281,6 +306,7 @@ class LayerCapture:
             raw_label_gradients=each(self.raw_label_gradients),
             raw_outputs=each(self.raw_outputs),
             slopes=None if self.slopes is None else function(self.slopes),
+            counted=None if self.counted is None else function(self.counted).bool(),
             shared=None,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fisherlab.extract import fisher
 from fisherlab.extract.api import Captures, capture, split_batch
+from fisherlab.extract.criteria import rules_of
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.layer import LayerCapture
 
@@ -65,7 +66,14 @@ def captures_in_parts(
         torch.cuda.empty_cache()
     n = len(y)
     cut = n // 2
-    if n < 2 or not _alike(criterion, y[:cut], y[cut:]) or options.get("ranks") is not None:
+    mean = fisher.reduction_of(fisher.as_module(criterion)) == "mean"
+    masked = mean and options.get("mask") is not None  # halves may have other numbers of terms
+    if (
+        n < 2
+        or masked
+        or not _alike(criterion, y[:cut], y[cut:])
+        or options.get("ranks") is not None
+    ):
         raise CaptureError(
             f"capturing a batch of {n} examples ran out of memory and cannot be done in halves; "
             f"pass a loader of smaller batches ({message})"
@@ -75,7 +83,13 @@ def captures_in_parts(
     return [
         part
         for rows in (slice(0, cut), slice(cut, n))
-        for part in captures_in_parts(model, criterion, _rows(x, n, rows), y[rows], **options)
+        for part in captures_in_parts(
+            model,
+            criterion,
+            _rows(x, n, rows),
+            y[rows],
+            **options | {"mask": _rows(options.get("mask"), n, rows)},
+        )
     ]
 
 
@@ -84,6 +98,9 @@ def _alike(criterion: Callable, one: Tensor, two: Tensor) -> bool:
     criterion = fisher.as_module(criterion)
     if fisher.reduction_of(criterion) == "sum":
         return True
+    rules = rules_of(criterion)
+    if rules is not None and not rules.proven:  # its functions need outputs, which are not at hand
+        return rules.weights is None
     return fisher.divisor(criterion, one, one) * len(two) == (
         fisher.divisor(criterion, two, two) * len(one)
     )
@@ -93,7 +110,7 @@ def _rows(x: object, n: int, rows: slice) -> object:
     """Some examples of a model's arguments; tensors of another length belong to every example."""
     if isinstance(x, Tensor):
         return x[rows] if x.ndim and len(x) == n else x
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {key: _rows(value, n, rows) for key, value in x.items()}
     if isinstance(x, tuple | list):
         return type(x)(_rows(value, n, rows) for value in x)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, ClassVar, Protocol, cast
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fisherlab.distributed import Ranks, unwrapped
-from fisherlab.extract.select import weight_identity
-from fisherlab.optim.passes import blocked_layers
+from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.select import Names, chosen, weights_of
+from fisherlab.extract.tape import Use
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
 
@@ -27,6 +29,22 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Take them off."""
+
+
+def _meant(owners: Mapping[str, Any], layers: Names, skip: Names) -> set[str]:
+    """The names of the weights that may have a block; frozen ones count, if they are not named."""
+    if layers is None and skip is None:
+        return set(owners)
+    names, _ = chosen(owners, layers, skip)
+    if layers is None:
+        frozen = {name for name, owner in owners.items() if not owner.tensor.requires_grad}
+        return set(names) | frozen
+    return set(names)
+
+
+def _remove_all(hooked: list[Removable]) -> None:
+    for hooks in hooked:
+        hooks.remove()
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, ABC):
@@ -53,9 +71,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     data_parallel: ClassVar[bool] = False
 
-    # whether the calls of several modules with one weight make one block; else it is plain
-    joins_tied: ClassVar[bool] = False
-
     # those that a method can take
     decay_placements: ClassVar[tuple[str, ...]] = DECAY_PLACEMENTS
 
@@ -73,6 +88,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         max_norm: float | None = None,
         kl_clip: float | None = None,
         nonfinite: str = "raise",
+        layers: Names = None,
+        skip: Names = None,
         groups: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -114,28 +131,52 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         # steps that max_norm or kl_clip has shortened so far
         self.clipped = 0
         self.hooked: list[Removable] = []
-        self.model, self.weights = model, self._find_weights(model)
+        # the model may outlive its optimizer, and is then as it was
+        weakref.finalize(self, _remove_all, self.hooked)
+        self._owners = weights_of(model, computed=False)
+        # of the weights that are frozen now some may be trained later
+        self._wanted = _meant(self._owners, layers, skip)
+        self.model, self.weights = model, self._find_weights()
         self._shapes = {name: w.weight.shape for name, w in self.weights.items()}
         self._dtypes: dict[str, torch.dtype] = {}
 
-    def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
-        where = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
+    def _where(self) -> dict[nn.Parameter, int]:
+        """The group that each parameter is in."""
+        return {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
+
+    def _find_weights(self) -> dict[str, Weight]:
+        """The matrices of modules that torch itself calls; a first call shows the others."""
+        where = self._where()
         found: dict[str, Weight] = {}
-        modules = blocked_layers(model)
-        uses = Counter(weight_identity(module) for module in modules.values())
-        for name, module in modules.items():
-            weight = weight_identity(module)
-            if not isinstance(weight, nn.Parameter) or weight not in where:
+        for name, owner in self._owners.items():
+            ours = owner.tensor in where and owner.tensor.requires_grad
+            if name not in self._wanted or not ours:
                 continue
-            if uses[weight] > 1 and not self.joins_tied:
-                continue
-            if any(w.weight is weight for w in found.values()):
-                continue
-            bias = cast(nn.Parameter | None, module.bias)
-            if bias is not None and (not bias.requires_grad or bias not in where):
-                bias = None
-            found[name] = Weight(name, module, weight, bias, where[weight])
+            weight = Weight.known(owner, where)
+            if weight is not None and self._takes(weight.geometry):
+                found[name] = weight
         return found
+
+    def _takes(self, geometry: Geometry) -> bool:
+        """Whether the method has a block for a product of this geometry."""
+        return True
+
+    def _adopt(self, use: Use) -> Weight | None:
+        """The matrix of a weight that a call shows, if this optimizer steps it; None otherwise."""
+        owner = self._owners.get(use.name)
+        if owner is None or use.name in self.weights or not owner.tensor.requires_grad:
+            return None
+        if use.name not in self._wanted or not self._takes(use.geometry):
+            return None
+        weight = Weight.used(owner, use, self._where())
+        if weight is not None:
+            self.weights[use.name] = weight
+            self._shapes[use.name] = weight.weight.shape
+            self._joined_later(weight)
+        return weight
+
+    def _joined_later(self, weight: Weight) -> None:
+        """A matrix was found in a call; `weights` holds it."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim` does; refuse a decay that cannot be placed."""
@@ -197,7 +238,62 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         directions = self._directions()
         self._apply(self._clipped(directions))
         self.steps += 1
+        if self.steps == 1:
+            self._warn_of_share()
         return loss
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """`{name: reason}` of the weights that turned out to have no block."""
+        return {}
+
+    @property
+    def _others(self) -> Mapping[str, set[str]]:
+        """The functions that use a weight in another way than by a product."""
+        return {}
+
+    @property
+    def covered_share(self) -> float:
+        """The share of the trainable parameters of its groups that have a block."""
+        total = sum(p.numel() for p in self._where() if p.requires_grad)
+        return self._covered() / total if total else 0.0
+
+    def _covered(self) -> int:
+        return sum(w.size for name, w in self.weights.items() if name not in self.left_out)
+
+    def _warn_of_share(self) -> None:
+        """Say once that most matrices take their plain gradient, and why."""
+        where = self._where()
+        matrices = [
+            owner
+            for owner in self._owners.values()
+            if owner.tensor.ndim > 1 and owner.tensor in where and owner.tensor.requires_grad
+            if not isinstance(owner.module, nn.Embedding)
+        ]
+        total = sum(owner.tensor.numel() for owner in matrices)
+        inside = sum(
+            w.weight.numel() for name, w in self.weights.items() if name not in self.left_out
+        )
+        if 2 * inside >= total:
+            return
+        plain = [o for o in matrices if o.name not in self.weights or o.name in self.left_out]
+        reasons = "; ".join(f"{o.name!r}: {self._why_plain(o)}" for o in plain[:5])
+        more = f"; and {len(plain) - 5} more" if len(plain) > 5 else ""
+        warnings.warn(
+            f"only {inside / total:.0%} of the trainable matrices have a block; the others take "
+            f"their plain gradient. {reasons}{more}",
+            stacklevel=4,
+        )
+
+    def _why_plain(self, owner: Any) -> str:
+        if owner.name in self.left_out:
+            return self.left_out[owner.name]
+        if owner.name not in self._wanted:
+            return "left out by `layers` or `skip`"
+        others = self._others.get(owner.name)
+        if others:
+            return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
+        return "no product with it was seen"
 
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:
@@ -206,11 +302,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def remove(self) -> None:
         """Take the optimizer's hooks off the model."""
         for hooks in self.hooked:
-            hooks.remove()
-
-    def __del__(self) -> None:
-        # the model may outlive its optimizer, and is then as it was
-        for hooks in getattr(self, "hooked", ()):
             hooks.remove()
 
     def _check_ranks(self, factors: list[float]) -> None:

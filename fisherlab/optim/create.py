@@ -22,6 +22,7 @@ from fisherlab.approximations.kronecker_optimal import KroneckerSum
 from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC
+from fisherlab.extract.criteria import is_a
 from fisherlab.names import nearest
 from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
 from fisherlab.optim.fngd import FNGD
@@ -87,7 +88,7 @@ def _for_criterion(make: Maker) -> Maker:
     """The maker, with `SQUARED` as defaults where the criterion is a squared error."""
 
     def made(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        squared = isinstance(options.get("criterion"), nn.MSELoss)
+        squared = is_a(options.get("criterion"), nn.MSELoss)
         return make(model, **{**(SQUARED if squared else {}), **options})
 
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import as_rule, expansion
@@ -133,7 +133,7 @@ class RunningBlocks(AdaptiveDamping):
         """`make(key)` of every key: a nest of tensors, made by one rank and sent to the others."""
         if self.ranks is None:
             return {key: make(key) for key in keys}
-        sides = {key: self._owner[key].weight.flatten(1).shape for key in keys}
+        sides = {key: self._owner[key].shape for key in keys}
         owners = self.ranks.owners({key: float(o**3 + i**3) for key, (o, i) in sides.items()})
         mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
         return {key: self.ranks.broadcast(mine.get(key), owners[key]) for key in keys}
@@ -175,7 +175,7 @@ class RunningBlocks(AdaptiveDamping):
         self._scale = {
             name: 1 / expand(self._lambdas)
             for name, weight in self.weights.items()
-            if isinstance(weight.module, nn.Linear) and name in self._lambdas
+            if weight.is_linear and name in self._lambdas
             if (expand := expansion(self.option(weight, "damping"))) is not None
         }
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab.extract import fisher
+from fisherlab.extract.criteria import is_a
 from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.outputs import output_of
 
 
 class OptimizerError(RuntimeError):
@@ -47,7 +49,7 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
     no criterion says whether they are averaged.
     """
     criterion = fisher.as_module(criterion) if criterion is not None else None
-    if criterion is not None and not isinstance(criterion, nn.CrossEntropyLoss):
+    if criterion is not None and not is_a(criterion, nn.CrossEntropyLoss):
         raise OptimizerError(
             "the scale of the loss cannot be read off its gradient for "
             f"{type(criterion).__name__}; call the very `criterion` object given to the optimizer "
@@ -61,7 +63,7 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
             "the data or the model hold such values"
         )
     f, G = output.double(), gradient.double()
-    smoothing = 0.0 if criterion is None else criterion.label_smoothing
+    smoothing = 0.0 if criterion is None else cast(nn.CrossEntropyLoss, criterion).label_smoothing
     classes = f.shape[1]
     p = f.softmax(1)
     # only the label's entry is negative; where it was rounded to zero the model is sure of it
@@ -91,6 +93,15 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
         )
     c = len(output) / terms if fisher.reduction_of(criterion) == "mean" else 1.0
     return c / kappa
+
+
+def ignored_terms(output: Tensor, gradient: Tensor) -> bool:
+    """Whether some loss terms of class scores are ignored: no gradient, though not saturated."""
+    if output.ndim < 2:
+        return False
+    arrived = (gradient != 0).any(1)
+    sure = 1 - output.double().softmax(1).amax(1) < 1e-4
+    return bool(arrived.any()) and bool((~arrived & ~sure).any())
 
 
 _ASK = (
@@ -153,7 +164,7 @@ class LossScale:
         self.loss = Loss(self.criterion)
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        output = getattr(output, "logits", output)
+        output = output_of(output)
         if is_isolated() or model is not self._model():
             return
         if isinstance(output, Tensor) and output.requires_grad:

@@ -1,0 +1,724 @@
+"""Criteria: what FisherLab knows of each loss, one value per kind, in one registry.
+
+A criterion is known by its exact type. A subclass counts as its parent only if it overrides
+nothing: with a `forward` of its own it is another loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherlab.extract.geometry import CaptureError
+
+# Entries that the Hessians of all examples may have, where they are formed by autograd.
+HESSIAN_ENTRIES = 2**26
+
+_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.poisson_nll_loss: nn.PoissonNLLLoss,
+}
+
+Terms = Callable[[Any, Tensor, Tensor], Tensor]
+Root = Callable[[Any, Tensor, Tensor], Iterable[Tensor]]
+Sampler = Callable[[Any, Tensor, torch.Generator], Tensor]
+Score = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+Check = Callable[[Any, Tensor, Tensor], None]
+
+
+def as_module(criterion: Callable) -> Callable:
+    """`F.cross_entropy` and its kin as the modules they stand for; anything else unchanged."""
+    if not callable(criterion):
+        raise CaptureError(
+            f"criterion is {criterion!r}; pass a loss such as torch.nn.CrossEntropyLoss()"
+        )
+    known = None if isinstance(criterion, nn.Module) else _looked_up(_FUNCTIONS, criterion)
+    return known() if known else criterion
+
+
+def name_of(criterion: Callable) -> str:
+    """The name that messages call a criterion by."""
+    return getattr(criterion, "__name__", type(criterion).__name__)
+
+
+def reduction_of(criterion: Callable) -> str:
+    """`"mean"` or `"sum"`; anything else is refused."""
+    reduction = getattr(criterion, "reduction", None)
+    if reduction not in ("mean", "sum"):
+        raise CaptureError(
+            f"{name_of(criterion)} has reduction {reduction!r}; FisherLab needs 'mean' or 'sum' to "
+            "know the per-example loss: construct the criterion with one of them (a criterion of "
+            "your own can carry a `reduction` attribute)"
+        )
+    return reduction
+
+
+def _accept(criterion: Any, outputs: Tensor, y: Tensor) -> None:
+    """Labels of any kind."""
+
+
+def _call(function: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    return function(outputs, y)
+
+
+def _unhooked(criterion: Any) -> Any:
+    """The function of a criterion without its hooks: an optimizer's recorder puts some there."""
+    return criterion.forward if isinstance(criterion, nn.Module) else criterion
+
+
+def _no_reason(criterion: Any, outputs: Tensor) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is known of one kind of criterion, `L = (1/Z) sum_n sum_j l_nj` under a mean.
+
+    Every function takes the criterion first, then the outputs `f` and the labels `y`.
+
+    Args:
+        terms: `l_nj` `[n, ...]`, un-averaged; None if only the mean over examples is known.
+        weights: the share of each term in `Z`, in the shape of the terms.
+        root: vectors `S_k` `[n, ...]` with `sum_k S_k S_k^T` the Hessian of `sum_j l_nj`, or the
+            expected `s s^T` of its score `s` at drawn labels.
+        sample: labels drawn from the predictive distribution.
+        score: `sum_j d l_nj / df` at drawn labels, given the observed ones.
+        check: refuses labels that do not fit the outputs.
+        call: calls the criterion, or its `forward`.
+        unknown: why these outputs have no predictive distribution, or "".
+        factor: the weight of each term's Hessian, or None for 1 everywhere.
+        classes: whether axis 1 of the outputs is the class axis.
+        apart: whether the criterion takes the outputs in parts.
+        proven: whether the functions are tested here, and need no proof at each capture.
+    """
+
+    terms: Terms | None = None
+    weights: Terms | None = None
+    root: Root | None = None
+    sample: Sampler | None = None
+    score: Score | None = None
+    check: Check = _accept
+    call: Callable[[Any, Tensor, Tensor], Tensor] = _call
+    unknown: Callable[[Any, Tensor], str] = _no_reason
+    factor: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None
+    classes: bool = False
+    apart: bool = False
+    proven: bool = False
+
+
+class WithRules:
+    """A criterion that brings its own rules along; None where it has none."""
+
+    rules: Rules | None
+
+
+_REGISTRY: dict[Any, Rules] = {}
+
+
+def register_criterion(
+    kind: Any,
+    *,
+    terms: Terms | None = None,
+    root: Root | None = None,
+    sample: Sampler | None = None,
+    weights: Terms | None = None,
+    check: Check | None = None,
+) -> None:
+    """`L = (1/Z) sum_n sum_j l_nj`: tell FisherLab what a criterion of your own is made of.
+
+    Every function takes the criterion, the outputs `f` `[n, ...]` and the labels `y`; `sample`
+    takes a generator in place of `y`. Given `terms` alone, "exact" takes the Hessian by autograd.
+    Each capture proves `terms` against the criterion's gradient, and a root without a sampler
+    against the Hessian. The optimizers use the same registry.
+
+    Args:
+        kind: a class of criteria (subclasses are other criteria), or a loss function.
+        terms: the un-averaged losses `l_nj` `[n, ...]`, differentiable in `f`. Without it a mean
+            divides by the number of examples.
+        root: vectors `S_k`, each in the shape of `f`, with `sum_k S_k S_k^T` the Hessian of
+            `sum_j l_nj`; with a sampler it may be the expected `s s^T` of the score `s` instead.
+            It makes "exact" possible.
+        sample: labels `[n, ...]` drawn from the distribution that the outputs stand for, by
+            `torch` functions with `generator=`, on the CPU. It makes "mc" possible.
+        weights: what each term counts in `Z` under a mean; default 1.
+        check: raises `CaptureError` for labels that do not fit the outputs.
+
+    Raises:
+        TypeError: `kind` is neither a class nor a function, or is an object of a criterion.
+        ValueError: `kind` is known already by FisherLab, or nothing is said about it.
+    """
+    if isinstance(kind, nn.Module) or not callable(kind):
+        raise TypeError(
+            f"kind is {kind!r}; register a class of criteria, such as type(criterion), or a "
+            "loss function"
+        )
+    if kind in _FUNCTIONS or (kind in _REGISTRY and _REGISTRY[kind].proven):
+        raise ValueError(f"{kind.__name__} is known to FisherLab; register a class of your own")
+    if terms is None and root is None and sample is None:
+        raise ValueError(f"nothing is said about {kind.__name__}: pass terms, root or sample")
+    if weights is not None and terms is None:
+        raise ValueError("weights are those of the loss terms: pass terms as well")
+    _REGISTRY[kind] = Rules(
+        terms,
+        weights,
+        root or (_hessian_root if sample is None else None),
+        sample,
+        None if sample is None else _autograd_score,
+        check or _accept,
+    )
+
+
+def rules_of(criterion: Callable) -> Rules | None:
+    """What is known of a criterion by its exact type; None for one that is not known."""
+    if isinstance(criterion, WithRules):
+        return criterion.rules
+    if not isinstance(criterion, nn.Module):
+        found = _looked_up(_REGISTRY, criterion)
+        if found is not None:
+            return found
+    if "forward" in getattr(criterion, "__dict__", ()):
+        return None
+    kind = type(criterion)
+    for parent in kind.__mro__:
+        if parent in _REGISTRY:
+            return _REGISTRY[parent]
+        if not _adds_nothing(parent):
+            return None
+    return None
+
+
+def is_a(criterion: Callable | None, kind: type[nn.Module]) -> bool:
+    """Whether a criterion, a function included, is known to compute the loss of `kind`."""
+    if criterion is None or not callable(criterion):
+        return False
+    rules = rules_of(as_module(criterion))
+    return rules is not None and rules is _REGISTRY.get(kind)
+
+
+def _adds_nothing(kind: type) -> bool:
+    """Whether a subclass leaves every attribute of its parents alone, its constructor apart."""
+    free = {"__init__", "__module__", "__doc__", "__qualname__", "__annotations__"}
+    free |= {"__static_attributes__", "__firstlineno__", "__parameters__", "__orig_bases__"}
+    free |= {"extra_repr", "__repr__", "__dict__", "__weakref__", "__annotate_func__"}
+    inherited = {name for parent in kind.__mro__[1:] for name in vars(parent)}
+    return not (set(vars(kind)) - free) & inherited
+
+
+def _looked_up(table: dict[Any, Any], key: object) -> Any:
+    try:
+        return table.get(key)
+    except TypeError:  # a callable that cannot be hashed
+        return None
+
+
+def unknown(criterion: Callable, outputs: Tensor, fisher_type: str) -> str:
+    """Why `fisher_type` is not defined for a criterion and its outputs, or ""."""
+    rules = rules_of(criterion)
+    if rules is None:
+        parents = [p.__name__ for p in type(criterion).__mro__[1:] if p in _REGISTRY]
+        known = ", ".join(k.__name__ for k, rules in _REGISTRY.items() if rules.proven)
+        if parents:
+            return (
+                f"{name_of(criterion)} overrides parts of {parents[0]}, so it is another loss; "
+                "fl.register_criterion tells FisherLab which"
+            )
+        return f"{name_of(criterion)} is none of {known}; fl.register_criterion adds your own"
+    reason = rules.unknown(criterion, outputs)
+    if reason:
+        return reason
+    needed = {"exact": "root", "mc": "sample"}.get(fisher_type)
+    if needed and getattr(rules, needed) is None:
+        return f"{name_of(criterion)} was registered without `{needed}`"
+    return ""
+
+
+def labels_matter(criterion: Callable, outputs: Tensor, y: Tensor) -> bool:
+    """Whether the exact and drawn vectors depend on the labels: on weights or on ignored ones."""
+    rules = rules_of(criterion)
+    if rules is None or not rules.proven:
+        return True
+    factor = None if rules.factor is None else rules.factor(criterion, outputs, y)
+    return factor is not None and not bool(torch.isclose(factor, torch.ones_like(factor)).all())
+
+
+def arranged(criterion: Callable, outputs: Tensor, y: Tensor) -> Tensor:
+    """The outputs with their classes in axis 1, where the labels show that they are last.
+
+    Labels that fit both axes are read as torch reads them: classes first.
+    """
+    rules = rules_of(criterion)
+    if rules is None or not rules.classes or outputs.ndim < 3 or y.is_floating_point():
+        return outputs
+    first = y.shape == (outputs.shape[0], *outputs.shape[2:])
+    return outputs.movedim(-1, 1) if y.shape == outputs.shape[:-1] and not first else outputs
+
+
+def terms_at(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    """`l_nj`, by the criterion itself without its reduction."""
+    rules = rules_of(criterion)
+    assert rules is not None
+    bare = copy.copy(criterion)
+    bare.reduction = "none"
+    return rules.call(_unhooked(bare), outputs, y)
+
+
+def weights_at(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    """What each loss term counts in `Z` under a mean."""
+    rules = rules_of(criterion)
+    if rules is None or rules.terms is None:
+        return _ones(outputs.shape[:1], outputs)
+    if rules.weights is not None:
+        return rules.weights(criterion, outputs, y)
+    with torch.no_grad():
+        return _ones(rules.terms(criterion, outputs, y).shape, outputs)
+
+
+def _ones(shape: Iterable[int], like: Tensor) -> Tensor:
+    return torch.ones((), device=like.device).expand(tuple(shape))
+
+
+def per_term(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    """`sum_n sum_j l_nj` of a criterion, a number with a graph."""
+    rules = rules_of(criterion)
+    if rules is not None and rules.terms is not None:
+        return rules.terms(criterion, outputs, y).sum()
+    loss = (_call if rules is None else rules.call)(_unhooked(criterion), outputs, y)
+    return loss * (len(outputs) if reduction_of(criterion) == "mean" else 1)
+
+
+def prove(criterion: Any, outputs: Tensor, y: Tensor, gradient: Tensor) -> None:
+    """Refuse registered functions that are not those of the criterion.
+
+    Args:
+        criterion: one of a registered kind; others are left alone.
+        outputs: `[n, ...]`, without a graph.
+        y: the labels.
+        gradient: `d sum_n l_n / df` of the criterion itself, its mean times `M` included.
+    """
+    rules = rules_of(criterion)
+    if rules is None or rules.proven:
+        return
+    name = name_of(criterion)
+    M, mean = len(outputs), reduction_of(criterion) == "mean"
+    if rules.terms is not None:
+        free = outputs.detach().contiguous().requires_grad_()
+        with torch.enable_grad():
+            total = per_term(criterion, free, y)
+            (found,) = torch.autograd.grad(total, free)
+        Z = float(weights_at(criterion, outputs, y).sum())
+        scale = M / Z if mean else 1.0
+        if not _close(scale * found, gradient):
+            raise CaptureError(
+                f"the gradient of `terms` registered for {name} has norm "
+                f"{scale * found.norm():.6g}, that of its {criterion.reduction} "
+                f"{gradient.norm():.6g}: correct `terms`, or pass `weights` if the mean divides by "
+                "something else than their number"
+            )
+    if rules.root is not None and rules.root is not _hessian_root and rules.sample is None:
+        draw = torch.Generator().manual_seed(0)
+        v = torch.randn(outputs.shape, generator=draw, dtype=torch.float64).to(outputs)
+        expected = _hessian_product(criterion, outputs, y, v)
+        made = torch.zeros_like(v)
+        for S in rules.root(criterion, outputs, y):
+            made += S * (S * v).flatten(1).sum(1).view(-1, *[1] * (v.ndim - 1))
+        if not _close(made, expected):
+            raise CaptureError(
+                f"`root` registered for {name} is none of its Hessian: sum S S^T v has norm "
+                f"{made.norm():.6g}, the Hessian's product {expected.norm():.6g}"
+            )
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    tolerance = 1e-8 if two.dtype == torch.float64 else 1e-3
+    return bool((one - two).norm() <= tolerance * two.norm())
+
+
+def _hessian_product(criterion: Any, outputs: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    free = outputs.detach().contiguous().requires_grad_()
+    with torch.enable_grad():
+        total = per_term(criterion, free, y)
+        (slope,) = torch.autograd.grad(total, free, create_graph=True)
+        if not slope.requires_grad:  # a loss that is linear in the outputs
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad((slope * v).sum(), free, allow_unused=True)
+    return torch.zeros_like(v) if product is None else product
+
+
+def _hessian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """`sqrt(lambda_k) q_k` of each example's Hessian, by one backward pass per output."""
+    n, width = len(outputs), outputs[0].numel()
+    if n * width**2 > HESSIAN_ENTRIES:
+        raise CaptureError(
+            f"the Hessians of {name_of(criterion)} at {width:,} outputs of {n} examples are too "
+            "large to form; register its `root` or `sample`, or use fisher_type='empirical'"
+        )
+    rows = []
+    for k in range(width):
+        v = torch.zeros_like(outputs).reshape(n, -1)
+        v[:, k] = 1
+        rows.append(_hessian_product(criterion, outputs, y, v.view_as(outputs)).reshape(n, -1))
+    H = torch.stack(rows, 1).double()
+    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    top = values.abs().max()
+    if bool((values < -1e-6 * top).any()):
+        raise CaptureError(
+            f"{name_of(criterion)} is not convex in the outputs (an eigenvalue of its Hessian is "
+            f"{values.min():.3g}), so its exact Fisher has no root; use fisher_type='empirical'"
+        )
+    S = (vectors * values.clamp(min=0).sqrt()[:, None]).to(outputs)
+    for k in range(width):
+        yield S[:, :, k].view_as(outputs)
+
+
+def _autograd_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+    if drawn.shape != y.shape:
+        raise CaptureError(
+            f"`sample` registered for {name_of(criterion)} drew labels of shape "
+            f"{tuple(drawn.shape)}; those of the batch have {tuple(y.shape)}"
+        )
+    free = outputs.detach().contiguous().requires_grad_()
+    with torch.enable_grad():
+        (score,) = torch.autograd.grad(per_term(criterion, free, drawn), free)
+    return score
+
+
+# Classes --------------------------------------------------------------------------------------
+
+
+def _check_classes(criterion: Any, outputs: Tensor, y: Tensor) -> None:
+    if y.is_floating_point():
+        if y.shape != outputs.shape or type(criterion) is nn.NLLLoss:
+            raise CaptureError(
+                f"labels are {y.dtype} of shape {tuple(y.shape)}: {name_of(criterion)} takes class "
+                "indices, y.long(), or class probabilities in the shape of the outputs, "
+                f"{tuple(outputs.shape)}"
+            )
+        return
+    classes = outputs.shape[1] if outputs.ndim > 1 else 0
+    expected = (outputs.shape[0], *outputs.shape[2:])
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise CaptureError(f"labels are {y.dtype}; class indices are torch.int64: y.long()")
+    if tuple(y.shape) != expected:
+        raise CaptureError(
+            f"labels have shape {tuple(y.shape)}, outputs {tuple(outputs.shape)} need "
+            f"{expected}; class scores are axis 1 of the outputs, or the last if labels show it"
+        )
+    counted = y[y != criterion.ignore_index]
+    if counted.numel() == 0:
+        raise CaptureError("every label is ignore_index: no loss term is left")
+    low, high = int(counted.min()), int(counted.max())
+    if low < 0 or high >= classes:
+        raise CaptureError(
+            f"labels run from {low} to {high}, outputs have {classes} classes (0 to "
+            f"{classes - 1}); check the data or the model's num_classes"
+        )
+
+
+def _counted(criterion: Any, y: Tensor) -> Tensor:
+    """`[n, ...]`: which labels are not ignored."""
+    return y != criterion.ignore_index
+
+
+def _of_labels(criterion: Any, counted: Tensor, y: Tensor) -> Tensor:
+    """The class weight of each label, 0 where it is ignored."""
+    return torch.where(counted, criterion.weight[torch.where(counted, y, 0).long()], 0)
+
+
+def _class_shares(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    """The share of each term in the mean: class weights for indices, 1 for probabilities."""
+    if y.is_floating_point():
+        return _ones((y.shape[0], *y.shape[2:]), y)
+    counted = _counted(criterion, y)
+    return counted if criterion.weight is None else _of_labels(criterion, counted, y)
+
+
+def _class_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | None:
+    """What multiplies `diag(p) - p p^T` in the Hessian of each term; None for 1 everywhere.
+
+    A term is `-sum_c w_c q_c log p_c` with `q` the smoothed label, so the factor is
+    `sum_c w_c q_c`.
+    """
+    smoothing = getattr(criterion, "label_smoothing", 0.0)
+    weight, classes = criterion.weight, outputs.shape[1]
+    if y.is_floating_point():
+        q = (1 - smoothing) * y + smoothing / classes
+        w = 1 if weight is None else weight.view(-1, *[1] * (y.ndim - 2))
+        factor = (q * w).sum(1)
+    else:
+        counted = _counted(criterion, y)
+        if weight is None:
+            return None if bool(counted.all()) else counted
+        factor = (1 - smoothing) * _of_labels(criterion, counted, y)
+        factor = factor + counted * (smoothing / classes * weight.sum())
+    return _positive(criterion, factor)
+
+
+def _positive(criterion: Any, factor: Tensor) -> Tensor:
+    if bool((factor < 0).any()):
+        raise CaptureError(
+            f"{name_of(criterion)} has negative weights, so its Hessian has no root; use "
+            "fisher_type='empirical'"
+        )
+    return factor
+
+
+def _class_root(
+    criterion: Any, outputs: Tensor, y: Tensor, through_softmax: bool = True
+) -> Iterator[Tensor]:
+    """`sqrt(w p_k) (e_k - p)` for each position and class: no division by p anywhere.
+
+    At log-probabilities it is `sqrt(w p_k) e_k`, which the log-softmax below turns into the former.
+    """
+    n, classes = outputs.shape[:2]
+    p = outputs.softmax(1) if through_softmax else outputs.exp()
+    p = p.reshape(n, classes, -1)
+    factor = _class_factor(criterion, outputs, y)
+    rows = None if factor is None else factor.to(p).reshape(n, -1).sqrt()
+    for position in range(p.shape[2]):
+        scale = p[:, :, position].sqrt()
+        if rows is not None:
+            scale = scale * rows[:, position, None]
+        for k in range(classes):
+            vector = torch.zeros_like(p)
+            if through_softmax:
+                vector[:, :, position] = -scale[:, k, None] * p[:, :, position]
+            vector[:, k, position] += scale[:, k]
+            yield vector.view_as(outputs)
+
+
+def _draw_classes(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    p = outputs.softmax(1).movedim(1, -1)
+    flat = p.reshape(-1, p.shape[-1]).double().to(generator.device)
+    drawn = torch.multinomial(flat, 1, generator=generator).view(p.shape[:-1])
+    return drawn.to(outputs.device)
+
+
+def _class_score(
+    criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor, through_softmax: bool = True
+) -> Tensor:
+    # directly, never through the criterion: label smoothing is not part of the likelihood
+    hot = F.one_hot(drawn, outputs.shape[1]).movedim(-1, 1).to(outputs)
+    score = outputs.softmax(1) - hot if through_softmax else -hot
+    factor = _class_factor(criterion, outputs, y)
+    return score if factor is None else score * factor.to(score).sqrt().unsqueeze(1)
+
+
+def _not_normalised(criterion: Any, outputs: Tensor) -> str:
+    """Why the outputs are no log-probabilities, or ""."""
+    sums = outputs.detach().double().exp().sum(1) if outputs.ndim > 1 else outputs.new_zeros(1)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(outputs.dtype, 5e-2)
+    worst = float((sums - 1).abs().max())
+    if worst <= tolerance:
+        return ""
+    return (
+        f"{name_of(criterion)} is a log-likelihood only of log-probabilities, and exp(outputs) "
+        f"sums to 1 {worst:+.1e} over the classes: end the model in log_softmax"
+    )
+
+
+# Single outputs -------------------------------------------------------------------------------
+
+
+def _check_same(criterion: Any, outputs: Tensor, y: Tensor) -> None:
+    if y.shape != outputs.shape:
+        raise CaptureError(
+            f"targets have shape {tuple(y.shape)} and outputs {tuple(outputs.shape)}; "
+            f"{name_of(criterion)} would broadcast them into another loss: reshape the targets"
+        )
+
+
+def _label_ones(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    return _ones(y.shape, y)
+
+
+def _one_at_a_time(entries: Tensor) -> Iterator[Tensor]:
+    """A diagonal root: the entry of each output in a vector of its own."""
+    flat = entries.reshape(entries.shape[0], -1)
+    for k in range(flat.shape[1]):
+        vector = torch.zeros_like(flat)
+        vector[:, k] = flat[:, k]
+        yield vector.view_as(entries)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _squared_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+    return _one_at_a_time(torch.full_like(outputs, math.sqrt(2.0)))
+
+
+def _draw_gaussian(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    return outputs + _noise(outputs, generator) * math.sqrt(0.5)
+
+
+def _squared_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+    return 2 * (outputs - drawn)
+
+
+def _bernoulli_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | None:
+    """`w (y w_+ + 1 - y)`, what multiplies `p (1 - p)`; None for 1 everywhere."""
+    weight, positive = criterion.weight, criterion.pos_weight
+    if weight is None and positive is None:
+        return None
+    factor = torch.ones_like(y) if positive is None else 1 + (positive - 1) * y
+    return _positive(criterion, factor if weight is None else factor * weight)
+
+
+def _bernoulli_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+    entries = (outputs.sigmoid() * (-outputs).sigmoid()).sqrt()
+    factor = _bernoulli_factor(criterion, outputs, y)
+    return _one_at_a_time(entries if factor is None else entries * factor.to(entries).sqrt())
+
+
+def _draw_bits(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    return (uniform.to(outputs.device) < outputs.sigmoid()).to(outputs)
+
+
+def _bernoulli_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+    score = outputs.sigmoid() - drawn
+    factor = _bernoulli_factor(criterion, outputs, y)
+    return score if factor is None else score * factor.to(score).sqrt()
+
+
+def _check_rates(criterion: Any, outputs: Tensor, y: Tensor) -> None:
+    _check_same(criterion, outputs, y)
+    if not criterion.log_input and not bool((outputs > 0).all()):
+        raise CaptureError(
+            f"{name_of(criterion)}(log_input=False) takes rates, which are positive; the outputs "
+            f"go down to {float(outputs.detach().min()):.3g}: end the model in softplus or exp"
+        )
+
+
+def _poisson_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """The root of `E s^2`: `exp(f)`, or `(f + eps^2) / (f + eps)^2` at rates."""
+    if criterion.log_input:
+        return _one_at_a_time((outputs / 2).exp())
+    eps = criterion.eps
+    return _one_at_a_time((outputs + eps**2).sqrt() / (outputs + eps))
+
+
+def _draw_counts(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    rates = (outputs.exp() if criterion.log_input else outputs).double().to(generator.device)
+    return torch.poisson(rates, generator).to(outputs)
+
+
+def _poisson_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+    if criterion.log_input:
+        return outputs.exp() - drawn
+    return 1 - drawn / (outputs + criterion.eps)
+
+
+# A mean and a variance ------------------------------------------------------------------------
+
+
+def _check_pairs(criterion: Any, outputs: Tensor, y: Tensor) -> None:
+    means = outputs.shape[1] // 2 if outputs.ndim > 1 else 0
+    shapes = [(outputs.shape[0], means, *outputs.shape[2:])]
+    if means == 1:
+        shapes.append((outputs.shape[0], *outputs.shape[2:]))
+    if outputs.ndim < 2 or outputs.shape[1] % 2 or tuple(y.shape) not in shapes:
+        raise CaptureError(
+            f"{name_of(criterion)} takes means and variances: axis 1 of the outputs holds the "
+            f"means, then as many variances (torch.cat([mean, var], 1)); outputs "
+            f"{tuple(outputs.shape)} do not fit targets {tuple(y.shape)}"
+        )
+    if bool((outputs.chunk(2, 1)[1] < 0).any()):
+        raise CaptureError(
+            f"{name_of(criterion)} takes variances in the second half of axis 1, and some are "
+            "negative; end the model in softplus or exp there"
+        )
+
+
+def _gaussian_call(function: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    mean, variance = outputs.chunk(2, 1)
+    return function(mean.reshape(y.shape), y, variance.reshape(y.shape))
+
+
+def _mean_and_variance(criterion: Any, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    mean, variance = outputs.chunk(2, 1)
+    return mean, variance.clamp(min=criterion.eps)
+
+
+def _gaussian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """The root of `E s s^T`, `diag(1 / v, 1 / (2 v^2))`."""
+    _, v = _mean_and_variance(criterion, outputs)
+    return _one_at_a_time(torch.cat([v.rsqrt(), 1 / (math.sqrt(2.0) * v)], 1))
+
+
+def _draw_pairs(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    mean, v = _mean_and_variance(criterion, outputs)
+    return mean + v.sqrt() * _noise(mean, generator)
+
+
+def _gaussian_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+    mean, v = _mean_and_variance(criterion, outputs)
+    distance = drawn.reshape(mean.shape) - mean
+    return torch.cat([-distance / v, (1 - distance.square() / v) / (2 * v)], 1)
+
+
+_built_in = partial(Rules, terms=terms_at, proven=True)
+_REGISTRY |= {
+    nn.CrossEntropyLoss: _built_in(
+        weights=_class_shares,
+        root=_class_root,
+        sample=_draw_classes,
+        score=_class_score,
+        check=_check_classes,
+        factor=_class_factor,
+        classes=True,
+    ),
+    nn.NLLLoss: _built_in(
+        weights=_class_shares,
+        root=partial(_class_root, through_softmax=False),
+        sample=_draw_classes,
+        score=partial(_class_score, through_softmax=False),
+        check=_check_classes,
+        unknown=_not_normalised,
+        factor=_class_factor,
+        classes=True,
+    ),
+    nn.MSELoss: _built_in(
+        weights=_label_ones,
+        root=_squared_root,
+        sample=_draw_gaussian,
+        score=_squared_score,
+        check=_check_same,
+    ),
+    nn.BCEWithLogitsLoss: _built_in(
+        weights=_label_ones,
+        root=_bernoulli_root,
+        sample=_draw_bits,
+        score=_bernoulli_score,
+        factor=_bernoulli_factor,
+        check=_check_same,
+    ),
+    nn.PoissonNLLLoss: _built_in(
+        weights=_label_ones,
+        root=_poisson_root,
+        sample=_draw_counts,
+        score=_poisson_score,
+        check=_check_rates,
+    ),
+    nn.GaussianNLLLoss: _built_in(
+        weights=_label_ones,
+        root=_gaussian_root,
+        sample=_draw_pairs,
+        score=_gaussian_score,
+        check=_check_pairs,
+        call=_gaussian_call,
+        apart=True,
+    ),
+}
