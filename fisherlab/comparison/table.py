@@ -24,7 +24,14 @@ MEASURES = ["relative_error", "population_error", "population_error_se", "diagon
 MEASURES += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
 MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
 MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
-MEASURES += ["decompose_seconds", "solve_seconds", "memory_bytes", "formed_bytes", "clamped"]
+MEASURES += [
+    "decompose_seconds",
+    "shared_seconds",
+    "solve_seconds",
+    "memory_bytes",
+    "formed_bytes",
+    "clamped",
+]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
 # How a row says that its population error is no number.

@@ -58,6 +58,7 @@ def of_compare(run: RunDir) -> Iterator[Section]:
         "subspace_overlap",
         "build_seconds",
         "decompose_seconds",
+        "shared_seconds",
         "memory_bytes",
         "formed_bytes",
         "note",
