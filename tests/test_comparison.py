@@ -13,9 +13,8 @@ from torch import nn
 
 import fisherlab as fl
 from fisherlab import blocks, comparison
-from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, moment, numerics
+from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, moment, numerics, work
 from fisherlab.comparison import Interrupted, crew
-from fisherlab.comparison import layer as layer_module
 from fisherlab.comparison.layer import Layer
 
 CE = nn.CrossEntropyLoss()
@@ -24,9 +23,9 @@ reference_fisher_type seed step dtype damping damping_relative placement relativ
 population_error population_error_se population_error_low population_error_high
  diagonal_share optimality_gap trace_ratio cosine scaled_error
 diagonalisation subspace_overlap direction_cosine direction_error quadratic_decrease
-quadratic_decrease_scaled stein_loss condition build_seconds decompose_seconds
+quadratic_decrease_scaled stein_loss condition build_seconds decompose_seconds shared_seconds
 solve_seconds memory_bytes formed_bytes clamped"""
-TIMES = ["build_seconds", "decompose_seconds", "solve_seconds"]
+TIMES = ["build_seconds", "decompose_seconds", "shared_seconds", "solve_seconds"]
 
 
 def net():
@@ -530,19 +529,20 @@ def test_seconds_are_a_methods_own_in_any_order(order, monkeypatch):
     monkeypatch.setattr(numerics, "_eigh", counted(numerics._eigh))
     monkeypatch.setattr(moment, "_eigh", counted(moment._eigh))
     monkeypatch.setattr(columns.Columns.gram, "function", counted(columns.Columns.gram.function))
-    monkeypatch.setattr(layer_module.time, "perf_counter", lambda: float(ticks[0]))
+    monkeypatch.setattr(work.time, "perf_counter", lambda: float(ticks[0]))
     model = nn.Linear(40, 3).double()
     names = ["kfac", "ekfac", "tkfac", "tekfac", "shampoo", "diagonal", "exact"][::order]
     made = {"given": blocks.Diagonal(torch.ones(3, 41).double()), "own": lambda layer: OWN(layer)}
     makers = {name: fl.approximations.get(name)() for name in names} | made
     table = fl.compare(model, CE, randn(6, 40), torch.arange(6) % 3, approximations=makers)
     rows = table.frame.drop_duplicates("approximation").set_index("approximation")
+    clocks = ["build_seconds", "decompose_seconds", "shared_seconds"]
     for name, expected in {
-        "kfac": (0, 2), "tkfac": (0, 2), "ekfac": (2, 0), "tekfac": (2, 0), "shampoo": (2, 0),
-        "diagonal": (0, 0), "exact": (0, 1), "own": (0, 2),
+        "kfac": (0, 2, 2), "tkfac": (0, 2, 2), "ekfac": (2, 0, 2), "tekfac": (2, 0, 2),
+        "shampoo": (2, 0, 2), "diagonal": (0, 0, 0), "exact": (0, 1, 0), "own": (0, 2, 0),
     }.items():  # fmt: skip
-        assert tuple(rows.loc[name, ["build_seconds", "decompose_seconds"]]) == expected, name
-    assert rows.loc["given", ["build_seconds", "decompose_seconds"]].isna().all()
+        assert tuple(rows.loc[name, clocks]) == expected, name
+    assert rows.loc["given", clocks].isna().all()
 
 
 OWN = fl.KFAC()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.moment import Moment
+from fisherlab.blocks.work import once
 from fisherlab.extract import LayerCapture
 from fisherlab.names import nearest
 
@@ -31,9 +32,7 @@ class Later(Mapping[str, Tensor]):
         self._made: dict[str, Tensor] = {}
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._made:
-            self._made[key] = self._makers[key]()
-        return self._made[key]
+        return once(self._made, key, self._makers[key])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -57,10 +56,11 @@ class Means(Mapping[str, Tensor]):
         self._blocks: dict[Approximation, Block] = {}
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._means:
-            factor = self.factor(key) if key in self._moments else self._sums[key] / self._count
-            self._means[key] = factor if isinstance(factor, Tensor) else factor.formed()
-        return self._means[key]
+        return once(self._means, key, lambda: self._mean(key))
+
+    def _mean(self, key: str) -> Tensor:
+        factor = self.factor(key) if key in self._moments else self._sums[key] / self._count
+        return factor if isinstance(factor, Tensor) else factor.formed()
 
     def factor(self, key: str) -> Tensor | Moment:
         """A mean as the rows it is a moment of, where they are few; else the matrix."""
@@ -75,10 +75,10 @@ class Means(Mapping[str, Tensor]):
 
     def block(self, approximation: Approximation) -> Block:
         """The block of an approximation that needs nothing but these means; made once."""
-        if approximation not in self._blocks:
-            basis = approximation.basis(self)
-            self._blocks[approximation] = approximation.block(self, basis, {})
-        return self._blocks[approximation]
+        return once(self._blocks, approximation, lambda: self._block(approximation))
+
+    def _block(self, approximation: Approximation) -> Block:
+        return approximation.block(self, approximation.basis(self), {})
 
 
 class Approximation:

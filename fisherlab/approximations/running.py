@@ -13,6 +13,7 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError, Outer
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
+from fisherlab.blocks.work import once
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.image import sharing
 from fisherlab.extract.joint import one_sample
@@ -59,15 +60,13 @@ class Memo:
     def means(self, approximation: Approximation) -> Means:
         """The means of the sums of `approximation.origin`."""
         origin = approximation.origin
-        if origin not in self._means:
-            whole = self._whole()
-            if whole is None:
-                sums = add(origin.sums(chunk) for chunk in self._chunks())
-                self._means[origin] = Means(sums, self.count)
-            else:
-                moments = origin.moments(whole)
-                self._means[origin] = Means(origin.sums(whole), self.count, moments)
-        return self._means[origin]
+        return once(self._means, origin, lambda: self._means_of(origin))
+
+    def _means_of(self, origin: Approximation) -> Means:
+        whole = self._whole()
+        if whole is None:
+            return Means(add(origin.sums(chunk) for chunk in self._chunks()), self.count)
+        return Means(origin.sums(whole), self.count, origin.moments(whole))
 
     def _whole(self) -> LayerCapture | None:
         """The capture, if it is one whole batch: its inputs may span less than their space."""
@@ -75,15 +74,13 @@ class Memo:
 
     def basis(self, approximation: Approximation) -> Sums:
         """The basis of the approximation, from its means."""
-        if approximation not in self._basis:
-            self._basis[approximation] = approximation.basis(self.means(approximation))
-        return self._basis[approximation]
+        return once(
+            self._basis, approximation, lambda: approximation.basis(self.means(approximation))
+        )
 
     def block(self, approximation: Approximation) -> Block:
         """The block of the approximation."""
-        if approximation not in self._blocks:
-            self._blocks[approximation] = self._make(approximation)
-        return self._blocks[approximation]
+        return once(self._blocks, approximation, lambda: self._make(approximation))
 
     def exact(self) -> Outer:
         """The block itself, of the same columns that the approximations use."""

@@ -19,6 +19,7 @@ from fisherlab.blocks.numerics import (
     trace_of,
 )
 from fisherlab.blocks.remembered import remembered, state_of
+from fisherlab.blocks.work import once
 
 
 class Columns:
@@ -212,9 +213,9 @@ class Columns:
 
     def grouped_moments(self, c: int, k: int) -> Tensor:
         """`sum D D^T` of every output feature and group of k inputs, `[o, c, k, k]`."""
-        if (c, k) not in self.grouped:
-            self.grouped[c, k] = contractions.grouped_moments(self.a, self.g, c, k)
-        return self.grouped[c, k]
+        return once(
+            self.grouped, (c, k), lambda: contractions.grouped_moments(self.a, self.g, c, k)
+        )
 
     @remembered()
     def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
@@ -228,17 +229,17 @@ class Columns:
     def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
         key = state_of(Q_G), state_of(Q_A)
-        if key not in self._rotated:
-            frame = Columns.input_frame.known(self)
-            C = coordinates(Q_A, frame[0]) if frame else None
-            if C is not None and self.inside is not None:
-                value = self.inside.rotated_squares(Q_G, C)
-            elif not self.short:
-                value = contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A)
-            else:
-                value = contractions.rotated_squares(self.matrices, Q_G, Q_A)
-            self._rotated[key] = Q_G, Q_A, value.double()
-        return self._rotated[key][2]
+        # with the bases, so that no other tensor takes their place
+        return once(self._rotated, key, lambda: (Q_G, Q_A, self._rotated_squares(Q_G, Q_A)))[2]
+
+    def _rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        frame = Columns.input_frame.known(self)
+        C = coordinates(Q_A, frame[0]) if frame else None
+        if C is not None and self.inside is not None:
+            return self.inside.rotated_squares(Q_G, C).double()
+        if not self.short:
+            return contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A).double()
+        return contractions.rotated_squares(self.matrices, Q_G, Q_A).double()
 
     def project(self, V: Tensor, exact: bool = False) -> Tensor:
         """`U^T V`, `[..., m, n]`, in float64 where `exact`: an inverse cancels."""

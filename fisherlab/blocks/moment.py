@@ -11,6 +11,7 @@ from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.coordinates import Unformed
 from fisherlab.blocks.numerics import _eigh, declare_range, dot, inherit, trace_of
 from fisherlab.blocks.span import Span
+from fisherlab.blocks.work import once
 
 Frame = Callable[[], tuple[Tensor, Tensor] | None]
 
@@ -52,24 +53,23 @@ class Moment(Unformed):
         return rows.reshape(-1, rows.shape[-1]), weighted.reshape(-1, rows.shape[-1])
 
     def spectral(self, name: str) -> tuple[Tensor, Tensor]:
-        if not self._pairs:
-            frame = self.frame()
-            assert frame is not None, "a moment of few rows has a thin basis"
-            V, inside = frame
-            rows, weighted = self._sides(inside)
-            values, C = _eigh(symmetric_product(rows, weighted), name)
-            self._pairs["unit"] = values, Span(V, C)
-        values, vectors = self._pairs["unit"]
+        values, vectors = once(self._pairs, "unit", lambda: self._unit(name))
         return values * self.scale, vectors
+
+    def _unit(self, name: str) -> tuple[Tensor, Tensor]:
+        frame = self.frame()
+        assert frame is not None, "a moment of few rows has a thin basis"
+        V, inside = frame
+        rows, weighted = self._sides(inside)
+        values, C = _eigh(symmetric_product(rows, weighted), name)
+        return values, Span(V, C)
 
     def apply(self, V: Tensor) -> Tensor:
         rows, weighted = self._sides(self.rows)
         return (V @ weighted.mT) @ rows * self.scale
 
     def trace(self) -> Tensor:
-        if not self._traces:
-            self._traces["unit"] = dot(*self._sides(self.rows))
-        return self._traces["unit"] * self.scale
+        return once(self._traces, "unit", lambda: dot(*self._sides(self.rows))) * self.scale
 
     def formed(self) -> Tensor:
         if self.weight is None:

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherlab.blocks.remembered import state_of
 from fisherlab.blocks.span import Span
+from fisherlab.blocks.work import made, used
 
 GIB = 1024**3
 # Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
@@ -98,10 +99,12 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     """
     known = _DECOMPOSITIONS.get(matrix)
     if known is None or known[0] != [state_of(x) for x in (matrix, *known[1])]:
-        result = _eigh(matrix, name)
+        result = made(matrix, "eigh", lambda: _eigh(matrix, name))
         known = [state_of(x) for x in (matrix, *result)], result
         if not matrix.is_inference():
             _DECOMPOSITIONS[matrix] = known
+    else:
+        used(matrix, "eigh")
     return known[1]
 
 
@@ -122,8 +125,10 @@ def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
         if V is None:
             del _RANGES[matrix]
             return eigh(matrix, name)
-        values, inside = _eigh(V.mT @ matrix @ V, name)
+        values, inside = made(matrix, "range", lambda: _eigh(V.mT @ matrix @ V, name))
         _RANGES[matrix] = space = (*space, values, Span(V, inside))
+    else:
+        used(matrix, "range")
     return space[2], space[3]
 
 

@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
 
+from fisherlab.blocks.work import made, used
+
 T = TypeVar("T")
 
 
@@ -41,7 +43,9 @@ class Remembered(Generic[T]):
         stamp = self._stamp(block)
         known = vars(block).setdefault("_remembered", {})
         if self.name not in known or known[self.name][0] != stamp:
-            known[self.name] = (stamp, self.function(block))
+            known[self.name] = (stamp, made(block, self.name, lambda: self.function(block)))
+        else:
+            used(block, self.name)
         return known[self.name][1]
 
     def _stamp(self, block: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Any
@@ -25,6 +26,7 @@ from fisherlab.blocks import (
 )
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import fits_gram, sum_of
+from fisherlab.blocks.work import Ledger, Piece, seconds_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
@@ -57,7 +59,18 @@ class Layer:
         unseen: list[Captures] | None,
         memory: int | None,
     ) -> None:
-        self.name = name
+        self.name, self.ledger = name, Ledger()
+        with self.ledger:
+            self._prepare(captures, target, unseen, memory)
+
+    def _prepare(
+        self,
+        captures: list[Captures],
+        target: list[Captures],
+        unseen: list[Captures] | None,
+        memory: int | None,
+    ) -> None:
+        name = self.name
         self.keys = by_layer(captures[0])[name]
         self.parts = [[batch[key] for batch in captures] for key in self.keys]
         self.first = self.parts[0][0]
@@ -129,6 +142,7 @@ class Layer:
         parts = [part for F in exact for part in _parts(F)]
         doubles = [part.double for part in parts if isinstance(part, Outer)]
         with (
+            self.ledger,
             remembering("power", *exact, *parts, *doubles),
             remembering("_damped_gram", *parts, *doubles),
         ):
@@ -140,6 +154,7 @@ class Layer:
             for frame in frames:
                 self._retried(frame.complete)
         rows = [{**base, "approximation": name, **row} for name, row in measured]
+        share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
             row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
@@ -149,18 +164,20 @@ class Layer:
         empty = dict.fromkeys(MEASURES, math.nan)
         del empty["diagonal_share"], empty["optimality_gap"]
         unit = self.F.trace().item() / self.F.size
-        start = time.perf_counter()
         try:
-            X = self._retried(self.build, maker)
+            with self.ledger.piece() as building:
+                X = self._retried(self.build, maker)
             if X is None:
                 return
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
             built = {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
+            with self.ledger.piece() as decomposing:
+                near, frame = self._retried(self._nearest, X)
+                for part in _parts(near):
+                    decompose(part)
             if not isinstance(maker, Block | Mapping):
-                seconds = time.perf_counter() - start
-                built |= self._retried(self._seconds, maker, X, seconds)
-            near, frame = self._retried(self._nearest, X)
+                built |= self._seconds(building, decomposing)
             static, reasons = self._retried(self._static, near, frame.F)
             notes = [text for text in (self.remark, *reasons) if text]
             if X.unseen > UNSEEN:
@@ -185,20 +202,15 @@ class Layer:
                 row |= {"placement": "", "note": str(error)}
             yield row
 
-    def _seconds(self, maker: Maker, X: Block, seconds: float) -> dict[str, float]:
-        """What a method takes alone, from the captures on: nothing that others made is known.
-
-        `seconds` is what `X` took: of a callable, which shares nothing, the time alone.
-        """
-        if isinstance(maker, Approximation):
-            memos = [Memo(memo.layers, memo.memory) for memo in self.memos]
-            start = time.perf_counter()
-            X = layer_block([memo.block(maker) for memo in memos])
-            seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        for part in _parts(X):
-            decompose(part)
-        return {"build_seconds": seconds, "decompose_seconds": time.perf_counter() - start}
+    def _seconds(self, building: Piece, decomposing: Piece) -> dict[str, Any]:
+        """What a method takes alone; the pieces, of which some are another's as well, for later."""
+        block = building.closure()
+        more = decomposing.closure() - block
+        return {
+            "build_seconds": seconds_of(block),
+            "decompose_seconds": seconds_of(more),
+            "shared_seconds": block | more,
+        }
 
     def _retried(self, act: Callable[..., Any], *args: Any) -> Any:
         """`act(*args)`, again in half the memory each time the device runs out of it."""
@@ -302,6 +314,15 @@ def population_columns(X: Block, unseen: Block | None) -> tuple[dict[str, float]
         return dict.fromkeys(names, math.nan), ""
     found = metrics.population_estimate(X, unseen)
     return {column: getattr(found, name).item() for column, name in names.items()}, found.reason
+
+
+def share_out(rows: Sequence[dict[str, Any]]) -> None:
+    """Put the seconds of those pieces in the rows that other methods use as well."""
+    pieces = {row["approximation"]: row["shared_seconds"] for row in rows}
+    uses = Counter(p for found in pieces.values() if isinstance(found, set) for p in found)
+    for row in rows:
+        if isinstance(found := row["shared_seconds"], set):
+            row["shared_seconds"] = seconds_of(piece for piece in found if uses[piece] > 1)
 
 
 def decompose(block: Block) -> None:

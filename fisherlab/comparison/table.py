@@ -26,7 +26,14 @@ MEASURES += ["population_error_low", "population_error_high", "diagonal_share", 
 MEASURES += ["trace_ratio", "cosine", "scaled_error", "diagonalisation"]
 MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
 MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
-MEASURES += ["decompose_seconds", "solve_seconds", "memory_bytes", "formed_bytes", "clamped"]
+MEASURES += [
+    "decompose_seconds",
+    "shared_seconds",
+    "solve_seconds",
+    "memory_bytes",
+    "formed_bytes",
+    "clamped",
+]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
 # How a row says that its eigenbasis is no basis of its own.

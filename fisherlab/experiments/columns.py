@@ -41,8 +41,9 @@ MEANING = {
     "condition": "condition number of S: how well X preconditions F; 1 is best",
     "build_seconds": "time to make the block alone, from the captured inputs and gradients; empty "
     "for a block that was given",
-    "decompose_seconds": "time, alone, of what its inverse needs at any damping and other methods "
-    "may share: eigenvectors of Kronecker factors, or the Gram matrix of its columns",
+    "decompose_seconds": "time, alone, of what its inverse needs at any damping: eigenvectors of "
+    "Kronecker factors, or the Gram matrix of its columns",
+    "shared_seconds": "of these two, work that other methods of the table use as well, done once",
     "solve_seconds": "time to invert it, its eigenvectors or Gram matrix known, and take one step",
     "memory_bytes": "tensors that the block keeps: rows and thin bases where the batch spans few "
     "dimensions, so it grows with the batch",

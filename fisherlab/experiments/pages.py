@@ -55,7 +55,8 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     columns += [c for c in ("relative_error", "population_error") if c != table.leading]
     columns += ["population_error_se", "population_error_low", "population_error_high"]
     columns += ["optimality_gap", "trace_ratio", "cosine", "diagonalisation", "subspace_overlap"]
-    columns += ["build_seconds", "decompose_seconds", "memory_bytes", "formed_bytes", "note"]
+    columns += ["build_seconds", "decompose_seconds", "shared_seconds", "memory_bytes"]
+    columns += ["formed_bytes", "note"]
     by_layer = last.drop_duplicates(["layer", "approximation", "seed"])[columns]
     caption = "Every layer at the last step (first seed first); all rows are in comparison.csv."
     yield Section("Layer by layer", tables=[Table(by_layer.dropna(axis=1, how="all"), caption)])

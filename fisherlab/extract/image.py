@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from itertools import product
 from typing import cast
 
@@ -17,6 +16,7 @@ from fisherlab.blocks.columns import Columns, compact
 from fisherlab.blocks.contractions import slices, stacked
 from fisherlab.blocks.numerics import trace_of
 from fisherlab.blocks.remembered import remembered
+from fisherlab.blocks.work import once
 from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.layer import LayerCapture
 
@@ -77,15 +77,15 @@ class ImageColumns(Columns):
         m, t = layer.columns_per_example, layer.positions
         return ImageColumns(layer) if t > 1 and compact(m, t, *layer.shape) else None
 
-    @cached_property
+    @property
     def a(self) -> Tensor:  # type: ignore[override]
         """The patches, `[n, t, i]`."""
-        return self.layer.inputs
+        return once(vars(self), "a", lambda: self.layer.inputs)
 
-    @cached_property
+    @property
     def g(self) -> Tensor:  # type: ignore[override]
         """The output gradients, `[m, n, t, o]`."""
-        return self.layer.output_gradients
+        return once(vars(self), "g", lambda: self.layer.output_gradients)
 
     @property
     def shape(self) -> tuple[int, int]:

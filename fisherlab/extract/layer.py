@@ -16,6 +16,7 @@ from torch import Tensor
 from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns, compact, few, formed_gram
 from fisherlab.blocks.numerics import sum_of
+from fisherlab.blocks.work import once
 from fisherlab.extract.geometry import CaptureError, Geometry
 
 Raw = tuple[Tensor, ...] | None
@@ -200,11 +201,11 @@ class LayerCapture:
         """The per-example gradients in the weight-sharing form, with the sums over them."""
         if self.shared is None:
             return Columns(self.inputs, self.output_gradients)
-        if "columns" not in self.shared:
-            # dozens of products are to come: the gradients may take half again a workspace
-            room = 3 * contractions.WORKSPACE // 2
-            self.shared["columns"] = Columns(self.inputs, self.output_gradients, room)
-        return self.shared["columns"]
+        # dozens of products are to come: the gradients may take half again a workspace
+        room = 3 * contractions.WORKSPACE // 2
+        return once(
+            self.shared, "columns", lambda: Columns(self.inputs, self.output_gradients, room)
+        )
 
     def per_example_gradients(self) -> Tensor:
         """`D[m,n,o,i] = sum_t g a^T`, all of them: m n o i numbers."""

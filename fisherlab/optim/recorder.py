@@ -264,6 +264,7 @@ class Recorder:
                 stacklevel=2,
             )
 
+    @reentrant_named(OptimizerError)
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
         """The model's own output vectors, on the live graph and only as far as layer outputs.
 
@@ -288,14 +289,13 @@ class Recorder:
             self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
         )
         for vector in vectors:
-            with reentrant_named(OptimizerError):
-                gradients = torch.autograd.grad(
-                    output,
-                    _edges(calls),
-                    (scale * vector).to(output.dtype),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
+            gradients = torch.autograd.grad(
+                output,
+                _edges(calls),
+                (scale * vector).to(output.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     gradient = output.new_zeros(call.shape)
@@ -352,6 +352,7 @@ class Recorder:
         self.factors = [self.factors[k] for k in kept]
         return [found[k] for k in kept]
 
+    @reentrant_named(OptimizerError)
     def _prove(self, current: Pass, output: Tensor) -> None:
         """Leave out layers whose gradient is not `sum g a^T` of their calls; asked once of each.
 
@@ -375,6 +376,7 @@ class Recorder:
         if doubtful or fresh:
             self._forget_gradients(current)
 
+    @reentrant_named(OptimizerError)
     def _count_positions(self, current: Pass, output: Tensor) -> None:
         """Of sums over rows that are no examples: as many positions of each, or left out."""
         n = len(output)
@@ -432,8 +434,7 @@ class Recorder:
         with torch.enable_grad():
             product = (output * vector).sum()
         sources: list[Any] = [*_edges(every), *leaves]
-        with reentrant_named(OptimizerError):
-            found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
         rows = {
             id(call): output.new_zeros(call.shape) if g is None else g
             for call, g in zip(every, found[: len(every)], strict=True)

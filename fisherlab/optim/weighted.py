@@ -22,9 +22,10 @@ from fisherlab.blocks.columns import Columns
 from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order
 from fisherlab.extract.tape import Call, Use
-from fisherlab.optim.scale import Loss, LossScale
+from fisherlab.optim.scale import Loss, LossScale, OptimizerError
 from fisherlab.optim.watch import Watch
 from fisherlab.optim.weight import Weight
 
@@ -292,6 +293,7 @@ class WeightedLayers:
         for name, (layer, *_) in self._layers.items():
             layer.examples, layer.folded = n, name in self._folded
 
+    @reentrant_named(OptimizerError)
     def _find_rows(self, output: Tensor) -> None:
         n, asked = len(output), self._asked
         calls, edges = [call for _, call, _ in asked], [edge for *_, edge in asked]

@@ -1,0 +1,97 @@
+"""What a method costs alone, where methods share work: each piece counts for all who use it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+_LOCAL = threading.local()
+
+
+class Piece:
+    """Some work: its own seconds, and the pieces that it uses, made by whomever."""
+
+    def __init__(self) -> None:
+        self.seconds = self.inside = 0.0
+        self.parts: set[Piece] = set()
+
+    def closure(self) -> set[Piece]:
+        """It and all that it uses."""
+        found, waiting = {self}, [self]
+        while waiting:
+            fresh = waiting.pop().parts - found
+            found |= fresh
+            waiting += fresh
+        return found
+
+
+def seconds_of(pieces: Iterable[Piece]) -> float:
+    """What pieces cost together, each once."""
+    return sum(piece.seconds for piece in pieces)
+
+
+class Ledger:
+    """The pieces made in this thread while it is entered, by the cache that holds each.
+
+    A cache is known by its `id`: one that took the place of another has made its piece anew.
+    """
+
+    def __init__(self) -> None:
+        self.open: list[Piece] = []
+        self.pieces: dict[tuple[int, Hashable], Piece] = {}
+
+    def __enter__(self) -> Ledger:
+        self.before = getattr(_LOCAL, "ledger", None)
+        _LOCAL.ledger = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _LOCAL.ledger = self.before
+
+    @contextmanager
+    def piece(self) -> Iterator[Piece]:
+        """The work inside, without that of pieces made in it."""
+        piece, start = Piece(), time.perf_counter()
+        self.open.append(piece)
+        try:
+            yield piece
+        finally:
+            self.open.pop()
+            spent = time.perf_counter() - start
+            piece.seconds = spent - piece.inside
+            if self.open:
+                self.open[-1].inside += spent
+                self.open[-1].parts.add(piece)
+
+
+def made(cache: object, key: Hashable, make: Callable[[], V]) -> V:
+    """`make()`, whose cost belongs to whoever takes it from the cache."""
+    ledger: Ledger | None = getattr(_LOCAL, "ledger", None)
+    if ledger is None:
+        return make()
+    with ledger.piece() as piece:
+        value = make()
+    ledger.pieces[id(cache), key] = piece
+    return value
+
+
+def used(cache: object, key: Hashable) -> None:
+    """Say that a value was taken from a cache."""
+    ledger: Ledger | None = getattr(_LOCAL, "ledger", None)
+    if ledger is not None and ledger.open and (id(cache), key) in ledger.pieces:
+        ledger.open[-1].parts.add(ledger.pieces[id(cache), key])
+
+
+def once(cache: MutableMapping[K, V], key: K, make: Callable[[], V]) -> V:
+    """`cache[key]`, made when it is first asked for."""
+    if key not in cache:
+        cache[key] = made(cache, key, make)
+    else:
+        used(cache, key)
+    return cache[key]
