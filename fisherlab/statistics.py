@@ -91,7 +91,7 @@ class Statistic(ABC):
             BlockError: the capture holds some output vectors of its examples only, and the
                 statistic is not `columnwise`.
         """
-        if not self.columnwise and layer.column_share != 1:
+        if not self.columnwise and not layer.whole:
             raise BlockError(
                 f"{self} is a sum over whole examples, and this capture of layer {layer.name!r} "
                 "holds some of their output vectors; take chunks of examples, or set "
@@ -395,7 +395,7 @@ class GroupedMoment(Statistic):
         return layer.columns.grouped_moments(c, k)
 
     def rows(self, layer: LayerCapture) -> RowMoments | None:
-        one = layer.geometry.conv is None and layer.positions == 1 and layer.column_share == 1
+        one = layer.geometry.conv is None and layer.positions == 1 and layer.whole
         return RowMoments(layer.columns) if one else None
 
 

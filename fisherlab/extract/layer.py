@@ -80,6 +80,11 @@ class LayerCapture:
         return self.raw_inputs[0].shape[0] * self.summed * self.column_share
 
     @property
+    def whole(self) -> bool:
+        """Whether it holds all output vectors of its examples."""
+        return self.column_share == 1
+
+    @property
     def device(self) -> torch.device:
         return self.raw_inputs[0].device
 
