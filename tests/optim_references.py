@@ -79,9 +79,14 @@ def mean(
     return total / weight
 
 
+def geometric(F: Tensor, share: float) -> Tensor:
+    """A share of the geometric mean of the trace and the mean eigenvalue."""
+    return share * (F.trace() * F.trace() / len(F)).sqrt()
+
+
 def inverse(F: Tensor, share: float) -> Tensor:
-    """`(F + share tr F / N I)^{-1}`."""
-    return torch.linalg.inv(F + share * F.trace() / len(F) * eye(len(F)))
+    """`(F + lambda I)^{-1}`."""
+    return torch.linalg.inv(F + geometric(F, share) * eye(len(F)))
 
 
 def kfac(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +113,7 @@ def running_tkfac(history: list) -> tuple[Tensor, Tensor]:
 
 
 def factored(G: Tensor, A: Tensor, share: float, pi: float | None) -> Tensor:
-    damping = share * G.trace() * A.trace() / (len(G) * len(A))
+    damping = float(share * G.trace() * A.trace() / math.sqrt(len(G) * len(A)))
     pi = pi or math.sqrt((A.trace() / len(A)) / (G.trace() / len(G)))
     root = math.sqrt(damping)
     damped_G, damped_A = G + root / pi * eye(len(G)), A + root * pi * eye(len(A))
@@ -127,7 +132,8 @@ def corrected(history: list, factors: Callable, share: float) -> Tensor:
             total = DECAY * total + (Q.T @ columns(a, g)).square().sum(1)
             weight = DECAY * weight + len(a)
     spectrum = total / weight
-    return Q @ torch.diag(1 / (spectrum + share * spectrum.mean())) @ Q.T
+    damping = share * spectrum.sum() / math.sqrt(len(spectrum))
+    return Q @ torch.diag(1 / (spectrum + damping)) @ Q.T
 
 
 def rank_one(history: list, decay: float = DECAY) -> tuple[Tensor, Tensor]:
@@ -172,7 +178,7 @@ def kronecker_terms(a: Tensor, g: Tensor, terms: int) -> Tensor:
 
 def clamped_inverse(F: Tensor, share: float) -> Tensor:
     values, Q = torch.linalg.eigh((F + F.T) / 2)
-    return Q @ torch.diag(1 / (values.clamp(min=0) + share * F.trace() / len(F))) @ Q.T
+    return Q @ torch.diag(1 / (values.clamp(min=0) + geometric(F, share))) @ Q.T
 
 
 def smw(a: Tensor, g: Tensor, alpha: float) -> Tensor:
@@ -232,7 +238,7 @@ class Steps:
         damping = []
         for a, g in now:
             block = exact(a, g)
-            damping.append(10 * block.trace() / len(block) * torch.ones(len(block)))
+            damping.append(geometric(block, 1.0) * torch.ones(len(block)))
         return torch.linalg.inv(F + torch.diag(torch.cat(damping).double()))
 
     def _preconditioner(self, name: str, layer: int) -> Tensor:
@@ -240,39 +246,39 @@ class Steps:
         # the last inverse is of the end of the warm-up
         (a0, g0), (a, g), settled = history[0], history[-1], history[:WARMUP]
         if name in ("exact", "tengrad", "blockwise_ngd"):
-            return inverse(exact(a, g), 10)
+            return inverse(exact(a, g), 0.3)
         if name in ("ngd_smw", "fngd"):
             return smw(a, g, 0.005)
         if name in ("kfac", "truncated_kfac", "ang"):
-            return factored(*running_kfac(settled), 3, None)
+            return factored(*running_kfac(settled), 0.05, None)
         if name == "kfac_reduce":
-            return inverse(torch.kron(*running_kfac(settled)), 3)
+            return inverse(torch.kron(*running_kfac(settled)), 0.02)
         if name == "tkfac":
-            return factored(*running_tkfac(settled), 3, 1.0)
+            return factored(*running_tkfac(settled), 0.05, 1.0)
         if name == "tkfac_expand":
-            return inverse(torch.kron(*running_tkfac(settled)), 3)
+            return inverse(torch.kron(*running_tkfac(settled)), 0.05)
         if name == "ekfac":
-            return corrected(history, running_kfac, 3)
+            return corrected(history, running_kfac, 0.1)
         if name == "tekfac":
-            return corrected(history, running_tkfac, 3)
+            return corrected(history, running_tkfac, 0.1)
         if name == "eva":
-            return eva(history, 0.03)
+            return eva(history, 0.1)
         if name == "ifang":
-            return ifang(history, 0.1)
+            return ifang(history, 0.3)
         if name == "sngd":
             A = mean(settled, lambda a, g: a.T @ a / len(a), 10, decay=0.995)
-            return inverse(torch.kron(eye(g0.shape[1]), self._slope(layer) * A), 0.1)
+            return inverse(torch.kron(eye(g0.shape[1]), self._slope(layer) * A), 0.005)
         if name == "shampoo":
             return shampoo(a0, g0, 1e-4)
         if name == "diagonal":
             F = mean(settled, exact, 10)
-            return inverse(torch.diag(F.diagonal()), 3)
+            return inverse(torch.diag(F.diagonal()), 0.1)
         if name == "mini_block":
-            return inverse(mean(settled, mini_block, 10), 3)
+            return inverse(mean(settled, mini_block, 10), 0.05)
         if name == "kronecker_optimal":
-            return inverse(kronecker_terms(a, g, 1), 10)
+            return inverse(kronecker_terms(a, g, 1), 0.3)
         if name == "kronecker_sum":
-            return clamped_inverse(kronecker_terms(a, g, 2), 10)
+            return clamped_inverse(kronecker_terms(a, g, 2), 0.3)
         raise KeyError(f"no dense reference of optimizer {name!r}: write one")
 
     def _slope(self, layer: int) -> float:

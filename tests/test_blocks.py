@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import randn
 
+import fisherlab as fl
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, contractions, numerics
 from fisherlab.blocks.serialise import cast
@@ -101,6 +102,40 @@ def test_memory_counts_the_tensors_and_no_cache(name):
 def test_memory_counts_a_shared_tensor_once():
     part = blocks.Diagonal(torch.ones(2, 3))
     assert blocks.DirectSum([part, part]).memory_bytes() == 24
+    assert blocks.DirectSum([part, part]).formed_bytes() == 24
+
+
+@pytest.mark.parametrize("examples", [5, 400])
+def test_memory_is_counted_alike_for_all_methods(examples):
+    """Layer 6 x 101: a few examples span a thin basis, many all of it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 6).double()
+    x, y, CE = randn(examples, 100), torch.arange(examples) % 6, torch.nn.CrossEntropyLoss()
+    frame = fl.compare(model, CE, x, y, fisher_type="empirical", dampings=0.1).frame
+    rows = frame.set_index("approximation")
+    o, i = 6, 101
+    pair, entries = o * o + i * i, o * i
+    formed = {
+        "kfac": pair, "tkfac": pair, "shampoo": pair, "kronecker_optimal": pair,
+        "ekfac": pair + entries, "tekfac": pair + entries, "diagonal": entries,
+        "mini_block": o * i * i,
+    }  # fmt: skip
+    for name, numbers in formed.items():
+        assert rows.loc[name, "formed_bytes"] == 8 * numbers, name
+    for name in ("eva", "ifang"):  # vectors, never a matrix
+        assert rows.loc[name, "formed_bytes"] == rows.loc[name, "memory_bytes"] <= 8 * (o + i + 6)
+    assert rows.loc["exact", "formed_bytes"] == 8 * (o * i) ** 2
+    assert rows.loc["exact", "memory_bytes"] == 8 * examples * (o + i)
+    kept = rows["memory_bytes"]
+    if examples == 5:
+        # rows of inputs, or vectors of the same span; five gradients of six entries are a matrix
+        assert kept["mini_block"] == kept["exact"] == 8 * 5 * (o + i)
+        assert kept["kfac"] == kept["tkfac"] == 8 * (5 * i + o * o)
+        assert kept["kfac"] <= kept["ekfac"] < 1.2 * kept["kfac"]
+        assert kept["shampoo"] < 1.2 * kept["kfac"]
+    else:
+        assert kept["kfac"] == 8 * pair and kept["tkfac"] == 8 * pair
+        assert 8 * (pair + entries) <= kept["ekfac"] <= 1.02 * 8 * (pair + entries)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from references import Reference, randn, relative
 from torch import nn
 
+from fisherlab import comparison, optim
 from fisherlab.blocks import Outer
 from fisherlab.extract import CaptureError, capture, support
 from fisherlab.extract.fisher import FISHER_TYPES
@@ -381,5 +382,75 @@ def test_support_names_every_module_with_parameters():
     assert frame.loc["norm", "status"] == "exact"
     assert frame.loc["up", "status"] == "exact"
     assert frame.loc["up", "positions"] == 2
+    assert list(frame["compare"]) == ["skipped", "exact", "exact", "exact"]
     before = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [(nn.BatchNorm1d(4), "call model.eval()"), (nn.Dropout(0.5), "active Dropout")],
+)
+def test_support_says_that_compare_refuses_training_mode(layer, why):
+    model, x, y = nn.Sequential(nn.Linear(3, 4), layer), torch.randn(5, 3), torch.arange(5) % 4
+    assert model.training
+    with pytest.raises(CaptureError) as refused:
+        comparison.compare(model, CE, x, y)
+    assert set(support(model, x)["compare"]) == {f"refused: {refused.value}"}
+    assert why in str(refused.value) and model.training
+    assert support(model.eval(), x)["compare"].iloc[0] == "exact"
+
+
+@pytest.mark.parametrize("outputs", [20, 21])
+def test_support_says_which_fisher_type_compare_takes(outputs):
+    model, x = nn.Sequential(nn.Linear(3, outputs)), torch.randn(2, 3)
+    (said,) = support(model, x)["compare"]
+    table = comparison.compare(model, CE, x, torch.arange(2), approximations=["kfac"])
+    assert said.split(",")[0] == table.frame["fisher_type"][0]
+    assert said == ("exact" if outputs == 20 else "mc, 1 draw (more than 20 outputs)")
+
+
+class Checkpointed(nn.Module):
+    """A model that recomputes a segment in its backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.i, self.h, self.o = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        def segment(z):
+            return torch.tanh(self.h(z))
+
+        z = self.i(x)
+        if self.reentrant is None:
+            return self.o(segment(z))
+        return self.o(torch.utils.checkpoint.checkpoint(segment, z, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
+@pytest.mark.parametrize("check", ["full", "off"])
+def test_reentrant_checkpointing_is_refused_by_its_name(fisher_type, check):
+    x, y = randn(5, 4), torch.arange(5) % 3
+    options = {"fisher_type": fisher_type, "check": check}
+    model = Checkpointed(True).double()
+    with pytest.raises(CaptureError, match=r"reentrant form.*use_reentrant=False"):
+        capture(model, CE, x, y, **options)
+    assert all(p.grad is None for p in model.parameters())
+    found = []
+    for model.reentrant in (False, None):
+        found.append(capture(model, CE, x, y, **options))
+    for name in ("i", "h", "o"):
+        ours, theirs = (layers[name].columns.gram for layers in found)
+        assert relative(ours, theirs) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["kfac", "ngd", "exact"])
+def test_an_optimizer_refuses_reentrant_checkpointing_by_its_name(name):
+    model, x, y = Checkpointed(True), torch.randn(5, 4), torch.arange(5) % 3
+    optimizer = optim.create(name, model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(optim.OptimizerError, match=r"use_reentrant=False"):
+        CE(model(x), y).backward()
+        optimizer.step()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

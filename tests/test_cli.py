@@ -64,6 +64,13 @@ def test_compare_leaves_tables_pictures_and_a_page(run):
     assert config["settings"]["approximations"] == ["exact", "kfac", "tekfac"]
     assert config["versions"]["torch"] == torch.__version__
     assert "tekfac" in output and "report.html" in output
+    first, second = output.splitlines()[:2]
+    assert first == (
+        "Fisher type exact, 8 examples, float64; 16 unseen examples for the population error."
+    )
+    assert second == "2 layers with 35 of 35 trainable parameters (100%)."
+    page = (folder / "report.html").read_text()
+    assert page.index(first) < page.index(second) < page.index("<table")
     assert not list(folder.rglob("*.part"))
 
 
@@ -276,6 +283,8 @@ def test_support_names_every_layer_and_its_reason():
     result = call("support", "--model", "resnet20", "--data", "digits", "--width", "0.25")
     assert result.exit_code == 0
     assert "BatchNorm2d" in result.output and "exact" in result.output
+    assert "compare measures 22 of 43 layers" in result.output
+    assert "in evaluation mode; Fisher type by default: exact" in result.output
     assert "did you mean" in refused("support", "--model", "resnet21")
 
 

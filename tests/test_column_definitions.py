@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,3 +165,132 @@ def test_the_diagonal_share_does_not_depend_on_the_root_of_the_hessian():
     expected = sum(p.square().sum() for p in each) / total
     for block in (F, turned):
         torch.testing.assert_close(metrics.diagonal_share(block), expected, rtol=1e-12, atol=0)
+
+
+# --- diagonalisation where an eigensolver picks the basis ---
+
+
+def shared_weights(fisher_type: str) -> tuple[fl.Captures, torch.nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = draw(6, 2, 4, 4), torch.arange(6) % 3
+    return fl.capture(model, nn.CrossEntropyLoss(), x, y, fisher_type=fisher_type), model, x, y
+
+
+def eigenvectors(matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """Those of `matrix`, with a basis of its null space drawn at random."""
+    values, Q = torch.linalg.eigh(matrix)
+    null = values <= 1e-13 * values[-1]
+    k = int(null.sum())
+    turn = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64)).Q
+    return torch.cat([Q[:, null] @ turn, Q[:, ~null]], 1)
+
+
+FACTORS = {
+    "kfac": fl.KFAC(),
+    "tkfac": fl.TKFAC(),
+    "reduce": fl.KFACReduce(),
+    "shampoo": fl.Shampoo(),
+    "of_gradient": fl.Shampoo(statistics="gradient"),
+}
+
+
+@pytest.mark.parametrize("target", ["empirical", "exact"])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_basis_that_nothing_defines_has_no_diagonalisation(name, corrected, target):
+    factors = FACTORS[name]
+    maker = fl.EKFAC(factors=factors) if corrected else factors
+    captured = shared_weights("empirical")[0]
+    against = captured if target == "empirical" else shared_weights(target)[0]
+    generator, undefined = torch.Generator().manual_seed(1), 0
+    for layer in captured:
+        X, F = maker(captured[layer]), fl.Exact()(against[layer])
+        product, f = factors(captured[layer]), F.dense()
+        shares = []
+        for _ in range(3):
+            sides = [eigenvectors(side, generator) for side in (product.G, product.A)]
+            Q = torch.kron(*sides)
+            shares.append(float((Q.mT @ f @ Q).diagonal().square().sum() / f.square().sum()))
+        found = float(metrics.diagonalisation(X, F))
+        if max(shares) - min(shares) > 1e-7:
+            assert math.isnan(found), layer
+            undefined += 1
+        else:
+            assert found == pytest.approx(shares[0], rel=1e-8), layer
+    own = name in ("kfac", "tkfac", "shampoo") and target == "empirical"
+    assert undefined == 0 if own else undefined > 0 or name in ("kfac",)
+
+
+def test_a_table_says_which_basis_nothing_defines():
+    _, model, x, y = shared_weights("exact")
+    names = [fl.KFAC(), fl.KFACReduce(), fl.EKFAC(factors=fl.KFACReduce())]
+    frame = fl.compare(model, nn.CrossEntropyLoss(), x, y, approximations=names).frame
+    missing = frame["diagonalisation"].isna()
+    assert set(frame[missing]["approximation"]) == {"kfac_reduce", "ekfac"}
+    assert (frame["note"].str.contains("the eigensolver picks the basis") == missing).all()
+    assert frame["relative_error"].notna().all()
+
+
+def test_factors_that_are_rounding_beside_the_block_define_no_basis():
+    g = draw(1, 5, 2, 3, seed=1)
+    g[:, :, 1] = -g[:, :, 0] * (1 + 1e-16 * draw(1, 5, 3, seed=2))  # sums over positions cancel
+    F = blocks.Outer(draw(5, 2, 4), g)
+    sums = draw(9, 3, seed=3) * 1e-17
+    X = blocks.Kronecker(sums.mT @ sums, torch.eye(4, dtype=torch.float64))
+    assert math.isnan(metrics.diagonalisation(X, F))
+    assert not math.isnan(metrics.diagonalisation(blocks.Kronecker(X.G * 1e34, X.A), F))
+
+
+def test_rows_of_zero_gradient_are_no_direction_of_the_range():
+    """IFANG of four rows, two of which have no gradient, is IFANG of the directions it has."""
+    model = nn.Linear(4, 3).double()
+    x, y = draw(8, 4), draw(8, 3, seed=2)
+    with torch.no_grad():
+        y[2:6] = model(x[2:6])  # fitted: their gradients are zero
+    (layer,) = fl.capture(model, nn.MSELoss(), x, y, fisher_type="empirical").values()
+    X, F = fl.IFANG(rows=4)(layer), fl.Exact()(layer)
+    values, Q = torch.linalg.eigh(X.dense())
+    within = Q[:, values > 1e-12 * values[-1]]
+    g, a = X.Q_G[:, X.g_energies > 1e-20], X.Q_A
+    assert g.shape[1] == 2 and within.shape[1] == 8
+    basis = torch.kron(g, a)
+    expected = (basis.mT @ F.dense() @ basis).diagonal().square().sum() / F.dense().square().sum()
+    assert float(metrics.diagonalisation(X, F)) == pytest.approx(float(expected), rel=1e-10)
+
+
+# --- in float32 ---
+
+
+@pytest.mark.parametrize("fisher_type", ["exact", "empirical"])
+def test_terms_of_a_sum_of_products_are_counted_once_in_float32(fisher_type):
+    """Two classes: the block is one product, and a second term is rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
+    x, y = draw(60, 5).float(), torch.arange(60) % 2
+    options = {"approximations": ["kronecker_sum"], "fisher_type": fisher_type, "layers": ["2"]}
+    (row, *_) = fl.compare(model, nn.CrossEntropyLoss(), x, y, **options).frame.itertuples()
+    assert row.trace_ratio == pytest.approx(1, rel=1e-5) and row.relative_error < 1e-5
+    layer = fl.capture(model, nn.CrossEntropyLoss(), x, y, fisher_type=fisher_type)["2"]
+    X = fl.approximations.get("kronecker_sum")()(layer)
+    assert (X.dense() - fl.Exact()(layer).dense()).norm() < 1e-5 * X.dense().norm()
+
+
+@pytest.mark.parametrize("units", [(1e4, 1e6), (1e-9, 1.0)])
+def test_columns_do_not_depend_on_the_unit_of_the_data_in_float32(units):
+    """Squares of a block's entries leave the range of float32: prices of 1e6, inputs of 1e-9."""
+    torch.manual_seed(0)
+    x, y = draw(32, 4) * units[0], draw(32, 2, seed=1) * units[1]
+    names = ["kfac", "diagonal", "kronecker_optimal", "ekfac", "mini_block"]
+    columns = ["relative_error", "trace_ratio", "cosine", "diagonalisation", "direction_cosine"]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = nn.Linear(4, 2, bias=False).to(dtype)
+        nn.init.zeros_(model.weight)
+        table = fl.compare(
+            model, nn.MSELoss(), x.to(dtype), y.to(dtype), approximations=names,
+            fisher_type="empirical", dampings=0.1,
+        )  # fmt: skip
+        found.append(table.frame.set_index("approximation")[columns].to_numpy())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-5)

@@ -13,18 +13,21 @@ from torch import nn
 
 import fisherlab as fl
 from fisherlab import blocks, comparison
-from fisherlab.blocks import BlockError, BlockTooLarge, mini_block
+from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, moment, numerics
 from fisherlab.comparison import Interrupted, crew
+from fisherlab.comparison import layer as layer_module
 from fisherlab.comparison.layer import Layer
 from fisherlab.statistics import GroupedMoment, InputMoment, LeftMoment
 
 CE = nn.CrossEntropyLoss()
 COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
 reference_fisher_type seed step dtype damping damping_relative placement relative_error
-population_error population_error_se diagonal_share optimality_gap trace_ratio cosine scaled_error
+population_error population_error_se population_error_low population_error_high
+ diagonal_share optimality_gap trace_ratio cosine scaled_error
 diagonalisation subspace_overlap direction_cosine direction_error quadratic_decrease
-quadratic_decrease_scaled stein_loss condition build_seconds solve_seconds memory_bytes clamped"""
-TIMES = ["build_seconds", "solve_seconds"]
+quadratic_decrease_scaled stein_loss condition build_seconds decompose_seconds
+solve_seconds memory_bytes formed_bytes clamped"""
+TIMES = ["build_seconds", "decompose_seconds", "solve_seconds"]
 
 
 def net():
@@ -347,13 +350,101 @@ def test_save_load_and_concat(tmp_path):
     assert (both.summary()["relative_error"] == table.summary()["relative_error"]).all()
 
 
+class Partly(nn.Module):
+    """A tied pair, a frozen layer, an embedding, a normalisation and a convolution in groups."""
+
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.two.weight = self.one.weight
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(6))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.grouped = nn.Conv1d(4, 2, 1, groups=2)
+        self.head = nn.Linear(6, outputs)
+
+    def forward(self, tokens):
+        h = self.two(self.one(self.embedding(tokens)).tanh())
+        for norm in self.norms:
+            h = norm(h)
+        return self.head(self.grouped(self.frozen(h).transpose(1, 2)).flatten(1))
+
+
+def partly(outputs=3, **options):
+    torch.manual_seed(0)
+    model, y = Partly(outputs).double(), torch.tensor([0, 1, 2, 1])
+    x = torch.randint(5, (4, 3), generator=torch.Generator().manual_seed(0))
+    return fl.compare(model, CE, x, y, approximations=["kfac"], **options)
+
+
+def test_the_first_lines_say_what_was_measured():
+    table = partly()
+    covered = 16 + (2 * 2 + 2) + (3 * 6 + 3)  # the pair once, the groups, the head
+    trained = covered + 5 * 4 + 6 * 8
+    first, second, third = table.about.split("\n")
+    assert first == "Fisher type exact, 4 examples, float64."
+    share = f"({covered / trained:.0%})"
+    assert second == f"3 layers with {covered} of {trained} trainable parameters {share}."
+    assert third.startswith("Skipped: embedding (it is used by embedding")
+    assert "; norms.0, norms.1, norms.2, norms.3 and 2 more (it is used by layer_norm" in third
+    assert third.endswith("; frozen (its weight is frozen).")
+    assert repr(table).startswith(table.about)
+    html = table._repr_html_()
+    assert html.index("Fisher type exact") < html.index("trainable") < html.index("<table")
+
+
+def test_more_than_twenty_outputs_are_said_to_be_one_draw():
+    by_default = "Above 20 outputs this is the default"
+    first = partly(21).about.split("\n")[0]
+    assert first.startswith("Fisher type mc with 1 draw per example, 4 examples") and (
+        by_default in first
+    )
+    asked = partly(21, fisher_type="mc", mc_samples=3).about
+    assert "mc with 3 draws per example" in asked and by_default not in asked
+    assert "draw" not in partly(20).about
+
+
+def test_the_first_lines_say_what_it_was_measured_against():
+    seen = compared(*batch(3), fisher_type="empirical", reference=batch(4, seed=3))
+    assert "4 unseen examples for the population error" in seen.about
+    other = compared(*batch(3), fisher_type="empirical", reference="exact")
+    assert "measured against the exact Fisher of the same examples" in other.about
+    assert fl.Comparison(compared().frame).about.startswith("Fisher type exact")  # without config
+
+
+def test_several_tables_as_one_keep_every_config():
+    one, two = partly(step=0), partly(21, step=5, dampings=[1e-3, 1.0])
+    for both in (
+        fl.Comparison.concat([one, two]),
+        fl.Comparison.concat([fl.Comparison.concat([one]), two, one]),
+    ):
+        assert both.config["step"] == [0, 5] and both.config["dampings"] == [1e-3, 1e-1, 1.0]
+        assert both.config["fisher_type"] == ["exact", "mc"]
+        assert both.config["skipped"] == one.config["skipped"]
+        assert both.config["parameters"]["trained"] == [
+            table.config["parameters"]["trained"] for table in (one, two)
+        ]
+        assert both.config["model"] == "Partly" and "frozen" in both.about
+        assert "exact and mc with 1 draw per example" in both.about
+    same = fl.Comparison.concat([one, partly(step=7)])
+    assert same.config["parameters"] == one.config["parameters"]
+    assert same.about == one.about
+    assert fl.Comparison.concat([one]).config == one.config
+
+
 def test_the_summary_says_what_a_noisy_batch_is():
     table = compared(*batch(3), fisher_type="empirical")
     assert table.noisy
     assert "sampling noise" in table.note
     assert "pass `reference=`" in table.note
-    with_reference = compared(*batch(3), fisher_type="empirical", reference=batch(4, seed=3))
-    assert with_reference.leading == "population_error"
+    torch.manual_seed(0)
+    wide, y = nn.Sequential(nn.Linear(40, 3)).double(), torch.arange(40) % 3
+    unseen = (randn(40, 40, seed=3), y)
+    with_reference = fl.compare(
+        wide, CE, randn(3, 40, seed=2), y[:3], fisher_type="empirical", reference=unseen
+    )
+    assert with_reference.noisy and with_reference.leading == "population_error"
+    assert with_reference.frame["population_error"].notna().sum() > len(with_reference.frame) / 2
     assert with_reference.summary()["population_error"].is_monotonic_increasing
     for text in (repr(table), table._repr_html_()):
         assert "tekfac" in text
@@ -421,6 +512,42 @@ def test_a_table_says_where_its_numbers_need_more_digits():
     assert "blurred" in table.note and "3 layers" in table.note and "kfac" not in table.note
     table.frame["note"] = table.frame["note"].replace("", None)
     assert "3 layers" in table.note
+
+
+# --- seconds ---
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_seconds_are_a_methods_own_in_any_order(order, monkeypatch):
+    """The clock ticks with every eigendecomposition and every Gram matrix."""
+    ticks = [0]
+
+    def counted(function):
+        def inside(*args):
+            ticks[0] += 1
+            return function(*args)
+
+        return inside
+
+    monkeypatch.setattr(numerics, "_eigh", counted(numerics._eigh))
+    monkeypatch.setattr(moment, "_eigh", counted(moment._eigh))
+    monkeypatch.setattr(columns.Columns.gram, "function", counted(columns.Columns.gram.function))
+    monkeypatch.setattr(layer_module.time, "perf_counter", lambda: float(ticks[0]))
+    model = nn.Linear(40, 3).double()
+    names = ["kfac", "ekfac", "tkfac", "tekfac", "shampoo", "diagonal", "exact"][::order]
+    made = {"given": blocks.Diagonal(torch.ones(3, 41).double()), "own": lambda layer: OWN(layer)}
+    makers = {name: fl.approximations.get(name)() for name in names} | made
+    table = fl.compare(model, CE, randn(6, 40), torch.arange(6) % 3, approximations=makers)
+    rows = table.frame.drop_duplicates("approximation").set_index("approximation")
+    for name, expected in {
+        "kfac": (0, 2), "tkfac": (0, 2), "ekfac": (2, 0), "tekfac": (2, 0), "shampoo": (2, 0),
+        "diagonal": (0, 0), "exact": (0, 1), "own": (0, 2),
+    }.items():  # fmt: skip
+        assert tuple(rows.loc[name, ["build_seconds", "decompose_seconds"]]) == expected, name
+    assert rows.loc["given", ["build_seconds", "decompose_seconds"]].isna().all()
+
+
+OWN = fl.KFAC()
 
 
 # --- side by side ---------------------------------------------------------------------------------
@@ -602,7 +729,8 @@ def test_a_population_error_below_its_noise_is_not_zero():
     missing = few.frame[few.frame["population_error"].isna()]
     assert len(missing) and missing["note"].str.contains("too few").all()
     assert missing["population_error_se"].isna().all()
-    assert "below their sampling noise" in few.note
+    assert missing["note"].str.contains("needs 10").all()
+    assert "have too few unseen examples" in few.note
     with pytest.raises(ValueError, match="the very batch"):
         fl.compare(model, CE, x, y, reference=(x.clone(), y), approximations=["kfac"])
 

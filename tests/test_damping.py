@@ -154,6 +154,18 @@ def test_constant_and_relative():
     assert lambdas["zero gradients"] == 1e-10
 
 
+def test_geometric_is_between_the_mean_eigenvalue_and_the_trace():
+    found, matrices = blocks("linear", "conv", "zero gradients")
+    lambdas = rules.geometric(0.1)(found)
+    for case, F in matrices.items():
+        values = torch.linalg.eigvalsh(F)
+        mean, largest_possible = values.mean().item(), values.sum().item()
+        wanted = max(0.1 * max(mean * largest_possible, 0.0) ** 0.5, 1e-10)
+        assert lambdas[case] == pytest.approx(wanted)
+    assert repr(rules.geometric(0.1)) == "geometric(0.1)"
+    assert repr(rules.relative(3)) == "relative(3)"
+
+
 def test_gram_norm_has_no_batch_size_in_it():
     """FNGD (14): `alpha ||U^T U||_F = alpha M ||F||_F`, although (9) has `K / M` (details.md 1)."""
     found, matrices = blocks("linear", "conv")

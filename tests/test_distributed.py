@@ -49,7 +49,7 @@ def test_ranks_add_gather_broadcast_and_share(found):
 @pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
 def test_compare_of_shards_is_that_of_the_joint_batch(found, alone, kind, cut):
     expected = alone[f"{kind}-{cut}"]
-    clocks = ["build_seconds", "solve_seconds"]
+    clocks = ["build_seconds", "decompose_seconds", "solve_seconds"]
     for one in found:
         frame = one["comparisons"][f"{kind}-{cut}"]
         assert list(frame["layer"]) == list(expected["layer"])

@@ -313,16 +313,16 @@ def population(size, seed, o=2, i=3, m=2):
     return randn(size, 2, i, seed=seed), randn(m, size, 2, o, seed=seed + 1)
 
 
-def test_the_population_error_is_unbiased_by_enumeration():
+def test_the_squared_population_error_is_unbiased_by_enumeration():
     """Every sample of 3, with replacement, from a population of 4: `E` is the population's."""
     a, g = population(4, seed=1)
     f = blocks.Outer(a, g).dense()
-    X = blocks.Kronecker(psd(2, seed=3), 60 * psd(3, seed=4))  # far: no estimate is negative
+    X = blocks.Kronecker(psd(2, seed=3), psd(3, seed=4))
     norms, squares = [], []
     for sample in itertools.product(range(4), repeat=3):
         reference = blocks.Outer(a[list(sample)], g[:, list(sample)])
         norms.append(metrics.population_norm(reference) ** 2)
-        squares.append(metrics.population_error(X, reference)[0] ** 2 * norms[-1])
+        squares.append(metrics.population_estimate(X, reference).squared)
     near(torch.stack(norms).mean(), f.square().sum())
     near(torch.stack(squares).mean(), (X.dense() - f).square().sum())
 
@@ -334,13 +334,13 @@ def test_the_population_error_of_one_sample_is_its_formula():
     each = torch.einsum("mnx,mny->nxy", D, D)
     pairs = torch.stack([(each[j] * each[k]).sum() for j in range(6) for k in range(6) if j != k])
     products = (each * X.dense()).sum((1, 2))
-    squared = 1 + (X.dense().square().sum() - 2 * products.mean()) / pairs.mean()
+    squared = X.dense().square().sum() - 2 * products.mean() + pairs.mean()
     reference = blocks.Outer(a, g)
     near(metrics.population_norm(reference), pairs.mean().sqrt())
-    near(metrics.population_error(X, reference)[0], squared.sqrt())
+    near(metrics.population_estimate(X, reference).squared, squared)
     # a layer in groups: squared errors and norms add
     two = blocks.DirectSum([reference, reference])
-    near(metrics.population_error(blocks.DirectSum([X, X]), two)[0], squared.sqrt())
+    near(metrics.population_estimate(blocks.DirectSum([X, X]), two).squared, 2 * squared)
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 4.0])
@@ -356,6 +356,9 @@ def test_the_standard_error_is_the_spread_over_samples(scale):
             torch.stack(metrics.population_error(X, blocks.Outer(a[sample], g[:, sample])))
         )
     errors, spreads = torch.stack(found).unbind(1)
+    known = ~errors.isnan()
+    assert float(known.double().mean()) > 0.9
+    errors, spreads = errors[known], spreads[known]
     assert float(spreads.square().mean().sqrt() / errors.std()) == pytest.approx(1, abs=0.15)
     truth = (X.dense() - f).norm() / f.norm()
     assert float(errors.mean()) == pytest.approx(

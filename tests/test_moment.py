@@ -30,7 +30,9 @@ def test_rows_and_matrix_are_the_same_factor(thin, generator):
     inverse = rows.power(-1, 0.3)
     assert isinstance(inverse, Eigen) and inverse.thin
     torch.testing.assert_close(inverse @ V, dense.power(-1, 0.3) @ V)
-    assert rows.memory_bytes() == dense.memory_bytes()
+    assert rows.formed_bytes() == dense.formed_bytes() == dense.memory_bytes() == 8 * (49 + 81)
+    kept = (8 * 3 * 7 if thin[0] else 8 * 49, 8 * 4 * 9 if thin[1] else 8 * 81)
+    assert rows.memory_bytes() == sum(kept)
     # once the matrix is asked for it is the factor, with the eigenvectors already found
     before = rows.eigen.Q_A
     torch.testing.assert_close(rows.A, A)

@@ -102,7 +102,7 @@ def test_the_exact_block_of_captures_is_that_of_the_sample(case, kind):
 @pytest.mark.parametrize(("case", "kind"), KINDS)
 def test_a_loader_is_measured_as_its_sample(case, kind):
     model, criterion, x, y = given(case)
-    clocks = ["build_seconds", "solve_seconds", "memory_bytes", "formed_bytes"]
+    clocks = ["build_seconds", "decompose_seconds", "solve_seconds", "memory_bytes", "formed_bytes"]
     found = [
         fl.compare(model, criterion, *data, fisher_type=kind).frame
         for data in ((x, y), (split(x, y),))

@@ -49,7 +49,7 @@ def dense(name: str, both: list[tuple[Tensor, Tensor]]) -> Tensor:
 def make(name: str, model: nn.Sequential, criterion: nn.Module, **options):
     options |= {"damping": DAMPING, "momentum": MOMENTUM, "lr": 1.0, "criterion": criterion}
     if name in ("ngd", "blockwise_ngd"):
-        return fl.optim.create(name, model, params=groups(model), **options)
+        return fl.optim.create(name, model, params=groups(model), warmup=0, **options)
     approximation = fl.KFAC() if name == "kfac" else fl.Exact()
     every = {"statistics_every": 1, "basis_every": 1}
     if name == "kfac":

@@ -15,6 +15,8 @@ FIRST_ORDER = ["sgd", "adam", "adamw", "radam"]
 SECOND_ORDER = [name for name in fl.optim.names() if name not in [*FIRST_ORDER, "kbfgs"]]
 MOMENTUM = 0.9
 UNCLIPPED = {"ngd_smw", "fngd", "shampoo"}
+CLIPPED = [name for name in SECOND_ORDER if name not in UNCLIPPED]
+CLIPS = {"eva": 1e-2, "ifang": 1e-2, "sngd": 2e-3, "ekfac": 4e-4, "tekfac": 4e-4}
 
 
 def digits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,8 +78,8 @@ def test_no_disguise(name: str) -> None:
     scale = 1.0
     if name not in UNCLIPPED:
         products = sum(float((d * v).sum()) for d, v in zip(directions, gradients, strict=True))
-        clip = {"ekfac": 2e-5, "tekfac": 2e-5, "kronecker_optimal": 1e-5, "kronecker_sum": 1e-5}
-        scale = min(1.0, math.sqrt(clip.get(name, 1e-4) / (lr**2 * products)))
+        clip = CLIPS.get(name, 1e-3)
+        scale = min(1.0, math.sqrt(clip / (lr**2 * products)))
     expected = -lr * (MOMENTUM * velocity + scale * flat(directions))
     error = (change - expected).norm() / (scale * lr * flat(directions).norm())
     assert error < 1e-6
@@ -168,24 +170,100 @@ def test_defaults_train_an_autoencoder(name: str) -> None:
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0], losses[::6]
 
 
-@pytest.mark.parametrize(
-    "name", ["eva", "ifang", "kfac", "ekfac", "tkfac", "tekfac", "sngd", "shampoo", "diagonal"]
-)
+def net(name: str) -> nn.Sequential:
+    """Small where the method forms a matrix of the parameters."""
+    hidden = (4,) if name in ("ngd_dense", "blockwise_ngd", "kronecker_sum") else (20,)
+    generator = torch.Generator().manual_seed(0)
+    return fl.models.create("mlp", input_size=64, hidden=hidden, generator=generator)
+
+
+def after_the_warm_up(name: str, **options) -> tuple[Tensor, int]:
+    """Two epochs: where the weights went after 20 steps, and how many were shortened there."""
+    x, y, *_ = digits(torch.float32)
+    model = net(name)
+    optimizer = fl.optim.create(name, model, **options)
+
+    def train(steps: list[Tensor]) -> None:
+        for part in steps:
+            backward(model, x[part], y[part])
+            optimizer.step()
+
+    every = batches(x, 64, 44)
+    train(every[:20])
+    before = optimizer.clipped
+    return moved(model, lambda: train(every[20:])), optimizer.clipped - before
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_the_learning_rate_decides_and_the_clip_is_rare(name: str) -> None:
+    """`kl_clip` shortened 69 of 69 steps of 16 methods: any lr from 0.03 to 3 was one run."""
+    lr = fl.optim.create(name, net(name)).param_groups[0]["lr"]
+    once, shortened = after_the_warm_up(name)
+    assert shortened / 24 < 0.1, f"{shortened} of 24 steps were shortened"
+    thrice, _ = after_the_warm_up(name, lr=3 * lr)
+    assert (thrice - once).norm() > 0.3 * once.norm()
+
+
+def test_the_clip_grows_during_the_warm_up() -> None:
+    """Step k has `(k + 1) / warmup` of it."""
+    x, y = pooled()
+    lengths, bound = [], 1e-8
+    model = perceptron(inputs=16)
+    optimizer = fl.optim.create("tengrad", model, kl_clip=bound, warmup=4, momentum=0.0)
+    lr = optimizer.param_groups[0]["lr"]
+    for part in batches(x, 32, 6):
+        backward(model, x[part], y[part])
+        # `.grad` is the direction: the gradient is the plain model's
+        plain = perceptron(inputs=16)
+        plain.load_state_dict(model.state_dict())
+        backward(plain, x[part], y[part])
+        whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+        gradient = torch.cat([p.grad.flatten() for p in plain.parameters()])
+        change = -moved(model, optimizer.step)
+        # a step scaled by s is s sqrt(q) long, q = lr^2 <d, g>
+        scale = float(change.norm() / (lr * whole.norm()))
+        lengths.append(scale * (lr**2 * float(whole @ gradient)) ** 0.5)
+    wanted = [(bound * min(1.0, k / 4)) ** 0.5 for k in range(1, 7)]
+    assert lengths == pytest.approx(wanted, rel=1e-6) and optimizer.clipped == 6
+
+
+def test_tengrad_by_name_wins_on_e_coli() -> None:
+    """NGM table 1, neither with momentum there: by `relative(10)` it was behind SGD."""
+    data = fl.datasets.load("ecoli")
+    x, y = data.train.tensors
+    losses = {}
+    for name, options in {"sgd": {"momentum": 0.0}, "tengrad": {}}.items():
+        generator = torch.Generator().manual_seed(0)
+        shape = {"input_size": x.shape[1], "num_classes": data.card.num_outputs}
+        model = fl.models.create("mlp", hidden=(4,), generator=generator, **shape)
+        optimizer = fl.optim.create(name, model, **options)
+        for part in batches(x, 128, 150):
+            backward(model, x[part], y[part])
+            optimizer.step()
+        losses[name] = F.cross_entropy(model(x), y).item()
+    assert math.log(losses["tengrad"]) < math.log(losses["sgd"]) - 0.2, losses
+
+
+# by name: FNGD and NGD-SMW fold lambda into the step, so that theirs is nearly the gradient's, and
+# FNGD says so; truncated KFAC and ANG turn to the gradient, but not in one epoch
+DISGUISED = {"ngd_smw", "fngd"}
+
+
+@pytest.mark.parametrize("name", [n for n in SECOND_ORDER if n not in DISGUISED])
 def test_after_an_epoch_no_default_is_the_gradient_in_disguise(name: str) -> None:
     """Eva by name averaged its signed means away: median cosine 0.9996 to the gradient."""
     x, y, *_ = digits(torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    model = fl.models.create("mlp", input_size=64, hidden=(20,), generator=generator)
+    model = net(name)
     optimizer = fl.optim.create(name, model, momentum=0.0)
     cosines = []
     for part in batches(x, 64, 30):
         optimizer.zero_grad()
         backward(model, x[part], y[part])
-        before = [p.detach().clone() for p in model.parameters()]
-        optimizer.step()
-        moved = torch.cat(
-            [(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)]
-        )
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        cosines.append(F.cosine_similarity(moved, gradient, 0))
+        plain = net(name)
+        plain.load_state_dict(model.state_dict())
+        backward(plain, x[part], y[part])
+        gradient = torch.cat([p.grad.flatten() for p in plain.parameters()])
+        cosines.append(F.cosine_similarity(-moved(model, optimizer.step), gradient, 0))
     assert torch.stack(cosines[-10:]).median() < 0.98
+    if name not in ("eva", "ifang"):  # their one eigenvalue
+        assert (optimizer.summary()["eigenvalues_above_damping"] > 0).all()

@@ -93,9 +93,9 @@ def moved(model, before):
 
 
 def optimizer(name, model, criterion, **options):
-    return fl.optim.create(
-        name, model, criterion=criterion, lr=LR, momentum=0.0, **({"kl_clip": None} | options)
-    )
+    # a bound is meant in full, at the first step too
+    options = {"kl_clip": None, "warmup": 0, "lr": LR, "momentum": 0.0} | options
+    return fl.optim.create(name, model, criterion=criterion, **options)
 
 
 def options_of(name):

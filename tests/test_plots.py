@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from pictures import complaints
@@ -108,6 +109,54 @@ def test_every_registered_approximation_has_its_own_look():
     colours = [np.array(to_rgb(colour)) for colour, _ in looks]
     apart = [abs(a - b).max() for k, a in enumerate(colours) for b in colours[:k]]
     assert min(apart) > 0.05
+
+
+USERS = [f"mine_{k}" for k in range(8)]
+MANY = ["exact", "kfac", *USERS]
+
+
+def drawn_looks(ax):
+    """`(colour, marker)` of the curves of a panel."""
+    return [(to_hex(line.get_color()), str(line.get_marker())) for line in ax.lines]
+
+
+@pytest.mark.parametrize("count", [1, 8, 12, 60])
+def test_no_two_users_names_of_a_picture_share_a_look(count):
+    names = [*theme.LOOKS, *(f"mine_{k}" for k in range(count))]
+    found = theme.looks(names)
+    assert len(set(found.values())) == len(names)
+    assert found == theme.looks(reversed(names))  # whatever the order
+    assert all(found[name] == theme.LOOKS[name] for name in theme.LOOKS)
+    colours = {found[name].colour for name in names if name not in theme.LOOKS}
+    assert len(colours) == min(count, len(theme.SPARE))
+    assert not colours & {colour for colour, _ in theme.LOOKS.values()}
+
+
+def test_eight_curves_of_the_users_own_are_told_apart_in_every_picture():
+    spectrum = {name: torch.linspace(1, 0.1 + 0.01 * k, 9) for k, name in enumerate(MANY)}
+    shares = {name: values.cumsum(0) for name, values in spectrum.items()}
+    rows = [
+        {"approximation": name, "examples": n, "x": n, "relative_error": 0.1 + 0.01 * k,
+         "population_error": 0.2 + 0.01 * k, "age": n, "layer": "0", "step": 0, "seed": 0,
+         "direction_cosine": 1 - 0.01 * k, "damping_relative": 0.1 * n, "build_seconds": 1.0 + k}
+        for k, name in enumerate(MANY) for n in (1, 2, 3)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    run = run_of(4, USERS)
+    pictures = [
+        plots.direction(frame), plots.error_facets(frame, "examples"), plots.staleness(frame),
+        plots.lines(frame, "x", "relative_error"), plots.training_curves(*run, "accuracy"),
+        plots.eigenvalues(spectrum), plots.cumulative_trace(shares),
+        plots.condition_against_damping(range(1, 10), spectrum), plots.principal_angles(spectrum),
+        plots.effective_rank({name: {"0": 1.0, "1": 1 / (k + 1)} for k, name in enumerate(MANY)}),
+    ]  # fmt: skip
+    for figure in pictures:
+        legend = [(to_hex(h.get_color()), h.get_marker()) for h in figure.legends[0].legend_handles]
+        assert len(set(legend)) == len(legend) >= 8
+        assert len({colour for colour, _ in legend}) == len(legend)
+        for ax in figure.axes:
+            drawn = {look for look in drawn_looks(ax) if look[1] not in ("", "None")}
+            assert drawn == set(legend), figure.get_suptitle()
 
 
 def test_a_users_approximation_keeps_its_look_whatever_else_is_there():

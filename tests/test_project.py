@@ -135,7 +135,8 @@ def test_constraints_are_exact():
 
 def test_everything_asked_for_is_pinned():
     pinned = {normal(line.split("==")[0]) for line in CONSTRAINTS}
-    peers = {normal(line.split(">=")[0]) for line in PROJECT["optional-dependencies"]["peers"]}
+    extras = PROJECT["optional-dependencies"]
+    peers = {normal(line.split(">=")[0]) for line in (*extras["peers"], *extras["hub"])}
     names = {normal(re.split(r"[>\[]", line)[0]) for line in requirements()}
     assert names - pinned <= {"fisherlab"} | peers
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -59,8 +60,8 @@ def test_pair_sums_in_tiles_are_those_of_dense_blocks(small, n):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_population_error_in_tiles_is_its_dense_definition(small, grouped):
-    parts = [Outer(*columns(13, seed=s)) for s in range(1 + grouped)]
+def test_population_error_in_tiles_is_its_dense_definition(small, grouped, monkeypatch):
+    parts = [Outer(*columns(31, seed=s)) for s in range(1 + grouped)]
     pairs = torch.stack([dense_pairs(part) for part in parts]).sum(0)
     M = len(pairs)
     norm = (pairs.sum() - pairs.trace()) / (M * (M - 1))
@@ -69,12 +70,22 @@ def test_population_error_in_tiles_is_its_dense_definition(small, grouped):
     blocks = [fl.blocks.Dense(X, part.shape) for X, part in zip(makers, parts, strict=True)]
     dense = [dense_mean(part) for part in parts]
     product = sum((X * F).sum() for X, F in zip(makers, dense, strict=True))
-    expected = ((sum(X.square().sum() for X in makers) - 2 * product + norm) / norm).sqrt()
+    expected = sum(X.square().sum() for X in makers) - 2 * product + norm
     X, F = (DirectSum(blocks), DirectSum(parts)) if grouped else (blocks[0], parts[0])
-    error, spread = metrics.population_error(X, F)
-    torch.testing.assert_close(error, expected, rtol=1e-12, atol=0)
-    assert spread > 0
+    found = metrics.population_estimate(X, F)
+    torch.testing.assert_close(found.squared, expected, rtol=1e-12, atol=1e-12 * float(norm))
+    # at once, without tiles
+    monkeypatch.undo()
+    fresh = [Outer(part.a, part.g) for part in parts]
+    whole = metrics.population_estimate(X, DirectSum(fresh) if grouped else fresh[0])
+    assert found.low >= 0 and found.high > found.low
+    for name in ("error", "error_se", "low", "high"):
+        one, other = getattr(found, name), getattr(whole, name)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(metrics.population_norm(F), norm.sqrt(), rtol=1e-12, atol=0)
+
+
+POPULATION = [f"population_error{end}" for end in ("", "_se", "_low", "_high")]
 
 
 def dense_mean(block):
@@ -129,19 +140,21 @@ def test_a_loader_as_reference_is_its_examples_at_once(monkeypatch):
     monkeypatch.setattr(contractions, "WORKSPACE", 8 * 400)
     loader = DataLoader(TensorDataset(*unseen), batch_size=7)
     parts = fl.compare(net(), nn.CrossEntropyLoss(), *data(8), reference=loader, **options)
-    for column in ("population_error", "population_error_se", "diagonal_share", "relative_error"):
-        gap = (parts.frame[column] - whole.frame[column]).abs().max()
-        assert gap <= 1e-12, column
+    assert whole.frame["population_error"].notna().any()
+    for column in (*POPULATION, "diagonal_share", "relative_error"):
+        one, other = parts.frame[column], whole.frame[column]
+        pd.testing.assert_series_equal(one, other, rtol=1e-11, atol=1e-12)
     assert (parts.frame["reference_examples"] == 30).all()
 
 
 def test_captures_can_be_the_reference():
-    model, criterion, unseen = net(), nn.CrossEntropyLoss(), data(20, 1)
+    model, criterion, unseen = net(), nn.CrossEntropyLoss(), data(60, 1)
     options = {"approximations": ["kfac"], "fisher_type": "exact"}
     once = fl.capture(model, criterion, *unseen, fisher_type="exact")
     one = fl.compare(model, criterion, *data(8), reference=once, **options).frame
     two = fl.compare(model, criterion, *data(8), reference=unseen, **options).frame
-    assert (one["population_error"] == two["population_error"]).all()
+    assert one["population_error_low"].notna().all()
+    pd.testing.assert_frame_equal(one[POPULATION], two[POPULATION], rtol=0, atol=0)
 
 
 def test_a_data_set_past_the_gram_budget_is_measured_without_solves(monkeypatch):
@@ -292,7 +305,7 @@ def test_halves_with_other_numbers_of_loss_terms_are_refused():
 def test_error_curve_is_the_comparison_at_each_size():
     from fisherlab.experiments.streaming import error_curve
 
-    model, criterion, sample, unseen = net(), nn.CrossEntropyLoss(), data(40), data(60, 1)
+    model, criterion, sample, unseen = net(), nn.CrossEntropyLoss(), data(40), data(100, 1)
     frame = error_curve(
         model,
         criterion,
@@ -303,7 +316,7 @@ def test_error_curve_is_the_comparison_at_each_size():
         repeats=2,
     )
     assert len(frame) == 2 * 2 * 2 * 2 and set(frame["examples"]) == {4, 40}
-    assert (frame["reference_examples"] == 60).all()
+    assert (frame["reference_examples"] == 100).all()
     # a batch of everything is the same sample whatever its order
     expected = fl.compare(
         model, criterion, *sample, reference=unseen, approximations=["kfac", "tekfac"]
@@ -311,12 +324,15 @@ def test_error_curve_is_the_comparison_at_each_size():
     index = ["layer", "approximation"]
     for seed in (0, 1):
         ours = frame[(frame["examples"] == 40) & (frame["seed"] == seed)].set_index(index)
-        for column in ("relative_error", "population_error", "population_error_se"):
-            gap = (ours[column] - expected.set_index(index)[column]).abs().max()
-            assert gap < 1e-10, column
-    small = frame[frame["examples"] == 4]
+        columns = ["relative_error", *POPULATION]
+        theirs = expected.set_index(index)[columns]
+        assert theirs["population_error"].notna().any()
+        pd.testing.assert_frame_equal(ours[columns], theirs, rtol=1e-10, check_like=True)
+    small = frame[(frame["examples"] == 4) & frame["population_error"].notna()]
     # a small batch flatters: its error in sample is not that on the population
-    assert (small["population_error"] > small["relative_error"]).all()
+    assert len(small) and (small["population_error"] > small["relative_error"]).all()
+    missing = frame["population_error"].isna()
+    assert (frame["note"].str.contains("too few unseen examples") == missing).all()
 
 
 def test_error_curve_puts_examples_aside_and_can_be_drawn():

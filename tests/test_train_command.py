@@ -56,6 +56,18 @@ def test_train_prints_a_table_and_leaves_pictures(tmp_path):
     assert pd.read_parquet(tmp_path / "rows.parquet").equals(before)
 
 
+def test_train_prints_the_share_of_shortened_steps(tmp_path):
+    words = "--optimizer tight=kfac,free=kfac,sgd --set tight.kl_clip=1e-9 --set free.kl_clip=none"
+    result = run("train", tmp_path, words, "--epochs 1")
+    rows = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("│")}
+    assert "100 %" in rows["tight"] and "│ 0 %" in rows["free"]
+    said = [line for line in result.stdout.splitlines() if "kl_clip" in line]
+    assert said == [
+        "tight: kl_clip or max_norm shortened 100 % of the steps; one that kl_clip shortens is as "
+        "long at any larger lr, whatever --schedule says; --set tight.kl_clip=none frees it"
+    ]
+
+
 def test_a_table_without_ratios_says_why_and_has_no_panel_of_them(tmp_path):
     result = run("train", tmp_path, "--optimizer sgd,exact --epochs 1")
     assert result.exit_code == 0, result.output
@@ -221,7 +233,7 @@ def test_points_that_were_one_run_are_said_with_the_reason(tmp_path):
         tmp_path,
         "--hidden 4 --examples 192 --validation 50 --epochs 1 --final-epochs 1 --seeds 1",
         "--final-examples 128 --grid kfac.lr=0.03,0.1 --grid sgd.lr=0.01,0.1",
-        "--grid sgd.nesterov=false",
+        "--grid sgd.nesterov=false --grid kfac.kl_clip=1e-9",
     )
     note = (
         "kfac: lr=0.03 and lr=0.1 gave the same run: kl_clip shortened every step; "

@@ -70,15 +70,40 @@ def constant(damping: float) -> Rule:
     return lambda blocks: dict.fromkeys(blocks, float(damping))
 
 
+@dataclass(frozen=True)
+class Share:
+    """`lambda_l = max(share * tr F_l / N_l^power, floor)`; a class, so that optimizers print it."""
+
+    share: float
+    power: float
+    floor: float
+    name: str
+
+    def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
+        return {
+            name: max(self.share * block.trace().item() / block.size**self.power, self.floor)
+            for name, block in blocks.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.share:g})"
+
+
 def relative(share: float, floor: float = 1e-10) -> Rule:
     """`lambda_l = max(share * tr F_l / N_l, floor)`: a share of the mean eigenvalue.
 
     The floor keeps the inverse of an all-zero block (a dead layer, a fitted batch) finite.
     """
-    return lambda blocks: {
-        name: max(share * block.trace().item() / block.size, floor)
-        for name, block in blocks.items()
-    }
+    return Share(share, 1.0, floor, "relative")
+
+
+def geometric(share: float, floor: float = 1e-10) -> Rule:
+    """`lambda_l = max(share * tr F_l / sqrt(N_l), floor)`.
+
+    The mean eigenvalue is `tr F / N` and none exceeds `tr F`; this is a share of their geometric
+    mean. Most eigenvalues of a wide layer are zero, so a share of the mean one says little there.
+    """
+    return Share(share, 0.5, floor, "geometric")
 
 
 def trace(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means
-from fisherlab.blocks import Block, Eigen
+from fisherlab.blocks import Block
+from fisherlab.blocks.low_rank import LowRank
 from fisherlab.statistics import MeanGradient, MeanInput, Statistic
 
 
@@ -27,7 +28,7 @@ class Eva(Approximation, name="eva"):
 
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:
         (g, g_energy), (a, a_energy) = direction(mean(self.g)), direction(mean(self.a))
-        return Eigen(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
+        return LowRank(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
 
 
 def direction(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from fisherlab.approximations.base import BY_OPTION
 from fisherlab.approximations.eva import Eva, direction
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block
+from fisherlab.blocks.low_rank import Pair
 from fisherlab.blocks.numerics import BlockError
-from fisherlab.blocks.pair import Pair
 from fisherlab.statistics import MeanGradient, MeanInput, Statistic
 
 

@@ -13,7 +13,7 @@ from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.columns import joined
 from fisherlab.blocks.moment import Lifted
-from fisherlab.blocks.numerics import eigh, sum_of, symmetrise
+from fisherlab.blocks.numerics import eigh, length_of, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -93,11 +93,19 @@ class _Rearranged:
         of = self.columns[0] if len(self.columns) == 1 else joined(self.columns)
         values, weights = of.hadamard
         top = min(terms, int((values > 1e-14 * len(values) * values[-1]).sum()))
-        g = of.g[:, :, 0]
+        # in float64: of a singular value that is rounding, float32 sums are multiples of the first
+        g = of.g[:, :, 0].double()
         flat = g.flatten(0, 1)
-        leading = weights[:, len(values) - top :].flip(1).to(g)
-        matrices = ((g * w[:, None]).flatten(0, 1).mT @ flat for w in leading.mT)
-        return [symmetrise(G / G.norm()) for G in matrices if G.any()]
+        found: list[Tensor] = []
+        for w in weights[:, len(values) - top :].flip(1).double().mT:
+            G = symmetrise((g * w[:, None]).flatten(0, 1).mT @ flat)
+            size = G.norm()
+            for _ in range(2):  # twice is enough
+                for other in found:
+                    G = G - (other * G).sum() * other
+            if G.norm() > 1e-3 * size:  # else there is no further term
+                found.append(G / G.norm())
+        return [G.to(self.dtype) for G in found]
 
     def zero(self) -> tuple[Tensor, Tensor]:
         o, i = self.shape
@@ -106,10 +114,10 @@ class _Rearranged:
 
     def balanced(self, G: Tensor, A: Tensor) -> Kronecker:
         """`G (x) A` with factors of equal norm, in the weight's own coordinates."""
-        sizes = G.norm(), A.norm()
+        sizes = length_of(G), length_of(A)
         if not min(sizes) > 0:
             return Kronecker(torch.zeros_like(G), self.lift(torch.zeros_like(A)))
-        scale = (sizes[0] / sizes[1]).sqrt()
+        scale = (sizes[0] / sizes[1]).sqrt().to(A)
         A = A * scale
         return Kronecker(G / scale, A if self.space is None else Lifted(self.space, A))
 

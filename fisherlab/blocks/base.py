@@ -167,6 +167,13 @@ class Block(ABC):
         _, vectors = self.leading(self.size)
         return other.quadratic(vectors)
 
+    def chosen(self, other: Block) -> Tensor:
+        """How far `sum diagonal_of(other)^2` may move with an eigensolver's choice; 0-d float64.
+
+        Above 0 where `other` has energy in a null space of this block, whose basis nothing defines.
+        """
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
         from fisherlab.blocks.contractions import slices
@@ -248,9 +255,20 @@ class Block(ABC):
                     yield from item.tensors()
 
     def memory_bytes(self) -> int:
-        """Bytes of the tensors that represent the block; one used twice counts once."""
+        """Bytes of the tensors that represent the block, as kept; one used twice counts once.
+
+        A factor of few rows is kept as its rows, a thin basis as its vectors: `formed_bytes` counts
+        the matrices.
+        """
         sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors()}
         return sum(sizes.values())
+
+    def formed_bytes(self) -> int:
+        """Bytes with every factor, basis and mini-block as a whole matrix, whatever the batch.
+
+        Such is the block of many batches. A matrix-free block has no such part: its own matrix.
+        """
+        return self.memory_bytes()
 
     def saved(self, name: str) -> Any:
         """A constructor's argument, as it is written to a file."""

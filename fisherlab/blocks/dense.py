@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.numerics import BlockError, check_damping, eigh, spectrum_power, symmetrise
+from fisherlab.blocks.numerics import (
+    BlockError,
+    check_damping,
+    chosen_squares,
+    eigh,
+    spectrum_power,
+    symmetrise,
+)
 
 
 class Dense(Block):
@@ -45,6 +52,10 @@ class Dense(Block):
         values, vectors = self._eigh
         powers = spectrum_power(values, exponent, check_damping(damping), "dense block")
         return Dense(vectors * powers @ vectors.mT, self.shape)
+
+    def chosen(self, other: Block) -> Tensor:
+        values, _ = self.leading(self.size)
+        return chosen_squares(self.diagonal_of(other)[None], None, values, other.trace())
 
     def _inner(self, other: Block) -> Tensor | None:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -44,6 +44,9 @@ class DirectSum(Block):
     def device(self) -> torch.device:
         return self.parts[0].device
 
+    def formed_bytes(self) -> int:
+        return sum(part.formed_bytes() for part in {id(part): part for part in self.parts}.values())
+
     def split(self, V: Tensor) -> tuple[Tensor, ...]:
         """The rows of each part."""
         self.check(V)
@@ -124,6 +127,12 @@ class DirectSum(Block):
             return super().diagonal_of(other)
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
+
+    def chosen(self, other: Block) -> Tensor:
+        if not isinstance(other, DirectSum):
+            return super().chosen(other)
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.stack([one.chosen(two) for one, two in pairs]).sum()
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         pairs = zip(

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.coordinates import Identity, identity
-from fisherlab.blocks.numerics import BlockError, check_damping, coordinates, spectrum_power
+from fisherlab.blocks.numerics import (
+    BlockError,
+    check_damping,
+    chosen_squares,
+    coordinates,
+    spectrum_power,
+)
 from fisherlab.blocks.span import multiplied
 
 
@@ -20,6 +26,8 @@ class Eigen(Block):
     both complements; they default to 0. `level` is the one value of all tails, where there is one.
     A basis that is None is the side's own coordinates.
     """
+
+    _factor_values: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -46,6 +54,12 @@ class Eigen(Block):
         self.tail = spectrum.new_zeros(()) if tail is None else tail
         # the one value of all tails, where it is known that there is only one
         self.level = self.tail if self._confined else level
+
+    def formed_bytes(self) -> int:
+        # a side in its own coordinates has no vectors
+        bases = [Q for Q in (self.Q_G, self.Q_A) if not isinstance(Q, Identity)]
+        entries = self.size * self.spectrum.element_size()
+        return entries + sum(len(Q) ** 2 * Q.element_size() for Q in bases)
 
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
@@ -110,7 +124,8 @@ class Eigen(Block):
         C = coordinates(self.Q_A, V)
         if C is None or self.tail_G.any() or self.tail.any():
             return None
-        return Eigen(self.Q_G, C, self.spectrum, tail_A=self.tail_A)
+        near = Eigen(self.Q_G, C, self.spectrum, tail_A=self.tail_A)
+        return near if self._factor_values is None else near.of_factors(*self._factor_values)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         damping = check_damping(damping)
@@ -240,6 +255,20 @@ class Eigen(Block):
 
     def diagonal_of(self, other: Block) -> Tensor:
         return other.rotated_diagonal(self.Q_G, self.Q_A)
+
+    def of_factors(self, values_G: Tensor, values_A: Tensor) -> Eigen:
+        """This block, which remembers the eigenvalues of the factors that its bases are of."""
+        self._factor_values = values_G, values_A
+        return self
+
+    def chosen(self, other: Block) -> Tensor:
+        if self._factor_values is None:
+            return super().chosen(other)  # the bases were given, not found
+        values_G, values_A = (
+            None if isinstance(Q, Identity) else values
+            for values, Q in zip(self._factor_values, (self.Q_G, self.Q_A), strict=True)
+        )
+        return chosen_squares(self.diagonal_of(other), values_G, values_A, other.trace())
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()

@@ -62,7 +62,8 @@ def corrected(basis: dict[str, Tensor], found: dict[str, Tensor]) -> Eigen:
     own = basis["l_G"].clamp(min=0)[:, None] * basis["l_A"].clamp(min=0)
     spectrum = found.get("spectrum", own)
     tails = {key: x.to(spectrum) for key, x in found.items() if key in TAILS and x.any()}
-    return Eigen(basis.get("Q_G"), basis.get("Q_A"), spectrum, **tails)
+    block = Eigen(basis.get("Q_G"), basis.get("Q_A"), spectrum, **tails)
+    return block.of_factors(basis["l_G"], basis["l_A"])
 
 
 def _beside(columns: Columns, Q_G: Tensor, Q_A: Tensor, inside: Tensor) -> dict[str, Tensor]:

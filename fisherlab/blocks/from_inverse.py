@@ -27,6 +27,9 @@ class FromInverse(Block):
     def device(self) -> torch.device:
         return self.inverse.device
 
+    def formed_bytes(self) -> int:
+        return self.inverse.formed_bytes()
+
     @remembered("inverse")
     def forward(self) -> Block:
         """`F` in the form that the inverse of `P` takes."""
@@ -75,6 +78,9 @@ class FromInverse(Block):
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self.forward.diagonal_of(other)
+
+    def chosen(self, other: Block) -> Tensor:
+        return self.forward.chosen(other)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return self.forward.rotated_diagonal(Q_G, Q_A)

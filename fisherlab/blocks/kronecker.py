@@ -99,8 +99,7 @@ class Kronecker(Block):
             else:
                 yield from factor.tensors()
 
-    def memory_bytes(self) -> int:
-        """Bytes of the two factors, formed or not."""
+    def formed_bytes(self) -> int:
         factors = {id(factor): factor for factor in (self._G, self._A)}.values()
         sides = (
             len(F.entries) if isinstance(F, DiagonalFactor) else F.shape[0] ** 2 for F in factors
@@ -124,7 +123,7 @@ class Kronecker(Block):
     def eigen(self) -> Eigen:
         """The same matrix in its Kronecker eigenbasis."""
         (l_G, Q_G), (l_A, Q_A) = self.spectra
-        return Eigen(Q_G, Q_A, torch.outer(l_G, l_A))
+        return Eigen(Q_G, Q_A, torch.outer(l_G, l_A)).of_factors(l_G, l_A)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent == 1 and damping == 0:
@@ -194,6 +193,9 @@ class Kronecker(Block):
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self.eigen.diagonal_of(other)
+
+    def chosen(self, other: Block) -> Tensor:
+        return self.eigen.chosen(other)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         rotated_G = ((self.G @ Q_G) * Q_G).sum(0, dtype=torch.float64)
@@ -296,6 +298,9 @@ class KroneckerSum(Block):
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self._form.diagonal_of(other)
+
+    def chosen(self, other: Block) -> Tensor:
+        return self._form.chosen(other)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         return sum_of(term.rotated_diagonal(Q_G, Q_A) for term in self.terms)

@@ -18,6 +18,7 @@ from fisherlab.blocks.numerics import (
     dense_budget,
     dot,
     eigh,
+    null_of,
     spectrum_power,
 )
 from fisherlab.blocks.outer import Outer
@@ -141,6 +142,12 @@ class MiniBlock(Block):
             return other.core * self.join(rotated, column).double() + other.shift
         return super().diagonal_of(other)
 
+    def chosen(self, other: Block) -> Tensor:
+        rotated, _ = self.split(self.diagonal_of(other).double())
+        null = null_of(self._eigh[0])
+        sums, directions = (rotated * null).sum(-1), null.sum(-1).clamp(min=1)
+        return (sums.square() * (1 - 1 / directions)).sum()
+
 
 class RowBlocks(MiniBlock):
     """The exact restriction of `scale U U^T` to the rows of the weight, for columns of T = 1.
@@ -207,6 +214,9 @@ class RowBlocks(MiniBlock):
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.a, self.g)
+
+    def formed_bytes(self) -> int:
+        return self.size * self.shape[1] * self.dtype.itemsize
 
 
 def check_blocks(

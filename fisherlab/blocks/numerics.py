@@ -46,10 +46,23 @@ def dot(one: Tensor, two: Tensor) -> Tensor:
     """The sum of products, 0-d float64: along rows in their own dtype, over rows in float64.
 
     A float64 sum of float32 numbers first makes a float64 copy of them all: three times the time.
+    It is made where the products leave the range of their dtype.
     """
     if one.dtype != two.dtype:
         one, two = one.double(), two.double()
-    return torch.linalg.vecdot(one, two).sum(dtype=torch.float64)
+    total = torch.linalg.vecdot(one, two).sum(dtype=torch.float64)
+    if one.dtype == torch.float64:
+        return total
+    kind = torch.finfo(one.dtype)
+    # below, terms may have been lost that are not small beside the sum
+    if not bool(torch.isfinite(total)) or bool(total.abs() < kind.tiny / kind.eps):
+        return torch.linalg.vecdot(one.double(), two.double()).sum()
+    return total
+
+
+def length_of(matrix: Tensor) -> Tensor:
+    """`||S||_F`, 0-d float64, whatever the unit of the entries."""
+    return dot(matrix, matrix).sqrt()
 
 
 def trace_of(matrix: Tensor) -> Tensor:
@@ -211,6 +224,58 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
     damped.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
     return None if info.any() else torch.cholesky_inverse(factor)
+
+
+def chosen_squares(
+    rotated: Tensor, values_G: Tensor | None, values_A: Tensor | None, trace: Tensor
+) -> Tensor:
+    """How far `sum rotated^2` may move with the basis that an eigensolver picks in null spaces.
+
+    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. Of k directions that are
+    null vectors of a factor only the sum s of the entries is defined: their squares sum to between
+    `s^2 / k` and `s^2`. Energy beside a thin basis lies in such directions as well.
+
+    Args:
+        rotated: `diag(Q^T F Q)`, `[o', i']`.
+        values_G: the eigenvalues `[o']` that the columns of `Q_G` belong to; None where these are
+            coordinates, which nobody picks.
+        values_A: the same of `Q_A`, `[i']`.
+        trace: `tr F`.
+
+    Returns:
+        The width of the interval, 0-d float64: 0 where `F` has no energy in a null space.
+    """
+    rotated, trace = rotated.double(), trace.double()
+    G, A = (
+        torch.zeros(length, dtype=torch.bool, device=rotated.device)
+        if values is None
+        else null_of(values)
+        for values, length in zip((values_G, values_A), rotated.shape, strict=True)
+    )
+    if values_G is not None and values_A is not None:
+        size = values_G.double().abs().sum() * values_A.double().abs().sum()
+        if size <= (BESIDE * torch.finfo(values_A.dtype).eps) ** 2 * trace:
+            G, A = torch.ones_like(G), torch.ones_like(A)  # beside F it is nothing but rounding
+    corner = rotated[G][:, A]
+    spaces = (
+        (rotated[~G][:, A].sum(1), int(A.sum())),
+        (rotated[G][:, ~A].sum(0), int(G.sum())),
+        (corner.sum().reshape(1), corner.numel()),
+    )
+    width = (trace - rotated.sum()).clamp(min=0).square()
+    for sums, directions in spaces:
+        if directions > 1:
+            width = width + sums.square().sum() * (1 - 1 / directions)
+    return width
+
+
+def null_of(values: Tensor) -> Tensor:
+    """Which eigenvalues, along the last axis, are rounding of the largest."""
+    if not values.numel():
+        return torch.zeros_like(values, dtype=torch.bool)
+    multiple = max(RANK_TOLERANCE, math.sqrt(values.shape[-1]))
+    floor = multiple * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return values.abs() <= floor
 
 
 def spectrum_power(

@@ -137,6 +137,9 @@ class Outer(Block):
         if isinstance(self.core, Tensor):
             yield self.core
 
+    def formed_bytes(self) -> int:
+        return self.size**2 * self.dtype.itemsize
+
     @property
     def _full(self) -> bool:
         return isinstance(self.core, Tensor)

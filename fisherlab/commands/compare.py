@@ -155,8 +155,8 @@ def compare(
             typer.echo(line)
         leave(Code.NOTHING, "nothing could be measured, so there is no report")
     path = report.write(rundir)
-    if table.note:
-        typer.echo(table.note)
+    for said in filter(None, (table.about, table.note)):
+        typer.echo(said)
     show(*by_layer(table))
     show(*overview(table))
     for line in refusals(table):
@@ -170,12 +170,20 @@ def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
     """The leading error of every layer at the last step, as printed; many layers as their range."""
     frame, column = table.frame, table.leading
     last = frame[frame["step"] == frame["step"].max()]
+    last = last.drop_duplicates(["layer", "approximation", "seed"])
     layers = list(last["layer"].unique())
-    errors = last.pivot_table(index="approximation", columns="layer", values=column)[layers]
+    errors = last.pivot_table(index="approximation", columns="layer", values=column)
+    # a layer or a method without a number keeps its place; what was refused is said elsewhere
+    measured = last[last["relative_error"].notna()].groupby("approximation")[column]
+    errors = errors.reindex(index=measured.size().index, columns=layers)
+    known, every = measured.count(), measured.size()
     order = errors.median(axis=1).sort_values().index
     if len(layers) > SHOWN:
         parts = {"best layer": errors.min(1), "median": errors.median(1), "worst": errors.max(1)}
-        errors = pd.DataFrame(parts | {"worst is": errors.idxmax(axis=1)})
+        worst = errors.fillna(-1).idxmax(axis=1).where(errors.notna().any(axis=1), "-")
+        errors = pd.DataFrame(parts | {"worst is": worst})
+    if (known < every).any():
+        errors["known"] = known.astype(str) + " of " + every.astype(str)
     title = f"{column.replace('_', ' ')} of every layer at step {frame['step'].max()}"
     return errors.loc[order].reset_index(), title
 
@@ -191,9 +199,12 @@ def refusals(table: Comparison) -> list[str]:
 def overview(table: Comparison) -> tuple[pd.DataFrame, str]:
     """The rest of the summary, as printed."""
     summary = table.summary().reset_index()
+    summary["build_seconds"] *= 1e3
     steps = {name: name.replace("direction_cosine", "step") for name in summary}
-    shown = summary.rename(columns=steps | OVERVIEW)
-    shown["build ms"] = 1e3 * shown.pop("build ms")
-    wanted = ["approximation", *OVERVIEW.values(), *(n for n in shown if n.startswith("step @"))]
+    steps = {name: step for name, step in steps.items() if step.startswith("step @")}
+    wanted = {"approximation": "approximation"}
+    for name, text in {**OVERVIEW, **steps}.items():
+        wanted |= {name: text, f"{name} known": f"{text} known"}
     title = "medians over the layers (step: cosine of the damped step with the exact one)"
-    return shown[[name for name in wanted if name in shown]], title
+    shown = summary[[name for name in wanted if name in summary]]
+    return shown.rename(columns=wanted), title

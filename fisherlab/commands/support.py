@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import pandas as pd
 import torch
 import typer
 
@@ -25,6 +26,7 @@ def support(
     net = models.create(
         model, num_classes=card.num_outputs, input_size=card.input_shape, width=width
     )
+    net.eval()  # as `fisherlab compare` measures it
     x = dataset.train.tensors[0][:examples]
     try:
         frame = supported(net, x)
@@ -34,11 +36,27 @@ def support(
         raise misfit(model, data, x, error) from None
     for column in ("capture_bytes", "dense_bytes"):
         frame[column] = frame[column].map(_bytes)
+    said = _compared(net, frame)
     frame["shape"] = [shape if isinstance(shape, tuple) else "-" for shape in frame["shape"]]
-    frame = frame.drop(columns="gram_multiplications")
+    frame = frame.drop(columns=["gram_multiplications", "compare"])
     empty = [c for c in ("reason", "diagonal_factors") if not frame[c].any()]
     frame = frame.drop(columns=empty)
     show(frame, f"{model} on {data}, {len(x)} examples", wrap=["reason"])
+    typer.echo(said)
+
+
+def _compared(net: torch.nn.Module, frame: pd.DataFrame) -> str:
+    """What `fisherlab compare` does with the model, in a sentence."""
+    measured = frame[frame["compare"] != "skipped"]
+    if not len(measured):
+        return "compare refuses this model: no layer has a block"
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    covered = int(measured["n_parameters"].sum())
+    return (
+        f"compare measures {len(measured)} of {len(frame)} layers, {covered:,} of {trained:,} "
+        f"trainable parameters ({covered / trained:.0%}), in evaluation mode; Fisher type by "
+        f"default: {measured['compare'].iloc[0]}"
+    )
 
 
 def _bytes(count: float) -> str:

@@ -16,6 +16,8 @@ from fisherlab.experiments import training
 from fisherlab.experiments.training.task import AUGMENTED
 
 PATH = Path  # typer reads the annotation
+# Share of shortened steps above which the learning rate says little.
+OFTEN = 0.5
 
 
 def train(
@@ -154,6 +156,8 @@ def _say(results: training.Results, out: Path) -> None:
     show(_readable(summary), f"{results.metric} on the test set")
     if results.untimed:
         typer.echo(results.untimed)
+    for line in _shortened(summary):
+        typer.echo(line)
     for row in summary[summary["note"] != ""].itertuples():
         typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
     typer.echo(f"rows, curves, checkpoints, pictures and report.html are in {out}")
@@ -178,6 +182,7 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
                 for mean, sd in zip(summary[name], summary[f"{name}_sd"], strict=True)
             ]
         table["train loss"] = summary["train_loss"]
+        table["clipped"] = [_share(share) for share in summary["clipped_share"]]
         table["s/step"] = summary["seconds_per_step"]
         table["s/epoch"] = summary["seconds_per_epoch"]
         table["SGD's s/step"] = summary["sgd_seconds_per_step"]
@@ -185,6 +190,26 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
         table["peak MB"] = summary["peak_memory_bytes"] / 1e6
         table["state MB"] = summary["state_bytes"] / 1e6
     return table.assign(status=summary["status"])
+
+
+def _shortened(summary: pd.DataFrame) -> list[str]:
+    """A line per optimizer whose steps a bound shortened more often than not."""
+    if "clipped_share" not in summary:
+        return []
+    return [
+        f"{row.optimizer}: kl_clip or max_norm shortened {_share(row.clipped_share)} of the steps; "
+        "one that kl_clip shortens is as long at any larger lr, whatever --schedule says; "
+        f"--set {row.optimizer}.kl_clip=none frees it"
+        for row in summary.itertuples()
+        if row.clipped_share > OFTEN
+    ]
+
+
+def _share(share: float) -> str:
+    """`12 %`; a dash for an optimizer that has no bound."""
+    if math.isnan(share):
+        return "-"
+    return f"{share:.0%}".replace("%", " %")
 
 
 def _spread(mean: float, sd: float) -> str:

@@ -100,6 +100,7 @@ def compare(
     makers = _makers(approximations, model)
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
+    asked = fisher_type is not None
     why_empirical = ""
     if fisher_type is None:
         fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
@@ -153,7 +154,10 @@ def compare(
         "dampings": shares,
         "approximations": {k: repr(v) for k, v in makers.items()},
     }
-    config |= {"backend": captures[0].report.backend, "skipped": captures[0].report.skipped}
+    report = captures[0].report
+    config |= {"backend": report.backend, "fisher_type_asked": asked}
+    config["skipped"] = {k: v for batch in captures for k, v in batch.report.skipped.items()}
+    config["parameters"] = {"trained": report.trained, "covered": report.covered}
     config |= {
         "model": type(model).__name__,
         "criterion": repr(criterion),

@@ -14,12 +14,20 @@ from torch import Tensor
 from fisherlab import metrics
 from fisherlab.approximations import Approximation, Memo
 from fisherlab.approximations.exact import Exact
-from fisherlab.blocks import Block, BlockError, BlockTooLarge, DirectSum, Outer, contractions
+from fisherlab.blocks import (
+    Block,
+    BlockError,
+    BlockTooLarge,
+    DirectSum,
+    Kronecker,
+    Outer,
+    contractions,
+)
 from fisherlab.blocks.direct_sum import layer_block
-from fisherlab.blocks.numerics import sum_of
+from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.comparison.crew import Rows, Stopped
 from fisherlab.comparison.frame import Frame, remembering
-from fisherlab.comparison.table import MEASURES, ROUNDING, UNKNOWN
+from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
@@ -148,12 +156,13 @@ class Layer:
                 return
             if X.shape != self.F.shape:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
-            built = {"build_seconds": time.perf_counter() - start, "memory_bytes": X.memory_bytes()}
+            built = {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
+            if not isinstance(maker, Block | Mapping):
+                seconds = time.perf_counter() - start
+                built |= self._retried(self._seconds, maker, X, seconds)
             near, frame = self._retried(self._nearest, X)
-            static, reason = self._retried(self._static, near, frame.F)
-            notes = [text for text in (self.remark, reason) if text]
-            if self.unseen is not None and math.isnan(static["population_error"]):
-                notes.append(UNKNOWN)
+            static, reasons = self._retried(self._static, near, frame.F)
+            notes = [text for text in (self.remark, *reasons) if text]
             if X.unseen > UNSEEN:
                 notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}
@@ -175,6 +184,21 @@ class Layer:
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
+
+    def _seconds(self, maker: Maker, X: Block, seconds: float) -> dict[str, float]:
+        """What a method takes alone, from the captures on: nothing that others made is known.
+
+        `seconds` is what `X` took: of a callable, which shares nothing, the time alone.
+        """
+        if isinstance(maker, Approximation):
+            memos = [Memo(memo.layers, memo.memory) for memo in self.memos]
+            start = time.perf_counter()
+            X = layer_block([memo.block(maker) for memo in memos])
+            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for part in _parts(X):
+            decompose(part)
+        return {"build_seconds": seconds, "decompose_seconds": time.perf_counter() - start}
 
     def _retried(self, act: Callable[..., Any], *args: Any) -> Any:
         """`act(*args)`, again in half the memory each time the device runs out of it."""
@@ -210,11 +234,9 @@ class Layer:
         near = self.inside.F if X is self.F else X.within(self.inside.V)
         return (X, self.whole) if near is None else (near, self.inside)
 
-    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], str]:
-        """What does not depend on the damping, and why a measure of the spectrum is missing."""
-        error, spread = math.nan, math.nan
-        if self.unseen is not None:
-            error, spread = (v.item() for v in metrics.population_error(X, self.unseen))
+    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
+        """What does not depend on the damping, and why measures of it are missing."""
+        population, few = population_columns(X, self.unseen)
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
         reason = ""
         try:
@@ -222,16 +244,17 @@ class Layer:
             spectral["subspace_overlap"] = metrics.subspace_overlap(X, F, default_rank(F)).item()
         except BlockError as refusal:
             reason = str(refusal)
+        if not reason and math.isnan(spectral["diagonalisation"]):
+            reason = CHOSEN
         # after the diagonalisation, whose rotated gradients the inner product uses
         return {
             **spectral,
             "relative_error": metrics.relative_error(X, F).item(),
-            "population_error": error,
-            "population_error_se": spread,
+            **population,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
             "cosine": metrics.cosine(X, F).item(),
             "scaled_error": metrics.scaled_error(X, F).item(),
-        }, reason
+        }, (reason, few)
 
     def _damped(
         self, maker: Maker, X: Block, near: Block, frame: Frame, damping: float
@@ -269,6 +292,24 @@ class Layer:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
+
+
+def population_columns(X: Block, unseen: Block | None) -> tuple[dict[str, float], str]:
+    """The columns of the population error, and why it is NaN; all NaN without unseen examples."""
+    names = {"population_error": "error", "population_error_se": "error_se"}
+    names |= {"population_error_low": "low", "population_error_high": "high"}
+    if unseen is None:
+        return dict.fromkeys(names, math.nan), ""
+    found = metrics.population_estimate(X, unseen)
+    return {column: getattr(found, name).item() for column, name in names.items()}, found.reason
+
+
+def decompose(block: Block) -> None:
+    """Find what an inverse needs at any damping: a product's eigenvectors, a Gram matrix."""
+    if isinstance(block, Kronecker):
+        _ = block.spectra
+    elif isinstance(block, Outer) and fits_gram(block.columns, block.device):
+        block.gram()
 
 
 def _parts(block: Block) -> tuple[Block, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab.metrics.population import UNKNOWN
 from fisherlab.names import nearest
 
 # Share of ||F||^2 that is sampling noise, above which the in-sample error misleads.
@@ -19,15 +21,19 @@ NOISY = 0.2
 IDENTITY = ["layer", "layer_type", "n_parameters", "approximation", "fisher_type", "examples"]
 IDENTITY += ["reference_examples", "reference_fisher_type", "seed", "step", "dtype"]
 IDENTITY += ["damping", "damping_relative", "placement"]
-MEASURES = ["relative_error", "population_error", "population_error_se", "diagonal_share"]
-MEASURES += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
+MEASURES = ["relative_error", "population_error", "population_error_se"]
+MEASURES += ["population_error_low", "population_error_high", "diagonal_share", "optimality_gap"]
+MEASURES += ["trace_ratio", "cosine", "scaled_error", "diagonalisation"]
 MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
 MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
-MEASURES += ["solve_seconds", "memory_bytes", "clamped"]
+MEASURES += ["decompose_seconds", "solve_seconds", "memory_bytes", "formed_bytes", "clamped"]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
-# How a row says that its population error is no number.
-UNKNOWN = "the unseen examples are too few to tell its population error from 0"
+# How a row says that its eigenbasis is no basis of its own.
+CHOSEN = (
+    "F has energy in a null space of its factors, where the eigensolver picks the basis: no "
+    "diagonalisation, and corrected eigenvalues there are of that basis"
+)
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 
@@ -55,6 +61,56 @@ class Comparison:
         return "population_error" if self.noisy and known else "relative_error"
 
     @property
+    def about(self) -> str:
+        """What was measured: Fisher type, draws, examples, layers, parameters, what was skipped."""
+        if not len(self.frame):
+            return ""
+        return "\n".join(filter(None, (self._fisher, self._coverage, self._skipped)))
+
+    @property
+    def _fisher(self) -> str:
+        def listed(column: str) -> str:
+            return joined(self.frame[column].dropna().unique())
+
+        drawn = "mc" in self.frame["fisher_type"].unique()
+        draws = self.config.get("mc_samples") if drawn else None
+        text = f"Fisher type {listed('fisher_type')}"
+        if draws is not None:
+            text += f" with {joined(draws)} draw{'s' * (draws != 1)} per example"
+        text += f", {listed('examples')} examples, {listed('dtype')}"
+        unseen, other = listed("reference_examples"), listed("reference_fisher_type")
+        if unseen:
+            text += f"; {unseen} unseen examples for the population error"
+        if other not in ("", listed("fisher_type")):
+            text += f"; measured against the {other} Fisher of the same examples"
+        if drawn and self.config.get("fisher_type_asked") is False:
+            text += (
+                ". Above 20 outputs this is the default; fisher_type='exact', or more mc_samples, "
+                "has less noise"
+            )
+        return text + "."
+
+    @property
+    def _coverage(self) -> str:
+        layers = self.frame["layer"].nunique()
+        text = f"{layers} layer{'s' * (layers != 1)}"
+        found = self.config.get("parameters", {})
+        trained, covered = (found.get(part) for part in ("trained", "covered"))
+        if not isinstance(trained, int) or not isinstance(covered, int):
+            return f"{text}."  # of several models, or of an earlier version
+        share = f"{covered / trained:.0%}" if trained else "none"
+        return f"{text} with {covered:,} of {trained:,} trainable parameters ({share})."
+
+    @property
+    def _skipped(self) -> str:
+        """Layers without a block, by reason."""
+        reasons: dict[str, list[str]] = {}
+        for layer, why in (self.config.get("skipped") or {}).items():
+            reasons.setdefault(joined(why), []).append(layer)
+        found = [f"{_few(layers)} ({why})" for why, layers in reasons.items()]
+        return f"Skipped: {'; '.join(found)}." if found else ""
+
+    @property
     def note(self) -> str:
         """What a reader has to know before the first number."""
         return " ".join(filter(None, (self._type, self._noise, self._unknown, self._rounding)))
@@ -76,8 +132,9 @@ class Comparison:
         if not missing:
             return ""
         return (
-            f"{missing} of {every} population errors are below their sampling noise and left out "
-            "of the medians: take more unseen examples."
+            f"{missing} of {every} population errors have too few unseen examples and are left out "
+            "of the medians: take more. Their 95 % intervals, population_error_low and _high, say "
+            "what is known."
         )
 
     @property
@@ -109,7 +166,8 @@ class Comparison:
     def summary(self) -> pd.DataFrame:
         """One row per approximation, the median over layers (and seeds) at the last step.
 
-        Sorted by `leading`; direction cosines get one column per relative damping.
+        Sorted by `leading`; direction cosines get one column per relative damping. Where rows have
+        no number, a column beside the median counts those that have: "2 of 3".
         """
         last = self.frame[self.frame["step"] == self.frame["step"].max()]
         columns = [self.leading]
@@ -117,15 +175,11 @@ class Comparison:
         columns += ["optimality_gap", "trace_ratio", "cosine", "scaled_error", "diagonalisation"]
         columns += ["subspace_overlap", "build_seconds"]
         once = last.drop_duplicates(["layer", "approximation", "seed", "step"])
-        table = once.groupby("approximation")[columns].median()
-        direction = last.pivot_table(
-            index="approximation",
-            columns="damping_relative",
-            values="direction_cosine",
-            aggfunc="median",
-        )
-        direction.columns = [f"direction_cosine @ {d:g}" for d in direction.columns]
-        table = table.join(direction).dropna(axis=1, how="all")
+        table = _medians(once, columns)
+        for damping, rows in last.groupby("damping_relative"):
+            name = f"direction_cosine @ {damping:g}"
+            renamed = rows.rename(columns={"direction_cosine": name})
+            table = table.join(_medians(renamed, [name]))
         # where everything was refused there is no error to sort by
         return table.sort_values(self.leading) if self.leading in table else table
 
@@ -159,9 +213,12 @@ class Comparison:
 
     @classmethod
     def concat(cls, tables: Sequence[Comparison]) -> Comparison:
-        """Several comparisons (steps of a training run, seeds) as one."""
+        """Several comparisons (steps of a training run, seeds) as one.
+
+        In `config` a value that differs is a list of them all.
+        """
         frame = pd.concat([table.frame for table in tables], ignore_index=True)
-        return cls(frame, tables[-1].config if tables else {})
+        return cls(frame, _merged([table.config for table in tables]))
 
     def plot(self, kind: str = "error", **options: Any) -> Any:
         """A figure by name: any function of `fl.plots` whose first argument is a `table`."""
@@ -179,11 +236,13 @@ class Comparison:
     def _repr_html_(self) -> str:
         styled = self.summary().style.format(precision=4, na_rep="-")
         styled = styled.background_gradient(subset=[self.leading], cmap="Blues_r")
-        note = f"<p>{self.note}</p>" if self.note else ""
-        return f"{note}{styled.to_html()}"
+        lines = [*self.about.split("\n"), self.note]
+        said = "<br>".join(html.escape(line) for line in lines if line)
+        return f"<p>{said}</p>{styled.to_html()}"
 
     def __repr__(self) -> str:
-        return f"{self.note}\n{self.summary().to_string(float_format=lambda v: f'{v:.4f}')}".strip()
+        table = self.summary().to_string(float_format=lambda v: f"{v:.4f}")
+        return "\n".join(filter(None, (self.about, self.note, table)))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -192,6 +251,48 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")
         self.comparison = comparison
+
+
+def _medians(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Medians by approximation, each with the count of its numbers where some are missing."""
+    groups = frame.groupby("approximation")
+    parts: list[pd.Series] = []
+    for column in columns:
+        known, every = groups[column].count(), groups.size()
+        if not known.any():
+            continue
+        parts.append(groups[column].median())
+        if (known < every).any():
+            parts.append((known.astype(str) + " of " + every.astype(str)).rename(f"{column} known"))
+    return pd.concat(parts, axis=1) if parts else pd.DataFrame(index=groups.size().index)
+
+
+def joined(values: Any) -> str:
+    """A value, or several of them, as a sentence names them."""
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        values = [values]
+    texts = [f"{value:,.10g}" if isinstance(value, float) else str(value) for value in values]
+    return " and ".join(filter(None, (", ".join(texts[:-1]), *texts[-1:])))
+
+
+def _few(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _merged(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One config of several: a value where they agree, else the list of all; dicts by key."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = [config[key] for config in configs if key in config]
+        if all(value == values[0] for value in values):
+            found[key] = values[0]
+        elif all(isinstance(value, dict) for value in values):
+            found[key] = _merged(values)
+        else:
+            every = [v for value in values for v in (value if isinstance(value, list) else [value])]
+            found[key] = [v for k, v in enumerate(every) if v not in every[:k]]
+    return found
 
 
 def _is_of_a_command(config: Path) -> bool:

@@ -17,9 +17,11 @@ MEANING = {
     "damping_relative": "lambda in units of tr F / N, the mean eigenvalue",
     "placement": "where the approximation puts the damping: tikhonov is X + lambda I",
     "relative_error": "||X - F|| / ||F|| in the Frobenius norm, on the same examples; 0 is best",
-    "population_error": "the same against the block of the whole distribution, estimated without "
-    "bias on unseen examples",
+    "population_error": "the same against the block of the whole distribution, from unseen "
+    "examples, its bias corrected to second order; empty where they are too few (see `note`)",
     "population_error_se": "its standard error",
+    "population_error_low": "lower end of its 95 % interval, from 10 unseen examples on",
+    "population_error_high": "upper end; infinite where the population's norm may be 0",
     "diagonal_share": "share of ||F||^2 that the examples' own blocks hold: sampling noise of the "
     "batch",
     "optimality_gap": "relative error minus that of the best Kronecker product; negative for "
@@ -28,7 +30,7 @@ MEANING = {
     "cosine": "<X, F> / (||X|| ||F||); 1 is right up to scale",
     "scaled_error": "relative error after the best rescaling, sqrt(1 - cosine^2)",
     "diagonalisation": "share of ||F||^2 on the diagonal in the eigenbasis of X; 1: only "
-    "eigenvalues can be wrong",
+    "eigenvalues can be wrong; empty where F has energy in a null space of X",
     "subspace_overlap": "overlap of the leading eigenspaces (10, or the rank) of X and F; 1: equal",
     "direction_cosine": "cosine between the damped natural gradients of X and of F; 1 is best",
     "direction_error": "|d - d*| / |d*| of the same two steps",
@@ -37,9 +39,15 @@ MEANING = {
     "stein_loss": "tr S - log det S - N of S = (X + lambda)^-1/2 (F + lambda) (X + lambda)^-1/2; 0 "
     "is equal",
     "condition": "condition number of S: how well X preconditions F; 1 is best",
-    "build_seconds": "time to make the block; work shared with an earlier one is counted there",
-    "solve_seconds": "time to invert it and take one step",
-    "memory_bytes": "tensors that the block keeps",
+    "build_seconds": "time to make the block alone, from the captured inputs and gradients; empty "
+    "for a block that was given",
+    "decompose_seconds": "time, alone, of what its inverse needs at any damping and other methods "
+    "may share: eigenvectors of Kronecker factors, or the Gram matrix of its columns",
+    "solve_seconds": "time to invert it, its eigenvectors or Gram matrix known, and take one step",
+    "memory_bytes": "tensors that the block keeps: rows and thin bases where the batch spans few "
+    "dimensions, so it grows with the batch",
+    "formed_bytes": "the same with every factor, basis and mini-block as a whole matrix, whatever "
+    "the batch; of exact the block itself; eva and ifang have vectors only",
     "clamped": "share of the absolute spectrum that was negative and set to zero",
     "note": "why a row has no numbers, or what to mind about them",
 }

@@ -24,6 +24,8 @@ from fisherlab.metrics import GramStudy, gram_study
 
 MOMENTS = ("start", "middle", "end")
 SMALL_MODEL = 50_000  # parameters
+# Of the config of a comparison, what its first lines are made of.
+ABOUT = ("mc_samples", "fisher_type_asked", "parameters", "skipped")
 LARGEST_GRAM = 256  # examples: beyond it the picture of a Gram matrix is grey
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -86,6 +88,7 @@ class Study:
     def __init__(self, settings: Settings) -> None:
         s = self.settings = settings
         self.notes: list[str] = []  # seeds whose training diverged
+        self.measured: dict[str, Any] = {}  # what the comparisons say about themselves
         self.grams: dict[int, GramStudy] = {}  # by step, of the first seed
         self.names = list(s.approximations or approximations.of_one_batch())
         self.makers = {name: approximations.get(name)() for name in self.names}
@@ -133,6 +136,7 @@ class Study:
             "settings": asdict(self.settings) | filled,
             "data": data,
             "notes": self.notes,
+            **self.measured,
         }
 
     @property
@@ -187,13 +191,13 @@ class Study:
             x, y = ranks.shard(x), ranks.shard(y)
             if reference is not None:
                 reference = ranks.shard(reference[0]), ranks.shard(reference[1])
-        return compare(
+        table = compare(
             model,
             self.task.criterion(),
             x,
             y,
             approximations=self.makers,
-            fisher_type=self.fisher_type,
+            fisher_type=s.fisher_type,
             dampings=s.dampings,
             reference=reference,
             generator=torch.Generator(s.device).manual_seed(seed),
@@ -203,6 +207,8 @@ class Study:
             step=step,
             progress=progress,
         )
+        self.measured = {name: table.config[name] for name in ABOUT}
+        return table
 
     def _correlate(self, model: nn.Module, seed: int, step: int) -> None:
         """The Gram study of the batch at this step, where examples have one class each."""

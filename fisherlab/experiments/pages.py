@@ -41,7 +41,7 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     last = frame[frame["step"] == frame["step"].max()]
     yield Section(
         "Which approximation is nearest",
-        [_what(frame, run.config), *([table.note] if table.note else [])],
+        [_what(frame, run.config), *table.about.split("\n"), *filter(None, [table.note])],
         [Table(summary, "Median over layers and seeds at the last step, the nearest first.")],
     )
     shown = {name: text for name, text in PICTURES.items() if _drawable(name, frame)}
@@ -53,8 +53,9 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     yield from _curvature(run)
     columns = ["layer", "layer_type", "n_parameters", "approximation", table.leading]
     columns += [c for c in ("relative_error", "population_error") if c != table.leading]
-    columns += ["population_error_se", "optimality_gap", "trace_ratio", "cosine", "diagonalisation"]
-    columns += ["subspace_overlap", "build_seconds", "memory_bytes", "note"]
+    columns += ["population_error_se", "population_error_low", "population_error_high"]
+    columns += ["optimality_gap", "trace_ratio", "cosine", "diagonalisation", "subspace_overlap"]
+    columns += ["build_seconds", "decompose_seconds", "memory_bytes", "formed_bytes", "note"]
     by_layer = last.drop_duplicates(["layer", "approximation", "seed"])[columns]
     caption = "Every layer at the last step (first seed first); all rows are in comparison.csv."
     yield Section("Layer by layer", tables=[Table(by_layer.dropna(axis=1, how="all"), caption)])

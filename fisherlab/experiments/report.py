@@ -184,8 +184,9 @@ def _side_by_side(runs: Sequence[RunDir]) -> Section | None:
         if frame is not None and len(frame):
             summary = Comparison(frame).summary()
             for name in ("relative_error", "population_error", "direction_cosine"):
-                if name in summary:
-                    columns[f"{name}: {run.folder.name}"] = summary[name]
+                for column in (name, f"{name} known"):
+                    if column in summary:
+                        columns[f"{column}: {run.folder.name}"] = summary[column]
     if not columns:
         return None
     frame = pd.DataFrame(columns).rename_axis("approximation").reset_index()

@@ -17,6 +17,7 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.comparison import default_fisher_type
+from fisherlab.comparison.layer import population_columns
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.api import Forward, split_batches
 from fisherlab.extract.memory import captures_in_parts, check_memory
@@ -106,13 +107,13 @@ def _errors(
     memos = [Memo(parts, memory) for parts in batch]
     F = layer_block([memo.exact() for memo in memos])
     for name, maker in makers.items():
-        row = {"approximation": name, "relative_error": math.nan, "population_error": math.nan}
-        row |= {"population_error_se": math.nan, "note": ""}
+        row: dict[str, Any] = {"approximation": name, "relative_error": math.nan}
+        row |= {**population_columns(F, None)[0], "note": ""}
         try:
             X = layer_block([memo.block(maker) for memo in memos])
-            error, spread = metrics.population_error(X, population)
+            found, reason = population_columns(X, population)
             row["relative_error"] = metrics.relative_error(X, F).item()
-            row |= {"population_error": error.item(), "population_error_se": spread.item()}
+            row |= {**found, "note": reason}
         except BlockError as refusal:
             row["note"] = str(refusal)
         yield row

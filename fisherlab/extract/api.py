@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
-from fisherlab.extract.collect import collect, covered_share
+from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.isolation import isolated, random_state
@@ -21,6 +21,7 @@ from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.outputs import output_of
 from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
+from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
 from fisherlab.extract.tape import KINDS, Record, set_slopes
 
@@ -43,8 +44,14 @@ class Report:
     reason: str
     seconds: float
     skipped: dict[str, str] = field(default_factory=dict)
-    # of the trainable parameters, those that have a block
-    share: float = 1.0
+    # parameters that are trained, and those of them that have a block
+    trained: int = 0
+    covered: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the trainable parameters, those that have a block."""
+        return self.covered / self.trained if self.trained else 0.0
 
     def __str__(self) -> str:
         lines = [f"{self.share:.1%} of the trainable parameters have a block"]
@@ -156,7 +163,11 @@ def capture(
     start = time.perf_counter()
     backend, reason = _choose(backend, x if isinstance(x, Tensor) else y)
     # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
-    with isolated(model, x), nn.utils.parametrize.cached():
+    with (
+        isolated(model, x),
+        nn.utils.parametrize.cached(),
+        reentrant_named(CaptureError),
+    ):
         before = random_state(x)
         weights = weights_of(model)
         wanted, named = chosen(weights, layers, skip)
@@ -200,12 +211,9 @@ def capture(
             if not reasons
             else f"no layer of this model has a block: {reasons}"
         )
-    share = covered_share(weights, captured)
-    report = Report(backend, reason, time.perf_counter() - start, skipped, share)
+    seconds, counts = time.perf_counter() - start, coverage(weights, captured)
+    report = Report(backend, reason, seconds, skipped, *counts)
     return Captures(captured, report, outputs.detach(), y)
-
-
-_NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
 
 
 def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:

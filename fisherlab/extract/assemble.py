@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,9 @@ class Piece:
             if self.sums == "weight":
                 scale = call.scale
                 if self.rows is not None and scale is not None:
-                    scale = take(scale.expand(call.output.shape).flatten(0, -2), self.rows)
+                    scale = take(
+                        scale.expand(cast(Tensor, call.output).shape).flatten(0, -2), self.rows
+                    )
             return _elementwise(g, scale, self._aligned(g), self.geometry.out_features)
         if self.sums == "formed":
             assert self.inner is not None
@@ -121,7 +123,7 @@ def pieces(call: Call, form: Form, n: int) -> list[Piece]:
             raise ValueError("it is a factor per feature in one place and a matrix in another")
         if rows is not None and (call.axis is not None or len(call.weight_shape) != 1):
             raise ValueError("its rows are not in the order of the examples")
-        one = call.output.new_ones(n, 1, 1)
+        one = cast(Tensor, call.output).new_ones(n, 1, 1)
         parts = [Piece(replace(whole, adds=False), one, call, rows, "weight")]
         if adds:
             parts.append(Piece(whole, 0 * one, call, rows, "bias"))
@@ -131,8 +133,8 @@ def pieces(call: Call, form: Form, n: int) -> list[Piece]:
         if whole.groups > 1 or call.geometry.groups > 1 or whole.conv or call.geometry.conv:
             raise ValueError("it is used by two kinds of convolutions")
         inner = replace(call.geometry, bias=False)
-        unit = torch.eye(whole.in_features, dtype=call.output.dtype, device=call.output.device)
-        unit = unit.expand(n, -1, -1)
+        like = cast(Tensor, call.output)
+        unit = torch.eye(whole.in_features, dtype=like.dtype, device=like.device).expand(n, -1, -1)
         role = replace(whole, adds=False, conv=None, transposed=None, lookup=None)
         return [Piece(role, unit, call, rows, "formed", inner)]
     if rows is None:
@@ -187,8 +189,8 @@ def capture_of(
         found = tuple(part.gradient(columns(part.call)) for part in parts)
     inputs = tuple(_as(part.raw_input, g) for part, g in zip(parts, label, strict=True))
     outputs = None
-    if not any(part.sums for part in parts):
-        outputs = tuple(part.gradient(part.call.output[None])[0] for part in parts)
+    if not any(part.sums or part.call.output is None for part in parts):
+        outputs = tuple(part.gradient(cast(Tensor, part.call.output)[None])[0] for part in parts)
     maps = [part.geometry for part in parts]
     same = all(one == maps[0] for one in maps)
     whole = maps[0] if same else replace(form.geometry, conv=None, transposed=None, lookup=None)

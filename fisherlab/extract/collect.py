@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fisherlab.extract.padding import counted
 from fisherlab.extract.proof import Weighted, call_tolerance, gradient_error, not_a_product
 from fisherlab.extract.rows import SEVERAL, as_rows, find_examples, take
 from fisherlab.extract.select import Weight
-from fisherlab.extract.tape import Call, Record, joined_slopes
+from fisherlab.extract.tape import Record, Recorded, joined_slopes
 
 _NO_GRAPH = "its output carries no graph (no_grad, or reentrant checkpointing)"
 _RECURRENCE = "fused recurrence; fl.models' lstm is of Linear maps"
@@ -63,6 +64,10 @@ def collect(
     for name, found in calls.items():
         if name in failures:
             continue
+        if weighted is None and record.tape.others.get(name):
+            # what is not proven is not taken on trust
+            failures[name] = _why(record, name)[0]
+            continue
         form = Form.of(found)
         try:
             parts = [piece for call in found for piece in pieces(call, form, n)]
@@ -84,8 +89,8 @@ def collect(
             kind,
             parts,
             form,
-            lambda call: call.label_gradient,
-            lambda call: call.gradients,
+            lambda call: cast(Recorded, call).label_gradient,
+            lambda call: cast(Recorded, call).gradients,
             slopes=slopes,
             without_slope=reason,
             fisher_type=fisher_type,
@@ -114,7 +119,8 @@ def _counted(
         return None
 
     def seen() -> list[Tensor]:
-        edges, shapes = [part.call.edge for part in parts], [p.call.output.shape for p in parts]
+        calls = [cast(Recorded, part.call) for part in parts]
+        edges, shapes = [call.edge for call in calls], [call.output.shape for call in calls]
         found = dead.behind(outputs, labels, edges, shapes)
         return [
             one if part.rows is None else take(one.flatten(), part.rows)
@@ -127,15 +133,16 @@ def _counted(
     return counted(maps, columns, rows, mask, seen)
 
 
-def covered_share(weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]) -> float:
-    """The share of the trainable parameters that have a block."""
-    sizes = {name: w.tensor.numel() for name, w in weights.items() if w.tensor.requires_grad}
-    total = sum(sizes.values())
+def coverage(
+    weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]
+) -> tuple[int, int]:
+    """How many parameters are trained, and how many of them have a block."""
+    total = sum(w.tensor.numel() for w in weights.values() if w.tensor.requires_grad)
     inside = sum(layer.shape[0] * layer.shape[1] for layer in captured.values())
-    return min(1.0, inside / total) if total else 0.0
+    return total, min(total, inside)
 
 
-def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) -> list[Tensor]:
+def _leaves(calls: Mapping[str, Sequence[Recorded]], weights: Mapping[str, Weight]) -> list[Tensor]:
     """The weights with calls and the biases that they add, each once."""
     found = {id(weights[name].tensor): weights[name].tensor for name in calls}
     for call in (call for some in calls.values() for call in some):
@@ -145,13 +152,13 @@ def _leaves(calls: Mapping[str, Sequence[Call]], weights: Mapping[str, Weight]) 
 
 
 def _find_rows(
-    calls: Mapping[str, Sequence[Call]],
+    calls: Mapping[str, Sequence[Recorded]],
     outputs: Tensor,
     weighted: Weighted | None,
     examples: Tensor | None,
 ) -> dict[str, str]:
     """Set the examples of rows that are in another order than the batch's; why some have none."""
-    doubtful: list[tuple[str, Call]] = []
+    doubtful: list[tuple[str, Recorded]] = []
     failures: dict[str, str] = {}
     for name, call in ((name, call) for name, found in calls.items() for call in found):
         rows = len(as_rows(call, call.output))
@@ -164,12 +171,16 @@ def _find_rows(
         elif weighted is not None and not weighted.belong(call):
             doubtful.append((name, call))
     if doubtful:
-        reasons = find_examples(outputs, [call for _, call in doubtful])
+        found = [call for _, call in doubtful]
+        edges, shapes = [call.edge for call in found], [call.output.shape for call in found]
+        reasons = find_examples(outputs, found, edges, shapes)
         failures |= {name: why for (name, _), why in zip(doubtful, reasons, strict=True) if why}
     return failures
 
 
-def _slopes(name: str, calls: Sequence[Call], parts: Sequence[Piece], n: int) -> tuple[Tensor, str]:
+def _slopes(
+    name: str, calls: Sequence[Recorded], parts: Sequence[Piece], n: int
+) -> tuple[Tensor, str]:
     plain = all(not piece.sums and piece.rows is None for piece in parts)
     if plain and all(call.slopes is not None for call in calls):
         return joined_slopes(name, calls)
@@ -203,12 +214,12 @@ def _skipped(
             found[name.rpartition(".")[0] or name] = _RECURRENCE
         elif name in failures:
             found[name] = failures[name]
+        elif any(c.bias is weight.tensor for c in record.every()):
+            found[name] = "it is the bias of a weight without a block, or a weight's second bias"
         elif name in record.tape.without_graph:
             found[name] = _NO_GRAPH
         elif others:
             found[name] = f"it is used by {', '.join(sorted(others))}, not by a product of `kinds`"
-        elif any(c.bias is weight.tensor for c in record.every()):
-            found[name] = "it is the bias of a weight without a block, or a weight's second bias"
         else:
             found[name] = "not called in this forward pass"
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.rows import as_rows
-from fisherlab.extract.tape import Call
+from fisherlab.extract.tape import Call, Recorded
 
 CHECKS = ("full", "gradient", "off")
 # Relative to the sum of the lengths of what is added. Half precision and TF32 round this coarsely.
@@ -34,7 +34,7 @@ class Weighted:
 
     @classmethod
     def of(
-        cls, outputs: Tensor, labels: Tensor, calls: Sequence[Call], leaves: Sequence[Tensor]
+        cls, outputs: Tensor, labels: Tensor, calls: Sequence[Recorded], leaves: Sequence[Tensor]
     ) -> Weighted:
         """Send every example's loss gradient with its own weight, a power of two.
 
@@ -68,7 +68,7 @@ class Weighted:
         """The gradient at the output of a call."""
         return self.rows[id(call)]
 
-    def belong(self, call: Call) -> bool:
+    def belong(self, call: Recorded) -> bool:
         """Whether each row of a call depends on its example alone: `g_w[n, t] = w_n g[n, t]`."""
         row, g = self.rows[id(call)], call.label_gradient
         weights = self.weights.to(g)
@@ -137,7 +137,7 @@ def not_a_product(
     )
 
 
-def call_tolerance(call: Call) -> float:
+def call_tolerance(call: Recorded) -> float:
     """That of a call's input and output; the numbers of an embedding's tokens are exact."""
     tensors = [t for t in (call.raw_input, call.output) if t.is_floating_point()]
     return max(tolerance(tensor) for tensor in tensors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fisherlab.extract.tape import Call
 
@@ -34,7 +35,9 @@ def as_rows(call: Call, tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if whole_rows(call) else tensor.reshape(-1, tensor.shape[-1])
 
 
-def find_examples(outputs: Tensor, calls: Sequence[Call]) -> list[str]:
+def find_examples(
+    outputs: Tensor, calls: Sequence[Call], edges: Sequence[GradientEdge], shapes: Sequence[Any]
+) -> list[str]:
     """Set `examples` of each call; returns why it has none, or "".
 
     Loss terms are sent back with codes for weights: a row of example n returns `w_n` times its
@@ -44,6 +47,8 @@ def find_examples(outputs: Tensor, calls: Sequence[Call]) -> list[str]:
     Args:
         outputs: the model's outputs `[n, ...]`, with their graph.
         calls: those whose rows are in doubt.
+        edges: the edges behind their outputs.
+        shapes: the shapes of their outputs.
     """
     n = outputs.shape[0]
     base = max(2, math.isqrt(n - 1) + 1)
@@ -51,8 +56,8 @@ def find_examples(outputs: Tensor, calls: Sequence[Call]) -> list[str]:
     vector = torch.randn(outputs.shape, generator=generator).to(outputs) + 0.1
     index = torch.arange(n, device=outputs.device)
     digits = (index // base, index % base)
-    plain = _arrived(outputs, vector, calls)
-    coded = [_arrived(outputs, _times(vector, 1 + digit / base), calls) for digit in digits]
+    plain = _arrived(outputs, vector, edges, shapes)
+    coded = [_arrived(outputs, _times(vector, 1 + digit / base), edges, shapes) for digit in digits]
     reasons = []
     for k, call in enumerate(calls):
         g = as_rows(call, plain[k]).double()
@@ -79,15 +84,28 @@ def _times(vector: Tensor, weights: Tensor) -> Tensor:
     return vector * weights.to(vector).view(-1, *[1] * (vector.ndim - 1))
 
 
-def _arrived(outputs: Tensor, vector: Tensor, calls: Sequence[Call]) -> list[Tensor]:
-    edges: list[Any] = [call.edge for call in calls]
+def _arrived(
+    outputs: Tensor, vector: Tensor, edges: Sequence[GradientEdge], shapes: Sequence[Any]
+) -> list[Tensor]:
+    sources: list[Any] = list(edges)
     with torch.enable_grad():
         product = (outputs * vector).sum()
-    found = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
     return [
-        torch.zeros_like(call.output) if gradient is None else gradient
-        for call, gradient in zip(calls, found, strict=True)
+        outputs.new_zeros(shape) if gradient is None else gradient
+        for gradient, shape in zip(found, shapes, strict=True)
     ]
+
+
+def in_order(call: Call, n: int) -> bool:
+    """Whether the rows that have an example are those of the batch, one example after another."""
+    examples = call.examples
+    if examples is None:
+        return True
+    if len(examples) % n:
+        return False
+    own = torch.arange(n, device=examples.device).repeat_interleave(len(examples) // n)
+    return bool(((examples == own) | (examples < 0)).all())
 
 
 def order(examples: Tensor, n: int) -> Tensor:

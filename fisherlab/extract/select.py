@@ -125,17 +125,22 @@ class Weight:
         return self.local not in self.module._parameters
 
 
-def weights_of(model: nn.Module) -> dict[str, Weight]:
+def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
     """By name, in order of registration: a module's own name for its `weight`.
 
     A tensor that several modules share has the name of the first; the others are aliases.
+
+    Args:
+        model: the model.
+        computed: whether a parametrized module has its computed weight, or the parameters that it
+            is computed of. To compute it may update buffers.
     """
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules():
-        if "parametrizations" in prefix.split("."):
+        if computed and "parametrizations" in prefix.split("."):
             continue
-        computed = list(getattr(module, "parametrizations", ())) if _parametrized(module) else []
-        for local in (*module._parameters, *computed):
+        made = list(getattr(module, "parametrizations", ())) if _parametrized(module) else []
+        for local in (*module._parameters, *(made if computed else ())):
             tensor = getattr(module, local)
             if not isinstance(tensor, Tensor):
                 continue

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.api import _forward
+from fisherlab.extract.fisher import EXACT_UP_TO, exact_columns
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.isolation import isolated
-from fisherlab.extract.select import Weight, weights_of
+from fisherlab.extract.select import Weight, check_model, weights_of
 from fisherlab.extract.tape import Tape, Use
 
 
@@ -21,12 +23,19 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
     """One row per weight: its status, the reason, and what its block would cost.
 
     Columns: layer, layer_type, n_parameters, status ("exact", "tied", "plain gradient"), backend,
-    reason, shape (o, i), positions, capture_bytes (raw input and one column of output gradients),
-    gram_multiplications (of the Gram matrix with one column per example), estimated_seconds (those
-    at the rate of this machine), dense_bytes (of the block nobody should form), diagonal_factors
-    (the Kronecker factors too large for an optimizer, which keeps their diagonals).
+    reason, compare (what `compare` does with it by default: the Fisher type it takes for a
+    criterion of known likelihood, or why it refuses the model as it stands), shape (o, i),
+    positions, capture_bytes (raw input and one column of output gradients), gram_multiplications
+    (of the Gram matrix with one column per example), estimated_seconds (those at the rate of this
+    machine), dense_bytes (of the block nobody should form), diagonal_factors (the Kronecker factors
+    too large for an optimizer, which keeps their diagonals).
     """
     model = unwrapped(model)
+    try:
+        check_model(model)
+        refused = ""
+    except CaptureError as error:
+        refused = f"refused: {error}"
     uses: dict[str, list[Used]] = {}
 
     def note(use: Use, output: Tensor) -> Tensor:
@@ -40,14 +49,18 @@ def support(model: nn.Module, x: object) -> pd.DataFrame:
         model.eval()
         tape = Tape({name: weight.tensor for name, weight in weights.items()}, note)
         with tape:
-            _forward(model, x)
+            outputs = _forward(model, x)
+        many = exact_columns(outputs) > EXACT_UP_TO
+        kind = f"mc, 1 draw (more than {EXACT_UP_TO} outputs)" if many else "exact"
         rate = _multiplications_per_second(x)
         biases = {id(used.use.bias) for found in uses.values() for used in found}
         rows = []
         for name, weight in weights.items():
             if id(weight.tensor) in biases:
                 continue
-            rows.append(_row(weight, uses.get(name, []), tape.others.get(name, set()), rate))
+            row = _row(weight, uses.get(name, []), tape.others.get(name, set()), rate)
+            measured = row["status"] == "exact" and uses[name][0].use.kind == "map"
+            rows.append(row | {"compare": refused or (kind if measured else "skipped")})
             reason = f"shares its weight with {name!r}"
             rows += [
                 rows[-1] | {"layer": alias, "status": "tied", "reason": reason, "n_parameters": 0}
@@ -77,6 +90,7 @@ def _row(weight: Weight, uses: list[Used], others: set[str], rate: float) -> dic
         "status": "plain gradient",
         "backend": "",
         "reason": "",
+        "compare": "",
     }
     if not weight.tensor.requires_grad:
         return row | {"reason": "its weight is frozen"}

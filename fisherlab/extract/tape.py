@@ -58,29 +58,36 @@ class Use:
 
 @dataclass(eq=False)
 class Call:
-    """A `Use` in a capture: the edge behind its output, and the gradients that arrive there."""
+    """A product in the form that assembles into a capture."""
 
     geometry: Geometry
     bias: Tensor | None
     raw_input: Tensor
-    edge: GradientEdge
-    output: Tensor
-    input_version: int
     weight_shape: tuple[int, ...]
+    output: Tensor | None = None
     # of an element-wise product: the factor of the weight, and the axis where the weight starts
     scale: Tensor | None = None
     axis: int | None = None
-    slopes: Slopes | None = None
     # the example of every row, where the first axis is not the example; -1: no example
     examples: Tensor | None = None
-    # what arrived at the output: the loss gradient, and every column of the Fisher
-    label_gradient: Tensor = field(init=False)
-    gradients: Tensor = field(init=False)
 
     @property
     def is_map(self) -> bool:
         """Whether it is a linear map or a convolution."""
         return self.scale is None and self.geometry.lookup is None
+
+
+@dataclass(eq=False)
+class Recorded(Call):
+    """A call of a capture: the edge behind its output, and the gradients that arrive there."""
+
+    edge: GradientEdge = field(kw_only=True)
+    output: Tensor = field(kw_only=True)
+    input_version: int = field(kw_only=True)
+    slopes: Slopes | None = None
+    # what arrived at the output: the loss gradient, and every column of the Fisher
+    label_gradient: Tensor = field(init=False)
+    gradients: Tensor = field(init=False)
 
 
 class Tape(TorchFunctionMode):
@@ -120,9 +127,9 @@ class Tape(TorchFunctionMode):
                 return out
             self._note(func, (use.product.x,))
             if use.bias is None and use.product.bias is not None:
-                self._note(func, (use.product.bias,))
+                self._note(func, (use.product.bias,), " as a bias of several or no single weight")
             return self.record(use, out)
-        if _carries_graph(out):
+        if self._is_new(out):
             self._note(func, (*args, *kwargs.values()))
         return out
 
@@ -135,11 +142,17 @@ class Tape(TorchFunctionMode):
             return name
         return self._names.get(id(tensor._base))
 
-    def _note(self, func: Callable, arguments: Sequence[Any]) -> None:
+    def _is_new(self, out: object) -> bool:
+        """Whether a result depends on something trainable; a view of a weight is that weight."""
+        if isinstance(out, Tensor):
+            return out.requires_grad and self.name(out) is None
+        return isinstance(out, tuple | list) and any(self._is_new(item) for item in out)
+
+    def _note(self, func: Callable, arguments: Sequence[Any], role: str = "") -> None:
         for tensor in _tensors(arguments):
             name = self.name(tensor)
             if name is not None and tensor.requires_grad:
-                self.others.setdefault(name, set()).add(_name(func))
+                self.others.setdefault(name, set()).add(_name(func) + role)
 
     def _use(self, func: Callable, product: Product | None) -> Use | None:
         """The use of a tracked weight that a product is; None where it is none."""
@@ -234,15 +247,6 @@ def _name(func: Callable) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _carries_graph(out: object) -> bool:
-    """Whether a result is new and depends on something trainable; a view of a weight is not new."""
-    if isinstance(out, Tensor):
-        return out.requires_grad and out._base is None
-    if isinstance(out, tuple | list):
-        return any(_carries_graph(item) for item in out)
-    return False
-
-
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -264,7 +268,7 @@ class Record:
         self, weights: Mapping[str, Tensor], wanted: Collection[str], kinds: Collection[str]
     ) -> None:
         self.kinds = kinds
-        self.calls: dict[str, list[Call]] = {name: [] for name in wanted}
+        self.calls: dict[str, list[Recorded]] = {name: [] for name in wanted}
         self.tape = Tape(weights, self._add)
         # the gradient of the summed per-example loss at the outputs
         self.labels: Tensor
@@ -284,24 +288,23 @@ class Record:
         if product.scale is not None:
             with torch.no_grad():
                 scale = product.scale().detach()
-        shape = tuple(self.tape.weights[use.name].shape)
-        call = Call(
+        call = Recorded(
             use.geometry,
             use.bias,
             x.detach(),
-            edge,
-            kept,
-            x._version,
-            shape,
-            scale,
-            product.axis,
+            tuple(self.tape.weights[use.name].shape),
+            scale=scale,
+            axis=product.axis,
+            edge=edge,
+            output=kept,
+            input_version=x._version,
         )
         self.calls[use.name].append(call)
         # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
         # view's history, and the edge would silently receive nothing
         return output.clone() if output._is_view() else output
 
-    def every(self) -> list[Call]:
+    def every(self) -> list[Recorded]:
         """All calls, weight by weight."""
         return [call for calls in self.calls.values() for call in calls]
 
@@ -315,14 +318,14 @@ class Record:
                 )
 
 
-def set_slopes(outputs: Tensor, calls: Sequence[Call]) -> None:
+def set_slopes(outputs: Tensor, calls: Sequence[Recorded]) -> None:
     """Leave at every call what its function's derivative is; before the graph is freed."""
     found = slopes([outputs], [call.edge for call in calls])
     for call, each in zip(calls, found, strict=True):
         call.slopes = each
 
 
-def joined_slopes(name: str, calls: Sequence[Call]) -> tuple[Tensor, str]:
+def joined_slopes(name: str, calls: Sequence[Recorded]) -> tuple[Tensor, str]:
     """Over all calls of a map: the sums `[n, 2]`, and why there is no `nu`, or ""."""
     found = [call.slopes for call in calls if call.slopes is not None]
     reason = next((each.reason for each in found if each.reason), "")

@@ -42,7 +42,12 @@ from fisherlab.metrics.gram_study import GramStudy, gram_study
 from fisherlab.metrics.invariant import condition, stein_loss
 from fisherlab.metrics.layers import dropped_mass, layer_correlation, layer_masses
 from fisherlab.metrics.pareto import pareto_front
-from fisherlab.metrics.population import population_error, population_norm
+from fisherlab.metrics.population import (
+    PopulationEstimate,
+    population_error,
+    population_estimate,
+    population_norm,
+)
 from fisherlab.metrics.spectrum import (
     condition_curve,
     condition_number,
@@ -57,6 +62,7 @@ __all__ = [
     "ErrorSplit",
     "GramStudy",
     "GroupedOverlap",
+    "PopulationEstimate",
     "absolute_error",
     "adjacent_similarity",
     "by_class",
@@ -87,6 +93,7 @@ __all__ = [
     "pareto_front",
     "participation_ratio",
     "population_error",
+    "population_estimate",
     "population_norm",
     "principal_angles",
     "quadratic_decrease",

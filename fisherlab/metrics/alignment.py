@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,9 +17,13 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
 
     Kronecker eigenvectors for KFAC, TKFAC and their corrected forms, the identity for a diagonal;
     of a low-rank form those of its range. 1 means that only the eigenvalues of `X` can be wrong.
+    NaN where `F` has energy in a null space of `X`: an eigensolver picks its basis there, and the
+    value would be of that choice.
     """
     norm = F.squared_norm()
     energy = X.diagonal_of(F).double().square().sum()
+    if X.chosen(F) > torch.finfo(X.dtype).eps ** 0.5 * norm:
+        return torch.full_like(energy, math.nan)
     return torch.where(norm > 0, energy / norm.clamp(min=1e-300), torch.ones_like(norm))
 
 

@@ -1,46 +1,119 @@
-"""The error against the population's block, unbiased by the sampling noise of a mini-batch.
+"""The error against the population's block, not against the sampling noise of a mini-batch.
 
 A mini-batch block is mostly its own noise: `||F||^2` holds the squared norms of single examples.
 With per-example blocks `F_n = sum_m u_mn u_mn^T` of a reference the approximation has not seen,
 
-    ||E F_n||^2       = mean_{n != k} <F_n, F_k>            a U-statistic of the off-diagonal Gram
-    <E F_n, X>        = mean_n <F_n, X>
-    population error  = sqrt(||X||^2 - 2 <E F_n, X> + ||E F_n||^2) / ||E F_n||
+    u = mean_{n != k} <F_n, F_k>      unbiased for ||E F_n||^2, a U-statistic
+    p = mean_n <F_n, X>               unbiased for <E F_n, X>
+    d = ||X||^2 - 2 p + u             unbiased for ||X - E F_n||^2
+    population error = sqrt(d / u)    corrected for its bias to second order
+
+The pseudo-values of the jackknife, `u_n = M u - (M - 1) u_{-n}` and those of `d`, give standard
+error and interval as if they were independent pairs (`metrics.ratio`).
+
+Simulated coverage of the 95 % interval in percent, the mean over 5 to 11 approximations each, with
+the least and the largest of the laws in brackets (150 references per case):
+
+    unseen examples                  10           30          100          256
+    Gaussian                   96 (96-97)   96 (96-97)   96 (96-97)   96 (96-97)
+    Student, lognormal tails   95 (92-97)   95 (94-97)   96 (95-98)   96 (93-98)
+    extreme tails, outliers    93 (83-98)   94 (93-96)   93 (90-97)   92 (85-97)
+    networks, untrained        98 (96-100)  96 (94-97)   95 (94-96)   95 (94-96)
+    networks, in training      98 (95-100)  98 (96-99)   96 (93-99)   96 (94-99)
+    networks, converged        99 (98-100) 100 (98-100)  99 (98-100)  98 (96-99)
+
+No interval knows of what no unseen example shows: of 10, a third holds none of one in ten. The
+hardest approximation is a multiple of the population's block that is too small: 87 at 30 examples.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Outer
+from fisherlab.metrics import ratio
+
+# Unseen examples below which there is no interval, and no number.
+FEWEST, ENOUGH = 10, 30
+# How a row says that its population error is no number.
+UNKNOWN = "too few unseen examples for its population error"
 
 
-def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
-    """The relative error against the population and its standard error; 0-d float64 each.
+@dataclass(frozen=True)
+class PopulationEstimate:
+    """`||X - E F|| / ||E F||` as unseen examples tell it; 0-d float64, NaN where they do not.
 
-    `reference` is the exact block (`Outer`, or a `DirectSum` of them) of examples that `X` was not
-    built from. NaN for fewer than three examples, and where the estimate of the population's norm
-    or of the squared error is not positive, which is to say below its own noise. The standard error
-    is that of the first-order (Hajek) projection.
+    `squared` is the unbiased estimate of `||X - E F||^2`, which may be negative. The 95 % interval
+    runs from `low` to `high`. `error` is NaN below 30 examples and where the interval reaches 0 or
+    infinity; `low` and `high` are NaN below 10.
+    """
+
+    squared: Tensor
+    error: Tensor
+    error_se: Tensor
+    low: Tensor
+    high: Tensor
+    examples: int
+
+    @property
+    def reason(self) -> str:
+        """Why `error` is NaN; empty where it is not."""
+        if not self.error.isnan():
+            return ""
+        if self.examples < FEWEST:
+            return f"{UNKNOWN}: {self.examples}, where an interval needs {FEWEST}"
+        if self.low.isnan():
+            return f"{UNKNOWN}: {self.examples} contradict each other or are zero"
+        ends = f"{self.examples} leave it between {self.low:.2g} and {self.high:.2g}"
+        if self.examples < ENOUGH:
+            return f"{UNKNOWN}: {ends}, and a number needs {ENOUGH}"
+        return f"{UNKNOWN}: {ends}"
+
+
+def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
+    """`||X - E F|| / ||E F||` from unseen examples: number, standard error and 95 % interval.
+
+    Args:
+        X: a block that was not built from the reference's examples.
+        reference: the exact block (`Outer`, or a `DirectSum` of them) of the unseen examples.
+
+    Raises:
+        TypeError: the reference is no exact block, or one of the two is in groups.
     """
     (rows, own), products = _pair_sums(reference), _example_products(X, reference)
     M = len(products)
     nan = torch.full((), torch.nan, dtype=torch.float64, device=rows.device)
     if M < 3:
-        return nan, nan
-    rows = (rows - own) / (M - 1)
-    norm, product = rows.mean(), products.mean()
-    if norm <= 0:
-        return nan, nan
-    rest = X.squared_norm() - 2 * product
-    squared = 1 + rest / norm
-    influence = -2 * (products - product) / norm - rest * 2 * (rows - norm) / norm.square()
-    spread = influence.std() / M**0.5
-    if squared <= 0:
-        return nan, nan
-    error = squared.sqrt()
-    return error, spread / (2 * error)
+        return PopulationEstimate(nan, nan, nan, nan, nan, M)
+    rows = rows - own
+    norm = rows.sum() / (M * (M - 1))
+    rest = X.squared_norm().double() - 2 * products
+    squared = norm + rest.mean()
+    if M < FEWEST or not own.any():
+        return PopulationEstimate(squared, nan, nan, nan, nan, M)
+    # those of u: left out, example n takes 2 rows[n] off the sum over pairs
+    bottom = M * norm - (M * (M - 1) * norm - 2 * rows) / (M - 2)
+    top = bottom + rest
+    low, high = ratio.interval(top, bottom)
+    error = spread = math.nan
+    if M >= ENOUGH and low > 0 and high < math.inf:
+        error, spread = ratio.root(top, bottom)
+    numbers = nan.new_tensor([error, spread, low, high])
+    return PopulationEstimate(squared, numbers[0], numbers[1], numbers[2], numbers[3], M)
+
+
+def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
+    """The relative error against the population and its standard error; 0-d float64 each.
+
+    Both are NaN where the unseen examples are too few: `population_estimate` has the interval, the
+    unbiased squared error and the reason as well.
+    """
+    found = population_estimate(X, reference)
+    return found.error, found.error_se
 
 
 def population_norm(reference: Block) -> Tensor:

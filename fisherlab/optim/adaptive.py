@@ -32,12 +32,20 @@ class AdaptiveDamping(CurvatureOptimizer):
     def _unrecorded(self) -> AbstractContextManager[None]:
         """Passes of the model inside leave nothing behind."""
 
+    def _adapting(self) -> list[LevenbergMarquardt]:
+        """The rules that look twice at the loss of this step."""
+        rules = [group["damping"] for group in self.param_groups]
+        found = [rule for rule in rules if isinstance(rule, LevenbergMarquardt)]
+        return [rule for rule in found if self.steps % rule.every == 0]
+
+    def due(self) -> tuple[str, ...]:
+        """`damping` where the next step adapts it."""
+        return (*super().due(), *(("damping",) if self._adapting() else ()))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
-        rules = [group["damping"] for group in self.param_groups]
-        adapting = [r for r in rules if isinstance(r, LevenbergMarquardt)]
-        adapting = [rule for rule in adapting if self.steps % rule.every == 0]
+        adapting = self._adapting()
         if not adapting:
             return super().step(closure)
         if closure is None:

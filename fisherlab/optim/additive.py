@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.proof import projected_gradient
+from fisherlab.optim.weight import Weight
 
 
 class AdditiveLaw:
@@ -19,25 +21,29 @@ class AdditiveLaw:
     the sum.
     """
 
-    def __init__(
-        self, leaves: Mapping[str, tuple[Tensor, Tensor | None]], wanted: Callable[[], bool]
-    ) -> None:
-        """`leaves`: the weight and, if it has a block, the bias of each layer."""
-        generator = torch.Generator().manual_seed(0)
-        self.leaves = dict(leaves)
+    def __init__(self, weights: Mapping[str, Weight], wanted: Callable[[], bool]) -> None:
+        """`weights`: the matrix of each layer; more may join by `add`."""
+        self._generator = torch.Generator().manual_seed(0)
+        self.wanted = wanted
+        self.weights: dict[str, Weight] = {}
         self.vectors: dict[str, Tensor] = {}
         # `.grad v` of the weight and of the bias: before the first recorded pass, and now
         self.base: dict[str, dict[str, Tensor]] = {}
         self.left: dict[str, dict[str, Tensor]] = {}
-        self._handles = []
-        for name, (weight, bias) in leaves.items():
-            width = weight[0].numel() + (bias is not None)
-            v = torch.randn(width, generator=generator, dtype=torch.float64)
-            self.vectors[name] = v.to(weight)
-            for leaf in (weight, bias):
-                if isinstance(leaf, nn.Parameter) and leaf.requires_grad:
-                    hook = self._hook(name, "bias" if leaf is bias else "weight", wanted)
-                    self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+        self._handles: list[Any] = []
+        for weight in weights.values():
+            self.add(weight)
+
+    def add(self, weight: Weight) -> None:
+        """A matrix whose passes are to be told apart."""
+        self.weights[weight.name] = weight
+        v = torch.randn(weight.shape[1], generator=self._generator, dtype=torch.float64)
+        self.vectors[weight.name] = v.to(weight.weight)
+        for leaf in (weight.weight, weight.bias):
+            if leaf is not None and leaf.requires_grad:
+                kind = "bias" if leaf is weight.bias else "weight"
+                hook = self._hook(weight.name, kind, self.wanted)
+                self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
 
     def _hook(self, name: str, kind: str, wanted: Callable[[], bool]) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
@@ -47,23 +53,24 @@ class AdditiveLaw:
         return hook
 
     def _read(self, into: dict[str, dict[str, Tensor]], name: str, kind: str, leaf: Tensor) -> None:
-        width = leaf[0].numel() if kind == "weight" else 1
+        weight = self.weights[name]
         # a layer of another shape is refused at the step, which names it
-        if leaf.grad is None or width > len(self.vectors[name]):
+        if leaf.grad is None or (kind == "weight" and leaf.numel() % weight.geometry.in_features):
             return
         gradient, v = leaf.grad.detach(), self.vectors[name].to(leaf.grad)
-        product = (
-            gradient * v[-1] if kind == "bias" else gradient.flatten(1) @ v[: gradient[0].numel()]
-        )
+        if kind == "bias":
+            product = gradient * v[-1]
+        else:
+            product = weight.matrix(gradient) @ v[: weight.geometry.in_features]
         into.setdefault(name, {})[kind] = product
 
     def begin(self) -> None:
         """Note what `.grad` holds before the first recorded pass accumulates."""
         self.base.clear()
-        for name, (weight, bias) in self.leaves.items():
-            self._read(self.base, name, "weight", weight)
-            if bias is not None:
-                self._read(self.base, name, "bias", bias)
+        for name, weight in self.weights.items():
+            self._read(self.base, name, "weight", weight.weight)
+            if weight.bias is not None:
+                self._read(self.base, name, "bias", weight.bias)
 
     def remove(self) -> None:
         """Take the hooks off the parameters."""

@@ -117,6 +117,10 @@ class TruncatedNaturalGradient(NaturalGradient):
         super().__init__(model, approximation, **options)
         self.switch_step = switch_step
 
+    def due(self) -> tuple[str, ...]:
+        """What the next step refreshes: nothing of SGD's steps."""
+        return ("curvature", *super().due()) if self.steps < self.switch_step else ()
+
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         if self.steps < self.switch_step:
             return super()._directions()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, ClassVar, Protocol, cast
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fisherlab.distributed import Ranks, unwrapped
-from fisherlab.extract.select import weight_identity
-from fisherlab.optim.passes import blocked_layers
+from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.select import Names, chosen, weights_of
+from fisherlab.extract.tape import Use
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
 
@@ -27,6 +29,22 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Take them off."""
+
+
+def _meant(owners: Mapping[str, Any], layers: Names, skip: Names) -> set[str]:
+    """The names of the weights that may have a block; frozen ones count, if they are not named."""
+    if layers is None and skip is None:
+        return set(owners)
+    names, _ = chosen(owners, layers, skip)
+    if layers is None:
+        frozen = {name for name, owner in owners.items() if not owner.tensor.requires_grad}
+        return set(names) | frozen
+    return set(names)
+
+
+def _remove_all(hooked: list[Removable]) -> None:
+    for hooks in hooked:
+        hooks.remove()
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, ABC):
@@ -42,9 +60,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `kl_clip`.
 
     `nonfinite`: "raise" or "skip" a step whose gradient has NaN or inf. `max_norm` clips the norm
-    of all directions together. `kl_clip` multiplies them by `min(1, sqrt(kl_clip / q))`,
-    `q = sum lr^2 <direction, gradient>`. Where that binds, the step is `sqrt(kl_clip)` long in the
-    metric of the blocks whatever `lr` is: a learning-rate schedule then has no effect.
+    of all directions together. `kl_clip` guards against the step that curvature of few batches
+    misjudges: it multiplies the directions by
+
+        min(1, sqrt(r kl_clip / q)),   q = sum lr^2 <direction, gradient>,
+        r = min(1, (steps taken + 1) / warmup)
+
+    Where that binds, the step is `sqrt(r kl_clip)` long in the metric of the blocks whatever `lr`
+    is: a learning-rate schedule then has no effect. `clipped` counts such steps.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
@@ -52,9 +75,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     """
 
     data_parallel: ClassVar[bool] = False
-
-    # whether the calls of several modules with one weight make one block; else it is plain
-    joins_tied: ClassVar[bool] = False
 
     # those that a method can take
     decay_placements: ClassVar[tuple[str, ...]] = DECAY_PLACEMENTS
@@ -72,7 +92,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         decoupled: bool = False,
         max_norm: float | None = None,
         kl_clip: float | None = None,
+        warmup: int = 0,
         nonfinite: str = "raise",
+        layers: Names = None,
+        skip: Names = None,
         groups: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -92,6 +115,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         for name, bound in {"max_norm": max_norm, "kl_clip": kl_clip}.items():
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name} must be positive or None, got {bound!r}")
+        if int(warmup) != warmup or warmup < 0:
+            raise ValueError(f"warmup counts steps and is at least 0, got {warmup!r}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -110,32 +135,57 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         model = unwrapped(model)
         super().__init__(model.parameters() if params is None else params, defaults)
         self.max_norm, self.kl_clip, self.nonfinite = max_norm, kl_clip, nonfinite
+        self.warmup = warmup
         self.steps = 0
         # steps that max_norm or kl_clip has shortened so far
         self.clipped = 0
         self.hooked: list[Removable] = []
-        self.model, self.weights = model, self._find_weights(model)
+        # the model may outlive its optimizer, and is then as it was
+        weakref.finalize(self, _remove_all, self.hooked)
+        self._owners = weights_of(model, computed=False)
+        # of the weights that are frozen now some may be trained later
+        self._wanted = _meant(self._owners, layers, skip)
+        self.model, self.weights = model, self._find_weights()
         self._shapes = {name: w.weight.shape for name, w in self.weights.items()}
         self._dtypes: dict[str, torch.dtype] = {}
 
-    def _find_weights(self, model: nn.Module) -> dict[str, Weight]:
-        where = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
+    def _where(self) -> dict[nn.Parameter, int]:
+        """The group that each parameter is in."""
+        return {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
+
+    def _find_weights(self) -> dict[str, Weight]:
+        """The matrices of modules that torch itself calls; a first call shows the others."""
+        where = self._where()
         found: dict[str, Weight] = {}
-        modules = blocked_layers(model)
-        uses = Counter(weight_identity(module) for module in modules.values())
-        for name, module in modules.items():
-            weight = weight_identity(module)
-            if not isinstance(weight, nn.Parameter) or weight not in where:
+        for name, owner in self._owners.items():
+            ours = owner.tensor in where and owner.tensor.requires_grad
+            if name not in self._wanted or not ours:
                 continue
-            if uses[weight] > 1 and not self.joins_tied:
-                continue
-            if any(w.weight is weight for w in found.values()):
-                continue
-            bias = cast(nn.Parameter | None, module.bias)
-            if bias is not None and (not bias.requires_grad or bias not in where):
-                bias = None
-            found[name] = Weight(name, module, weight, bias, where[weight])
+            weight = Weight.known(owner, where)
+            if weight is not None and self._takes(weight.geometry):
+                found[name] = weight
         return found
+
+    def _takes(self, geometry: Geometry) -> bool:
+        """Whether the method has a block for a product of this geometry."""
+        return True
+
+    def _adopt(self, use: Use) -> Weight | None:
+        """The matrix of a weight that a call shows, if this optimizer steps it; None otherwise."""
+        owner = self._owners.get(use.name)
+        if owner is None or use.name in self.weights or not owner.tensor.requires_grad:
+            return None
+        if use.name not in self._wanted or not self._takes(use.geometry):
+            return None
+        weight = Weight.used(owner, use, self._where())
+        if weight is not None:
+            self.weights[use.name] = weight
+            self._shapes[use.name] = weight.weight.shape
+            self._joined_later(weight)
+        return weight
+
+    def _joined_later(self, weight: Weight) -> None:
+        """A matrix was found in a call; `weights` holds it."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim` does; refuse a decay that cannot be placed."""
@@ -176,6 +226,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         """An option of the group that the layer's weight is in."""
         return self.param_groups[weight.group][name]
 
+    def due(self) -> tuple[str, ...]:
+        """What the next step does beyond every step, such as `statistics`: its cost depends on it.
+
+        Nothing here: every step is like the others.
+        """
+        return ()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
@@ -190,7 +247,62 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         directions = self._directions()
         self._apply(self._clipped(directions))
         self.steps += 1
+        if self.steps == 1:
+            self._warn_of_share()
         return loss
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """`{name: reason}` of the weights that turned out to have no block."""
+        return {}
+
+    @property
+    def _others(self) -> Mapping[str, set[str]]:
+        """The functions that use a weight in another way than by a product."""
+        return {}
+
+    @property
+    def covered_share(self) -> float:
+        """The share of the trainable parameters of its groups that have a block."""
+        total = sum(p.numel() for p in self._where() if p.requires_grad)
+        return self._covered() / total if total else 0.0
+
+    def _covered(self) -> int:
+        return sum(w.size for name, w in self.weights.items() if name not in self.left_out)
+
+    def _warn_of_share(self) -> None:
+        """Say once that most matrices take their plain gradient, and why."""
+        where = self._where()
+        matrices = [
+            owner
+            for owner in self._owners.values()
+            if owner.tensor.ndim > 1 and owner.tensor in where and owner.tensor.requires_grad
+            if not isinstance(owner.module, nn.Embedding)
+        ]
+        total = sum(owner.tensor.numel() for owner in matrices)
+        inside = sum(
+            w.weight.numel() for name, w in self.weights.items() if name not in self.left_out
+        )
+        if 2 * inside >= total:
+            return
+        plain = [o for o in matrices if o.name not in self.weights or o.name in self.left_out]
+        reasons = "; ".join(f"{o.name!r}: {self._why_plain(o)}" for o in plain[:5])
+        more = f"; and {len(plain) - 5} more" if len(plain) > 5 else ""
+        warnings.warn(
+            f"only {inside / total:.0%} of the trainable matrices have a block; the others take "
+            f"their plain gradient. {reasons}{more}",
+            stacklevel=4,
+        )
+
+    def _why_plain(self, owner: Any) -> str:
+        if owner.name in self.left_out:
+            return self.left_out[owner.name]
+        if owner.name not in self._wanted:
+            return "left out by `layers` or `skip`"
+        others = self._others.get(owner.name)
+        if others:
+            return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
+        return "no product with it was seen"
 
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:
@@ -199,11 +311,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def remove(self) -> None:
         """Take the optimizer's hooks off the model."""
         for hooks in self.hooked:
-            hooks.remove()
-
-    def __del__(self) -> None:
-        # the model may outlive its optimizer, and is then as it was
-        for hooks in getattr(self, "hooked", ()):
             hooks.remove()
 
     def _check_ranks(self, factors: list[float]) -> None:
@@ -294,7 +401,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             scale = min(scale, self.max_norm / max(norm, 1e-300))
         if self.kl_clip is not None:
             change = self._predicted_kl(directions)
-            scale = min(scale, math.sqrt(self.kl_clip / max(abs(change), 1e-300)))
+            bound = self.kl_clip * min(1.0, (self.steps + 1) / max(1, self.warmup))
+            scale = min(scale, math.sqrt(bound / max(abs(change), 1e-300)))
         if scale == 1.0:
             return directions
         self.clipped += 1

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import approximations
-from fisherlab.approximations.damping import Rule, relative
+from fisherlab.approximations.damping import Rule, geometric, relative
+from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
 from fisherlab.approximations.eva import Eva
 from fisherlab.approximations.ifang import IFANG
-from fisherlab.approximations.kfac import KFAC
+from fisherlab.approximations.kfac import KFAC, KFACReduce
 from fisherlab.approximations.kronecker_optimal import KroneckerSum
+from fisherlab.approximations.mini_block import MiniBlock
 from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC
@@ -33,24 +35,35 @@ from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
 Maker = Callable[..., torch.optim.Optimizer]
 
-# Defaults found by a small search on digits (MLP and CNN, batch 64, 1 to 10 epochs):
-# damping relative to the mean eigenvalue tr F / N of each layer's block, three times it for running
-# means and ten times for the block of a single batch, which the gradient of that batch overfits;
-DAMPING, BATCH_DAMPING = 3.0, 10.0
-# and steps at most sqrt(1e-4) long in the metric of their blocks: as a batch is fitted its Fisher
-# matrix vanishes faster than its gradient, and a relative damping lets the step grow without bound.
-# Momentum 0.9 makes of it a KL divergence near 1e-2.
-# A product fitted to a single batch does not hold that batch's gradient: a tenth of it there.
-LR, KL_CLIP, CAUTIOUS_CLIP = 0.03, 1e-4, 1e-5
-# The corrected eigenvalues of a few batches are zero outside their span: shorter steps there.
-CORRECTED_CLIP = 2e-5
-# Steps at the start that refresh everything: on MNIST (MLP, batch 128) the inverse of the first
-# batch, kept for 100 steps, cost KFAC half of its speed and EKFAC 12 steps of divergence.
+# Defaults found by a search on six tasks, whose table is docs/defaults.md. One rule for all: as
+# damping a share of the geometric mean of trace and mean eigenvalue, and a learning rate that
+# decides the step's length. kl_clip is a guard: it holds the first steps, and seldom binds later.
+LR, KL_CLIP = 0.01, 1e-3
+# of running means
+SHARE = 0.05
+# of eigenvalues that are of single directions: those of a few batches are zero outside their span
+CORRECTED_SHARE, CORRECTED_LR, CORRECTED_CLIP = 0.1, 0.005, 4e-4
+# of the block of a single batch, which the gradient of that batch overfits, and of all layers'
+BATCH_SHARE, JOINT_SHARE = 0.3, 1.0
+# An exact block holds that gradient: `lr^2 <direction, gradient>` is at most lr^2, per block.
+BATCH_LR, JOINT_LR = 0.02, 0.03
+# Blocks of one direction, or without output gradients, are not on the scale of F, and neither is
+# the length of a step in them.
+RANK_ONE_CLIP, SLOPE_CLIP = 1e-2, 2e-3
+# Steps at the start that refresh everything, while kl_clip grows to its value: on MNIST (MLP, batch
+# 128) the inverse of the first batch, kept for 100 steps, cost KFAC half of its speed; and the
+# gradients of a LeNet at its start are so small that its curvature grows 10^4-fold in ten steps.
 WARMUP = 20
 # A squared error's empirical Fisher matrix has the residual's square in it, 10^-4 of its curvature
 # on the MNIST autoencoder, whose first step would be 500 long: columns drawn from the model
-# instead; and no momentum, since clipped steps of one direction add up to ten of them.
-SQUARED = {"fisher_type": "mc", "kl_clip": 1e-5, "momentum": 0.0}
+# instead; and no momentum, which adds up ten early steps of one direction.
+UNMOVED = {"momentum": 0.0, "kl_clip": 1e-2}
+SQUARED = {"fisher_type": "mc", "lr": 0.03, **UNMOVED}
+# Where F is of the observed labels alone.
+SQUARED_EXACT = {"lr": 0.1, "damping": geometric(0.1), **UNMOVED}
+SQUARED_RANK_ONE = {"lr": 0.01}
+# No running mean to save on.
+_OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 # What `create` passes itself, and what constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs"}
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
@@ -76,26 +89,38 @@ def _with(kind: Callable[..., torch.optim.Optimizer], *args: Any, **defaults: An
 
 def _natural(
     approximation: Any,
-    share: float = DAMPING,
+    share: float = SHARE,
     kind: type[NaturalGradient] = NaturalGradient,
     **defaults: Any,
 ) -> Maker:
-    options = {**_clipped(relative(share)), "warmup": WARMUP, **defaults}
-    return _for_criterion(_with(kind, approximation, **options))
+    return _for_criterion(_with(kind, approximation, **{**_guarded(geometric(share)), **defaults}))
 
 
-def _for_criterion(make: Maker) -> Maker:
-    """The maker, with `SQUARED` as defaults where the criterion is a squared error."""
+def _for_criterion(make: Maker, squared: dict[str, Any] = SQUARED) -> Maker:
+    """The maker, with `squared` as defaults where the criterion is a squared error."""
 
     def made(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        squared = is_a(options.get("criterion"), nn.MSELoss)
-        return make(model, **{**(SQUARED if squared else {}), **options})
+        is_squared = is_a(options.get("criterion"), nn.MSELoss)
+        return make(model, **{**(squared if is_squared else {}), **options})
 
     return made
 
 
-def _clipped(damping: float | Rule) -> dict[str, Any]:
-    return {"lr": LR, "damping": damping, "kl_clip": KL_CLIP}
+def _guarded(damping: float | Rule, lr: float = LR) -> dict[str, Any]:
+    return {"lr": lr, "damping": damping, "kl_clip": KL_CLIP, "warmup": WARMUP}
+
+
+def _exact(
+    kind: Callable[..., torch.optim.Optimizer], share: float, lr: float, **defaults: Any
+) -> Maker:
+    options = {**_guarded(geometric(share), lr), **defaults}
+    return _for_criterion(_with(kind, **options), SQUARED_EXACT)
+
+
+def _rank_one(kind: type[NaturalGradient], *args: Any, lr: float, **defaults: Any) -> Maker:
+    approximation, damping = args
+    options = {**_guarded(damping, lr), "kl_clip": RANK_ONE_CLIP, **_OF_BATCH, **defaults}
+    return _for_criterion(_with(kind, approximation, **options), SQUARED_RANK_ONE)
 
 
 def _other(name: str) -> Maker:
@@ -103,13 +128,12 @@ def _other(name: str) -> Maker:
     approximation = approximations.get(name)()
     if approximation.additive:
         return _natural(approximation)
-    clip = KL_CLIP if name == "exact" else CAUTIOUS_CLIP
-    return _natural(approximation, BATCH_DAMPING, NaturalGradient, kl_clip=clip, **_OF_BATCH)
+    lr = BATCH_LR if name == "exact" else LR
+    return _natural(approximation, BATCH_SHARE, lr=lr, **_OF_BATCH)
 
 
 def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    defaults = {"basis_every": 10, "kl_clip": CAUTIOUS_CLIP, "warmup": 0}
-    make = _natural(KroneckerSum(), BATCH_DAMPING, NaturalGradient, **defaults)
+    make = _natural(KroneckerSum(), BATCH_SHARE, basis_every=10, warmup=5)
     optimizer = make(model, **options)
     assert isinstance(optimizer, NaturalGradient)
     for name, weight in optimizer.weights.items():
@@ -124,36 +148,42 @@ def _kronecker_sum(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-_OF_BATCH = {"statistics_every": 1, "basis_every": 1}
-_EXACT = _clipped(relative(BATCH_DAMPING))
+_CORRECTED: dict[str, Any] = {
+    "share": CORRECTED_SHARE,
+    "lr": CORRECTED_LR,
+    "kl_clip": CORRECTED_CLIP,
+}
 _KFAC = KFAC(placement="factored")
 _MAKERS: dict[str, Maker] = {
     "sgd": _plain(torch.optim.SGD, lr=0.1, momentum=0.9),
     "adam": _plain(torch.optim.Adam, lr=1e-3),
     "adamw": _plain(torch.optim.AdamW, lr=1e-3),
     "radam": _plain(torch.optim.RAdam, lr=1e-2),
-    "ngd": _with(NGD, **_EXACT),
-    "ngd_dense": _with(NGD, form="dense", **_EXACT),
-    "blockwise_ngd": _with(NGD, scope="layer", form="dense", **_EXACT),
-    "tengrad": _with(TENGraD, **_EXACT),
+    "ngd": _exact(NGD, JOINT_SHARE, JOINT_LR),
+    "ngd_dense": _exact(NGD, JOINT_SHARE, JOINT_LR, form="dense"),
+    "blockwise_ngd": _exact(NGD, BATCH_SHARE, BATCH_LR, scope="layer", form="dense"),
+    "tengrad": _exact(TENGraD, BATCH_SHARE, BATCH_LR),
     "ngd_smw": _with(NGDSMW, lr=0.1, alpha=0.005),
     "fngd": _with(FNGD, lr=0.1, alpha=0.005),
     "kfac": _natural(_KFAC),
-    "ekfac": _natural(EKFAC(), kl_clip=CORRECTED_CLIP),
+    "ekfac": _natural(EKFAC(), **_CORRECTED),
     "tkfac": _natural(TKFAC(placement="factored")),
-    "tekfac": _natural(TEKFAC(), kl_clip=CORRECTED_CLIP),
+    "tekfac": _natural(TEKFAC(), **_CORRECTED),
     "truncated_kfac": _natural(_KFAC, kind=TruncatedNaturalGradient, switch_step=300),
     "ang": _natural(_KFAC, kind=ANG, total_steps=1000),
     # damping inside two rank-one factors is not on the scale of F
-    "ifang": _with(ANG, IFANG(), total_steps=1000, **_clipped(0.1), **_OF_BATCH),
-    "sngd": _natural(SNGD(), 0.1, decay=0.995),
+    "ifang": _rank_one(ANG, IFANG(), 0.3, lr=0.02, total_steps=1000),
+    "sngd": _natural(SNGD(), 0.005, lr=0.02, kl_clip=SLOPE_CLIP, decay=0.995),
     "shampoo": _with(
         NaturalGradient, Shampoo(statistics="gradient"), lr=0.1, damping=relative(1e-4), graft=True
     ),
     # the paper's code weighs the new mean by 0.95: averaged longer, signed means cancel
-    "eva": _with(NaturalGradient, Eva(), decay=0.05, **_clipped(0.03), **_OF_BATCH),
+    "eva": _rank_one(NaturalGradient, Eva(), 0.1, lr=0.03, decay=0.05),
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),
     "kronecker_sum": _kronecker_sum,
+    "kfac_reduce": _natural(KFACReduce(), 0.02, lr=0.003),
+    "diagonal": _natural(Diagonal(), CORRECTED_SHARE, lr=CORRECTED_LR),
+    "mini_block": _natural(MiniBlock(), lr=CORRECTED_LR),
 }
 
 
@@ -165,9 +195,9 @@ def names() -> list[str]:
 def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, its defaults overridden by `options`.
 
-    Most curvature methods come with a `kl_clip`, which keeps them stable at any learning rate: a
-    step that it shortens is as long at any larger `lr`. `opt.clipped` counts those steps; with
-    `kl_clip=None` the learning rate alone decides.
+    The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
+    guard, which holds the first steps: one that it shortens is as long at any larger `lr`.
+    `opt.clipped` counts those steps; with `kl_clip=None` the learning rate alone decides.
 
     Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
     and `TypeError` for an option that the method does not have.

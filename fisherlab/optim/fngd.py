@@ -22,7 +22,7 @@ FLAT = 0.05
 class FNGD(Woodbury):
     """Phase 1: `W <- W - lr U v`;  phase 2: `W <- W - lr U v~`, `v~` the mean of phase 1's `v`.
 
-    FNGD Alg. 1, (9), (14); details 1. For `coefficient_steps` steps (one epoch) each layer solves
+    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves
     for its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and
     no inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary
     weight gradient taken, the bias included.
@@ -72,6 +72,10 @@ class FNGD(Woodbury):
     def collecting(self) -> bool:
         """Whether the first phase is still going on."""
         return self.share == "none" or self.steps < self.coefficient_steps
+
+    def due(self) -> tuple[str, ...]:
+        """`coefficients` in the first phase."""
+        return (*super().due(), *(("coefficients",) if self.collecting else ()))
 
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         if self.collecting:

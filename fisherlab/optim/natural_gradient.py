@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -18,10 +20,12 @@ from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block, from_dict, to_dict
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
-from fisherlab.extract.select import choices
+from fisherlab.extract.geometry import Convolution, Geometry
+from fisherlab.extract.select import Names
 from fisherlab.optim.recorder import Recorder, check_fisher_type
 from fisherlab.optim.running_blocks import RunningBlocks
 from fisherlab.optim.summary import summary_row
+from fisherlab.optim.watch import Watch, shown, unowned
 from fisherlab.optim.weight import Weight
 
 
@@ -33,8 +37,9 @@ class NaturalGradient(RunningBlocks):
     the graph of the loop's own forward) or "exact". Statistics are refreshed every
     `statistics_every` steps (T_FIM), the basis and the damped inverse every `basis_every` (T_EIG,
     T_INV), corrected eigenvalues every `corrections_every` (T_RE; None: with the statistics), all
-    at step 0, and all of them at each of the first `warmup` steps: an inverse made of one batch is
-    wrong outside that batch's span, and the gradients of the next ones lie there.
+    at step 0, and all of them at each of the first `warmup` steps, while `kl_clip` grows to its
+    value: an inverse made of one batch is wrong outside that batch's span, where the gradients of
+    the next ones lie.
     `statistics_examples` uses the first rows of a batch only. `graft` gives each layer's step the
     length of its gradient. Of a Kronecker factor with more than `largest_factor` rows (the output
     side of a word model's last layer) the diagonal is kept; a warning and `summary()` name it.
@@ -51,8 +56,6 @@ class NaturalGradient(RunningBlocks):
     """
 
     data_parallel = True
-
-    joins_tied = True
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class NaturalGradient(RunningBlocks):
         max_norm: float | None = None,
         kl_clip: float | None = None,
         nonfinite: str = "raise",
+        layers: Names = None,
+        skip: Names = None,
     ) -> None:
         if not isinstance(approximation, Approximation):
             raise TypeError(
@@ -95,8 +100,6 @@ class NaturalGradient(RunningBlocks):
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} counts steps and is at least 1, got {value!r}")
         as_rule(damping)
-        if int(warmup) != warmup or warmup < 0:
-            raise ValueError(f"warmup counts steps and is at least 0, got {warmup!r}")
         if statistics_examples is not None and statistics_examples < 1:
             raise ValueError(f"statistics_examples is at least 1, got {statistics_examples}")
         if largest_factor < 0:
@@ -112,7 +115,10 @@ class NaturalGradient(RunningBlocks):
             decoupled=decoupled,
             max_norm=max_norm,
             kl_clip=kl_clip,
+            warmup=warmup,
             nonfinite=nonfinite,
+            layers=layers,
+            skip=skip,
             groups={"damping": damping, **every},
         )
         self.approximation, self.decay, self.graft = approximation, decay, graft
@@ -120,44 +126,59 @@ class NaturalGradient(RunningBlocks):
         # the mean gradient is the joint batch's already
         local = approximation.needs - {"gradient"}
         reduce = self.ranks.sum if self.ranks is not None and local else None
-        self._owner = {key: w for w in self.weights.values() for key in w.keys}
-        self._running = {
-            key: Running(approximation, decay, reduce, largest_factor)
-            if approximation.additive
-            else None
-            for key in self._owner
-        }
-        self.largest_factor, self.warmup = largest_factor, warmup
+        self._make = partial(Running, approximation, decay, reduce, largest_factor)
+        self._owner: dict[str, Weight] = {}
+        self._running: dict[str, Running | None] = {}
+        for weight in self.weights.values():
+            self._joined_later(weight)
+        self.largest_factor = largest_factor
         self._warn_of_diagonals()
         self._blocks: dict[str, Block] = {}
         self._preconditioners: dict[str, Block] = {}
         self._lambdas: dict[str, float] = {}
         self._scale: dict[str, float] = {}
         self.recorder: Recorder | None = None
+        self.watch: Watch
         if local:
-            modules = {w.name: w.module for w in self.weights.values()}
-            modules |= {c.name: c.module for c in choices(model) if c.owner in modules}
             self.recorder = Recorder(
                 model,
-                modules,
+                self.weights,
+                unowned(self._adopt),
                 criterion=criterion,
                 fisher_type=fisher_type,
                 mc_samples=mc_samples,
                 generator=generator,
                 examples=statistics_examples,
                 needs=approximation.needs,
-                biased={name for name, w in self.weights.items() if w.bias is not None},
                 ranks=self.ranks,
             )
             self.recorder.wanted = True
             self.hooked.append(self.recorder)
+            self.watch = self.recorder.watch
+        else:
+            # the gradient is all that is needed; a first forward shows which weights are matrices
+            self.watch = shown(model, self.weights, unowned(self._adopt))
+            self.hooked.append(self.watch)
+
+    def _joined_later(self, weight: Weight) -> None:
+        for key in weight.keys:
+            self._owner[key] = weight
+            self._running[key] = self._make() if self.approximation.additive else None
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return {} if self.recorder is None else self.recorder.left_out
+
+    @property
+    def _others(self) -> Mapping[str, set[str]]:
+        return self.watch.tape.others
 
     def diagonal_factors(self, weight: Weight) -> str:
         """The layer's Kronecker factors of which the diagonal is kept: "output side (10000)"."""
         if not self.approximation.additive:
             return ""
-        o, i = weight.weight.flatten(1).shape
-        shape = o // weight.groups, i + (weight.bias is not None)
+        o, i = weight.shape
+        shape = o // weight.groups, i
         large = too_large(self.approximation, shape, self.largest_factor)
         return ", ".join(f"{side} side ({rows})" for side, rows in large.values())
 
@@ -261,6 +282,10 @@ class NaturalGradient(RunningBlocks):
 
     def _extra_state(self) -> dict[str, Any]:
         extra: dict[str, Any] = {
+            "weights": {
+                name: (asdict(w.geometry), self._name_of(w.bias))
+                for name, w in self.weights.items()
+            },
             "running": {k: r.state_dict() for k, r in self._running.items() if r and r.sums},
             "blocks": {key: to_dict(block) for key, block in self._blocks.items()},
             "preconditioners": {key: to_dict(P) for key, P in self._preconditioners.items()},
@@ -272,7 +297,35 @@ class NaturalGradient(RunningBlocks):
             extra["generator"] = self.recorder.generator.get_state()
         return extra
 
+    def _name_of(self, bias: nn.Parameter | None) -> str | None:
+        owners = self._owners.values()
+        return (
+            next((o.name for o in owners if o.tensor is bias), None) if bias is not None else None
+        )
+
+    def _restore_weights(self, known: Mapping[str, tuple[dict[str, Any], str | None]]) -> None:
+        """Matrices that a call had shown before the state was saved."""
+        where = self._where()
+        for name in (name for name in known if name not in self.weights and name in self._owners):
+            owner, (shape, bias) = self._owners[name], known[name]
+            for kind in ("conv", "transposed"):
+                if shape[kind] is not None:
+                    shape = shape | {kind: Convolution(**shape[kind])}
+            parameter = cast(nn.Parameter, owner.tensor)
+            leaf = None if bias is None else cast(nn.Parameter, self._owners[bias].tensor)
+            if parameter in where:
+                geometry = Geometry(**shape)
+                weight = Weight(
+                    name, owner.module, parameter, leaf, where[parameter], geometry, owner.local
+                )
+                self.weights[name] = weight
+                self._shapes[name] = parameter.shape
+                self._joined_later(weight)
+                if self.recorder is not None:
+                    self.recorder.add(weight)
+
     def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._restore_weights(extra.get("weights", {}))
         unknown = set(extra["running"]) - set(self._running)
         if unknown:
             raise ValueError(f"this state has layers that the model lacks: {sorted(unknown)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import pandas as pd
@@ -20,6 +20,7 @@ from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.summary import last_steps
+from fisherlab.optim.watch import unowned
 from fisherlab.optim.weight import has_gradient, undelivered
 
 # Parameters above which the dense forms are refused: the full matrix, and one layer's block.
@@ -72,18 +73,26 @@ class NGD(CurvatureOptimizer):
             self._check_size()
         self.recorder = Recorder(
             model,
-            {name: weight.module for name, weight in self.weights.items()},
+            self.weights,
+            unowned(self._adopt),
             criterion=criterion,
             fisher_type=fisher_type,
             mc_samples=mc_samples,
             generator=generator,
-            biased={name for name, weight in self.weights.items() if weight.bias is not None},
             ranks=self.ranks,
         )
         self.recorder.wanted = True
         self.hooked.append(self.recorder)
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self.recorder.left_out
+
+    @property
+    def _others(self) -> Mapping[str, set[str]]:
+        return self.recorder.watch.tape.others
 
     def _check_size(self) -> None:
         sizes = {name: weight.size for name, weight in self.weights.items()}

@@ -1,4 +1,4 @@
-"""One forward of a model with what its backward brought; the layers that take part."""
+"""One forward of a model with what its backward brought."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherlab.extract import tape
 from fisherlab.extract.layer import LayerCapture
-from fisherlab.extract.record import Call as GraphCall
-from fisherlab.extract.select import choices
 
 
-@dataclass
-class Call:
-    """One call of a layer: its input and output, and the gradients that reached the output.
+@dataclass(eq=False)
+class Call(tape.Call):
+    """One product of a layer: its input and output, and the gradients that reached the output.
 
-    Those that the approximation needs, or their sums over the `examples`.
+    Those that the approximation needs, or their sums over the `count` examples.
     """
 
-    examples: int
-    raw_input: Tensor
-    output: Tensor | None
+    count: int = field(kw_only=True)
+    shape: torch.Size = field(kw_only=True)
     gradient: Tensor | None = None
     arrived: bool = False
     columns: list[Tensor] = field(default_factory=list)
-    graph: GraphCall | None = None
+    # the edge behind the output, while something is still to be asked of the graph
+    edge: GradientEdge | None = None
+    # `[n, 2]` sums of slopes, and why there are none
+    slopes: tape.Slopes | None = None
+    # the positions `[n, t]` that the loss reaches behind a rectifier
+    behind: Tensor | None = None
     # the input awaits the gradient, which says what positions its sum is over
     waiting: bool = False
-    # of a Linear: the edge behind its output until the forward ends, and the positions `[n, t]`
-    # that a gradient has reached behind a rectifier
-    edge: GradientEdge | None = None
-    shape: torch.Size = torch.Size()
-    behind: Tensor | None = None
 
 
 @dataclass
@@ -54,10 +52,9 @@ class Pass:
         """Whether a backward pass came through."""
         return any(c.arrived for calls in self.calls.values() for c in calls)
 
-
-def blocked_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that an optimizer preconditions, those that share a weight included."""
-    return {c.name: c.module for c in choices(model) if c.status in ("exact", "tied")}
+    def every(self) -> list[Call]:
+        """All calls, layer by layer."""
+        return [call for calls in self.calls.values() for call in calls]
 
 
 def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:

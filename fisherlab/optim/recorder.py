@@ -1,8 +1,9 @@
 """The pair (a, g) of every layer, taken in the user's own forward and backward.
 
-Nothing is kept on a module. A hook on each layer's *output tensor* closes over that call's input,
-so a forward without a backward leaves nothing behind and an evaluation pass between two steps
-disturbs nothing. A pass counts only if its gradient is in `.grad` at the step (`AdditiveLaw`).
+A tape sees the products of the weights (`Watch`). A hook on each product's *output tensor* closes
+over that call's input, so a forward without a backward leaves nothing behind and an evaluation pass
+between two steps disturbs nothing. A pass counts only if its gradient is in `.grad` at the step
+(`AdditiveLaw`).
 
 The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
 recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would give a
@@ -13,48 +14,64 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
+from fisherlab.extract.assemble import Form, capture_of, pieces
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.dead import seen_at, stopping
-from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
-from fisherlab.extract.outputs import output_of
 from fisherlab.extract.padding import counted, weighed_input
 from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
-from fisherlab.extract.record import Call as GraphCall
-from fisherlab.extract.record import joined_slopes, set_slopes
-from fisherlab.extract.select import by_owner
+from fisherlab.extract.reentrant import reentrant_named
+from fisherlab.extract.rows import find_examples, in_order, take
+from fisherlab.extract.slopes import slopes
+from fisherlab.extract.tape import Use
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
+from fisherlab.optim.watch import Hook, Watch
+from fisherlab.optim.weight import Weight
 
 # of a capture: what sums of the raw tensors over the examples determine
 SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
 
 
 class Recorder:
-    """Hooks on a model's layers that deliver `LayerCapture`s of each step's own passes.
+    """Delivers `LayerCapture`s of each step's own passes.
 
     `wanted` switches the recording; the hooks are installed once, before any `torch.compile`, since
     compiled code ignores later ones.
+
+    Args:
+        model: the model.
+        weights: the matrices by name; those that a call shows are joined by `adopt`.
+        adopt: makes the matrix of a use that is not among them, or None.
+        criterion: what the training loop calls, if it was given.
+        fisher_type: "empirical", "mc" or "exact".
+        mc_samples: draws per example.
+        generator: of the draws; None: a fresh one seeded with 0.
+        examples: the first rows of a batch that count; None: all.
+        needs: what of a capture the approximation reads.
+        ranks: the processes that hold the other shards, if any.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        modules: dict[str, nn.Module],
+        weights: Mapping[str, Weight],
+        adopt: Callable[[Use], Weight | None] = lambda use: None,
         *,
         criterion: Callable | None = None,
         fisher_type: str = "empirical",
@@ -62,11 +79,11 @@ class Recorder:
         generator: torch.Generator | None = None,
         examples: int | None = None,
         needs: Collection[str] = ("inputs", "output_gradients"),
-        biased: Collection[str],
         ranks: Ranks | None = None,
     ) -> None:
         check_fisher_type(fisher_type)
-        self.modules, self.biased, self.criterion = modules, biased, criterion
+        self.weights, self.criterion = dict(weights), criterion
+        self._adopt = adopt
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.ranks = examples, ranks
@@ -83,31 +100,38 @@ class Recorder:
         self.passes: list[Pass] = []
         self._latest: weakref.ref[Pass] | None = None
         self._open: Pass | None = None
-        self._model = weakref.ref(model)
-        # layers without a block, and why: their gradient is not `g a^T` of their calls, or they
-        # have no slope; known after the first pass
+        # layers without a block, and why: their gradient is not `g a^T` of their calls, their rows
+        # are no examples, or they have no slope; known after the first pass
         self.left_out: dict[str, str] = {}
-        self._proven = examples is not None or self.summed
+        # layers that were proven, and those whose rows are not in the order of the examples
+        self._proven: set[str] = set()
+        self._coded: set[str] = set()
+        self._proves = examples is None and not self.summed
         self.law: AdditiveLaw | None = None
         if self.gradients and "inputs" in needs and examples is None and ranks is None:
-            self.law = AdditiveLaw(self._leaves(), lambda: self.wanted and not is_isolated())
-        self._handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
-        for name, module in modules.items():
-            self._handles.append(
-                module.register_forward_hook(uncompiled(self._layer_hook(name)), with_kwargs=True)
-            )
-        # after the layers' own: the model may be a single layer
-        self._handles.append(model.register_forward_hook(uncompiled(self._end)))
+            self.law = AdditiveLaw(self.weights, lambda: self.wanted and not is_isolated())
+        self.watch = Watch(
+            model, self.weights, lambda: self.wanted, self._begin, self._record, self._end
+        )
+        self._handles: list[Any] = []
         if isinstance(criterion, nn.Module):
-            self._handles.append(criterion.register_forward_hook(self._loss, with_kwargs=True))
+            hook = Hook(lambda _, *args: self._loss(*args))
+            self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off the model."""
+        self.watch.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self.law is not None:
             self.law.remove()
+
+    def add(self, weight: Weight) -> None:
+        """A matrix that joins later."""
+        self.weights[weight.name] = weight
+        if self.law is not None:
+            self.law.add(weight)
 
     def clear(self) -> None:
         """Forget the passes since the last step."""
@@ -116,17 +140,9 @@ class Recorder:
         if self.law is not None:
             self.law.clear()
 
-    def _leaves(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """The weight and the bias, if in its block, of every owner of a weight."""
-        owners = ((name, self.modules[name]) for name in by_owner(self.modules, {}))
-        return {
-            name: (cast(Tensor, m.weight), cast(Tensor, m.bias) if name in self.biased else None)
-            for name, m in owners
-        }
-
     def _drop_zeroed(self) -> None:
         """Forget passes whose gradients were thrown away: no weight has one any more."""
-        if self.passes and all(m.weight.grad is None for m in self.modules.values()):
+        if self.passes and all(w.weight.grad is None for w in self.weights.values()):
             self.passes.clear()
             if self.law is not None:
                 self.law.clear()
@@ -140,70 +156,65 @@ class Recorder:
             self.law.begin()
         self.passes.append(current)
 
-    # hooks ------------------------------------------------------------------------------------
+    # the forward pass -------------------------------------------------------------------------
 
-    def _begin(self, model: nn.Module, args: tuple) -> None:
-        # a deep copy of the model carries these hooks along
-        if model is not self._model():
-            return
-        self._open = None
-        if is_isolated():
-            return
+    def _begin(self) -> None:
         self._drop_zeroed()
-        self._open = Pass() if self.wanted and torch.is_grad_enabled() else None
+        self._open = Pass()
 
-    def _layer_hook(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            current = self._open
-            if current is None or not output.requires_grad or module is not self.modules[name]:
-                return None
-            raw = (args[0] if args else kwargs["input"]).detach()
-            part = raw[: self.examples]
-            # of a Linear over positions, those without a gradient are left out of the sum
-            waiting = self.summed and isinstance(module, nn.Linear) and part.ndim > 2
-            call = Call(
-                len(part),
-                part if waiting else self._kept(part),
-                output.detach()[: self.examples].clone() if self.outputs else None,
-                waiting=waiting,
-            )
-            if self.columns or self.slopes or not self._proven:
-                edge = get_gradient_edge(output)
-                call.graph = GraphCall(raw, edge, output.detach(), raw._version)
-            if self.gradients and isinstance(module, nn.Linear):
-                call.edge, call.shape = get_gradient_edge(output), output.shape
-            current.calls.setdefault(name, []).append(call)
+    def _record(self, use: Use, output: Tensor) -> Tensor:
+        current, weight = self._open, self.weights.get(use.name)
+        if current is None:
+            return output
+        known = use.name in self.watch.tape.others or use.kind != "map"
+        if weight is None and not known and (weight := self._adopt(use)) is not None:
+            self.add(weight)
+        if weight is None or not weight.fits(use):
+            self.watch.tape.others.setdefault(use.name, set()).add(use.function)
+            return output
+        x = use.product.x
+        part = x.detach()[: self.examples]
+        # of a linear map over positions, those without a gradient are left out of the sum
+        waiting = self.summed and weight.is_linear and part.ndim > 2
+        call = Call(
+            use.geometry,
+            use.bias,
+            part if waiting else self._kept(part),
+            tuple(weight.weight.shape),
+            output.detach()[: self.examples].clone() if self.outputs else None,
+            count=len(part),
+            shape=output.shape,
+            edge=get_gradient_edge(output),
+            waiting=waiting,
+        )
+        current.calls.setdefault(use.name, []).append(call)
 
-            def arrive(gradient: Tensor) -> None:
-                self._arrived(current)
-                call.arrived = True
-                if call.waiting:
-                    rows = gradient[: self.examples].detach()
-                    call.raw_input = self._kept(weighed_input(call.raw_input, rows, call.behind))
-                    call.waiting = False
-                if self.gradients:
-                    part = self._kept(gradient[: self.examples].detach())
-                    call.gradient = part if call.gradient is None else call.gradient + part
+        def arrive(gradient: Tensor) -> None:
+            self._arrived(current)
+            call.arrived = True
+            if call.waiting:
+                rows = gradient[: self.examples].detach()
+                call.raw_input = self._kept(weighed_input(call.raw_input, rows, call.behind))
+                call.waiting = False
+            if self.gradients:
+                part = self._kept(gradient[: self.examples].detach())
+                call.gradient = part if call.gradient is None else call.gradient + part
 
-            output.register_hook(arrive)
-            # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
-            # view's history, and the hook with it
-            return output.clone() if output._is_view() else None
-
-        return hook
+        output.register_hook(arrive)
+        # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
+        # view's history, and the hook with it
+        return output.clone() if output._is_view() else output
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """What is kept of the examples: they, or their sum, taken while they are at hand."""
         return example_sum(_wide(tensor)) if self.summed else tensor
 
-    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if model is not self._model() or is_isolated():
-            return
+    def _end(self, output: Tensor | None) -> None:
         current, self._open = self._open, None
-        if current is None or not current.calls:
+        if current is None or output is None:
             return
-        output = output_of(output)
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        self._leave_out(current)
+        if not current.calls:
             return
         current.output = output.detach()
 
@@ -213,13 +224,43 @@ class Recorder:
 
         output.register_hook(arrive)
         self._latest = weakref.ref(current)
-        if not self._proven:
+        if self._proves:
             self._prove(current, output)
         if self.slopes:
             self._find_slopes(current, output)
         self._watch_rectifiers(current, output)
         if self.columns and not isinstance(self.criterion, nn.Module):
+            if not self.watch.single:
+                raise OptimizerError(
+                    f"the model returned several tensors, and fisher_type={self.fisher_type!r} "
+                    "must know which the loss is of; pass `criterion=` the module that the "
+                    "training loop calls"
+                )
             self._send_columns(current, output, None)
+        elif not self.columns:
+            for call in current.every():
+                call.edge = None
+
+    def _leave_out(self, current: Pass) -> None:
+        """Name the layers without a call, or with a use that is no product of this weight's own."""
+        others = self.watch.tape.others
+        new: dict[str, str] = {}
+        for name in self.weights:
+            functions = ", ".join(sorted(others.get(name, ())))
+            # what is not proven is not taken on trust
+            lost = name not in current.calls or not self._proves
+            if functions and lost and name not in self.left_out:
+                new[name] = f"it is used by {functions}, not by a product FisherLab knows"
+        self._say(new)
+
+    def _say(self, reasons: Mapping[str, str]) -> None:
+        """Leave layers out, which is said once."""
+        for name, reason in reasons.items():
+            self.left_out[name] = reason
+            warnings.warn(
+                f"layer {name!r} has no block and takes its plain gradient: {reason}",
+                stacklevel=2,
+            )
 
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
         """The model's own output vectors, on the live graph and only as far as layer outputs.
@@ -227,7 +268,7 @@ class Recorder:
         `output` is what the criterion sees, which may have the examples' positions as rows.
         """
         criterion = fisher.as_module(self.criterion or nn.CrossEntropyLoss())
-        calls = [c for cs in current.calls.values() for c in cs if c.graph is not None]
+        calls = current.every()
         free = output.detach().float() if output.dtype.itemsize < 4 else output.detach()
         if labels is None:
             # mc and exact vectors depend on the labels through nothing but their shape
@@ -245,16 +286,17 @@ class Recorder:
             self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
         )
         for vector in vectors:
-            gradients = torch.autograd.grad(
-                output,
-                [call.graph.edge for call in calls],
-                (scale * vector).to(output.dtype),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with reentrant_named(OptimizerError):
+                gradients = torch.autograd.grad(
+                    output,
+                    _edges(calls),
+                    (scale * vector).to(output.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
-                    gradient = torch.zeros_like(call.graph.output)
+                    gradient = output.new_zeros(call.shape)
                 call.columns.append(gradient[: self.examples].detach())
         # the hooks on the output tensors have seen these columns too: only the loss's own count
         self._forget_gradients(current)
@@ -309,81 +351,129 @@ class Recorder:
         return [found[k] for k in kept]
 
     def _prove(self, current: Pass, output: Tensor) -> None:
-        """Leave out layers whose gradient is not `sum g a^T` of their calls; asked once.
+        """Leave out layers whose gradient is not `sum g a^T` of their calls; asked once of each.
 
         A random vector is sent back from the outputs: terms of the loss that are no terms of the
-        model, such as a penalty on the weights, are not in it.
+        model, such as a penalty on the weights, are not in it. Rows in another order than the
+        batch's are given back to their examples, in each pass of a layer that has such rows.
         """
-        self._proven = True
+        n = len(output)
+        fresh = {name for name in current.calls if name not in self._proven}
+        doubtful = [
+            (name, call)
+            for name, calls in current.calls.items()
+            for call in calls
+            if name in fresh or name in self._coded or call.shape[0] != n
+        ]
+        if doubtful:
+            self._find_rows(output, doubtful)
+        if fresh:
+            self._proven |= fresh
+            self._find_products(current, output, fresh - set(self.left_out))
+        if doubtful or fresh:
+            self._forget_gradients(current)
+
+    def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
+        n, calls = len(output), [call for _, call in doubtful]
+        whys = find_examples(output, calls, _edges(calls), [call.shape for call in calls])
+        new: dict[str, str] = {}
+        for (name, call), why in zip(doubtful, whys, strict=True):
+            same = call.shape[0] == n == len(call.raw_input)
+            if why or (same and in_order(call, n)):
+                # examples that interact, as under batch norm, keep the rows that they have
+                call.examples = None
+                if why and not same and name not in self.left_out:
+                    new[name] = why
+            else:
+                self._coded.add(name)
+        self._say(new)
+
+    def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
         generator = torch.Generator().manual_seed(0)
         vector = torch.randn(output.shape, generator=generator).to(output)
-        joined = {n: cs for n, cs in by_owner(self.modules, current.calls).items() if cs}
-        edges: list[Any] = [call.graph.edge for calls in joined.values() for call in calls]
-        parameters = self._leaves()
-        leaves = {name: [x for x in parameters[name] if x is not None] for name in joined}
-        flat = [leaf for found in leaves.values() for leaf in found]
+        joined = {name: calls for name, calls in current.calls.items() if name in names}
+        every = [call for calls in joined.values() for call in calls]
+        leaves = [
+            leaf
+            for name in joined
+            for leaf in (self.weights[name].weight, self.weights[name].bias)
+            if leaf is not None
+        ]
+        if not every:
+            return
         with torch.enable_grad():
             product = (output * vector).sum()
-        gradients = torch.autograd.grad(
-            product, [*edges, *flat], retain_graph=True, allow_unused=True
-        )
-        rest = iter(gradients[: len(edges)]), iter(gradients[len(edges) :])
+        sources: list[Any] = [*_edges(every), *leaves]
+        with reentrant_named(OptimizerError):
+            found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
+        rows = {
+            id(call): output.new_zeros(call.shape) if g is None else g
+            for call, g in zip(every, found[: len(every)], strict=True)
+        }
+        gradients = iter(found[len(every) :])
+        new: dict[str, str] = {}
         for name, calls in joined.items():
-            rows = [or_zero(next(rest[0]), call.graph.output) for call in calls]
-            found = [or_zero(next(rest[1]), leaf) for leaf in leaves[name]]
-            module, bias = self.modules[name], name in self.biased
-            inputs = [call.raw_input for call in calls]
-            parts = [
-                LayerCapture(
-                    name, "", Geometry.of(module, bias, k), tuple(inputs), None, tuple(rows)
-                )
-                for k in range(getattr(module, "groups", 1))
-            ]
-            error = gradient_error(parts, found[0], found[1] if len(found) > 1 else None)
-            if error > max(tolerance(x) for x in (*inputs, *rows)):
-                self.left_out[name] = not_a_product(error)
-                warnings.warn(
-                    f"layer {name!r} has no block and takes its plain gradient: "
-                    f"{self.left_out[name]}",
-                    stacklevel=2,
-                )
-        self._forget_gradients(current)
-        if not self.columns and not self.slopes:
-            for call in (call for calls in current.calls.values() for call in calls):
-                call.graph = None
+            weight = self.weights[name]
+            leaf = or_zero(next(gradients), weight.weight)
+            bias = None if weight.bias is None else or_zero(next(gradients), weight.bias)
+            parts, why = self._parts(name, calls, len(output))
+            if why:
+                new[name] = why
+                continue
+            layers = capture_of(name, "", parts, self._form(weight), lambda c: rows[id(c)])
+            error = gradient_error(list(layers.values()), leaf, bias)
+            if error > max(tolerance(t) for c in calls for t in (c.raw_input, rows[id(c)])):
+                others = self.watch.tape.others.get(name)
+                extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
+                new[name] = not_a_product(error, *extra)
+        self._say(new)
+
+    @staticmethod
+    def _form(weight: Weight) -> Form:
+        return Form(weight.geometry, weight.bias)
+
+    def _parts(self, name: str, calls: list[Call], n: int) -> tuple[list, str]:
+        """The calls in the form of the weight, or why they have none."""
+        form = self._form(self.weights[name])
+        try:
+            return [piece for call in calls for piece in pieces(call, form, n)], ""
+        except ValueError as error:
+            return [], str(error)
 
     def _watch_rectifiers(self, current: Pass, output: Tensor) -> None:
-        """See which positions of a Linear the loss reaches behind a rectifier that stops it."""
-        joined = by_owner(self.modules, current.calls).values()
-        several = [c for calls in joined for c in calls if len(calls) > 1 or c.raw_input.ndim > 2]
-        calls = [call for call in several if call.edge is not None]
-        edges = [call.edge for call in calls if call.edge is not None]
+        """See which positions of a linear map the loss reaches behind a rectifier."""
+        if not self.gradients:
+            return
+        calls = [
+            call
+            for name, found in current.calls.items()
+            for call in found
+            if self.weights[name].is_linear and (len(found) > 1 or len(call.shape) > 2)
+        ]
+        edges = _edges(calls)
         for call, nodes in zip(calls, stopping(output, edges) if edges else (), strict=True):
-            shape = call.shape
             for node in nodes:
-                node.register_prehook(partial(self._seen_behind, call, shape))
-        for known in (call for calls in joined for call in calls):
-            known.edge = None
+                node.register_prehook(partial(self._seen_behind, call))
 
-    def _seen_behind(self, call: Call, shape: torch.Size, gradients: tuple) -> None:
-        seen = seen_at(gradients[0], shape)[: self.examples]
+    def _seen_behind(self, call: Call, gradients: tuple) -> None:
+        seen = seen_at(gradients[0], call.shape)[: self.examples]
         call.behind = seen if call.behind is None else call.behind | seen
 
     def _find_slopes(self, current: Pass, output: Tensor) -> None:
         """Slopes of all calls; layers that have none are left out, which is said once."""
-        graphs = {
-            name: [call.graph for call in calls if call.graph is not None]
-            for name, calls in by_owner(self.modules, current.calls).items()
-            if calls
+        every = current.every()
+        for call, each in zip(every, slopes([output], _edges(every)), strict=True):
+            call.slopes = each
+        reasons = {
+            name: next((c.slopes.reason for c in calls if c.slopes and c.slopes.reason), "")
+            for name, calls in current.calls.items()
         }
-        set_slopes(output, [call for calls in graphs.values() for call in calls])
-        reasons = {name: joined_slopes(name, calls)[1] for name, calls in graphs.items()}
-        new = {n: reason for n, reason in reasons.items() if reason and n not in self.left_out}
+        new = {n: why for n, why in reasons.items() if why and n not in self.left_out}
         if new:
             self.left_out |= new
+            named = "; ".join(f"layer {name!r} has no slope nu: {why}" for name, why in new.items())
             warnings.warn(
-                f"SNGD has no block of these layers, which take their plain gradients: "
-                f"{'; '.join(new.values())}",
+                f"SNGD has no block of these layers, which take their plain gradients: {named}",
                 stacklevel=2,
             )
 
@@ -396,83 +486,92 @@ class Recorder:
         self.passes = [known for known in self.passes if known is not current]
 
     def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
-        joined = {
-            name: [call for call in calls if call.arrived]
-            for name, calls in by_owner(self.modules, one.calls).items()
-            if name not in self.left_out
-        }
         found: dict[str, LayerCapture] = {}
-        for name, calls in joined.items():
-            if calls:
-                found |= self._layer(name, calls, factor, one)
+        for name, calls in one.calls.items():
+            arrived = [call for call in calls if call.arrived]
+            if arrived and name not in self.left_out:
+                found |= self._layer(name, arrived, factor, one)
         return found
 
     def _layer(
         self, name: str, calls: list[Call], factor: float, one: Pass
     ) -> dict[str, LayerCapture]:
-        module = self.modules[name]
+        weight = self.weights[name]
         batch = len(cast(Tensor, one.output))
         expected = batch if self.examples is None else None
         for index, call in enumerate(calls):
-            shape = (call.examples, *call.raw_input.shape[1:])
-            if len(shape) < 2 or (expected is not None and call.examples != expected):
-                raise CaptureError(
-                    f"call {index} of layer {name!r} received {shape} in a "
+            given = (call.count, *call.raw_input.shape[1:])
+            moved = expected is not None and call.count != expected and call.examples is None
+            if len(given) < 2 or moved:
+                raise OptimizerError(
+                    f"call {index} of layer {name!r} received {given} in a "
                     f"batch of {batch}: the first axis must be the example"
                 )
-        inputs = tuple(_wide(call.raw_input) for call in calls)
-        labels, columns, scale = None, None, factor
-        if self.gradients:
-            labels = tuple(_wide(cast(Tensor, call.gradient)) for call in calls)
-            inputs = tuple(x.to(g.dtype) for x, g in zip(inputs, labels, strict=True))
-            if self.fisher_type == "empirical":
-                columns = tuple(g[None] for g in labels)
+        n = len(calls[0].raw_input) if self.summed or self.examples is not None else batch
+        parts, why = self._parts(name, calls, n)
+        if why:
+            raise OptimizerError(f"layer {name!r}: {why}; no parameter was changed")
+        scale = factor
+        columns: Callable[[Any], Tensor] | None = None
+        labels: Callable[[Any], Tensor] = _labels
+        if not self.gradients:
+            labels = _nothing_arrived
+        elif self.fisher_type == "empirical":
+            columns = _label_columns
         if self.columns:
-            assert labels is not None
             # its own columns are of the per-example loss already
-            labels, scale = tuple(factor * g for g in labels), 1.0
-            columns = tuple(torch.stack([_wide(v) for v in call.columns]) for call in calls)
-        counts = None
-        if self.gradients and "inputs" in self.needs and not self.summed:
-            assert labels is not None
-            own = columns if columns is not None else tuple(g[None] for g in labels)
-            geometry = Geometry.of(module, name in self.biased)
-
-            def behind() -> list[Tensor]:
-                shapes = [geometry.outputs(raw, 2).shape[1:3] for raw in own]
-                empty = torch.zeros((), dtype=torch.bool, device=own[0].device)
-                pairs = zip(calls, shapes, strict=True)
-                return [(empty if c.behind is None else c.behind).expand(s) for c, s in pairs]
-
-            counts = counted([geometry] * len(own), own, labels, behind=behind)
-        outputs = tuple(_wide(c.output) for c in calls if c.output is not None) or None
-        bias = name in self.biased
-        groups = getattr(module, "groups", 1)
-        slopes = None
+            scale, columns = 1.0, _columns
+            labels = partial(_labels, factor=factor)
+        sums = None
         if self.slopes:
-            graphs = [call.graph for call in calls if call.graph is not None]
-            slopes = joined_slopes(name, graphs)[0][: self.examples]
-        return {
-            f"{name}:{k}" if groups > 1 else name: LayerCapture(
-                name=name,
-                layer_type=type(module).__name__,
-                geometry=Geometry.of(module, bias, k),
-                raw_inputs=inputs,
-                raw_output_gradients=columns,
-                raw_label_gradients=labels,
-                raw_outputs=outputs,
-                slopes=slopes,
-                counted=counts,
-                fisher_type=self.fisher_type,
-                gradient_scale=scale,
-                summed=calls[0].examples if self.summed else 1,
-            )
-            for k in range(groups)
-        }
+            sums = torch.stack([c.slopes.sums for c in calls if c.slopes]).sum(0)[: self.examples]
+        layers = capture_of(
+            name,
+            type(weight.module).__name__,
+            parts,
+            self._form(weight),
+            labels,
+            columns,
+            slopes=sums,
+            fisher_type=self.fisher_type,
+            gradient_scale=scale,
+            summed=calls[0].count if self.summed else 1,
+        )
+        first = next(iter(layers.values()))
+        if not self.gradients:
+            return {key: replace(layer, raw_label_gradients=None) for key, layer in layers.items()}
+        if "inputs" not in self.needs or self.summed:
+            return layers
+
+        def behind() -> list[Tensor]:
+            found = []
+            for part in parts:
+                call = cast(Call, part.call)
+                seen = call.behind
+                if seen is None:
+                    seen = torch.zeros(
+                        call.shape[0],
+                        call.shape[1:-1].numel(),
+                        dtype=torch.bool,
+                        device=first.device,
+                    )[: self.examples]
+                found.append(seen if part.rows is None else take(seen.flatten(), part.rows))
+            return found
+
+        maps = first.maps or [first.geometry] * len(parts)
+        own = first.raw_output_gradients
+        rows = cast(tuple[Tensor, ...], first.raw_label_gradients)
+        own = tuple(g[None] for g in rows) if own is None else own
+        counts = counted(maps, own, rows, behind=behind)
+        return {key: replace(layer, counted=counts) for key, layer in layers.items()}
 
     def _factor(self, one: Pass) -> float:
         """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
-        assert one.output is not None
+        if one.output is None:
+            raise OptimizerError(
+                "the model returned no tensor with a graph, so the examples of its batch are not "
+                "known; return the outputs (a tensor, a tuple, a dict); no parameter was changed"
+            )
         if self.columns and one.loss_scale is None and one.output_gradient is not None:
             # columns were sent for every label, an ignored one included
             if ignored_terms(one.output, one.output_gradient):
@@ -490,15 +589,26 @@ def check_fisher_type(fisher_type: str) -> None:
         raise ValueError(unknown("fisher_type", fisher_type, fisher.FISHER_TYPES))
 
 
-def uncompiled(hook: Callable) -> Callable:
-    """The hook as it is, with a break of the graph, where the model is compiled later."""
-    breaking = torch.compiler.disable(hook)
+def _edges(calls: list[Call]) -> list[GradientEdge]:
+    return [cast(GradientEdge, call.edge) for call in calls]
 
-    def either(*args: Any) -> Any:
-        # the break itself costs an uncompiled model 15 us a call
-        return breaking(*args) if torch.compiler.is_compiling() else hook(*args)
 
-    return either
+def _labels(call: Any, factor: float = 1.0) -> Tensor:
+    g = _wide(cast(Tensor, call.gradient))
+    return g if factor == 1 else factor * g
+
+
+def _label_columns(call: Any) -> Tensor:
+    return _labels(call)[None]
+
+
+def _columns(call: Any) -> Tensor:
+    return torch.stack([_wide(v) for v in call.columns])
+
+
+def _nothing_arrived(call: Any) -> Tensor:
+    """In place of a gradient that is not kept: zeros that take no memory."""
+    return _wide(call.raw_input).new_zeros(()).expand(call.shape)[: call.count]
 
 
 def _plus(known: Tensor | None, gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import as_rule, expansion
@@ -39,6 +39,12 @@ class RunningBlocks(AdaptiveDamping):
     def _due(self, weight: Weight, what: str, step: int | None = None) -> bool:
         step = self.steps if step is None else step
         return step < self.warmup or step % self.option(weight, what) == 0
+
+    def due(self) -> tuple[str, ...]:
+        """What the next step refreshes of any layer: `statistics`, `basis`, `corrections`."""
+        kinds = ("statistics", "basis", *(("corrections",) if self._corrected else ()))
+        found = [k for k in kinds if any(self._due(w, f"{k}_every") for w in self.weights.values())]
+        return (*super().due(), *found)
 
     def _collects(self, weight: Weight, step: int | None = None) -> bool:
         due = self._due(weight, "statistics_every", step)
@@ -127,7 +133,7 @@ class RunningBlocks(AdaptiveDamping):
         """`make(key)` of every key: a nest of tensors, made by one rank and sent to the others."""
         if self.ranks is None:
             return {key: make(key) for key in keys}
-        sides = {key: self._owner[key].weight.flatten(1).shape for key in keys}
+        sides = {key: self._owner[key].shape for key in keys}
         owners = self.ranks.owners({key: float(o**3 + i**3) for key, (o, i) in sides.items()})
         mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
         return {key: self.ranks.broadcast(mine.get(key), owners[key]) for key in keys}
@@ -169,7 +175,7 @@ class RunningBlocks(AdaptiveDamping):
         self._scale = {
             name: 1 / expand(self._lambdas)
             for name, weight in self.weights.items()
-            if isinstance(weight.module, nn.Linear) and name in self._lambdas
+            if weight.is_linear and name in self._lambdas
             if (expand := expansion(self.option(weight, "damping"))) is not None
         }
 

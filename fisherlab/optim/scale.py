@@ -6,9 +6,8 @@ Fisher matrix that is c^2 off without any error.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import is_a
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.outputs import output_of
+from fisherlab.optim.watch import Hook
 
 
 class OptimizerError(RuntimeError):
@@ -146,12 +145,12 @@ class Loss:
 class LossScale:
     """The loss of each forward, in `loss` that of the latest."""
 
-    def __init__(self, model: nn.Module, criterion: Callable | None) -> None:
+    def __init__(self, criterion: Callable | None) -> None:
         self.criterion, self.loss = criterion, Loss(criterion)
-        self._model = weakref.ref(model)
-        self.handles = [model.register_forward_hook(torch.compiler.disable(self._end))]
+        self.handles = []
         if isinstance(criterion, nn.Module):
-            self.handles.append(criterion.register_forward_hook(self._loss))
+            hook = Hook(lambda _, *args: self._loss(*args))
+            self.handles.append(criterion.register_forward_hook(hook))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -163,11 +162,9 @@ class LossScale:
         """A forward begins: earlier ones may still await their backward."""
         self.loss = Loss(self.criterion)
 
-    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        output = output_of(output)
-        if is_isolated() or model is not self._model():
-            return
-        if isinstance(output, Tensor) and output.requires_grad:
+    def end(self, output: Tensor | None) -> None:
+        """A forward ends with this output."""
+        if output is not None:
             self.loss.follow(output)
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:

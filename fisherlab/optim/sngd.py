@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.select import choices
 from fisherlab.extract.slopes import slopes
 from fisherlab.names import unknown
-from fisherlab.optim.passes import blocked_layers
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
 
 Activation = Callable[[Tensor], Tensor] | None
@@ -136,7 +136,7 @@ def reconstruct(
     """
     if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
         raise ValueError(f"unknown method {method!r}")
-    layers = blocked_layers(model)
+    layers = {c.name: c.module for c in choices(model) if c.status in ("exact", "tied")}
     for name in activations or {}:
         if name not in layers:
             raise ValueError(unknown("layer", name, layers))

@@ -7,22 +7,25 @@ does not depend on the input. The plain weight gradient is never computed.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisherlab.blocks.columns import Columns
-from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.image import ImageColumns
-from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import LayerCapture
-from fisherlab.optim.recorder import uncompiled
+from fisherlab.extract.rows import find_examples, in_order
+from fisherlab.extract.tape import Call, Use
 from fisherlab.optim.scale import Loss, LossScale
+from fisherlab.optim.watch import Watch
 from fisherlab.optim.weight import Weight
 
 # the raw input and output gradient of each call of a layer in one pass
@@ -32,6 +35,16 @@ Calls = list[tuple[Tensor, Tensor]]
 Rows = Callable[[Weight, Calls, float], tuple[Tensor, Tensor | None]]
 
 
+@dataclass
+class _State:
+    """What all layers of an optimizer share."""
+
+    # layers whose backward came through since the last step
+    reached: set[str] = field(default_factory=set)
+    # whether the pass only asks for the examples of rows
+    asking: bool = False
+
+
 @dataclass(eq=False)
 class _Layer:
     """A layer in one forward of the model: how often it was called, and what came back."""
@@ -39,8 +52,10 @@ class _Layer:
     weight: Weight
     rows: Rows
     loss: Loss
-    reached: set[str]
+    state: _State
     count: int = 0
+    # whether the weight keeps its plain gradient
+    plain: bool = False
     # of a layer called several times: they share one Gram matrix, so all must have arrived
     arrived: Calls = field(default_factory=list)
 
@@ -98,8 +113,16 @@ class _Weighted(torch.autograd.Function):
         x, kernel = ctx.saved_tensors
         layer: _Layer = ctx.layer
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
-        layer.reached.add(weight.name)
+        if layer.state.asking:
+            needs = (needs[0], False, False)
+            asked = _gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs)[0]
+            return asked, None, None, None, None
+        layer.state.reached.add(weight.name)
         rows = found = None
+        if layer.plain:
+            needs = (needs[0], needs[1], needs[2])
+            grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs))
+            return *(None if grad is None else grad.to(kernel.dtype) for grad in grads), None, None
         if layer.count > 1:
             layer.arrived.append((x, g))
         else:
@@ -131,20 +154,25 @@ def _gradients(
     The weight's gradient is bilinear in input and output gradient, and `grad_x` does not depend on
     the input: scaling that leaves what is propagated untouched.
     """
-    module, ours = owner.module, owner.bias is not None
-    grad_bias = _bias_gradient(module, g, rows if ours else None) if needs[2] else None
+    ours, conv = owner.bias is not None, owner.geometry.conv
+    grad_bias = _bias_gradient(owner, g, rows if ours else None) if needs[2] else None
     if not (needs[0] or needs[1]):
         return None, None, grad_bias
     if rows is not None and needs[1]:
         x = _scaled(x, rows.to(x.dtype))
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        grad_x = g @ kernel if needs[0] else None
-        flat = g.reshape(-1, g.shape[-1])
-        return grad_x, flat.mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None, grad_bias
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return *_by_autograd(module, x, kernel, g, needs), grad_bias
-    zeros = [0] * len(module.stride)
-    options = (module.stride, module.padding, module.dilation, False, zeros, module.groups)
+    if conv is None:
+        flipped = owner.geometry.flipped
+        grad_x = g @ (kernel.mT if flipped else kernel) if needs[0] else None
+        if not needs[1]:
+            return grad_x, None, grad_bias
+        flat, inputs = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad_x, inputs.mT @ flat if flipped else flat.mT @ inputs, grad_bias
+    before, after = conv.padding[::2], conv.padding[1::2]
+    if conv.mode != "constant" or before != after:
+        return *_by_autograd(owner, x, kernel, g, needs), grad_bias
+    zeros = [0] * len(conv.stride)
+    padding = list(reversed(before))
+    options = (conv.stride, padding, conv.dilation, False, zeros, owner.groups)
     wanted = [needs[0], needs[1], False]
     backward = torch.ops.aten.convolution_backward
     return *backward(g, x, kernel, None, *options, wanted)[:2], grad_bias
@@ -158,9 +186,9 @@ def _scaled(x: Tensor, rows: Tensor) -> Tensor:
     return x * by_channel.view(*by_channel.shape, *[1] * (x.ndim - 2))
 
 
-def _bias_gradient(module: nn.Module, g: Tensor, rows: Tensor | None) -> Tensor:
+def _bias_gradient(owner: Weight, g: Tensor, rows: Tensor | None) -> Tensor:
     """`sum_n rows[n] g[n]` over all positions, `[o]`."""
-    channels = g.ndim - 1 if isinstance(module, nn.Linear) else 1
+    channels = g.ndim - 1 if owner.is_linear else 1
     if rows is None:
         return g.sum([k for k in range(g.ndim) if k != channels])
     if g.ndim > 2:
@@ -170,78 +198,114 @@ def _bias_gradient(module: nn.Module, g: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _by_autograd(
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
-    x: Tensor,
-    kernel: Tensor,
-    g: Tensor,
-    needs: tuple[bool, ...],
+    owner: Weight, x: Tensor, kernel: Tensor, g: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Paddings that are an operation of their own: the layer once more, under autograd."""
+    """Paddings that are an operation of their own: the convolution once more, under autograd."""
+    conv = cast(Convolution, owner.geometry.conv)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel) - 1]
     with torch.enable_grad():
         free_x, free_kernel = x.detach().requires_grad_(), kernel.detach().requires_grad_()
-        output: Tensor = module._conv_forward(free_x, free_kernel, None)
+        output = convolve(
+            conv.padded(free_x), free_kernel, None, conv.stride, 0, conv.dilation, owner.groups
+        )
         grad_x, grad_kernel = torch.autograd.grad(output, (free_x, free_kernel), g)
     return grad_x if needs[0] else None, grad_kernel if needs[1] else None
 
 
 class WeightedLayers:
-    """Hooks that put `_Weighted` behind every layer of an optimizer."""
+    """Puts `_Weighted` behind every product of an optimizer's weights.
+
+    Rows must be the examples. The first forward pass asks autograd; a layer whose rows are in
+    another order, or whose weight is used in another way as well, keeps its plain gradient.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        weights: dict[str, Weight],
+        weights: Mapping[str, Weight],
         rows: Rows,
         criterion: Callable | None = None,
+        adopt: Callable[[Use], Weight | None] = lambda use: None,
     ) -> None:
-        self.rows = rows
-        # layers whose backward came through these hooks since the last step
-        self.reached: set[str] = set()
-        self._model = weakref.ref(model)
+        self.rows, self.weights, self._adopt = rows, dict(weights), adopt
+        self.state = _State()
+        self.left_out: dict[str, str] = {}
+        self._proven: set[str] = set()
         # of the latest forward: each layer, with its parameters on their way to its calls
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
-        self.handles = [model.register_forward_pre_hook(uncompiled(self._begin))]
-        for weight in weights.values():
-            self.handles.append(
-                weight.module.register_forward_hook(
-                    uncompiled(self._hook(weight)), with_kwargs=True
-                )
+        self._asked: list[tuple[str, Call, GradientEdge]] = []
+        self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
+        self.scale = LossScale(criterion)
+
+    def _begin(self) -> None:
+        self._layers, self._asked = {}, []
+        self.scale.begin()
+
+    def _record(self, use: Use, output: Tensor) -> Tensor:
+        weight, others = self.weights.get(use.name), self.watch.tape.others
+        if weight is None and use.name not in others and use.kind == "map":
+            weight = self._adopt(use)
+            if weight is not None:
+                self.weights[use.name] = weight
+        fits = weight is not None and weight.fits(use) and use.geometry.width is None
+        if weight is None or not fits or not (weight.bias is None or weight.bias is use.bias):
+            others.setdefault(use.name, set()).add(use.function)
+            return output
+        if use.name in self.left_out:
+            return output
+        if use.name not in self._layers:
+            layer = _Layer(weight, self.rows, self.scale.loss, self.state)
+            ours = _Joined.apply(weight.weight, weight.bias, layer)
+            self._layers[use.name] = layer, *ours
+        layer, kernel, bias = self._layers[use.name]
+        layer.count += 1
+        if weight.bias is None:
+            bias = use.product.bias
+        weighted = _Weighted.apply(use.product.x, kernel, bias, layer, [output.detach()])
+        if use.name not in self._proven:
+            x = use.product.x.detach()
+            call = Call(use.geometry, use.bias, x, tuple(weight.weight.shape), output.detach())
+            self._asked.append((use.name, call, get_gradient_edge(weighted)))
+        return weighted
+
+    def _end(self, output: Tensor | None) -> None:
+        self.scale.end(output)
+        for name, functions in self.watch.tape.others.items():
+            if name in self.weights and name not in self.left_out:
+                self._say(name, f"it is used by {', '.join(sorted(functions))} as well")
+        if output is None or not self._asked:
+            return
+        asked, self._asked = self._asked, []
+        calls, edges = [call for _, call, _ in asked], [edge for *_, edge in asked]
+        shapes = [cast(Tensor, call.output).shape for call in calls]
+        try:
+            self.state.asking = True
+            whys = find_examples(output, calls, edges, shapes)
+        finally:
+            self.state.asking = False
+        n = len(output)
+        for (name, call, _), why in zip(asked, whys, strict=True):
+            self._proven.add(name)
+            same = len(cast(Tensor, call.output)) == n == len(call.raw_input)
+            if not same or not (why or in_order(call, n)):
+                reason = "its rows are not in the order of the examples"
+                self._say(name, why or reason)
+
+    def _say(self, name: str, reason: str) -> None:
+        """Leave a layer out, this pass included; said once."""
+        if name in self._layers:
+            self._layers[name][0].plain = True
+        if name not in self.left_out:
+            self.left_out[name] = reason
+            warnings.warn(
+                f"layer {name!r} has no block and takes its plain gradient: {reason}",
+                stacklevel=2,
             )
-        # after the layers' hooks, whose output it follows: the model may be a single layer
-        self.scale = LossScale(model, criterion)
-
-    def _begin(self, model: nn.Module, args: tuple) -> None:
-        # a deep copy of the model carries these hooks along
-        if model is self._model() and torch.is_grad_enabled() and not is_isolated():
-            self._layers = {}
-            self.scale.begin()
-
-    def _hook(self, weight: Weight) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            # a capture's own pass is none of the training's
-            if is_isolated() or not (torch.is_grad_enabled() and output.requires_grad):
-                return None
-            if module is not weight.module:
-                return None
-            if weight.name not in self._layers:
-                layer = _Layer(weight, self.rows, self.scale.loss, self.reached)
-                ours = _Joined.apply(weight.weight, weight.bias, layer)
-                self._layers[weight.name] = layer, *ours
-            layer, kernel, bias = self._layers[weight.name]
-            layer.count += 1
-            if weight.bias is None:
-                bias = cast("Tensor | None", module.bias)
-            x = args[0] if args else kwargs["input"]
-            return _Weighted.apply(x, kernel, bias, layer, [output.detach()])
-
-        return hook
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self._layers = {}
+        self.watch.remove()
+        self._layers, self._asked = {}, []
         self.scale.remove()
 
 
@@ -262,7 +326,7 @@ def columns_of(weight: Weight, calls: Calls, factor: float) -> list[Columns]:
         layer = LayerCapture(
             name=weight.name,
             layer_type=type(weight.module).__name__,
-            geometry=Geometry.of(weight.module, weight.bias is not None, group),
+            geometry=replace(weight.geometry, group=group),
             raw_inputs=tuple(_wide(x).to(_wide(g).dtype) for x, g in calls),
             raw_output_gradients=tuple(_wide(g)[None] for _, g in calls),
             raw_label_gradients=None,

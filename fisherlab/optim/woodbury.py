@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky, dot, sum_of
 from fisherlab.distributed import unwrapped
+from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.summary import last_steps
+from fisherlab.optim.watch import unowned
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 from fisherlab.optim.weighted import Calls, WeightedLayers, columns_of, of_columns
 
@@ -77,8 +79,22 @@ class Woodbury(CurvatureOptimizer):
         self._taken: dict[str, list[Taken]] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
-        self.layers = WeightedLayers(model, self.weights, _unowned(self.rows), criterion)
+        self.layers = WeightedLayers(
+            model, self.weights, _unowned(self.rows), criterion, unowned(self._adopt)
+        )
         self.hooked.append(self.layers)
+
+    def _takes(self, geometry: Geometry) -> bool:
+        # the rows of a transposed convolution's gradient are no rows of its weight
+        return geometry.transposed is None and geometry.lookup is None
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self.layers.left_out
+
+    @property
+    def _others(self) -> Mapping[str, set[str]]:
+        return self.layers.watch.tape.others
 
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         """`M v`, `[groups, n]`, for a layer's calls, and the weighted gradient where cheap."""
@@ -145,12 +161,13 @@ class Woodbury(CurvatureOptimizer):
 
     def _discard(self) -> None:
         self._taken.clear()
-        self.layers.reached.clear()
+        self.layers.state.reached.clear()
 
     def _check_delivered(self) -> None:
-        reached, self.layers.reached = self.layers.reached, set()
+        state = self.layers.state
+        reached, state.reached = state.reached, set()
         for name, weight in self.weights.items():
-            if name not in reached and has_gradient(weight):
+            if name not in reached and name not in self.left_out and has_gradient(weight):
                 raise OptimizerError(undelivered(name))
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:

@@ -49,10 +49,9 @@ def titled(subject: str, layer: str) -> str:
 def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
     """Angles between the leading k-subspaces of `F` and of each approximation, in degrees."""
     figure, (ax,) = theme.panels(1, height=2.8)
-    for name, values in angles.items():
-        degrees = np.rad2deg(values.numpy())
-        index = np.arange(1, len(degrees) + 1)
-        ax.plot(index, degrees, marker=theme.marker(name), color=theme.colour(name))
+    for name, look in theme.looks(angles).items():
+        degrees = np.rad2deg(angles[name].numpy())
+        ax.plot(np.arange(1, len(degrees) + 1), degrees, **look.line)
     ax.set(xlabel="angle, ascending", ylabel="principal angle [degrees]")
     ax.set(ylim=(-3, 93), yticks=[0, 30, 60, 90])
     ax.set_xticks(range(1, max(len(values) for values in angles.values()) + 1))

@@ -63,18 +63,18 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
         if ends.max() > 10 * ends.min():  # on a linear axis the fast ones would be one line
             ax.set_xscale("log")
             table = table[table[x] > 0]
+    looks = theme.looks(names)
     for name, mine in table.groupby("optimizer", sort=False):
-        # seeds take the same steps, and not quite the same time
+        # seeds take the same steps, and not quite the same time; a line of one point is nothing
         grouped = mine.groupby("step")
         places, values = grouped[x].mean(), grouped[column]
         known = name in names
-        colour = theme.colour(str(name)) if known else OTHERS
+        colour, marker = looks.get(name, (OTHERS, "." if len(places) == 1 else None))
         ax.plot(
             places,
             values.mean(),
             color=colour,
-            # a line of one point is nothing
-            marker=theme.marker(str(name)) if known else "." if len(places) == 1 else None,
+            marker=marker,
             markevery=max(1, len(places) // 6),
             lw=1.2 if known else 0.7,
             zorder=3 if known else 1,
@@ -111,9 +111,9 @@ def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
     figure, (reached, *paid) = theme.panels(
         1 + timed, columns=2, height=0.8 + 0.16 * len(known), sharey=True
     )
+    looks = theme.looks(known["optimizer"])
     for place, row in zip(places, known.itertuples(), strict=True):
-        colour, marker = theme.look(str(row.optimizer))
-        look: dict[str, Any] = {"color": colour, "marker": marker, "ls": ""}
+        look: dict[str, Any] = {**looks[row.optimizer].line, "ls": ""}
         reached.errorbar(row.final, place, xerr=row.final_sd, elinewidth=0.8, **look)
         for ax in paid:
             ax.plot([row.ratio_to_sgd], [place], **look)

@@ -21,8 +21,10 @@ UNITS = {
     "depth": "depth [hidden layers]",
     "width": "width [units]",
     "fisher_type": "Fisher type",
-    "build_seconds": "time to build the block [s]",
-    "memory_bytes": "memory of the block [bytes]",
+    "build_seconds": "time to build the block alone [s]",
+    "decompose_seconds": "time to decompose the block alone [s]",
+    "memory_bytes": "memory of the block as kept [bytes]",
+    "formed_bytes": "memory of the block, matrices formed [bytes]",
     "seconds": "time in steps [s]",
     "evidence": "log evidence [nats]",
     "rank": "rank correlation",
@@ -44,7 +46,7 @@ def error_facets(
     """A measure over layer, depth, width, batch size, Fisher type or step; a line per method.
 
     A line is the median over what is left (layers, seeds), its band the middle half. `facet` names
-    a column that gives one panel per value.
+    a column that gives one panel per value. A median of fewer numbers than rows has both beside it.
     """
     frame = theme.frame_of(table)
     groups = [("", frame)] if facet is None else list(frame.groupby(facet, sort=False))
@@ -58,6 +60,7 @@ def error_facets(
             sort=numeric, estimator="median", errorbar=("pi", 50), markeredgewidth=0.3,
             err_kws={"alpha": 0.12, "linewidth": 0}, ax=ax, **theme.styles(names),
         )  # fmt: skip
+        _count(ax, part, over, measure)
         ax.set(xlabel=label(over), ylabel=label(measure))
         ax.label_outer()
         _ticks(ax, part[over], numeric)
@@ -76,11 +79,9 @@ def lines(
     """Any column over any other, one line per method in its own look; `log` names the log axes."""
     figure, (ax,) = theme.panels(1, height=2.8)
     names = list(dict.fromkeys(frame[by]))
-    for name in names:
+    for name, look in theme.looks(names).items():
         rows = frame[frame[by] == name].sort_values(x)
-        ax.plot(
-            rows[x], rows[y], color=theme.colour(name), marker=theme.marker(name), markevery=0.1
-        )
+        ax.plot(rows[x], rows[y], **look.line, markevery=0.1)
     ax.set(xlabel=label(x), ylabel=label(y))
     for axis in log:
         ax.set(**{f"{axis}scale": "log"})
@@ -88,6 +89,16 @@ def lines(
     subject = title or f"{label(y)} over {label(x)}".replace("\n", " ")
     theme.title(figure, subject[0].upper() + subject[1:])
     return figure
+
+
+def _count(ax: Axes, frame: pd.DataFrame, over: str, measure: str) -> None:
+    """Beside each median that some rows have no number for: how many have one, of how many."""
+    for (name, place), values in frame.groupby(["approximation", over], sort=False)[measure]:
+        if 0 < values.count() < len(values):
+            ax.annotate(
+                f"{values.count()}/{len(values)}", (place, values.median()), xytext=(3, 2),
+                textcoords="offset points", fontsize=6, color=theme.colour(str(name)),
+            )  # fmt: skip
 
 
 def _ticks(ax: Axes, values: pd.Series, numeric: bool) -> None:
@@ -118,12 +129,12 @@ def pareto(
     figure, (ax,) = theme.panels(1, height=3.2)
     best = points.iloc[list(front)]
     ax.step(best[cost], best[measure], where="post", color="0.55", lw=1, zorder=1)
+    looks = theme.looks(points["approximation"])
     for index, row in points.reset_index(drop=True).iterrows():
         on = index in front
         ax.scatter(
-            row[cost], row[measure], 42 if on else 24, color=theme.colour(row["approximation"]),
-            marker=theme.marker(row["approximation"]), edgecolor="black", lw=0.9 if on else 0,
-            zorder=3 if on else 2,
+            row[cost], row[measure], 42 if on else 24, **looks[row["approximation"]].line,
+            edgecolor="black", lw=0.9 if on else 0, zorder=3 if on else 2,
         )  # fmt: skip
     if (points[cost] > 0).all():
         ax.set_xscale("log")
@@ -135,18 +146,23 @@ def pareto(
 
 @theme.themed
 def in_sample_against_population(table: Any) -> Figure:
-    """Both errors over batch size: full lines in sample, dashed on examples not seen."""
+    """Both errors over batch size: full lines in sample, dashed on examples not seen.
+
+    A median of fewer numbers than layers has both beside it, such as 2/3.
+    """
     frame = theme.frame_of(table)
-    names = comparison.ranked(frame, "population_error")
+    key = ("layer", "approximation", "seed", "step", "examples")
+    frame = frame.drop_duplicates([column for column in key if column in frame])
+    ranks = (comparison.ranked(frame, c) for c in ("population_error", "relative_error"))
+    names = list(dict.fromkeys(name for rank in ranks for name in rank))
     figure, (ax,) = theme.panels(1, height=3.0)
     medians = frame.groupby(["approximation", "examples"]).median(numeric_only=True)
-    for name in names:
+    for name, look in theme.looks(names).items():
         rows = medians.loc[name]
         for column, dash in (("relative_error", "-"), ("population_error", "--")):
-            ax.plot(
-                rows.index, rows[column], ls=dash, color=theme.colour(name),
-                marker=theme.marker(name),
-            )  # fmt: skip
+            ax.plot(rows.index, rows[column], ls=dash, **look.line)
+    for column in ("relative_error", "population_error"):
+        _count(ax, frame, "examples", column)
     _ticks(ax, frame["examples"], numeric=True)
     ax.set(xlabel=label("examples"), ylabel=r"$\|X - F\| \,/\, \|F\|$, median over layers")
     theme.legend(figure, names)

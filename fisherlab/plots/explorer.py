@@ -171,7 +171,7 @@ def _draw(
     heat(middle, overlap.matrix)
     middle.set(title=r"$|\langle v_i, q_j\rangle|$", xlabel=f"eigenvector of {name}")
     middle.set(ylabel="eigenvector of $F$", xticks=[], yticks=[])
-    right.plot(dampings, cosines, color=theme.colour(name), marker=theme.marker(name))
+    right.plot(dampings, cosines, **theme.look(name).line)
     right.axvline(damping, **theme.GUIDE)
     right.set(xscale="log", ylim=(min(-0.02, *cosines), 1.03), title="direction")
     right.set(xlabel=r"damping in units of $\mathrm{tr}\,F/N$", ylabel="cosine to the exact step")

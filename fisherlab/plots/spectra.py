@@ -29,19 +29,20 @@ def eigenvalues(spectra: Mapping[str, Tensor], layer: str = "", floor: float = 1
 def draw_spectrum(ax: Axes, spectra: Mapping[str, Tensor], floor: float = 1e-12) -> None:
     """The curves of `eigenvalues` in a panel of another picture."""
     top = max(float(values[0]) for values in spectra.values())
+    looks = theme.looks(spectra)
     for name, values in spectra.items():
-        _curve(ax, name, values[values > floor * top])
+        _curve(ax, name, looks[name], values[values > floor * top])
     ax.set(xscale="log", yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue")
 
 
-def _curve(ax: Axes, name: str, values: Tensor) -> None:
+def _curve(ax: Axes, name: str, look: theme.Look, values: Tensor) -> None:
     """One descending curve, thinned to what a log axis can show."""
     if not len(values):
         return
     index = np.unique(np.geomspace(1, len(values), 400).astype(int))
     ax.plot(
-        index, values.cpu().numpy()[index - 1], color=theme.colour(name), lw=_width(name),
-        marker=theme.marker(name), markevery=0.12 if len(index) > 8 else 1,
+        index, values.cpu().numpy()[index - 1], **look.line, lw=_width(name),
+        markevery=0.12 if len(index) > 8 else 1,
         zorder=2.5 if name == "exact" else 2,
     )  # fmt: skip
 
@@ -60,8 +61,9 @@ def cumulative_trace(shares: Mapping[str, Tensor], layer: str = "") -> Figure:
                 "metrics.cumulative_trace(block)"
             )
     figure, (ax,) = theme.panels(1, height=2.8)
+    looks = theme.looks(shares)
     for name, values in shares.items():
-        _curve(ax, name, values)
+        _curve(ax, name, looks[name], values)
     ax.set(xscale="log", xlabel="number of leading eigenvalues, $k$", ylim=(0, 1.03))
     ax.set_ylabel(r"$\sum_{j \leq k} \lambda_j \,/\, \mathrm{tr}$")
     theme.legend(figure, shares)
@@ -75,11 +77,8 @@ def condition_against_damping(
 ) -> Figure:
     """Condition number of `X + lambda I` over lambda, in units of `tr F / N`."""
     figure, (ax,) = theme.panels(1, height=2.8)
-    for name, values in numbers.items():
-        ax.plot(
-            dampings, values.cpu().numpy(), color=theme.colour(name), lw=_width(name),
-            marker=theme.marker(name),
-        )  # fmt: skip
+    for name, look in theme.looks(numbers).items():
+        ax.plot(dampings, numbers[name].cpu().numpy(), **look.line, lw=_width(name))
     ax.set(xscale="log", yscale="log")
     ax.set_xlabel(r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$")
     ax.set_ylabel(r"$(\lambda_{\max} + \lambda) \,/\, (\lambda_{\min} + \lambda)$")
@@ -93,11 +92,9 @@ def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
     """`exp(entropy of the spectrum)` by layer: `ranks[approximation][layer]`."""
     figure, (ax,) = theme.panels(1, height=2.8)
     layers = list(next(iter(ranks.values())))
-    for name, values in ranks.items():
-        places = [values[layer] for layer in layers]
-        ax.plot(
-            places, color=theme.colour(name), marker=theme.marker(name), lw=_width(name), alpha=0.9
-        )
+    for name, look in theme.looks(ranks).items():
+        places = [ranks[name][layer] for layer in layers]
+        ax.plot(places, **look.line, lw=_width(name), alpha=0.9)
     ax.set_xticks(range(len(layers)), layers, rotation=theme.rotation(layers))
     ax.set(yscale="log", xlabel="layer", ylabel="effective rank")
     theme.legend(figure, ranks)

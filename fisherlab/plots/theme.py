@@ -7,10 +7,11 @@ import html
 import io
 import math
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import pandas as pd
@@ -86,7 +87,8 @@ GUIDE: dict[str, Any] = {"color": "#444444", "lw": 0.8, "ls": "--", "zorder": 0}
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 # A family shares a hue (Okabe & Ito 2008, Tol 2021), its members differ in lightness and marker.
-# A name that is not here, a user's, gets a look from its own letters: the same one everywhere.
+# A name that is not here, a user's, gets a look from its own letters, if no other in the picture
+# has taken it.
 LOOKS = {
     "exact": ("#000000", "o"),
     "kfac": ("#0072B2", "o"),
@@ -121,36 +123,67 @@ LOOKS = {
     "ang": ("#117733", "p"),
     "truncated_kfac": ("#4C6FA5", "X"),
 }
-SPARE = ("#117733", "#EE8866", "#661100", "#77AADD", "#AA3377", "#4B8B3B")
+SPARE = (
+    "#99BB22", "#FF0088", "#1188FF", "#AA6655", "#DD99DD", "#AA0022",
+    "#776600", "#6600BB", "#FF7755", "#2244AA", "#4B8B3B", "#880077",
+)  # fmt: skip
 MARKERS = "osD^vPXph<>d"
 
 
-def look(name: str) -> tuple[str, str]:
-    """The colour and the marker of an approximation or optimizer, the same in every picture."""
-    if name in LOOKS:
-        return LOOKS[name]
-    letters = hashlib.sha256(name.encode()).digest()
-    return SPARE[letters[0] % len(SPARE)], MARKERS[letters[1] % len(MARKERS)]
+class Look(NamedTuple):
+    """How a curve is drawn."""
+
+    colour: str
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Options of matplotlib's functions."""
+        return {"color": self.colour, "marker": self.marker}
+
+
+def looks(names: Iterable[Any]) -> dict[Any, Look]:
+    """The look of each name in one picture; no two names share one.
+
+    A known name has the same look in every picture. A user's name has the one of its own letters,
+    or the next free one: colours repeat only where there are more such names than `SPARE`.
+    """
+    names = list(names)
+    found = {name: Look(*LOOKS[name]) for name in names if name in LOOKS}
+    colours, markers = Counter[str](), Counter[str]()
+    for name in sorted(set(names) - set(found), key=str):  # whatever the order in the picture
+        first, second, *_ = hashlib.sha256(str(name).encode()).digest()
+        choices = [Look(c, m) for m in _from(MARKERS, second) for c in _from(SPARE, first)]
+        free = [look for look in choices if look not in found.values()] or choices
+        found[name] = min(free, key=lambda look: (colours[look.colour], markers[look.marker]))
+        colours[found[name].colour] += 1
+        markers[found[name].marker] += 1
+    return found
+
+
+def _from(items: Sequence[str], start: int) -> list[str]:
+    start %= len(items)
+    return [*items[start:], *items[:start]]
+
+
+def look(name: str) -> Look:
+    """The look of a name that is the only user's name in its picture."""
+    return looks([name])[name]
 
 
 def colour(name: str) -> str:
-    """The colour of an approximation, the same in every picture."""
-    return look(name)[0]
-
-
-def marker(name: str) -> str:
-    """The marker of an approximation, the same in every picture."""
-    return look(name)[1]
+    """The colour of a name that is the only user's name in its picture."""
+    return look(name).colour
 
 
 def styles(names: Iterable[str]) -> dict[str, Any]:
     """`hue` options of seaborn's functions, so that each name has its own look."""
-    names = list(names)
+    found = looks(names := list(names))
     return {
         "hue_order": names,
-        "palette": {name: colour(name) for name in names},
+        "palette": {name: look.colour for name, look in found.items()},
         "style_order": names,
-        "markers": {name: marker(name) for name in names},
+        "markers": {name: look.marker for name, look in found.items()},
         "dashes": False,
     }
 
@@ -214,9 +247,9 @@ def title(figure: Figure, text: str) -> None:
 
 def legend(figure: Figure, names: Iterable[str], title: str = "", lines: bool = True) -> None:
     """One legend for all panels, outside on the right: it never covers data."""
+    found = looks(names := list(names))
     handles = [
-        Line2D([], [], color=colour(name), marker=marker(name), ls="-" if lines else "", label=name)
-        for name in names
+        Line2D([], [], **found[name].line, ls="-" if lines else "", label=name) for name in names
     ]
     figure.legend(handles=handles, title=title, loc="outside right upper", frameon=False)
 

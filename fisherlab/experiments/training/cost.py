@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,32 +22,62 @@ FEWEST = 8  # timed steps from which a ratio says something
 
 
 class Clock:
-    """The seconds of a method's steps in an epoch, without the first of the process."""
+    """The seconds of a run's steps, by what was due at them, and of the reference's between them.
+
+    `s = sum_k n_k / n median_k`: what is due at a step decides its kind k, and the rare kinds that
+    refresh the curvature count by their share. The reference has one kind, hence its median: both
+    sides are the same statistic, and SGD against itself is about 1.
+    """
 
     def __init__(self) -> None:
         self.cold = WARM_UP
-        self.begin()
+        self.warming = list[float]()  # the first steps of a process
+        self.timed: dict[str, list[float]] = {}
+        self.reference = list[float]()
 
-    def begin(self) -> None:
-        """Forget the epoch before."""
-        self.timed, self.warming = list[float](), list[float]()
-
-    def add(self, seconds: float) -> None:
-        """Count a step."""
-        (self.warming if self.cold else self.timed).append(seconds)
+    def add(self, seconds: float, due: str = "") -> None:
+        """Count a step, with what was due at it."""
+        (self.warming if self.cold else self.timed.setdefault(due, [])).append(seconds)
         self.cold = max(0, self.cold - 1)
 
+    @property
+    def steps(self) -> int:
+        """How many steps were timed."""
+        return sum(map(len, self.timed.values()))
+
     def seconds_per_step(self) -> float:
-        """The mean over the timed steps of the epoch; over the others where there is none."""
-        return fmean(self.timed or self.warming)
+        """The medians of the kinds, each by its share of the timed steps."""
+        kinds = list(self.timed.values()) or [self.warming]
+        return sum(len(kind) * median(kind) for kind in kinds) / sum(map(len, kinds))
+
+    def sgd_seconds_per_step(self) -> float:
+        """The median of the reference."""
+        return median(self.reference)
+
+    def ratio(self) -> float:
+        """The seconds of a step, SGD = 1; NaN before a step is timed."""
+        known = self.steps and self.reference
+        return self.seconds_per_step() / self.sgd_seconds_per_step() if known else math.nan
+
+    def state(self) -> dict[str, Any]:
+        """What was timed, as lists of numbers."""
+        return {"timed": self.timed, "reference": self.reference}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what was timed; the first steps of this process are cold again."""
+        self.timed, self.reference = dict(state["timed"]), list(state["reference"])
+
+
+def due(optimizer: torch.optim.Optimizer) -> str:
+    """What an optimizer does at the next step beyond every step, in words; "" for torch's own."""
+    return "+".join(getattr(optimizer, "due", tuple)())
 
 
 class SGDReference:
     """SGD with momentum on a model of its own, timed between the steps of a method.
 
     The machine's speed drifts and other processes come and go: a ratio to SGD measured in another
-    minute says little. The median over an epoch, since SGD's steps are all alike; the mean of a
-    method, whose rare steps that refresh its curvature are what it costs.
+    minute says little.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:

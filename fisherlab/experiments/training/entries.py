@@ -16,7 +16,7 @@ from fisherlab.approximations import damping
 from fisherlab.experiments.training.settings import Entry, Settings, SettingsError, check_known
 from fisherlab.optim.create import option_names
 
-RULES = ("constant", "relative", "gram_norm", "trace", "levenberg_marquardt")
+RULES = ("constant", "relative", "geometric", "gram_norm", "trace", "levenberg_marquardt")
 # Options that `make` fills in from the length of the whole run.
 PLANNED = ("total_steps", "switch_step")
 # Not a user's to set: the loop passes them.

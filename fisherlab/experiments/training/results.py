@@ -38,11 +38,11 @@ COLUMNS = {
     "bleu": "of greedy translations of the test set, 0 to 100, on lower-case words and marks",
     "clipped_share": "share of the epoch's steps that kl_clip or max_norm shortened; a step that "
     "kl_clip shortens is as long at any larger lr",
-    "seconds_per_step": "forward, backward and step; mean over the timed steps of the epoch",
-    "timed_steps": "steps of the epoch without the first 2 of a process; where none is left, "
-    "seconds_per_step is the mean of those",
-    "sgd_seconds_per_step": "SGD with momentum on the same model, between the steps of the epoch; "
-    "median",
+    "seconds_per_step": "forward, backward and step; medians over the timed steps so far of each "
+    "kind (ordinary, statistics due, basis due, ...), by the kind's share of them",
+    "timed_steps": "steps so far without the first 2 of a process; where none is left, "
+    "seconds_per_step is of those",
+    "sgd_seconds_per_step": "SGD with momentum on the same model, between the steps so far; median",
     "ratio_to_sgd": "seconds_per_step / sgd_seconds_per_step; of sgd itself, the clock's noise",
     "train_seconds": "seconds in steps so far, without evaluation",
     "peak_memory_bytes": "peak of the allocator (GPU) or of the process (Linux) in the epoch",
@@ -90,9 +90,10 @@ class Results:
         """One row per optimizer, the best first, then those without a result and why.
 
         The metric at the last and at the best epoch, mean and deviation over the seeds that came to
-        their end. The cost of a step is the mean over all timed steps, refreshes of the curvature
-        included, and its ratio the quotient by that of the reference SGD in the same row (the
-        median over epochs); of SGD itself, the clock's noise. No ratio below `FEWEST` timed steps.
+        their end. The cost of a step is the medians of its kinds, refreshes of the curvature by
+        their share, and its ratio the quotient by the median of the reference SGD in the same row;
+        of SGD itself, the clock's noise. Both are medians over the seeds. No ratio below `FEWEST`
+        timed steps.
         """
         found = [self._summary(entry.label) for entry in self.settings.entries]
         frame = pd.DataFrame(found)
@@ -135,10 +136,8 @@ class Results:
         best = by_seed.max() if self.higher_is_better else by_seed.min()
         last = rows.groupby("seed").last()
         epochs = rows[rows["epoch"] > 0]
-        timed = epochs["timed_steps"].astype(float).fillna(self.steps_per_epoch)
-        weight = timed if timed.any() else timed + 1
-        per_step = (epochs["seconds_per_step"] * weight).sum() / weight.sum()
-        sgd = epochs["sgd_seconds_per_step"].median()
+        timed = int(last["timed_steps"].astype(float).fillna(last["step"]).sum())
+        per_step, sgd = last["seconds_per_step"].median(), last["sgd_seconds_per_step"].median()
         return row | {
             "final": final.mean(),
             "final_sd": final.std() if len(final) > 1 else math.nan,
@@ -148,9 +147,9 @@ class Results:
             "test_loss": last["test_loss"].mean(),
             "seconds_per_step": per_step,
             "seconds_per_epoch": per_step * self.steps_per_epoch,
-            "timed_steps": int(timed.sum()),
+            "timed_steps": timed,
             "sgd_seconds_per_step": sgd,
-            "ratio_to_sgd": per_step / sgd if timed.sum() >= FEWEST else math.nan,
+            "ratio_to_sgd": per_step / sgd if timed >= FEWEST else math.nan,
             "clipped_share": epochs["clipped_share"].astype(float).mean(),
             "peak_memory_bytes": rows["peak_memory_bytes"].max(),
             "state_bytes": rows["state_bytes"].max(),

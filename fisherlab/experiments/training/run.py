@@ -19,6 +19,7 @@ from fisherlab.experiments.training.cost import (
     Clock,
     PeakMemory,
     SGDReference,
+    due,
     finished,
     tensor_bytes,
 )
@@ -54,7 +55,7 @@ class Run:
         self.looks_twice = isinstance(self.optimizer, optim.KBFGSOptimizer) or adapts
         self.epoch = self.steps = 0
         self.seconds = 0.0
-        self.clock = Clock()  # of this process, no state
+        self.clock = Clock()
         self.first_loss: float | None = None
 
     # state ----------------------------------------------------------------------------------------
@@ -69,6 +70,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "clock": self.clock.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -77,6 +79,8 @@ class Run:
             setattr(self, name, state[name])
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
+        if "clock" in state:  # not in a checkpoint of an earlier version
+            self.clock.load(state["clock"])
 
     # epochs ---------------------------------------------------------------------------------------
 
@@ -94,14 +98,14 @@ class Run:
         every_turn = max(1, task.steps_per_epoch // TURNS)
         losses: list[float] = []
         clipped, steps = getattr(self.optimizer, "clipped", math.nan), self.steps
-        self.clock.begin()
         reference.begin()
         for indices, x, y in task.batches(self.record.seed, self.epoch):
+            kind = due(self.optimizer)
             start = time.perf_counter()
             losses.append(self.step(indices, x, y))
             spent = time.perf_counter() - start
             self.seconds += spent
-            self.clock.add(spent)
+            self.clock.add(spent, kind)
             stepped(losses[-1])
             if len(losses) % every_turn == 0:
                 reference.turn(x, y)
@@ -114,7 +118,7 @@ class Run:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
             self.scheduler.step()
         shortened = getattr(self.optimizer, "clipped", math.nan) - clipped
-        per_step, sgd = self.clock.seconds_per_step(), reference.seconds_per_step()
+        self.clock.reference += reference.timed
         self.epoch += 1
         self.record.rows.append(
             {
@@ -123,10 +127,10 @@ class Run:
                 "train_loss": sum(losses) / len(losses),
                 **task.evaluate(self.model),
                 "clipped_share": shortened / (self.steps - steps),
-                "seconds_per_step": per_step,
-                "timed_steps": len(self.clock.timed),
-                "sgd_seconds_per_step": sgd,
-                "ratio_to_sgd": per_step / sgd if self.clock.timed else math.nan,
+                "seconds_per_step": self.clock.seconds_per_step(),
+                "timed_steps": self.clock.steps,
+                "sgd_seconds_per_step": self.clock.sgd_seconds_per_step(),
+                "ratio_to_sgd": self.clock.ratio(),
                 "train_seconds": self.seconds,
                 "peak_memory_bytes": math.nan if peak is None else float(peak),
                 "state_bytes": state,

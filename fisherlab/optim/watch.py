@@ -1,0 +1,183 @@
+"""The tape in a model's own forward pass, for an optimizer that stays."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.outputs import output_of
+from fisherlab.extract.products import Product
+from fisherlab.extract.select import weights_of
+from fisherlab.extract.tape import Tape, Use
+from fisherlab.optim.weight import Weight
+
+
+class Hook:
+    """A hook that stays with its model: a copy or a pickle of the model carries none."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self._breaking = function, torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        """The function, told whether the caller is compiled: its graph has a break here."""
+        # the break itself costs an uncompiled model 15 us a call
+        compiled = torch.compiler.is_compiling()
+        return self._breaking(True, *args) if compiled else self.function(False, *args)
+
+    def __reduce__(self) -> tuple:
+        return _nothing_of, ()
+
+
+def _nothing_of() -> Callable:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """What a copied hook does."""
+
+
+class Watch:
+    """Enters a tape at the begin of each forward pass of a model, and leaves it at its end.
+
+    Compiled code calls no function that a tape sees, and checkpointing computes again when the tape
+    is left. There the hooks of the modules tell their own products, as far as these are known.
+
+    Args:
+        model: the model.
+        weights: the matrices known so far; more may join.
+        wanted: whether the pass that begins is to be recorded.
+        begin: called when such a pass begins.
+        record: gets each use and its output, and returns the output or a tensor in its place.
+        end: called with the model's output tensor, the first of several, or None where it has none
+            with a graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Weight],
+        wanted: Callable[[], bool],
+        begin: Callable[[], None],
+        record: Callable[[Use, Tensor], Tensor],
+        end: Callable[[Tensor | None], None],
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.weights, self.wanted = weights, wanted
+        self.begin, self.record, self.end = begin, record, end
+        names = weights_of(model, computed=False)
+        self.owners = names
+        self.tape = Tape({name: owner.tensor for name, owner in names.items()}, record)
+        # whether the latest pass returned one tensor, or one called `logits`
+        self.single = True
+        # a recorded pass runs; in compiled code
+        self._running = self._compiled = False
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._begin)),
+            *(
+                weight.module.register_forward_hook(
+                    Hook(_of_module(weakref.ref(self), weight)), with_kwargs=True
+                )
+                for weight in weights.values()
+                if weight.local == "weight"
+            ),
+            model.register_forward_hook(Hook(self._end), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _begin(self, compiled: bool, model: nn.Module, args: tuple) -> None:
+        # a deep copy of the model carries these hooks along
+        if model is not self._model() or is_isolated():
+            return
+        self._running = self.wanted() and torch.is_grad_enabled()
+        if not self._running:
+            return
+        self.begin()
+        self._compiled = compiled
+        # an interrupted pass may have left it entered
+        if not compiled and self.tape not in _get_current_function_mode_stack():
+            self.tape.others.clear()
+            self.tape.__enter__()
+
+    def _end(self, compiled: bool, model: nn.Module, args: tuple, output: Any) -> None:
+        if model is not self._model() or is_isolated() or not self._running:
+            return
+        self._running = False
+        stack = _get_current_function_mode_stack()
+        if stack and stack[-1] is self.tape:
+            self.tape.__exit__(None, None, None)
+        found = output_of(output)
+        self.single = isinstance(found, Tensor)
+        self.end(first_with_graph(found))
+
+    def called(
+        self, weight: Weight, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor | None:
+        """A module's own product where no tape sees it: compiled, or computed again."""
+        if (self._running and not self._compiled) or module is not weight.module or is_isolated():
+            return None
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        x = args[0] if args else kwargs["input"]
+        product = Product(x, weight.weight, weight.bias)
+        return self.record(
+            Use(weight.name, weight.geometry, weight.bias, product, "module"), output
+        )
+
+
+def _of_module(watch: weakref.ref[Watch], weight: Weight) -> Callable:
+    def hook(
+        compiled: bool, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor | None:
+        known = watch()
+        return None if known is None else known.called(weight, module, args, kwargs, output)
+
+    return hook
+
+
+def first_with_graph(output: Any) -> Tensor | None:
+    """The first tensor with a graph in what a model returned."""
+    if isinstance(output, Tensor):
+        return output if output.requires_grad and output.ndim else None
+    inside: Any = ()
+    if isinstance(output, Mapping):
+        inside = output.values()
+    elif isinstance(output, tuple | list):
+        inside = output
+    found = (first_with_graph(item) for item in inside)
+    return next((tensor for tensor in found if tensor is not None), None)
+
+
+def unowned(method: Callable) -> Callable:
+    """A bound method that does not keep its object alive: the model holds the hooks."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call
+
+
+def shown(model: nn.Module, weights: Mapping[str, Weight], adopt: Callable[[Use], Any]) -> Watch:
+    """A watch of the first forward pass alone, which shows the matrices that are not yet known."""
+    seen: list[bool] = []
+
+    def record(use: Use, output: Tensor) -> Tensor:
+        if use.kind == "map" and use.name not in weights:
+            adopt(use)
+        return output
+
+    return Watch(
+        model, weights, lambda: not seen, lambda: None, record, lambda _: seen.append(True)
+    )
