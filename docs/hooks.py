@@ -17,6 +17,7 @@ PACKAGES = {
     "comparison": "Compare approximations of every layer",
     "extract": "Capture what the passes leave at each layer",
     "blocks": "Forms of a block and what they answer",
+    "statistics": "Sums over examples that approximations are made of",
     "approximations": "One definition per paper",
     "metrics": "Functions of an approximate and an exact block",
     "optim": "The same definitions as optimizers",

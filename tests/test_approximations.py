@@ -12,9 +12,10 @@ from references import randn, relative
 from torch import nn
 
 import fisherlab as fl
-from fisherlab.approximations.base import Means
+from fisherlab.approximations import Means
 from fisherlab.blocks.columns import Columns
 from fisherlab.extract import capture, fisher
+from fisherlab.statistics import InputMoment, LeftMoment, RightMoment
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 FISHER_TYPES = ("exact", "mc", "empirical")
@@ -213,8 +214,8 @@ def test_equal_approximations_are_equal_and_share_work(monkeypatch):
         assert dataclasses.replace(approximation) == approximation
         assert hash(dataclasses.replace(approximation)) == hash(approximation)
     sums, sizes = [], []
-    original = fl.KFAC.sums
-    monkeypatch.setattr(fl.KFAC, "sums", lambda self, x: sums.append(self) or original(self, x))
+    original = InputMoment.total
+    monkeypatch.setattr(InputMoment, "total", lambda S, x: sums.append(S) or original(S, x))
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda S: sizes.append(tuple(S.shape)) or eigh(S))
     memo = fl.approximations.Memo([layer])
@@ -251,6 +252,13 @@ def test_a_name_is_registered_once():
             pass
 
 
+def shampoo_of(columns):
+    """Shampoo's block of 400 examples' columns."""
+    found = {LeftMoment(): columns.left, RightMoment(): columns.right}
+    means = Means(found.__getitem__, 400, columns.shape)
+    return fl.Shampoo().block(means, columns.shape)
+
+
 def test_the_norm_of_shampoo_keeps_what_its_roots_lose():
     # together the small eigenvalues are 1e-5 of the trace, each is rounding beside the largest
     scale = torch.full((300,), 2e-4, dtype=torch.float64)
@@ -259,8 +267,7 @@ def test_the_norm_of_shampoo_keeps_what_its_roots_lose():
     norms = []
     for dtype in (torch.float64, torch.float32):
         columns = Columns(a.to(dtype), g.to(dtype))
-        means = Means({"left": columns.left, "right": columns.right}, 400)
-        block = fl.Shampoo().block(means, {}, {})
+        block = shampoo_of(columns)
         norms.append(block.squared_norm().item())
     roots = block.spectra
     assert roots[1][0].count_nonzero() < 100
@@ -274,8 +281,7 @@ def test_roots_of_shampoo_run_on_below_the_bound_of_rounding():
     steps, traces = [], []
     for dtype in (torch.float64, torch.float32):
         columns = Columns(a.to(dtype), g.to(dtype))
-        means = Means({"left": columns.left, "right": columns.right}, 400)
-        X = fl.Shampoo().block(means, {}, {})
+        X = shampoo_of(columns)
         traces.append(X.trace().item())
         steps.append(X.power(-1, 1e-7 * traces[0]) @ columns.combine(torch.ones(1, 400)))
         assert X.unseen < 1e-3
@@ -284,5 +290,4 @@ def test_roots_of_shampoo_run_on_below_the_bound_of_rounding():
     # a spectrum that breaks off: what is left is rounding, and is cut
     flat = randn(400, 1, 20, seed=1) @ randn(20, 60, seed=3)
     columns = Columns(flat.float(), g.float())
-    means = Means({"left": columns.left, "right": columns.right}, 400)
-    assert fl.Shampoo().block(means, {}, {}).spectra[1][0].count_nonzero() == 20
+    assert shampoo_of(columns).spectra[1][0].count_nonzero() == 20

@@ -9,7 +9,7 @@ from fisherlab import optim
 from fisherlab.approximations import eigen_corrected, exact, ifang, kronecker_optimal
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.running import Running
-from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
+from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Outer, contractions
 from fisherlab.claims import (
     ang,
@@ -29,6 +29,17 @@ from fisherlab.claims import (
 from fisherlab.extract import LayerCapture, fisher
 from fisherlab.optim import ngd, woodbury
 from fisherlab.optim import sngd as network
+from fisherlab.statistics import (
+    Energy,
+    EnergyProduct,
+    InputMoment,
+    LeftMoment,
+    LeftProduct,
+    OutputMoment,
+    RightMoment,
+    RightProduct,
+    Statistic,
+)
 
 EigenCorrected = eigen_corrected.EigenCorrected
 
@@ -55,17 +66,15 @@ def both(*mutations):
     return mutate
 
 
-def sums(key, change):
-    """A change of one sum of an approximation; it gets the sum and the layer."""
+def total(kind, change):
+    """A mutation of a statistic: its total becomes `change(what it was, layer)`, in every view."""
+    before = kind.total
 
-    def mutation(method):
-        def changed(self, layer):
-            found = dict(method(self, layer))
-            return {**found, key: change(found[key], layer)}
+    def mutate(patch):
+        patch.setattr(kind, "total", lambda self, layer: change(before(self, layer), layer))
+        patch.setattr(kind, "rows", Statistic.rows)
 
-        return changed
-
-    return mutation
+    return mutate
 
 
 def corrections(change):
@@ -251,7 +260,7 @@ MUTATIONS = {
     "corrected_eigenvalues_are_optimal": wrap(EigenCorrected, "corrections", transposed),
     "tekfac_error_at_most_tkfac": wrap(EigenCorrected, "corrections", transposed),
     "ekfac_error_at_most_kfac": wrap(EigenCorrected, "corrections", transposed),
-    "tkfac_keeps_the_trace": wrap(TKFAC, "sums", sums("trace", lambda x, layer: 2 * x)),
+    "tkfac_keeps_the_trace": total(Energy, lambda x, layer: 2 * x),
     "ekfac_keeps_the_trace": wrap(
         EigenCorrected, "corrections", corrections(lambda x, layer: x * layer.positions)
     ),
@@ -260,10 +269,8 @@ MUTATIONS = {
     ),
     "tkfac_of_summed_positions_keeps_the_trace": put(tekfac.SummedTrace, "approximation", TKFAC()),
     "kfac_keeps_the_trace": put(tekfac.KfacTrace, "approximation", TKFAC()),
-    "kfac_trace_error_is_a_covariance": wrap(
-        KFAC, "sums", sums("G", lambda x, layer: x * layer.examples)
-    ),
-    "tkfac_beats_kfac_usually": wrap(TKFAC, "sums", sums("trace", lambda x, layer: x / 9)),
+    "kfac_trace_error_is_a_covariance": total(OutputMoment, lambda x, layer: x * layer.examples),
+    "tkfac_beats_kfac_usually": total(Energy, lambda x, layer: x / 9),
     "tkfac_error_at_most_kfac": put(tekfac, "TKFAC", kronecker_optimal.KroneckerOptimal),
     "tekfac_beats_ekfac_usually": wrap(
         EigenCorrected, "corrections", corrections(lambda x, layer: 3 * x)
@@ -271,24 +278,20 @@ MUTATIONS = {
     # Kronecker products
     "optimal_kronecker_product_is_a_lower_bound": put(kronecker, "KroneckerOptimal", KFAC),
     "optimal_kronecker_product_is_a_singular_vector": put(kronecker, "KroneckerOptimal", TKFAC),
-    "tkfac_is_shampoo_squared": wrap(
-        TKFAC, "sums", lambda f: lambda self, layer: f(TKFACExpand(), layer)
+    "tkfac_is_shampoo_squared": both(
+        total(LeftMoment, lambda x, layer: LeftProduct().total(layer)),
+        total(RightMoment, lambda x, layer: RightProduct().total(layer)),
+        total(Energy, lambda x, layer: EnergyProduct().total(layer)),
     ),
-    "tkfac_as_printed_is_partial_traces": wrap(
-        TKFAC, "sums", sums("trace", lambda x, layer: x * layer.examples)
+    "tkfac_as_printed_is_partial_traces": total(Energy, lambda x, layer: x * layer.examples),
+    "tkfac_is_the_first_step_to_the_optimum": total(
+        LeftMoment, lambda x, layer: OutputMoment().total(layer)
     ),
-    "tkfac_is_the_first_step_to_the_optimum": wrap(
-        TKFAC, "sums", sums("left", lambda x, layer: KFAC().sums(layer)["G"])
-    ),
-    "kfac_is_tkfac_when_uncorrelated": wrap(KFAC, "sums", sums("A", lambda x, layer: 2 * x)),
+    "kfac_is_tkfac_when_uncorrelated": total(InputMoment, lambda x, layer: 2 * x),
     "kfac_is_tkfac_when_one_is_uncorrelated": product_set,
-    "kfac_is_exact_for_linear_networks": wrap(
-        KFAC, "sums", sums("G", lambda x, layer: x * layer.examples)
-    ),
+    "kfac_is_exact_for_linear_networks": total(OutputMoment, lambda x, layer: x * layer.examples),
     "kfac_is_exact_for_networks": put(kronecker.NonlinearNetwork, "activations", ("identity",)),
-    "kfac_and_tkfac_are_exact_for_one_example": wrap(
-        TKFAC, "sums", sums("trace", lambda x, layer: 2 * x)
-    ),
+    "kfac_and_tkfac_are_exact_for_one_example": total(Energy, lambda x, layer: 2 * x),
     # outside one batch
     "ekfac_error_at_most_kfac_out_of_sample": wrap(memory, "parts", one_batch),
     "tekfac_error_at_most_tkfac_out_of_sample": wrap(memory, "parts", one_batch),

@@ -16,6 +16,7 @@ from fisherlab import blocks, comparison
 from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, moment, numerics, work
 from fisherlab.comparison import Interrupted, crew
 from fisherlab.comparison.layer import Layer
+from fisherlab.statistics import GroupedMoment, InputMoment, LeftMoment
 
 CE = nn.CrossEntropyLoss()
 COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
@@ -157,8 +158,8 @@ def test_a_new_approximation_appears_by_itself():
 
         @dataclass(frozen=True)
         class Toy(fl.KFAC, name="toy"):
-            def block(self, means, basis, corrections):
-                return blocks.Kronecker(means["G"], means["A"].diagonal().diag())
+            def block(self, mean, shape):
+                return blocks.Kronecker(mean(self.G), mean(self.A).diagonal().diag())
 
         assert "toy" in set(compared(dampings=[0.1]).frame["approximation"])
     finally:
@@ -217,7 +218,7 @@ def test_mini_blocks_of_few_inputs_are_never_formed(monkeypatch):
         X.power(-1, 1.0)
     # an optimizer's are those of the whole space
     with pytest.raises(BlockTooLarge, match="layer '0'"):
-        fl.MiniBlock().sums(fl.capture(model, CE, x, y)["0"])
+        GroupedMoment().total(fl.capture(model, CE, x, y)["0"])
 
 
 def test_a_memory_budget_changes_nothing_but_the_memory():
@@ -309,8 +310,9 @@ def test_the_memo_does_each_piece_of_work_once(monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(fl.KFAC, "sums")
-    count(fl.TKFAC, "sums")
+    # thin views are asked for first
+    count(InputMoment, "rows")
+    count(LeftMoment, "rows")
     count(fl.EigenCorrected, "corrections")
     decomposed, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(
@@ -319,8 +321,8 @@ def test_the_memo_does_each_piece_of_work_once(monkeypatch):
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     names = ["kfac", "ekfac", "tkfac", "tekfac", "shampoo"]
     fl.compare(model, CE, randn(20, 5), torch.arange(20) % 3, approximations=names, layers=["0"])
-    assert len(calls[("KFAC", "sums")]) == 1
-    assert len(calls[("TKFAC", "sums")]) == 1
+    assert len(calls[("InputMoment", "rows")]) == 1
+    assert len(calls[("LeftMoment", "rows")]) == 1
     assert len(calls[("EigenCorrected", "corrections")]) == 2
     # G and A of KFAC, left and right of TKFAC, and once the exact block's range
     assert sorted(decomposed)[:4] == [(4, 4), (4, 4), (6, 6), (6, 6)]

@@ -1,16 +1,24 @@
 """Methods that a user writes: what they define is what is measured, by whichever way."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
 import fisherlab as fl
-from fisherlab.approximations import Running
+from fisherlab.approximations import Memo, Running
 from fisherlab.approximations.base import _REGISTRY, Approximation
-from fisherlab.blocks import Kronecker, RowBlocks
-from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks import BlockError, Kronecker, RowBlocks
+from fisherlab.statistics import (
+    GroupedMoment,
+    InputMoment,
+    LeftMoment,
+    OutputMoment,
+    RightMoment,
+    RowMoments,
+    Statistic,
+)
 
 DAMPING = 1e-2
 THIN = pytest.mark.parametrize("thin", [True, False], ids=["few examples", "many examples"])
@@ -88,45 +96,86 @@ def check(method, truth, model, x, y):
     assert row.trace_ratio == pytest.approx(float(truth.trace() / F.trace()), rel=1e-9)
 
 
-@THIN
-@pytest.mark.parametrize("key", ["A", "right", "M"])
-def test_a_sum_may_have_any_name_and_any_range(key, thin):
+class Ridge(Statistic):
+    """The inputs' moment with a prior, which the inputs do not span."""
+
+    side = "input"
+
+    def total(self, layer):
+        A = layer.input_moment / layer.positions
+        return A + 0.5 * layer.examples * torch.eye(len(A), dtype=A.dtype)
+
+
+def ridge_of_kfac():
+    return fl.KFAC(A=Ridge())
+
+
+def ridge_of_its_own():
     @dataclass(frozen=True)
-    class Ridge(Approximation, name="own_ridge"):
-        """KFAC with a prior in the input factor, which the inputs do not span."""
+    class Own(Approximation, name="own_ridge"):
+        """KFAC with a prior in the input factor."""
 
-        def sums(self, layer):
-            A = layer.input_moment / layer.positions
-            prior = 0.5 * layer.examples * torch.eye(len(A), dtype=A.dtype)
-            return {"G": second_moment(layer.output_gradients), key: A + prior}
+        right: Statistic = Ridge()
+        G: Statistic = OutputMoment()
 
-        def block(self, means, basis, corrections):
-            return Kronecker(means["G"], means[key])
+        def block(self, mean, shape):
+            return Kronecker(mean(self.G), mean(self.right))
 
+    return Own()
+
+
+def ridge_in_the_block():
+    class Own(fl.KFAC):
+        def block(self, mean, shape):
+            return Kronecker(mean(self.G), mean(self.A) + 0.5 * torch.eye(shape[1]).double())
+
+    return Own()
+
+
+@THIN
+@pytest.mark.parametrize("make", [ridge_of_kfac, ridge_of_its_own, ridge_in_the_block])
+def test_a_sum_may_have_any_name_and_any_range(make, thin):
     model, x, y = problem(thin)
     a, g = dense_factors(model, x, y)
     A = a.mT @ a / len(x) + 0.5 * torch.eye(21).double()
     G = torch.einsum("mno,mnp->op", g, g) / len(x)
-    check(Ridge(), torch.kron(G, A), model, x, y)
+    check(make(), torch.kron(G, A), model, x, y)
 
 
-def weighted_sums(self, layer):
-    """KFAC's sums, with inputs that count by their example's gradient."""
-    a, g = layer.inputs[:, 0], layer.output_gradients[:, :, 0]
-    A = torch.einsum("n,ni,nj->ij", 1 + g.square().sum((0, 2)), a, a)
-    return {"A": A, "G": fl.KFAC.sums(self, layer)["G"]}
+class Weighted(InputMoment):
+    """KFAC's inputs, counted by their example's gradient."""
+
+    def total(self, layer):
+        a, g = layer.inputs[:, 0], layer.output_gradients[:, :, 0]
+        return torch.einsum("n,ni,nj->ij", 1 + g.square().sum((0, 2)), a, a)
 
 
-class Weighted(fl.KFAC):
-    sums = weighted_sums
+@dataclass(frozen=True)
+class Decorated(fl.KFAC):
+    A: Statistic = Weighted()
+
+
+class Plain(fl.KFAC):
+    A = Weighted()
+
+
+class Annotated(fl.KFAC):
+    A: Statistic = Weighted()
 
 
 class Mixin:
-    sums = weighted_sums
+    A = Weighted()
 
 
 class Mixed(Mixin, fl.KFAC):
     pass
+
+
+class Child(Plain):
+    pass
+
+
+KINDS = [Decorated, Plain, Annotated, Mixed, Child, lambda: fl.KFAC(A=Weighted())]
 
 
 def weighted_truth(model, x, y):
@@ -136,11 +185,24 @@ def weighted_truth(model, x, y):
 
 
 @THIN
-@pytest.mark.parametrize("kind", [Weighted, Mixed])
-def test_a_subclass_of_kfac_that_redefines_its_sums_is_measured_by_them(thin, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statistic_of_kfac_is_replaced_with_all_its_views(thin, kind):
     model, x, y = problem(thin)
     A, G, _, _ = weighted_truth(model, x, y)
     check(kind(), torch.kron(G, A), model, x, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_steps_with_the_statistic(kind):
+    model, x, y = problem(True)
+    A, G, _, _ = weighted_truth(model, x, y)
+    optimizer = fl.optim.NaturalGradient(
+        model, kind(), lr=0.1, damping=DAMPING, fisher_type="exact"
+    )
+    nn.CrossEntropyLoss()(model(x), y).backward()
+    optimizer.step()
+    found = optimizer.blocks()["0"].dense()
+    assert (found - torch.kron(G, A)).norm() < 1e-10 * found.norm()
 
 
 @THIN
@@ -152,40 +214,46 @@ def test_eigenvalues_are_corrected_in_the_basis_of_a_users_factors(thin):
     spectrum = (Q_G.mT @ D @ Q_A).square().sum(0) / len(x)
     Q = torch.kron(Q_G, Q_A)
     truth = Q * spectrum.flatten() @ Q.mT
-    _, blocks = ways(fl.EKFAC(factors=Weighted()), model, x, y)
+    _, blocks = ways(fl.EKFAC(factors=Decorated()), model, x, y)
     for way, block in blocks.items():
         # the null space of a factor has no basis of its own, but no gradient has energy there
         assert (block.dense() - truth).norm() < 1e-9 * truth.norm(), way
 
 
-@THIN
-def test_a_subclass_of_shampoo_that_redefines_its_sums_is_measured_by_them(thin):
-    class Doubled(fl.Shampoo):
-        def sums(self, layer):
-            sums = super().sums(layer)
-            return {"left": 4 * sums["left"], "right": 9 * sums["right"]}
+class FourLeft(LeftMoment):
+    def total(self, layer):
+        return 4 * super().total(layer)
 
+
+class NineRight(RightMoment):
+    def total(self, layer):
+        return 9 * super().total(layer)
+
+
+@THIN
+def test_statistics_of_shampoo_are_replaced(thin):
     model, x, y = problem(thin)
-    layer, blocks = ways(Doubled(), model, x, y)
+    layer, blocks = ways(fl.Shampoo(left=FourLeft(), right=NineRight()), model, x, y)
     trace = fl.Shampoo()(layer).trace()
     for way, block in blocks.items():
         assert block.trace() == pytest.approx(float(6 * trace), rel=1e-6), way
 
 
-def test_a_subclass_of_mini_block_is_measured_by_its_own_sums_and_block():
-    class Doubled(fl.MiniBlock):
-        def sums(self, layer):
-            return {"blocks": 2 * super().sums(layer)["blocks"]}
+def test_mini_block_is_measured_by_its_own_statistic_and_block():
+    class Twice(GroupedMoment):
+        def total(self, layer):
+            return 2 * super().total(layer)
 
     class Shared(fl.MiniBlock):
-        def block(self, means, basis, corrections):
-            block = super().block(means, basis, corrections)
-            return type(block)(block.blocks.mean(0, keepdim=True).expand_as(block.blocks), None)
+        def block(self, mean, shape):
+            block = super().block(mean, shape)
+            return fl.blocks.MiniBlock(block.blocks.mean(0, keepdim=True).expand_as(block.blocks))
 
     model, x, y = problem(True)
-    layer, blocks = ways(Doubled(), model, x, y)
+    layer, blocks = ways(fl.MiniBlock(blocks=Twice()), model, x, y)
     plain = fl.MiniBlock()(layer)
-    assert isinstance(plain, RowBlocks)  # the shortcut that the subclasses must not take
+    assert isinstance(plain, RowBlocks)  # of the view that the subclass must not take
+    assert isinstance(GroupedMoment().rows(layer), RowMoments) and Twice().rows(layer) is None
     for way, block in blocks.items():
         assert (block.dense() - 2 * plain.dense()).norm() < 1e-12 * plain.dense().norm(), way
     o, i = layer.shape
@@ -196,17 +264,61 @@ def test_a_subclass_of_mini_block_is_measured_by_its_own_sums_and_block():
         assert (block.dense() - truth).norm() < 1e-12 * truth.norm(), way
 
 
-def test_of_an_oversized_factor_the_diagonal_of_a_users_sum_is_kept():
-    class Doubled(fl.KFAC):
-        def sums(self, layer):
-            sums = super().sums(layer)
-            return {"A": 2 * sums["A"], "G": sums["G"]}
+class Twice(InputMoment):
+    def total(self, layer):
+        return 2 * super().total(layer)
 
+
+def test_of_an_oversized_factor_the_diagonal_of_a_users_sum_is_kept():
     model, x, y = problem(True)
     layer = fl.capture(model, nn.CrossEntropyLoss(), x, y)["0"]
     a, g = dense_factors(model, x, y)
     A, G = 2 * a.square().mean(0), torch.einsum("mno,mnp->op", g, g) / len(x)
-    running = Running(Doubled(), decay=0.0, largest_factor=20)
+    running = Running(fl.KFAC(A=Twice()), decay=0.0, largest_factor=20)
     running.update(layer)
     truth = torch.kron(G.diagonal().diag(), A.diag())
     assert (running.block().dense() - truth).norm() < 1e-12 * truth.norm()
+
+
+def test_a_mean_that_no_field_names_is_refused_everywhere():
+    class Unnamed(Approximation):
+        A: Statistic = InputMoment()
+
+        def block(self, mean, shape):
+            return Kronecker(mean(OutputMoment()), mean(self.A))
+
+    model, x, y = problem(True)
+    layer = fl.capture(model, nn.CrossEntropyLoss(), x, y)["0"]
+    running = Running(Unnamed())
+    running.update(layer)
+    for make in (lambda: Unnamed()(layer), running.block):
+        with pytest.raises(BlockError, match=r"Unnamed asks for the mean of OutputMoment\(\)"):
+            make()
+
+
+@pytest.mark.parametrize("old", ["sums", "moments", "diagonals", "of_whole"])
+def test_a_method_of_the_contract_before_is_refused(old):
+    with pytest.raises(TypeError, match=f"Old defines {old}, which nothing calls"):
+        type("Old", (fl.KFAC,), {old: lambda self, layer: {}})
+
+
+def test_an_option_and_the_statistic_of_another_are_refused():
+    for make, message in (
+        (lambda: replace(fl.KFAC(), weight_sharing="reduce"), "follows from weight_sharing"),
+        (lambda: replace(fl.TKFAC(), weight_sharing="expand"), "follows from weight_sharing"),
+        (lambda: replace(fl.Shampoo(), statistics="gradient"), "follows from statistics"),
+        (lambda: replace(fl.IFANG(rows=2), rows=3), "follows from rows"),
+    ):
+        with pytest.raises(BlockError, match=message):
+            make()
+
+
+def test_a_memory_budget_does_not_split_an_example_of_a_users_sum():
+    x = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(), nn.Linear(9, 3)).double()
+    layer = fl.capture(model, nn.CrossEntropyLoss(), x, torch.arange(5) % 3)["0"]
+    size = layer.positions * sum(layer.shape) * 8
+    assert len(list(layer.chunks(size))) == 15 and len(list(layer.chunks(size, whole=True))) == 5
+    block = Memo([layer], size).block(fl.KFAC(A=Twice()))
+    truth = 2 * fl.KFAC()(layer).dense()
+    assert (block.dense() - truth).norm() < 1e-12 * truth.norm()

@@ -23,6 +23,7 @@ ROWS = [
     {"names", "heap"},
     {"blocks", "models", "datasets", "distributed"},
     {"metrics", "extract"},
+    {"statistics"},
     {"approximations"},
     {"comparison", "optim"},
     {"claims", "experiments", "plots"},

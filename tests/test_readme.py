@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import fisherlab as fl
 from fisherlab.cli import app
 from fisherlab.commands.approximations import table
 
@@ -109,6 +111,19 @@ def test_one_new_file_is_all_that_a_new_approximation_needs(copy):
     done = run(CHECK.format(copy=str(copy)), copy, copy, copy / "tests")
     assert done.returncode == 0, done.stderr
     assert "the README misses it" in done.stdout
+
+
+def test_the_statistic_of_its_own_is_the_sum_it_says():
+    space: dict = {}
+    exec(BLOCKS[2], space)
+    x = torch.rand(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    layer = fl.capture(
+        model.double(), torch.nn.CrossEntropyLoss(), x.double(), torch.arange(6) % 3
+    )["0"]
+    w = layer.output_gradients.square().sum((0, 2, 3))
+    A = torch.einsum("n,nti,ntj->ij", w, layer.inputs, layer.inputs) / 12
+    torch.testing.assert_close(space["weighted"](layer).A, A)
 
 
 def test_the_law_tests_find_the_new_file(copy):

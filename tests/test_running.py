@@ -136,7 +136,8 @@ def test_a_batch_in_chunks_decays_once():
 
 def test_reduce_adds_the_sums_of_ranks():
     one, two = captured((6, 3), features=6)
-    other = {**fl.KFAC().sums(two), "count": torch.tensor(3.0)}
+    other = {key: S.total(two) for key, S in fl.KFAC().statistics_by_name.items()}
+    other["count"] = torch.tensor(3.0)
     calls = []
 
     def reduce(sums):
@@ -192,7 +193,8 @@ def test_a_thin_basis_keeps_the_trace_of_a_batch_it_has_not_seen(name, case):
     for parts in ([unseen], [unseen.part(slice(0, 5)), unseen.part(slice(5, None))]):
         sums = fl.approximations.running.add(approximation.corrections(x, basis) for x in parts)
         corrections = {key: value / unseen.examples for key, value in sums.items()}
-        block = approximation.block(memo.means(approximation), basis, corrections)
+        means = memo.means(approximation).given(basis, corrections)
+        block = approximation.block(means, unseen.shape)
         F = fl.Exact()(unseen)
         assert float(block.trace() / F.trace()) == pytest.approx(1, abs=1e-12)
         assert (block.eigenvalues() >= 0).all()

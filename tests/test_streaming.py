@@ -1,5 +1,7 @@
 """References of a whole data set: Gram matrices in tiles, the same numbers; budgets that say so."""
 
+from dataclasses import dataclass
+
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fisherlab as fl
 from fisherlab import metrics
 from fisherlab.blocks import BlockTooLarge, DirectSum, Outer, contractions, numerics
+from fisherlab.statistics import InputMoment
 
 
 def columns(n, m=2, t=3, o=3, i=4, seed=0):
@@ -233,21 +236,22 @@ def test_a_budget_that_cannot_be_met_names_the_layer_and_what_it_needs():
     assert (frame["relative_error"] - whole["relative_error"]).abs().max() < 1e-12
 
 
-class Hungry(fl.KFAC):
-    """KFAC on a device with room for a few examples."""
+@dataclass(frozen=True)
+class Hungry(InputMoment):
+    """KFAC's inputs on a device with room for a few examples."""
 
-    room = 3
+    room: int = 3
 
-    def sums(self, layer):
+    def total(self, layer):
         if layer.raw_inputs[0].shape[0] > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return super().sums(layer)
+        return super().total(layer)
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on():
     model, criterion, sample = net(), nn.CrossEntropyLoss(), data(8)
     before = contractions.WORKSPACE
-    makers = {"hungry": Hungry(), "kfac": fl.KFAC()}
+    makers = {"hungry": fl.KFAC(A=Hungry()), "kfac": fl.KFAC()}
     frame = fl.compare(model, criterion, *sample, approximations=makers).frame
     hungry, plain = (frame[frame["approximation"] == name].reset_index() for name in makers)
     assert (hungry["relative_error"] - plain["relative_error"]).abs().max() < 1e-12
@@ -256,10 +260,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on():
 
 
 def test_out_of_memory_at_one_example_is_a_row_that_says_so():
-    class Starving(Hungry):
-        room = 0
-
-    makers = {"starving": Starving(), "kfac": fl.KFAC()}
+    makers = {"starving": fl.KFAC(A=Hungry(room=0)), "kfac": fl.KFAC()}
     frame = fl.compare(net(), nn.CrossEntropyLoss(), *data(8), approximations=makers).frame
     starving = frame[frame["approximation"] == "starving"]
     assert starving["relative_error"].isna().all()

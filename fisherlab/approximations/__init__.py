@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 
 from fisherlab.approximations import damping
-from fisherlab.approximations.base import Approximation, Means, get, names, of_one_batch
+from fisherlab.approximations.base import Approximation, get, names, of_one_batch
+from fisherlab.approximations.means import Means
 from fisherlab.approximations.running import Memo, Running
 
 # Every sibling module is imported, so that a new file is all a new approximation needs.

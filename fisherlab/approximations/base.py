@@ -1,109 +1,56 @@
-"""`Approximation`: the sums it needs and the block their means make; defining one registers it."""
+"""`Approximation`: the statistics it names and the block their means make; it registers itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
+from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, BlockError
-from fisherlab.blocks.moment import Moment
-from fisherlab.blocks.work import once
 from fisherlab.extract import LayerCapture
 from fisherlab.names import nearest
+from fisherlab.statistics import COLUMNS, Statistic
 
 _REGISTRY: dict[str, type[Approximation]] = {}
 
-# Cheaper forms of a sum or a block, and the methods whose results they repeat.
-_SHORTCUTS = {
-    "origin": ("sums",),
-    "diagonals": ("sums",),
-    "moments": ("sums",),
-    "of_whole": ("sums", "basis", "corrections", "block"),
-}
+# A field whose statistic follows from an option of the method.
+BY_OPTION = cast(Statistic, None)
 
-
-class Later(Mapping[str, Tensor]):
-    """Sums made one by one, when asked for: one that nobody needs costs nothing."""
-
-    def __init__(self, **makers: Callable[[], Tensor]) -> None:
-        self._makers = makers
-        self._made: dict[str, Tensor] = {}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return once(self._made, key, self._makers[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-
-class Means(Mapping[str, Tensor]):
-    """The means of one layer's sums, divided when asked for, and the blocks made of them."""
-
-    def __init__(
-        self,
-        sums: Mapping[str, Tensor],
-        count: float,
-        moments: Mapping[str, Moment] | None = None,
-    ) -> None:
-        self._sums, self._count = sums, count
-        self._moments = moments or {}
-        self._means: dict[str, Tensor] = {}
-        self._blocks: dict[Approximation, Block] = {}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return once(self._means, key, lambda: self._mean(key))
-
-    def _mean(self, key: str) -> Tensor:
-        factor = self.factor(key) if key in self._moments else self._sums[key] / self._count
-        return factor if isinstance(factor, Tensor) else factor.formed()
-
-    def factor(self, key: str) -> Tensor | Moment:
-        """A mean as the rows it is a moment of, where they are few; else the matrix."""
-        moment = self._moments.get(key)
-        return self[key] if moment is None else moment.scaled(1 / self._count)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sums)
-
-    def __len__(self) -> int:
-        return len(self._sums)
-
-    def block(self, approximation: Approximation) -> Block:
-        """The block of an approximation that needs nothing but these means; made once."""
-        return once(self._blocks, approximation, lambda: self._block(approximation))
-
-    def _block(self, approximation: Approximation) -> Block:
-        return approximation.block(self, approximation.basis(self), {})
+# What methods defined before statistics were values: nothing would call it.
+RETIRED = ("sums", "diagonals", "moments", "of_whole")
 
 
 class Approximation:
-    """An approximation of a layer's Fisher block: the sums it needs and the block their means make.
+    """An approximation of a layer's Fisher block: a block made of the means of its statistics.
 
-    `Running` and `Memo` (running.py) divide by the number of examples, remember and loop over
-    batches, for every approximation alike. Subclasses are frozen dataclasses, so that equal ones
-    are equal and share work. `class X(Approximation, name="x")` registers; the comparison, the
-    optimizers, the command line and the law tests read the registry.
+    Its fields name the statistics, `block(mean, shape)` makes the block. `Running` and `Memo`
+    (running.py) divide by the number of examples, remember and loop over batches, for every
+    approximation alike. Subclasses are frozen dataclasses, so that equal ones are equal and share
+    work. `class X(Approximation, name="x")` registers; the comparison, the optimizers, the command
+    line and the law tests read the registry.
 
-    `origin`, `diagonals`, `moments` and `of_whole` are shortcuts to `sums` and `block`. A subclass
-    that redefines `sums` does not inherit them, so that every caller uses the new sums.
+    A statistic, or another value of an inherited field, that a class body names is a field of its
+    own, with or without an annotation and `@dataclass(frozen=True)`.
     """
 
     name: ClassVar[str] = ""
     exponent: ClassVar[float] = -1.0
-    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "output_gradients"})
-    # the sums that are Kronecker factors, and the side of the layer they belong to
-    sides: ClassVar[Mapping[str, str]] = {}
     # False where the block belongs to the batch at hand and cannot be averaged over batches
     additive: ClassVar[bool] = True
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         super().__init_subclass__()
-        cls._drop_stale_shortcuts()
+        retired = [old for old in RETIRED if callable(getattr(cls, old, None))]
+        if retired:
+            raise TypeError(
+                f"{cls.__name__} defines {', '.join(retired)}, which nothing calls: name each sum "
+                "as a field, `A: Statistic = ...`, and make `block(self, mean, shape)` of "
+                "`mean(self.A)` (fisherlab.statistics)"
+            )
+        cls._pin_fields()
         if name is None:
             return
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
@@ -112,39 +59,75 @@ class Approximation:
         _REGISTRY[name] = cls
 
     @classmethod
-    def _drop_stale_shortcuts(cls) -> None:
-        """Undo every inherited shortcut to a method that this class defines anew."""
+    def _pin_fields(cls) -> None:
+        """Annotate what the class, or a class mixed in, sets: a dataclass looks at nothing else."""
+        inherited = getattr(cls, "__dataclass_fields__", {})
+        named = {k for base in cls.__mro__ for k, v in vars(base).items() if _is_statistic(v)}
+        own = vars(cls).get("__annotations__", {})
+        for key in {*inherited, *named} - set(own):
+            value = getattr(cls, key, MISSING)
+            known = inherited[key].default if key in inherited else MISSING
+            if value is MISSING or value is known or hasattr(value, "__get__"):
+                continue
+            setattr(cls, key, value)
+            cls.__annotations__[key] = inherited[key].type if key in inherited else "Statistic"
 
-        def depth(method: str) -> int:
-            return next(k for k, base in enumerate(cls.__mro__) if method in vars(base))
-
-        for shortcut, methods in _SHORTCUTS.items():
-            if any(depth(method) < depth(shortcut) for method in methods):
-                setattr(cls, shortcut, vars(Approximation)[shortcut])
+    def __new__(cls, *args: Any, **options: Any) -> Approximation:
+        for base in reversed(cls.__mro__):
+            # a class body that names fields under no decorator
+            if issubclass(base, Approximation) and "__dataclass_fields__" not in vars(base):
+                own = vars(base).get("__annotations__", {})
+                inherited = getattr(base, "__dataclass_fields__", {})
+                if any(key in inherited or _is_statistic(vars(base).get(key)) for key in own):
+                    dataclass(frozen=True)(base)
+        return super().__new__(cls)
 
     @property
-    def origin(self) -> Approximation:
-        """The approximation whose sums this one uses: itself, or the one it corrects."""
-        return self
+    def statistics_by_name(self) -> dict[str, Statistic]:
+        """The statistics among the fields, and those of the approximations among them."""
+        found: dict[str, Statistic] = {}
+        for key in getattr(self, "__dataclass_fields__", {}):
+            value = getattr(self, key)
+            if isinstance(value, Statistic):
+                found[key] = value
+            elif isinstance(value, Approximation):
+                for name, statistic in value.statistics_by_name.items():
+                    taken = found.get(name, statistic) != statistic
+                    found[f"{key}.{name}" if taken else name] = statistic
+        return found
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a capture must hold: all that the statistics need."""
+        statistics = self.statistics_by_name.values()
+        return frozenset().union(*(S.needs for S in statistics)) if statistics else COLUMNS
 
     @property
     def placement(self) -> str:
         """Where the damping goes: "tikhonov" is `F + lambda I`."""
         return "tikhonov"
 
-    def sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
-        """Terms additive over examples, output vectors, chunks, batches and ranks."""
-        raise BlockError(f"{type(self).__name__} has no running sums; define `sums(layer)`")
+    def _choose(self, option: str, choices: Mapping[Any, Mapping[str, Statistic]]) -> None:
+        """Give the fields that are `BY_OPTION` the statistics of an option's value.
 
-    def diagonals(self, layer: LayerCapture) -> Mapping[str, Tensor]:
-        """The diagonals of the sums named in `sides`, without forming their matrices."""
-        return {}
+        Raises:
+            BlockError: the value is unknown, or a field has the statistic of another value.
+        """
+        value, method = getattr(self, option), type(self).__name__
+        if value not in choices:
+            known = " or ".join(map(repr, choices))
+            raise BlockError(f"{method}'s {option} is {known}, got {value!r}")
+        for key, statistic in choices[value].items():
+            own = getattr(self, key)
+            if own is BY_OPTION:
+                object.__setattr__(self, key, statistic)
+            elif own != statistic and any(own == other[key] for other in choices.values()):
+                raise BlockError(
+                    f"{method}'s {key} follows from {option}={value!r} and is {statistic}, but got "
+                    f"{own}, that of another {option}; leave {key} out"
+                )
 
-    def moments(self, layer: LayerCapture) -> dict[str, Moment]:
-        """Those of the sums that are second moments of few rows, kept as the rows."""
-        return {}
-
-    def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def basis(self, mean: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The expensive part made of the means (eigenvectors, inverses); has its own interval."""
         return {}
 
@@ -158,22 +141,22 @@ class Approximation:
         """The corrections, known in the old basis, expressed in the new one."""
         return {}
 
-    def block(
-        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
-    ) -> Block:
-        """The approximate block."""
+    def block(self, mean: Means, shape: tuple[int, int]) -> Block:
+        """The block of a weight `[o, i]`.
+
+        Args:
+            mean: `mean(self.A)` is the mean of the statistic `A`, a tensor; `mean.basis` and
+                `mean.corrections` are what `basis` and `corrections` made.
+            shape: `(o, i)`, the bias as last column.
+        """
         raise BlockError(
-            f"{type(self).__name__} makes no block of means; define `block(means, basis, "
-            "corrections)`, or `additive = False` and `of_batch(layers)`"
+            f"{type(self).__name__} makes no block of means; define `block(mean, shape)`, or "
+            "`additive = False` and `of_batch(layers)`"
         )
 
     def damped(self, block: Block, damping: float) -> Block:
         """The preconditioner `(block + damping I)^exponent`, or damped where the paper puts it."""
         return block.power(self.exponent, damping)
-
-    def of_whole(self, layer: LayerCapture) -> Block | None:
-        """The same block straight from one whole batch, where that is cheaper than by its sums."""
-        return None
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         """The block of captures that cannot be reduced to sums (`additive = False`)."""
@@ -186,6 +169,10 @@ class Approximation:
         if not layers:
             raise BlockError(f"{type(self).__name__}() needs at least one LayerCapture")
         return Memo(layers).block(self)
+
+
+def _is_statistic(value: object) -> bool:
+    return isinstance(value, Statistic)
 
 
 def names() -> list[str]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fisherlab import blocks
-from fisherlab.approximations.base import Approximation, Means
+from fisherlab.approximations.base import Approximation
+from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block
-from fisherlab.extract import LayerCapture
+from fisherlab.statistics import Squares, Statistic
 
 
 @dataclass(frozen=True)
 class Diagonal(Approximation, name="diagonal"):
     """`F ~ diag((1/M) sum_r D_r^2)`, the exact diagonal of the block."""
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        return {"squares": layer.columns.squares}
+    squares: Statistic = Squares()
 
-    def block(
-        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
-    ) -> Block:
-        return blocks.Diagonal(means["squares"])
+    def block(self, mean: Means, shape: tuple[int, int]) -> Block:
+        return blocks.Diagonal(mean(self.squares))

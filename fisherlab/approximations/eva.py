@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation, Means
-from fisherlab.blocks import Block, Eigen
-from fisherlab.blocks.numerics import BESIDE
-from fisherlab.blocks.serialise import remembers
-from fisherlab.extract import LayerCapture
+from fisherlab.approximations.base import Approximation
+from fisherlab.approximations.means import Means
+from fisherlab.blocks import Block
+from fisherlab.blocks.low_rank import LowRank
+from fisherlab.statistics import MeanGradient, MeanInput, Statistic
 
 
 @dataclass(frozen=True)
@@ -22,39 +22,16 @@ class Eva(Approximation, name="eva"):
     under mc the mean gradient has expectation 0, under exact its columns have no sign.
     """
 
-    needs = frozenset({"mean_input_sum", "label_gradient_sum"})
+    _: KW_ONLY
+    a: Statistic = MeanInput()
+    g: Statistic = MeanGradient()
 
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        share = layer.column_share
-        return {
-            "a": share * layer.mean_input_sum,
-            "g": share * layer.label_gradient_sum,
-        }
-
-    def block(
-        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
-    ) -> Block:
-        (g, g_energy), (a, a_energy) = _direction(means["g"]), _direction(means["a"])
+    def block(self, mean: Means, shape: tuple[int, int]) -> Block:
+        (g, g_energy), (a, a_energy) = direction(mean(self.g)), direction(mean(self.a))
         return LowRank(g[:, None], a[:, None], (g_energy * a_energy).reshape(1, 1))
 
 
-@remembers("Q_G", "Q_A", "spectrum")
-class LowRank(Eigen):
-    """A matrix of few directions, however many examples it is made of."""
-
-    def diagonal_of(self, other: Block) -> Tensor:
-        # a direction without energy is anybody's
-        energies = self.spectrum.double()
-        sides = [energies.amax(side, keepdim=True) for side in (0, 1)]
-        floor = (BESIDE * torch.finfo(self.dtype).eps) ** 2 * energies.max()
-        here = (sides[0] > floor) & (sides[1] > floor)
-        return super().diagonal_of(other).masked_fill(~here, 0)
-
-    def formed_bytes(self) -> int:
-        return self.memory_bytes()
-
-
-def _direction(vector: Tensor) -> tuple[Tensor, Tensor]:
+def direction(vector: Tensor) -> tuple[Tensor, Tensor]:
     """The unit vector and the squared length; any unit vector for zero."""
     energy = vector.square().sum()
     if energy == 0:

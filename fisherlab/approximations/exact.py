@@ -23,7 +23,7 @@ class Exact(Approximation, name="exact"):
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Outer:
         layers = one_sample(layers)
-        if len(layers) == 1 and layers[0].column_share == 1:
+        if len(layers) == 1 and layers[0].whole:
             return Outer.over(layers[0].columns)
         of = joined([layer.columns for layer in layers])
         return Outer.over(of, 1 / sum(layer.examples for layer in layers))

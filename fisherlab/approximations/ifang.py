@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Means
-from fisherlab.approximations.eva import Eva, LowRank
-from fisherlab.blocks import Block, Eigen
-from fisherlab.blocks.numerics import BlockError, check_damping
-from fisherlab.blocks.serialise import remembers
-from fisherlab.extract import LayerCapture
+from fisherlab.approximations.base import BY_OPTION
+from fisherlab.approximations.eva import Eva, direction
+from fisherlab.approximations.means import Means
+from fisherlab.blocks import Block
+from fisherlab.blocks.low_rank import Pair
+from fisherlab.blocks.numerics import BlockError
+from fisherlab.statistics import MeanGradient, MeanInput, Statistic
 
 
 @dataclass(frozen=True)
@@ -30,82 +29,31 @@ class IFANG(Eva, name="ifang"):
     `decay=0` is the paper's, of one batch.
     """
 
+    placement = "factorwise"
     rows: int = 1
+    _: KW_ONLY
+    a: Statistic = BY_OPTION
+    g: Statistic = BY_OPTION
 
     def __post_init__(self) -> None:
         if int(self.rows) != self.rows or self.rows < 1:
             raise BlockError(f"rows counts the groups of a batch, at least 1; got {self.rows!r}")
+        others = {getattr(S, "groups", 1) for S in (self.a, self.g)} | {self.rows}
+        self._choose("rows", {k: {"a": MeanInput(k), "g": MeanGradient(k)} for k in others})
 
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return Eva.needs if self.rows == 1 else frozenset({"inputs", "label_gradients"})
-
-    @property
-    def placement(self) -> str:
-        return "factorwise"
-
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        if self.rows == 1:
-            return super().sums(layer)
-        # what division by all examples makes the mean over a group's own
-        groups = [
-            {
-                key: layer.examples / part.examples * value
-                for key, value in Eva.sums(self, part).items()
-            }
-            for part in self._groups(layer)
-        ]
-        return {key: torch.stack([group[key] for group in groups]) for key in ("a", "g")}
-
-    def _groups(self, layer: LayerCapture) -> Iterator[LayerCapture]:
-        n = len(layer.raw_inputs[0])
-        if n < self.rows:
-            raise BlockError(
-                f"IFANG(rows={self.rows}) of layer {layer.name!r} needs as many examples in a "
-                f"batch or chunk, got {n}"
-            )
-        starts = [k * n // self.rows for k in range(self.rows + 1)]
-        return (layer.part(slice(*ends)) for ends in pairwise(starts))
-
-    def block(
-        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
-    ) -> Block:
-        if self.rows == 1:
-            block = super().block(means, basis, corrections)
-            assert isinstance(block, Eigen)
-            energies = [means[key].square().sum().reshape(1) for key in ("g", "a")]
-            return _Pair(block.Q_G, block.Q_A, *energies)
-        (Q_G, g), (Q_A, a) = _principal(means["g"]), _principal(means["a"])
-        return _Pair(Q_G, Q_A, g, a)
+    def block(self, mean: Means, shape: tuple[int, int]) -> Block:
+        (Q_G, g), (Q_A, a) = _principal(mean(self.g)), _principal(mean(self.a))
+        return Pair(Q_G, Q_A, g, a)
 
     def damped(self, block: Block, damping: float) -> Block:
-        damping = check_damping(damping)
-        assert isinstance(block, _Pair)
-        if damping == 0:
-            raise BlockError(
-                f"IFANG's factors have rank {self.rows} at most, so their inverse needs damping > 0"
-            )
-        along_G, along_A = damping + block.g_energies, damping + block.a_energies
-        return Eigen(
-            block.Q_G,
-            block.Q_A,
-            torch.outer(along_G, along_A).reciprocal(),
-            (damping * along_G).reciprocal(),
-            (damping * along_A).reciprocal(),
-            block.spectrum.new_tensor(damping**-2),
-        )
+        assert isinstance(block, Pair)
+        return block.factorwise_inverse(damping, "IFANG")
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and eigenvalues of `(1/s') R^T R` within the span of the rows, `[s', i]`."""
+    """Eigenvectors and eigenvalues of `(1/s') R^T R` in the span of the rows `[s', d]` or `[d]`."""
+    if rows.ndim == 1:
+        vector, energy = direction(rows)
+        return vector[:, None], energy.reshape(1)
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     return directions.mT, sizes.square() / len(rows)
-
-
-@remembers("Q_G", "Q_A", "g_energies", "a_energies")
-class _Pair(LowRank):
-    """A product of two factors in their eigenvectors, which remembers their eigenvalues apart."""
-
-    def __init__(self, Q_G: Tensor, Q_A: Tensor, g: Tensor, a: Tensor) -> None:
-        super().__init__(Q_G, Q_A, torch.outer(g, a))
-        self.g_energies, self.a_energies = g, a

@@ -4,15 +4,75 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation, Means
+from fisherlab.approximations.base import Approximation
+from fisherlab.approximations.means import Means, Sums
 from fisherlab.blocks import Block, BlockError, FromInverse, Kronecker
-from fisherlab.blocks.contractions import second_moment
-from fisherlab.blocks.numerics import RANK_TOLERANCE, trace_of
+from fisherlab.blocks.numerics import RANK_TOLERANCE, sum_of, trace_of
 from fisherlab.extract import LayerCapture
+from fisherlab.statistics import InputMoment, Statistic
+
+
+class Mean(Statistic):
+    """`sum_n mean_t a`, `[i]`."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
+
+    def total(self, layer: LayerCapture) -> Tensor:
+        return layer.position_mean(layer.inputs).sum(0)
+
+
+class OfPair(Statistic):
+    """A sum over a layer captured twice, before and after a step on the same batch."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"label_gradients", "outputs", "pair"})
+
+    def total(self, layer: LayerCapture) -> Tensor:
+        if layer.after is None:
+            raise BlockError(
+                f"K-BFGS needs layer {layer.name!r} captured again after the step, on the same "
+                "batch (`LayerCapture.after`); it cannot be built from one capture"
+            )
+        return self.change(layer, layer.after)
+
+    def change(self, layer: LayerCapture, after: LayerCapture) -> Tensor:
+        """The sum of both captures."""
+        raise NotImplementedError
+
+
+class OutputChange(OfPair):
+    """`sum_n mean_t (s' - s)`, `[o]`, of the pre-activations."""
+
+    def change(self, layer: LayerCapture, after: LayerCapture) -> Tensor:
+        moved = after.outputs - layer.outputs
+        if layer.counted is not None:
+            moved = torch.where(layer.counted[..., None], moved, 0)
+        return layer.position_mean(moved).sum(0)
+
+
+class GradientChange(OfPair):
+    """`sum_{n,t} g' - sum_{n,t} g`, `[o]`."""
+
+    def change(self, layer: LayerCapture, after: LayerCapture) -> Tensor:
+        return after.label_gradients.sum((0, 1)) - layer.label_gradients.sum((0, 1))
+
+
+class GradientSum(OfPair):
+    """`sum_{n,t} g`, `[o]`, before the step."""
+
+    def change(self, layer: LayerCapture, after: LayerCapture) -> Tensor:
+        return layer.label_gradients.sum((0, 1))
+
+
+class GradientLength(OfPair):
+    """`sum_{n,t} ||g|| + ||g'||`, 0-d."""
+
+    def change(self, layer: LayerCapture, after: LayerCapture) -> Tensor:
+        return sum_of(each.label_gradients.norm(dim=-1).sum() for each in (layer, after))
 
 
 @dataclass(frozen=True)
@@ -27,60 +87,38 @@ class KBFGS(Approximation, name="kbfgs"):
     rounding: the mean gradient in front of a batch norm or of attention's keys is one.
     """
 
-    needs = frozenset({"inputs", "label_gradients", "outputs", "pair"})
+    placement = "factorwise"
     damping: float = 0.3
+    s: Statistic = OutputChange()
+    y: Statistic = GradientChange()
+    g: Statistic = GradientSum()
+    length: Statistic = GradientLength()
+    A: Statistic = InputMoment()
+    a: Statistic = Mean()
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise BlockError(f"K-BFGS needs damping > 0, got {self.damping}")
 
-    @property
-    def placement(self) -> str:
-        return "factorwise"
-
-    def sums(self, layer: LayerCapture) -> dict[str, Tensor]:
-        if layer.after is None:
-            raise BlockError(
-                f"K-BFGS needs layer {layer.name!r} captured again after the step, on the same "
-                "batch (`LayerCapture.after`); it cannot be built from one capture"
-            )
-        a, t = layer.inputs, layer.positions
-        first, second = layer.label_gradients, layer.after.label_gradients
-        before, after = first.sum((0, 1)), second.sum((0, 1))
-        moved = layer.after.outputs - layer.outputs
-        if layer.counted is not None:
-            moved = layer.weighed(torch.where(layer.counted[..., None], moved, 0), 1.0)
-        share = layer.column_share
-        return {
-            "A": second_moment(layer.weighed(a)) * (share / t),
-            "a": layer.weighed(a.sum(1), 1.0).sum(0) * (share / t),
-            "s": moved.sum((0, 1)) * (share / t),
-            "y": (after - before) * share,
-            "g": before * share,
-            "length": (first.norm(dim=-1).sum() + second.norm(dim=-1).sum()) * share,
-        }
-
-    def basis(self, means: Means, previous: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        root = math.sqrt(self.damping)
-        eye = torch.eye(len(means["A"]), dtype=means["A"].dtype, device=means["A"].device)
-        A_LM = means["A"] + root * eye
+    def basis(self, mean: Means, previous: Sums | None = None) -> Sums:
+        root, A = math.sqrt(self.damping), mean(self.A)
+        eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
+        A_LM = A + root * eye
         if previous is None:
             H_a = torch.cholesky_inverse(torch.linalg.cholesky(A_LM))
-            H_g = torch.eye(len(means["s"]), dtype=eye.dtype, device=eye.device)
+            H_g = torch.eye(len(mean(self.s)), dtype=eye.dtype, device=eye.device)
         else:
             H_a, H_g = previous["H_a"], previous["H_g"]
-        s = H_a @ without_rounding(means["a"], trace_of(means["A"]).sqrt())
+        s = H_a @ without_rounding(mean(self.a), trace_of(A).sqrt())
         H_a = bfgs(H_a, s, A_LM @ s)
-        y = without_rounding(means["y"], means["length"])
-        s, y = double_damping(H_g, means["s"], y, mu=root)
-        if s @ y > 1e-4 * (s @ s) * means["g"].norm():
+        y = without_rounding(mean(self.y), mean(self.length))
+        s, y = double_damping(H_g, mean(self.s), y, mu=root)
+        if s @ y > 1e-4 * (s @ s) * mean(self.g).norm():
             H_g = bfgs(H_g, s, y)
         return {"H_a": H_a, "H_g": H_g}
 
-    def block(
-        self, means: Means, basis: dict[str, Tensor], corrections: dict[str, Tensor]
-    ) -> Block:
-        return FromInverse(Kronecker(basis["H_g"], basis["H_a"]))
+    def block(self, mean: Means, shape: tuple[int, int]) -> Block:
+        return FromInverse(Kronecker(mean.basis["H_g"], mean.basis["H_a"]))
 
     def damped(self, block: Block, damping: float) -> Block:
         return block.power(-1, 0.0)

@@ -36,7 +36,7 @@ class _Rearranged:
         if len(layers) == 1 and self.columns[0].inside is not None:
             self.space, self.columns = self.columns[0].input_space, [self.columns[0].inside]
         self.count = sum(layer.examples for layer in layers)
-        self.share_columns = len(layers) == 1 or all(x.column_share == 1 for x in layers)
+        self.share_columns = len(layers) == 1 or all(x.whole for x in layers)
         self.dtype, self.device = layers[0].dtype, layers[0].device
         self.shape = self.columns[0].shape
 

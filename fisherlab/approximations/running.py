@@ -1,15 +1,16 @@
-"""Means of an approximation's sums over chunks, batches, ranks and time."""
+"""Means of an approximation's statistics over chunks, batches, ranks and time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation, Means
+from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.exact import Exact
+from fisherlab.approximations.means import Means, Sums, add, divide
 from fisherlab.blocks import Block, BlockError, Outer
 from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
@@ -17,25 +18,7 @@ from fisherlab.blocks.work import once
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.image import sharing
 from fisherlab.extract.joint import one_sample
-
-Sums = dict[str, Tensor]
-
-
-def add(terms: Iterable[Mapping[str, Tensor]]) -> Sums:
-    """Entrywise sum of dictionaries with the same keys; a key of one term keeps its own tensor."""
-    total: Sums = {}
-    for term in terms:
-        for key, value in term.items():
-            if key in total:
-                total[key] = total[key] + value
-            else:
-                total[key] = value
-    return total
-
-
-def divide(sums: Sums, count: float | Tensor) -> Sums:
-    """The means: every sum over the number of loss terms it covers."""
-    return {key: value / count for key, value in sums.items()}
+from fisherlab.statistics import Statistic, View, totals
 
 
 class Memo:
@@ -50,27 +33,38 @@ class Memo:
         self.layers = tuple(sharing(replace(layer, shared={})) for layer in whole)
         self.memory = memory
         self.count = sum(layer.examples for layer in self.layers)
-        self._means: dict[Approximation, Means] = {}
+        self._totals: dict[Statistic, Tensor | View] = {}
+        self._means = Means(self._total, self.count, self.layers[0].shape)
         self._basis: dict[Approximation, Sums] = {}
         self._blocks: dict[Approximation, Block] = {}
 
-    def _chunks(self) -> Iterable[LayerCapture]:
-        return (chunk for layer in self.layers for chunk in layer.chunks(self.memory))
-
     def means(self, approximation: Approximation) -> Means:
-        """The means of the sums of `approximation.origin`."""
-        origin = approximation.origin
-        return once(self._means, origin, lambda: self._means_of(origin))
-
-    def _means_of(self, origin: Approximation) -> Means:
-        whole = self._whole()
-        if whole is None:
-            return Means(add(origin.sums(chunk) for chunk in self._chunks()), self.count)
-        return Means(origin.sums(whole), self.count, origin.moments(whole))
+        """The means of the statistics of an approximation."""
+        if self._whole() is None:
+            # all of them of a chunk while it is at hand
+            self._collect(approximation.statistics_by_name.values())
+        return self._means.read_by(approximation)
 
     def _whole(self) -> LayerCapture | None:
         """The capture, if it is one whole batch: its inputs may span less than their space."""
         return self.layers[0] if len(self.layers) == 1 and self.memory is None else None
+
+    def _total(self, statistic: Statistic) -> Tensor | View:
+        whole = self._whole()
+        if whole is not None:
+            return once(self._totals, statistic, lambda: _of_whole(statistic, whole))
+        self._collect([statistic])
+        return self._totals[statistic]
+
+    def _collect(self, statistics: Iterable[Statistic]) -> None:
+        new = [S for S in dict.fromkeys(statistics) if S not in self._totals]
+        sums: dict[Statistic, Tensor] = {}
+        for layer in self.layers if new else ():
+            for found in totals(new, layer, self.memory):
+                for S, term in found.items():
+                    known = sums.get(S)
+                    sums[S] = term if known is None else known + term
+        self._totals.update(sums)
 
     def basis(self, approximation: Approximation) -> Sums:
         """The basis of the approximation, from its means."""
@@ -91,35 +85,42 @@ class Memo:
     def _make(self, approximation: Approximation) -> Block:
         if not approximation.additive:
             return approximation.of_batch(self.layers)
-        if len(self.layers) == 1 and self.memory is None:
-            block = approximation.of_whole(self.layers[0])
-            if block is not None:
-                return block
         means, basis = self.means(approximation), self.basis(approximation)
-        corrections = add(approximation.corrections(chunk, basis) for chunk in self._chunks())
+        chunks = (chunk for layer in self.layers for chunk in layer.chunks(self.memory))
+        corrections = add(approximation.corrections(chunk, basis) for chunk in chunks)
         if not corrections and not basis:
             return means.block(approximation)
-        return approximation.block(means, basis, divide(corrections, self.count))
+        means = means.given(basis, divide(corrections, self.count))
+        return approximation.block(means, means.shape)
+
+
+def _of_whole(statistic: Statistic, layer: LayerCapture) -> Tensor | View:
+    view = statistic.rows(layer)
+    return statistic.over(layer) if view is None else view
 
 
 def too_large(
     approximation: Approximation, shape: tuple[int, int], largest: int
 ) -> dict[str, tuple[str, int]]:
     """The Kronecker factors with more than `largest` rows: the side of the layer, and the rows."""
-    rows = dict(zip(("output", "input"), shape, strict=True))
-    sides = approximation.origin.sides
-    return {key: (side, rows[side]) for key, side in sides.items() if rows[side] > largest}
+    statistics = approximation.statistics_by_name
+    found: dict[str, tuple[str, int]] = {}
+    for side, rows in zip(("output", "input"), shape, strict=True):
+        if rows > largest:
+            found |= {key: (side, rows) for key, S in statistics.items() if S.side == side}
+    return found
 
 
 class Running:
-    """Means of an approximation's sums over time.
+    """Means of an approximation's statistics over time.
 
     `mean = S / c`, `S <- decay S + s`, `c <- decay c + n`.
 
     A sum travels with the number of loss terms it covers and both decay together, so the first
     estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
     refreshed by separate calls, at whatever intervals the caller keeps. `reduce` adds those of all
-    ranks, sums and count together in one call. Of a factor whose side exceeds `largest_factor` the
+    ranks, sums and count together in one call. `sums` and the state go by the names of the fields.
+    Of a factor whose side exceeds `largest_factor` the
     diagonal is kept: its matrix would not fit, its eigenvectors would take minutes.
 
     Raises `BlockError` for an approximation whose blocks are of the current batch only.
@@ -141,6 +142,8 @@ class Running:
             raise BlockError(f"decay is the weight of the past, in [0, 1]; got {decay}")
         self.approximation, self.decay, self.reduce = approximation, decay, reduce
         self.largest_factor = largest_factor
+        self.statistics = approximation.statistics_by_name
+        self.shape = (0, 0)
         self.sums: Sums = {}
         self.count = 0.0
         self.basis: Sums = {}
@@ -150,7 +153,9 @@ class Running:
     @property
     def means(self) -> Means:
         """The current means."""
-        return Means(self.sums, self.count)
+        names = {statistic: key for key, statistic in self.statistics.items()}
+        means = Means(lambda S: self.sums[names[S]], self.count, self.shape)
+        return means.read_by(self.approximation)
 
     def update(self, *layers: LayerCapture) -> None:
         """Add one batch, given whole or in chunks; the past decays once.
@@ -164,22 +169,17 @@ class Running:
                 f"the statistics of {layers[0].name!r} have NaN or inf entries, so have its input "
                 "or the gradient at its output; the running means are as before"
             )
+        self.shape = layers[0].shape
         self.count = self._blend(self.sums, self.count, total, count)
 
-    def _sums(self, layer: LayerCapture) -> Mapping[str, Tensor]:
-        origin = self.approximation.origin
-        sums = origin.sums(layer)
-        large = too_large(origin, layer.shape, self.largest_factor)
-        if not large:
-            return sums
-        diagonals = origin.diagonals(layer)
-
-        def kept(key: str) -> Tensor:
-            if key not in large:
-                return sums[key]
-            return diagonals[key] if key in diagonals else sums[key].diagonal()
-
-        return {key: kept(key) for key in sums}
+    def _sums(self, layer: LayerCapture) -> Sums:
+        large = too_large(self.approximation, layer.shape, self.largest_factor)
+        if len(self.statistics) > 1 and isinstance(layer, LayerCapture):
+            # one layout of the columns for all of them
+            layer = layer.at_hand()
+        diagonals = {S: key in large for key, S in self.statistics.items()}
+        found = {S: S.over(layer, diagonal) for S, diagonal in diagonals.items()}
+        return {key: found[S] for key, S in self.statistics.items()}
 
     def new_basis(self) -> Sums:
         """The basis of the current means: the expensive part."""
@@ -206,7 +206,7 @@ class Running:
         if not self.sums:
             raise BlockError("no batch has been seen yet: call update() first")
         corrections = divide(self.corrections, self.corrections_count) if self.corrections else {}
-        return self.approximation.block(self.means, self.basis, corrections)
+        return self.approximation.block(self.means.given(self.basis, corrections), self.shape)
 
     def _blend(self, into: Sums, count: float, total: Sums, terms: float) -> float:
         if self.reduce is not None:
@@ -226,10 +226,19 @@ class Running:
         state |= {f"basis.{k}": v for k, v in self.basis.items()}
         state |= {f"corrections.{k}": v for k, v in self.corrections.items()}
         counts = torch.tensor([self.count, self.corrections_count], dtype=torch.float64)
-        return {**state, "counts": counts}
+        return {**state, "counts": counts, "shape": torch.tensor(self.shape)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, dtypes included."""
+        """Restore what `state_dict` returned, dtypes included.
+
+        Raises:
+            ValueError: the state has no shape, as those of versions before statistics.
+        """
+        if "shape" not in state:
+            raise ValueError(
+                "this state of running means lacks the layer's shape, so an earlier version of "
+                "FisherLab wrote it; start the run anew, or resume it with that version"
+            )
         self.sums, self.basis, self.corrections = {}, {}, {}
         groups = {"sums": self.sums, "basis": self.basis, "corrections": self.corrections}
         for key, value in state.items():
@@ -237,3 +246,5 @@ class Running:
             if field:
                 groups[group][field] = value.clone()
         self.count, self.corrections_count = state["counts"].tolist()
+        o, i = state["shape"].tolist()
+        self.shape = o, i

@@ -170,7 +170,7 @@ class StaleSpectrum(WithMemory, name="averaged_theta_survives_a_new_basis"):
             running.correct(layer)
         stale = {k: v / running.corrections_count for k, v in running.corrections.items()}
         means = running.means
-        block = TEKFAC().block(means, TEKFAC().basis(means), stale)
+        block = TEKFAC().block(means.given(TEKFAC().basis(means), stale), running.shape)
         return relative_error(block, Exact()(now)).item()
 
 

@@ -60,6 +60,8 @@ class LayerCapture:
     maps: tuple[Geometry, ...] | None = None
     # while a memo measures this layer: its columns, made once for every approximation
     shared: dict[str, Columns] | None = field(default=None, repr=False)
+    # whether they are shared by a few sums only: their gradients are not kept
+    brief: bool = field(default=False, repr=False)
 
     def __repr__(self) -> str:
         o, i = self.shape
@@ -77,6 +79,11 @@ class LayerCapture:
     def examples(self) -> float:
         """Loss terms covered: the number of examples, times the share of their output vectors."""
         return self.raw_inputs[0].shape[0] * self.summed * self.column_share
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds all output vectors of its examples."""
+        return self.column_share == 1
 
     @property
     def device(self) -> torch.device:
@@ -109,13 +116,23 @@ class LayerCapture:
         weights = self.position_weights
         return a if weights is None else a * (weights**power).view(-1, *[1] * (a.ndim - 1))
 
+    def position_mean(self, a: Tensor) -> Tensor:
+        """Means of rows `[n, t, ...]` over the positions that count, `[n, ...]`."""
+        return self.weighed(a.mean(1), 1.0)
+
+    @property
+    def input_rows(self) -> Tensor:
+        """`inputs`, laid out once where the columns are shared."""
+        if self.shared is None or self.raw_output_gradients is None:
+            return self.inputs
+        return self.inputs if self.brief and not self.shared else self.columns.a
+
     @property
     def input_moment(self) -> Tensor:
         """`sum_n (T / T_n) sum_t a a^T`, `[i, i]`; `T_n = T` where all positions count."""
         conv = self.geometry.conv
         if self.counted is not None:
-            a = self.inputs if self.shared is None else self.columns.a
-            return contractions.second_moment(self.weighed(a))
+            return contractions.second_moment(self.weighed(self.input_rows))
         if self.shared is not None and "columns" in self.shared and not (conv and conv.plain):
             return contractions.second_moment(self.columns.a)
         moments = [map_.input_moment(raw) for map_, raw in self.calls(self.raw_inputs)]
@@ -202,10 +219,14 @@ class LayerCapture:
         if self.shared is None:
             return Columns(self.inputs, self.output_gradients)
         # dozens of products are to come: the gradients may take half again a workspace
-        room = 3 * contractions.WORKSPACE // 2
+        room = 0 if self.brief else 3 * contractions.WORKSPACE // 2
         return once(
             self.shared, "columns", lambda: Columns(self.inputs, self.output_gradients, room)
         )
+
+    def at_hand(self) -> LayerCapture:
+        """The capture with its columns laid out once, for a few sums over them."""
+        return self if self.shared is not None else replace(self, shared={}, brief=True)
 
     def per_example_gradients(self) -> Tensor:
         """`D[m,n,o,i] = sum_t g a^T`, all of them: m n o i numbers."""
@@ -228,11 +249,12 @@ class LayerCapture:
             return formed_gram(self.per_example_gradients().flatten(0, 1).flatten(1))
         return self.columns.gram
 
-    def chunks(self, memory: int | None = None) -> Iterator[LayerCapture]:
+    def chunks(self, memory: int | None = None, whole: bool = False) -> Iterator[LayerCapture]:
         """Captures over some examples and, where one example is too large, some output vectors.
 
         `memory` in bytes bounds the weight-sharing form of each (None: no bound, the capture
-        itself). Sums over the chunks are the sums over the whole.
+        itself). Sums over the chunks are the sums over the whole. `whole` examples keep all their
+        output vectors, at any size.
         """
         n = self.raw_inputs[0].shape[0]
         columns = self.columns_per_example
@@ -249,7 +271,8 @@ class LayerCapture:
                 f"of one example, over the budget of {memory:,}; raise `memory`"
             )
         rows = max(1, memory // (columns * per_column + per_input))
-        per_chunk = columns if rows > 1 else max(1, (memory - per_input) // per_column)
+        split = rows == 1 and not whole
+        per_chunk = max(1, (memory - per_input) // per_column) if split else columns
         for start in range(0, n, rows):
             for first in range(0, columns, per_chunk):
                 yield self.part(slice(start, start + rows), slice(first, first + per_chunk))

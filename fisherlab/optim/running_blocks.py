@@ -220,4 +220,4 @@ class _GradientOnly:
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient, self.shape, self.examples = gradient, gradient.shape, 1.0
-        self.term_scale = 1.0
+        self.term_scale, self.whole = 1.0, True

@@ -1,0 +1,109 @@
+"""`Means`: the means of one layer's statistics, as the methods that name them ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.moment import Moment
+from fisherlab.blocks.work import once
+from fisherlab.statistics import Statistic, View
+
+if TYPE_CHECKING:
+    from fisherlab.approximations.base import Approximation
+
+Sums = dict[str, Tensor]
+
+
+def add(terms: Iterable[Mapping[str, Tensor]]) -> Sums:
+    """Entrywise sum of dictionaries with the same keys; a key of one term keeps its own tensor."""
+    total: Sums = {}
+    for term in terms:
+        for key, value in term.items():
+            if key in total:
+                total[key] = total[key] + value
+            else:
+                total[key] = value
+    return total
+
+
+def divide(sums: Sums, count: float | Tensor) -> Sums:
+    """The means: every sum over the number of loss terms it covers."""
+    return {key: value / count for key, value in sums.items()}
+
+
+class Means:
+    """`mean(S)`: the total of a statistic over the number of loss terms, as a tensor.
+
+    Every mean, and every block that needs nothing else, is made once for all methods. `basis` and
+    `corrections` are those of the method at hand.
+
+    Args:
+        total: the total of a statistic, as a tensor or a cheaper view.
+        count: the number of loss terms.
+        shape: `(o, i)` of the weight.
+    """
+
+    def __init__(
+        self, total: Callable[[Statistic], Tensor | View], count: float, shape: tuple[int, int]
+    ) -> None:
+        self._total, self.count, self.shape = total, count, shape
+        self._views: dict[Statistic, Tensor | View] = {}
+        self._tensors: dict[Statistic, Tensor] = {}
+        self._blocks: dict[Approximation, Block] = {}
+        self._reader: Approximation | None = None
+        self.basis: Sums = {}
+        self.corrections: Sums = {}
+
+    def read_by(self, approximation: Approximation) -> Means:
+        """The same means for one method, which gets those of its own statistics."""
+        other = copy(self)
+        other._reader, other.basis, other.corrections = approximation, {}, {}
+        return other
+
+    def given(self, basis: Sums, corrections: Sums) -> Means:
+        """The same means, with a basis and the means of the corrections in it."""
+        other = copy(self)
+        other.basis, other.corrections = basis, corrections
+        return other
+
+    def __call__(self, statistic: Statistic) -> Tensor:
+        view = self.view(statistic)
+        if isinstance(view, Tensor):
+            return view
+        return once(self._tensors, statistic, view.formed)
+
+    def view(self, statistic: Statistic) -> Tensor | View:
+        """A mean in the fewest numbers known: as rows where these are few, else the tensor.
+
+        Raises:
+            BlockError: the statistic is no field of the method.
+        """
+        if self._reader is not None and statistic not in self._reader.statistics_by_name.values():
+            raise BlockError(
+                f"{type(self._reader).__name__} asks for the mean of {statistic!r}, which is none "
+                "of its fields: name it as one, so that it is collected"
+            )
+        return once(self._views, statistic, lambda: self._mean(statistic))
+
+    def _mean(self, statistic: Statistic) -> Tensor | View:
+        total = self._total(statistic)
+        return total / self.count if isinstance(total, Tensor) else total.scaled(1 / self.count)
+
+    def factor(self, statistic: Statistic) -> Tensor | Moment:
+        """A mean that is a factor of a Kronecker product, as rows where these are few."""
+        view = self.view(statistic)
+        return view if isinstance(view, Tensor | Moment) else self(statistic)
+
+    def block(self, approximation: Approximation) -> Block:
+        """The block of a method that needs nothing but its means and their basis; made once."""
+        return once(self._blocks, approximation, lambda: self._block(approximation))
+
+    def _block(self, approximation: Approximation) -> Block:
+        mean = self.read_by(approximation)
+        mean.basis = approximation.basis(mean)
+        return approximation.block(mean, self.shape)

@@ -1,0 +1,58 @@
+"""Matrices of few directions, and the product of two factors of few rows with its inverse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.base import Block
+from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.numerics import BESIDE, BlockError, check_damping
+from fisherlab.blocks.serialise import remembers
+
+
+@remembers("Q_G", "Q_A", "spectrum")
+class LowRank(Eigen):
+    """A matrix of few directions, however many examples it is made of."""
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        # a direction without energy is anybody's
+        energies = self.spectrum.double()
+        sides = [energies.amax(side, keepdim=True) for side in (0, 1)]
+        floor = (BESIDE * torch.finfo(self.dtype).eps) ** 2 * energies.max()
+        here = (sides[0] > floor) & (sides[1] > floor)
+        return super().diagonal_of(other).masked_fill(~here, 0)
+
+    def formed_bytes(self) -> int:
+        return self.memory_bytes()
+
+
+@remembers("Q_G", "Q_A", "g_energies", "a_energies")
+class Pair(LowRank):
+    """`Q_G diag(g) Q_G^T (x) Q_A diag(a) Q_A^T`, which remembers `g` and `a` apart."""
+
+    def __init__(self, Q_G: Tensor, Q_A: Tensor, g: Tensor, a: Tensor) -> None:
+        super().__init__(Q_G, Q_A, torch.outer(g, a))
+        self.g_energies, self.a_energies = g, a
+
+    def factorwise_inverse(self, damping: float, name: str) -> Eigen:
+        """`(G + damping I)^{-1} (x) (A + damping I)^{-1}`.
+
+        Raises:
+            BlockError: no damping, without which the factors have no inverse.
+        """
+        damping = check_damping(damping)
+        if damping == 0:
+            raise BlockError(
+                f"{name}'s factors have rank {len(self.g_energies)} at most, so their inverse "
+                "needs damping > 0"
+            )
+        along_G, along_A = damping + self.g_energies, damping + self.a_energies
+        return Eigen(
+            self.Q_G,
+            self.Q_A,
+            torch.outer(along_G, along_A).reciprocal(),
+            (damping * along_G).reciprocal(),
+            (damping * along_A).reciprocal(),
+            self.spectrum.new_tensor(damping**-2),
+        )
