@@ -1,7 +1,10 @@
 """By name, with default options: each trains, and each is the method it is named after."""
 
 import math
+import runpy
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,3 +278,15 @@ def test_after_an_epoch_no_default_is_the_gradient_in_disguise(name: str) -> Non
     assert torch.stack(cosines[-10:]).median() < 0.98
     if name not in ("eva", "ifang"):  # their one eigenvalue
         assert (optimizer.summary()["eigenvalues_above_damping"] > 0).all()
+
+
+def test_the_table_is_of_these_defaults() -> None:
+    folder = Path(__file__).parents[1]
+    script = runpy.run_path(str(folder / "data" / "results" / "defaults.py"))
+    rows = pd.read_csv(script["ROWS"])
+    new = rows[(rows["task"] == "digits") & (rows["label"] == "new")]
+    assert set(new["optimizer"]) == set(script["measured"]("new"))
+    for name, stated in zip(new["optimizer"], new["defaults"], strict=True):
+        assert script["stated"](fl.optim.create(name, net(name))) == stated, name
+    page = (folder / "docs" / "defaults.md").read_text(encoding="utf-8")
+    assert page == script["page"](rows), "python data/results/defaults.py page"
