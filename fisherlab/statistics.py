@@ -61,11 +61,15 @@ class Statistic(ABC):
                 setattr(cls, view, vars(Statistic)[view])
 
     def _fields(self) -> tuple[Any, ...]:
+        if not vars(self):
+            return ()
         # tensors are equal where they are one
         fields = sorted(vars(self).items())
         return tuple((key, id(x) if isinstance(x, Tensor) else x) for key, x in fields)
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return type(self) is type(other) and self._fields() == other._fields()
 
     def __hash__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -82,7 +83,7 @@ class Approximation:
                     dataclass(frozen=True)(base)
         return super().__new__(cls)
 
-    @property
+    @cached_property
     def statistics_by_name(self) -> dict[str, Statistic]:
         """The statistics among the fields, and those of the approximations among them."""
         found: dict[str, Statistic] = {}

@@ -56,6 +56,7 @@ class Means:
         self._tensors: dict[Statistic, Tensor] = {}
         self._blocks: dict[Approximation, Block] = {}
         self._reader: Approximation | None = None
+        self._named: frozenset[Statistic] = frozenset()
         self.basis: Sums = {}
         self.corrections: Sums = {}
 
@@ -63,6 +64,7 @@ class Means:
         """The same means for one method, which gets those of its own statistics."""
         other = copy(self)
         other._reader, other.basis, other.corrections = approximation, {}, {}
+        other._named = frozenset(approximation.statistics_by_name.values())
         return other
 
     def given(self, basis: Sums, corrections: Sums) -> Means:
@@ -83,7 +85,7 @@ class Means:
         Raises:
             BlockError: the statistic is no field of the method.
         """
-        if self._reader is not None and statistic not in self._reader.statistics_by_name.values():
+        if self._reader is not None and statistic not in self._named:
             raise BlockError(
                 f"{type(self._reader).__name__} asks for the mean of {statistic!r}, which is none "
                 "of its fields: name it as one, so that it is collected"
