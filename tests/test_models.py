@@ -64,7 +64,7 @@ def test_a_capture_sees_every_linear_map(name, batch_norm):
     criterion = nn.CrossEntropyLoss()
     if name == "autoencoder":
         criterion, labels = nn.MSELoss(), x.flatten(1)
-    layers = capture(model, criterion, x, labels, fisher_type="empirical")
+    layers = capture(model, criterion, x, labels, fisher_type="empirical", kinds=("map",))
     maps = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert set(layers) == maps
     gradients = torch.autograd.grad(criterion(model(x), labels), list(model.parameters()))

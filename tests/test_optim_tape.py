@@ -62,7 +62,7 @@ class BatchFirst(TimeFirst):
 
 
 @pytest.mark.parametrize("steps", [3, 8])
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "exact", "ngd", "diagonal"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "exact", "ngd", "diagonal", "fngd", "tengrad"])
 def test_time_first_takes_the_steps_of_batch_first(name, steps):
     torch.manual_seed(0)
     first = TimeFirst(steps).double()
@@ -75,10 +75,21 @@ def test_time_first_takes_the_steps_of_batch_first(name, steps):
         assert torch.allclose(p, q, rtol=0, atol=1e-10)
 
 
+class Reversed(nn.Module):
+    """The rows of the first layer are the examples from the last to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x.flip(0)).flip(0)))
+
+
 @pytest.mark.parametrize("name", ["fngd", "tengrad"])
 def test_weighted_layers_of_other_rows_are_plain_and_say_so(name):
     torch.manual_seed(0)
-    model = TimeFirst(8)
+    model = Reversed()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         optimizer = trained(model, name, steps=1)

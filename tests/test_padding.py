@@ -69,7 +69,15 @@ def block(layer):
 
 def measured(table):
     """Every number of a table that is no time and no size."""
-    skipped = ["build_seconds", "solve_seconds", "memory_bytes", "note"]
+    skipped = [
+        "build_seconds",
+        "decompose_seconds",
+        "shared_seconds",
+        "solve_seconds",
+        "memory_bytes",
+        "formed_bytes",
+        "note",
+    ]
     return table.frame.drop(columns=skipped).select_dtypes("number")
 
 

@@ -176,10 +176,11 @@ def test_the_check_of_gradients_alone_does_not_see_rows(kind):
     assert name in fl.capture(model, CE, x, y, check="gradient")
 
 
-def test_without_a_check_nothing_is_left_out():
+@pytest.mark.parametrize("check", ["full", "gradient", "off"])
+def test_a_weight_with_another_use_is_left_out_at_any_check(check):
     model, (x, y) = made(Penalised), batch()
-    assert "a" not in fl.capture(model, CE, x, y, check="gradient")
-    assert "a" in fl.capture(model, CE, x, y, check="off")
+    captured = fl.capture(model, CE, x, y, check=check)
+    assert list(captured) == ["b"] and "used by square" in captured.report.skipped["a"]
 
 
 def test_an_unknown_check_is_refused():

@@ -111,6 +111,11 @@ class Geometry:
     width: int | None = None
     flipped: bool = False
 
+    @property
+    def numel(self) -> int:
+        """The entries of the weight, all groups."""
+        return self.groups * self.in_features * self.out_features
+
     @classmethod
     def of(cls, module: nn.Module, bias: bool, group: int = 0) -> Geometry:
         """The geometry of a `Linear` or `Conv1d/2d/3d`, one group of it."""

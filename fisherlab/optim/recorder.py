@@ -169,6 +169,9 @@ class Recorder:
         known = use.name in self.watch.tape.others or use.kind != "map"
         if weight is None and not known and (weight := self._adopt(use)) is not None:
             self.add(weight)
+        if weight is not None and weight.weight.numel() != weight.geometry.numel:
+            # changed in place since: the step refuses it by name
+            return output
         if weight is None or not weight.fits(use):
             self.watch.tape.others.setdefault(use.name, set()).add(use.function)
             return output

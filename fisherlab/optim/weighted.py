@@ -57,9 +57,9 @@ class _Layer:
     count: int = 0
     # whether the weight keeps its plain gradient
     plain: bool = False
-    # the examples of the batch, and whether a row of the input is one position of an example
+    # the examples of the batch, and where they are in the rows of the input
     examples: int = 0
-    folded: bool = False
+    layout: str = ""
     # of a layer called several times: they share one Gram matrix, so all must have arrived
     arrived: Calls = field(default_factory=list)
 
@@ -117,20 +117,19 @@ class _Weighted(torch.autograd.Function):
         x, kernel = ctx.saved_tensors
         layer: _Layer = ctx.layer
         given = x.shape
-        if layer.folded:
-            x, g = (t.view(layer.examples, -1, t.shape[-1]) for t in (x, g.contiguous()))
+        if layer.layout:
+            x, g = _examples_first(x, layer), _examples_first(g, layer)
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
         if layer.state.asking:
             needs = (needs[0], False, False)
             asked = _gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs)[0]
-            asked = None if asked is None else asked.reshape(given)
-            return asked, None, None, None, None
+            return _as_given(asked, layer, given), None, None, None, None
         layer.state.reached.add(weight.name)
         rows = found = None
         if layer.plain:
             needs = (needs[0], needs[1], needs[2])
             grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs))
-            grads[0] = None if grads[0] is None else grads[0].reshape(given)
+            grads[0] = _as_given(grads[0], layer, given)
             return *(None if grad is None else grad.to(kernel.dtype) for grad in grads), None, None
         if layer.count > 1:
             layer.arrived.append((x, g))
@@ -147,8 +146,40 @@ class _Weighted(torch.autograd.Function):
             if weight.bias is not None:
                 grads[2] = known[weight.bias]
         grad_x, *others = grads
-        grad_x = None if grad_x is None else grad_x.reshape(given)
+        grad_x = _as_given(grad_x, layer, given)
         return (grad_x, *(None if grad is None else grad.to(dtype) for grad in others), None, None)
+
+
+# Layouts: the positions of an example are rows one after another, or all examples of a position
+# are; `[n t, i]` and `[t n, i]` or `[t, n, i]`.
+FOLDED, TURNED = "folded", "turned"
+
+
+def _examples_first(rows: Tensor, layer: _Layer) -> Tensor:
+    """An input or a gradient as `[n, t, features]`."""
+    if layer.layout == TURNED:
+        return rows.reshape(-1, layer.examples, rows.shape[-1]).transpose(0, 1)
+    return rows.reshape(layer.examples, -1, rows.shape[-1])
+
+
+def _as_given(grad: Tensor | None, layer: _Layer, shape: torch.Size) -> Tensor | None:
+    """The gradient of the input in the input's own layout."""
+    if grad is None or not layer.layout:
+        return grad
+    return (grad.transpose(0, 1) if layer.layout == TURNED else grad).reshape(shape)
+
+
+def _layout(call: Call, n: int) -> str | None:
+    """The layout of a linear map's rows; None where it is another one."""
+    examples, x = call.examples, call.raw_input
+    if examples is None or not (call.geometry.conv is None and call.geometry.transposed is None):
+        return None
+    if x.ndim == 2 and in_order(call, n):
+        return FOLDED
+    if (x.ndim == 2 and len(x) % n) or (x.ndim != 2 and x.shape[1:-1] != (n,)):
+        return None
+    own = torch.arange(n, device=examples.device).repeat(len(examples) // n)
+    return TURNED if bool(((examples == own) | (examples < 0)).all()) else None
 
 
 def _gradients(
@@ -242,7 +273,7 @@ class WeightedLayers:
         self.left_out: dict[str, str] = {}
         # layers whose rows were proven to be examples, or their positions one after another
         self._proven: set[str] = set()
-        self._folded: set[str] = set()
+        self._layouts: dict[str, str] = {}
         # of the latest forward: each layer, with its parameters on their way to its calls
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
@@ -291,7 +322,7 @@ class WeightedLayers:
         if self._asked:
             self._find_rows(output)
         for name, (layer, *_) in self._layers.items():
-            layer.examples, layer.folded = n, name in self._folded
+            layer.examples, layer.layout = n, self._layouts.get(name, "")
 
     @reentrant_named(OptimizerError)
     def _find_rows(self, output: Tensor) -> None:
@@ -307,10 +338,10 @@ class WeightedLayers:
         for (name, call, _), why in zip(asked, whys, strict=True):
             self._proven.add(name)
             same = len(cast(Tensor, call.output)) == n == len(call.raw_input)
-            ordered = not why and in_order(call, n)
-            if not same and ordered and self.weights[name].is_linear and call.raw_input.ndim == 2:
-                self._folded.add(name)
-            elif not same or not (why or ordered):
+            if same and (why or in_order(call, n)):
+                continue
+            layout = None if why else _layout(call, n)
+            if layout is None or self._layouts.setdefault(name, layout) != layout:
                 self._say(name, why or "its rows are not in the order of the examples")
 
     def _say(self, name: str, reason: str) -> None:
