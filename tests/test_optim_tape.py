@@ -333,3 +333,91 @@ def test_register_product_makes_a_layer_of_a_users_function():
     assert torch.allclose(layers[0].gram(), layers[1].gram(), rtol=1e-3)
     with pytest.raises(fl.CaptureError, match="no layer of this model has a block"):
         fl.capture(Own(Twice.apply), CE, x, y)
+
+
+class Image(nn.Module):
+    """A convolution of a row of pixels, called once for each of its options."""
+
+    def __init__(self, *options, **first):
+        super().__init__()
+        self.c, self.options = nn.Conv1d(1, 1, 3, **first), options
+        self.o = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = self.c(x[:, None])
+        for option in self.options:
+            x = F.conv1d(torch.tanh(x), self.c.weight, self.c.bias, **option)
+        return self.o(torch.tanh(x).flatten(1))
+
+
+def image(*options, **first):
+    torch.manual_seed(0)
+    model = Image(*options, **first)
+    model(batch()[0])
+    return model.double()
+
+
+PLAIN_STEP = {"lr": 0.1, "damping": 0.1, "momentum": 0.0, "kl_clip": None}
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_padded_border_is_the_calls_own(mode):
+    x, y = batch()
+    models = [image(padding=1, padding_mode=mode) for _ in range(2)]
+    for name, model in zip(("tengrad", "exact"), models, strict=True):
+        trained(model, name, x=x.double(), y=y, **PLAIN_STEP)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1.0])
+def test_kl_clip_of_a_padded_border(clip):
+    x, y = batch()
+    models = [image(padding=1, padding_mode="circular") for _ in range(2)]
+    for name, model in zip(("tengrad", "exact"), models, strict=True):
+        options = {**PLAIN_STEP, "kl_clip": clip, "warmup": 0}
+        trained(model, name, x=x.double(), y=y, **options)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+def test_a_convolution_called_in_two_ways_is_plain_under_weighted_layers():
+    model = image({"stride": 2})
+    again, (x, y) = copy.deepcopy(model), batch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = fl.optim.create("tengrad", model, **PLAIN_STEP)
+        CE(model(x.double()), y).backward()
+    assert "in another way" in str(said[0].message) and set(optimizer.left_out) == {"c"}
+    CE(again(x.double()), y).backward()
+    assert torch.allclose(model.c.weight.grad, again.c.weight.grad)
+
+
+def test_a_transposed_convolution_is_plain_under_weighted_layers():
+    torch.manual_seed(0)
+    model, (x, y) = Decoder(), batch()
+    again = copy.deepcopy(model)
+    optimizer = fl.optim.create("tengrad", model, **PLAIN_STEP)
+    CE(model(x), y).backward()
+    CE(again(x), y).backward()
+    assert "t" not in optimizer.weights
+    assert torch.allclose(model.t.weight.grad, again.t.weight.grad)
+    assert not torch.allclose(model.o.weight.grad, again.o.weight.grad)
+
+
+def test_rows_that_are_no_longer_the_examples_are_refused():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.steps = nn.Linear(5, 4), nn.Linear(4, 3), 1
+
+        def forward(self, x):
+            rows = x.repeat_interleave(self.steps, 0)
+            return self.b(torch.tanh(self.a(rows)).view(len(x), self.steps, 4).mean(1))
+
+    model, (x, y) = Growing(), batch()
+    optimizer = trained(model, "tengrad", steps=1)
+    model.steps = 2
+    with pytest.raises(RuntimeError, match="'a' received 16 rows in a batch of 8"):
+        CE(model(x), y).backward()
+    assert optimizer.steps == 1

@@ -18,6 +18,7 @@ from fisherlab.blocks import contractions
 from fisherlab.extract.moments import example_sum, patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Multiplications in whose time Python sees to one pair of offsets of `patch_moment`.
 PAIR = 8e5
 
@@ -49,7 +50,7 @@ class Convolution:
         )
 
     @classmethod
-    def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Convolution:
+    def of(cls, module: nn.modules.conv._ConvNd) -> Convolution:
         """Those of a module."""
         return cls(
             tuple(module.kernel_size),
@@ -118,20 +119,18 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Module, bias: bool, group: int = 0) -> Geometry:
-        """The geometry of a `Linear` or `Conv1d/2d/3d`, one group of it."""
+        """The geometry of a `Linear`, a convolution or a transposed one, one group of it."""
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, bias)
-        if not isinstance(module, CONVOLUTIONS):
+        if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
             raise CaptureError(f"no weight-sharing form for {type(module).__name__}")
-        groups = module.groups
-        return cls(
-            module.in_channels // groups * math.prod(module.kernel_size),
-            module.out_channels // groups,
-            bias,
-            Convolution.of(module),
-            group,
-            groups,
-        )
+        groups, conv = module.groups, Convolution.of(module)
+        size = math.prod(module.kernel_size)
+        i, o = module.in_channels // groups, module.out_channels // groups
+        if isinstance(module, TRANSPOSED):
+            # its bias is added once per pixel of the output, which no position of the input is
+            return cls(i, o * size, False, None, group, groups, transposed=conv, flipped=True)
+        return cls(i * size, o, bias, conv, group, groups)
 
     def inputs(self, raw: Tensor) -> Tensor:
         """The raw input of one call as `a` `[n, t, i]`, contiguous, the bias's 1 included."""

@@ -85,7 +85,7 @@ class FNGD(Woodbury):
         n, device = len(calls[0][1]), calls[0][1].device
         mine = slice(None) if self.ranks is None else self.ranks.rows(n)
         every = self._shared(weight, n if self.ranks is None else self.ranks.size * n).to(device)
-        self._take(weight, Taken(calls, every[:, mine], factor, every))
+        self._take(weight, Taken(weight, calls, every[:, mine], factor, every))
         return every[:, mine], None
 
     def _shared(self, weight: Weight, n: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fisherlab.extract import select
-from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
+from fisherlab.extract.geometry import CONVOLUTIONS, TRANSPOSED, Geometry
 from fisherlab.extract.tape import Use
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,10 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """`(o, i)` of the matrix of all groups, the bias included."""
-        return self.groups * self.geometry.out_features, self.geometry.in_features + self._biased
-
-    @property
-    def _biased(self) -> bool:
-        return self.bias is not None
+        return (
+            self.groups * self.geometry.out_features,
+            self.geometry.in_features + self.geometry.bias,
+        )
 
     @property
     def size(self) -> int:
@@ -116,18 +112,11 @@ class Weight:
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, UninitializedParameter):
             return None
         bias: Any = None
-        if owner.local == "weight" and isinstance(module, nn.Linear):
-            bias = module.bias
-            geometry = Geometry(module.in_features, module.out_features, bias is not None)
-        elif owner.local == "weight" and isinstance(module, CONVOLUTIONS):
-            bias = module.bias
-            geometry = Geometry.of(module, bias is not None)
-        elif owner.local == "weight" and isinstance(module, TRANSPOSED):
-            i, o = len(parameter) // module.groups, math.prod(parameter.shape[1:])
-            geometry = Geometry(i, o, False, groups=module.groups, flipped=True)
+        if owner.local == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+            geometry = Geometry.of(module, True)
+            bias = module.bias if geometry.bias else None
         elif owner.local == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
-            bias = module.in_proj_bias
-            geometry = Geometry(parameter.shape[1], len(parameter), bias is not None)
+            geometry, bias = Geometry(parameter.shape[1], len(parameter), True), module.in_proj_bias
         else:
             return None
         bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None

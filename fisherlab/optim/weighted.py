@@ -117,6 +117,11 @@ class _Weighted(torch.autograd.Function):
         x, kernel = ctx.saved_tensors
         layer: _Layer = ctx.layer
         given = x.shape
+        if not layer.layout and layer.examples and len(x) != layer.examples:
+            raise OptimizerError(
+                f"layer {layer.weight.name!r} received {len(x)} rows in a batch of "
+                f"{layer.examples}: the first axis must be the example; no parameter was changed"
+            )
         if layer.layout:
             x, g = _examples_first(x, layer), _examples_first(g, layer)
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
@@ -127,7 +132,6 @@ class _Weighted(torch.autograd.Function):
         layer.state.reached.add(weight.name)
         rows = found = None
         if layer.plain:
-            needs = (needs[0], needs[1], needs[2])
             grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs))
             grads[0] = _as_given(grads[0], layer, given)
             return *(None if grad is None else grad.to(kernel.dtype) for grad in grads), None, None
@@ -295,6 +299,14 @@ class WeightedLayers:
             others.setdefault(use.name, set()).add(use.function)
             return output
         if use.name in self.left_out:
+            return output
+        # of the call: an image may have its border already
+        weight = replace(weight, geometry=replace(use.geometry, bias=weight.bias is not None))
+        if (
+            use.name in self._layers
+            and self._layers[use.name][0].weight.geometry != weight.geometry
+        ):
+            others.setdefault(use.name, set()).add(f"{use.function} in another way")
             return output
         if use.name not in self._layers:
             layer = _Layer(weight, self.rows, self.scale.loss, self.state)

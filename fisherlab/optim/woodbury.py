@@ -104,7 +104,7 @@ class Woodbury(CurvatureOptimizer):
         # in the scale of the gradient that backward leaves
         scale = (factor * (1 if self.ranks is None else self.ranks.size)) ** -2
         products = products[0] * scale, products[1] * scale
-        self._take(weight, Taken(calls, rows[:, mine], factor, rows, products))
+        self._take(weight, Taken(weight, calls, rows[:, mine], factor, rows, products))
         # of gradients that were formed for their Gram matrix, or joined, their sum is free
         joined = len(calls) > 1 or all(isinstance(each, ImageColumns) for each in columns)
         if self.ranks is None and joined:
@@ -202,7 +202,7 @@ class Woodbury(CurvatureOptimizer):
         known = passes[0].products
         if len(passes) == 1 and known is not None and len(set(lrs.values())) == 1:
             return known[0] * next(iter(lrs.values())) ** 2, known[1]
-        steps, gradients = zip(*(taken.pair(weight) for taken in passes), strict=True)
+        steps, gradients = zip(*(taken.pair() for taken in passes), strict=True)
         found = {"d": sum_of(steps), "g": sum_of(gradients)}
         if self.ranks is not None:
             found = {key: sums / self.ranks.size for key, sums in self.ranks.sum(found).items()}
@@ -215,6 +215,8 @@ class Woodbury(CurvatureOptimizer):
 class Taken:
     """What one backward pass brought to a layer, and the weights that its examples took."""
 
+    # as the pass multiplied it
+    weight: Weight
     # of this rank
     calls: Calls
     rows: Tensor
@@ -226,9 +228,9 @@ class Taken:
     # the examples' indices in the data set
     indices: Tensor | None = None
 
-    def pair(self, weight: Weight) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         """Its direction and its gradient, in the scale of the loss."""
-        columns = columns_of(weight, self.calls, self.factor)
+        columns = columns_of(self.weight, self.calls, self.factor)
         ones = torch.ones_like(self.rows)
         return of_columns(columns, self.rows) / self.factor, of_columns(columns, ones) / self.factor
 
