@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_tape import Functional, Squashed, hooked
 from torch import nn
 
 import fisherlab as fl
@@ -16,11 +17,6 @@ TYPES = ("exact", "mc", "empirical")
 class Masked(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight * (torch.arange(20).view(4, 5) % 2), self.bias)
-
-
-class Squashed(nn.Linear):
-    def forward(self, x):
-        return torch.tanh(super().forward(x))
 
 
 class Standardised(nn.Conv2d):
@@ -38,15 +34,6 @@ class Penalised(nn.Module):
 
     def forward(self, x):
         return self.b(torch.tanh(self.a(x))) * (1 + self.a.weight.square().sum())
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.b(F.linear(torch.tanh(self.a(x)), self.a.weight))
 
 
 class TwoBiases(nn.Module):
@@ -93,12 +80,6 @@ class TimeFirst(nn.Module):
     def forward(self, x):
         steps = x[:, None] * torch.linspace(0.5, 1.5, len(x)).to(x)[None, :, None]
         return self.b(torch.tanh(self.a(steps.transpose(0, 1))).mean(0))
-
-
-def hooked():
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    model[0].register_forward_hook(lambda module, args, output: 2 * output)
-    return model
 
 
 def convolutional(first):

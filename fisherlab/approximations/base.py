@@ -20,7 +20,7 @@ _REGISTRY: dict[str, type[Approximation]] = {}
 # A field whose statistic follows from an option of the method.
 BY_OPTION = cast(Statistic, None)
 
-# What methods defined before statistics were values: nothing would call it.
+# Methods of the contract before statistics were values; no code would call them.
 RETIRED = ("sums", "diagonals", "moments", "of_whole")
 
 
@@ -99,7 +99,7 @@ class Approximation:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a capture must hold: all that the statistics need."""
+        """The fields that a capture must hold: all that the statistics need."""
         statistics = self.statistics_by_name.values()
         return frozenset().union(*(S.needs for S in statistics)) if statistics else COLUMNS
 

@@ -13,7 +13,7 @@ from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import BlockError
 
-# what `Eigen` takes besides a spectrum
+# Options that `Eigen` takes besides a spectrum.
 TAILS = ("tail_G", "tail_A", "tail")
 
 

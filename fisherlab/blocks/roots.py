@@ -73,7 +73,7 @@ def moment_trace(side: Tensor | Moment) -> Tensor:
 
 
 def _noise(values: Tensor) -> Tensor:
-    """What an eigenvalue may be by rounding alone.
+    """The largest eigenvalue that rounding alone can leave.
 
     The usual bound where the spectrum breaks off above it, as that of a moment of low rank does.
     Where it runs on below, the bound is too careful by far, and 1/damping makes much of what it

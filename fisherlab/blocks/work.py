@@ -1,4 +1,4 @@
-"""What a method costs alone, where methods share work: each piece counts for all who use it."""
+"""The cost of a method alone, where methods share work: each piece counts for all users."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Piece:
 
 
 def seconds_of(pieces: Iterable[Piece]) -> float:
-    """What pieces cost together, each once."""
+    """The seconds of pieces together, each once."""
     return sum(piece.seconds for piece in pieces)
 
 

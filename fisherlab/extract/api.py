@@ -62,7 +62,7 @@ class Report:
 
     @property
     def share(self) -> float:
-        """Of the trainable parameters, those that have a block."""
+        """The share of the trainable parameters that have a block."""
         return self.covered / self.trained if self.trained else 0.0
 
     def __str__(self) -> str:

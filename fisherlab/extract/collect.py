@@ -69,7 +69,7 @@ def collect(
         if name in failures:
             continue
         if weighted is None and record.tape.others.get(name):
-            # what is not proven is not taken on trust
+            # an unproven product is not taken on trust
             failures[name] = _why(record, name)[0]
             continue
         form = Form.of(found)

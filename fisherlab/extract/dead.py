@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherlab.extract.backward import pulled_back
 from fisherlab.extract.slopes import _RENAMED, _name, _sorted
 
 # Element-wise functions whose derivative is exactly 0 somewhere.
@@ -51,13 +52,8 @@ def behind(
 ) -> list[Tensor]:
     """Positions `[n, t]` with a gradient of `<f, vector>` behind the rectifier, edge by edge."""
     nodes = stopping(output, edges)
-    flat: list[Any] = [GradientEdge(node, 0) for found in nodes for node in found]
-    gradients: Sequence[Tensor | None] = ()
-    if flat:
-        with torch.enable_grad():
-            product = (output * vector).sum()
-        gradients = torch.autograd.grad(product, flat, retain_graph=True, allow_unused=True)
-    rest, patterns = iter(gradients), []
+    flat = [GradientEdge(node, 0) for found in nodes for node in found]
+    rest, patterns = iter(pulled_back(output, vector, flat)), []
     for found, shape in zip(nodes, shapes, strict=True):
         pattern = torch.zeros(shape[0], shape[1:-1].numel(), dtype=torch.bool, device=output.device)
         for _ in found:

@@ -51,7 +51,7 @@ class Convolution:
 
     @classmethod
     def of(cls, module: nn.modules.conv._ConvNd) -> Convolution:
-        """Those of a module."""
+        """The hyper-parameters of a module."""
         return cls(
             tuple(module.kernel_size),
             tuple(module.stride),

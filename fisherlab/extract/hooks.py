@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fisherlab.extract.backward import pulled_back, widened
 from fisherlab.extract.tape import Record
 
 
@@ -16,14 +17,9 @@ def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tens
     Only as far as layer outputs: no parameter gradient is formed and `.grad` is not touched.
     """
     calls = record.every()
-    # of the number <f, v>: given v itself, autograd loads a package for symbolic shapes, 2 s once
-    with torch.enable_grad():
-        product = (outputs * vector).sum()
-    gradients = torch.autograd.grad(
-        product, [call.edge for call in calls], retain_graph=True, allow_unused=True
-    )
+    gradients = pulled_back(outputs, vector, [call.edge for call in calls])
     return [
-        _widened(torch.zeros_like(call.output) if gradient is None else gradient)
+        widened(torch.zeros_like(call.output) if gradient is None else gradient)
         for call, gradient in zip(calls, gradients, strict=True)
     ]
 
@@ -50,9 +46,3 @@ def fill(
         # into one buffer: a list of columns and their stack would take twice the memory
         for call, gradient in zip(calls, send_backwards(outputs, record, vector), strict=True):
             call.gradients[k] = gradient
-
-
-def _widened(gradient: Tensor) -> Tensor:
-    """Half-precision gradients of an autocast region, raised to float32 before any product."""
-    half = gradient.dtype in (torch.float16, torch.bfloat16)
-    return gradient.float() if half else gradient

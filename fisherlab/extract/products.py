@@ -51,7 +51,7 @@ class Product:
 
 
 Parser = Callable[..., "Product | None"]
-# By function; a parser takes the function's own arguments. None: no product with a weight.
+# Parsers by function. A parser takes the function's own arguments; None is no product.
 PRODUCTS: dict[Callable, Parser] = {}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fisherlab.extract.backward import pulled_back
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.rows import as_rows
 from fisherlab.extract.tape import Call, Recorded
@@ -53,15 +54,8 @@ class Weighted:
         generator = torch.Generator().manual_seed(0)
         exponents = torch.randint(-EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator)
         weights = (2.0**exponents).to(outputs) if outputs.ndim else outputs.new_ones(n)
-        sources: list[Any] = [call.edge for call in calls]
-        with torch.enable_grad():
-            weighted = labels
-            if labels.ndim:
-                weighted = labels * weights.view(-1, *[1] * (labels.ndim - 1))
-            product = (outputs * weighted).sum()
-        found = torch.autograd.grad(
-            product, [*sources, *leaves], retain_graph=True, allow_unused=True
-        )
+        weighted = labels * weights.view(-1, *[1] * (labels.ndim - 1)) if labels.ndim else labels
+        found = pulled_back(outputs, weighted, [*(call.edge for call in calls), *leaves])
         arrived = found[: len(calls)]
         rows = [or_zero(g, c.label_gradient) for g, c in zip(arrived, calls, strict=True)]
         gradients = [or_zero(g, p) for g, p in zip(found[len(calls) :], leaves, strict=True)]
@@ -145,7 +139,7 @@ def not_a_product(
 
 
 def call_tolerance(call: Recorded) -> float:
-    """That of a call's input and output; the numbers of an embedding's tokens are exact."""
+    """The tolerance of a call's input and output; token numbers of an embedding are exact."""
     tensors = [t for t in (call.raw_input, call.output) if t.is_floating_point()]
     return max(tolerance(tensor) for tensor in tensors)
 

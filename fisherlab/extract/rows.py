@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherlab.extract.backward import pulled_back
 from fisherlab.extract.tape import Call
 
 SEVERAL = (
@@ -87,13 +88,9 @@ def _times(vector: Tensor, weights: Tensor) -> Tensor:
 def _arrived(
     outputs: Tensor, vector: Tensor, edges: Sequence[GradientEdge], shapes: Sequence[Any]
 ) -> list[Tensor]:
-    sources: list[Any] = list(edges)
-    with torch.enable_grad():
-        product = (outputs * vector).sum()
-    found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
     return [
         outputs.new_zeros(shape) if gradient is None else gradient
-        for gradient, shape in zip(found, shapes, strict=True)
+        for gradient, shape in zip(pulled_back(outputs, vector, edges), shapes, strict=True)
     ]
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
 from fisherlab.names import nearest
-
-C = TypeVar("C")
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -41,18 +38,6 @@ def weight_identity(module: nn.Module) -> object:
     """
     weight = module._parameters.get("weight")
     return module if weight is None else weight
-
-
-def by_owner(
-    modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[C]]
-) -> dict[str, list[C]]:
-    """The calls of all modules that share a weight, under the name of its first owner."""
-    owners: dict[object, str] = {}
-    joined: dict[str, list[C]] = {}
-    for name, module in modules.items():
-        owner = owners.setdefault(weight_identity(module), name)
-        joined.setdefault(owner, []).extend(calls.get(name, ()))
-    return joined
 
 
 def choices(model: nn.Module) -> list[Choice]:
@@ -120,11 +105,6 @@ class Weight:
     aliases: tuple[str, ...] = ()
 
     @property
-    def parametrized(self) -> bool:
-        """Whether the module computes it."""
-        return self.local not in _parameters(self.module)
-
-    @property
     def unfit(self) -> str:
         """Why no product with it has a block, whatever the model does; or ""."""
         if self.tensor.is_complex():
@@ -147,7 +127,7 @@ def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
-    """By name, in order of registration: a module's own name for its `weight`.
+    """All weights by name, in order of registration; a `weight` has its module's own name.
 
     A tensor that several modules share has the name of the first; the others are aliases.
 
@@ -253,31 +233,6 @@ def _patterns(given: Iterable[str] | str, role: str) -> list[str]:
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
-
-
-def select(model: nn.Module, layers: Names) -> dict[str, nn.Module]:
-    """The Linear and convolution modules by name, those that share a weight included."""
-    known = {choice.name: choice for choice in choices(model)}
-    if layers is None:
-        chosen = {c.name: c.module for c in known.values() if c.status == "exact"}
-        return chosen | _sharing(known, set(chosen))
-    chosen = {}
-    for name in [layers] if isinstance(layers, str) else layers:
-        if name not in known:
-            near = nearest(name, known, list(known)[:5])
-            raise CaptureError(
-                f"no layer {name!r} in this model; nearest: {near}; "
-                "fl.support and `fisherlab support` list all"
-            )
-        if known[name].status != "exact":
-            raise CaptureError(f"layer {name!r} has no block: {known[name].reason}")
-        chosen[name] = known[name].module
-    return chosen | _sharing(known, set(chosen))
-
-
-def _sharing(known: dict[str, Choice], owners: set[str]) -> dict[str, nn.Module]:
-    """The layers that share the weight of one of `owners`: one block, the positions of all."""
-    return {c.name: c.module for c in known.values() if c.owner in owners}
 
 
 def check_initialised(model: nn.Module) -> None:

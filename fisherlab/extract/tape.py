@@ -200,7 +200,7 @@ class Tape(TorchFunctionMode):
 
 
 def _part(view: Tensor, parameter: Tensor) -> tuple[bool, int, int | None] | None:
-    """Of a view: whether it is the transpose, its first row and the number of rows (None: all).
+    """The place of a view: whether it is the transpose, its first row, its rows (None: all).
 
     Rows are those of the parameter as a matrix with its last axis; None where it is no such part.
     """
@@ -261,7 +261,7 @@ def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
 
 
 class Record:
-    """What a forward pass of a capture left on the tape.
+    """The calls that a forward pass of a capture left on the tape.
 
     Args:
         weights: everything that the tape may know by name, biases included.

@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.assemble import Form, capture_of, pieces
+from fisherlab.extract.backward import pulled_back, widened
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.dead import seen_at, stopping
 from fisherlab.extract.isolation import is_isolated
@@ -41,7 +42,7 @@ from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
-from fisherlab.optim.watch import Hook, Watch
+from fisherlab.optim.watch import Hook, Watch, say_plain
 from fisherlab.optim.weight import Weight
 
 # of a capture: what sums of the raw tensors over the examples determine
@@ -210,7 +211,7 @@ class Recorder:
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """What is kept of the examples: they, or their sum, taken while they are at hand."""
-        return example_sum(_wide(tensor)) if self.summed else tensor
+        return example_sum(widened(tensor)) if self.summed else tensor
 
     def _end(self, output: Tensor | None) -> None:
         current, self._open = self._open, None
@@ -252,20 +253,11 @@ class Recorder:
         new: dict[str, str] = {}
         for name in self.weights:
             functions = ", ".join(sorted(others.get(name, ())))
-            # what is not proven is not taken on trust
+            # an unproven product is not taken on trust
             lost = name not in current.calls or not self._proves
-            if functions and lost and name not in self.left_out:
+            if functions and lost:
                 new[name] = f"it is used by {functions}, not by a product FisherLab knows"
-        self._say(new)
-
-    def _say(self, reasons: Mapping[str, str]) -> None:
-        """Leave layers out, which is said once."""
-        for name, reason in reasons.items():
-            self.left_out[name] = reason
-            warnings.warn(
-                f"layer {name!r} has no block and takes its plain gradient: {reason}",
-                stacklevel=2,
-            )
+        say_plain(self.left_out, new)
 
     @reentrant_named(OptimizerError)
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
@@ -292,13 +284,7 @@ class Recorder:
             self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
         )
         for vector in vectors:
-            gradients = torch.autograd.grad(
-                output,
-                _edges(calls),
-                (scale * vector).to(output.dtype),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            gradients = pulled_back(output, (scale * vector).to(output.dtype), _edges(calls))
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     gradient = output.new_zeros(call.shape)
@@ -381,7 +367,7 @@ class Recorder:
 
     @reentrant_named(OptimizerError)
     def _count_positions(self, current: Pass, output: Tensor) -> None:
-        """Of sums over rows that are no examples: as many positions of each, or left out."""
+        """Give each example as many positions of the summed rows, or leave the layer out."""
         n = len(output)
         folded = [
             (name, call)
@@ -403,7 +389,7 @@ class Recorder:
                 call.positions = len(examples) // n
             if why:
                 new[name] = why
-        self._say(new)
+        say_plain(self.left_out, new)
         self._forget_gradients(current)
 
     def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
@@ -419,7 +405,7 @@ class Recorder:
                     new[name] = why
             else:
                 self._coded.add(name)
-        self._say(new)
+        say_plain(self.left_out, new)
 
     def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -434,10 +420,7 @@ class Recorder:
         ]
         if not every:
             return
-        with torch.enable_grad():
-            product = (output * vector).sum()
-        sources: list[Any] = [*_edges(every), *leaves]
-        found = torch.autograd.grad(product, sources, retain_graph=True, allow_unused=True)
+        found = pulled_back(output, vector, [*_edges(every), *leaves])
         rows = {
             id(call): output.new_zeros(call.shape) if g is None else g
             for call, g in zip(every, found[: len(every)], strict=True)
@@ -458,7 +441,7 @@ class Recorder:
                 others = self.watch.tape.others.get(name)
                 extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
                 new[name] = not_a_product(error, *extra)
-        self._say(new)
+        say_plain(self.left_out, new)
 
     @staticmethod
     def _form(weight: Weight) -> Form:
@@ -630,7 +613,7 @@ def _edges(calls: list[Call]) -> list[GradientEdge]:
 
 
 def _labels(call: Any, factor: float = 1.0) -> Tensor:
-    g = _wide(cast(Tensor, call.gradient))
+    g = widened(cast(Tensor, call.gradient))
     return g if factor == 1 else factor * g
 
 
@@ -639,18 +622,14 @@ def _label_columns(call: Any) -> Tensor:
 
 
 def _columns(call: Any) -> Tensor:
-    return torch.stack([_wide(v) for v in call.columns])
+    return torch.stack([widened(v) for v in call.columns])
 
 
 def _nothing_arrived(call: Any) -> Tensor:
     """In place of a gradient that is not kept: zeros that take no memory."""
-    return _wide(call.raw_input).new_zeros(()).expand(call.shape)[: call.count]
+    return widened(call.raw_input).new_zeros(()).expand(call.shape)[: call.count]
 
 
 def _plus(known: Tensor | None, gradient: Tensor) -> Tensor:
     """The sum over backward passes of one graph, as `.grad` holds it."""
     return gradient.detach() if known is None else known + gradient.detach()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,7 +40,7 @@ def _nothing_of() -> Callable:
 
 
 def _nothing(*_: Any) -> None:
-    """What a copied hook does."""
+    """Do nothing, as a copied hook does."""
 
 
 class Watch:
@@ -70,9 +71,7 @@ class Watch:
         self._model = weakref.ref(model)
         self.weights, self.wanted = weights, wanted
         self.begin, self.record, self.end = begin, record, end
-        names = weights_of(model, computed=False)
-        self.owners = names
-        self.tape = Tape(on_tape(names), record)
+        self.tape = Tape(on_tape(weights_of(model, computed=False)), record)
         # whether the latest pass returned one tensor, or one called `logits`
         self.single = True
         # a recorded pass runs; in compiled code
@@ -158,6 +157,17 @@ def first_with_graph(output: Any) -> Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
+def say_plain(left_out: dict[str, str], reasons: Mapping[str, str]) -> None:
+    """Leave layers out, each of which is said once."""
+    for name, reason in reasons.items():
+        if name in left_out:
+            continue
+        left_out[name] = reason
+        warnings.warn(
+            f"layer {name!r} has no block and takes its plain gradient: {reason}", stacklevel=3
+        )
+
+
 def unowned(method: Callable) -> Callable:
     """A bound method that does not keep its object alive: the model holds the hooks."""
     reference = weakref.WeakMethod(method)
@@ -172,7 +182,6 @@ def unowned(method: Callable) -> Callable:
 def shown(model: nn.Module, weights: Mapping[str, Weight], adopt: Callable[[Use], Any]) -> Watch:
     """A watch of the first forward pass alone, which shows the matrices that are not yet known."""
     seen: list[bool] = []
-
     used: dict[str, list[Use]] = {}
 
     def record(use: Use, output: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ does not depend on the input. The plain weight gradient is never computed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisherlab.blocks.columns import Columns
+from fisherlab.extract.backward import widened
 from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.layer import LayerCapture
@@ -26,7 +26,7 @@ from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order
 from fisherlab.extract.tape import Call, Use
 from fisherlab.optim.scale import Loss, LossScale, OptimizerError
-from fisherlab.optim.watch import Watch
+from fisherlab.optim.watch import Watch, say_plain
 from fisherlab.optim.weight import Weight
 
 # the raw input and output gradient of each call of a layer in one pass
@@ -360,12 +360,7 @@ class WeightedLayers:
         """Leave a layer out, this pass included; said once."""
         if name in self._layers:
             self._layers[name][0].plain = True
-        if name not in self.left_out:
-            self.left_out[name] = reason
-            warnings.warn(
-                f"layer {name!r} has no block and takes its plain gradient: {reason}",
-                stacklevel=2,
-            )
+        say_plain(self.left_out, {name: reason})
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -392,14 +387,10 @@ def columns_of(weight: Weight, calls: Calls, factor: float) -> list[Columns]:
             name=weight.name,
             layer_type=type(weight.module).__name__,
             geometry=replace(weight.geometry, group=group),
-            raw_inputs=tuple(_wide(x).to(_wide(g).dtype) for x, g in calls),
-            raw_output_gradients=tuple(_wide(g)[None] for _, g in calls),
+            raw_inputs=tuple(widened(x).to(widened(g).dtype) for x, g in calls),
+            raw_output_gradients=tuple(widened(g)[None] for _, g in calls),
             raw_label_gradients=None,
             gradient_scale=factor,
         )
         found.append(ImageColumns.of(layer) or layer.columns)
     return found
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

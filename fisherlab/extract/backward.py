@@ -1,0 +1,36 @@
+"""Vectors sent back from a model's outputs, on the graph of its own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+def pulled_back(
+    outputs: Tensor, vector: Tensor, sources: Sequence[GradientEdge | Tensor]
+) -> Sequence[Tensor | None]:
+    """`J^T v` at edges and parameters, in one pass; `.grad` is not touched and the graph is kept.
+
+    Args:
+        outputs: the model's outputs, with their graph.
+        vector: `v`, of their shape.
+        sources: where the gradients are wanted.
+
+    Returns:
+        One gradient per source, None where the outputs do not depend on it.
+    """
+    if not sources:
+        return ()
+    # of the number <f, v>: given v itself, autograd loads a package for symbolic shapes, 2 s once
+    with torch.enable_grad():
+        product = (outputs * vector).sum()
+    wanted: list = list(sources)
+    return torch.autograd.grad(product, wanted, retain_graph=True, allow_unused=True)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision, as of an autocast region, raised to float32 before any product."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
