@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 # Parts that `import fisherlab` leaves alone until they are named: pictures need matplotlib's fonts,
 # data sets scikit-learn.
-LAZY = ("claims", "datasets", "experiments", "models", "optim", "plots")
+LAZY = ("claims", "datasets", "experiments", "models", "optim", "plots", "testing")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -4,16 +4,7 @@ import copy
 
 import pytest
 import torch
-from block_laws import (
-    CASES,
-    LAWS,
-    assert_near,
-    assert_number,
-    built,
-    columns,
-    matrix_power,
-    psd,
-)
+from block_laws import CASES, built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import randn
@@ -22,16 +13,17 @@ import fisherlab as fl
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, contractions, numerics
 from fisherlab.blocks.serialise import cast
+from fisherlab.testing import check_block
+from fisherlab.testing.blocks import LAWS, columns, matrix_power, psd
+from fisherlab.testing.laws import near, number
 
 DTYPES = [torch.float64, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", CASES)
-def test_law(name, law, dtype):
-    block, matrix = built(name, dtype)
-    LAWS[law](block, matrix, dtype)
+def test_laws(name, dtype):
+    check_block(*built(name, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,8 +33,8 @@ def test_inner_product_with_every_form(name, dtype):
     for other_name in CASES:
         other, other_matrix = built(other_name, dtype)
         scale = (matrix.norm() * other_matrix.norm()).item()
-        assert_number(block.inner(other), (matrix * other_matrix).sum(), dtype, scale)
-    assert_number(block.inner(block), matrix.square().sum(), dtype)
+        number(block.inner(other), (matrix * other_matrix).sum(), dtype, scale)
+    number(block.inner(block), matrix.square().sum(), dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,7 +59,7 @@ def test_base_class_says_the_same(name):
     scale = block.squared_norm().sqrt().item()
     for method, arguments in calls.items():
         ours, base = getattr(block, method)(*arguments), getattr(Block, method)(block, *arguments)
-        assert_near(ours, base, torch.float64, scale=scale), method
+        near(ours, base, torch.float64, scale=scale), method
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,7 +78,7 @@ def test_nothing_is_stale_after_an_in_place_change(name):
     for tensor in block.tensors():
         tensor.mul_(0.7)
         after, fresh = torch.cat(everything(block)), torch.cat(everything(copy.deepcopy(block)))
-        assert_near(after, fresh, torch.float64)
+        near(after, fresh, torch.float64)
     assert name == "outer_zero" or (before - after).norm() > 1e-3 * before.norm()
 
 
@@ -146,17 +138,15 @@ def test_state_survives_a_dictionary(name):
     assert torch.equal(again.dense(), block.dense())
     wider = cast(block, torch.float64)
     assert wider.dtype == torch.float64 and type(wider) is type(again)
-    assert_near(wider.dense(), block.dense(), torch.float32)
+    near(wider.dense(), block.dense(), torch.float32)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_work_in_inference_mode(name):
     with torch.inference_mode():
         block, matrix = CASES[name](torch.float64)
-        assert_number(
-            block.logdet(1.0), (matrix + torch.eye(len(matrix))).logdet(), torch.float64, 1
-        )
-        assert_near(block.power(-1, 1.0).dense(), matrix_power(matrix, -1, 1.0), torch.float64)
+        number(block.logdet(1.0), (matrix + torch.eye(len(matrix))).logdet(), torch.float64, 1)
+        near(block.power(-1, 1.0).dense(), matrix_power(matrix, -1, 1.0), torch.float64)
 
 
 # --- outer blocks of any shape --------------------------------------------------------------------
@@ -190,12 +180,12 @@ def outer_blocks(draw):
 @given(outer_blocks(), st.sampled_from(sorted(LAWS)))
 def test_laws_of_an_outer_block_of_any_shape(case, law):
     block, matrix = case
-    if law == "law_power" and matrix.norm() > 0:
+    if law == "power" and matrix.norm() > 0:
         values = torch.linalg.eigvalsh(matrix)
         # ill-conditioned beyond what the tolerance covers, yet not singular
         if 1e-9 < values[0] / values[-1] < 1e-3:
             return
-    if law == "law_scalars" and block.shift == 0 and len(matrix) <= block.columns:
+    if law == "scalars" and block.shift == 0 and len(matrix) <= block.columns:
         return  # log det of a nearly singular matrix
     LAWS[law](block, matrix, block.dtype)
 
@@ -257,7 +247,7 @@ def test_rotated_gradients_are_computed_once(monkeypatch):
     monkeypatch.setattr(contractions, "rotated_diagonal", None)
     monkeypatch.setattr(contractions, "kronecker_quadratic", None)
     kronecker.diagonal_of(outer)
-    assert_number(outer.inner(kronecker), (F * X).sum(), torch.float64)
+    number(outer.inner(kronecker), (F * X).sum(), torch.float64)
 
 
 # --- single forms ---------------------------------------------------------------------------------
@@ -267,7 +257,7 @@ def test_factored_power_damps_the_factors(generator):
     G, A = psd(3, seed=1), psd(4, seed=2)
     power = blocks.Kronecker(G, A).factored_power(-0.5, 0.1, 0.2)
     expected = torch.kron(matrix_power(G, -0.5, 0.1), matrix_power(A, -0.5, 0.2))
-    assert_near(power.dense(), expected, torch.float64)
+    near(power.dense(), expected, torch.float64)
 
 
 def test_inverse_of_from_inverse_is_untouched():
@@ -279,7 +269,7 @@ def test_indefinite_matrices_are_clamped_and_say_so():
     matrix = torch.diag(torch.tensor([2.0, 1.0, -1.0, 0.0], dtype=torch.float64))
     block = blocks.Dense(matrix, (2, 2))
     assert block.clamped == pytest.approx(0.25)
-    assert_near(block.power(0.5).dense().square(), matrix.clamp(min=0), torch.float64)
+    near(block.power(0.5).dense().square(), matrix.clamp(min=0), torch.float64)
     G = torch.stack([torch.eye(2), -torch.eye(2)]).double()
     A = torch.stack([torch.eye(2), torch.diag(torch.tensor([0.0, 4.0]))]).double()
     assert blocks.KroneckerSum(G, A).clamped == pytest.approx(0.75)
@@ -295,7 +285,7 @@ def test_a_diagonal_is_exact_over_a_wide_range():
 def test_gram_of_a_direct_sum_is_that_of_the_whole_layer():
     block, _ = CASES["direct_sum_of_outers"](torch.float64)
     U = torch.cat([columns(part.a, part.g) for part in block.parts])
-    assert_near(block.gram(), U.mT @ U, torch.float64)
+    near(block.gram(), U.mT @ U, torch.float64)
     with pytest.raises(BlockError, match="Gram matrix, got .*Kronecker"):
         CASES["direct_sum"](torch.float64)[0].gram()
 
@@ -346,16 +336,16 @@ def test_a_large_outer_block_never_goes_dense(no_dense):
     top = vectors[0]
     # top is rounded: what of it lies outside the range would be divided by a tiny damping
     large = values[0].item()
-    assert_near((block.power(-1, large) @ top) * 2 * large, top, torch.float32)
-    assert_number(block.quadratic(top), values[0], torch.float32)
-    assert_number(block.inner(block), block.squared_norm(), torch.float32)
+    near((block.power(-1, large) @ top) * 2 * large, top, torch.float32)
+    number(block.quadratic(top), values[0], torch.float32)
+    number(block.inner(block), block.squared_norm(), torch.float32)
     for pair in ((block, other), (block, inverse), (inverse, other.power(-1, damping))):
         assert pair[0].inner(pair[1]) > 0
-    assert_number(block.inner(inverse), (values / (values + damping)).sum(), torch.float32)
+    number(block.inner(inverse), (values / (values + damping)).sum(), torch.float32)
     diagonal = inverse.diagonal()
-    assert_number(diagonal.double().sum(), inverse.trace(), torch.float32)
+    number(diagonal.double().sum(), inverse.trace(), torch.float32)
     expected = (values + damping).log().sum() + (block.size - n) * torch.tensor(damping).log()
-    assert_number(block.logdet(damping), expected, torch.float32)
+    number(block.logdet(damping), expected, torch.float32)
     assert (inverse @ V).isfinite().all() and inverse.quadratic(V) > 0
     assert len(block.eigenvalues()) == block.size
     with pytest.raises(BlockTooLarge, match="GiB"):
@@ -397,13 +387,13 @@ def test_a_large_kronecker_block_never_goes_dense(no_dense):
     block = blocks.Kronecker(psd(o, seed=1).float(), psd(i, seed=2, rank=i).float())
     V = randn(o, i, seed=3).float()
     values, vectors = block.leading(10)
-    assert_near(block @ vectors, values[:, None, None] * vectors, torch.float32)
+    near(block @ vectors, values[:, None, None] * vectors, torch.float32)
     W = block.power(-1, 0.1) @ V
-    assert_near(block @ W + 0.1 * W, V, torch.float32)
+    near(block @ W + 0.1 * W, V, torch.float32)
     eigenvalues = block.eigenvalues()
-    assert_number(eigenvalues.sum(), block.trace(), torch.float32)
-    assert_number(eigenvalues.square().sum(), block.squared_norm(), torch.float32)
-    assert_number(block.logdet(0.1), (eigenvalues.clamp(min=0) + 0.1).log().sum(), torch.float32)
+    number(eigenvalues.sum(), block.trace(), torch.float32)
+    number(eigenvalues.square().sum(), block.squared_norm(), torch.float32)
+    number(block.logdet(0.1), (eigenvalues.clamp(min=0) + 0.1).log().sum(), torch.float32)
 
 
 @pytest.mark.gpu
@@ -423,7 +413,7 @@ def test_every_form_stays_on_its_device(name):
     for value in (inverse.dense(), block.trace(), block.logdet(1.0), block.eigenvalues()):
         assert value.is_cuda
     assert block.sample(1.0).is_cuda and block.inner(inverse).is_cuda
-    assert_near(inverse.dense().cpu(), matrix_power(matrix, -1, 1.0), torch.float64)
+    near(inverse.dense().cpu(), matrix_power(matrix, -1, 1.0), torch.float64)
 
 
 def test_an_inverse_of_dependent_columns_keeps_its_digits(generator: torch.Generator) -> None:

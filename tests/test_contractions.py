@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from block_laws import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
 from references import randn
 
 from fisherlab.blocks import contractions
+from fisherlab.testing.laws import near
 
 # m, n, t, o, i: what the operation counts decide on
 SIZES = {
@@ -111,7 +111,7 @@ def check(name, sizes, dtype, seed=0):
     call, reference = functions(*sizes)[name]
     value, expected = call(a, g), reference(naive(a, g))
     assert value.dtype == (torch.float64 if name in FLOAT64 else dtype)
-    assert_near(value, expected, dtype, scale=1e-3)
+    near(value, expected, dtype, scale=1e-3)
 
 
 @pytest.mark.parametrize("workspace", [1, 2000, contractions.WORKSPACE])
@@ -190,12 +190,12 @@ def test_a_float32_gram_matrix_is_that_of_its_columns():
 def test_a_cross_gram_of_the_same_inputs(t):
     a, g, h = randn(3, t, 3, seed=1), randn(1, 3, t, 2, seed=2), randn(2, 3, t, 2, seed=3)
     one, two = naive(a, g).reshape(3, -1), naive(a, h).reshape(6, -1)
-    assert_near(contractions.cross_gram(a, g, a, h), one @ two.mT, torch.float64)
+    near(contractions.cross_gram(a, g, a, h), one @ two.mT, torch.float64)
 
 
 def test_second_moment_sums_over_every_leading_axis():
     x = randn(2, 3, 4, 5, seed=1)
-    assert_near(contractions.second_moment(x), torch.einsum("abci,abcj->ij", x, x), torch.float64)
+    near(contractions.second_moment(x), torch.einsum("abci,abcj->ij", x, x), torch.float64)
     empty = contractions.second_moment(x[:, :0])
     assert torch.equal(empty, torch.zeros(5, 5, dtype=torch.float64))
 
@@ -205,7 +205,7 @@ def test_moments_are_symmetric_and_strides_do_not_matter():
     strided_a = a.transpose(1, 2).contiguous().transpose(1, 2)
     strided_g = g.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
     for name, (call, _) in functions(2, 3, 6, 5, 4).items():
-        assert_near(call(strided_a, strided_g), call(a, g), torch.float64)
+        near(call(strided_a, strided_g), call(a, g), torch.float64)
         if name.endswith("moment"):
             assert torch.equal(call(a, g), call(a, g).mT)
 
@@ -214,8 +214,8 @@ def test_a_wide_symmetric_product_is_made_of_its_lower_half():
     X = randn(5, 700, seed=1)
     W = randn(5, 5, seed=2)
     W = W + W.mT
-    assert_near(contractions.symmetric_product(X, W @ X), X.mT @ W @ X, torch.float64)
-    assert_near(contractions.second_moment(X[:, None]), X.mT @ X, torch.float64)
+    near(contractions.symmetric_product(X, W @ X), X.mT @ W @ X, torch.float64)
+    near(contractions.second_moment(X[:, None]), X.mT @ X, torch.float64)
 
 
 def test_the_diagonal_of_wide_gradients_is_that_of_narrow_ones(monkeypatch):

@@ -5,13 +5,13 @@ import math
 import dense
 import pytest
 import torch
-from block_laws import matrix_power
 from references import randn, relative
 from test_approximations import found_and_expected
 
 import fisherlab as fl
 from fisherlab.approximations import damping as rules
 from fisherlab.blocks import BlockError, Kronecker
+from fisherlab.testing.blocks import matrix_power
 
 CASES = ("linear", "conv", "fewer examples than inputs", "duplicates", "groups")
 DAMPINGS = (1e-3, 0.7)

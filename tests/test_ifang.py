@@ -3,7 +3,6 @@
 import dense
 import pytest
 import torch
-from block_laws import matrix_power
 from references import relative
 from test_approximations import found_and_expected
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 import fisherlab as fl
 from fisherlab.blocks import BlockError
 from fisherlab.optim.ang import ANG
+from fisherlab.testing.blocks import matrix_power
 
 
 def factors(p: dense.Pairs, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from block_laws import matrix_power, orthonormal, psd
+from block_laws import orthonormal
 from references import randn
 from test_approximations import found_and_expected
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 import fisherlab as fl
 from fisherlab import blocks, metrics
 from fisherlab.blocks import BlockError
+from fisherlab.testing.blocks import matrix_power, psd
 
 NAMES = ["diagonal", "kfac", "ekfac", "tekfac", "tkfac", "eva", "shampoo", "mini_block"]
 NAMES += ["kronecker_optimal", "kronecker_sum", "sngd"]

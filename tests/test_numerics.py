@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from block_laws import assert_near, orthonormal, psd
+from block_laws import orthonormal
 from references import randn
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, numerics
 from fisherlab.blocks.numerics import GIB, cholesky, eigh, rank_of, spectrum_power
 from fisherlab.blocks.remembered import remembered
+from fisherlab.testing.blocks import psd
+from fisherlab.testing.laws import near
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -33,11 +35,11 @@ def test_an_in_place_change_makes_a_new_decomposition(counted):
     S = psd(5, seed=1)
     before = eigh(S)[0].clone()
     S.mul_(0.9).add_(torch.eye(5), alpha=0.1)
-    assert_near(eigh(S)[0], 0.9 * before + 0.1, torch.float64)
+    near(eigh(S)[0], 0.9 * before + 0.1, torch.float64)
     view = S[:2]
     eigh(S)
     view.zero_()
-    assert_near(eigh(S)[0], torch.linalg.eigvalsh((S + S.mT) / 2), torch.float64)
+    near(eigh(S)[0], torch.linalg.eigvalsh((S + S.mT) / 2), torch.float64)
 
 
 def test_a_changed_result_is_not_handed_out_again():
@@ -47,8 +49,8 @@ def test_a_changed_result_is_not_handed_out_again():
     values.clamp_(min=100)
     vectors.zero_()
     values, vectors = eigh(S)
-    assert_near(values, expected, torch.float64)
-    assert_near(vectors * values @ vectors.mT, S, torch.float64)
+    near(values, expected, torch.float64)
+    near(vectors * values @ vectors.mT, S, torch.float64)
 
 
 def test_the_cache_dies_with_the_matrix():
@@ -88,7 +90,7 @@ def test_lapack_failures_go_to_float64_then_to_an_error(monkeypatch):
     S = psd(4, seed=1).float()
     values, vectors = eigh(S)
     assert failures and values.dtype == vectors.dtype == torch.float32
-    assert_near(vectors * values @ vectors.mT, S, torch.float32)
+    near(vectors * values @ vectors.mT, S, torch.float32)
 
     def fails(S):
         raise torch.linalg.LinAlgError("did not converge")
@@ -103,15 +105,15 @@ def test_repeated_eigenvalues_have_the_right_subspaces(dtype):
     Q = orthonormal(6, 6, seed=1)
     exact = torch.tensor([1.0, 1.0, 1.0, 3.0, 3.0, 7.0], dtype=torch.float64)
     values, vectors = eigh((Q * exact @ Q.mT).to(dtype))
-    assert_near(values, exact, dtype)
+    near(values, exact, dtype)
     for part in (slice(0, 3), slice(3, 5), slice(5, 6)):
-        assert_near(vectors[:, part] @ vectors[:, part].mT, Q[:, part] @ Q[:, part].mT, dtype)
+        near(vectors[:, part] @ vectors[:, part].mT, Q[:, part] @ Q[:, part].mT, dtype)
 
 
 def test_an_asymmetric_rounding_is_symmetrised():
     S = psd(5, seed=1)
     noisy = S + 1e-9 * randn(5, 5, seed=2)
-    assert_near(eigh(noisy)[0], torch.linalg.eigvalsh((noisy + noisy.mT) / 2), torch.float64)
+    near(eigh(noisy)[0], torch.linalg.eigvalsh((noisy + noisy.mT) / 2), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,8 +127,8 @@ def test_zero_matrices(dtype):
     ]
     eye = torch.eye(6, dtype=torch.float64)
     for block in zeros:
-        assert_near(block.power(-1, 0.5).dense(), 2 * eye, dtype)
-        assert_near(block.power(-0.5, 0.25).dense(), 2 * eye, dtype)
+        near(block.power(-1, 0.5).dense(), 2 * eye, dtype)
+        near(block.power(-0.5, 0.25).dense(), 2 * eye, dtype)
         assert block.power(0.5).dense().norm() == 0 == block.eigenvalues().norm()
         assert block.logdet(0.0) == -torch.inf
         assert block.clamped == 0
@@ -150,7 +152,7 @@ def test_singular_up_to_rounding_is_singular(d, dtype):
 
 def test_ill_conditioned_is_not_singular():
     values = torch.tensor([1e-12, 1.0], dtype=torch.float64)
-    assert_near(spectrum_power(values, -1, 0.0, "factor"), 1 / values, torch.float64)
+    near(spectrum_power(values, -1, 0.0, "factor"), 1 / values, torch.float64)
     tiny = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert spectrum_power(tiny, -1, 1e-30, "factor")[0] == pytest.approx(1e30)
 
@@ -168,7 +170,7 @@ def test_impossible_dampings_are_refused(damping):
 
 def test_cholesky_names_the_matrix():
     S = psd(4, seed=1)
-    assert_near(cholesky(S) @ cholesky(S).mT, S, torch.float64)
+    near(cholesky(S) @ cholesky(S).mT, S, torch.float64)
     with pytest.raises(BlockError, match="kernel .* use a larger damping"):
         cholesky(-S, "kernel")
     S[0, 0] = torch.nan

@@ -26,7 +26,7 @@ ROWS = [
     {"statistics"},
     {"approximations"},
     {"comparison", "optim"},
-    {"claims", "experiments", "plots"},
+    {"claims", "experiments", "plots", "testing"},
     {"cli", "commands"},
 ]
 WITHIN = {("experiments", "plots"), ("experiments", "claims"), ("cli", "commands")}
