@@ -413,7 +413,7 @@ def law_spectrum(block, F, dtype):
 
 def _is_inverse(block) -> bool:
     """Whether the complement of the columns' range, which `leading` leaves out, is on top."""
-    return isinstance(block, blocks.Outer) and block.eigenvalues()[0] == block.shift > 0
+    return isinstance(block, blocks.OuterSum) and block.eigenvalues()[0] == block.shift > 0
 
 
 def law_bases(block, F, dtype):

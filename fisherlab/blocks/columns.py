@@ -70,10 +70,7 @@ class Columns:
 
     @remembered()
     def _double(self) -> Columns:
-        columns = Columns(self.a.double(), self.g.double(), self.room)
-        # what a Gram matrix was made of, not what float64 would make of `a` and `g`
-        Columns.formed.remember(columns, None if self.formed is None else self.formed.double())
-        return columns
+        return Doubled(self)
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +153,11 @@ class Columns:
         if self.count <= o * i:
             return eigh(self.gram, "Gram matrix")
         check_gram(self.count, self.device, o * i)
-        D = contractions.per_example(self.a, self.g).reshape(self.count, -1).double()
+        if self.formed is None:
+            # exact products of what the columns are made of, as the Gram matrix's own
+            D = contractions.per_example(self.a.double(), self.g.double()).reshape(self.count, -1)
+        else:
+            D = self.formed.double()
         values, V = eigh(D.mT @ D, "Gram matrix")
         return values, D @ (V / values.clamp(min=1e-300).sqrt())
 
@@ -323,6 +324,27 @@ class Columns:
     def gradient_products(self) -> Tensor:
         """`sum_m g g^T` of each example, `[n, t, t]`."""
         return (self.g @ self.g.mT).sum(0)
+
+
+class Doubled(Columns):
+    """Columns converted to float64. Their Gram matrix is the original's, in float64 already."""
+
+    def __init__(self, single: Columns) -> None:
+        super().__init__(single.a.double(), single.g.double(), single.room)
+        self.single = single
+
+    @remembered()
+    def formed(self) -> Tensor | None:
+        # what a Gram matrix was made of, not what float64 would make of `a` and `g`
+        return None if self.single.formed is None else self.single.formed.double()
+
+    @property
+    def gram(self) -> Tensor:
+        return self.single.gram
+
+    @property
+    def gram_eigen(self) -> tuple[Tensor, Tensor]:
+        return self.single.gram_eigen
 
 
 def compact(m: int, t: int, o: int, i: int) -> bool:

@@ -25,6 +25,7 @@ from fisherlab.blocks import (
 from fisherlab.blocks.coordinates import Identity
 from fisherlab.blocks.serialise import cast
 from fisherlab.blocks.span import multiplied
+from fisherlab.metrics.frobenius import same
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
 DENSE_SIZE = 512
@@ -43,6 +44,8 @@ def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
     Twice the Kullback-Leibler divergence between `N(0, F_l)` and `N(0, X + damping I)`: 0 if they
     agree. `tr(P F) + damping tr P - log det F_l + log det (X + damping I) - N`, all in closed form.
     """
+    if same(X, F):
+        return torch.zeros((), dtype=torch.float64, device=F.device)
     P = X.power(-1, damping)
     trace = F.inner(P) + damping * P.trace()
     return trace - F.logdet(damping) + X.logdet(damping) - F.size
@@ -54,6 +57,8 @@ def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tenso
     Dense up to 512 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
     than its budget. `beside`: there are further dimensions in which both blocks are zero.
     """
+    if same(X, F):
+        return torch.ones((), dtype=torch.float64, device=F.device)
     if isinstance(X, DirectSum) and isinstance(F, DirectSum):
         parts = [_extremes(x, f, damping) for x, f in zip(X.parts, F.parts, strict=True)]
     else:
