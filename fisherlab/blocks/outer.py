@@ -222,7 +222,7 @@ class Outer(OfColumns):
         base = self.shift + check_damping(damping)
         if exponent == 1:
             return Outer.over(self.of, self.core, base)
-        if exponent == -1 and base > 0 and self.core > 0 and not self._known:
+        if exponent == -1 and base > 0 and self.core > 0 and not self.of.eigen_known:
             # (mu I + c U U^T)^{-1} = I/mu - U (mu/c I + K)^{-1} U^T / mu
             L = self._damped_gram(base / self.core)
             pivots = L.diagonal().square()
@@ -232,11 +232,6 @@ class Outer(OfColumns):
                 return OuterSum.over(self.of, W, L.new_full((len(L),), -1 / base), 1 / base)
             # of dependent columns what U cancels would drown the rest of the inverse
         return super().power(exponent, damping)
-
-    @property
-    def _known(self) -> bool:
-        """Whether the eigenvectors, ten times the work of a Cholesky factor, are there already."""
-        return Outer._range.known(self) is not None
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
         """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + c K)^{-1} w`.
