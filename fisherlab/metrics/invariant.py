@@ -24,7 +24,6 @@ from fisherlab.blocks import (
     Kronecker,
     MiniBlock,
     Outer,
-    contractions,
 )
 from fisherlab.blocks.coordinates import Identity, formed
 from fisherlab.blocks.serialise import cast
@@ -37,7 +36,8 @@ DENSE_SIZE = 512
 LANCZOS_BUDGET = 1e9
 # Forms whose inverse is as cheap to apply as they are.
 _MATRIX_FREE = Eigen | Kronecker | Diagonal | FromInverse | MiniBlock | Outer
-_STEPS = 60
+_STEPS = 200
+_USUAL = 60  # steps that all but a few pairs need
 _CHECK = 4  # steps between two looks at the Ritz value
 _TOLERANCE = 1e-8
 
@@ -108,13 +108,9 @@ def _densely(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
 
 
 def _by_lanczos(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
-    found = []
-    for part in contractions.slices(len(Xs), 16 * _STEPS * F.size):
-        X, X_inverse = (Together([B.power(p, damping) for B in Xs[part]]) for p in (1, -1))
-        F_damped, F_inverse = (Together([F.power(p, damping)] * len(X.blocks)) for p in (1, -1))
-        smallest = 1 / _largest(X, F_inverse)
-        found.append(torch.stack([smallest, _largest(F_damped, X_inverse)], -1))
-    return torch.cat(found)
+    X, X_inverse = (Together([B.power(p, damping) for B in Xs]) for p in (1, -1))
+    F_damped, F_inverse = (Together([F.power(p, damping)] * len(Xs)) for p in (1, -1))
+    return torch.stack([1 / _largest(X, F_inverse), _largest(F_damped, X_inverse)], -1)
 
 
 def _exactly(block: Block) -> Block:
@@ -145,7 +141,7 @@ def _affordable(X: Block, F: Block) -> bool:
     if not isinstance(X, _MATRIX_FREE):
         return False
     product = F.operations if isinstance(F, Outer) else 0
-    return 2 * _STEPS * (F.size * sum(F.shape) + product) <= LANCZOS_BUDGET
+    return 2 * _USUAL * (F.size * sum(F.shape) + product) <= LANCZOS_BUDGET
 
 
 def _largest(A: Together, B_inverse: Together) -> Tensor:
@@ -227,26 +223,25 @@ def _padded(matrices: Sequence[Tensor]) -> Tensor:
 def _lanczos(residual: Tensor) -> Generator[Tensor, Tensor, float]:
     """Lanczos in the inner product of `B^{-1}`: yields `v` for `B^{-1} v`, then `q` for `A q`.
 
-    The basis `P = B Q` is orthonormal in `B^{-1}`, fully reorthogonalised; `B` needs no root.
+    The basis `P = B Q` is orthonormal in `B^{-1}`; `B` needs no root. Nothing is reorthogonalised:
+    rounding makes copies of a Ritz value that has converged, and the largest is what is wanted.
     """
-    Q, P = residual.new_empty(2, _STEPS, len(residual))
     alphas: list[float] = []
     betas: list[float] = []
-    value = 0.0
+    value, before = 0.0, residual
     for step in range(_STEPS):
         image = yield residual
         beta = (residual @ image).clamp(min=0).sqrt().item()
         if step and beta <= 1e-12 * value:
             break
         betas.append(beta)
-        torch.div(image, beta, out=Q[step])
-        torch.div(residual, beta, out=P[step])
-        image = yield Q[step]
-        alphas.append((image @ Q[step]).item())
-        residual = image - alphas[-1] * P[step]
+        q, p = image / beta, residual / beta
+        image = yield q
+        alphas.append((image @ q).item())
+        residual = torch.add(image, p, alpha=-alphas[-1])
         if step:
-            residual -= beta * P[step - 1]
-        residual -= (Q[: step + 1] @ residual) @ P[: step + 1]
+            residual.sub_(before, alpha=beta)
+        before = p
         if step % _CHECK == _CHECK - 1:
             previous, value = value, _top(alphas, betas[1:])
             if abs(value - previous) <= _TOLERANCE * value:
