@@ -27,7 +27,7 @@ from fisherlab.blocks import (
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
-from fisherlab.comparison.crew import Rows, Stopped
+from fisherlab.comparison.crew import Stopped, Work
 from fisherlab.comparison.frame import Frame, remembering
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
@@ -123,8 +123,11 @@ class Layer:
         dampings: Sequence[float],
         facts: dict[str, Any],
         stopped: Event,
-    ) -> Rows:
-        """One row per method and damping; raises `Stopped` between two methods."""
+    ) -> Work:
+        """One row per method and damping; raises `Stopped` between two methods.
+
+        A generator that yields after each method.
+        """
         base = {
             "layer": self.name,
             "layer_type": self.first.layer_type,
@@ -153,6 +156,7 @@ class Layer:
                     raise Stopped
                 with remembering("inner", *exact):
                     measured += [(name, row) for row in self._measure(maker, dampings)]
+                yield
             for frame in frames:
                 self._retried(frame.complete)
                 self._retried(self._condition, frame)
