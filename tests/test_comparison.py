@@ -606,14 +606,15 @@ def test_interrupted_side_by_side_it_keeps_what_is_finished_and_starts_no_more(t
         measured.append(name)
         if name != "quick" and stopped.wait(10):
             raise crew.Stopped
+        yield from ()
         return [{"layer": name}]
 
     costs = {"never": 1.0, "waits": 3.0, "quick": 4.0, "waits too": 2.0}
     with pytest.raises(KeyboardInterrupt), crew.Crew(measure, costs, torch.device("cpu")) as layers:
         assert layers.order == ["quick", "waits", "waits too", "never"]
-        layers.rows("quick")
+        next(layers.steps())
         raise KeyboardInterrupt
-    assert layers.done() == {"quick": [{"layer": "quick"}]}
+    assert layers.found == {"quick": [{"layer": "quick"}]}
     assert "never" not in measured
 
 
@@ -783,3 +784,11 @@ def test_labels_of_another_integer_type_are_named():
     for wrong in (y.int(), y.bool()):
         with pytest.raises(fl.CaptureError, match=r"y\.long\(\)"):
             compared(x, wrong, approximations=["kfac"])
+
+
+def test_a_bar_has_a_step_per_layer_and_method(monkeypatch):
+    shown = []
+    monkeypatch.setattr("fisherlab.comparison.api.notebook_bar", lambda s: shown.extend(s) or s)
+    compared(approximations=["kfac", "diagonal"])
+    last = "condition"  # found of all blocks at once
+    assert shown == [f"{k}: {m}" for k in "026" for m in ("kfac", "diagonal", last)]

@@ -313,14 +313,20 @@ def test_study_is_a_value(study):
     assert study.correlations.shape == (3, 48, 48)
 
 
-def test_a_long_comparison_shows_a_bar_in_a_notebook_and_nothing_elsewhere(monkeypatch):
+def test_a_comparison_shows_a_bar_per_layer_and_method_where_somebody_looks(monkeypatch):
     import IPython
     from tqdm.auto import tqdm
 
     from fisherlab.comparison import notebook_bar
 
-    names = ["0", "3"]
+    names = ["0: kfac", "0: diagonal"]
     assert notebook_bar(names) is names
+    with monkeypatch.context() as terminal:
+        terminal.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        shown = notebook_bar(names)
+    # from the start
+    assert isinstance(shown, tqdm) and shown.total == 2 and shown.delay == 0
+    shown.close()
     shell = type("Shell", (), {"kernel": object()})()
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     bar = notebook_bar(names)

@@ -9,7 +9,7 @@ from fisherlab.blocks.from_inverse import FromInverse
 from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
 from fisherlab.blocks.mini_block import MiniBlock, RowBlocks
 from fisherlab.blocks.numerics import BlockError, BlockTooLarge
-from fisherlab.blocks.outer import Outer
+from fisherlab.blocks.outer import Outer, OuterSum
 from fisherlab.blocks.serialise import from_dict, to_dict
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "KroneckerSum",
     "MiniBlock",
     "Outer",
+    "OuterSum",
     "RowBlocks",
     "from_dict",
     "to_dict",

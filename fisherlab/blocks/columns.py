@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.numerics import (
+    RANK_TOLERANCE,
     BlockError,
     check_gram,
     coordinates,
@@ -70,10 +71,7 @@ class Columns:
 
     @remembered()
     def _double(self) -> Columns:
-        columns = Columns(self.a.double(), self.g.double(), self.room)
-        # what a Gram matrix was made of, not what float64 would make of `a` and `g`
-        Columns.formed.remember(columns, None if self.formed is None else self.formed.double())
-        return columns
+        return Doubled(self)
 
     @property
     def device(self) -> torch.device:
@@ -154,11 +152,40 @@ class Columns:
         """
         o, i = self.shape
         if self.count <= o * i:
-            return eigh(self.gram, "Gram matrix")
+            return self._independent_eigen()
         check_gram(self.count, self.device, o * i)
-        D = contractions.per_example(self.a, self.g).reshape(self.count, -1).double()
+        if self.formed is None:
+            # exact products of what the columns are made of, as the Gram matrix's own
+            D = contractions.per_example(self.a.double(), self.g.double()).reshape(self.count, -1)
+        else:
+            D = self.formed.double()
         values, V = eigh(D.mT @ D, "Gram matrix")
         return values, D @ (V / values.clamp(min=1e-300).sqrt())
+
+    def _independent_eigen(self) -> tuple[Tensor, Tensor]:
+        """`gram_eigen` within what each example's own columns span.
+
+        The C columns of an exact Fisher span C - 1 dimensions, those of a dead example none: what
+        is rounding beside them is a null vector of the whole matrix, known without its eigensolver.
+        """
+        m, n = self.sizes
+        K = self.gram.view(m, n, m, n)
+        values, Q = torch.linalg.eigh(K.diagonal(0, 1, 3).permute(2, 0, 1))
+        floor = RANK_TOLERANCE * m * torch.finfo(torch.float64).eps
+        kept = (values > floor * values.amax()).sum(1)
+        k = int(kept.max())
+        if k == m or not k:
+            return eigh(self.gram, "Gram matrix")
+        T = Q[..., m - k :]  # [n, m, k], ascending: the last ones are the largest
+        half = torch.bmm(T.mT, K.permute(1, 0, 2, 3).reshape(n, m, -1)).view(n * k, m, n)
+        inner = torch.bmm(half.permute(2, 0, 1), T).transpose(0, 1).reshape(n * k, n * k)
+        values, Z = eigh(inner, "Gram matrix")
+        return values, torch.bmm(T, Z.view(n, k, -1)).transpose(0, 1).reshape(m * n, -1)
+
+    @property
+    def eigen_known(self) -> bool:
+        """Whether `gram_eigen`, ten times the work of a Cholesky factor, is there already."""
+        return Columns.gram_eigen.known(self) is not None
 
     @remembered()
     def energies(self) -> Tensor:
@@ -323,6 +350,31 @@ class Columns:
     def gradient_products(self) -> Tensor:
         """`sum_m g g^T` of each example, `[n, t, t]`."""
         return (self.g @ self.g.mT).sum(0)
+
+
+class Doubled(Columns):
+    """Columns converted to float64. Their Gram matrix is the original's, in float64 already."""
+
+    def __init__(self, single: Columns) -> None:
+        super().__init__(single.a.double(), single.g.double(), single.room)
+        self.single = single
+
+    @remembered()
+    def formed(self) -> Tensor | None:
+        # what a Gram matrix was made of, not what float64 would make of `a` and `g`
+        return None if self.single.formed is None else self.single.formed.double()
+
+    @property
+    def gram(self) -> Tensor:
+        return self.single.gram
+
+    @property
+    def gram_eigen(self) -> tuple[Tensor, Tensor]:
+        return self.single.gram_eigen
+
+    @property
+    def eigen_known(self) -> bool:
+        return self.single.eigen_known
 
 
 def compact(m: int, t: int, o: int, i: int) -> bool:

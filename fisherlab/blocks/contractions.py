@@ -222,6 +222,10 @@ def project(a: Tensor, g: Tensor, V: Tensor) -> Tensor:
     result = a.new_empty(b, m, n)
     if b * t * (i + m) <= m * i * (t + b):
         for matrices in slices(b, n * t * o * a.element_size()):
+            if t == 1:
+                aV = (a[:, 0] @ flat[matrices].reshape(-1, i).mT).view(n, -1, o)
+                result[matrices] = torch.bmm(aV, g[:, :, 0].permute(1, 2, 0)).permute(1, 2, 0)
+                continue
             aV = torch.einsum("nti,boi->bnto", a, flat[matrices])
             result[matrices] = torch.einsum("bnto,mnto->bmn", aV, g)
         return result.view(*V.shape[:-2], m, n)
@@ -250,6 +254,11 @@ def combine(a: Tensor, g: Tensor, coefficients: Tensor) -> Tensor:
     rows = a.reshape(n * t, i)
     result = a.new_empty(flat.shape[0], o, i)
     for part in slices(flat.shape[0], n * t * o * a.element_size()):
+        if t == 1:
+            weights = flat[part].permute(2, 0, 1).contiguous()  # [n, b, m], as bmm reads it
+            weighted = torch.bmm(weights, g[:, :, 0].transpose(0, 1)).view(n, -1)
+            result[part] = (weighted.mT @ rows).view(-1, o, i)
+            continue
         weighted = torch.einsum("bmn,mnto->bnto", flat[part], g)
         result[part] = weighted.reshape(-1, n * t, o).mT @ rows
     return result.view(*coefficients.shape[:-2], o, i)

@@ -134,7 +134,7 @@ class MiniBlock(Block):
             Q = self._eigh[1]
             rotated = (other.blocks @ Q * Q).sum(-2, dtype=torch.float64)
             return self.join(rotated, None if other.bias is None else other.bias.double())
-        if isinstance(other, Outer) and not isinstance(other.core, Tensor):
+        if isinstance(other, Outer):
             rotated = contractions.grouped_diagonal(other.a, other.g, self._eigh[1])
             column = None
             if self.bias is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,37 +36,11 @@ from fisherlab.blocks.remembered import remembered
 DEPENDENT = 0.1
 
 
-class Outer(Block):
-    """`F = shift I + U C U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
+class OfColumns(Block):
+    """`F = shift I + U C U^T` over columns `U` that others hold as well, never formed."""
 
-    `a` is `[n, t, i]`, `g` is `[m, n, t, o]`; `core` is a number `c` (`C = c I`, `1/M` for a Fisher
-    block) or a symmetric float64 `[R, R]` matrix over the `R = m n` columns, m major. Neither `F`
-    nor `U` is ever formed. `power(-1, damping)` is the Woodbury inverse of TENGraD, FNGD (7)-(9)
-    and NGM (28): the same `a` and `g` with another core and shift.
-    """
-
-    def __init__(
-        self,
-        a: Tensor,
-        g: Tensor,
-        core: float | Tensor | None = None,
-        shift: float = 0.0,
-    ) -> None:
-        self._hold(Columns(a, g), core, shift)
-
-    @classmethod
-    def over(
-        cls, columns: Columns, core: float | Tensor | None = None, shift: float = 0.0
-    ) -> Outer:
-        """The block over columns that others hold as well; what is known of them stays known."""
-        block = cls.__new__(cls)
-        block._hold(columns, core, shift)
-        return block
-
-    def _hold(self, columns: Columns, core: float | Tensor | None, shift: float) -> None:
-        self.of = columns
-        self.core = 1.0 / columns.sizes[1] if core is None else core
-        self.shift = float(shift)
+    of: Columns
+    shift: float
 
     @property
     def a(self) -> Tensor:
@@ -109,9 +85,109 @@ class Outer(Block):
         """`||D[m,n]||^2`, `[m, n]` in float64."""
         return self.of.energies
 
-    def rescaled(self, core: float | Tensor, shift: float = 0.0) -> Outer:
+    def rescaled(self, core: float | Tensor, shift: float = 0.0) -> OfColumns:
         """The same columns with another core and shift."""
-        return Outer.over(self.of, core, shift)
+        return over(self.of, core, shift)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.of.tensors()
+
+    def formed_bytes(self) -> int:
+        return self.size**2 * self.dtype.itemsize
+
+    @property
+    @abstractmethod
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[r]` of `U C U^T`, and `W` `[R, r]` with eigenvectors `U W`."""
+
+    def _vectors(self, W: Tensor, exact: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
+        for part in contractions.slices(W.shape[1], 8 * self.size):
+            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.of.sizes), exact)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        base = self.shift + check_damping(damping)
+        values, W = self._range
+        if base == 0 and exponent < 0 and len(values) < self.size:
+            raise BlockError(
+                f"this block has rank {len(values)} of {self.size}, so its power {exponent:g} "
+                "needs damping > 0"
+            )
+        powers = spectrum_power(values + base, exponent, 0.0, "outer block")
+        rest = 0.0 if base == 0 else base**exponent
+        return OuterSum.spectral(self.of, W, powers - rest, rest)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
+        values, W = self._range
+        if other is self:
+            return values.sort(descending=True).values + self.shift
+        parts = [
+            other.quadratic(vectors.to(self.dtype))
+            for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
+        ]
+        return torch.cat(parts) if parts else values
+
+    @abstractmethod
+    def _inside_trace(self) -> Tensor:
+        """`tr U C U^T`, 0-d float64."""
+
+    def _gram_trace(self) -> Tensor:
+        """The same in float64 throughout, where the Gram matrix fits."""
+        return self._inside_trace()
+
+    def trace(self) -> Tensor:
+        return self._inside_trace() + self.shift * self.size
+
+    def eigenvalues(self) -> Tensor:
+        values = self._range[0] + self.shift
+        rest = values.new_full((self.size - len(values),), self.shift)
+        return torch.cat([values, rest]).sort(descending=True).values
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenpairs of the range of `U`; fewer than k where its rank is smaller."""
+        values, W = self._range
+        order = values.argsort(descending=True)[:k]
+        vectors = [part.to(self.dtype) for _, part in self._vectors(W[:, order])]
+        empty = torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
+        return values[order] + self.shift, torch.cat([empty, *vectors])
+
+    def leading_values(self, k: int) -> Tensor:
+        return self._range[0].sort(descending=True).values[:k] + self.shift
+
+    def logdet(self, damping: float) -> Tensor:
+        base = self.shift + check_damping(damping)
+        values = self._range[0]
+        missing = self.size - len(values)
+        rest = missing * math.log(base) if missing and base else -math.inf if missing else 0.0
+        return (values + base).clamp(min=0).log().sum() + rest
+
+
+class Outer(OfColumns):
+    """`F = shift I + c U U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
+
+    `a` is `[n, t, i]`, `g` is `[m, n, t, o]`; `core` is `c`, by default the `1/M` of a Fisher
+    block. A symmetric float64 matrix `[R, R]` as `core` makes an `OuterSum`.
+    """
+
+    def __new__(cls, a: Any = None, g: Any = None, core: Any = None, shift: float = 0.0) -> Any:
+        if cls is Outer and isinstance(core, Tensor) and core.ndim:
+            return OuterSum(a, g, core, shift)
+        return super().__new__(cls)
+
+    def __init__(self, a: Tensor, g: Tensor, core: float | None = None, shift: float = 0.0) -> None:
+        self._hold(Columns(a, g), core, shift)
+
+    @classmethod
+    def over(cls, columns: Columns, core: float | None = None, shift: float = 0.0) -> Outer:
+        """The block over columns that others hold as well; what is known of them stays known."""
+        block = object.__new__(cls)
+        block._hold(columns, core, shift)
+        return block
+
+    def _hold(self, columns: Columns, core: float | None, shift: float) -> None:
+        self.of, self.shift = columns, float(shift)
+        self.core = 1.0 / columns.sizes[1] if core is None else core
 
     @property
     def double(self) -> Outer:
@@ -128,110 +204,55 @@ class Outer(Block):
     @remembered("of", "core", "shift")
     def _within(self) -> Outer | None:
         inside = self.of.inside
-        if self.shift or inside is None:
-            return None
-        return Outer.over(inside, self.core)
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self.of.tensors()
-        if isinstance(self.core, Tensor):
-            yield self.core
-
-    def formed_bytes(self) -> int:
-        return self.size**2 * self.dtype.itemsize
-
-    @property
-    def _full(self) -> bool:
-        return isinstance(self.core, Tensor)
-
-    def _apply_core(self, columns: Tensor) -> Tensor:
-        """`C` applied to `[..., m, n]`."""
-        if isinstance(self.core, Tensor):
-            flat = columns.reshape(-1, self.columns).double() @ self.core
-            return flat.view(columns.shape).to(columns.dtype)
-        return self.core * columns
-
-    def _core_times(self, K: Tensor) -> Tensor:
-        """`C K` for `K` `[R, ...]`."""
-        return self.core @ K if isinstance(self.core, Tensor) else self.core * K
+        return None if self.shift or inside is None else Outer.over(inside, self.core)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        columns = self._apply_core(self.of.project(V, self._full))
-        product = self.of.combine(columns, self._full)
-        if self.shift:
-            product = product + self.shift * V.to(product.dtype)
-        return product.to(V.dtype)
+        product = self.core * self.of.combine(self.of.project(V))
+        return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
 
     @remembered("of", "core")
     def _range(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues `[r]` of `U C U^T`, and `W` `[R, r]` with eigenvectors `U W`."""
         values, Z = self.of.gram_eigen
-        # columns are rounded to their dtype, so their Gram matrix is known to its eps squared
-        eps = max(torch.finfo(torch.float64).eps, torch.finfo(self.dtype).eps ** 2)
-        rank = rank_of(values, eps)
+        rank = rank_of(values, rounding(self.dtype))
         values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
-        if not isinstance(self.core, Tensor):
-            return self.core * values, Z / values.sqrt()
-        root = Z * values.sqrt()
-        inside, P = eigh(root.mT @ self.core @ root, "core of an outer block")
-        return inside, (Z / values.sqrt()) @ P
-
-    def _vectors(self, W: Tensor, exact: bool = True) -> Iterator[tuple[slice, Tensor]]:
-        """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
-        for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.of.sizes), exact)
+        return self.core * values, Z / values.sqrt()
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        damping = check_damping(damping)
+        base = self.shift + check_damping(damping)
         if exponent == 1:
-            return self.rescaled(self.core, self.shift + damping)
-        base = self.shift + damping
-        if exponent == -1 and base > 0 and not isinstance(self.core, Tensor) and self.core > 0:
+            return Outer.over(self.of, self.core, base)
+        if exponent == -1 and base > 0 and self.core > 0 and not self.of.eigen_known:
             # (mu I + c U U^T)^{-1} = I/mu - U (mu/c I + K)^{-1} U^T / mu
             L = self._damped_gram(base / self.core)
             pivots = L.diagonal().square()
             if bool(pivots.min() > DEPENDENT * pivots.max()):
-                return self.rescaled(-torch.cholesky_inverse(L) / base, 1 / base)
+                eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
+                W = torch.linalg.solve_triangular(L.mT, eye, upper=True)
+                return OuterSum.over(self.of, W, L.new_full((len(L),), -1 / base), 1 / base)
             # of dependent columns what U cancels would drown the rest of the inverse
-        values, W = self._range
-        full = len(values) == self.size
-        if base == 0 and exponent < 0 and not full:
-            raise BlockError(
-                f"this block has rank {len(values)} of {self.size}, so its power {exponent:g} "
-                "needs damping > 0"
-            )
-        powers = spectrum_power(values + base, exponent, 0.0, "outer block")
-        rest = 0.0 if base == 0 else base**exponent
-        return self.rescaled(symmetrise(W * (powers - rest) @ W.mT), rest)
+        return super().power(exponent, damping)
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
-        """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + C K)^{-1} w`.
+        """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + c K)^{-1} w`.
 
         A gradient in float32 is such a sum up to its rounding, which 1 / damping would blow up: a
         damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
         """
         self.check(V)
         damping = check_damping(damping)
-        if self.shift or not damping or isinstance(self.core, Tensor) or not self.core > 0:
+        w = self._combination(V) if damping and not self.shift and self.core > 0 else None
+        if w is None:
             return super().solve(V, damping)
-        L = self._damped_gram(damping / self.core)
-
-        def inverse(columns: Tensor) -> Tensor:
-            """`U (K + damping / c I)^{-1} columns`."""
-            solved = torch.cholesky_solve(columns.reshape(-1, self.columns).mT, L).mT
-            return self.of.combine(solved.reshape(*V.shape[:-2], *self.of.sizes), True)
-
-        w = self._combination(V)
-        if w is not None:
-            return (inverse(w) / self.core).to(V.dtype)
-        inner = self.of.project(V, True)
-        return ((V.double() - inverse(inner)) / damping).to(V.dtype)
+        values, W = self._range
+        w = (w @ W * (values / (values + damping))) @ W.mT / self.core
+        return self.of.combine(w.reshape(*V.shape[:-2], *self.of.sizes), True).to(V.dtype)
 
     def _damped_gram(self, damping: float) -> Tensor:
         """Lower `L` with `K + damping I = L L^T`."""
-        eye = torch.eye(self.columns, dtype=torch.float64, device=self.device)
-        return cholesky(self.gram() + damping * eye, "damped Gram matrix")
+        damped = self.gram().clone()
+        damped.diagonal().add_(damping)
+        return cholesky(damped, "damped Gram matrix")
 
     def _combination(self, V: Tensor) -> Tensor | None:
         """`w` `[..., R]` with `V = U w` up to the rounding of `V`; None where there is none.
@@ -250,23 +271,20 @@ class Outer(Block):
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
-        inner = self.of.project(V, self._full).double()
-        value = (inner * self._apply_core(inner)).sum((-2, -1))
-        if not self.shift:
-            return value
-        return value + self.shift * torch.linalg.vecdot(V, V).sum(-1, dtype=torch.float64)
+        value = self.core * self.of.project(V).double().square().sum((-2, -1))
+        return value + self.shift * _squares(V) if self.shift else value
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         K = contractions.cross_gram(self.a, self.g, a, g)
-        value = (K * self._core_times(K)).sum(0).view(g.shape[:2])
+        value = self.core * K.square().sum(0).view(g.shape[:2])
         return value + self.shift * contractions.energies(a, g) if self.shift else value
 
     def _inner(self, other: Block) -> Tensor | None:
         shifted = self.shift * other.trace() if self.shift else 0.0
+        if isinstance(other, OuterSum):
+            return None  # which knows its product with any block
         if isinstance(other, Outer):
             return shifted + other.shift * self._gram_trace() + self._outer_inner(other)
-        if isinstance(self.core, Tensor):
-            return shifted + self._general_inner(other)
         if isinstance(other, Kronecker):
             eigen = Kronecker.eigen.known(other)
             if eigen is not None and self.of.knows(eigen.Q_G, eigen.Q_A):
@@ -283,7 +301,7 @@ class Outer(Block):
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
-        """`<U C U^T, other>` from the energies in its basis and, for tails, beside it."""
+        """`<c U U^T, other>` from the energies in its basis and, for tails, beside it."""
         E = self._rotated_gradients(other.Q_G, other.Q_A)
         value = (other.spectrum * E).sum()
         total = self.core * self.energies().sum()
@@ -303,141 +321,243 @@ class Outer(Block):
         rest = total - rows.sum() - columns.sum() + E.sum()
         return value + other.tail.double() * rest
 
-    @property
-    def _core_gram(self) -> Tensor:
-        """`C K`, whose trace and squares are those of `U C U^T`."""
-        return self._core_times(self.gram())
-
     def _outer_inner(self, other: Outer) -> Tensor:
-        """`<U C U^T, U' C' U'^T> = <C U^T U', U^T U' C'>`."""
-        scalar = not isinstance(self.core, Tensor) and not isinstance(other.core, Tensor)
-        if other.of is self.of or (other.a is self.a and other.g is self.g):
-            if scalar and not self._fits:
-                return self.core * other.core * self.of.pair_sums[0].sum()
-            return (self._core_gram * other._core_gram.mT).sum()
-        if scalar:
-            # the larger one's examples, a workspace of the smaller's products at a time
-            few, many = sorted((self, other), key=lambda block: block.columns)
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for p in contractions.slices(len(many.a), 8 * len(many.g) * few.columns):
-                K = contractions.cross_gram(few.a, few.g, many.a[p], many.g[:, p])
-                total += K.square().sum()
-            return self.core * other.core * total
-        K = contractions.cross_gram(self.a, self.g, other.a, other.g)
-        return (self._core_times(K) * other._core_times(K.mT).mT).sum()
-
-    def _general_inner(self, other: Block) -> Tensor:
-        """`sum_{rs} C_rs <D_r, other D_s>` for a full core."""
-        assert isinstance(self.core, Tensor)
-        values, W = eigh(self.core, "core of an outer block")
+        """`<c U U^T, c' U' U'^T> = c c' ||U^T U'||^2`."""
+        scale = self.core * other.core
+        if shared(self.of, other.of):
+            if self._fits:
+                return scale * self.gram().square().sum()
+            return scale * self.of.pair_sums[0].sum()
+        # the larger one's examples, a workspace of the smaller's products at a time
+        few, many = sorted((self, other), key=lambda block: block.columns)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part, vectors in self._vectors(W):
-            total += (values[part] * other.quadratic(vectors.to(self.dtype))).sum()
-        return total
+        for p in contractions.slices(len(many.a), 8 * len(many.g) * few.columns):
+            K = contractions.cross_gram(few.a, few.g, many.a[p], many.g[:, p])
+            total += K.square().sum()
+        return scale * total
 
     def _rotated_gradients(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
-        """`diag(Q^T (U C U^T) Q)` for a scalar core."""
+        """`diag(Q^T (c U U^T) Q)`."""
         return self.core * self.of.rotated_squares(Q_G, Q_A)
 
     def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
-        if isinstance(self.core, Tensor):
-            a, g = self.a.double(), self.g.double()
-            value = Outer(a @ Q_A.to(a), g @ Q_G.to(g), self.core).diagonal()
-        else:
-            value = self._rotated_gradients(Q_G, Q_A)
-        if not self.shift:
-            return value
-        norms = torch.outer(Q_G.double().square().sum(0), Q_A.double().square().sum(0))
-        return value + self.shift * norms
-
-    def diagonal_of(self, other: Block) -> Tensor:
-        """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
-        values, W = self._range
-        if other is self:
-            return values.sort(descending=True).values + self.shift
-        parts = [
-            other.quadratic(vectors.to(self.dtype))
-            for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
-        ]
-        return torch.cat(parts) if parts else values
-
-    def trace(self) -> Tensor:
-        return self._inside_trace() + self.shift * self.size
+        value = self._rotated_gradients(Q_G, Q_A)
+        return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
 
     def _inside_trace(self) -> Tensor:
-        """`tr U C U^T`."""
-        if isinstance(self.core, Tensor):
-            return self._core_gram.trace()
         return self.core * self.energies().sum()
 
     def _gram_trace(self) -> Tensor:
-        """The same in float64 throughout, against a core that cancels it, where `K` fits."""
-        return self._core_gram.trace() if self._fits else self._inside_trace()
+        return self.core * self.gram().trace() if self._fits else self._inside_trace()
 
     @property
     def _fits(self) -> bool:
-        return isinstance(self.core, Tensor) or fits_gram(self.columns, self.device)
+        return fits_gram(self.columns, self.device)
 
     def squared_norm(self) -> Tensor:
         return self._squared_norm
 
     @remembered("of", "core", "shift")
     def _squared_norm(self) -> Tensor:
-        if not self._fits:
-            inside = self.core**2 * self.of.pair_sums[0].sum()
-            return inside + 2 * self.shift * self._inside_trace() + self.shift**2 * self.size
-        CK = self._core_gram
-        linear = 2 * self.shift * CK.trace() + self.shift**2 * self.size
-        return (CK * CK.mT).sum() + linear
+        linear = 2 * self.shift * self._gram_trace() + self.shift**2 * self.size
+        return self._outer_inner(self) + linear
 
     def diagonal(self) -> Tensor:
-        if not isinstance(self.core, Tensor):
-            return self.core * self.of.squares + self.shift
-        values, W = eigh(self.core, "core of an outer block")
-        total = torch.full(self.shape, self.shift, dtype=torch.float64, device=self.device)
-        for part, vectors in self._vectors(W):
-            total += torch.einsum("r,roi->oi", values[part], vectors.square())
-        return total.to(self.dtype)
-
-    def eigenvalues(self) -> Tensor:
-        values = self._range[0] + self.shift
-        rest = values.new_full((self.size - len(values),), self.shift)
-        return torch.cat([values, rest]).sort(descending=True).values
+        return self.core * self.of.squares + self.shift
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        """The largest eigenpairs of the range of `U`; fewer than k where its rank is smaller."""
         if k not in self._leading:
-            self._leading[k] = self._leading_pairs(k)
+            self._leading[k] = super().leading(k)
         return self._leading[k]
-
-    def leading_values(self, k: int) -> Tensor:
-        return self._range[0].sort(descending=True).values[:k] + self.shift
-
-    def leading_products(self, k: int, q_G: Tensor, q_A: Tensor) -> Tensor:
-        if self._full:
-            return super().leading_products(k, q_G, q_A)
-        values, W = self._range
-        W = W[:, values.argsort(descending=True)[:k]]
-        # <U w, q> = w . U^T q: no eigenvector is formed
-        return W.mT @ self.of.project_pairs(q_G, q_A).double().flatten(1).mT
 
     @remembered("of", "core")
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By k: the leading eigenpairs."""
         return {}
 
-    def _leading_pairs(self, k: int) -> tuple[Tensor, Tensor]:
+    def leading_products(self, k: int, q_G: Tensor, q_A: Tensor) -> Tensor:
         values, W = self._range
-        order = values.argsort(descending=True)[:k]
-        # the leading vectors of a scalar core cancel nothing
-        parts = self._vectors(W[:, order], self._full)
-        vectors = [part.to(self.dtype) for _, part in parts]
-        empty = torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
-        return values[order] + self.shift, torch.cat([empty, *vectors])
+        W = W[:, values.argsort(descending=True)[:k]]
+        # <U w, q> = w . U^T q: no eigenvector is formed
+        return W.mT @ self.of.project_pairs(q_G, q_A).double().flatten(1).mT
 
-    def logdet(self, damping: float) -> Tensor:
-        base = self.shift + check_damping(damping)
-        values = self._range[0]
-        missing = self.size - len(values)
-        rest = missing * math.log(base) if missing and base else -math.inf if missing else 0.0
-        return (values + base).clamp(min=0).log().sum() + rest
+
+class OuterSum(OfColumns):
+    """`F = shift I + sum_k d_k v_k v_k^T` with `v_k = U W_k`: `U C U^T` of a full core `C`.
+
+    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`,
+    and everything about them is known of `d`: the Woodbury inverse of TENGraD, FNGD (7)-(9) and
+    NGM (28) costs no more than a product.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:
+        d, W = eigh(core, "core of an outer block")
+        self._hold(Columns(a, g), W, d, shift, False)
+
+    @classmethod
+    def over(cls, columns: Columns, W: Tensor, d: Tensor, shift: float = 0.0) -> OuterSum:
+        """The block of any `W` and `d`."""
+        block = cls.__new__(cls)
+        block._hold(columns, W, d, shift, False)
+        return block
+
+    @classmethod
+    def spectral(cls, columns: Columns, W: Tensor, d: Tensor, shift: float = 0.0) -> OuterSum:
+        """The block of a `W` that makes the `v_k` orthonormal."""
+        block = cls.__new__(cls)
+        block._hold(columns, W, d, shift, True)
+        return block
+
+    def _hold(
+        self, columns: Columns, W: Tensor, d: Tensor, shift: float, orthonormal: bool
+    ) -> None:
+        self.of, self.W, self.d, self.shift = columns, W, d, float(shift)
+        self.orthonormal = orthonormal
+
+    @property
+    def core(self) -> Tensor:
+        """`C = W diag(d) W^T`, `[R, R]`."""
+        return symmetrise(self.W * self.d @ self.W.mT)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (*self.of.tensors(), self.W, self.d)
+
+    def within(self, V: Tensor) -> OuterSum | None:
+        return None
+
+    @property
+    def operations(self) -> int:
+        return super().operations + 2 * self.W.numel()
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        inner = self._coordinates(V) * self.d
+        product = self._combined(inner)
+        return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
+
+    @remembered("of", "W")
+    def _directions(self) -> Tensor | None:
+        """The `v_k`, `[r, o i]`, where they take less room than a Gram matrix."""
+        if self.size > self.columns:
+            return None
+        parts = [vectors.flatten(1) for _, vectors in self._vectors(self.W)]
+        return torch.cat(parts) if parts else self.W.new_zeros(0, self.size)
+
+    def _coordinates(self, V: Tensor) -> Tensor:
+        """`<v_k, V>`, `[..., r]` in float64."""
+        if self._directions is None:
+            return self.of.project(V, True).flatten(-2).double() @ self.W
+        return V.flatten(-2).double() @ self._directions.mT
+
+    def _combined(self, weights: Tensor) -> Tensor:
+        """`sum_k w_k v_k`, `[..., r] -> [..., o, i]` in float64."""
+        if self._directions is None:
+            columns = weights @ self.W.mT
+            return self.of.combine(columns.reshape(*weights.shape[:-1], *self.of.sizes), True)
+        return (weights @ self._directions).view(*weights.shape[:-1], *self.shape)
+
+    @property
+    def _products(self) -> Tensor:
+        """`<v_k, v_l>`, `[r, r]`."""
+        return self.W.mT @ self.gram() @ self.W
+
+    @remembered("of", "W", "d")
+    def _range(self) -> tuple[Tensor, Tensor]:
+        if self.orthonormal:
+            return self.d, self.W
+        values, Z = self.of.gram_eigen
+        rank = rank_of(values, rounding(self.dtype))
+        values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
+        root = (Z * values.sqrt()).mT @ self.W
+        inside, P = eigh(root * self.d @ root.mT, "core of an outer block")
+        return inside, (Z / values.sqrt()) @ P
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        if exponent != 1:
+            return super().power(exponent, damping)
+        shift = self.shift + check_damping(damping)
+        block = OuterSum.__new__(OuterSum)
+        block._hold(self.of, self.W, self.d, shift, self.orthonormal)
+        return block
+
+    def quadratic(self, V: Tensor) -> Tensor:
+        self.check(V)
+        value = self._coordinates(V).square() @ self.d
+        return value + self.shift * _squares(V) if self.shift else value
+
+    def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
+        K = self.W.mT @ contractions.cross_gram(self.a, self.g, a, g)
+        value = (self.d @ K.square()).view(g.shape[:2])
+        return value + self.shift * contractions.energies(a, g) if self.shift else value
+
+    def _inner(self, other: Block) -> Tensor | None:
+        """`sum_k d_k <v_k, other v_k>`."""
+        if not isinstance(other, OfColumns):
+            value = self.shift * other.trace() if self.shift else 0.0
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for part, vectors in self._vectors(self.W):
+                total += (self.d[part] * other.quadratic(vectors.to(self.dtype))).sum()
+            return value + total
+        if shared(self.of, other.of):
+            K = self.gram() @ self.W
+        else:
+            K = contractions.cross_gram(other.a, other.g, self.a, self.g) @ self.W
+        if isinstance(other, OuterSum):
+            inside = other.d @ (other.W.mT @ K).square() @ self.d
+        else:
+            assert isinstance(other, Outer)
+            inside = other.core * (K.square() @ self.d).sum()
+        # what cancels is in float64 throughout
+        trace = other._gram_trace() + other.shift * self.size
+        return inside + self.shift * trace + other.shift * self._inside_trace()
+
+    def _inside_trace(self) -> Tensor:
+        if self.orthonormal:
+            return self.d.sum()
+        return ((self.gram() @ self.W) * self.W).sum(0) @ self.d
+
+    def squared_norm(self) -> Tensor:
+        if self.orthonormal:
+            inside = self.d.square().sum()
+        else:
+            inside = self.d @ self._products.square() @ self.d
+        linear = 2 * self.shift * self._inside_trace() + self.shift**2 * self.size
+        return inside + linear
+
+    def diagonal(self) -> Tensor:
+        total = torch.full(self.shape, self.shift, dtype=torch.float64, device=self.device)
+        for part, vectors in self._vectors(self.W):
+            total += torch.einsum("r,roi->oi", self.d[part], vectors.square())
+        return total.to(self.dtype)
+
+    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+        a, g = self.a.double(), self.g.double()
+        columns = Columns(a @ Q_A.to(a), g @ Q_G.to(g))
+        value = OuterSum.over(columns, self.W, self.d).diagonal()
+        return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
+
+
+def over(columns: Columns, core: float | Tensor, shift: float = 0.0) -> OfColumns:
+    """The block over columns that others hold as well, of a number or a matrix as core."""
+    if not isinstance(core, Tensor):
+        return Outer.over(columns, core, shift)
+    d, W = eigh(core, "core of an outer block")
+    return OuterSum.over(columns, W, d, shift)
+
+
+def shared(one: Columns, two: Columns) -> bool:
+    """Whether they are the same columns."""
+    return one is two or (one.a is two.a and one.g is two.g)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """`eps` of a Gram matrix: columns are rounded to their dtype, so to its eps squared."""
+    return max(torch.finfo(torch.float64).eps, torch.finfo(dtype).eps ** 2)
+
+
+def _squares(V: Tensor) -> Tensor:
+    return torch.linalg.vecdot(V, V).sum(-1, dtype=torch.float64)
+
+
+def _norms(Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    return torch.outer(Q_G.double().square().sum(0), Q_A.double().square().sum(0))

@@ -17,7 +17,7 @@ from fisherlab.blocks.from_inverse import FromInverse
 from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
 from fisherlab.blocks.mini_block import MiniBlock, RowBlocks
 from fisherlab.blocks.numerics import BlockError
-from fisherlab.blocks.outer import Outer
+from fisherlab.blocks.outer import Outer, OuterSum
 
 _FIELDS: dict[type[Block], tuple[str, ...]] = {
     Dense: ("matrix", "shape"),
@@ -29,6 +29,7 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     KroneckerSum: ("G", "A"),
     MiniBlock: ("blocks", "bias"),
     Outer: ("a", "g", "core", "shift"),
+    OuterSum: ("a", "g", "core", "shift"),
     RowBlocks: ("a", "g", "scale"),
 }
 _FORMS = {form.__name__: form for form in _FIELDS}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import platform
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
+from itertools import islice
 from threading import Event
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from fisherlab import approximations as registry
 from fisherlab.approximations import Approximation
 from fisherlab.blocks import Block, BlockError, contractions
-from fisherlab.comparison.crew import Crew, Rows
+from fisherlab.comparison.crew import Crew, Rows, Work
 from fisherlab.comparison.layer import Layer, Maker, by_layer
 from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
 from fisherlab.distributed import RankError, Ranks, unwrapped
@@ -80,6 +82,9 @@ def compare(
 
     On a CPU with several threads heavy layers are measured side by side, unless `memory` is stated;
     the seconds of a row are then those of a share of the threads.
+
+    `progress(layers)` iterates over the names of layers, each of which is measured then. Without
+    it a notebook or a terminal shows a bar of one step per layer and method.
 
     Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input;
     one that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
@@ -192,24 +197,27 @@ def compare(
         target = captures if same else [shared_out(batch, ranks, owners) for batch in target]
         unseen = unseen and [shared_out(batch, ranks, owners) for batch in unseen]
 
-    def measure(name: str, stopped: Event) -> Rows:
+    def measure(name: str, stopped: Event) -> Work:
         layer = Layer(name, captures, target, unseen, memory)
-        return layer.rows(makers, shares, facts, stopped)
+        return (yield from layer.rows(makers, shares, facts, stopped))
 
     # a stated budget is that of one layer
     crew = Crew(measure, {name: costs[name] for name in mine}, device, memory is not None)
-    found: dict[str, Rows] = {}
+    # one piece of work per method, and a last one of what is found of all blocks at once
+    each = len(makers) + 1
+    steps = [f"{name}: {method}" for name in crew.order for method in [*makers, "condition"]]
     try:
         with (
             contractions.workspace(memory),
             ranks.together("measuring its layers") if ranks else nullcontext(),
             crew,
         ):
-            for name in (progress or notebook_bar)(crew.order):
-                found[name] = crew.rows(name)
+            work = crew.steps()
+            for _ in progress(crew.order) if progress else notebook_bar(steps):
+                deque(islice(work, each if progress else 1), 0)
     except KeyboardInterrupt:
-        table = _table(found | crew.done(), names)
-        raise Interrupted(Comparison(table, config)) from None
+        raise Interrupted(Comparison(_table(crew.found, names), config)) from None
+    found = crew.found
     if ranks:
         found = {name: rows for part in ranks.objects(found) for name, rows in part.items()}
     return Comparison(_table(found, names), config)
@@ -220,14 +228,15 @@ def _table(found: Mapping[str, Rows], names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame([row for name in names for row in found.get(name, [])], columns=COLUMNS)
 
 
-def notebook_bar(names: Sequence[str]) -> Iterable[str]:
-    """A progress bar over the layers, in a notebook and from the third second on; else nothing."""
+def notebook_bar(steps: Sequence[str]) -> Iterable[str]:
+    """A bar over layers and methods in a notebook or on a terminal; nothing elsewhere."""
     shell = sys.modules.get("IPython")
-    if shell is None or getattr(shell.get_ipython(), "kernel", None) is None:
-        return names
+    notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+    if not notebook and not sys.stderr.isatty():
+        return steps
     from tqdm.auto import tqdm
 
-    return tqdm(names, desc="layers", delay=3.0, leave=False)
+    return tqdm(steps, desc="layers and methods", leave=False)
 
 
 def default_fisher_type(

@@ -6,9 +6,10 @@ An eigendecomposition gains little from a second core where memory is slow (2304
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from queue import SimpleQueue
 from threading import Event
 from types import TracebackType
 from typing import Any
@@ -16,12 +17,17 @@ from typing import Any
 import torch
 
 Rows = list[dict[str, Any]]
+Work = Generator[None, None, Rows]
 
 # Layers in work at once, at most: every one holds its own factors and their eigenvectors.
 AT_ONCE = 4
 # Multiplications from which on a layer waits for its matrices and not for Python, of which only
 # one thread runs at a time.
 HEAVY = 1e9
+
+
+class Ended:
+    """Said of a layer that is measured."""
 
 
 class Stopped(Exception):
@@ -31,20 +37,22 @@ class Stopped(Exception):
 class Crew:
     """`measure(name, stopped)` for every name, several at once where more than one is heavy.
 
-    `costs` are multiplications by name. The heaviest come first, so that no thread ends up with a
-    heavy one when the others have finished; between them the light ones, two of which would wait
-    for each other. `order` is that order. Leaving the context early makes `stopped` set, and waits
-    for what is running to notice.
+    `measure` is a generator: it yields between its pieces of work and returns the rows, which are
+    in `found` then. `costs` are multiplications by name. The heaviest come first, so that no thread
+    ends up with a heavy one when the others have finished; between them the light ones, two of
+    which would wait for each other. `order` is that order. Leaving the context early makes
+    `stopped` set, and waits for what is running to notice.
     """
 
     def __init__(
         self,
-        measure: Callable[[str, Event], Rows],
+        measure: Callable[[str, Event], Work],
         costs: Mapping[str, float],
         device: torch.device,
         alone: bool = False,
     ) -> None:
         self.measure, self.stopped = measure, Event()
+        self.found: dict[str, Rows] = {}
         heavy = [name for name, cost in costs.items() if cost >= HEAVY]
         self.threads = torch.get_num_threads()
         # elsewhere the number of threads is one for the whole process
@@ -58,14 +66,15 @@ class Crew:
             mixed = (name for pair in zip_longest(light, rest) for name in pair if name is not None)
             self.order = [*first, *mixed]
         self._pool: ThreadPoolExecutor | None = None
-        self._running: dict[str, Future[Rows]] = {}
+        # what a thread has to say: None after a piece of work, or how a layer ended
+        self._said: SimpleQueue[Exception | type[Ended] | None] = SimpleQueue()
 
     def __enter__(self) -> Crew:
         if self.at_once > 1:
             share = self.threads // self.at_once
             self._pool = ThreadPoolExecutor(self.at_once, "layer", torch.set_num_threads, (share,))
-            submitted = (self._pool.submit(self.measure, name, self.stopped) for name in self.order)
-            self._running = dict(zip(self.order, submitted, strict=True))
+            for name in self.order:
+                self._pool.submit(self._say, name)
         return self
 
     def __exit__(
@@ -79,13 +88,31 @@ class Crew:
                 self.stopped.set()
             self._pool.shutdown(cancel_futures=error is not None)
 
-    def rows(self, name: str) -> Rows:
-        """The rows of one layer, once they are there."""
-        if name in self._running:
-            return self._running[name].result()
-        return self.measure(name, self.stopped)
+    def steps(self) -> Iterator[None]:
+        """One item after every piece of work, of whichever layer."""
+        if self._pool is None:
+            for name in self.order:
+                yield from self._work(name)
+            return
+        running = len(self.order)
+        while running:
+            said = self._said.get()
+            if isinstance(said, Exception):
+                raise said
+            if said is None:
+                yield
+            else:
+                running -= 1
 
-    def done(self) -> dict[str, Rows]:
-        """What the threads have finished, whether or not it was asked for."""
-        ended = {n: f for n, f in self._running.items() if f.done() and not f.cancelled()}
-        return {name: f.result() for name, f in ended.items() if f.exception() is None}
+    def _work(self, name: str) -> Iterator[None]:
+        self.found[name] = yield from self.measure(name, self.stopped)
+        yield
+
+    def _say(self, name: str) -> None:
+        try:
+            for _ in self._work(name):
+                self._said.put(None)
+        except Exception as error:
+            self._said.put(error)
+        else:
+            self._said.put(Ended)

@@ -27,7 +27,7 @@ from fisherlab.blocks import (
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
-from fisherlab.comparison.crew import Rows, Stopped
+from fisherlab.comparison.crew import Stopped, Work
 from fisherlab.comparison.frame import Frame, remembering
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
@@ -60,6 +60,8 @@ class Layer:
         memory: int | None,
     ) -> None:
         self.name, self.ledger = name, Ledger()
+        # the blocks whose condition numbers are found together, with their rows
+        self.waiting: list[tuple[Frame, Block, list[dict[str, Any]]]] = []
         with self.ledger:
             self._prepare(captures, target, unseen, memory)
 
@@ -121,8 +123,11 @@ class Layer:
         dampings: Sequence[float],
         facts: dict[str, Any],
         stopped: Event,
-    ) -> Rows:
-        """One row per method and damping; raises `Stopped` between two methods."""
+    ) -> Work:
+        """One row per method and damping; raises `Stopped` between two methods.
+
+        A generator that yields after each method.
+        """
         base = {
             "layer": self.name,
             "layer_type": self.first.layer_type,
@@ -151,8 +156,10 @@ class Layer:
                     raise Stopped
                 with remembering("inner", *exact):
                     measured += [(name, row) for row in self._measure(maker, dampings)]
+                yield
             for frame in frames:
                 self._retried(frame.complete)
+                self._retried(self._condition, frame)
         rows = [{**base, "approximation": name, **row} for name, row in measured]
         share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
@@ -189,6 +196,8 @@ class Layer:
                 yield {**empty, **damping, "placement": "", "note": str(error)}
             return
         note = "; ".join(notes)
+        rows: list[dict[str, Any]] = []
+        self.waiting.append((frame, near, rows))
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": note}
             try:
@@ -198,9 +207,21 @@ class Layer:
                     )
                 row |= found
                 self._retried(at.add, row, step, share * unit)
+                rows.append(row)
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
+
+    def _condition(self, frame: Frame) -> None:
+        """Fill in the condition numbers, which all blocks of a frame find together."""
+        waiting = [(near, rows) for at, near, rows in self.waiting if at is frame and rows]
+        dampings = sorted({row["damping"] for _, rows in waiting for row in rows})
+        if waiting:
+            blocks = [near for near, _ in waiting]
+            found = metrics.conditions(blocks, frame.F, dampings, frame is self.inside)
+            for (_, rows), values in zip(waiting, found.mT.tolist(), strict=True):
+                for row in rows:
+                    row["condition"] = values[dampings.index(row["damping"])]
 
     def _seconds(self, building: Piece, decomposing: Piece) -> dict[str, Any]:
         """What a method takes alone; the pieces, of which some are another's as well, for later."""
@@ -288,7 +309,6 @@ class Layer:
         found = {
             "placement": placement,
             "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
-            "condition": metrics.condition(near, frame.F, damping, frame is self.inside).item(),
             "solve_seconds": inverted + seconds,
             "clamped": X.clamped,
         }

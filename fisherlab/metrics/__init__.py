@@ -39,7 +39,7 @@ from fisherlab.metrics.gram import (
     zero_gradients,
 )
 from fisherlab.metrics.gram_study import GramStudy, gram_study
-from fisherlab.metrics.invariant import condition, stein_loss
+from fisherlab.metrics.invariant import condition, conditions, stein_loss
 from fisherlab.metrics.layers import dropped_mass, layer_correlation, layer_masses
 from fisherlab.metrics.pareto import pareto_front
 from fisherlab.metrics.population import (
@@ -71,6 +71,7 @@ __all__ = [
     "condition",
     "condition_curve",
     "condition_number",
+    "conditions",
     "cosine",
     "cumulative_trace",
     "diagonal_share",

@@ -55,7 +55,7 @@ def kfac_error_split(F: Block) -> ErrorSplit:
 
 def _split(F: Block) -> Tensor:
     """U-statistics of `<D, E>` and `<P, E>`, and `||E||^2`."""
-    if not isinstance(F, Outer) or isinstance(F.core, Tensor) or F.shift:
+    if not isinstance(F, Outer) or F.shift:
         raise BlockError(f"the error is split for the exact block of a capture, got {F!r}")
     M, t, _ = F.a.shape
     if M < 2:

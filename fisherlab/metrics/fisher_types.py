@@ -35,10 +35,10 @@ def mc_convergence(mc: Outer, exact: Outer) -> Convergence:
             f"the blocks are of {n} and {exact.g.shape[1]} examples and of shapes {mc.shape} and "
             f"{exact.shape}: capture the same batch and layer twice"
         )
-    # a capture of S draws carries 1/sqrt(S) inside each column: one draw alone is S times as large
-    scale = draws * float(mc.core) if not isinstance(mc.core, Tensor) else None
-    if scale is None:
+    if not isinstance(mc, Outer):
         raise BlockError("mc_convergence takes blocks as captured, not powers of them")
+    # a capture of S draws carries 1/sqrt(S) inside each column: one draw alone is S times as large
+    scale = draws * mc.core
     K = mc.gram().view(draws, n, draws, n)
     pairs = scale**2 * K.square().sum((1, 3))
     products = scale * exact.column_quadratics(mc.a, mc.g).sum(1)

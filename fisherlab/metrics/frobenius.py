@@ -21,7 +21,7 @@ def relative_error(X: Block, F: Block) -> Tensor:
     for a zero `X`, else inf.
     """
     norm = F.squared_norm()
-    if _same(X, F):
+    if same(X, F):
         return torch.zeros_like(norm)
     squared = X.squared_norm() - 2 * F.inner(X) + norm
     if norm == 0:
@@ -31,7 +31,8 @@ def relative_error(X: Block, F: Block) -> Tensor:
     return (squared.clamp(min=0) / norm).sqrt()
 
 
-def _same(X: Block, F: Block) -> bool:
+def same(X: Block, F: Block) -> bool:
+    """Whether they are one block, or direct sums of the same."""
     if isinstance(X, DirectSum) and isinstance(F, DirectSum):
         return all(x is f for x, f in zip(X.parts, F.parts, strict=True))
     return X is F
@@ -78,7 +79,7 @@ def scaled_error(X: Block, F: Block) -> Tensor:
     Recomputed from the difference where `relative_error` would be.
     """
     norm = F.squared_norm()
-    if _same(X, F):
+    if same(X, F):
         return torch.where(norm > 0, 0.0, 1.0).to(norm)
     squared = 1 - cosine(X, F).square()
     if _cancelled(squared, X, F):

@@ -7,6 +7,9 @@ weights: 1 and 0 mean that the preconditioned block is the identity.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable, Sequence
+from itertools import cycle
+from typing import TypeGuard
 
 import torch
 from scipy.linalg import eigh_tridiagonal
@@ -22,9 +25,10 @@ from fisherlab.blocks import (
     MiniBlock,
     Outer,
 )
-from fisherlab.blocks.coordinates import Identity
+from fisherlab.blocks.coordinates import Identity, formed
 from fisherlab.blocks.serialise import cast
 from fisherlab.blocks.span import multiplied
+from fisherlab.metrics.frobenius import same
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
 DENSE_SIZE = 512
@@ -32,7 +36,8 @@ DENSE_SIZE = 512
 LANCZOS_BUDGET = 1e9
 # Forms whose inverse is as cheap to apply as they are.
 _MATRIX_FREE = Eigen | Kronecker | Diagonal | FromInverse | MiniBlock | Outer
-_STEPS = 60
+_STEPS = 200
+_USUAL = 60  # steps that all but a few pairs need
 _CHECK = 4  # steps between two looks at the Ritz value
 _TOLERANCE = 1e-8
 
@@ -43,6 +48,8 @@ def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
     Twice the Kullback-Leibler divergence between `N(0, F_l)` and `N(0, X + damping I)`: 0 if they
     agree. `tr(P F) + damping tr P - log det F_l + log det (X + damping I) - N`, all in closed form.
     """
+    if same(X, F):
+        return torch.zeros((), dtype=torch.float64, device=F.device)
     P = X.power(-1, damping)
     trace = F.inner(P) + damping * P.trace()
     return trace - F.logdet(damping) + X.logdet(damping) - F.size
@@ -54,33 +61,56 @@ def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tenso
     Dense up to 512 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
     than its budget. `beside`: there are further dimensions in which both blocks are zero.
     """
-    if isinstance(X, DirectSum) and isinstance(F, DirectSum):
-        parts = [_extremes(x, f, damping) for x, f in zip(X.parts, F.parts, strict=True)]
-    else:
-        parts = [_extremes(X, F, damping)]
+    return conditions([X], F, [damping], beside)[0, 0]
+
+
+def conditions(
+    blocks: Sequence[Block], F: Block, dampings: Sequence[float], beside: bool = False
+) -> Tensor:
+    """`condition` of every block at every damping, `[dampings, blocks]` float64.
+
+    Together they cost a fraction of what they cost one by one: `F` and its inverse, which read far
+    more numbers than a vector has, meet the vectors of all blocks at once.
+    """
+    by_part = [isinstance(X, DirectSum) and isinstance(F, DirectSum) for X in blocks]
+    if len(set(by_part)) > 1:
+        return torch.cat([conditions([X], F, dampings, beside) for X in blocks], 1)
+    exact = _parts(F) if by_part[0] else (F,)
+    columns = zip(*(_parts(X) if by_part[0] else (X,) for X in blocks), strict=True)
+    ends = [_extremes(Xs, part, dampings) for Xs, part in zip(columns, exact, strict=True)]
     if beside:
-        parts.append(torch.ones_like(parts[0]))
-    smallest, largest = torch.stack(parts).unbind(1)
-    return largest.max() / smallest.min().clamp(min=1e-300)
+        ends.append(torch.ones_like(ends[0]))
+    smallest, largest = torch.stack(ends).unbind(-1)
+    return largest.amax(0) / smallest.amin(0).clamp(min=1e-300)
 
 
-def _extremes(X: Block, F: Block, damping: float) -> Tensor:
-    """The smallest and the largest eigenvalue of the preconditioned block, `[2]`."""
-    if F.size <= DENSE_SIZE:
-        X, F = _exactly(X), _exactly(F)
-        eye = damping * torch.eye(F.size, dtype=torch.float64, device=F.device)
-        root, singular = torch.linalg.cholesky_ex(F.dense() + eye)
-        if singular:
-            root = F.power(0.5, damping).dense()
-        # Rounding is eps of the largest: 1e14 between eigenvalues is 1e7 between singular values.
-        product = root.mT @ X.power(-0.5, damping).dense()
-        return torch.linalg.svdvals(product).square()[[-1, 0]]
-    if not _affordable(X, F):
-        return torch.full((2,), math.nan, dtype=torch.float64, device=F.device)
-    X, F = _exactly(X), _exactly(F)
-    largest = _largest(F.power(1, damping), X.power(-1, damping))
-    smallest = 1 / _largest(X.power(1, damping), F.power(-1, damping))
-    return torch.stack([smallest, largest])
+def _extremes(blocks: Sequence[Block], F: Block, dampings: Sequence[float]) -> Tensor:
+    """The smallest and the largest eigenvalue of each preconditioned block, `[dampings, b, 2]`."""
+    dense = F.size <= DENSE_SIZE
+    result = torch.ones(len(dampings), len(blocks), 2, dtype=torch.float64, device=F.device)
+    others = [k for k, X in enumerate(blocks) if X is not F]
+    known = [k for k in others if dense or _affordable(blocks[k], F)]
+    result[:, others] = math.nan
+    Xs, exact = [_exactly(blocks[k]) for k in known], _exactly(F)
+    for row, damping in enumerate(dampings if known else ()):
+        result[row, known] = (_densely if dense else _by_lanczos)(Xs, exact, damping)
+    return result
+
+
+def _densely(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
+    eye = damping * torch.eye(F.size, dtype=torch.float64, device=F.device)
+    root, singular = torch.linalg.cholesky_ex(F.dense() + eye)
+    if singular:
+        root = F.power(0.5, damping).dense()
+    # Rounding is eps of the largest: 1e14 between eigenvalues is 1e7 between singular values.
+    products = (root.mT @ X.power(-0.5, damping).dense() for X in Xs)
+    return torch.stack([torch.linalg.svdvals(product).square()[[-1, 0]] for product in products])
+
+
+def _by_lanczos(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
+    X, X_inverse = (Together([B.power(p, damping) for B in Xs]) for p in (1, -1))
+    F_damped, F_inverse = (Together([F.power(p, damping)] * len(Xs)) for p in (1, -1))
+    return torch.stack([1 / _largest(X, F_inverse), _largest(F_damped, X_inverse)], -1)
 
 
 def _exactly(block: Block) -> Block:
@@ -103,44 +133,120 @@ def _orthonormal(Q: Tensor) -> Tensor | None:
     return None if isinstance(Q, Identity) else torch.linalg.qr(multiplied(Q).double()).Q
 
 
+def _parts(block: Block) -> tuple[Block, ...]:
+    return block.parts if isinstance(block, DirectSum) else (block,)
+
+
 def _affordable(X: Block, F: Block) -> bool:
     if not isinstance(X, _MATRIX_FREE):
         return False
     product = F.operations if isinstance(F, Outer) else 0
-    return 2 * _STEPS * (F.size * sum(F.shape) + product) <= LANCZOS_BUDGET
+    return 2 * _USUAL * (F.size * sum(F.shape) + product) <= LANCZOS_BUDGET
 
 
-def _largest(A: Block, B_inverse: Block) -> Tensor:
-    """The largest `theta` of `A v = theta B v`, by Lanczos in the inner product of `B^{-1}`.
-
-    The basis `P = B Q` is orthonormal in `B^{-1}`, fully reorthogonalised; `B` needs no root.
-    """
+def _largest(A: Together, B_inverse: Together) -> Tensor:
+    """The largest `theta` in `A_k v = theta B_k v` of every pair, `[b]`, by Lanczos in lockstep."""
     generator = torch.Generator().manual_seed(0)
-    residual = torch.randn(A.size, generator=generator, dtype=torch.float64).to(A.device)
-    Q, P = residual.new_empty(_STEPS, A.size), residual.new_empty(_STEPS, A.size)
+    first = A.blocks[0]
+    start = torch.randn(first.size, generator=generator, dtype=torch.float64).to(first.device)
+    runs = [_lanczos(start) for _ in A.blocks]
+    vectors = {k: next(run) for k, run in enumerate(runs)}
+    values = start.new_zeros(len(runs))
+    for operators in cycle((B_inverse, A)):
+        for k, image in operators.times(vectors).items():
+            try:
+                vectors[k] = runs[k].send(image)
+            except StopIteration as end:
+                values[k] = end.value
+                del vectors[k]
+        if not vectors:
+            break
+    return values
+
+
+class Together:
+    """Blocks that meet one vector each: the same one all at once, those in Kronecker bases too."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self._stack: tuple[tuple[int, ...], tuple[Tensor, ...]] = ((), ())
+
+    def times(self, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+        """`F_k v_k` for vectors `[N]` by the index of their block."""
+        first = self.blocks[0]
+        if all(self.blocks[k] is first for k in vectors):
+            images = first @ _side_by_side(vectors.values(), first.shape)
+            return dict(zip(vectors, images.flatten(1), strict=True))
+        found = {}
+        which = tuple(k for k in vectors if _of_one_level(self.blocks[k]))
+        if which:
+            V = _side_by_side([vectors[k] for k in which], first.shape)
+            found = dict(zip(which, self._in_bases(which, V).flatten(1), strict=True))
+        rest = {k: self.blocks[k] for k in vectors if k not in found}
+        return found | {k: (F @ vectors[k].view(F.shape)).flatten() for k, F in rest.items()}
+
+    def _in_bases(self, which: tuple[int, ...], V: Tensor) -> Tensor:
+        """`Q_G ((spectrum - level) * (Q_G^T V Q_A)) Q_A^T + level V` of blocks in their bases."""
+        if self._stack[0] != which:
+            blocks = [B for k in which if isinstance(B := self.blocks[k], Eigen)]
+            levels = torch.stack([_level(B) for B in blocks])
+            inside = _padded([B.spectrum - level for B, level in zip(blocks, levels, strict=True)])
+            bases = (_padded([formed(getattr(B, Q)) for B in blocks]) for Q in ("Q_G", "Q_A"))
+            self._stack = which, (*bases, inside, levels[:, None, None])
+        Q_G, Q_A, inside, levels = self._stack[1]
+        core = inside * torch.bmm(Q_G.mT, torch.bmm(V, Q_A))
+        return torch.bmm(Q_G, torch.bmm(core, Q_A.mT)).addcmul_(levels, V)
+
+
+def _side_by_side(vectors: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
+    return torch.stack(list(vectors)).unflatten(-1, shape)
+
+
+def _of_one_level(block: Block) -> TypeGuard[Eigen]:
+    """Whether there is one eigenvalue beside its bases at most."""
+    return isinstance(block, Eigen) and (block.confined or block.level is not None)
+
+
+def _level(block: Eigen) -> Tensor:
+    return block.spectrum.new_zeros(()) if block.level is None else block.level
+
+
+def _padded(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices one above the other, `[b, p, q]`, with zeros where one is smaller."""
+    p, q = (max(matrix.shape[axis] for matrix in matrices) for axis in (0, 1))
+    result = matrices[0].new_zeros(len(matrices), p, q)
+    for row, matrix in zip(result, matrices, strict=True):
+        row[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return result
+
+
+def _lanczos(residual: Tensor) -> Generator[Tensor, Tensor, float]:
+    """Lanczos in the inner product of `B^{-1}`: yields `v` for `B^{-1} v`, then `q` for `A q`.
+
+    The basis `P = B Q` is orthonormal in `B^{-1}`; `B` needs no root. Nothing is reorthogonalised:
+    rounding makes copies of a Ritz value that has converged, and the largest is what is wanted.
+    """
     alphas: list[float] = []
     betas: list[float] = []
-    value = 0.0
+    value, before = 0.0, residual
     for step in range(_STEPS):
-        image = _apply(B_inverse, residual)
+        image = yield residual
         beta = (residual @ image).clamp(min=0).sqrt().item()
         if step and beta <= 1e-12 * value:
             break
         betas.append(beta)
-        Q[step], P[step] = image / beta, residual / beta
-        residual = _apply(A, Q[step])
-        alphas.append((residual @ Q[step]).item())
-        for _ in range(2):
-            residual = residual - (Q[: step + 1] @ residual) @ P[: step + 1]
+        q, p = image / beta, residual / beta
+        image = yield q
+        alphas.append((image @ q).item())
+        residual = torch.add(image, p, alpha=-alphas[-1])
+        if step:
+            residual.sub_(before, alpha=beta)
+        before = p
         if step % _CHECK == _CHECK - 1:
             previous, value = value, _top(alphas, betas[1:])
             if abs(value - previous) <= _TOLERANCE * value:
                 break
-    return residual.new_tensor(_top(alphas, betas[1:]))
-
-
-def _apply(block: Block, vector: Tensor) -> Tensor:
-    return (block @ vector.to(block.dtype).view(block.shape)).double().flatten()
+    return _top(alphas, betas[1:])
 
 
 def _top(alphas: list[float], betas: list[float]) -> float:

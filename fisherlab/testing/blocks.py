@@ -18,6 +18,7 @@ from fisherlab.blocks import (
     Kronecker,
     MiniBlock,
     Outer,
+    OuterSum,
 )
 from fisherlab.testing.laws import TOLERANCE, Report, Run, near, number, randn, refused
 
@@ -203,7 +204,7 @@ def law_spectrum(block: Block, F: Tensor, dtype: torch.dtype) -> None:
 
 def _is_inverse(block: Block) -> bool:
     """Whether the complement of the columns' range, which `leading` leaves out, is on top."""
-    return isinstance(block, Outer) and bool(block.eigenvalues()[0] == block.shift > 0)
+    return isinstance(block, OuterSum) and bool(block.eigenvalues()[0] == block.shift > 0)
 
 
 def law_bases(block: Block, F: Tensor, dtype: torch.dtype) -> None:
