@@ -595,7 +595,8 @@ def test_a_failure_in_one_of_the_threads_ends_the_comparison(two_threads, monkey
         raise ZeroDivisionError(layer.name)
 
     monkeypatch.setattr(Layer, "build", broken)
-    with pytest.raises(ZeroDivisionError, match="6"):
+    # whichever of the layers in work fails first
+    with pytest.raises(ZeroDivisionError, match=r"^[026]$"):
         compared(approximations=["kfac"])
 
 
@@ -788,7 +789,7 @@ def test_labels_of_another_integer_type_are_named():
 
 def test_a_bar_has_a_step_per_layer_and_method(monkeypatch):
     shown = []
-    monkeypatch.setattr("fisherlab.comparison.api.notebook_bar", lambda s: shown.extend(s) or s)
+    monkeypatch.setattr("fisherlab.comparison.run.notebook_bar", lambda s: shown.extend(s) or s)
     compared(approximations=["kfac", "diagonal"])
     last = "condition"  # found of all blocks at once
     assert shown == [f"{k}: {m}" for k in "026" for m in ("kfac", "diagonal", last)]

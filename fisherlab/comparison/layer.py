@@ -29,6 +29,7 @@ from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
 from fisherlab.comparison.crew import Stopped, Work
 from fisherlab.comparison.frame import Frame, remembering
+from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
@@ -40,52 +41,32 @@ Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, B
 UNSEEN = 1e-3
 
 
-def by_layer(captures: Captures) -> dict[str, list[str]]:
-    """Layer names and the captures (groups) that each consists of."""
-    found: dict[str, list[str]] = {}
-    for key, layer in captures.items():
-        found.setdefault(layer.name, []).append(key)
-    return found
-
-
 class Layer:
     """One layer under measurement: its exact block, and a memo per group that all methods share."""
 
-    def __init__(
-        self,
-        name: str,
-        captures: list[Captures],
-        target: list[Captures],
-        unseen: list[Captures] | None,
-        memory: int | None,
-    ) -> None:
+    def __init__(self, name: str, samples: Samples, memory: int | None) -> None:
         self.name, self.ledger = name, Ledger()
         # the blocks whose condition numbers are found together, with their rows
         self.waiting: list[tuple[Frame, Block, list[dict[str, Any]]]] = []
         with self.ledger:
-            self._prepare(captures, target, unseen, memory)
+            self._prepare(samples, memory)
 
-    def _prepare(
-        self,
-        captures: list[Captures],
-        target: list[Captures],
-        unseen: list[Captures] | None,
-        memory: int | None,
-    ) -> None:
-        name = self.name
-        self.keys = by_layer(captures[0])[name]
+    def _prepare(self, samples: Samples, memory: int | None) -> None:
+        captures, unseen = samples.captures, samples.unseen
+        self.keys = by_layer(captures[0])[self.name]
         self.parts = [[batch[key] for batch in captures] for key in self.keys]
         self.first = self.parts[0][0]
         self.memos = [Memo(part, memory) for part in self.parts]
-        same = target is captures
-        shared = [m.exact() for m in self.memos] if same else []
-        self.F = layer_block(shared) if same else self._exact(target)
+        other = samples.target
+        # of the captures themselves, the columns that all methods are made of
+        shared = [] if other else [m.exact() for m in self.memos]
+        self.F = self._exact(other) if other else layer_block(shared)
         self.unseen = self._exact(unseen) if unseen else None
         # of the mean loss; a layer in groups has one below the other
         sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
         self.whole = Frame(self.F, torch.cat(sums) / self.memos[0].count)
         # every weight that matters is a combination of inputs: of few, in their coordinates
-        self.inside = self.whole.inside() if same and self.unseen is None else None
+        self.inside = self.whole.inside() if not other and not unseen else None
         self.examples = int(self.memos[0].count)
         groups = len(self.keys)
         self.remark = ""

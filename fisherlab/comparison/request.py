@@ -1,0 +1,315 @@
+"""What a comparison is asked to do, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab import approximations as registry
+from fisherlab.approximations import Approximation
+from fisherlab.blocks import Block, BlockError
+from fisherlab.comparison.layer import Maker
+from fisherlab.comparison.samples import Samples, by_layer
+from fisherlab.distributed import RankError, Ranks, unwrapped
+from fisherlab.extract import Captures
+from fisherlab.extract.api import Forward, _forward, split_batches
+from fisherlab.extract.criteria import arranged, as_module, rules_of
+from fisherlab.extract.fisher import FISHER_TYPES, default_type
+from fisherlab.extract.inside import Inside, criterion_of
+from fisherlab.extract.memory import captures_in_parts, check_memory
+from fisherlab.extract.select import Names, check_batch, check_model
+from fisherlab.extract.tape import KINDS
+
+Makers = Mapping[str, Maker] | Iterable[str | Approximation] | None
+Batch = tuple[object, Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The batches, the methods, and how to capture: all of it checked."""
+
+    model: nn.Module
+    criterion: Callable[..., Tensor]
+    batches: list[Batch]
+    makers: dict[str, Maker]
+    dampings: list[float]
+    reference: object
+    fisher_type: str
+    # whether it was named, and why the default is the empirical one
+    asked: bool
+    why_empirical: str
+    memory: int | None
+    step: int
+    ranks: Ranks | None
+    # those of `capture`
+    options: dict[str, Any]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the model makes its loss itself."""
+        return isinstance(self.criterion, Inside)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row says."""
+        generator = self.options["generator"]
+        named = isinstance(self.reference, str)
+        return {
+            "fisher_type": self.fisher_type,
+            "reference_fisher_type": self.reference if named else self.fisher_type,
+            "seed": generator.initial_seed() if generator else 0,
+            "step": self.step,
+        }
+
+    def samples(self) -> Samples:
+        """The captures of the batches, and those that they are measured against.
+
+        Raises:
+            CaptureError, BlockError, ValueError: a layer cannot be captured, given blocks are of
+                another model, or the budget holds no example.
+        """
+        captures = self._captured(self.batches, self.fisher_type)
+        target: list[Captures] | None = None
+        unseen: list[Captures] | None = None
+        if isinstance(self.reference, str):
+            target = self._captured(self.batches, self.reference)
+        elif isinstance(self.reference, Captures):
+            unseen = [copy(self.reference)]  # ranks give parts of theirs away
+        elif self.reference is not None:
+            pair = self.reference if isinstance(self.reference, tuple) else (self.reference, None)
+            given = (self.reference, None, True) if self.inside else pair
+            others = split_batches(*given)
+            _check_unseen(self.batches, others)
+            unseen = self._captured(others, self.fisher_type)
+        _check_blocks(self.makers, captures[0])
+        check_memory(captures[0], self.memory)
+        return Samples(captures, target, unseen)
+
+    def _captured(self, sample: list[Batch], kind: str) -> list[Captures]:
+        found = [
+            part
+            for x, y in sample
+            for part in captures_in_parts(
+                self.model,
+                self.criterion,
+                x,
+                None if self.inside else y,
+                fisher_type=kind,
+                ranks=self.ranks,
+                **self.options,
+            )
+        ]
+        if self.inside and len(found) > 1 and not found[0].outputs.ndim:
+            raise ValueError(
+                "the losses of several batches have no common mean as numbers; let the model "
+                "return the loss of every example"
+            )
+        return found
+
+    def config(self, captures: list[Captures]) -> dict[str, Any]:
+        """What the table's file keeps beside its rows."""
+        report = captures[0].report
+        return {
+            **self.facts,
+            "dampings": self.dampings,
+            "approximations": {name: repr(maker) for name, maker in self.makers.items()},
+            "backend": report.backend,
+            "fisher_type_asked": self.asked,
+            "skipped": {k: v for batch in captures for k, v in batch.report.skipped.items()},
+            "parameters": {"trained": report.trained, "covered": report.covered},
+            "model": type(self.model).__name__,
+            "criterion": repr(self.criterion),
+            "why_empirical": self.why_empirical,
+            "mc_samples": self.options["mc_samples"],
+            **versions(),
+            "ranks": self.ranks.size if self.ranks else 1,
+        }
+
+
+def checked(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None,
+    x: object,
+    y: Tensor | None,
+    *,
+    approximations: Makers,
+    fisher_type: str | None,
+    dampings: Sequence[float] | float,
+    reference: object,
+    memory: int | None,
+    layers: Names,
+    forward: Forward | None,
+    step: int,
+    alone: bool,
+    loss_scale: str | None,
+    **options: Any,
+) -> Request:
+    """The request of `compare`'s arguments; `options` are those of `capture`.
+
+    Raises:
+        CaptureError, RankError, ValueError: an argument that no comparison can take, by name.
+    """
+    ranks = None if alone else Ranks.current()
+    model = unwrapped(model)
+    with ranks.together("checking its batch") if ranks else nullcontext():
+        criterion = criterion_of(criterion, loss_scale)
+        batches = split_batches(x, y, isinstance(criterion, Inside))
+        check_model(model)
+        for batch in batches:
+            check_batch(*batch, model)
+    if ranks:
+        ranks.check_model(model)
+        _check_counts(ranks, batches)
+    shares = [dampings] if isinstance(dampings, int | float) else list(dampings)
+    if not shares or any(not isinstance(d, int | float) or not 0 < d < math.inf for d in shares):
+        raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
+    if memory is not None and (not isinstance(memory, int) or memory < 1):
+        raise ValueError(f"memory is a number of bytes, such as 800_000_000; got {memory!r}")
+    makers = _makers(approximations, model)
+    if not makers:
+        raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
+    asked, why_empirical = fisher_type is not None, ""
+    if fisher_type is None:
+        fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
+    _check_reference(reference, batches, options["mask"])
+    # the approximations are of linear maps; others are compared where they are named
+    options |= {"kinds": ("map",) if layers is None else KINDS}
+    return Request(
+        model=model,
+        criterion=criterion,
+        batches=batches,
+        makers=makers,
+        dampings=shares,
+        reference=reference,
+        fisher_type=fisher_type,
+        asked=asked,
+        why_empirical=why_empirical,
+        memory=memory,
+        step=step,
+        ranks=ranks,
+        options={**options, "layers": layers, "forward": forward},
+    )
+
+
+def default_fisher_type(
+    model: nn.Module,
+    criterion: Callable,
+    x: object,
+    forward: Forward | None = None,
+    y: Tensor | None = None,
+) -> str:
+    """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
+
+    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown. The labels `y`
+    tell where the classes are in the outputs, axis 1 or the last.
+    """
+    return _default_type(model, criterion, x, y, forward)[0]
+
+
+def _default_type(
+    model: nn.Module, criterion: Callable, x: object, y: Tensor | None, forward: Forward | None
+) -> tuple[str, str]:
+    """The default Fisher type, and why it is the empirical one."""
+    criterion = as_module(criterion)
+    if rules_of(criterion) is None:  # no forward pass is needed to know
+        return default_type(criterion, torch.empty(0))
+    with torch.no_grad():
+        outputs = _forward(model, x, forward)
+        return default_type(criterion, outputs if y is None else arranged(criterion, outputs, y))
+
+
+def versions() -> dict[str, str]:
+    """The versions a measurement depends on."""
+    import fisherlab
+
+    return {
+        "fisherlab": fisherlab.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _check_reference(reference: object, batches: list[Batch], mask: object) -> None:
+    if isinstance(reference, str) and reference not in FISHER_TYPES:
+        raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
+    if reference is not None and (
+        isinstance(reference, Tensor) or not isinstance(reference, Iterable)
+    ):
+        kind = type(reference).__name__
+        raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
+    if isinstance(mask, Tensor) and (
+        len(batches) > 1 or not isinstance(reference, str | Captures | None)
+    ):
+        raise ValueError(
+            "a mask tensor is that of one batch; for a loader or a reference pass dict batches and "
+            "the name of their mask, such as mask='attention_mask'"
+        )
+
+
+def _check_counts(ranks: Ranks, batches: list[Batch]) -> None:
+    """Batch k of the joint sample is batch k of every rank."""
+    counts = ranks.objects(len(batches))
+    if len(set(counts)) > 1:
+        raise RankError(
+            f"the ranks' loaders have {counts} batches; give each rank the same number (batches "
+            "may differ in size)"
+        )
+
+
+def _makers(approximations: Makers, model: nn.Module) -> dict[str, Maker]:
+    if approximations is None:
+        return {name: registry.get(name)() for name in registry.of_one_batch()}
+    if isinstance(approximations, Mapping):
+        blocks = {k: v for k, v in approximations.items() if isinstance(v, Block)}
+        layers = {name for name, _ in model.named_modules()}
+        if len(blocks) == len(approximations) and any(k.split(":")[0] in layers for k in blocks):
+            return {"preconditioner": blocks}
+        return dict(approximations)
+    if isinstance(approximations, str):
+        approximations = [approximations]
+    makers: dict[str, Maker] = {}
+    for item in approximations:
+        maker = registry.get(item)() if isinstance(item, str) else item
+        if not isinstance(maker, Approximation):
+            raise ValueError(f"{item!r} is neither a name nor an approximation; name it in a dict")
+        name = maker.name or type(maker).__name__
+        if maker not in makers.values():
+            makers[name if name not in makers else repr(maker)] = maker
+    return makers
+
+
+def _check_unseen(batches: list[Batch], reference: list[Batch]) -> None:
+    """Refuse the batch itself as its unseen examples: it would flatter every approximation."""
+    for x, _ in batches:
+        for other, _ in reference:
+            if x is other or (
+                isinstance(x, Tensor)
+                and isinstance(other, Tensor)
+                and (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
+                and torch.equal(x, other)
+            ):
+                raise ValueError(
+                    "reference holds the very batch that the approximations are made of, whose "
+                    "error is relative_error; pass examples that they have not seen"
+                )
+
+
+def _check_blocks(makers: dict[str, Maker], captures: Captures) -> None:
+    """A dict of blocks must name layers of this model; a block must fit one of them."""
+    layers = by_layer(captures)
+    known = set(captures) | set(layers)
+    for name, maker in makers.items():
+        if isinstance(maker, Mapping) and not set(maker) & known:
+            raise ValueError(
+                f"the blocks of {name!r} are named {sorted(maker)}, the layers {sorted(known)}"
+            )
+        if isinstance(maker, Block) and maker.shape not in {c.shape for c in captures.values()}:
+            raise BlockError(f"block {name!r} of shape {maker.shape} fits no layer of this model")

@@ -1,0 +1,103 @@
+"""A comparison under way: which layer is measured when, where, and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from threading import Event
+from typing import Any
+
+import pandas as pd
+
+from fisherlab.blocks import contractions
+from fisherlab.comparison.crew import Crew, Rows, Work
+from fisherlab.comparison.layer import Layer
+from fisherlab.comparison.request import Request
+from fisherlab.comparison.samples import Samples, by_layer
+from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
+from fisherlab.extract import Captures
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+def measured(request: Request, samples: Samples, progress: Progress | None) -> Comparison:
+    """Every layer measured, by this process or by the rank that owns it.
+
+    Raises:
+        Interrupted: Ctrl-C; it holds what was measured.
+    """
+    config, ranks = request.config(samples.captures), request.ranks
+    names = list(by_layer(samples.captures[0]))
+    examples = len(samples.captures[0].labels)
+    device = next(iter(samples.captures[0].values())).device
+    # of all ranks, so that each comes to the same owners whatever its shard
+    costs = _costs(samples.captures[0], sum(ranks.objects(examples)) if ranks else examples)
+    mine = names
+    if ranks:
+        owners = ranks.owners(costs)
+        mine = [name for name in names if owners[name] == ranks.index]
+        samples = samples.shared_out(ranks, owners)
+
+    def measure(name: str, stopped: Event) -> Work:
+        layer = Layer(name, samples, request.memory)
+        return (yield from layer.rows(request.makers, request.dampings, request.facts, stopped))
+
+    # a stated budget is that of one layer
+    crew = Crew(measure, {name: costs[name] for name in mine}, device, request.memory is not None)
+    try:
+        with (
+            contractions.workspace(request.memory),
+            ranks.together("measuring its layers") if ranks else nullcontext(),
+            crew,
+        ):
+            _run(crew, list(request.makers), progress)
+    except KeyboardInterrupt:
+        raise Interrupted(Comparison(_table(crew.found, names), config)) from None
+    found = crew.found
+    if ranks:
+        found = {name: rows for part in ranks.objects(found) for name, rows in part.items()}
+    return Comparison(_table(found, names), config)
+
+
+def _run(crew: Crew, methods: list[str], progress: Progress | None) -> None:
+    """All work of the crew, one step of the bar after another."""
+    work = crew.steps()
+    # one piece of work per method, and a last one of what is found of all blocks at once
+    pieces = [*methods, "condition"]
+    if progress is not None:
+        for _ in progress(crew.order):
+            deque(islice(work, len(pieces)), 0)
+        return
+    for _ in notebook_bar([f"{name}: {piece}" for name in crew.order for piece in pieces]):
+        next(work, None)
+
+
+def _table(found: Mapping[str, Rows], names: Sequence[str]) -> pd.DataFrame:
+    """The rows, by layer in the order of the model."""
+    return pd.DataFrame([row for name in names for row in found.get(name, [])], columns=COLUMNS)
+
+
+def notebook_bar(steps: Sequence[str]) -> Iterable[str]:
+    """A bar over layers and methods in a notebook or on a terminal; nothing elsewhere."""
+    shell = sys.modules.get("IPython")
+    notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+    if not notebook and not sys.stderr.isatty():
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc="layers and methods", leave=False)
+
+
+def _costs(captures: Captures, examples: int) -> dict[str, float]:
+    """Multiplications that measuring each layer takes, roughly: one pass, the eigenvectors."""
+    costs: dict[str, float] = {}
+    for layer in captures.values():
+        o, i = layer.shape
+        columns = examples * layer.columns_per_example * layer.positions
+        span = min(i, examples * layer.positions)
+        cost = columns * o * i + 10 * (span**2 * i + o**3)
+        costs[layer.name] = costs.get(layer.name, 0.0) + cost
+    return costs
