@@ -1,9 +1,12 @@
-"""What to say of a name that is not known."""
+"""Things by name: registries, and what to say of a name that is not known."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def nearest(given: object, known: Iterable[str], otherwise: Iterable[str] = ()) -> str:
@@ -17,3 +20,38 @@ def unknown(kind: str, given: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), known, 3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return f"unknown {kind} {given!r}{hint} Known: {', '.join(known)}"
+
+
+class Registry(dict[str, T]):
+    """Things by name, in the order in which they were registered.
+
+    Args:
+        what: What they are, for messages: "data set".
+        error: The type of the errors.
+    """
+
+    def __init__(self, what: str, error: type[ValueError]) -> None:
+        super().__init__()
+        self.what, self.error = what, error
+
+    def __copy__(self) -> Registry[T]:
+        other: Registry[T] = Registry(self.what, self.error)
+        other.update(self)
+        return other
+
+    def add(self, name: str, thing: T, same: bool = False) -> None:
+        """Enter a thing; `same` says that it is the one of that name, made anew."""
+        if name in self and not same:
+            raise self.error(f"a {self.what} named {name!r} exists already: {self[name]}")
+        self[name] = thing
+
+    def add_class(self, name: str, kind: type) -> None:
+        """Enter a class; one of the same qualified name is the same, defined anew in a notebook."""
+        known = getattr(self.get(name), "__qualname__", None)
+        self.add(name, kind, known == kind.__qualname__)  # type: ignore[arg-type]
+
+    def named(self, name: str) -> T:
+        """The thing of a name; an unknown one is refused with the nearest names."""
+        if name not in self:
+            raise self.error(unknown(self.what, name, sorted(self)))
+        return self[name]

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections import Counter
+from copy import copy
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -282,7 +283,7 @@ def toy(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", copy(registry._REGISTRY))
 
     def register(name, url):
         file = File(f"{name}/numbers.txt", hashlib.sha256(b"1 2 3 4").hexdigest(), url)

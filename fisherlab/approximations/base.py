@@ -12,10 +12,10 @@ from torch import Tensor
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, BlockError
 from fisherlab.extract import LayerCapture
-from fisherlab.names import nearest
+from fisherlab.names import Registry, nearest
 from fisherlab.statistics import COLUMNS, Statistic
 
-_REGISTRY: dict[str, type[Approximation]] = {}
+_REGISTRY: Registry[type[Approximation]] = Registry("approximation", ValueError)
 
 # A field whose statistic follows from an option of the method.
 BY_OPTION = cast(Statistic, None)
@@ -54,10 +54,8 @@ class Approximation:
         cls._pin_fields()
         if name is None:
             return
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"an approximation named {name!r} exists already: {_REGISTRY[name]}")
+        _REGISTRY.add_class(name, cls)
         cls.name = name
-        _REGISTRY[name] = cls
 
     @classmethod
     def _pin_fields(cls) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from scipy.stats import binomtest, linregress
 from torch import Tensor
 
-from fisherlab.claims.statistics import fitted_slope, wilson
-from fisherlab.names import nearest
+from fisherlab.names import Registry, nearest
 
 # Tensors, numbers and strings: what `torch.load(weights_only=True)` gives back.
 Case = dict[str, Any]
@@ -31,11 +31,13 @@ KINDS = {
     EXTENSION: "ours: a correction, or a sentence taken further than the paper takes it",
     CONTRAST: "the paper itself says otherwise: refuted agrees with it",
 }
-_REGISTRY: dict[str, type[Claim]] = {}
 
 
 class ClaimError(ValueError):
     """A claim that is unknown, or arguments that make no trial."""
+
+
+_REGISTRY: Registry[type[Claim]] = Registry("claim", ClaimError)
 
 
 class Claim(ABC):
@@ -75,12 +77,10 @@ class Claim(ABC):
         super().__init_subclass__()
         if name is None:
             return
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ClaimError(f"a claim named {name!r} exists already: {_REGISTRY[name]}")
         if cls.kind not in KINDS:
             raise ClaimError(f"claim {name!r} has kind {cls.kind!r}; kinds: {', '.join(KINDS)}")
+        _REGISTRY.add_class(name, cls)
         cls.name = name
-        _REGISTRY[name] = cls
 
     @property
     def statement(self) -> str:
@@ -188,8 +188,11 @@ class Order(Claim):
         return 0.5 ** torch.arange(len(errors), dtype=torch.float64), errors
 
     def power(self, left: Tensor, right: Tensor) -> float:
-        """The fitted power of the step size with which they fall."""
-        return fitted_slope(*self.errors(left, right))
+        """The fitted power of the step size with which they fall; NaN where one is no number."""
+        sizes, errors = self.errors(left, right)
+        if not bool((errors > 0).all()) or not bool(torch.isfinite(errors).all()):
+            return math.nan
+        return float(linregress(sizes.double().log(), errors.double().log()).slope)
 
     def compare(self, left: Tensor, right: Tensor) -> float:
         return self.within - abs(self.power(left, right) - self.order)
@@ -203,7 +206,7 @@ class Usually(AtMost):
 
     def verdict(self, margins: Sequence[float]) -> tuple[str, float, str]:
         wins = sum(m >= 0 for m in margins)
-        low, high = wilson(wins, len(margins))
+        low, high = binomtest(wins, len(margins)).proportion_ci(0.95, "wilson")
         gain = sorted(margins)[len(margins) // 2]
         note = (
             f"true of {wins} of {len(margins)} cases, 95 % interval {low:.2f} to {high:.2f}; "

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from fisherlab.datasets.card import Card, DatasetError
 from fisherlab.datasets.files import data_folder, verified
-from fisherlab.names import unknown
+from fisherlab.names import Registry
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,14 @@ class Dataset:
 
 
 Loader = Callable[[Card, dict[str, Path]], Dataset]
-_REGISTRY: dict[str, tuple[Card, Loader]] = {}
+_REGISTRY: Registry[tuple[Card, Loader]] = Registry("data set", DatasetError)
 
 
 def register(card: Card) -> Callable[[Loader], Loader]:
     """Enter a loader under its card's name; it gets the card and `{path: verified file}`."""
 
     def enter(loader: Loader) -> Loader:
-        if card.name in _REGISTRY:
-            raise DatasetError(f"a data set named {card.name!r} is already registered")
-        _REGISTRY[card.name] = card, loader
+        _REGISTRY.add(card.name, (card, loader))
         return loader
 
     return enter
@@ -51,7 +49,7 @@ def names() -> list[str]:
 
 def card(name: str) -> Card:
     """The card of a data set, which need not be installed. Raises `DatasetError` if unknown."""
-    return _entry(name)[0]
+    return _REGISTRY.named(name)[0]
 
 
 def load(name: str, *, root: str | Path | None = None) -> Dataset:
@@ -61,12 +59,6 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
     downloads of `fisherlab data fetch`. Bundled data sets need none. Raises `DatasetError` for an
     unknown name, a missing file, or one whose sha256 is not the card's.
     """
-    card, loader = _entry(name)
+    card, loader = _REGISTRY.named(name)
     folder = data_folder(root) if card.files else Path()
     return loader(card, verified(card, folder))
-
-
-def _entry(name: str) -> tuple[Card, Loader]:
-    if name not in _REGISTRY:
-        raise DatasetError(unknown("data set", name, names()))
-    return _REGISTRY[name]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherlab.names import unknown
+from fisherlab.names import Registry, unknown
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -63,14 +63,12 @@ class Spec:
 
 
 Builder = Callable[..., nn.Module]
-_REGISTRY: dict[str, Builder] = {}
+_REGISTRY: Registry[Builder] = Registry("model", ModelError)
 
 
 def register(builder: Builder) -> Builder:
     """Enter a function `(spec, *, options) -> module` under its own name."""
-    if builder.__name__ in _REGISTRY:
-        raise ModelError(f"a model named {builder.__name__!r} is already registered")
-    _REGISTRY[builder.__name__] = builder
+    _REGISTRY.add(builder.__name__, builder)
     return builder
 
 
@@ -102,7 +100,7 @@ def create(
 
     Raises `ModelError` for an unknown name, activation or option, and for sizes that make no model.
     """
-    builder = _builder(name)
+    builder = _REGISTRY.named(name)
     _check_options(name, builder, options)
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or value < 1:
@@ -126,12 +124,6 @@ def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | No
         # Not torch.manual_seed: it would reset the streams of the GPUs, which are not forked.
         torch.default_generator.manual_seed(int(seed))
         return build()
-
-
-def _builder(name: str) -> Builder:
-    if name not in _REGISTRY:
-        raise ModelError(unknown("model", name, names()))
-    return _REGISTRY[name]
 
 
 def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None:
