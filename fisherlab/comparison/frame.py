@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,19 +13,6 @@ from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import dot, is_rounding
 from fisherlab.metrics.direction import Step
-
-
-@contextmanager
-def remembering(method: str, *blocks: Block) -> Iterator[None]:
-    """Let blocks' `power` or `inner` remember its results: several measures ask for the same."""
-    free = {id(block): block for block in blocks if method not in vars(block)}.values()
-    for block in free:
-        vars(block)[method] = cache(getattr(block, method))
-    try:
-        yield
-    finally:
-        for block in free:
-            del vars(block)[method]
 
 
 @dataclass(frozen=True)
