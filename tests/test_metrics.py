@@ -233,6 +233,22 @@ def test_condition_by_lanczos_is_the_dense_one(monkeypatch):
             assert math.isnan(metrics.condition(X, F, 0.01))
 
 
+def test_condition_by_lanczos_goes_on_until_it_has_converged(monkeypatch):
+    """60 steps left both 1e-4 below the dense one."""
+    x, y = (tensor[:128] for tensor in fl.datasets.load("digits").train.tensors)
+    torch.manual_seed(0)
+    model = fl.models.create("mlp", num_classes=10, input_size=x.shape[1:]).eval()
+    layer = fl.extract.capture(model, nn.CrossEntropyLoss(), x, y, layers="5")["5"]
+    F = fl.Exact()(layer)
+    blocks = [fl.approximations.get(name)()(layer) for name in ("shampoo", "mini_block")]
+    damping = 1e-3 * F.trace().item() / F.size
+    found = metrics.conditions(blocks, F, [damping])[0]
+    monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", 10**4)
+    for X, value in zip(blocks, found, strict=True):
+        near(value, metrics.condition(X, F, damping), rel=1e-6)
+    assert metrics.condition(F, F, damping) == 1 and metrics.stein_loss(F, F, damping) == 0
+
+
 @pytest.mark.parametrize("positions", [1, 30])
 def test_condition_by_lanczos_in_float32_is_that_of_float64(positions, monkeypatch):
     a, g = randn(6, positions, 4, seed=1), randn(1, 6, positions, 3, seed=2)

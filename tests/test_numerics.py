@@ -8,7 +8,7 @@ from references import randn
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, numerics
 from fisherlab.blocks.numerics import GIB, cholesky, eigh, rank_of, spectrum_power
-from fisherlab.blocks.remembered import remembered
+from fisherlab.blocks.work import cached
 from fisherlab.testing.blocks import psd
 from fisherlab.testing.laws import near
 
@@ -208,28 +208,22 @@ def test_errors_are_value_errors():
     assert issubclass(BlockTooLarge, BlockError) and issubclass(BlockError, ValueError)
 
 
-def test_what_is_remembered_follows_its_sources():
+def test_what_is_cached_is_made_once_and_known():
     class Thing:
-        def __init__(self):
-            self.x, self.scale, self.count = torch.ones(3), 2.0, 0
+        count = 0
 
-        @remembered("x", "scale")
+        @cached
         def total(self):
             """The sum."""
             self.count += 1
-            return self.scale * self.x.sum().item()
+            return 6
 
-    thing, other = Thing(), Thing()
+    thing = Thing()
     assert Thing.total.__doc__ == "The sum."
     assert Thing.total.known(thing) is None
     assert thing.total == thing.total == 6 and thing.count == 1
-    thing.x.add_(1)
-    assert Thing.total.known(thing) is None and thing.total == 12
-    thing.scale = 1.0
-    assert thing.total == 6 and thing.count == 3
-    other.x, other.scale = thing.x, thing.scale
-    Thing.total.share(thing, other)
-    assert other.total == 6 and other.count == 0
+    Thing.total.keep(thing, 7)
+    assert Thing.total.known(thing) == thing.total == 7
 
 
 def test_a_damped_inverse_takes_no_eigenvectors(generator: torch.Generator) -> None:

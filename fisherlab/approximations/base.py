@@ -153,6 +153,11 @@ class Approximation:
             "`additive = False` and `of_batch(layers)`"
         )
 
+    @property
+    def tikhonov(self) -> bool:
+        """Whether `damped` is known to be `(block + damping I)^exponent`."""
+        return type(self).damped is Approximation.damped
+
     def damped(self, block: Block, damping: float) -> Block:
         """The preconditioner `(block + damping I)^exponent`, or damped where the paper puts it."""
         return block.power(self.exponent, damping)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fisherlab.approximations.base import BY_OPTION, Approximation
-from fisherlab.approximations.damping import check_placement, place
+from fisherlab.approximations.damping import PLAIN, check_placement, place
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, Kronecker
 from fisherlab.statistics import (
@@ -47,6 +47,10 @@ class KFAC(Approximation, name="kfac"):
 
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:
         return Kronecker(mean.factor(self.G), mean.factor(self.A))
+
+    @property
+    def tikhonov(self) -> bool:
+        return type(self).damped is KFAC.damped and self.placement in PLAIN
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)

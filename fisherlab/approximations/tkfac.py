@@ -8,7 +8,7 @@ import torch
 
 from fisherlab import statistics as of
 from fisherlab.approximations.base import BY_OPTION, Approximation
-from fisherlab.approximations.damping import check_placement, place
+from fisherlab.approximations.damping import PLAIN, check_placement, place
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, Kronecker
 from fisherlab.blocks.moment import scaled
@@ -48,6 +48,10 @@ class TKFAC(Approximation, name="tkfac"):
         left, right = mean.factor(self.left), mean.factor(self.right)
         scale = torch.where(root > 0, 1 / root, torch.zeros_like(root)).to(left.dtype)
         return Kronecker(scaled(left, scale), scaled(right, scale))
+
+    @property
+    def tikhonov(self) -> bool:
+        return type(self).damped is TKFAC.damped and self.placement in PLAIN
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)

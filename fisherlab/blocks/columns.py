@@ -19,8 +19,7 @@ from fisherlab.blocks.numerics import (
     symmetrise,
     trace_of,
 )
-from fisherlab.blocks.remembered import remembered, state_of
-from fisherlab.blocks.work import once
+from fisherlab.blocks.work import cached, once
 
 
 class Columns:
@@ -69,7 +68,7 @@ class Columns:
         """The same columns in float64: many exact products convert them once."""
         return self if self.dtype == torch.float64 else self._double
 
-    @remembered()
+    @cached
     def _double(self) -> Columns:
         return Doubled(self)
 
@@ -81,7 +80,7 @@ class Columns:
         """What they are made of."""
         yield from (self.a, self.g)
 
-    @remembered()
+    @cached
     def formed(self) -> Tensor | None:
         """The gradients, `[R, o i]`, where they take less room than `a` and `g`, or `room`."""
         m, n, t, o = self.g.shape
@@ -96,7 +95,7 @@ class Columns:
         assert self.formed is not None
         return self.formed.view(-1, *self.shape)
 
-    @remembered()
+    @cached
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64; raises `BlockTooLarge` past the memory budget."""
         check_gram(self.count, self.device)
@@ -130,7 +129,7 @@ class Columns:
                 K = contractions.cross_gram(a, g, b, h)
                 yield p, q, K.view(m, len(a), m, len(b))
 
-    @remembered()
+    @cached
     def pair_sums(self) -> tuple[Tensor, Tensor]:
         """`sum_k <F_n, F_k>` and `<F_n, F_n>` of the examples' own blocks, `[n]` in float64."""
         rows = torch.zeros(self.sizes[1], dtype=torch.float64, device=self.device)
@@ -144,7 +143,7 @@ class Columns:
                 rows[q] += products.sum(0)
         return rows, own
 
-    @remembered()
+    @cached
     def gram_eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of the Gram matrix, ascending, and their vectors in its columns.
 
@@ -187,7 +186,7 @@ class Columns:
         """Whether `gram_eigen`, ten times the work of a Cholesky factor, is there already."""
         return Columns.gram_eigen.known(self) is not None
 
-    @remembered()
+    @cached
     def energies(self) -> Tensor:
         """`||D[m,n]||^2`, `[m, n]` in float64."""
         gram = Columns.gram.known(self)
@@ -198,7 +197,7 @@ class Columns:
             return sum_of(squares).view(self.sizes)
         return contractions.energies(self.a, self.g)
 
-    @remembered()
+    @cached
     def left(self) -> Tensor:
         """`sum D D^T`, `[o, o]`."""
         if not self.short:
@@ -206,7 +205,7 @@ class Columns:
         flat = self.matrices.transpose(0, 1).reshape(self.shape[0], -1)
         return symmetrise(flat @ flat.mT)
 
-    @remembered()
+    @cached
     def right(self) -> Tensor:
         """`sum D^T D`, `[i, i]`."""
         if not self.short:
@@ -219,7 +218,7 @@ class Columns:
         left = Columns.left.known(self)
         return self.energies.sum() if left is None else trace_of(left)
 
-    @remembered()
+    @cached
     def squares(self) -> Tensor:
         """`sum D^2` entrywise, `[o, i]`."""
         if self.formed is None:
@@ -233,7 +232,7 @@ class Columns:
         for part in contractions.slices(self.formed.shape[1], size, self.formed):
             yield self.formed[:, part]
 
-    @remembered()
+    @cached
     def grouped(self) -> dict[tuple[int, int], Tensor]:
         """By (c, k): `grouped_moments`, where they have been asked for."""
         return {}
@@ -244,18 +243,18 @@ class Columns:
             self.grouped, (c, k), lambda: contractions.grouped_moments(self.a, self.g, c, k)
         )
 
-    @remembered()
+    @cached
     def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
-        """By the state of a basis: the basis itself and `rotated_squares` in it."""
+        """By the ids of a basis: the basis itself and `rotated_squares` in it."""
         return {}
 
     def knows(self, Q_G: Tensor, Q_A: Tensor) -> bool:
         """Whether `rotated_squares` of this basis costs nothing."""
-        return (state_of(Q_G), state_of(Q_A)) in self._rotated
+        return (id(Q_G), id(Q_A)) in self._rotated
 
     def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
         """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
-        key = state_of(Q_G), state_of(Q_A)
+        key = id(Q_G), id(Q_A)
         # with the bases, so that no other tensor takes their place
         return once(self._rotated, key, lambda: (Q_G, Q_A, self._rotated_squares(Q_G, Q_A)))[2]
 
@@ -300,7 +299,7 @@ class Columns:
             result = torch.cat([flat.double() @ D for _, D in _doubled(self.formed)], 1)
         return result.view(*weights.shape[:-2], *self.shape)
 
-    @remembered()
+    @cached
     def hadamard(self) -> tuple[Tensor, Tensor]:
         """At one position, eigenvalues `[n]` and `B_a^{1/2} p` `[n, n]` of two Hadamard squares.
 
@@ -322,31 +321,31 @@ class Columns:
         """Orthonormal `V` `[i, r]` whose span holds every input, where r is clearly less than i."""
         return None if self.input_frame is None else self.input_frame[0]
 
-    @remembered()
+    @cached
     def input_frame(self) -> tuple[Tensor, Tensor] | None:
         """`input_space` and the inputs in its coordinates, `a V` `[n, t, r]`."""
         # asked of the sizes first: the inputs may not be laid out
         rows = self.sizes[1] * self.positions
         return frame(self.a) if few(rows, self.shape[1]) else None
 
-    @remembered()
+    @cached
     def output_frame(self) -> tuple[Tensor, Tensor] | None:
         """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
         return frame(self.g)
 
-    @remembered()
+    @cached
     def inside(self) -> Columns | None:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_frame is None:
             return None
         return Columns(self.input_frame[1], self.g, self.room)
 
-    @remembered()
+    @cached
     def input_products(self) -> Tensor:
         """`a a^T` of each example, `[n, t, t]`."""
         return self.a @ self.a.mT
 
-    @remembered()
+    @cached
     def gradient_products(self) -> Tensor:
         """`sum_m g g^T` of each example, `[n, t, t]`."""
         return (self.g @ self.g.mT).sum(0)
@@ -359,7 +358,7 @@ class Doubled(Columns):
         super().__init__(single.a.double(), single.g.double(), single.room)
         self.single = single
 
-    @remembered()
+    @cached
     def formed(self) -> Tensor | None:
         # what a Gram matrix was made of, not what float64 would make of `a` and `g`
         return None if self.single.formed is None else self.single.formed.double()

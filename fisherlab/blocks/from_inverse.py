@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.remembered import remembered
+from fisherlab.blocks.work import cached
 
 
 class FromInverse(Block):
@@ -30,7 +30,7 @@ class FromInverse(Block):
     def formed_bytes(self) -> int:
         return self.inverse.formed_bytes()
 
-    @remembered("inverse")
+    @cached
     def forward(self) -> Block:
         """`F` in the form that the inverse of `P` takes."""
         return self.inverse.power(-1, 0.0)

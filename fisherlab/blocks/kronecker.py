@@ -28,7 +28,7 @@ from fisherlab.blocks.numerics import (
     symmetrise,
     trace_of,
 )
-from fisherlab.blocks.remembered import remembered
+from fisherlab.blocks.work import cached
 
 Factor = Tensor | Unformed
 AnyFactor = TypeVar("AnyFactor", Tensor, Factor)
@@ -111,7 +111,7 @@ class Kronecker(Block):
         right = V @ self.A if _formed(V, self._A) else self._A.apply(V)
         return self.G @ right if _formed(V, self._G) else self._G.apply(right.mT).mT
 
-    @remembered("_G", "_A")
+    @cached
     def spectra(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Eigenvalues and vectors of `G` and of `A`, thin where the rank is known to be low."""
         return (
@@ -119,7 +119,7 @@ class Kronecker(Block):
             _spectral(self._A, "input factor A"),
         )
 
-    @remembered("_G", "_A")
+    @cached
     def eigen(self) -> Eigen:
         """The same matrix in its Kronecker eigenbasis."""
         (l_G, Q_G), (l_A, Q_A) = self.spectra
@@ -246,7 +246,7 @@ class KroneckerSum(Block):
         """The products, largest first as the approximation ordered them."""
         return [Kronecker(G, A) for G, A in zip(self.G, self.A, strict=True)]
 
-    @remembered("G", "A")
+    @cached
     def _form(self) -> Block:
         """A single product as it is, otherwise the dense matrix."""
         if len(self.G) == 1:

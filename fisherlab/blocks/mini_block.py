@@ -22,7 +22,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
 )
 from fisherlab.blocks.outer import Outer
-from fisherlab.blocks.remembered import remembered
+from fisherlab.blocks.work import cached
 
 
 class MiniBlock(Block):
@@ -174,7 +174,7 @@ class RowBlocks(MiniBlock):
         """Output gradients `[m, n, 1, o]`."""
         return self.of.g
 
-    @remembered("a", "g")
+    @cached
     def blocks(self) -> Tensor:
         """`[o, 1, i, i]`; raises `BlockTooLarge` past the memory budget."""
         o, i = self.of.shape

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fisherlab.blocks.remembered import state_of
 from fisherlab.blocks.span import Span
 from fisherlab.blocks.work import made, used
 
@@ -88,6 +87,11 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """What changes when it is replaced or changed in place."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
 def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     """`S = Q diag(values) Q^T`, eigenvalues ascending.
 
@@ -98,9 +102,9 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     with jitter.
     """
     known = _DECOMPOSITIONS.get(matrix)
-    if known is None or known[0] != [state_of(x) for x in (matrix, *known[1])]:
+    if known is None or known[0] != [_state_of(x) for x in (matrix, *known[1])]:
         result = made(matrix, "eigh", lambda: _eigh(matrix, name))
-        known = [state_of(x) for x in (matrix, *result)], result
+        known = [_state_of(x) for x in (matrix, *result)], result
         if not matrix.is_inference():
             _DECOMPOSITIONS[matrix] = known
     else:
@@ -114,11 +118,11 @@ def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     A thin `Q` `[d, r]` has orthonormal columns and `S` is zero on their complement.
     """
     link = _INHERITED.get(matrix)
-    if link is not None and link[0] == state_of(matrix):
+    if link is not None and link[0] == _state_of(matrix):
         values, vectors = spectral(link[1], name)
         return link[2](values), vectors
     space = _RANGES.get(matrix)
-    if space is None or space[0] != state_of(matrix):
+    if space is None or space[0] != _state_of(matrix):
         return eigh(matrix, name)
     if len(space) == 2:
         V = space[1]()
@@ -143,13 +147,13 @@ def declare_range(
     `known` are its eigenvalues and vectors, if somebody has them already.
     """
     if not matrix.is_inference():
-        _RANGES[matrix] = (state_of(matrix), space, *(known or ()))
+        _RANGES[matrix] = (_state_of(matrix), space, *(known or ()))
 
 
 def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Say that `target` is `source` with `function` applied to its eigenvalues; return `target`."""
     if not target.is_inference():
-        _INHERITED[target] = (state_of(target), source, function)
+        _INHERITED[target] = (_state_of(target), source, function)
     return target
 
 

@@ -29,7 +29,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
     symmetrise,
 )
-from fisherlab.blocks.remembered import remembered
+from fisherlab.blocks.work import cached
 
 # Columns may be dependent where a pivot of their damped Gram matrix is below this share of another:
 # its pivots only hint at it, an inverse made without eigenvectors would not be positive definite.
@@ -194,14 +194,14 @@ class Outer(OfColumns):
         """The same block in float64, one object: what is known of it stays known."""
         return self if self.dtype == torch.float64 else self._double
 
-    @remembered("of", "core", "shift")
+    @cached
     def _double(self) -> Outer:
         return Outer.over(self.of.double, self.core, self.shift)
 
     def within(self, V: Tensor) -> Outer | None:
         return self._within if V is self.of.input_space else None
 
-    @remembered("of", "core", "shift")
+    @cached
     def _within(self) -> Outer | None:
         inside = self.of.inside
         return None if self.shift or inside is None else Outer.over(inside, self.core)
@@ -211,7 +211,7 @@ class Outer(OfColumns):
         product = self.core * self.of.combine(self.of.project(V))
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
 
-    @remembered("of", "core")
+    @cached
     def _range(self) -> tuple[Tensor, Tensor]:
         values, Z = self.of.gram_eigen
         rank = rank_of(values, rounding(self.dtype))
@@ -357,7 +357,7 @@ class Outer(OfColumns):
     def squared_norm(self) -> Tensor:
         return self._squared_norm
 
-    @remembered("of", "core", "shift")
+    @cached
     def _squared_norm(self) -> Tensor:
         linear = 2 * self.shift * self._gram_trace() + self.shift**2 * self.size
         return self._outer_inner(self) + linear
@@ -370,7 +370,7 @@ class Outer(OfColumns):
             self._leading[k] = super().leading(k)
         return self._leading[k]
 
-    @remembered("of", "core")
+    @cached
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By k: the leading eigenpairs."""
         return {}
@@ -435,7 +435,7 @@ class OuterSum(OfColumns):
         product = self._combined(inner)
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
 
-    @remembered("of", "W")
+    @cached
     def _directions(self) -> Tensor | None:
         """The `v_k`, `[r, o i]`, where they take less room than a Gram matrix."""
         if self.size > self.columns:
@@ -461,7 +461,7 @@ class OuterSum(OfColumns):
         """`<v_k, v_l>`, `[r, r]`."""
         return self.W.mT @ self.gram() @ self.W
 
-    @remembered("of", "W", "d")
+    @cached
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.orthonormal:
             return self.d, self.W

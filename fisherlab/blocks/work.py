@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -95,3 +95,35 @@ def once(cache: MutableMapping[K, V], key: K, make: Callable[[], V]) -> V:
     else:
         used(cache, key)
     return cache[key]
+
+
+class cached(Generic[V]):
+    """`functools.cached_property` of an immutable value, whose cost counts for all users."""
+
+    def __init__(self, function: Callable[[Any], V]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, f"_cached {name}"
+
+    @overload
+    def __get__(self, value: None, owner: type) -> cached[V]: ...
+    @overload
+    def __get__(self, value: object, owner: type) -> V: ...
+    def __get__(self, value: object | None, owner: type) -> cached[V] | V:
+        if value is None:
+            return self
+        known = vars(value)
+        if self.key not in known:
+            known[self.key] = made(value, self.name, lambda: self.function(value))
+        elif getattr(_LOCAL, "ledger", None) is not None:
+            used(value, self.name)
+        return known[self.key]
+
+    def known(self, value: object) -> V | None:
+        """What is kept already, without computing it."""
+        return vars(value).get(self.key)
+
+    def keep(self, value: object, found: V) -> None:
+        """Take what was found elsewhere."""
+        vars(value)[self.key] = found

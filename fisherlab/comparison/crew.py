@@ -26,10 +26,6 @@ AT_ONCE = 4
 HEAVY = 1e9
 
 
-class Ended:
-    """Said of a layer that is measured."""
-
-
 class Stopped(Exception):
     """The comparison has ended before this layer."""
 
@@ -66,8 +62,8 @@ class Crew:
             mixed = (name for pair in zip_longest(light, rest) for name in pair if name is not None)
             self.order = [*first, *mixed]
         self._pool: ThreadPoolExecutor | None = None
-        # what a thread has to say: None after a piece of work, or how a layer ended
-        self._said: SimpleQueue[Exception | type[Ended] | None] = SimpleQueue()
+        # what a thread has to say: None after a piece of work, or which layer ended and how
+        self._said: SimpleQueue[dict[str, Exception | None] | None] = SimpleQueue()
 
     def __enter__(self) -> Crew:
         if self.at_once > 1:
@@ -94,25 +90,28 @@ class Crew:
             for name in self.order:
                 yield from self._work(name)
             return
-        running = len(self.order)
-        while running:
-            said = self._said.get()
-            if isinstance(said, Exception):
-                raise said
-            if said is None:
-                yield
-            else:
-                running -= 1
+        ended: dict[str, Exception | None] = {}
+        for name in self.order:
+            # of two that fail, the first in order is what is told
+            while name not in ended:
+                said = self._said.get()
+                if said is None:
+                    yield
+                else:
+                    ended |= said
+            error = ended[name]
+            if error is not None:
+                raise error
 
     def _work(self, name: str) -> Iterator[None]:
         self.found[name] = yield from self.measure(name, self.stopped)
         yield
 
     def _say(self, name: str) -> None:
+        failed: Exception | None = None
         try:
             for _ in self._work(name):
                 self._said.put(None)
         except Exception as error:
-            self._said.put(error)
-        else:
-            self._said.put(Ended)
+            failed = error
+        self._said.put({name: failed})

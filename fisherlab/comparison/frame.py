@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,21 +12,7 @@ from torch import Tensor
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import dot, is_rounding
-from fisherlab.blocks.remembered import state_of
 from fisherlab.metrics.direction import Step
-
-
-@contextmanager
-def remembering(method: str, *blocks: Block) -> Iterator[None]:
-    """Let blocks' `power` or `inner` remember its results: several measures ask for the same."""
-    free = {id(block): block for block in blocks if method not in vars(block)}.values()
-    for block in free:
-        vars(block)[method] = cache(getattr(block, method))
-    try:
-        yield
-    finally:
-        for block in free:
-            del vars(block)[method]
 
 
 @dataclass(frozen=True)
@@ -81,9 +64,9 @@ class Frame:
             return None
         self._inside = Inside(F, self.gradient @ V, V)
         # what is the same in both; an inverse, which cancels, needs the Gram matrix of its own
-        Columns.energies.remember(self.F.of, F.energies())
-        Columns.gram_eigen.remember(self.F.of, F.of.gram_eigen)
-        Outer._squared_norm.remember(self.F, F.squared_norm())
+        Columns.energies.keep(self.F.of, F.energies())
+        Columns.gram_eigen.keep(self.F.of, F.of.gram_eigen)
+        Outer._squared_norm.keep(self.F, F.squared_norm())
         return self._inside
 
     def product(self, P: Block, damping: float, X: Block | None = None) -> tuple[Tensor, float]:
@@ -104,7 +87,7 @@ class Frame:
     ) -> tuple[Tensor, float]:
         start, shared = time.perf_counter(), 0.0
         if isinstance(P, Eigen):
-            key = state_of(P.Q_G), state_of(P.Q_A), gradient.storage_offset()
+            key = id(P.Q_G), id(P.Q_A), gradient.storage_offset()
             if key not in self._bases:
                 self._bases[key] = Basis.of(P, gradient)
                 start = time.perf_counter()

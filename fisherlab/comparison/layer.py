@@ -28,12 +28,13 @@ from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
 from fisherlab.comparison.crew import Stopped, Work
-from fisherlab.comparison.frame import Frame, remembering
+from fisherlab.comparison.frame import Frame
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
+from fisherlab.metrics.frobenius import Pair
 
 Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 
@@ -123,20 +124,11 @@ class Layer:
         }
         measured: list[tuple[str, dict[str, Any]]] = []
         frames = [frame for frame in (self.whole, self.inside) if frame is not None]
-        exact = [frame.F for frame in frames]
-        # powers depend on the layer and the damping alone: made once, for all methods
-        parts = [part for F in exact for part in _parts(F)]
-        doubles = [part.double for part in parts if isinstance(part, Outer)]
-        with (
-            self.ledger,
-            remembering("power", *exact, *parts, *doubles),
-            remembering("_damped_gram", *parts, *doubles),
-        ):
+        with self.ledger:
             for name, maker in makers.items():
                 if stopped.is_set():
                     raise Stopped
-                with remembering("inner", *exact):
-                    measured += [(name, row) for row in self._measure(maker, dampings)]
+                measured += [(name, row) for row in self._measure(maker, dampings)]
                 yield
             for frame in frames:
                 self._retried(frame.complete)
@@ -182,10 +174,7 @@ class Layer:
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": note}
             try:
-                with remembering("power", X, near, *_parts(X)):
-                    found, at, step = self._retried(
-                        self._damped, maker, X, near, frame, share * unit
-                    )
+                found, at, step = self._retried(self._damped, maker, X, near, frame, share * unit)
                 row |= found
                 self._retried(at.add, row, step, share * unit)
                 rows.append(row)
@@ -261,13 +250,14 @@ class Layer:
         if not reason and math.isnan(spectral["diagonalisation"]):
             reason = CHOSEN
         # after the diagonalisation, whose rotated gradients the inner product uses
+        pair = Pair(X, F)
         return {
             **spectral,
-            "relative_error": metrics.relative_error(X, F).item(),
+            "relative_error": pair.relative_error.item(),
             **population,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
-            "cosine": metrics.cosine(X, F).item(),
-            "scaled_error": metrics.scaled_error(X, F).item(),
+            "cosine": pair.cosine.item(),
+            "scaled_error": pair.scaled_error.item(),
         }, (reason, few)
 
     def _damped(
@@ -278,18 +268,16 @@ class Layer:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         start = time.perf_counter()
         P, placement = self._preconditioner(maker, X, damping)
-        plain = P is None or all(
-            one is part.power(-1, damping) for one, part in zip(_parts(P), _parts(X), strict=True)
-        )
         # placed elsewhere, the damping may depend on the dimensions that the inputs miss
-        at, block = (frame, near) if plain else (self.whole, X)
-        P = block.power(-1, damping) if P is None or plain else P
+        plain = P is None
+        at, P = (frame, near.power(-1, damping)) if P is None else (self.whole, P)
         inverted = time.perf_counter() - start
-        product, seconds = at.product(P, damping, block if plain else None)
+        product, seconds = at.product(P, damping, near if plain else None)
         at.step(damping)  # refused here where the Gram matrix would be too large
+        loss = metrics.stein_loss(near, frame.F, damping, P if plain else None)
         found = {
             "placement": placement,
-            "stein_loss": metrics.stein_loss(near, frame.F, damping).item(),
+            "stein_loss": loss.item(),
             "solve_seconds": inverted + seconds,
             "clamped": X.clamped,
         }
@@ -299,7 +287,7 @@ class Layer:
         """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""
         if not isinstance(maker, Approximation) or maker.exponent != -1:
             return None, "tikhonov"
-        if type(maker).damped is Approximation.damped:
+        if maker.tikhonov:
             # its inverse is not made of X where X is known in fewer coordinates
             return None, maker.placement
         if isinstance(X, DirectSum):

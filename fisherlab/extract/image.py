@@ -15,8 +15,7 @@ from torch import Tensor
 from fisherlab.blocks.columns import Columns, compact
 from fisherlab.blocks.contractions import slices, stacked
 from fisherlab.blocks.numerics import trace_of
-from fisherlab.blocks.remembered import remembered
-from fisherlab.blocks.work import once
+from fisherlab.blocks.work import cached, once
 from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.layer import LayerCapture
 
@@ -114,7 +113,7 @@ class ImageColumns(Columns):
     def short(self) -> bool:
         return True
 
-    @remembered()
+    @cached
     def formed(self) -> Tensor:
         """The gradients, `[R, o i]`."""
         geometry = self.layer.geometry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,57 @@ CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2}
 RECOMPUTE_BUDGET = 5e11
 
 
+class Pair:
+    """Two blocks, with their inner product found once for all that is made of it."""
+
+    def __init__(self, X: Block, F: Block) -> None:
+        self.X, self.F, self.same = X, F, same(X, F)
+
+    @cached_property
+    def product(self) -> Tensor:
+        """`<X, F>`."""
+        return self.norm if self.same else self.F.inner(self.X)
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """`||F||^2`."""
+        return self.F.squared_norm()
+
+    @cached_property
+    def own_norm(self) -> Tensor:
+        """`||X||^2`."""
+        return self.norm if self.same else self.X.squared_norm()
+
+    @property
+    def relative_error(self) -> Tensor:
+        """`relative_error(X, F)`."""
+        if self.same:
+            return torch.zeros_like(self.norm)
+        squared = self.own_norm - 2 * self.product + self.norm
+        if self.norm == 0:
+            return torch.where(squared > 0, torch.inf, 0.0).to(torch.float64)
+        if _cancelled(squared / self.norm, self.X, self.F):
+            squared = _difference(self.X, self.F)
+        return (squared.clamp(min=0) / self.norm).sqrt()
+
+    @property
+    def cosine(self) -> Tensor:
+        """`cosine(X, F)`."""
+        size = (self.own_norm * self.norm).sqrt()
+        zero = torch.zeros_like(size)
+        return torch.where(size > 0, self.product / size.clamp(min=1e-300), zero)
+
+    @property
+    def scaled_error(self) -> Tensor:
+        """`scaled_error(X, F)`."""
+        if self.same:
+            return torch.where(self.norm > 0, 0.0, 1.0).to(self.norm)
+        squared = 1 - self.cosine.square()
+        if _cancelled(squared, self.X, self.F):
+            squared = _difference(self.X, self.F, self.product / self.own_norm) / self.norm
+        return squared.clamp(min=0).sqrt()
+
+
 def relative_error(X: Block, F: Block) -> Tensor:
     """`||X - F|| / ||F||`, from `||X||^2 - 2 <X, F> + ||F||^2`; 0-d float64.
 
@@ -20,15 +73,7 @@ def relative_error(X: Block, F: Block) -> Tensor:
     row, where that is affordable; elsewhere its noise is about 1e-8 in float64. A zero `F` gives 0
     for a zero `X`, else inf.
     """
-    norm = F.squared_norm()
-    if same(X, F):
-        return torch.zeros_like(norm)
-    squared = X.squared_norm() - 2 * F.inner(X) + norm
-    if norm == 0:
-        return torch.where(squared > 0, torch.inf, 0.0).to(torch.float64)
-    if _cancelled(squared / norm, X, F):
-        squared = _difference(X, F)
-    return (squared.clamp(min=0) / norm).sqrt()
+    return Pair(X, F).relative_error
 
 
 def same(X: Block, F: Block) -> bool:
@@ -68,9 +113,7 @@ def trace_ratio(X: Block, F: Block) -> Tensor:
 
 def cosine(X: Block, F: Block) -> Tensor:
     """`<X, F> / (||X|| ||F||)`, 0-d float64; 0 where a block is zero."""
-    product = F.inner(X)
-    size = (X.squared_norm() * F.squared_norm()).sqrt()
-    return torch.where(size > 0, product / size.clamp(min=1e-300), torch.zeros_like(size))
+    return Pair(X, F).cosine
 
 
 def scaled_error(X: Block, F: Block) -> Tensor:
@@ -78,10 +121,4 @@ def scaled_error(X: Block, F: Block) -> Tensor:
 
     Recomputed from the difference where `relative_error` would be.
     """
-    norm = F.squared_norm()
-    if same(X, F):
-        return torch.where(norm > 0, 0.0, 1.0).to(norm)
-    squared = 1 - cosine(X, F).square()
-    if _cancelled(squared, X, F):
-        squared = _difference(X, F, F.inner(X) / X.squared_norm()) / norm
-    return squared.clamp(min=0).sqrt()
+    return Pair(X, F).scaled_error

@@ -42,15 +42,16 @@ _CHECK = 4  # steps between two looks at the Ritz value
 _TOLERANCE = 1e-8
 
 
-def stein_loss(X: Block, F: Block, damping: float) -> Tensor:
+def stein_loss(X: Block, F: Block, damping: float, inverse: Block | None = None) -> Tensor:
     """`tr(P F_l) - log det(P F_l) - N`, `P = (X + damping I)^{-1}`, `F_l = F + damping I`; float64.
 
     Twice the Kullback-Leibler divergence between `N(0, F_l)` and `N(0, X + damping I)`: 0 if they
     agree. `tr(P F) + damping tr P - log det F_l + log det (X + damping I) - N`, all in closed form.
+    `inverse` is `P`, if it is known.
     """
     if same(X, F):
         return torch.zeros((), dtype=torch.float64, device=F.device)
-    P = X.power(-1, damping)
+    P = X.power(-1, damping) if inverse is None else inverse
     trace = F.inner(P) + damping * P.trace()
     return trace - F.logdet(damping) + X.logdet(damping) - F.size
 
