@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor
 
 from fisherlab.approximations.means import Means
+from fisherlab.approximations.memo import Memo
 from fisherlab.blocks import Block, BlockError
 from fisherlab.extract import LayerCapture
 from fisherlab.names import Registry, nearest
@@ -27,11 +28,11 @@ RETIRED = ("sums", "diagonals", "moments", "of_whole")
 class Approximation:
     """An approximation of a layer's Fisher block: a block made of the means of its statistics.
 
-    Its fields name the statistics, `block(mean, shape)` makes the block. `Running` and `Memo`
-    (running.py) divide by the number of examples, remember and loop over batches, for every
-    approximation alike. Subclasses are frozen dataclasses, so that equal ones are equal and share
-    work. `class X(Approximation, name="x")` registers; the comparison, the optimizers, the command
-    line and the law tests read the registry.
+    Its fields name the statistics, `block(mean, shape)` makes the block. `Memo` and `Running`
+    divide by the number of examples, remember and loop over batches, for every approximation alike.
+    Subclasses are frozen dataclasses, so that equal ones are equal and share work.
+    `class X(Approximation, name="x")` registers; the comparison, the optimizers, the command line
+    and the law tests read the registry.
 
     A statistic, or another value of an inherited field, that a class body names is a field of its
     own, with or without an annotation and `@dataclass(frozen=True)`.
@@ -168,8 +169,6 @@ class Approximation:
 
     def __call__(self, *layers: LayerCapture) -> Block:
         """The block of one batch, of chunks of it, or of many batches: the same number."""
-        from fisherlab.approximations.running import Memo
-
         if not layers:
             raise BlockError(f"{type(self).__name__}() needs at least one LayerCapture")
         return Memo(layers).block(self)

@@ -60,7 +60,7 @@ class Layer:
         self.memos = [Memo(part, memory) for part in self.parts]
         other = samples.target
         # of the captures themselves, the columns that all methods are made of
-        shared = [] if other else [m.exact() for m in self.memos]
+        shared = [] if other else [_exact(memo) for memo in self.memos]
         self.F = self._exact(other) if other else layer_block(shared)
         self.unseen = self._exact(unseen) if unseen else None
         # of the mean loss; a layer in groups has one below the other
@@ -293,6 +293,13 @@ class Layer:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
+
+
+def _exact(memo: Memo) -> Outer:
+    """The block itself, of the same columns that the approximations use."""
+    block = memo.block(Exact())
+    assert isinstance(block, Outer)
+    return block
 
 
 def population_columns(X: Block, unseen: Block | None) -> tuple[dict[str, float], str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fisherlab
 from fisherlab import approximations as registry
 from fisherlab.approximations import Approximation
 from fisherlab.blocks import Block, BlockError
@@ -228,8 +229,6 @@ def _default_type(
 
 def versions() -> dict[str, str]:
     """The versions a measurement depends on."""
-    import fisherlab
-
     return {
         "fisherlab": fisherlab.__version__,
         "torch": torch.__version__,

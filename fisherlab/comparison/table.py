@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+import fisherlab
 from fisherlab.metrics.population import UNKNOWN
 from fisherlab.names import nearest
 
@@ -229,10 +230,8 @@ class Comparison:
 
     def plot(self, kind: str = "error", **options: Any) -> Any:
         """A figure by name: any function of `fl.plots` whose first argument is a `table`."""
-        # resolved when called: a table does not depend on its pictures
-        import importlib
-
-        plots = importlib.import_module("fisherlab.plots")
+        # by the package, when called: a table does not depend on its pictures
+        plots: Any = fisherlab.plots
         known = [name for name in plots.__all__ if _takes_a_table(getattr(plots, name))]
         if kind not in known:
             other = f" (fl.plots.{kind} draws other data)" if kind in plots.__all__ else ""

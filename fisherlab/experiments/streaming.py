@@ -105,7 +105,7 @@ def _errors(
     memory: int | None,
 ) -> Iterator[dict[str, Any]]:
     memos = [Memo(parts, memory) for parts in batch]
-    F = layer_block([memo.exact() for memo in memos])
+    F = layer_block([memo.block(Exact()) for memo in memos])
     for name, maker in makers.items():
         row: dict[str, Any] = {"approximation": name, "relative_error": math.nan}
         row |= {**population_columns(F, None)[0], "note": ""}
