@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 import typer
@@ -23,6 +23,10 @@ from fisherlab.commands.common import (
 )
 from fisherlab.comparison import Comparison
 from fisherlab.extract.fisher import FISHER_TYPES
+
+if TYPE_CHECKING:
+    from fisherlab.experiments.measure import Study
+    from fisherlab.experiments.rundir import RunDir
 
 TABLE = "comparison"
 SHOWN = 8  # layers that a terminal has room for
@@ -91,7 +95,7 @@ def compare(
     )
     if fisher_type is not None:
         known("--fisher-type", fisher_type, FISHER_TYPES)
-    from fisherlab.experiments import measure, pages, report  # noqa: F401  pages: what it shows
+    from fisherlab.experiments import measure
     from fisherlab.experiments.rundir import RunDir
 
     ranks = distributed.start()
@@ -126,8 +130,15 @@ def compare(
     )
     if first:
         rundir.begin(study.config, (TABLE,))
+    table = _measured(study, rundir, first)
+    if first:
+        _say(table, study, rundir)
 
-    def measured(table: Comparison) -> None:
+
+def _measured(study: Study, rundir: RunDir, first: bool) -> Comparison:
+    """The table of the study, written while it grows by the rank that is `first`."""
+
+    def keep(table: Comparison) -> None:
         if not first:
             return
         rundir.write_table(TABLE, table.frame)
@@ -135,8 +146,8 @@ def compare(
             rundir.write_grams(study.grams)
 
     try:
-        table = study.run(
-            measured, lambda title: lambda names: progress(names, title) if first else names
+        return study.run(
+            keep, lambda title: lambda names: progress(names, title) if first else names
         )
     except KeyboardInterrupt:
         if not first:
@@ -145,16 +156,18 @@ def compare(
         kept = rundir.table(TABLE)
         if kept is None or not len(kept):
             leave(Code.INTERRUPTED, "interrupted before anything was measured")
-        path = report.write(rundir)
+        path = _report(rundir)
         leave(Code.INTERRUPTED, f"interrupted; {len(kept)} rows were measured: {path}")
-    if not first:
-        return
+
+
+def _say(table: Comparison, study: Study, rundir: RunDir) -> None:
+    """Print the tables and write the page."""
     rundir.write_config({**study.config, "status": "complete"})
     if table.frame["relative_error"].isna().all():
         for line in refusals(table):
             typer.echo(line)
         leave(Code.NOTHING, "nothing could be measured, so there is no report")
-    path = report.write(rundir)
+    path = _report(rundir)
     for said in filter(None, (table.about, table.note)):
         typer.echo(said)
     show(*by_layer(table))
@@ -164,6 +177,12 @@ def compare(
     typer.echo(f"report: {path}")
     for note in study.notes:
         typer.echo(note)
+
+
+def _report(rundir: RunDir) -> Path:
+    from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
+
+    return report.write(rundir)
 
 
 def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
