@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, ClassVar, Protocol, cast
 
@@ -16,8 +15,8 @@ from torch.optim.sgd import sgd
 
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract.geometry import Geometry
-from fisherlab.extract.select import Names, chosen, weights_of
-from fisherlab.extract.tape import Use
+from fisherlab.extract.select import Names
+from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
 
@@ -29,17 +28,6 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Take them off."""
-
-
-def _meant(owners: Mapping[str, Any], layers: Names, skip: Names) -> set[str]:
-    """The names of the weights that may have a block; frozen ones count, if they are not named."""
-    if layers is None and skip is None:
-        return set(owners)
-    names, _ = chosen(owners, layers, skip)
-    if layers is None:
-        frozen = {name for name, owner in owners.items() if not owner.tensor.requires_grad}
-        return set(names) | frozen
-    return set(names)
 
 
 def _remove_all(hooked: list[Removable]) -> None:
@@ -142,50 +130,28 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         self.hooked: list[Removable] = []
         # the model may outlive its optimizer, and is then as it was
         weakref.finalize(self, _remove_all, self.hooked)
-        self._owners = weights_of(model, computed=False)
-        # of the weights that are frozen now some may be trained later
-        self._wanted = _meant(self._owners, layers, skip)
-        self.model, self.weights = model, self._find_weights()
-        self._shapes = {name: w.weight.shape for name, w in self.weights.items()}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self.model = model
+        self.coverage = Coverage(model, self.param_groups, layers, skip, self.takes)
 
-    def _where(self) -> dict[nn.Parameter, int]:
-        """The group that each parameter is in."""
-        return {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
-
-    def _find_weights(self) -> dict[str, Weight]:
-        """The matrices of modules that torch itself calls; a first call shows the others."""
-        where = self._where()
-        found: dict[str, Weight] = {}
-        for name, owner in self._owners.items():
-            ours = owner.tensor in where and owner.tensor.requires_grad
-            if name not in self._wanted or not ours:
-                continue
-            weight = Weight.known(owner, where)
-            if weight is not None and self._takes(weight.geometry):
-                found[name] = weight
-        return found
-
-    def _takes(self, geometry: Geometry) -> bool:
+    @staticmethod
+    def takes(geometry: Geometry) -> bool:
         """Whether the method has a block for a product of this geometry."""
         return True
 
-    def _adopt(self, use: Use) -> Weight | None:
-        """The matrix of a weight that a call shows, if this optimizer steps it; None otherwise."""
-        owner = self._owners.get(use.name)
-        if owner is None or use.name in self.weights or not owner.tensor.requires_grad:
-            return None
-        if use.name not in self._wanted or not self._takes(use.geometry):
-            return None
-        weight = Weight.used(owner, use, self._where())
-        if weight is not None:
-            self.weights[use.name] = weight
-            self._shapes[use.name] = weight.weight.shape
-            self._joined_later(weight)
-        return weight
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """The matrices that have a block, by name."""
+        return self.coverage.weights
 
-    def _joined_later(self, weight: Weight) -> None:
-        """A matrix was found in a call; `weights` holds it."""
+    @property
+    def left_out(self) -> dict[str, str]:
+        """`{name: reason}` of the weights that turned out to have no block."""
+        return self.coverage.left_out
+
+    @property
+    def covered_share(self) -> float:
+        """The share of the trainable parameters of its groups that have a block."""
+        return self.coverage.share
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim` does; refuse a decay that cannot be placed."""
@@ -240,67 +206,16 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_model()
-        if not self._ready():
+        self.coverage.check(self.model)
+        if not self.coverage.finite(self.nonfinite):
             self._discard()
             return loss
         directions = self._directions()
         self._apply(self._clipped(directions))
         self.steps += 1
         if self.steps == 1:
-            self._warn_of_share()
+            self.coverage.warn_of_share(stacklevel=4)
         return loss
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """`{name: reason}` of the weights that turned out to have no block."""
-        return {}
-
-    @property
-    def _others(self) -> Mapping[str, set[str]]:
-        """The functions that use a weight in another way than by a product."""
-        return {}
-
-    @property
-    def covered_share(self) -> float:
-        """The share of the trainable parameters of its groups that have a block."""
-        total = sum(p.numel() for p in self._where() if p.requires_grad)
-        return self._covered() / total if total else 0.0
-
-    def _covered(self) -> int:
-        return sum(w.size for name, w in self.weights.items() if name not in self.left_out)
-
-    def _warn_of_share(self) -> None:
-        """Say once that most matrices take their plain gradient, and why."""
-        where = self._where()
-        matrices = [
-            owner
-            for owner in self._owners.values()
-            if owner.tensor.ndim > 1 and owner.tensor in where and owner.tensor.requires_grad
-            if owner.name in self._wanted and not isinstance(owner.module, nn.Embedding)
-        ]
-        total = sum(owner.tensor.numel() for owner in matrices)
-        inside = sum(
-            w.weight.numel() for name, w in self.weights.items() if name not in self.left_out
-        )
-        if 2 * inside >= total:
-            return
-        plain = [o for o in matrices if o.name not in self.weights or o.name in self.left_out]
-        reasons = "; ".join(f"{o.name!r}: {self._why_plain(o)}" for o in plain[:5])
-        more = f"; and {len(plain) - 5} more" if len(plain) > 5 else ""
-        warnings.warn(
-            f"only {inside / total:.0%} of the trainable matrices have a block; the others take "
-            f"their plain gradient. {reasons}{more}",
-            stacklevel=4,
-        )
-
-    def _why_plain(self, owner: Any) -> str:
-        if owner.name in self.left_out:
-            return self.left_out[owner.name]
-        others = self._others.get(owner.name)
-        if others:
-            return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
-        return "no product with it was seen"
 
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:
@@ -337,58 +252,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""
-
-    def _check_model(self) -> None:
-        """Refuse layers that are no longer those which the hooks and the blocks belong to."""
-        for name, w in self.weights.items():
-            dtype = self._dtypes.setdefault(name, w.weight.dtype)
-            if dtype in (torch.float16, torch.bfloat16):
-                raise OptimizerError(
-                    f"the weight of layer {name!r} is {dtype}; curvature in half precision is "
-                    "noise: keep the model in float32 and use autocast; no parameter was changed"
-                )
-            change = ""
-            if not w.is_in(self.model):
-                change = "was replaced"
-            elif w.weight.shape != self._shapes[name]:
-                before, now = tuple(self._shapes[name]), tuple(w.weight.shape)
-                change = f"had a weight of shape {before} and now has {now}"
-            elif w.weight.dtype != dtype:
-                change = f"was {dtype} at the first step and now is {w.weight.dtype}"
-            if change:
-                raise OptimizerError(
-                    f"the model was changed under the optimizer: layer {name!r} {change}; make a "
-                    "new optimizer for the changed model; no parameter was changed"
-                )
-
-    def _ready(self) -> bool:
-        """Whether there are finite gradients; raises, before anything is changed, where not."""
-        gradients = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if not gradients:
-            raise OptimizerError("step() found no gradient: call loss.backward() first")
-        norms = torch.stack([n.to(gradients[0].device) for n in torch._foreach_norm(gradients)])
-        if bool(torch.isfinite(norms).all()):
-            return True
-        if self.nonfinite == "skip":
-            return False
-        names = [
-            name
-            for name, weight in self.weights.items()
-            if weight.weight.grad is not None and not torch.isfinite(weight.weight.grad).all()
-        ]
-        if not names and all(bool(torch.isfinite(g).all()) for g in gradients):
-            raise OptimizerError(
-                "the gradient has entries so large that its norm overflows: the training diverged; "
-                "no parameter was changed. Lower the learning rate, raise the damping, or pass "
-                "nonfinite='skip'"
-            )
-        where = f"layers {', '.join(names)}" if names else "a parameter without a block"
-        raise OptimizerError(
-            f"the gradient of {where} has NaN or inf entries; no parameter was changed. Lower the "
-            "learning rate, raise the damping, or pass nonfinite='skip'"
-        )
 
     def _clipped(self, directions: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         if not directions or (self.max_norm is None and self.kl_clip is None):
@@ -508,6 +371,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             raise ValueError(f"this state is of {method}, and this optimizer is {self.method}")
         self._check_momentum(rest)
         super().load_state_dict(rest)
+        # torch has put other groups in their place
+        self.coverage.groups = self.param_groups
         self.steps, self.clipped = extra.pop("steps"), extra.pop("clipped", 0)
         self._load_extra_state(extra)
 

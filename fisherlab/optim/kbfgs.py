@@ -70,7 +70,7 @@ class KBFGSOptimizer(NaturalGradient):
         self.recorder.clear()
         with torch.enable_grad():
             loss = closure()
-        if not self._ready():
+        if not self.coverage.finite(self.nonfinite):
             self.recorder.clear()
             return loss
         before = self.recorder.captures()
@@ -98,10 +98,12 @@ class KBFGSOptimizer(NaturalGradient):
         for name in gradients:
             for key in self.weights[name].keys:
                 layers = delivered(before, key)
-                if self.recorder is not None and name in self.recorder.left_out:
+                if name in self.left_out:
                     continue
                 if not layers:
                     raise OptimizerError(undelivered(name))
+                if key not in self._owner:
+                    self._make_room(self.weights[name])
                 if key in self._preconditioners:
                     continue
                 rows = sum(layer.inputs.shape[0] * layer.positions for layer in layers)

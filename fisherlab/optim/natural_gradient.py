@@ -22,10 +22,11 @@ from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.geometry import Convolution, Geometry
 from fisherlab.extract.select import Names
+from fisherlab.optim.coverage import shown
 from fisherlab.optim.recorder import Recorder, check_fisher_type
 from fisherlab.optim.running_blocks import RunningBlocks
 from fisherlab.optim.summary import summary_row
-from fisherlab.optim.watch import Watch, shown, unowned
+from fisherlab.optim.watch import Watch
 from fisherlab.optim.weight import Weight
 
 
@@ -130,7 +131,7 @@ class NaturalGradient(RunningBlocks):
         self._owner: dict[str, Weight] = {}
         self._running: dict[str, Running | None] = {}
         for weight in self.weights.values():
-            self._joined_later(weight)
+            self._make_room(weight)
         self.largest_factor = largest_factor
         self._warn_of_diagonals()
         self._blocks: dict[str, Block] = {}
@@ -142,8 +143,7 @@ class NaturalGradient(RunningBlocks):
         if local:
             self.recorder = Recorder(
                 model,
-                self.weights,
-                unowned(self._adopt),
+                self.coverage,
                 criterion=criterion,
                 fisher_type=fisher_type,
                 mc_samples=mc_samples,
@@ -157,21 +157,8 @@ class NaturalGradient(RunningBlocks):
             self.watch = self.recorder.watch
         else:
             # the gradient is all that is needed; a first forward shows which weights are matrices
-            self.watch = shown(model, self.weights, unowned(self._adopt))
+            self.watch = shown(model, self.coverage)
             self.hooked.append(self.watch)
-
-    def _joined_later(self, weight: Weight) -> None:
-        for key in weight.keys:
-            self._owner[key] = weight
-            self._running[key] = self._make() if self.approximation.additive else None
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return {} if self.recorder is None else self.recorder.left_out
-
-    @property
-    def _others(self) -> Mapping[str, set[str]]:
-        return self.watch.tape.others
 
     def diagonal_factors(self, weight: Weight) -> str:
         """The layer's Kronecker factors of which the diagonal is kept: "output side (10000)"."""
@@ -298,29 +285,30 @@ class NaturalGradient(RunningBlocks):
         return extra
 
     def _name_of(self, bias: nn.Parameter | None) -> str | None:
-        owners = self._owners.values()
+        owners = self.coverage.owners.values()
         return (
             next((o.name for o in owners if o.tensor is bias), None) if bias is not None else None
         )
 
     def _restore_weights(self, known: Mapping[str, tuple[dict[str, Any], str | None]]) -> None:
         """Matrices that a call had shown before the state was saved."""
-        where = self._where()
-        for name in (name for name in known if name not in self.weights and name in self._owners):
-            owner, (shape, bias) = self._owners[name], known[name]
+        where = self.coverage.where()
+        for name in (
+            name for name in known if name not in self.weights and name in self.coverage.owners
+        ):
+            owner, (shape, bias) = self.coverage.owners[name], known[name]
             for kind in ("conv", "transposed"):
                 if shape[kind] is not None:
                     shape = shape | {kind: Convolution(**shape[kind])}
             parameter = cast(nn.Parameter, owner.tensor)
-            leaf = None if bias is None else cast(nn.Parameter, self._owners[bias].tensor)
+            leaf = None if bias is None else cast(nn.Parameter, self.coverage.owners[bias].tensor)
             if parameter in where:
                 geometry = Geometry(**shape)
                 weight = Weight(
                     name, owner.module, parameter, leaf, where[parameter], geometry, owner.local
                 )
-                self.weights[name] = weight
-                self._shapes[name] = parameter.shape
-                self._joined_later(weight)
+                self.coverage.join(weight)
+                self._make_room(weight)
                 if self.recorder is not None:
                     self.recorder.add(weight)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import pandas as pd
@@ -20,7 +20,6 @@ from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.summary import last_steps
-from fisherlab.optim.watch import unowned
 from fisherlab.optim.weight import has_gradient, undelivered
 
 # Parameters above which the dense forms are refused: the full matrix, and one layer's block.
@@ -73,8 +72,7 @@ class NGD(CurvatureOptimizer):
             self._check_size()
         self.recorder = Recorder(
             model,
-            self.weights,
-            unowned(self._adopt),
+            self.coverage,
             criterion=criterion,
             fisher_type=fisher_type,
             mc_samples=mc_samples,
@@ -85,14 +83,6 @@ class NGD(CurvatureOptimizer):
         self.hooked.append(self.recorder)
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return self.recorder.left_out
-
-    @property
-    def _others(self) -> Mapping[str, set[str]]:
-        return self.recorder.watch.tape.others
 
     def _check_size(self) -> None:
         sizes = {name: weight.size for name, weight in self.weights.items()}
@@ -123,7 +113,7 @@ class NGD(CurvatureOptimizer):
         for name, gradient in self.gradients().items():
             weight = self.weights[name]
             layers = [delivered(passes, key) for key in weight.keys]
-            if name in self.recorder.left_out:
+            if name in self.left_out:
                 continue
             if not layers[0]:
                 if has_gradient(weight):

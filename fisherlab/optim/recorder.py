@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -40,9 +40,10 @@ from fisherlab.extract.slopes import slopes
 from fisherlab.extract.tape import Use
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
+from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
-from fisherlab.optim.watch import Hook, Watch, say_plain
+from fisherlab.optim.watch import Hook, Watch
 from fisherlab.optim.weight import Weight
 
 # of a capture: what sums of the raw tensors over the examples determine
@@ -57,8 +58,7 @@ class Recorder:
 
     Args:
         model: the model.
-        weights: the matrices by name; those that a call shows are joined by `adopt`.
-        adopt: makes the matrix of a use that is not among them, or None.
+        coverage: the matrices; those that a call shows join, those without a block are left out.
         criterion: what the training loop calls, if it was given.
         fisher_type: "empirical", "mc" or "exact".
         mc_samples: draws per example.
@@ -71,8 +71,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        weights: Mapping[str, Weight],
-        adopt: Callable[[Use], Weight | None] = lambda use: None,
+        coverage: Coverage,
         *,
         criterion: Callable | None = None,
         fisher_type: str = "empirical",
@@ -83,8 +82,7 @@ class Recorder:
         ranks: Ranks | None = None,
     ) -> None:
         check_fisher_type(fisher_type)
-        self.weights, self.criterion = dict(weights), criterion
-        self._adopt = adopt
+        self.coverage, self.weights, self.criterion = coverage, coverage.weights, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.ranks = examples, ranks
@@ -101,9 +99,9 @@ class Recorder:
         self.passes: list[Pass] = []
         self._latest: weakref.ref[Pass] | None = None
         self._open: Pass | None = None
-        # layers without a block, and why: their gradient is not `g a^T` of their calls, their rows
-        # are no examples, or they have no slope; known after the first pass
-        self.left_out: dict[str, str] = {}
+        # their gradient is not `g a^T` of their calls, their rows are no examples, or they have no
+        # slope; known after the first pass
+        self.left_out = coverage.left_out
         # layers that were proven, and those whose rows are not in the order of the examples
         self._proven: set[str] = set()
         self._coded: set[str] = set()
@@ -114,6 +112,7 @@ class Recorder:
         self.watch = Watch(
             model, self.weights, lambda: self.wanted, self._begin, self._record, self._end
         )
+        coverage.others = self.watch.tape.others
         self._handles: list[Any] = []
         if isinstance(criterion, nn.Module):
             hook = Hook(lambda _, *args: self._loss(*args))
@@ -129,8 +128,7 @@ class Recorder:
             self.law.remove()
 
     def add(self, weight: Weight) -> None:
-        """A matrix that joins later."""
-        self.weights[weight.name] = weight
+        """A matrix that joined later."""
         if self.law is not None:
             self.law.add(weight)
 
@@ -168,7 +166,7 @@ class Recorder:
         if current is None:
             return output
         known = use.name in self.watch.tape.others or use.kind != "map"
-        if weight is None and not known and (weight := self._adopt(use)) is not None:
+        if weight is None and not known and (weight := self.coverage.adopt(use)) is not None:
             self.add(weight)
         if weight is not None and weight.weight.numel() != weight.geometry.numel:
             # changed in place since: the step refuses it by name
@@ -257,7 +255,7 @@ class Recorder:
             lost = name not in current.calls or not self._proves
             if functions and lost:
                 new[name] = f"it is used by {functions}, not by a product FisherLab knows"
-        say_plain(self.left_out, new)
+        self.coverage.leave_out(new)
 
     @reentrant_named(OptimizerError)
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
@@ -389,7 +387,7 @@ class Recorder:
                 call.positions = len(examples) // n
             if why:
                 new[name] = why
-        say_plain(self.left_out, new)
+        self.coverage.leave_out(new)
         self._forget_gradients(current)
 
     def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
@@ -405,7 +403,7 @@ class Recorder:
                     new[name] = why
             else:
                 self._coded.add(name)
-        say_plain(self.left_out, new)
+        self.coverage.leave_out(new)
 
     def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -441,7 +439,7 @@ class Recorder:
                 others = self.watch.tape.others.get(name)
                 extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
                 new[name] = not_a_product(error, *extra)
-        say_plain(self.left_out, new)
+        self.coverage.leave_out(new)
 
     @staticmethod
     def _form(weight: Weight) -> Form:

@@ -26,6 +26,7 @@ class RunningBlocks(AdaptiveDamping):
 
     approximation: Approximation
     recorder: Recorder | None
+    _make: Callable[[], Running]
     warmup: int
     # per layer, or per group of a convolution; None where the block is of the batch at hand
     _running: dict[str, Running | None]
@@ -35,6 +36,11 @@ class RunningBlocks(AdaptiveDamping):
     # per layer
     _lambdas: dict[str, float]
     _scale: dict[str, float]
+
+    def _make_room(self, weight: Weight) -> None:
+        for key in weight.keys:
+            self._owner[key] = weight
+            self._running[key] = self._make() if self.approximation.additive else None
 
     def _due(self, weight: Weight, what: str, step: int | None = None) -> bool:
         step = self.steps if step is None else step
@@ -53,6 +59,9 @@ class RunningBlocks(AdaptiveDamping):
     def _refresh(self, gradients: dict[str, Tensor]) -> None:
         """Statistics, basis, corrections and damped inverses that are due at this step."""
         present = [self.weights[name] for name in gradients]
+        for weight in present:
+            if weight.keys[0] not in self._owner:
+                self._make_room(weight)
         due = [weight for weight in present if self._collects(weight)]
         captures = self._captures(due, gradients)
         layers = [(weight, key, captures.get(key, [])) for weight in present for key in weight.keys]
@@ -95,7 +104,7 @@ class RunningBlocks(AdaptiveDamping):
         found = {key: delivered(passes, key) for weight in due for key in weight.keys}
         for weight in due:
             layers = found[weight.keys[0]]
-            if weight.name in self.recorder.left_out:
+            if weight.name in self.left_out:
                 continue
             if not layers and has_gradient(weight):
                 raise OptimizerError(undelivered(weight.name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -155,46 +154,3 @@ def first_with_graph(output: Any) -> Tensor | None:
         inside = output
     found = (first_with_graph(item) for item in inside)
     return next((tensor for tensor in found if tensor is not None), None)
-
-
-def say_plain(left_out: dict[str, str], reasons: Mapping[str, str]) -> None:
-    """Leave layers out, each of which is said once."""
-    for name, reason in reasons.items():
-        if name in left_out:
-            continue
-        left_out[name] = reason
-        warnings.warn(
-            f"layer {name!r} has no block and takes its plain gradient: {reason}", stacklevel=3
-        )
-
-
-def unowned(method: Callable) -> Callable:
-    """A bound method that does not keep its object alive: the model holds the hooks."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        alive = reference()
-        return None if alive is None else alive(*args)
-
-    return call
-
-
-def shown(model: nn.Module, weights: Mapping[str, Weight], adopt: Callable[[Use], Any]) -> Watch:
-    """A watch of the first forward pass alone, which shows the matrices that are not yet known."""
-    seen: list[bool] = []
-    used: dict[str, list[Use]] = {}
-
-    def record(use: Use, output: Tensor) -> Tensor:
-        used.setdefault(use.name, []).append(use)
-        return output
-
-    def end(output: Tensor | None) -> None:
-        seen.append(True)
-        for name, uses in used.items():
-            alone = name not in weights and name not in watch.tape.others
-            if alone and all(use.kind == "map" for use in uses):
-                adopt(uses[0])
-        used.clear()
-
-    watch = Watch(model, weights, lambda: not seen, lambda: None, record, end)
-    return watch

@@ -7,7 +7,7 @@ does not depend on the input. The plain weight gradient is never computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -25,8 +25,9 @@ from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order
 from fisherlab.extract.tape import Call, Use
+from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.scale import Loss, LossScale, OptimizerError
-from fisherlab.optim.watch import Watch, say_plain
+from fisherlab.optim.watch import Watch
 from fisherlab.optim.weight import Weight
 
 # the raw input and output gradient of each call of a layer in one pass
@@ -267,14 +268,12 @@ class WeightedLayers:
     def __init__(
         self,
         model: nn.Module,
-        weights: Mapping[str, Weight],
+        coverage: Coverage,
         rows: Rows,
         criterion: Callable | None = None,
-        adopt: Callable[[Use], Weight | None] = lambda use: None,
     ) -> None:
-        self.rows, self.weights, self._adopt = rows, dict(weights), adopt
+        self.coverage, self.weights, self.rows = coverage, coverage.weights, rows
         self.state = _State()
-        self.left_out: dict[str, str] = {}
         # layers whose rows were proven to be examples, or their positions one after another
         self._proven: set[str] = set()
         self._layouts: dict[str, str] = {}
@@ -282,6 +281,7 @@ class WeightedLayers:
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
         self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
+        coverage.others = self.watch.tape.others
         self.scale = LossScale(criterion)
 
     def _begin(self) -> None:
@@ -291,14 +291,12 @@ class WeightedLayers:
     def _record(self, use: Use, output: Tensor) -> Tensor:
         weight, others = self.weights.get(use.name), self.watch.tape.others
         if weight is None and use.name not in others and use.kind == "map":
-            weight = self._adopt(use)
-            if weight is not None:
-                self.weights[use.name] = weight
+            weight = self.coverage.adopt(use)
         fits = weight is not None and weight.fits(use) and use.geometry.width is None
         if weight is None or not fits or not (weight.bias is None or weight.bias is use.bias):
             others.setdefault(use.name, set()).add(use.function)
             return output
-        if use.name in self.left_out:
+        if use.name in self.coverage.left_out:
             return output
         # of the call: an image may have its border already
         weight = replace(weight, geometry=replace(use.geometry, bias=weight.bias is not None))
@@ -326,7 +324,7 @@ class WeightedLayers:
     def _end(self, output: Tensor | None) -> None:
         self.scale.end(output)
         for name, functions in self.watch.tape.others.items():
-            if name in self.weights and name not in self.left_out:
+            if name in self.weights and name not in self.coverage.left_out:
                 self._say(name, f"it is used by {', '.join(sorted(functions))} as well")
         if output is None:
             return
@@ -360,7 +358,7 @@ class WeightedLayers:
         """Leave a layer out, this pass included; said once."""
         if name in self._layers:
             self._layers[name][0].plain = True
-        say_plain(self.left_out, {name: reason})
+        self.coverage.leave_out({name: reason})
 
     def remove(self) -> None:
         """Take the hooks off the model."""

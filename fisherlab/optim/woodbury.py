@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.summary import last_steps
-from fisherlab.optim.watch import unowned
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 from fisherlab.optim.weighted import Calls, WeightedLayers, columns_of, of_columns
 
@@ -79,22 +78,13 @@ class Woodbury(CurvatureOptimizer):
         self._taken: dict[str, list[Taken]] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
-        self.layers = WeightedLayers(
-            model, self.weights, _unowned(self.rows), criterion, unowned(self._adopt)
-        )
+        self.layers = WeightedLayers(model, self.coverage, _unowned(self.rows), criterion)
         self.hooked.append(self.layers)
 
-    def _takes(self, geometry: Geometry) -> bool:
+    @staticmethod
+    def takes(geometry: Geometry) -> bool:
         # the rows of a transposed convolution's gradient are no rows of its weight
         return geometry.transposed is None and geometry.lookup is None
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return self.layers.left_out
-
-    @property
-    def _others(self) -> Mapping[str, set[str]]:
-        return self.layers.watch.tape.others
 
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         """`M v`, `[groups, n]`, for a layer's calls, and the weighted gradient where cheap."""

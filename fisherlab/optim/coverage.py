@@ -1,0 +1,228 @@
+"""The weights of a model that have a block, those that have none, and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.extract import select
+from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.select import Names, chosen, weights_of
+from fisherlab.extract.tape import Use
+from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.watch import Watch
+from fisherlab.optim.weight import Weight
+
+
+def any_geometry(geometry: Geometry) -> bool:
+    """Take every product."""
+    return True
+
+
+class Coverage:
+    """The matrices that an optimizer preconditions.
+
+    `weights` holds the matrices by name. Those of modules that torch itself calls are known from
+    the start; the first call shows the others, which join by `adopt`. `left_out` holds the weights
+    that turned out to have no block, each with its reason.
+
+    Args:
+        model: the model.
+        groups: parameter groups, as a `torch.optim.Optimizer` has them; read at every call.
+        layers: names or patterns of the weights that may have a block; None for all trainable ones.
+        skip: names or patterns of those that may not.
+        takes: whether the method has a block for a product of a geometry.
+
+    Raises:
+        CaptureError: for a name or a pattern that means nothing in this model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        layers: Names = None,
+        skip: Names = None,
+        takes: Callable[[Geometry], bool] = any_geometry,
+    ) -> None:
+        self.groups, self._takes = groups, takes
+        self.owners = weights_of(model, computed=False)
+        self._wanted = _meant(self.owners, layers, skip)
+        self.weights: dict[str, Weight] = {}
+        self.left_out: dict[str, str] = {}
+        # functions that use a weight in another way than by a product: the tape's own dict
+        self.others: Mapping[str, set[str]] = {}
+        # shape and dtype of each matrix as it was first seen
+        self._shapes: dict[str, torch.Size] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        where = self.where()
+        for name, owner in self.owners.items():
+            known = Weight.known(owner, where) if self._may_have(owner, where) else None
+            if known is not None and takes(known.geometry):
+                self.weights[name] = known
+                self._shapes[name] = known.weight.shape
+
+    def where(self) -> dict[nn.Parameter, int]:
+        """The group that each parameter is in."""
+        return {p: k for k, group in enumerate(self.groups) for p in group["params"]}
+
+    def _may_have(self, owner: select.Weight, where: Mapping[Any, int]) -> bool:
+        wanted = owner.name in self._wanted
+        return wanted and owner.tensor in where and owner.tensor.requires_grad
+
+    def adopt(self, use: Use) -> Weight | None:
+        """The matrix of a weight that a call shows, if it is to have a block; None otherwise."""
+        owner = self.owners.get(use.name)
+        if owner is None or use.name in self.weights or use.name not in self._wanted:
+            return None
+        where = self.where()
+        if not self._may_have(owner, where) or not self._takes(use.geometry):
+            return None
+        weight = Weight.used(owner, use, where)
+        if weight is not None:
+            self.join(weight)
+        return weight
+
+    def join(self, weight: Weight) -> None:
+        """Take in a matrix that the constructor did not know."""
+        self.weights[weight.name] = weight
+        self._shapes[weight.name] = weight.weight.shape
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Leave weights out, each of which is said once."""
+        for name, reason in reasons.items():
+            if name in self.left_out:
+                continue
+            self.left_out[name] = reason
+            warnings.warn(
+                f"layer {name!r} has no block and takes its plain gradient: {reason}", stacklevel=3
+            )
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse layers that are no longer those which the hooks and the blocks belong to."""
+        for name, w in self.weights.items():
+            dtype = self._dtypes.setdefault(name, w.weight.dtype)
+            if dtype in (torch.float16, torch.bfloat16):
+                raise OptimizerError(
+                    f"the weight of layer {name!r} is {dtype}; curvature in half precision is "
+                    "noise: keep the model in float32 and use autocast; no parameter was changed"
+                )
+            change = ""
+            if not w.is_in(model):
+                change = "was replaced"
+            elif w.weight.shape != self._shapes[name]:
+                before, now = tuple(self._shapes[name]), tuple(w.weight.shape)
+                change = f"had a weight of shape {before} and now has {now}"
+            elif w.weight.dtype != dtype:
+                change = f"was {dtype} at the first step and now is {w.weight.dtype}"
+            if change:
+                raise OptimizerError(
+                    f"the model was changed under the optimizer: layer {name!r} {change}; make a "
+                    "new optimizer for the changed model; no parameter was changed"
+                )
+
+    def finite(self, nonfinite: str) -> bool:
+        """Whether there are finite gradients.
+
+        Raises:
+            OptimizerError: there is none, or one has NaN or inf and `nonfinite` is not "skip".
+        """
+        gradients = [p.grad for group in self.groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            raise OptimizerError("step() found no gradient: call loss.backward() first")
+        norms = torch.stack([n.to(gradients[0].device) for n in torch._foreach_norm(gradients)])
+        if bool(torch.isfinite(norms).all()):
+            return True
+        if nonfinite == "skip":
+            return False
+        names = [
+            name
+            for name, weight in self.weights.items()
+            if weight.weight.grad is not None and not torch.isfinite(weight.weight.grad).all()
+        ]
+        if not names and all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise OptimizerError(
+                "the gradient has entries so large that its norm overflows: the training diverged; "
+                "no parameter was changed. Lower the learning rate, raise the damping, or pass "
+                "nonfinite='skip'"
+            )
+        where = f"layers {', '.join(names)}" if names else "a parameter without a block"
+        raise OptimizerError(
+            f"the gradient of {where} has NaN or inf entries; no parameter was changed. Lower the "
+            "learning rate, raise the damping, or pass nonfinite='skip'"
+        )
+
+    @property
+    def share(self) -> float:
+        """The share of the trainable parameters of its groups that have a block."""
+        total = sum(p.numel() for p in self.where() if p.requires_grad)
+        covered = sum(w.size for name, w in self.weights.items() if name not in self.left_out)
+        return covered / total if total else 0.0
+
+    def warn_of_share(self, stacklevel: int) -> None:
+        """Say that most matrices take their plain gradient, and why, where it is so."""
+        where = self.where()
+        matrices = [
+            owner
+            for owner in self.owners.values()
+            if owner.tensor.ndim > 1 and self._may_have(owner, where)
+            if not isinstance(owner.module, nn.Embedding)
+        ]
+        total = sum(owner.tensor.numel() for owner in matrices)
+        inside = sum(
+            w.weight.numel() for name, w in self.weights.items() if name not in self.left_out
+        )
+        if 2 * inside >= total:
+            return
+        plain = [o for o in matrices if o.name not in self.weights or o.name in self.left_out]
+        reasons = "; ".join(f"{o.name!r}: {self._why_plain(o.name)}" for o in plain[:5])
+        more = f"; and {len(plain) - 5} more" if len(plain) > 5 else ""
+        warnings.warn(
+            f"only {inside / total:.0%} of the trainable matrices have a block; the others take "
+            f"their plain gradient. {reasons}{more}",
+            stacklevel=stacklevel,
+        )
+
+    def _why_plain(self, name: str) -> str:
+        if name in self.left_out:
+            return self.left_out[name]
+        others = self.others.get(name)
+        if others:
+            return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
+        return "no product with it was seen"
+
+
+def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> set[str]:
+    """The names of the weights that may have a block; frozen ones count, if they are not named."""
+    if layers is None and skip is None:
+        return set(owners)
+    names, _ = chosen(owners, layers, skip)
+    if layers is None:
+        # of the weights that are frozen now some may be trained later
+        return set(names) | {n for n, owner in owners.items() if not owner.tensor.requires_grad}
+    return set(names)
+
+
+def shown(model: nn.Module, coverage: Coverage) -> Watch:
+    """A watch of the first forward pass alone, which shows the matrices that are not yet known."""
+    seen: list[bool] = []
+    used: dict[str, list[Use]] = {}
+
+    def record(use: Use, output: Tensor) -> Tensor:
+        used.setdefault(use.name, []).append(use)
+        return output
+
+    def end(output: Tensor | None) -> None:
+        seen.append(True)
+        for name, uses in used.items():
+            if name not in watch.tape.others and all(use.kind == "map" for use in uses):
+                coverage.adopt(uses[0])
+        used.clear()
+
+    watch = Watch(model, coverage.weights, lambda: not seen, lambda: None, record, end)
+    coverage.others = watch.tape.others
+    return watch
