@@ -81,7 +81,7 @@ def test_a_mean_gradient_that_cancels_counts_as_zero(dtype):
     optimizer, (before, after) = steps(model.to(dtype), x, labels, 1)
     s = after - before
     expected = torch.eye(4).double() + (1 / MU - 1) * torch.outer(s, s) / (s @ s)
-    found = optimizer._running["0"].basis["H_g"].double()
+    found = optimizer.preconditioner.curvature.parts["0"].running.basis["H_g"].double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -127,8 +127,8 @@ def test_no_matrix_of_that_size_is_kept_and_a_run_resumes(name: str) -> None:
     once, twice = model(), model()
     options = {"statistics_every": 1, "basis_every": 2}
     one, two = (stepped(net, name, 5, **options) for net in (once, twice))
-    state = two.state_dict()
-    sides = {len(t) for r in two._running.values() for t in r.sums.values() if t.ndim == 2}
+    state, parts = two.state_dict(), two.preconditioner.curvature.parts.values()
+    sides = {len(t) for part in parts for t in part.running.sums.values() if t.ndim == 2}
     assert max(sides, default=0) <= 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,5 +1,6 @@
 """A model that changes under its optimizer, and states of other optimizers: refused by name."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -96,6 +97,29 @@ def test_state_of_another_model() -> None:
     with pytest.raises(ValueError, match=r"parameter 0 has shape \(8, 6\) there and \(5, 6\) here"):
         optimizer.load_state_dict(saved("kfac", hidden=8))
     assert not optimizer.state and not optimizer.blocks()
+
+
+@pytest.mark.parametrize("name", ["kfac", "fngd", "ngd"])
+def test_state_of_another_format_is_refused_whole(name: str) -> None:
+    model = perceptron(6, 5, 4)
+    optimizer = fl.optim.create(name, model)
+    step(model, optimizer)
+    state = optimizer.state_dict()
+    for number, when in ((None, "an earlier"), (1, "an earlier"), (3, "a later")):
+        other = {**state, "fisherlab": {**state["fisherlab"], "format": number}}
+        if number is None:
+            del other["fisherlab"]["format"]
+        fresh = fl.optim.create(name, perceptron(6, 5, 4))
+        with pytest.raises(ValueError, match=f"format {number or 1}, which {when} version"):
+            fresh.load_state_dict(other)
+        assert fresh.steps == 0 and not fresh.state
+    options = copy.deepcopy(state["param_groups"])
+    del options[0]["weight_decay_placement"]
+    with pytest.raises(ValueError, match="parameter group of this state lacks weight_decay_plac"):
+        fresh.load_state_dict({**state, "param_groups": options})
+    with pytest.raises(ValueError, match="this state has 2 parameter groups, and this optimizer 1"):
+        fresh.load_state_dict({**state, "param_groups": 2 * state["param_groups"]})
+    assert fresh.steps == 0 and not fresh.state
 
 
 def test_words_in_place_of_numbers_and_parameters_in_place_of_a_model() -> None:

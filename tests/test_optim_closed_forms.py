@@ -248,7 +248,7 @@ def test_truncated_kfac_is_sgd_after_the_switch(batch: tuple[Tensor, Tensor]) ->
     same(
         directions(model, optimizer, *batch, steps=4), directions(twin, sgd, *batch, steps=4), 1e-12
     )
-    assert not optimizer.recorder.wanted
+    assert not optimizer.preconditioner.recorder.wanted
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -272,7 +272,7 @@ def test_kbfgs_updates_its_inverses_and_satisfies_the_secant_equation(
     after = pairs(model, x, y)
     for k, layer in enumerate(model[::2]):
         (a, g), (a2, g2) = before[k], after[k]
-        basis = optimizer._running[str(2 * k)].basis
+        basis = optimizer.preconditioner.curvature.parts[str(2 * k)].running.basis
         # A: y = A_LM s, s = H_a mean(a)
         A_LM = a.T @ a / 12 + math.sqrt(0.3) * eye(a.shape[1])
         s = torch.linalg.inv(A_LM) @ a.mean(0)
@@ -283,10 +283,11 @@ def test_kbfgs_updates_its_inverses_and_satisfies_the_secant_equation(
         s, y_ = damped_pair(s, y_, math.sqrt(0.3))
         torch.testing.assert_close(basis["H_g"] @ y_, s, rtol=1e-8, atol=1e-12)
         assert (basis["H_g"] - eye(len(s))).norm() > 1e-3
-    held = [optimizer._running[k].basis["H_g"].clone() for k in ("0", "2")]
+    parts = optimizer.preconditioner.curvature.parts
+    held = [parts[k].running.basis["H_g"].clone() for k in ("0", "2")]
     optimizer.step(closure)
     for k, H in zip(("0", "2"), held, strict=True):
-        assert not torch.equal(optimizer._running[k].basis["H_g"], H)
+        assert not torch.equal(parts[k].running.basis["H_g"], H)
 
 
 def kbfgs_run(model: nn.Module, parts: list[tuple[Tensor, Tensor]], steps: int = 5) -> Tensor:

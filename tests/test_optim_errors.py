@@ -233,12 +233,13 @@ def test_nothing_changes_inside_the_method_before_an_error() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    before = {k: v.clone() for k, v in optimizer._running["0"].sums.items()}
+    running = optimizer.preconditioner.curvature.parts["0"].running
+    before = {k: v.clone() for k, v in running.sums.items()}
     optimizer.zero_grad()
     (F.cross_entropy(model(x), y) * torch.nan).backward()
     with pytest.raises(OptimizerError):
         optimizer.step()
-    for key, value in optimizer._running["0"].sums.items():
+    for key, value in running.sums.items():
         assert torch.equal(value, before[key])
     assert optimizer.steps == 2
 

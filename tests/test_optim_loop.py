@@ -82,7 +82,7 @@ def test_each_state_changes_when_it_is_due() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-        running = optimizer._running["0"]
+        running = optimizer.preconditioner.curvature.parts["0"].running
         now = {
             "sums": running.sums["A"].clone(),
             "basis": running.basis["Q_A"].clone(),

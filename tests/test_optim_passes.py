@@ -218,11 +218,11 @@ def test_forwards_without_a_step_leave_nothing_behind():
         other.zero_grad()
         CE(model(x), y).backward()
         other.step()
-    assert len(opt.recorder.passes) == 1
+    assert len(opt.preconditioner.recorder.passes) == 1
     model.zero_grad()
     outputs = [model(x) for _ in range(3)]
-    latest = opt.recorder._latest
-    assert not opt.recorder.passes and latest() is not None
+    latest = opt.preconditioner.recorder._latest
+    assert not opt.preconditioner.recorder.passes and latest() is not None
     del outputs
     gc.collect()
     assert latest() is None

@@ -195,7 +195,7 @@ def test_trace_rule_scales_the_fully_connected_layers() -> None:
     step(model, optimizer, x, y)
     blocks = optimizer.blocks()
     beta = max(blocks["0"].trace().item(), 1e-2) / blocks["0"].size
-    assert optimizer._lambdas["0"] == pytest.approx(beta)
+    assert optimizer.preconditioner.curvature.dampings["0"] == pytest.approx(beta)
     V = torch.cat([twin[3].weight.grad, twin[3].bias.grad[:, None]], 1)
     expected = 0.1 * blocks["3"].solve(V, 1e-2)[:, :-1] / beta
     torch.testing.assert_close(before - model[3].weight.detach(), expected)

@@ -384,7 +384,7 @@ def test_shared_coefficients_are_clipped_and_are_means_over_all_micro_batches(ki
         coefficients[layer] = sum(rows) / len(rows)
     for layer, found in opt.coefficients().items():
         assert torch.allclose(found, coefficients[layer], rtol=1e-10)
-    opt.kl_clip, opt.param_groups[0]["lr"] = clip, LR
+    opt.clip, opt.param_groups[0]["lr"] = fl.optim.Clip(kl=clip), LR
     before = {k: v.clone() for k, v in model.state_dict().items()}
     opt.zero_grad()
     x, y = x[:n].flip(0), y[:n]

@@ -49,13 +49,13 @@ COLUMNS += ["clipped_after_warmup", "defaults", "status"]
 
 def stated(optimizer: torch.optim.Optimizer) -> str:
     """The defaults that decide a step, in words: a row of older ones is known by them."""
-    group = optimizer.param_groups[0]
+    group, clip = optimizer.param_groups[0], getattr(optimizer, "clip", None)
     found = {
         "lr": group["lr"],
         "damping": group.get("damping"),
         "momentum": group.get("momentum"),
-        "kl_clip": getattr(optimizer, "kl_clip", None),
-        "warmup": getattr(optimizer, "warmup", None),
+        "kl_clip": getattr(clip, "kl", None),
+        "warmup": getattr(clip, "warmup", None),
     }
     words = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in found.items()}
     return ", ".join(f"{key}={word}" for key, word in words.items() if not word.startswith("<"))
@@ -96,7 +96,7 @@ def trained(task: Task, name: str, seed: int) -> dict[str, Any]:
     except (ValueError, RuntimeError) as error:
         return {**found, "status": str(error).split(";")[0][:80]}
     last = losses[-max(1, len(losses) // 5) :]
-    clips = getattr(optimizer, "kl_clip", None) is not None
+    clips = getattr(getattr(optimizer, "clip", None), "kl", None) is not None
     return {
         **found,
         "steps": len(losses),

@@ -23,7 +23,7 @@ from fisherlab.claims.instances import (
     model_of,
     without_one,
 )
-from fisherlab.optim.ang import ANG, SCHEDULES, blended
+from fisherlab.optim.ang import ANG, CURVES, blended
 
 POINTS = 5
 
@@ -306,7 +306,7 @@ class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
 
     def factor(self, optimizer: ANG, name: str) -> float:
         """What the step is longer by than the gradient."""
-        assert SCHEDULES["concave"](1.0) == 1.0
+        assert CURVES["concave"](1.0) == 1.0
         return optimizer.factors[name]
 
     def right(self, case: Case) -> Tensor:

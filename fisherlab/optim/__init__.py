@@ -6,8 +6,11 @@ from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.ngd import NGD
+from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.schedule import Schedule
 from fisherlab.optim.sngd import reconstruct, refresh, restore
+from fisherlab.optim.step import Clip
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
 __all__ = [
@@ -15,9 +18,12 @@ __all__ = [
     "FNGD",
     "NGD",
     "NGDSMW",
+    "Clip",
     "KBFGSOptimizer",
     "NaturalGradient",
     "OptimizerError",
+    "Preconditioner",
+    "Schedule",
     "TENGraD",
     "TruncatedNaturalGradient",
     "create",

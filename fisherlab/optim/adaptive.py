@@ -3,79 +3,75 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab.approximations.damping import LevenbergMarquardt
-from fisherlab.blocks import Block
 from fisherlab.extract.isolation import buffers_kept
-from fisherlab.optim.base import CurvatureOptimizer
+from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.scale import OptimizerError
 
+Closure = Callable[[], Tensor]
 
-class AdaptiveDamping(CurvatureOptimizer):
-    """Adapts the damping of groups whose rule is `levenberg_marquardt`."""
 
-    @abstractmethod
-    def _damped_blocks(self) -> dict[str, tuple[Block, float, float]]:
-        """The current block of each layer, its lambda, and the factor beta on both."""
+def adapting(groups: list[dict[str, Any]], steps: int) -> list[LevenbergMarquardt]:
+    """The rules of parameter groups that look twice at the loss of the step after `steps`."""
+    rules = [group["damping"] for group in groups]
+    found = [rule for rule in rules if isinstance(rule, LevenbergMarquardt)]
+    return [rule for rule in found if steps % rule.every == 0]
 
-    @abstractmethod
-    def _damp_again(self) -> None:
-        """Take the damping that the rules now say."""
 
-    @abstractmethod
-    def _unrecorded(self) -> AbstractContextManager[None]:
-        """Passes of the model inside leave nothing behind."""
+def second_look(
+    preconditioner: Preconditioner,
+    step: Callable[[Closure], Tensor | None],
+    closure: Closure | None,
+) -> Tensor | None:
+    """Take a step, evaluate its loss once more, and adapt the damping to the ratio.
 
-    def _adapting(self) -> list[LevenbergMarquardt]:
-        """The rules that look twice at the loss of this step."""
-        rules = [group["damping"] for group in self.param_groups]
-        found = [rule for rule in rules if isinstance(rule, LevenbergMarquardt)]
-        return [rule for rule in found if self.steps % rule.every == 0]
+    Args:
+        preconditioner: whose groups have the rules.
+        step: takes the step.
+        closure: computes the loss and its gradients.
 
-    def due(self) -> tuple[str, ...]:
-        """`damping` where the next step adapts it."""
-        return (*super().due(), *(("damping",) if self._adapting() else ()))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
-        adapting = self._adapting()
-        if not adapting:
-            return super().step(closure)
-        if closure is None:
-            raise OptimizerError(
-                "levenberg_marquardt compares the loss before and after a step on the same batch: "
-                "call step(closure), with a closure that zeroes the gradients, computes the loss, "
-                "calls backward() and returns the loss"
-            )
-        params = [p for group in self.param_groups for p in group["params"]]
-        before, count = {p: p.clone() for p in params}, self.steps
-        loss = super().step(closure)
-        if self.steps > count and loss is not None:
-            predicted = self._predicted_change({p: p - before[p] for p in params})
-            with self._unrecorded(), unmoved(self.model), torch.enable_grad():
-                change = closure().item() - loss.item()
-            if self.ranks is not None:
-                change = self.ranks.total(change) / self.ranks.size
-            for rule in adapting:
-                rule.adapt(change / predicted if predicted < 0 else -math.inf)
-            self._damp_again()
+    Raises:
+        OptimizerError: there is no closure.
+    """
+    if closure is None:
+        raise OptimizerError(
+            "levenberg_marquardt compares the loss before and after a step on the same batch: "
+            "call step(closure), with a closure that zeroes the gradients, computes the loss, "
+            "calls backward() and returns the loss"
+        )
+    coverage, count = preconditioner.coverage, preconditioner.steps
+    rules = adapting(coverage.groups, count)
+    before = {p: p.clone() for p in coverage.where()}
+    loss = step(closure)
+    if preconditioner.steps == count or loss is None:
         return loss
+    predicted = _predicted_change(preconditioner, {p: p - before[p] for p in before})
+    with preconditioner.unrecorded(), unmoved(preconditioner.model), torch.enable_grad():
+        change = closure().item() - loss.item()
+    if (ranks := preconditioner.ranks) is not None:
+        change = ranks.total(change) / ranks.size
+    for rule in rules:
+        rule.adapt(change / predicted if predicted < 0 else -math.inf)
+    preconditioner.curvature.damp()
+    return loss
 
-    def _predicted_change(self, moved: dict[nn.Parameter, Tensor]) -> float:
-        """`<g, d> + 1/2 <d, beta (F~ + lambda I) d>` of the step just taken."""
-        value = sum((d * p.grad).sum().item() for p, d in moved.items() if p.grad is not None)
-        for name, (block, damping, beta) in self._damped_blocks().items():
-            d = self.weights[name].joined(moved)
-            value += 0.5 * beta * block.quadratic(d).item()
-            value += 0.5 * beta * damping * d.square().sum().item()
-        return value
+
+def _predicted_change(preconditioner: Preconditioner, moved: dict[nn.Parameter, Tensor]) -> float:
+    """`<g, d> + 1/2 <d, beta (F~ + lambda I) d>` of the step just taken."""
+    value = sum((d * p.grad).sum().item() for p, d in moved.items() if p.grad is not None)
+    curvature = preconditioner.curvature
+    for name, block in curvature.blocks().items():
+        d, half = preconditioner.weights[name].joined(moved), 0.5 * curvature.beta(name)
+        value += half * block.quadratic(d).item()
+        value += half * curvature.dampings[name] * d.square().sum().item()
+    return value
 
 
 @contextmanager

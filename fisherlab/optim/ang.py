@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from fisherlab.approximations import Approximation
 from fisherlab.blocks.numerics import dot
 from fisherlab.optim.natural_gradient import NaturalGradient
+from fisherlab.optim.options import gathered
+from fisherlab.optim.schedule import Schedule
 
-Schedule = Callable[[float], float]
+Curve = Callable[[float], float]
 
-SCHEDULES: dict[str, Schedule] = {
+CURVES: dict[str, Curve] = {
     "linear": lambda p: p,
     "concave": lambda p: (1 - math.exp(-5 * p)) / (1 - math.exp(-5)),
     "convex": lambda p: (math.exp(5 * p) - 1) / (math.exp(5) - 1),
@@ -29,10 +32,11 @@ class ANG(NaturalGradient):
         rho = |d|,   Omega = arccos(d.t / (|d| |t|)),   s from 0 (natural) to 1 (Euclidean)
 
     ANG (5)-(7), Alg. 2; linear blending where Omega vanishes, `t` where `d.t < 0`. `s` follows
-    `schedule` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over
-    `total_steps`. The amplitude stays `rho` (`"natural"`, the paper): at s = 1 the step is
-    `(|d|/|t|) t`, SGD with a layer-wise factor, kept in `factors`; `"blended"` takes
-    `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or "global", over all layers together.
+    `curve` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`;
+    an option `schedule` that is no `Schedule` is taken for it, as it was called. The amplitude
+    stays `rho` (`"natural"`, the paper): at s = 1 the step is `(|d|/|t|) t`, SGD with a layer-wise
+    factor, kept in `factors`; `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
+    "global", over all layers together.
     """
 
     def __init__(
@@ -41,17 +45,17 @@ class ANG(NaturalGradient):
         approximation: Approximation,
         *,
         total_steps: int,
-        schedule: str | Schedule = "concave",
+        curve: str | Curve = "concave",
         scope: str = "layer",
         amplitude: str = "natural",
         **options: Any,
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps is the length of the run, at least 1; got {total_steps}")
-        if not callable(schedule) and schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule {schedule!r} is none of {', '.join(SCHEDULES)} or a callable"
-            )
+        options = {"curve": curve, **respelled(options)}
+        curve = options.pop("curve")
+        if not callable(curve) and curve not in CURVES:
+            raise ValueError(f"curve {curve!r} is none of {', '.join(CURVES)} or a callable")
         if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
             raise ValueError(
                 f"scope is 'layer' or 'global' and amplitude 'natural' or 'blended', got {scope!r} "
@@ -59,14 +63,14 @@ class ANG(NaturalGradient):
             )
         super().__init__(model, approximation, **options)
         self.total_steps, self.scope, self.amplitude = total_steps, scope, amplitude
-        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        self.curve = curve if callable(curve) else CURVES[curve]
         self.factors: dict[str, float] = {}
 
     @property
     def blend(self) -> float:
         """`s` of the current step: 0 natural, 1 Euclidean."""
         progress = min(1.0, self.steps / max(1, self.total_steps - 1))
-        return float(self.schedule(progress))
+        return float(self.curve(progress))
 
     def combine(
         self, gradients: dict[str, Tensor], directions: dict[str, Tensor]
@@ -84,6 +88,14 @@ class ANG(NaturalGradient):
         t = torch.cat([gradients[name].flatten() for name in names])
         pieces = blended(d, t, s, self.amplitude).split([directions[n].numel() for n in names])
         return {n: piece.view_as(directions[n]) for n, piece in zip(names, pieces, strict=True)}
+
+
+def respelled(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the curve under its name, which was `schedule` before."""
+    curve = options.get("schedule")
+    if curve is None or isinstance(curve, Schedule):
+        return options
+    return {**{key: value for key, value in options.items() if key != "schedule"}, "curve": curve}
 
 
 def blended(d: Tensor, t: Tensor, s: float, amplitude: str = "natural") -> Tensor:
@@ -114,20 +126,12 @@ class TruncatedNaturalGradient(NaturalGradient):
     ) -> None:
         if switch_step < 1:
             raise ValueError(f"switch_step counts steps, at least 1; got {switch_step}")
+        options = gathered({**self.parts, **options})
+        options["schedule"] = replace(options["schedule"], until=switch_step)
         super().__init__(model, approximation, **options)
-        self.switch_step = switch_step
-
-    def due(self) -> tuple[str, ...]:
-        """What the next step refreshes: nothing of SGD's steps."""
-        return ("curvature", *super().due()) if self.steps < self.switch_step else ()
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
-        if self.steps < self.switch_step:
-            return super()._directions()
-        if self.recorder is not None:
-            self.recorder.clear()
-            self.recorder.wanted = False
-        if self.steps == self.switch_step:
+        if self.steps == self.preconditioner.schedule.until:
             for state in self.state.values():
                 state.pop("momentum_buffer", None)
-        return {}
+        return super()._directions()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab.extract import select
-from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.geometry import Convolution, Geometry
 from fisherlab.extract.select import Names, chosen, weights_of
 from fisherlab.extract.tape import Use
 from fisherlab.optim.scale import OptimizerError
@@ -69,6 +70,10 @@ class Coverage:
     def where(self) -> dict[nn.Parameter, int]:
         """The group that each parameter is in."""
         return {p: k for k, group in enumerate(self.groups) for p in group["params"]}
+
+    def option(self, weight: Weight, name: str) -> Any:
+        """An option of the group that a weight is in."""
+        return self.groups[weight.group][name]
 
     def _may_have(self, owner: select.Weight, where: Mapping[Any, int]) -> bool:
         wanted = owner.name in self._wanted
@@ -156,6 +161,41 @@ class Coverage:
             "learning rate, raise the damping, or pass nonfinite='skip'"
         )
 
+    def described(self) -> dict[str, tuple[dict[str, Any], str | None]]:
+        """The geometry of each matrix and the name of its bias, in plain values."""
+        names = {id(owner.tensor): name for name, owner in self.owners.items()}
+        return {n: (asdict(w.geometry), names.get(id(w.bias))) for n, w in self.weights.items()}
+
+    def recognised(
+        self, described: Mapping[str, tuple[dict[str, Any], str | None]]
+    ) -> dict[str, Weight]:
+        """The matrices that `described` told, those included that no call has shown here yet.
+
+        Raises:
+            ValueError: the model lacks one, or has it in another shape.
+        """
+        where, found, missing = self.where(), {}, []
+        for name, (values, bias) in described.items():
+            owner = self.owners.get(name)
+            if owner is None or owner.tensor not in where or bias not in {None, *self.owners}:
+                missing.append(name)
+                continue
+            windows = {k: Convolution(**v) for k, v in values.items() if isinstance(v, dict)}
+            geometry = Geometry(**{**values, **windows})
+            p: Any = owner.tensor
+            leaf: Any = None if bias is None else self.owners[bias].tensor
+            known = Weight(name, owner.module, p, leaf, where[p], geometry, owner.local)
+            ours = self.weights.get(name, known)
+            if ours.shape != known.shape or known.size != ours.size or known.groups != ours.groups:
+                raise ValueError(
+                    f"this state is of another model: layer {name!r} has shape {known.shape} there "
+                    f"and {ours.shape} here"
+                )
+            found[name] = ours
+        if missing:
+            raise ValueError(f"this state has layers that the model lacks: {missing}")
+        return found
+
     @property
     def share(self) -> float:
         """The share of the trainable parameters of its groups that have a block."""
@@ -194,6 +234,12 @@ class Coverage:
         if others:
             return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
         return "no product with it was seen"
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Refuse what is neither "raise" nor "skip"."""
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"nonfinite is 'raise' or 'skip', got {nonfinite!r}")
 
 
 def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> set[str]:

@@ -26,11 +26,13 @@ from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.extract.criteria import is_a
 from fisherlab.names import nearest
-from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
+from fisherlab.optim.ang import ANG, TruncatedNaturalGradient, respelled
+from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.ngd import NGD
+from fisherlab.optim.options import flat_names, gathered
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
 Maker = Callable[..., torch.optim.Optimizer]
@@ -65,7 +67,7 @@ SQUARED_RANK_ONE = {"lr": 0.01}
 # No running mean to save on.
 _OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 # What `create` passes itself, and what constructors pass on.
-NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs"}
+NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs", "groups"}
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
 KRONECKER_SUM_LAYER = 1_500
 
@@ -80,8 +82,11 @@ def _plain(kind: type[torch.optim.Optimizer], **defaults: Any) -> Maker:
     return make
 
 
-def _with(kind: Callable[..., torch.optim.Optimizer], *args: Any, **defaults: Any) -> Maker:
+def _with(kind: type[CurvatureOptimizer], *args: Any, **defaults: Any) -> Maker:
+    defaults = gathered({**kind.parts, **defaults})
+
     def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        options = respelled(options) if issubclass(kind, ANG) else options
         return kind(model, *args, **{**defaults, **options})
 
     return make
@@ -110,9 +115,7 @@ def _guarded(damping: float | Rule, lr: float = LR) -> dict[str, Any]:
     return {"lr": lr, "damping": damping, "kl_clip": KL_CLIP, "warmup": WARMUP}
 
 
-def _exact(
-    kind: Callable[..., torch.optim.Optimizer], share: float, lr: float, **defaults: Any
-) -> Maker:
+def _exact(kind: type[CurvatureOptimizer], share: float, lr: float, **defaults: Any) -> Maker:
     options = {**_guarded(geometric(share), lr), **defaults}
     return _for_criterion(_with(kind, **options), SQUARED_EXACT)
 
@@ -222,8 +225,12 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
 
 
 def option_names(name: str) -> list[str]:
-    """The options that an optimizer takes, read off its constructors."""
-    kinds = type(create(name, nn.Sequential(nn.Linear(2, 2)))).__mro__
-    ours = kinds[: kinds.index(torch.optim.Optimizer)]
-    found = dict.fromkeys(option for kind in ours for option in inspect.signature(kind).parameters)
-    return [option for option in found if option not in NOT_OPTIONS]
+    """The options that an optimizer takes, read off its constructors and those of its parts."""
+    kind = type(create(name, nn.Sequential(nn.Linear(2, 2))))
+    takers: list[Callable] = list(kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)])
+    flat: list[str] = []
+    if issubclass(kind, CurvatureOptimizer):
+        takers += kind.takers
+        flat = flat_names(kind.parts)
+    found = [option for taker in takers for option in inspect.signature(taker).parameters]
+    return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]

@@ -195,8 +195,13 @@ class FNGD(Woodbury):
         counts = {name: value.clone() for name, value in self._counts.items()}
         return {"sums": sums, "counts": counts, "batch_size": self.batch_size, "told": self._told}
 
-    def _load_extra_state(self, extra: dict[str, Any]) -> None:
-        self._settled.clear()
-        self._sums = {name: value.clone() for name, value in extra["sums"].items()}
-        self._counts = {name: value.clone() for name, value in extra["counts"].items()}
-        self.batch_size, self._told = extra["batch_size"], extra["told"]
+    def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
+        sums = {name: value.clone() for name, value in extra["sums"].items()}
+        counts = {name: value.clone() for name, value in extra["counts"].items()}
+
+        def take() -> None:
+            self._settled.clear()
+            self._sums, self._counts = sums, counts
+            self.batch_size, self._told = extra["batch_size"], extra["told"]
+
+        return take

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import sum_of
+from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
+from fisherlab.optim.options import gathered
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.schedule import Schedule
+from fisherlab.optim.step import UNCLIPPED
 from fisherlab.optim.weight import undelivered
 
 
@@ -28,6 +32,10 @@ class KBFGSOptimizer(NaturalGradient):
     """
 
     data_parallel = False
+    parts: ClassVar[dict[str, Any]] = {
+        "schedule": Schedule(statistics=1, basis=1, decay=0.9),
+        "clip": UNCLIPPED,
+    }
 
     def __init__(
         self,
@@ -36,26 +44,16 @@ class KBFGSOptimizer(NaturalGradient):
         *,
         lr: float,
         damping: float = 0.3,
-        decay: float = 0.9,
         gradient_decay: float = 0.9,
         **options: Any,
     ) -> None:
-        for name in ("statistics_every", "basis_every", "corrections_every"):
-            if options.pop(name, 1) not in (1, None):
+        options = {"momentum": 0.0, **gathered({**self.parts, **options})}
+        for name, steps in options["schedule"].intervals.items():
+            if steps != 1:
                 raise ValueError(f"K-BFGS updates at every step; {name} cannot be changed")
         approximation = approximation or KBFGS(damping=damping)
         self.root = approximation.damping**0.5
-        options.setdefault("momentum", 0.0)
-        super().__init__(
-            model,
-            approximation,
-            lr=lr,
-            damping=approximation.damping,
-            decay=decay,
-            statistics_every=1,
-            basis_every=1,
-            **options,
-        )
+        super().__init__(model, approximation, lr=lr, damping=approximation.damping, **options)
         self.gradient_decay = gradient_decay
         self._mean_gradient: dict[str, Tensor] = {}
 
@@ -66,17 +64,20 @@ class KBFGSOptimizer(NaturalGradient):
             raise OptimizerError(
                 "K-BFGS needs step(closure): it evaluates the same batch again after the step"
             )
-        assert self.recorder is not None
-        self.recorder.clear()
+        self.preconditioner.forget()
         with torch.enable_grad():
             loss = closure()
         if not self.coverage.finite(self.nonfinite):
-            self.recorder.clear()
+            self.preconditioner.forget()
             return loss
-        before = self.recorder.captures()
-        self.recorder.clear()
+        before = self._captures()
         gradients = self.gradients()
-        self._start(gradients, before)
+        parts = {
+            name: self.preconditioner.curvature.parts_of(self.weights[name]) for name in gradients
+        }
+        for name in gradients:
+            for part in parts[name]:
+                self._start(part, delivered(before, part.key))
         directions = {
             p: d
             for name in gradients
@@ -85,60 +86,68 @@ class KBFGSOptimizer(NaturalGradient):
         self._apply(self._clipped(directions))
         with torch.enable_grad():
             closure()
-        after = self.recorder.captures()
-        self.recorder.clear()
-        for name in gradients:
-            for key in self.weights[name].keys:
-                self._learn(key, delivered(before, key), delivered(after, key))
+        after = self._captures()
+        for part in (part for name in gradients for part in parts[name]):
+            _learn(part, delivered(before, part.key), delivered(after, part.key))
         self.steps += 1
+        self.preconditioner.steps += 1
         return loss
 
-    def _start(self, gradients: dict[str, Tensor], before: list[dict]) -> None:
+    def _captures(self) -> list[dict]:
+        recorder = self.preconditioner.recorder
+        assert recorder is not None
+        found = recorder.captures()
+        recorder.clear()
+        return found
+
+    def _start(self, part: Part, layers: Sequence[Any]) -> None:
         """`H_g = I` and `H_a = (A + sqrt(lambda) I)^{-1}` of the first batch."""
-        for name in gradients:
-            for key in self.weights[name].keys:
-                layers = delivered(before, key)
-                if name in self.left_out:
-                    continue
-                if not layers:
-                    raise OptimizerError(undelivered(name))
-                if key not in self._owner:
-                    self._make_room(self.weights[name])
-                if key in self._preconditioners:
-                    continue
-                rows = sum(layer.inputs.shape[0] * layer.positions for layer in layers)
-                A = sum_of([second_moment(layer.inputs) for layer in layers]) / rows
-                eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-                H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + self.root * eye))
-                H_g = torch.eye(layers[0].shape[0], dtype=A.dtype, device=A.device)
-                self._preconditioners[key] = Kronecker(H_g, H_a)
-                self._blocks[key] = FromInverse(self._preconditioners[key])
-                self._lambdas[name] = self.root**2
+        name = part.weight.name
+        if name in self.left_out:
+            return
+        if not layers:
+            raise OptimizerError(undelivered(name))
+        if part.inverse is not None:
+            return
+        rows = sum(layer.inputs.shape[0] * layer.positions for layer in layers)
+        A = sum_of([second_moment(layer.inputs) for layer in layers]) / rows
+        eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
+        H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + self.root * eye))
+        H_g = torch.eye(layers[0].shape[0], dtype=A.dtype, device=A.device)
+        part.inverse = Kronecker(H_g, H_a)
+        part.block = FromInverse(part.inverse)
+        self.preconditioner.curvature.dampings[name] = self.root**2
 
     def _step_of(self, name: str, gradient: Tensor) -> Tensor:
         mean = self._mean_gradient.get(name)
         beta = self.gradient_decay
         mean = gradient.clone() if mean is None else beta * mean + (1 - beta) * gradient
         self._mean_gradient[name] = mean
-        return self._precondition(self.weights[name], mean)
-
-    def _learn(self, key: str, before: list, after: list) -> None:
-        running = self._running[key]
-        pairs = [replace(one, after=two) for one, two in zip(before, after, strict=True)]
-        if running is None or not pairs:
-            return
-        running.update(*pairs)
-        if not running.basis:
-            # the first update starts from the inverses that took the first step
-            start = cast(Kronecker, self._preconditioners[key])
-            running.basis = {"H_a": start.A, "H_g": start.G}
-        running.refresh_basis()
-        self._blocks[key] = running.block()
-        self._preconditioners[key] = self._blocks[key].power(-1, 0.0)
+        return self.preconditioner.precondition(name, mean)
 
     def _extra_state(self) -> dict[str, Any]:
         return {**super()._extra_state(), "mean_gradient": dict(self._mean_gradient)}
 
-    def _load_extra_state(self, extra: dict[str, Any]) -> None:
-        self._mean_gradient = dict(extra.pop("mean_gradient"))
-        super()._load_extra_state(extra)
+    def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
+        take_blocks = super()._reading(extra)
+
+        def take() -> None:
+            self._mean_gradient = dict(extra["mean_gradient"])
+            take_blocks()
+
+        return take
+
+
+def _learn(part: Part, before: list, after: list) -> None:
+    running = part.running
+    pairs = [replace(one, after=two) for one, two in zip(before, after, strict=True)]
+    if running is None or not pairs:
+        return
+    running.update(*pairs)
+    if not running.basis:
+        # the first update starts from the inverses that took the first step
+        start = cast(Kronecker, part.inverse)
+        running.basis = {"H_a": start.A, "H_g": start.G}
+    running.refresh_basis()
+    part.block = running.block()
+    part.inverse = part.block.power(-1, 0.0)

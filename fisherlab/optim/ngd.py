@@ -18,7 +18,7 @@ from fisherlab.extract.joint import joined
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder
-from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.scale import OptimizerError, check_ranks
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import has_gradient, undelivered
 
@@ -105,7 +105,7 @@ class NGD(CurvatureOptimizer):
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         try:
             passes = self.recorder.captures()
-            self._check_ranks(self.recorder.factors)
+            check_ranks(self.ranks, self.recorder.factors)
         finally:
             self.recorder.clear()
         blocks: dict[str, Outer | DirectSum] = {}
@@ -155,8 +155,11 @@ class NGD(CurvatureOptimizer):
     def _extra_state(self) -> dict[str, Any]:
         return {"generator": self.recorder.generator.get_state()}
 
-    def _load_extra_state(self, extra: dict[str, Any]) -> None:
-        self.recorder.generator.set_state(extra["generator"].cpu())
+    def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
+        def take() -> None:
+            self.recorder.generator.set_state(extra["generator"].cpu())
+
+        return take
 
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last step: damping, relative too, and the eigenvalues above it."""

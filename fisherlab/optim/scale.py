@@ -6,12 +6,14 @@ Fisher matrix that is c^2 off without any error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import is_a
 from fisherlab.extract.isolation import is_isolated
@@ -92,6 +94,31 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
         )
     c = len(output) / terms if fisher.reduction_of(criterion) == "mean" else 1.0
     return c / kappa
+
+
+def check_ranks(ranks: Ranks | None, factors: list[float]) -> None:
+    """Refuse ranks whose examples DDP weighs differently.
+
+    `factors` turn each pass's `dL/ds` into the gradient of the per-example loss: the number of
+    examples for a mean. DDP's `p.grad` is that of the joint batch where they agree.
+    """
+    if ranks is None:
+        return
+    every = ranks.objects(factors)
+    for rank, theirs in enumerate(every):
+        ours = every[0]
+        if len(theirs) != len(ours) or any(
+            not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(ours, theirs, strict=True)
+        ):
+            weights = [[f"1/{factor:.6g}" for factor in side] for side in (ours, theirs)]
+            raise OptimizerError(
+                f"the ranks weigh their examples differently (dL/dl_n is "
+                f"{', '.join(weights[0])} on rank 0 and {', '.join(weights[1])} on rank "
+                f"{rank}): DDP averages ranks, not examples, so with "
+                "unequal batches p.grad is not the joint batch's. Give every rank the same "
+                "number of examples (drop_last=True), or scale the loss of each by world_size "
+                "* its examples / all examples; no parameter was changed"
+            )
 
 
 def ignored_terms(output: Tensor, gradient: Tensor) -> bool:

@@ -20,7 +20,8 @@ from fisherlab.distributed import unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.base import CurvatureOptimizer
-from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.scale import OptimizerError, check_ranks
+from fisherlab.optim.step import Directions
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 from fisherlab.optim.weighted import Calls, WeightedLayers, columns_of, of_columns
@@ -36,8 +37,8 @@ class Woodbury(CurvatureOptimizer):
 
     `p.grad` is the weighted gradient after `backward()`, so clipping, loss scaling and accumulation
     see what will be used (accumulation: the mean of the micro-batches' steps). The calls of a layer
-    in one forward share one Gram matrix; those of two forwards never do. With `kl_clip`, inputs and
-    output gradients are kept until the step.
+    in one forward share one Gram matrix; those of two forwards never do. With
+    `Clip(kl=...)`, inputs and output gradients are kept until the step.
 
     A rule's lambda is one per layer; `alpha ||K||_F` is one per group of a convolution.
 
@@ -106,7 +107,7 @@ class Woodbury(CurvatureOptimizer):
         if passes and not has_gradient(weight):
             # what an earlier backward pass left was dropped with its gradient
             passes.clear()
-        if self.kl_clip is None:
+        if self.clip.kl is None:
             taken.calls = []
         passes.append(taken)
 
@@ -114,7 +115,7 @@ class Woodbury(CurvatureOptimizer):
         """The raw pairs of the joint batch, and which of its rows are this rank's."""
         if self.ranks is None:
             return calls, slice(None)
-        self._check_ranks([factor])
+        check_ranks(self.ranks, [factor])
         mine = self.ranks.rows(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
@@ -141,7 +142,7 @@ class Woodbury(CurvatureOptimizer):
             rule = gram_norm(self.alpha)
             return [rule({weight.name: block})[weight.name] for block in blocks]
         whole = blocks[0] if len(blocks) == 1 else DirectSum(blocks)
-        rule = unexpanded(self.option(weight, "damping"), type(self).__name__)
+        rule = unexpanded(self.coverage.option(weight, "damping"), type(self).__name__)
         return [rule({weight.name: whole})[weight.name]] * len(blocks)
 
     def summary(self) -> pd.DataFrame:
@@ -162,16 +163,16 @@ class Woodbury(CurvatureOptimizer):
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         self._check_delivered()
-        if self.kl_clip is None and self.max_norm is None:
+        if not self.clip.bounds:
             return {}
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
         return {p: p.grad for p in every if p.grad is not None}
 
-    def _apply(self, directions: dict[nn.Parameter, Tensor]) -> None:
+    def _apply(self, directions: Directions) -> None:
         self._taken.clear()
         super()._apply(directions)
 
-    def _predicted_kl(self, directions: dict[nn.Parameter, Tensor]) -> float:
+    def _predicted_kl(self, directions: Directions) -> float:
         # .grad is the direction already, unscaled, clipped or averaged over ranks since: what
         # backward left of direction and gradient, at the scale that the two lengths tell
         total = 0.0

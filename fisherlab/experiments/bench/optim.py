@@ -104,11 +104,12 @@ class Counter:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.counts: dict[str, int] = {}
         if isinstance(optimizer, NaturalGradient):
-            for running in optimizer._running.values():
-                if running is not None:
+            parts = optimizer.preconditioner.curvature.parts
+            for part in parts.values():
+                if part.running is not None:
                     for method in ("update", "refresh_basis", "correct"):
-                        self._count(running, method)
-            self.layers = len(optimizer._running)
+                        self._count(part.running, method)
+            self.layers = len(parts)
             self._count(optimizer.approximation, "damped", frozen=True)
         elif isinstance(optimizer, FNGD):
             self.layers = len(optimizer.weights)

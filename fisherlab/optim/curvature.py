@@ -1,0 +1,260 @@
+"""The blocks of all layers over time: what is due is refreshed, and damped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations import Approximation, Running
+from fisherlab.approximations.damping import as_rule, expansion
+from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
+from fisherlab.blocks.numerics import all_finite
+from fisherlab.distributed import Ranks
+from fisherlab.extract import LayerCapture
+from fisherlab.extract.image import sharing
+from fisherlab.extract.joint import joined
+from fisherlab.optim.coverage import Coverage
+from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.weight import Weight
+
+# What may be due at a step, in this order; `f"{kind}_every"` is the interval.
+KINDS = ("statistics", "basis", "corrections")
+
+
+@dataclass(eq=False)
+class Part:
+    """The curvature of a layer's matrix, or of one group of a convolution."""
+
+    key: str
+    weight: Weight
+    # None where the block is of the batch at hand
+    running: Running | None
+    block: Block | None = None
+    # the block, damped and to the power of the method
+    inverse: Block | None = None
+
+    def correct(self, layers: list[LayerCapture], due: set[str]) -> None:
+        """Add a batch to the corrections, where they are due or there are none."""
+        if self.running is None or not self.running.basis or not layers:
+            return
+        if "corrections" in due or not self.running.corrections:
+            self.running.correct(*layers)
+
+    def changes(self, due: set[str]) -> bool:
+        """Whether the damped inverse is made anew."""
+        if self.running is None:
+            return self.block is not None and "statistics" in due
+        return bool(self.running.sums) and (
+            self.inverse is None or "basis" in due or "corrections" in due
+        )
+
+
+class Curvature:
+    """Statistics, bases, corrections, blocks and damped inverses of the layers of a model.
+
+    Args:
+        coverage: the matrices; the groups of its parameters have `damping` and the intervals.
+        approximation: of every layer's block.
+        make: the running means of one layer.
+        ranks: the processes that hold the other shards of a batch, if any.
+    """
+
+    def __init__(
+        self,
+        coverage: Coverage,
+        approximation: Approximation,
+        make: Callable[[], Running],
+        ranks: Ranks | None,
+    ) -> None:
+        self.coverage, self.approximation, self.ranks = coverage, approximation, ranks
+        self._make = make
+        self.has_basis = type(approximation).basis is not Approximation.basis
+        corrected = type(approximation).corrections is not Approximation.corrections
+        self.kinds = KINDS if corrected else KINDS[:2]
+        self.parts: dict[str, Part] = {}
+        for weight in coverage.weights.values():
+            self.parts_of(weight)
+        # per layer: lambda, and 1 / beta
+        self.dampings: dict[str, float] = {}
+        self._scale: dict[str, float] = {}
+
+    def parts_of(self, weight: Weight) -> list[Part]:
+        """Those of a layer, in the order of its rows."""
+        for key in weight.keys:
+            if key not in self.parts:
+                self.parts[key] = Part(key, weight, self._fresh())
+        return [self.parts[key] for key in weight.keys]
+
+    def _fresh(self) -> Running | None:
+        return self._make() if self.approximation.additive else None
+
+    def refresh(
+        self, due: Mapping[str, set[str]], captures: Mapping[str, list[LayerCapture]]
+    ) -> None:
+        """Statistics, basis, corrections and damped inverses that are due.
+
+        Args:
+            due: by name of the layers that took part, which of `KINDS` are due.
+            captures: by key, those of the batch; none where nothing was recorded.
+
+        Raises:
+            OptimizerError: a gradient has NaN or inf.
+        """
+        weights = self.coverage.weights
+        parts = [(part, what) for n, what in due.items() for part in self.parts_of(weights[n])]
+        waiting = []
+        for part, what in parts:
+            batch = [sharing(layer) for layer in captures.get(part.key, [])]
+            self._add(part, batch, what)
+            if self._lacks_basis(part, what):
+                waiting.append((part, what))
+            else:
+                # at once, while the layer's gradients are at hand
+                part.correct(batch, what)
+        self._refresh_bases([part for part, _ in waiting])
+        for part, what in waiting:
+            part.correct([sharing(layer) for layer in captures.get(part.key, [])], what)
+        # in one order on all ranks
+        changed = [part for part, what in parts if part.changes(what)]
+        for part in changed:
+            if part.running is not None:
+                part.block = part.running.block()
+        if changed:
+            self.damp(changed)
+
+    def _add(self, part: Part, layers: list[LayerCapture], due: set[str]) -> None:
+        if not layers:
+            return
+        if part.running is None:
+            if self.ranks is not None:
+                layers = [joined(layer, self.ranks) for layer in layers]
+            if not all(all_finite(g) for each in layers for g in each.raw_output_gradients or ()):
+                raise OptimizerError(
+                    f"the gradient at the output of layer {part.weight.name!r} has NaN or inf "
+                    "entries; no parameter was changed"
+                )
+            part.block = self.approximation(*layers)
+        elif "statistics" in due or not part.running.sums:
+            part.running.update(*layers)
+
+    def _lacks_basis(self, part: Part, due: set[str]) -> bool:
+        if part.running is None or not part.running.sums or not self.has_basis:
+            return False
+        return "basis" in due or not part.running.basis
+
+    def _refresh_bases(self, parts: Sequence[Part]) -> None:
+        """New bases, each made by one rank."""
+        running = {part.key: part.running for part in parts if part.running is not None}
+        found = self._shared_out(list(running), lambda key: running[key].new_basis())
+        for key, basis in found.items():
+            running[key].refresh_basis(basis)
+
+    def _shared_out(self, keys: Sequence[str], make: Callable[[str], Any]) -> dict[str, Any]:
+        """`make(key)` of every key: a nest of tensors, made by one rank and sent to the others."""
+        if self.ranks is None:
+            return {key: make(key) for key in keys}
+        sides = {key: self.parts[key].weight.shape for key in keys}
+        owners = self.ranks.owners({key: float(o**3 + i**3) for key, (o, i) in sides.items()})
+        mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
+        return {key: self.ranks.broadcast(mine.get(key), owners[key]) for key in keys}
+
+    def damp(self, parts: Iterable[Part] | None = None) -> None:
+        """New damped inverses, of the lambdas that the rules now say; None: of all blocks."""
+        every = self.parts.values() if parts is None else parts
+        known = {part.key: part.block for part in every if part.block is not None}
+        blocks, weights = self.blocks(), self.coverage.weights
+        for k, group in enumerate(self.coverage.groups):
+            ours = {name: block for name, block in blocks.items() if weights[name].group == k}
+            lambdas = as_rule(group["damping"])(ours) if ours else {}
+            self.dampings |= {name: float(value) for name, value in lambdas.items()}
+        # beta is of all layers, whichever group they are in
+        self._scale = {
+            name: 1 / expand(self.dampings)
+            for name, weight in weights.items()
+            if weight.is_linear and name in self.dampings
+            if (expand := expansion(self.coverage.option(weight, "damping"))) is not None
+        }
+
+        def damped(key: str) -> Block:
+            damping = self.dampings[self.parts[key].weight.name]
+            return self.approximation.damped(known[key], damping)
+
+        # elsewhere the eigenvectors are known, or there is no matrix to invert
+        expensive = [key for key, F in known.items() if isinstance(F, Kronecker | KroneckerSum)]
+        states = {}
+        if self.ranks is not None:
+            states = self._shared_out(expensive, lambda key: to_dict(damped(key)))
+        for key in known:
+            self.parts[key].inverse = from_dict(states[key]) if key in states else damped(key)
+
+    def blocks(self) -> dict[str, Block]:
+        """The current block of each layer."""
+        found: dict[str, Block] = {}
+        for name, weight in self.coverage.weights.items():
+            blocks = [part.block for part in self.parts_of(weight) if part.block is not None]
+            if len(blocks) == weight.groups:
+                found[name] = blocks[0] if len(blocks) == 1 else DirectSum(blocks)
+        return found
+
+    def beta(self, name: str) -> float:
+        """The factor on a fully-connected layer's damped block; 1 without the rule `trace`."""
+        return 1 / self._scale.get(name, 1.0)
+
+    def precondition(self, weight: Weight, gradient: Tensor) -> Tensor:
+        """A layer's gradient times its damped inverse; as it is where there is none."""
+        rows = gradient.tensor_split(weight.groups)
+        steps = [
+            row if part.inverse is None else part.inverse @ row
+            for part, row in zip(self.parts_of(weight), rows, strict=True)
+        ]
+        direction = torch.cat(steps) if len(steps) > 1 else steps[0]
+        scale = self._scale.get(weight.name, 1.0)
+        return direction if scale == 1.0 else direction * scale
+
+    # state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything remembered, as nested dicts of tensors, numbers and strings."""
+        parts = self.parts.items()
+        return {
+            "running": {
+                k: p.running.state_dict() for k, p in parts if p.running and p.running.sums
+            },
+            "blocks": {k: to_dict(p.block) for k, p in parts if p.block is not None},
+            "inverses": {k: to_dict(p.inverse) for k, p in parts if p.inverse is not None},
+            "dampings": dict(self.dampings),
+            "scale": dict(self._scale),
+        }
+
+    def reading(self, state: Mapping[str, Any], weights: Mapping[str, Weight]) -> Callable:
+        """Check a state, and return what takes it over.
+
+        Args:
+            state: what `state_dict` returned.
+            weights: the matrices that it is of.
+
+        Raises:
+            ValueError: it has other layers, or is of another version.
+        """
+        keys = {key for weight in weights.values() for key in weight.keys}
+        unknown = {key for kind in ("running", "blocks", "inverses") for key in state[kind]} - keys
+        if unknown:
+            raise ValueError(f"this state has layers that the model lacks: {sorted(unknown)}")
+        running = {key: self._make() for key in state["running"]}
+        for key, means in running.items():
+            means.load_state_dict(state["running"][key])
+        blocks = {key: from_dict(block) for key, block in state["blocks"].items()}
+        inverses = {key: from_dict(block) for key, block in state["inverses"].items()}
+
+        def take() -> None:
+            for weight in weights.values():
+                for part in self.parts_of(weight):
+                    part.running = running.get(part.key) or self._fresh()
+                    part.block, part.inverse = blocks.get(part.key), inverses.get(part.key)
+            self.dampings, self._scale = dict(state["dampings"]), dict(state["scale"])
+
+        return take

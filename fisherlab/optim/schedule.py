@@ -1,0 +1,56 @@
+"""When the curvature of an optimizer is refreshed, and how long the past counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`S <- decay S + s` every `statistics` steps, an inverse of `S` every `basis` steps.
+
+    All are refreshed at step 0 and at each of the first `warmup` steps: an inverse made of one
+    batch is wrong outside that batch's span, where the gradients of the next ones lie.
+
+    Args:
+        statistics: steps from one update of the statistics to the next (T_FIM).
+        basis: steps from one basis and damped inverse to the next (T_EIG, T_INV).
+        corrections: steps between updates of corrected eigenvalues (T_RE); None: `statistics`.
+        warmup: steps at the start that refresh everything.
+        decay: weight of the past at each update of the statistics.
+        examples: the first rows of a batch that the statistics take; None: all.
+        until: the step from which the gradient is left as it is; None: never.
+
+    Raises:
+        ValueError: a count of steps or examples is no whole number, or too small.
+    """
+
+    statistics: int = 10
+    basis: int = 100
+    corrections: int | None = None
+    warmup: int = 0
+    decay: float = 0.95
+    examples: int | None = None
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse counts that are none."""
+        for key, value in {**self.intervals, "until": self.until, "warmup": self.warmup}.items():
+            least = 0 if key == "warmup" else 1
+            if value is not None and (int(value) != value or value < least):
+                raise ValueError(f"{key} counts steps and is at least {least}, got {value!r}")
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"examples (statistics_examples) is at least 1, got {self.examples}")
+
+    @property
+    def intervals(self) -> dict[str, int]:
+        """The intervals as options of a parameter group, which may have its own."""
+        corrections = self.statistics if self.corrections is None else self.corrections
+        return {
+            "statistics_every": self.statistics,
+            "basis_every": self.basis,
+            "corrections_every": corrections,
+        }
+
+
+USUAL = Schedule()

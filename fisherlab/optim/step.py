@@ -1,0 +1,184 @@
+"""The step from given directions: their length, weight decay, momentum, the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+DECAY_PLACEMENTS = ("after", "before", "loss")
+
+Directions = Mapping[nn.Parameter, Tensor]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How long a step may be: all directions together are multiplied by at most 1.
+
+        min(1, sqrt(r kl / q), norm / |direction|),   q = sum lr^2 <direction, gradient>,
+        r = min(1, (steps taken + 1) / warmup)
+
+    `kl` guards against the step that curvature of few batches misjudges. Where it binds, the step
+    is `sqrt(r kl)` long in the metric of the blocks, and no longer at any larger learning rate: a
+    schedule then has no effect.
+
+    Args:
+        kl: bound of `q`, to second order twice the KL divergence of the step; None: none.
+        norm: bound of the norm of all directions together; None: none.
+        warmup: steps at the start over which `kl` grows to its value.
+
+    Raises:
+        ValueError: a bound is not positive, or `warmup` is no count of steps.
+    """
+
+    kl: float | None = None
+    norm: float | None = None
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that are none."""
+        for name, bound in self.bounds.items():
+            if not bound > 0:
+                raise ValueError(f"{name} must be positive or None, got {bound!r}")
+        if int(self.warmup) != self.warmup or self.warmup < 0:
+            raise ValueError(f"warmup counts steps and is at least 0, got {self.warmup!r}")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that are set, by the name of the flat option."""
+        bounds = {"max_norm": self.norm, "kl_clip": self.kl}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
+
+    def factor(self, directions: Directions, change: Callable[[], float], steps: int) -> float:
+        """What the directions are multiplied by.
+
+        Args:
+            directions: of all parameters that have one.
+            change: computes `q`; called where `kl` is set.
+            steps: how many were taken before.
+        """
+        factor = 1.0
+        if self.norm is not None:
+            norm = torch.stack(torch._foreach_norm(list(directions.values()))).norm().item()
+            factor = min(factor, self.norm / max(norm, 1e-300))
+        if self.kl is not None:
+            bound = self.kl * min(1.0, (steps + 1) / max(1, self.warmup))
+            factor = min(factor, math.sqrt(bound / max(abs(change()), 1e-300)))
+        return factor
+
+
+UNCLIPPED = Clip()
+
+
+def group_options(
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    weight_decay_placement: str = "after",
+    decoupled: bool = False,
+) -> dict[str, Any]:
+    """The options of the step as those of a parameter group, numbers checked.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
+        if not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if not isinstance(momentum, Tensor) and momentum >= 1:
+        raise ValueError(f"momentum must be below 1, where velocity dies out; got {momentum!r}")
+    if nesterov and momentum == 0:
+        raise ValueError("Nesterov momentum needs momentum > 0")
+    return {
+        "lr": lr,
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "weight_decay": weight_decay,
+        "weight_decay_placement": weight_decay_placement,
+        "decoupled": decoupled,
+    }
+
+
+def placed_before(group: Mapping[str, Any]) -> bool:
+    """Whether the weight decay of a group is in the gradient that is preconditioned."""
+    return group["weight_decay_placement"] != "after" and not group["decoupled"]
+
+
+def decayed(p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """`g + w W` where the group's weight decay is placed before; else `g`."""
+    gradient = cast(Tensor, p.grad)
+    if not (placed_before(group) and group["weight_decay"]):
+        return gradient
+    return gradient.add(p, alpha=float(group["weight_decay"]))
+
+
+def predicted_kl(groups: list[dict[str, Any]], directions: Directions) -> float:
+    """`sum lr^2 <direction, gradient>`."""
+    products = [
+        group["lr"] ** 2 * torch.dot(directions[p].flatten(), decayed(p, group).flatten())
+        for group in groups
+        for p in group["params"]
+        if p in directions
+    ]
+    return torch.stack(products).sum().item()
+
+
+def take_step(
+    groups: list[dict[str, Any]],
+    state: MutableMapping[Any, dict[str, Any]],
+    directions: Directions,
+) -> None:
+    """Move every parameter that has a gradient, by its direction where it has one.
+
+    Args:
+        groups: parameter groups with `group_options`.
+        state: by parameter, where the momentum buffers are kept.
+        directions: by parameter; the others take their gradients.
+    """
+    for group in groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            continue
+        steps = [directions[p] if p in directions else decayed(p, group) for p in params]
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        if group["decoupled"] and decay:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        buffers = [state[p].get("momentum_buffer") for p in params]
+        fused = _laid_out_alike(params, steps, buffers)
+        sgd(
+            params,
+            steps,
+            buffers,
+            weight_decay=0.0 if group["decoupled"] or placed_before(group) else decay,
+            momentum=group["momentum"],
+            lr=lr,
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+            foreach=not fused,
+            fused=fused,
+        )
+        if group["momentum"]:
+            for p, buffer in zip(params, buffers, strict=True):
+                state[p]["momentum_buffer"] = buffer
+
+
+def _laid_out_alike(
+    params: list[nn.Parameter], steps: list[Tensor], buffers: list[Tensor | None]
+) -> bool:
+    """Whether torch's fused SGD, which goes over the bare memory of all three, may be used."""
+    known = {buffer is not None for buffer in buffers}
+    return len(known) == 1 and all(
+        p.dtype == step.dtype
+        and p.stride() == step.stride()
+        and (buffer is None or buffer.stride() == p.stride())
+        for p, step, buffer in zip(params, steps, buffers, strict=True)
+    )
