@@ -43,7 +43,7 @@ def listed(heading):
 def test_the_library_in_a_few_lines_runs(tmp_path):
     code = BLOCKS[0]
     assert len([line for line in code.splitlines() if line]) <= 12
-    done = run(code, tmp_path)
+    done = run(code + BLOCKS[-1], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tekfac" in done.stdout and (tmp_path / "error.png").stat().st_size > 5000
 
