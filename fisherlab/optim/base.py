@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +27,6 @@ from fisherlab.optim.step import (
     take_step,
 )
 from fisherlab.optim.weight import Weight
-
-
-class Removable(Protocol):
-    """Hooks on a model."""
-
-    def remove(self) -> None:
-        """Take them off."""
-
-
-def _remove_all(hooked: list[Removable]) -> None:
-    for hooks in hooked:
-        hooks.remove()
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, ABC):
@@ -65,12 +53,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         nonfinite: "raise" or "skip" a step whose gradient has NaN or inf.
         layers: names or patterns of the weights that may have a block; None: all trainable ones.
         skip: names or patterns of those that may not.
-        groups: options of a parameter group that the method adds.
+        groups: options that the method adds to a group.
         options: those of `group_options`, and those of `clip` spelled flat.
 
     Raises:
         ValueError: an option is out of its range, or the method is not data-parallel.
-        TypeError: the model is none.
     """
 
     data_parallel: ClassVar[bool] = False
@@ -113,9 +100,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(model.parameters() if params is None else params, defaults)
         self.clip, self.nonfinite = clip, nonfinite
         self.steps = self.clipped = 0
-        self.hooked: list[Removable] = []
-        # the model may outlive its optimizer, and is then as it was
-        weakref.finalize(self, _remove_all, self.hooked)
         self.coverage = Coverage(model, self.param_groups, layers, skip, self.takes)
 
     @staticmethod
@@ -211,9 +195,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         """The preconditioned gradient of each parameter that has one; changes no parameter."""
 
+    def _install(self, hooks: Any) -> None:
+        """Keep what has hooks on the model, which may outlive it and is then as it was."""
+        self._hooks = hooks
+        weakref.finalize(self, hooks.remove)
+
     def remove(self) -> None:
         """Take the optimizer's hooks off the model."""
-        _remove_all(self.hooked)
+        self._hooks.remove()
 
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""

@@ -97,7 +97,7 @@ class NaturalGradient(CurvatureOptimizer):
             fisher_type=fisher_type,
             **options,
         )
-        self.hooked.append(self.preconditioner)
+        self._install(self.preconditioner)
 
     @property
     def approximation(self) -> Approximation:

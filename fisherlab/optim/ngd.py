@@ -80,7 +80,7 @@ class NGD(CurvatureOptimizer):
             ranks=self.ranks,
         )
         self.recorder.wanted = True
-        self.hooked.append(self.recorder)
+        self._install(self.recorder)
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
 

@@ -80,7 +80,7 @@ class Woodbury(CurvatureOptimizer):
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
         self.layers = WeightedLayers(model, self.coverage, _unowned(self.rows), criterion)
-        self.hooked.append(self.layers)
+        self._install(self.layers)
 
     @staticmethod
     def takes(geometry: Geometry) -> bool:
