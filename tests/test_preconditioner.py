@@ -239,12 +239,34 @@ def test_a_gradient_is_preconditioned_once() -> None:
     with pytest.raises(OptimizerError, match="preconditioned already"):
         preconditioner.step()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), left, strict=True))
+    x, y = data(model, 1)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(OptimizerError, match="was added to, one that is preconditioned already"):
+        preconditioner.step()
     for to_none in (True, False):
         optimizer.zero_grad(set_to_none=to_none)
-        x, y = data(model, 1)
         F.cross_entropy(model(x), y).backward()
         preconditioner.step()
     assert preconditioner.steps == 3
+
+
+def test_it_says_that_most_matrices_have_no_block() -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.a.square()
+
+    model = Squared().double()
+    alone = Preconditioner(model, fl.KFAC(), damping=0.1)
+    x, y = data(perceptron(6, 5, 4), 0)
+    F.cross_entropy(model(x), y).backward()
+    left = model.a.grad.clone()
+    with pytest.warns(UserWarning, match="only 0% of the trainable matrices have a block") as said:
+        alone.step()
+    assert said[0].filename == __file__ and torch.equal(model.a.grad, left)
 
 
 def test_a_gradient_that_is_not_finite_is_refused_or_left() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
-from fisherlab.optim.coverage import Coverage, check_nonfinite
+from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
 from fisherlab.optim.state import FORMAT, check_state
 from fisherlab.optim.step import (
@@ -26,10 +26,9 @@ from fisherlab.optim.step import (
     predicted_kl,
     take_step,
 )
-from fisherlab.optim.weight import Weight
 
 
-class CurvatureOptimizer(torch.optim.Optimizer, ABC):
+class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     """Momentum, weight decay and learning rate per parameter group, after preconditioning.
 
     A subclass returns the directions of the layers that have a block; every other parameter takes
@@ -106,21 +105,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def takes(geometry: Geometry) -> bool:
         """Whether the method has a block for a product of this geometry."""
         return True
-
-    @property
-    def weights(self) -> dict[str, Weight]:
-        """The matrices that have a block, by name."""
-        return self.coverage.weights
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """`{name: reason}` of the weights that turned out to have no block."""
-        return self.coverage.left_out
-
-    @property
-    def covered_share(self) -> float:
-        """The share of the trainable parameters of its groups that have a block."""
-        return self.coverage.share
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a flat option, which nothing would read."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab.approximations.damping import Rule, as_rule
+from fisherlab.blocks import Block
 from fisherlab.extract import select
 from fisherlab.extract.geometry import Convolution, Geometry
 from fisherlab.extract.select import Names, chosen, weights_of
@@ -74,6 +76,17 @@ class Coverage:
     def option(self, weight: Weight, name: str) -> Any:
         """An option of the group that a weight is in."""
         return self.groups[weight.group][name]
+
+    def dampings(
+        self, blocks: Mapping[str, Block], rule: Callable[[Any], Rule] = as_rule
+    ) -> dict[str, float]:
+        """The lambda of every block, by the damping of its group, which `rule` makes a rule."""
+        found: dict[str, float] = {}
+        for k, group in enumerate(self.groups):
+            ours = {name: F for name, F in blocks.items() if self.weights[name].group == k}
+            lambdas = rule(group["damping"])(ours) if ours else {}
+            found |= {name: float(value) for name, value in lambdas.items()}
+        return found
 
     def _may_have(self, owner: select.Weight, where: Mapping[Any, int]) -> bool:
         wanted = owner.name in self._wanted
@@ -234,6 +247,27 @@ class Coverage:
         if others:
             return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
         return "no product with it was seen"
+
+
+class Covered:
+    """What has a `Coverage`, and tells what is in it."""
+
+    coverage: Coverage
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """The matrices that have a block, by name."""
+        return self.coverage.weights
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """`{name: reason}` of the weights that turned out to have no block."""
+        return self.coverage.left_out
+
+    @property
+    def covered_share(self) -> float:
+        """The share of the trainable parameters of its groups that have a block."""
+        return self.coverage.share
 
 
 def check_nonfinite(nonfinite: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.approximations import Approximation, Running
-from fisherlab.approximations.damping import as_rule, expansion
+from fisherlab.approximations.damping import expansion
 from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.distributed import Ranks
@@ -166,15 +166,11 @@ class Curvature:
         """New damped inverses, of the lambdas that the rules now say; None: of all blocks."""
         every = self.parts.values() if parts is None else parts
         known = {part.key: part.block for part in every if part.block is not None}
-        blocks, weights = self.blocks(), self.coverage.weights
-        for k, group in enumerate(self.coverage.groups):
-            ours = {name: block for name, block in blocks.items() if weights[name].group == k}
-            lambdas = as_rule(group["damping"])(ours) if ours else {}
-            self.dampings |= {name: float(value) for name, value in lambdas.items()}
+        self.dampings |= self.coverage.dampings(self.blocks())
         # beta is of all layers, whichever group they are in
         self._scale = {
             name: 1 / expand(self.dampings)
-            for name, weight in weights.items()
+            for name, weight in self.coverage.weights.items()
             if weight.is_linear and name in self.dampings
             if (expand := expansion(self.coverage.option(weight, "damping"))) is not None
         }

@@ -124,20 +124,13 @@ class NGD(CurvatureOptimizer):
             parts = [Exact()(*captured) for captured in layers]
             blocks[name] = parts[0] if len(parts) == 1 else DirectSum(parts)
             gradients[name] = gradient
-        lambdas = self._damping(blocks)
+        lambdas = self.coverage.dampings(blocks, lambda damping: unexpanded(damping, "NGD"))
         steps = self._solve(blocks, gradients, lambdas)
         self._last = {
             name: (block.size, lambdas[name], [F.core * F.gram() for F in _parts(block)])
             for name, block in blocks.items()
         }
         return {p: d for n, step in steps.items() for p, d in self.weights[n].split(step).items()}
-
-    def _damping(self, blocks: dict[str, Outer | DirectSum]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for k, group in enumerate(self.param_groups):
-            ours: dict[str, Block] = {n: F for n, F in blocks.items() if self.weights[n].group == k}
-            found |= unexpanded(group["damping"], "NGD")(ours)
-        return found
 
     def _solve(
         self,

@@ -22,7 +22,7 @@ from fisherlab.blocks.coordinates import LARGEST_FACTOR
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names
-from fisherlab.optim.coverage import Coverage, check_nonfinite, shown
+from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
 from fisherlab.optim.passes import delivered
@@ -36,7 +36,7 @@ from fisherlab.optim.weight import Weight, has_gradient, undelivered
 Gradients = dict[str, Tensor]
 
 
-class Preconditioner:
+class Preconditioner(Covered):
     """`G <- (F~ + lambda I)^{exponent} G` of every layer's gradient, for any approximation `F~`.
 
         preconditioner = fl.optim.Preconditioner(model, fl.KFAC(), damping=1e-2)
@@ -124,15 +124,15 @@ class Preconditioner:
                         "levenberg_marquardt compares the loss before and after a step, which a "
                         "preconditioner does not take; pass another rule, or take NaturalGradient"
                     )
-        self.coverage, self.weights = params, params.weights
+        self.coverage = params
         # the mean gradient is the joint batch's already
         local = approximation.needs - {"gradient"}
         reduce = self.ranks.sum if self.ranks is not None and local else None
         make = partial(Running, approximation, schedule.decay, reduce, largest_factor)
         self.curvature = Curvature(self.coverage, approximation, make, self.ranks)
         self.steps = 0
-        # a gradient that the last step left, with its version
-        self._left: tuple[Tensor, int] | None = None
+        # a parameter of the last step, the gradient that it left there, and its version
+        self._left: tuple[Tensor, Tensor, int] | None = None
         self._warn_of_diagonals()
         self.recorder: Recorder | None = None
         if local:
@@ -189,12 +189,15 @@ class Preconditioner:
             OptimizerError: a step that cannot be taken; no gradient was changed.
         """
         self.coverage.check(self.model)
-        if self._left is not None and self._left[0]._version == self._left[1]:
-            grads = (p.grad for p in self.coverage.where())
-            if any(grad is self._left[0] for grad in grads):
+        if self._left is not None:
+            p, gradient, version = self._left
+            # zeroed and accumulated it would be two versions on
+            changes = gradient._version - version if p.grad is gradient else 2
+            if changes < 2 and bool(gradient.any()):
                 raise OptimizerError(
-                    "the gradient is preconditioned already: call zero_grad() and loss.backward() "
-                    "between two calls of step(); no gradient was changed"
+                    "the gradient is, or was added to, one that is preconditioned already: call "
+                    "zero_grad() and loss.backward() between two calls of step(); no gradient was "
+                    "changed"
                 )
         if not self.coverage.finite(self.nonfinite):
             self.forget()
@@ -205,7 +208,9 @@ class Preconditioner:
             for p, d in self.weights[name].split(direction).items():
                 if p.grad is not None:
                     p.grad.copy_(d)
-                    self._left = p.grad, p.grad._version
+                    self._left = p, p.grad, p.grad._version
+        if self.steps == 1:
+            self.coverage.warn_of_share(stacklevel=4)
 
     def directions(self, gradients: Gradients) -> Gradients:
         """Refresh what is due, and precondition the `[weight | bias]` gradients by name."""
@@ -245,14 +250,14 @@ class Preconditioner:
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Passes of the model inside leave nothing behind."""
-        wanted = self.recorder is not None and self.recorder.wanted
+        if self.recorder is None:
+            yield
+            return
+        wanted, self.recorder.wanted = self.recorder.wanted, False
         try:
-            if self.recorder is not None:
-                self.recorder.wanted = False
             yield
         finally:
-            if self.recorder is not None:
-                self.recorder.wanted = wanted
+            self.recorder.wanted = wanted
 
     def _captures(
         self, due: Mapping[str, set[str]], gradients: Gradients
@@ -280,16 +285,6 @@ class Preconditioner:
         return found
 
     # what a user looks at -----------------------------------------------------------------------
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """`{name: reason}` of the weights that turned out to have no block."""
-        return self.coverage.left_out
-
-    @property
-    def covered_share(self) -> float:
-        """The share of the trainable parameters that have a block."""
-        return self.coverage.share
 
     def blocks(self) -> dict[str, Block]:
         """The current block of each layer: goes into `fl.compare(approximations=...)` as it is."""
