@@ -132,10 +132,9 @@ def test_groups_have_their_own_damping_and_intervals() -> None:
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "exact", "shampoo", "eva"])
-def test_resumes_bit_for_bit(name: str) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(name: str) -> None:
     def fresh() -> tuple:
-        # reloaded columns of a convolution multiply in another order, to rounding
-        model = perceptron(6, 5, 4) if name == "exact" else convolution()
+        model = convolution()
         approximation = fl.approximations.get(name)()
         made = Preconditioner(model, approximation, damping=geometric(0.1), schedule=SHORT)
         return model, made, torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -151,7 +150,9 @@ def test_resumes_bit_for_bit(name: str) -> None:
     for part, state in zip(again, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     train(*again, steps=range(5, 8))
-    assert torch.equal(weights(again[0]), weights(straight[0]))
+    # reloaded columns of the exact block multiply in another order
+    bound = 1e-13 if name == "exact" else 0.0
+    torch.testing.assert_close(weights(again[0]), weights(straight[0]), rtol=bound, atol=bound)
 
 
 def state_of(approximation, hidden: int = 5) -> dict:
