@@ -117,7 +117,8 @@ class _Weighted(torch.autograd.Function):
         x, kernel = ctx.saved_tensors
         layer: _Layer = ctx.layer
         given = x.shape
-        if not layer.layout and layer.examples and len(x) != layer.examples:
+        moved = layer.examples and len(x) != layer.examples
+        if moved and not (layer.layout or layer.plain):
             raise OptimizerError(
                 f"layer {layer.weight.name!r} received {len(x)} rows in a batch of "
                 f"{layer.examples}: the first axis must be the example; no parameter was changed"
