@@ -18,10 +18,10 @@ from fisherlab.extract import criteria, fisher
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
-from fisherlab.extract.inside import Inside, criterion_of, loss_of
+from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import floated, in_float32, is_half, isolated, random_state
 from fisherlab.extract.layer import LayerCapture
-from fisherlab.extract.outputs import output_of
+from fisherlab.extract.outputs import loss_of, output_of
 from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
 from fisherlab.extract.reentrant import reentrant_named

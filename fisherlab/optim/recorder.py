@@ -227,6 +227,12 @@ class Recorder:
             current.output_gradient = _plus(current.output_gradient, gradient)
 
         output.register_hook(arrive)
+        if self.watch.loss is not None:
+
+            def arrive_own(gradient: Tensor) -> None:
+                current.own_scale = _plus(current.own_scale, gradient)
+
+            self.watch.loss.register_hook(arrive_own)
         self._latest = weakref.ref(current)
         if self._proves:
             self._prove(current, output)
@@ -497,7 +503,7 @@ class Recorder:
         for calls in current.calls.values():
             for call in calls:
                 call.gradient, call.arrived = None, False
-        current.output_gradient = None
+        current.output_gradient = current.own_scale = None
         self.passes = [known for known in self.passes if known is not current]
 
     def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
@@ -599,7 +605,11 @@ class Recorder:
                     "loss function; pass `criterion=` the module that the training loop calls, "
                     "such as torch.nn.CrossEntropyLoss()"
                 )
-        return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
+        # columns were sent for classes in axis 1
+        return scale_factor(
+            *(one.output, one.output_gradient, one.loss_scale, self.criterion, one.own_scale),
+            last=not self.columns,
+        )
 
 
 def check_fisher_type(fisher_type: str) -> None:

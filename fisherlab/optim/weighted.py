@@ -325,7 +325,7 @@ class WeightedLayers:
         return weighted
 
     def _end(self, output: Tensor | None) -> None:
-        self.scale.end(output)
+        self.scale.end(output, self.watch.loss)
         for name, functions in self.watch.tape.others.items():
             if name in self.weights and name not in self.left_out:
                 self._say(name, f"it is used by {', '.join(sorted(functions))} as well")
