@@ -51,7 +51,9 @@ def every(condition=lambda architecture: True):
 def test_every_block_is_autograds_of_each_example(name):
     architecture = TABLE[name]
     found = measured(architecture.problem())
-    assert max(found.errors.values(), default=0.0) < EXACT, found.errors
+    for block, error in found.errors.items():
+        cast = architecture.cast and block.endswith(architecture.cast)
+        assert error < (architecture.tolerance if cast else EXACT), block
     assert found.share >= architecture.share, found.refusal or found.skipped
     # the one counts a computed weight, the other what it is computed from
     assert found.reported == pytest.approx(found.share, abs=1e-4)

@@ -137,7 +137,7 @@ def test_two_convolutions_with_one_weight_have_one_block():
     model = nn.Sequential(nn.Unflatten(1, (1, 5)), one, two, nn.Flatten(), nn.Linear(5, 3)).double()
     x, y = batch()
     captured = fl.capture(model, CE, x, y)
-    assert list(captured) == ["1", "4"]
+    assert list(captured) == ["1", "2.bias", "4"]
     assert captured["1"].positions == 10
     CE(model(x), y).backward()
     expected = torch.cat([one.weight.grad.flatten(1), one.bias.grad[:, None]], 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
+from fisherlab.extract.broadcast import spread
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
@@ -121,7 +122,8 @@ def capture(
     `layers` and `skip` are names or patterns such as `"encoder.*"`. A layer that is named in full
     is captured or refused; any other is left out with its reason where it has no block.
     `kinds`: which products have a block, of "map" (linear maps, convolutions), "embedding" and
-    "factors" (vectors of factors: normalisations and scales).
+    "factors" (what is multiplied or added element by element: normalisations, scales, positions,
+    biases that no map's block holds).
     `examples` `[rows]` gives the example of each row, for rows that are in another order than the
     batch's; None: autograd is asked (time-first sequences, windows, packed sequences).
 
@@ -485,6 +487,8 @@ def _by_tape(
     with record.tape:
         outputs = forward()
     labels = record.labels = check(outputs)
+    if outputs.ndim and outputs.requires_grad:
+        spread(outputs, record.every(), len(outputs))
     columns = None if vectors is None else partial(vectors, outputs.detach())
     if record.every():
         fill(outputs, record, labels, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -28,9 +28,12 @@ class Product:
         transposed: the hyper-parameters of a transposed convolution.
         lookup: of an embedding the index without gradient, or -1.
         groups: the groups of a convolution.
-        scale: of an element-wise product the factor `x` of the weight, as large as the output.
+        scale: of an element-wise product the factor of the weight, as large as the output or 1.
         axis: of an element-wise product the output's axis where the weight starts; None: aligned
             with the last axes, as in broadcasting.
+        features: the width of `x`, where the weight has more than two axes.
+        turned: brings the output to rows of features, and such rows back.
+        swapped: the same call with the roles of the two arguments exchanged.
     """
 
     x: Tensor
@@ -43,6 +46,14 @@ class Product:
     groups: int = 1
     scale: Callable[[], Tensor] | None = None
     axis: int | None = None
+    features: int | None = None
+    turned: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
+    swapped: Product | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is `x W^T` or `x W` of rows, with a matrix or the kernel of a convolution."""
+        return not self.elementwise and self.turned is None and self.features is None
 
     @property
     def elementwise(self) -> bool:
@@ -110,12 +121,84 @@ def _addmm(
     return Product(mat1, mat2, input, flipped=True) if beta == alpha == 1 else None
 
 
-@parses(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+@parses(
+    *(torch.matmul, torch.mm, torch.bmm),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__),
+)
 def _matmul(input: Tensor, other: Tensor | None = None, **names: Tensor) -> Product | None:
+    """`x W`, or `W x` of columns `x`, for a matrix that may be the same for all of a batch."""
     other = names.get("mat2", other)
-    if not isinstance(other, Tensor) or input.ndim < 2 or other.ndim != 2:
+    if not isinstance(other, Tensor) or min(input.ndim, other.ndim) < 2:
         return None
-    return Product(input, other, flipped=True)
+    product = swapped = None
+    if (right := _matrix(other)) is not None and input.ndim >= other.ndim:
+        product = Product(input, right, flipped=True)
+    if (left := _matrix(input)) is not None and other.ndim >= input.ndim:
+        swapped = Product(other.mT, left, turned=(_transpose, _transpose))
+    if product is None:
+        return swapped
+    product.swapped = swapped
+    return product
+
+
+def _transpose(x: Tensor) -> Tensor:
+    return x.mT
+
+
+def _matrix(weight: Tensor) -> Tensor | None:
+    """The matrix that all of a stack are; None where they may differ."""
+    same = all(
+        size == 1 or not step
+        for size, step in zip(weight.shape[:-2], weight.stride()[:-2], strict=True)
+    )
+    return weight[(0,) * (weight.ndim - 2)] if same else None
+
+
+@parses(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Product | None:
+    """A contraction of two tensors whose weight has no letter in common with the rows."""
+    if len(operands) == 1 and isinstance(operands[0], tuple | list):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    terms, out = equation.replace(" ", "").split("->")
+    one, other = terms.split(",")
+    product = _contraction(other, operands[1], one, operands[0], out)
+    swapped = _contraction(one, operands[0], other, operands[1], out)
+    if product is None:
+        return swapped
+    product.swapped = swapped
+    return product
+
+
+def _contraction(w: str, weight: Tensor, x: str, input: Tensor, out: str) -> Product | None:
+    """The product for letters `w` of the weight, `x` of the input and `out` of the output."""
+    if "..." in x:
+        rest = "ABCDEFGH"[: input.ndim - len(x) + 3]
+        x, out = x.replace("...", rest), out.replace("...", rest)
+    rows = [letter for letter in x if letter not in w]
+    i, o = [c for c in w if c in x], [c for c in w if c not in x]
+    once = all(len(set(term)) == len(term) for term in (w, x, out))
+    if not once or not i or not o or set(out) != {*rows, *o}:
+        return None
+    if w not in ("".join(i + o), "".join(o + i)):
+        return None
+    lead = len(rows)
+    to = [out.index(letter) for letter in rows + o]
+    back = [to.index(k) for k in range(len(to))]
+    sizes = [weight.shape[w.index(letter)] for letter in o]
+    rows_of_x = input.permute([x.index(letter) for letter in rows + i]).flatten(lead)
+    turned = (
+        lambda y: y.permute(to).flatten(lead),
+        lambda y: y.unflatten(lead, sizes).permute(back),
+    )
+    return Product(
+        rows_of_x,
+        weight,
+        flipped=w == "".join(i + o),
+        features=rows_of_x.shape[-1] if weight.ndim > 2 else None,
+        turned=None if len(o) == 1 and to == sorted(to) else turned,
+    )
 
 
 def _convolution(dims: int) -> Parser:
@@ -248,13 +331,74 @@ def _normed(
     axis: int | None,
     scale: Callable[[], Tensor],
 ) -> Product | None:
-    return None if weight is None else Product(x, weight, bias, scale=scale, axis=axis)
+    if weight is None:
+        return None if bias is None else added(x, bias, axis)
+    return Product(x, weight, bias, scale=scale, axis=axis)
+
+
+def added(x: Tensor, bias: Tensor, axis: int | None = None, factor: float = 1.0) -> Product:
+    """A parameter that is added to `x`: an element-wise product with 1."""
+    return Product(x, bias, scale=lambda: x.new_full((), factor), axis=axis)
 
 
 @parses(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _times(input: Any, other: Any) -> Product | None:
-    """A factor per feature: LayerScale, a norm written by hand. The weight is the smaller one."""
+    """A factor per feature: LayerScale, a norm written by hand."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None
-    weight, x = (input, other) if input.numel() < other.numel() else (other, input)
-    return Product(x, weight, scale=lambda: x)
+    return Product(
+        input, other, scale=lambda: input, swapped=Product(other, input, scale=lambda: other)
+    )
+
+
+@parses(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def _plus(input: Any, other: Any, *, alpha: float = 1.0) -> Product | None:
+    """A parameter added to each example: a position's, a bias by hand."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return None
+    product = added(input, other, factor=alpha)
+    product.swapped = added(other, input)
+    return product
+
+
+@parses(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
+def _minus(input: Any, other: Any, *, alpha: float = 1.0) -> Product | None:
+    return _plus(input, other, alpha=-alpha)
+
+
+@parses(Tensor.expand, Tensor.expand_as)
+def _spread(input: Tensor, *sizes: Any) -> Product | None:
+    """A parameter of one row that every example gets: a class token."""
+    given = sizes[0] if len(sizes) == 1 else sizes
+    wide = tuple(given.shape if isinstance(given, Tensor) else given)
+    one_row = input.ndim == 1 or (input.ndim == len(wide) and input.shape[0] == 1)
+    if not one_row or len(wide) < 2 or wide[0] in (1, -1):
+        return None
+    own = (1,) * (len(wide) - input.ndim) + input.shape
+    size = [old if new == -1 else new for old, new in zip(own, wide, strict=True)]
+    return Product(input.new_empty(()).expand(size), input, scale=lambda: input.new_ones(()))
+
+
+# By name: the functions whose result is `s W + c` of a tensor W and numbers, and s.
+_AFFINE: dict[str, Callable[..., float]] = {
+    **dict.fromkeys(
+        "add __add__ __radd__ sub __sub__ float double half bfloat16 to type type_as clone "
+        "contiguous".split(),
+        lambda *_: 1.0,
+    ),
+    **dict.fromkeys("rsub __rsub__ neg __neg__".split(), lambda *_: -1.0),
+    **dict.fromkeys("mul __mul__ __rmul__".split(), lambda s: s),
+    **dict.fromkeys("div __truediv__ true_divide".split(), lambda s: 1 / s),
+}
+
+
+def affine_of(func: Callable, args: Sequence[Any]) -> tuple[Tensor, float] | None:
+    """The tensor W and the number s of a result `s W + c`; None where it is none."""
+    factor = _AFFINE.get(getattr(func, "__name__", ""))
+    if factor is None or not args or not isinstance(args[0], Tensor):
+        return None
+    W, *rest = args
+    if func.__name__ in ("to", "type", "type_as", "clone"):
+        return W, 1.0
+    numbers = all(isinstance(value, int | float) and value for value in rest)
+    return (W, factor(*rest)) if numbers else None

@@ -139,9 +139,10 @@ def not_a_product(
 
 
 def call_tolerance(call: Recorded) -> float:
-    """The tolerance of a call's input and output; token numbers of an embedding are exact."""
+    """The tolerance of a call's input, weight and output; an embedding's numbers are exact."""
     tensors = [t for t in (call.raw_input, call.output) if t.is_floating_point()]
-    return max(tolerance(tensor) for tensor in tensors)
+    cast = 0.0 if call.dtype is None else TOLERANCE.get(call.dtype, COARSE)
+    return max(cast, *(tolerance(tensor) for tensor in tensors))
 
 
 def or_zero(gradient: Tensor | None, target: Tensor) -> Tensor:

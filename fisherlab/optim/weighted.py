@@ -295,7 +295,7 @@ class WeightedLayers:
             weight = self._adopt(use)
             if weight is not None:
                 self.weights[use.name] = weight
-        fits = weight is not None and weight.fits(use) and use.geometry.width is None
+        fits = weight is not None and weight.fits(use) and use.geometry.width is None and use.plain
         if weight is None or not fits or not (weight.bias is None or weight.bias is use.bias):
             others.setdefault(use.name, set()).add(use.function)
             return output
