@@ -239,7 +239,7 @@ def capture(
 
             outputs = backpack.run(model, record, run, checked, columns)
         else:
-            outputs = _by_tape(record, run, checked, columns)
+            outputs = _by_tape(record, run, checked, columns, check != "off")
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
@@ -483,6 +483,7 @@ def _by_tape(
     forward: Callable[[], Tensor],
     check: Callable[[Tensor], Tensor],
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
+    proves: bool,
 ) -> Tensor:
     with record.tape:
         outputs = forward()
@@ -491,7 +492,7 @@ def _by_tape(
         spread(outputs, record.every(), len(outputs))
     columns = None if vectors is None else partial(vectors, outputs.detach())
     if record.every():
-        fill(outputs, record, labels, columns)
+        fill(outputs, record, labels, columns, proves)
     record.check_inputs()
     set_slopes(outputs, [call for call in record.every() if call.is_map])
     return outputs

@@ -404,6 +404,8 @@ class Record:
         self.tape = Tape(weights, self._add)
         # the gradient of the summed per-example loss at the outputs
         self.labels: Tensor
+        # the gradients of weights and biases of that loss, by id
+        self.gradients: dict[int, Tensor] = {}
         # whether a mask was found to fit a layer that is left out
         self.mask_fits = False
 
@@ -443,6 +445,17 @@ class Record:
         """All calls, weight by weight."""
         return [call for calls in self.calls.values() for call in calls]
 
+    def leaves(self) -> list[Tensor]:
+        """The weights with calls and the biases that they add, each once."""
+        found = [self.tape.weights[name] for name, calls in self.calls.items() if calls]
+        found += [call.bias for call in self.every() if call.bias is not None]
+        return list({id(leaf): leaf for leaf in found}.values())
+
+    def keep(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Keep gradients of weights and biases, dense and in their dtypes."""
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            self.gradients[id(leaf)] = or_zero(gradient, leaf)
+
     def check_inputs(self) -> None:
         """Refuse a model that overwrote a layer's input in place after the layer read it."""
         for name, calls in self.calls.items():
@@ -451,6 +464,13 @@ class Record:
                     f"the input of layer {name!r} was modified in place after the layer read it; "
                     "make that operation out of place"
                 )
+
+
+def or_zero(gradient: Tensor | None, target: Tensor) -> Tensor:
+    """A dense gradient in the dtype of its target; zeros where none arrived."""
+    if gradient is None:
+        return torch.zeros_like(target)
+    return (gradient.to_dense() if gradient.is_sparse else gradient).to(target.dtype)
 
 
 def set_slopes(outputs: Tensor, calls: Sequence[Recorded]) -> None:

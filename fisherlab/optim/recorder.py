@@ -33,11 +33,11 @@ from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.padding import counted, weighed_input
-from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
+from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
 from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order, take
 from fisherlab.extract.slopes import slopes
-from fisherlab.extract.tape import Use
+from fisherlab.extract.tape import Use, or_zero
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.passes import Call, Pass
