@@ -78,6 +78,8 @@ class Watch:
         self.loss: Tensor | None = None
         # a recorded pass runs; in compiled code
         self._running = self._compiled = False
+        # the weights whose own modules tell their products
+        self.hooked = {name for name, weight in weights.items() if weight.local == "weight"}
         self._handles = [
             model.register_forward_pre_hook(Hook(self._begin)),
             *(

@@ -57,6 +57,9 @@ class _Layer:
     count: int = 0
     # whether the weight keeps its plain gradient
     plain: bool = False
+    # whether inputs are kept by hand: what no hook of a module computes again, checkpointing would
+    # miss among the saved tensors
+    kept: bool = False
     # the examples of the batch, and where they are in the rows of the input
     examples: int = 0
     layout: str = ""
@@ -107,15 +110,23 @@ class _Weighted(torch.autograd.Function):
         layer: _Layer,
         output: list[Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
+        ctx.layer, ctx.kept = layer, None
+        if layer.kept:
+            ctx.kept, ctx.version = (x, weight), x._version
+        else:
+            ctx.save_for_backward(x, weight)
         return output.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel = ctx.saved_tensors
+        x, kernel = ctx.kept or ctx.saved_tensors
         layer: _Layer = ctx.layer
+        if ctx.kept and x._version != ctx.version:
+            raise OptimizerError(
+                f"the input of layer {layer.weight.name!r} was modified in place; make that "
+                "operation out of place"
+            )
         given = x.shape
         moved = layer.examples and len(x) != layer.examples
         if moved and not (layer.layout or layer.plain):
@@ -310,7 +321,8 @@ class WeightedLayers:
             others.setdefault(use.name, set()).add(f"{use.function} in another way")
             return output
         if use.name not in self._layers:
-            layer = _Layer(weight, self.rows, self.scale.loss, self.state)
+            kept = use.name not in self.watch.hooked
+            layer = _Layer(weight, self.rows, self.scale.loss, self.state, kept=kept)
             ours = _Joined.apply(weight.weight, weight.bias, layer)
             self._layers[use.name] = layer, *ours
         layer, kernel, bias = self._layers[use.name]
