@@ -157,6 +157,23 @@ def test_other_uses_are_left_out(kind, check):
     assert all(why in captured.report.skipped[name] for name in shapes)
 
 
+FUNCTIONS = {
+    "instance norm": lambda: nn.InstanceNorm1d(2, affine=True),
+    "instance norm, running": lambda: nn.InstanceNorm1d(2, affine=True, track_running_stats=True),
+    "prelu": lambda: nn.PReLU(),
+    "prelu of channels": lambda: nn.PReLU(2),
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functions_of_channels(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), FUNCTIONS[kind](), nn.Flatten(), nn.Linear(6, 3)
+    )
+    check(model.double().eval(), *batch(), ["0", "2", "4"], share=1.0)
+
+
 BIASES = {
     "of a transposed convolution": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 5)), nn.ConvTranspose1d(1, 2, 2), nn.Flatten(), nn.Linear(12, 3)

@@ -201,19 +201,24 @@ def _contraction(w: str, weight: Tensor, x: str, input: Tensor, out: str) -> Pro
     )
 
 
-def _convolution(dims: int) -> Parser:
+# By whether a convolution is transposed: its arguments after `padding`.
+_REST = {False: ("dilation", "groups"), True: ("output_padding", "groups", "dilation")}
+
+
+def _convolution(dims: int, transposed: bool) -> Parser:
     def parse(
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
         padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        *rest: Any,
+        **names: Any,
     ) -> Product | None:
         if input.ndim != dims + 2:
             return None
-        kernel, dilation = tuple(weight.shape[2:]), _each(dilation, dims)
+        names |= dict(zip(_REST[transposed], rest, strict=False))
+        kernel, dilation = tuple(weight.shape[2:]), _each(names.get("dilation", 1), dims)
         if isinstance(padding, str):
             same = padding == "same"
             total = [d * (k - 1) * same for d, k in zip(dilation, kernel, strict=True)]
@@ -222,29 +227,10 @@ def _convolution(dims: int) -> Parser:
             sides = [(p, p) for p in _each(padding, dims)]
         flat = tuple(p for side in reversed(sides) for p in side)
         conv = Convolution(kernel, _each(stride, dims), dilation, flat)
-        return Product(input, weight, bias, conv=conv, groups=groups)
-
-    return parse
-
-
-def _transposed(dims: int) -> Parser:
-    def parse(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Product | None:
-        if input.ndim != dims + 2:
-            return None
-        flat = tuple(p for side in reversed(_each(padding, dims)) for p in (side, side))
-        conv = Convolution(
-            tuple(weight.shape[2:]), _each(stride, dims), _each(dilation, dims), flat
+        role: dict[str, Any] = (
+            {"transposed": conv, "flipped": True} if transposed else {"conv": conv}
         )
-        return Product(input, weight, bias, flipped=True, transposed=conv, groups=groups)
+        return Product(input, weight, bias, groups=names.get("groups", 1), **role)
 
     return parse
 
@@ -256,8 +242,8 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 for _dims in (1, 2, 3):
-    PRODUCTS[getattr(F, f"conv{_dims}d")] = _convolution(_dims)
-    PRODUCTS[getattr(F, f"conv_transpose{_dims}d")] = _transposed(_dims)
+    PRODUCTS[getattr(F, f"conv{_dims}d")] = _convolution(_dims, False)
+    PRODUCTS[getattr(F, f"conv_transpose{_dims}d")] = _convolution(_dims, True)
 
 
 @parses(F.embedding)
@@ -272,68 +258,41 @@ def _embedding(
     return Product(input, weight, flipped=True, lookup=skipped)
 
 
-@parses(F.layer_norm)
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Product | None:
-    return _normed(
-        input, weight, bias, None, lambda: F.layer_norm(input, normalized_shape, eps=eps)
-    )
+def _norm(function: Callable[..., Tensor], names: str, axis: int | None) -> Parser:
+    """Of a normalisation with some arguments; the weight's factor is its result without weight."""
+
+    def parse(*args: Any, **given: Any) -> Product | None:
+        given |= dict(zip(names.split(), args, strict=False))
+        x, weight, bias = given["input"], given.pop("weight", None), given.pop("bias", None)
+        if given.get("training"):  # examples interact
+            return None
+        if given.get("use_input_stats"):  # which a second call would move
+            given |= {"running_mean": None, "running_var": None}
+        if weight is None:
+            return None if bias is None else added(x, bias, axis)
+        return Product(x, weight, bias, scale=lambda: function(**given), axis=axis)
+
+    return parse
 
 
-@parses(F.rms_norm)
-def _rms_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Product | None:
-    return _normed(input, weight, None, None, lambda: F.rms_norm(input, normalized_shape, eps=eps))
+for _function, _names, _axis in (
+    (F.layer_norm, "input normalized_shape weight bias eps", None),
+    (F.rms_norm, "input normalized_shape weight eps", None),
+    (F.group_norm, "input num_groups weight bias eps", 1),
+    (F.batch_norm, "input running_mean running_var weight bias training momentum eps", 1),
+    (
+        F.instance_norm,
+        "input running_mean running_var weight bias use_input_stats momentum eps",
+        1,
+    ),
+):
+    PRODUCTS[_function] = _norm(_function, _names, _axis)
 
 
-@parses(F.group_norm)
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Product | None:
-    return _normed(input, weight, bias, 1, lambda: F.group_norm(input, num_groups, eps=eps))
-
-
-@parses(F.batch_norm)
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Product | None:
-    if training:
-        return None
-    return _normed(
-        input, weight, bias, 1, lambda: F.batch_norm(input, running_mean, running_var, eps=eps)
-    )
-
-
-def _normed(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    axis: int | None,
-    scale: Callable[[], Tensor],
-) -> Product | None:
-    if weight is None:
-        return None if bias is None else added(x, bias, axis)
-    return Product(x, weight, bias, scale=scale, axis=axis)
+@parses(F.prelu, torch.prelu)
+def _prelu(input: Tensor, weight: Tensor) -> Product:
+    axis = None if weight.numel() == 1 else 1
+    return Product(input, weight, scale=lambda: input.clamp(max=0), axis=axis)
 
 
 def added(x: Tensor, bias: Tensor, axis: int | None = None, factor: float = 1.0) -> Product:
