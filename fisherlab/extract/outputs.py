@@ -10,7 +10,10 @@ def output_of(returned: Any, key: str = "logits") -> Any:
     """The tensor itself, `.logits` of an object or `["logits"]` of a mapping; else unchanged."""
     if isinstance(returned, Mapping) and key in returned:
         return returned[key]
-    return getattr(returned, key, returned)
+    try:
+        return getattr(returned, key, returned)
+    except KeyError:  # an object whose attributes are entries
+        return returned
 
 
 def loss_of(returned: Any) -> Any:
