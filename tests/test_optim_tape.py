@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_tape import Conv1D, Plain, TimeFirst, Tokens
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 import fisherlab as fl
 
@@ -421,3 +422,36 @@ def test_rows_that_are_no_longer_the_examples_are_refused():
     with pytest.raises(RuntimeError, match="'a' received 16 rows in a batch of 8"):
         CE(model(x), y).backward()
     assert optimizer.steps == 1
+
+
+class Checkpointed(nn.Module):
+    """A parameter that no module of torch multiplies, inside a checkpointed segment."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed, self.W = checkpointed, nn.Parameter(torch.randn(4, 4))
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        def inner(h):
+            return torch.tanh(F.linear(h, self.W) @ self.W.T)
+
+        h = torch.tanh(self.first(x))
+        h = checkpoint(inner, h, use_reentrant=False) if self.checkpointed else inner(h)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("name", ["fngd", "kfac", "ngd"])
+def test_checkpointed_functions_take_the_steps_of_others(name):
+    x, y = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+    found = []
+    for checkpointed in (False, True):
+        model = Checkpointed(checkpointed)
+        opt = fl.optim.create(name, model)
+        for _ in range(2):
+            opt.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
+from fisherlab.extract.broadcast import spread
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.hooks import fill
-from fisherlab.extract.inside import Inside, criterion_of, loss_of
+from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import floated, in_float32, is_half, isolated, random_state
 from fisherlab.extract.layer import LayerCapture
-from fisherlab.extract.outputs import output_of
+from fisherlab.extract.outputs import loss_of, output_of
 from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
 from fisherlab.extract.reentrant import reentrant_named
@@ -121,7 +122,8 @@ def capture(
     `layers` and `skip` are names or patterns such as `"encoder.*"`. A layer that is named in full
     is captured or refused; any other is left out with its reason where it has no block.
     `kinds`: which products have a block, of "map" (linear maps, convolutions), "embedding" and
-    "factors" (vectors of factors: normalisations and scales).
+    "factors" (what is multiplied or added element by element: normalisations, scales, positions,
+    biases that no map's block holds).
     `examples` `[rows]` gives the example of each row, for rows that are in another order than the
     batch's; None: autograd is asked (time-first sequences, windows, packed sequences).
 
@@ -237,7 +239,7 @@ def capture(
 
             outputs = backpack.run(model, record, run, checked, columns)
         else:
-            outputs = _by_tape(record, run, checked, columns)
+            outputs = _by_tape(record, run, checked, columns, check != "off")
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
@@ -481,13 +483,16 @@ def _by_tape(
     forward: Callable[[], Tensor],
     check: Callable[[Tensor], Tensor],
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
+    proves: bool,
 ) -> Tensor:
     with record.tape:
         outputs = forward()
     labels = record.labels = check(outputs)
+    if outputs.ndim and outputs.requires_grad:
+        spread(outputs, record.every(), len(outputs))
     columns = None if vectors is None else partial(vectors, outputs.detach())
     if record.every():
-        fill(outputs, record, labels, columns)
+        fill(outputs, record, labels, columns, proves)
     record.check_inputs()
     set_slopes(outputs, [call for call in record.every() if call.is_map])
     return outputs

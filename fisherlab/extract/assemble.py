@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fisherlab.blocks.contractions import per_example
@@ -71,17 +72,15 @@ class Piece:
         m = len(arrived)
         g = arrived
         if self.rows is not None:
-            g = g if whole_rows(call) else g.reshape(m, -1, g.shape[-1])
+            g = g if whole_rows(call) else g.reshape(m, -1, *g.shape[g.ndim - call.row_axes :])
             g = take(g, self.rows, 1)
         if self.sums in ("weight", "bias"):
-            scale = None
-            if self.sums == "weight":
-                scale = call.scale
-                if self.rows is not None and scale is not None:
-                    scale = take(
-                        scale.expand(cast(Tensor, call.output).shape).flatten(0, -2), self.rows
-                    )
-            return _elementwise(g, scale, self._aligned(g), self.geometry.out_features)
+            scale = call.scale if self.sums == "weight" else None
+            if self.rows is not None and scale is not None and scale.ndim:
+                scale = scale.expand(cast(Tensor, call.output).shape)
+                features = scale.shape[scale.ndim - call.row_axes :]
+                scale = take(scale.reshape(-1, *features), self.rows)
+            return _elementwise(g, scale, self._aligned(g), call.geometry)
         if self.sums == "formed":
             assert self.inner is not None
             a = self.inner.inputs(self._rows_of_input(g.dtype))
@@ -106,11 +105,13 @@ class Piece:
         return [k for k in range(2, ndim) if shape[k] == 1]
 
 
-def _elementwise(g: Tensor, scale: Tensor | None, spread: list[int], features: int) -> Tensor:
+def _elementwise(g: Tensor, scale: Tensor | None, spread: list[int], geometry: Geometry) -> Tensor:
     """`sum g * x` over the axes that the weight is spread over, `[m, n, 1, d]`."""
     product = g if scale is None else g * scale
     summed = product.sum(spread) if spread else product
-    return summed.reshape(*g.shape[:2], 1, features)
+    o, start = geometry.out_features, geometry.start
+    rows = summed.reshape(*g.shape[:2], 1, geometry.width or o)
+    return rows if geometry.width is None else F.pad(rows, (start, o - start - geometry.width))
 
 
 def pieces(call: Call, form: Form, n: int) -> list[Piece]:
@@ -121,7 +122,7 @@ def pieces(call: Call, form: Form, n: int) -> list[Piece]:
     if call.scale is not None:
         if not form.fits(call):
             raise ValueError("it is a factor per feature in one place and a matrix in another")
-        if rows is not None and (call.axis is not None or len(call.weight_shape) != 1):
+        if rows is not None and call.axis is not None:
             raise ValueError("its rows are not in the order of the examples")
         one = cast(Tensor, call.output).new_ones(n, 1, 1)
         parts = [Piece(replace(whole, adds=False), one, call, rows, "weight")]

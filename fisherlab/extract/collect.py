@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import dead
 from fisherlab.extract.assemble import Form, Piece, capture_of, pieces, shared_biases
+from fisherlab.extract.backward import pulled_back
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.padding import counted
@@ -55,20 +56,21 @@ def collect(
     for name, found in calls.items():
         if not all(all_finite(call.gradients) for call in found):
             raise CaptureError(f"the gradient at the output of {name!r} has NaN or inf entries")
-    leaves = _leaves(calls, weights)
+    proves = check != "off"
+    leaves = [leaf for leaf in record.leaves() if id(leaf) not in record.gradients]
+    if proves and leaves:
+        record.keep(leaves, pulled_back(outputs, record.labels, leaves))
     weighted = None
-    if check != "off" and calls:
-        weighted = Weighted.of(outputs, record.labels, n, record.every(), leaves)
-    failures = shared_biases(calls) | _find_rows(
-        calls, outputs, n, weighted if check == "full" else None, examples
-    )
+    if check == "full" and calls and outputs.ndim:
+        weighted = Weighted(outputs, record.labels, record.every())
+    failures = shared_biases(calls) | _find_rows(calls, outputs, n, weighted, examples)
     failures |= left_out or {}
     captured: dict[str, LayerCapture] = {}
     covered: set[int] = set()
     for name, found in calls.items():
         if name in failures:
             continue
-        if weighted is None and record.tape.others.get(name):
+        if not proves and record.tape.others.get(name):
             # an unproven product is not taken on trust
             failures[name] = _why(record, name)[0]
             continue
@@ -79,14 +81,6 @@ def collect(
             failures[name] = str(why)
             continue
         kind = type(weights[name].module).__name__
-        if weighted is not None:
-            sums = capture_of(name, kind, parts, form, weighted.arrived)
-            leaf = weighted.leaves[id(weights[name].tensor)]
-            bias = None if form.bias is None else weighted.leaves[id(form.bias)]
-            error = gradient_error(list(sums.values()), leaf, bias)
-            if error > max(call_tolerance(call) for call in found):
-                failures[name] = not_a_product(error, *_why(record, name))
-                continue
         slopes, reason = _slopes(name, found, parts, n)
         layers = capture_of(
             name,
@@ -100,6 +94,13 @@ def collect(
             fisher_type=fisher_type,
             term_scale=term_scale,
         )
+        if proves:
+            leaf = record.gradients[id(weights[name].tensor)]
+            bias = None if form.bias is None else record.gradients[id(form.bias)]
+            error = gradient_error(list(layers.values()), leaf, bias)
+            if error > max(call_tolerance(call) for call in found):
+                failures[name] = not_a_product(error, *_why(record, name))
+                continue
         try:
             counts = _counted(next(iter(layers.values())), parts, mask, outputs, record.labels)
         except CaptureError as masked:
@@ -144,15 +145,6 @@ def coverage(
     total = sum(w.tensor.numel() for w in weights.values() if w.tensor.requires_grad)
     inside = sum(layer.shape[0] * layer.shape[1] for layer in captured.values())
     return total, min(total, inside)
-
-
-def _leaves(calls: Mapping[str, Sequence[Recorded]], weights: Mapping[str, Weight]) -> list[Tensor]:
-    """The weights with calls and the biases that they add, each once."""
-    found = {id(weights[name].tensor): weights[name].tensor for name in calls}
-    for call in (call for some in calls.values() for call in some):
-        if call.bias is not None:
-            found[id(call.bias)] = call.bias
-    return list(found.values())
 
 
 def _find_rows(

@@ -382,6 +382,8 @@ def _hessian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor
 
 
 def _autograd_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+    if drawn.numel() == y.numel():
+        drawn = drawn.reshape(y.shape)
     if drawn.shape != y.shape:
         raise CaptureError(
             f"`sample` registered for {name_of(criterion)} drew labels of shape "
@@ -560,29 +562,26 @@ def _label_ones(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
     return _ones(y.shape, y)
 
 
-def _one_at_a_time(entries: Tensor) -> Iterator[Tensor]:
+def _diagonal(criterion: Any, outputs: Tensor, y: Tensor, entries: Terms) -> Iterator[Tensor]:
     """A diagonal root: the entry of each output in a vector of its own."""
-    flat = entries.reshape(entries.shape[0], -1)
+    found = entries(criterion, outputs, y)
+    flat = found.reshape(len(found), -1)
     for k in range(flat.shape[1]):
         vector = torch.zeros_like(flat)
         vector[:, k] = flat[:, k]
-        yield vector.view_as(entries)
+        yield vector.view_as(found)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _squared_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
-    return _one_at_a_time(torch.full_like(outputs, math.sqrt(2.0)))
+def _squared_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
+    return torch.full_like(outputs, math.sqrt(2.0))
 
 
 def _draw_gaussian(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
     return outputs + _noise(outputs, generator) * math.sqrt(0.5)
-
-
-def _squared_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
-    return 2 * (outputs - drawn)
 
 
 def _bernoulli_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | None:
@@ -594,10 +593,10 @@ def _bernoulli_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | No
     return _positive(criterion, factor if weight is None else factor * weight)
 
 
-def _bernoulli_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+def _bernoulli_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
     entries = (outputs.sigmoid() * (-outputs).sigmoid()).sqrt()
     factor = _bernoulli_factor(criterion, outputs, y)
-    return _one_at_a_time(entries if factor is None else entries * factor.to(entries).sqrt())
+    return entries if factor is None else entries * factor.to(entries).sqrt()
 
 
 def _draw_bits(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -620,23 +619,16 @@ def _check_rates(criterion: Any, outputs: Tensor, y: Tensor) -> None:
         )
 
 
-def _poisson_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+def _poisson_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
     """The root of `E s^2`: `exp(f)`, or `(f + eps^2) / (f + eps)^2` at rates."""
     if criterion.log_input:
-        return _one_at_a_time((outputs / 2).exp())
-    eps = criterion.eps
-    return _one_at_a_time((outputs + eps**2).sqrt() / (outputs + eps))
+        return (outputs / 2).exp()
+    return (outputs + criterion.eps**2).sqrt() / (outputs + criterion.eps)
 
 
 def _draw_counts(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
     rates = (outputs.exp() if criterion.log_input else outputs).double().to(generator.device)
     return torch.poisson(rates, generator).to(outputs)
-
-
-def _poisson_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
-    if criterion.log_input:
-        return outputs.exp() - drawn
-    return 1 - drawn / (outputs + criterion.eps)
 
 
 # A mean and a variance ------------------------------------------------------------------------
@@ -670,10 +662,10 @@ def _mean_and_variance(criterion: Any, outputs: Tensor) -> tuple[Tensor, Tensor]
     return mean, variance.clamp(min=criterion.eps)
 
 
-def _gaussian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor]:
+def _gaussian_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
     """The root of `E s s^T`, `diag(1 / v, 1 / (2 v^2))`."""
     _, v = _mean_and_variance(criterion, outputs)
-    return _one_at_a_time(torch.cat([v.rsqrt(), 1 / (math.sqrt(2.0) * v)], 1))
+    return torch.cat([v.rsqrt(), 1 / (math.sqrt(2.0) * v)], 1)
 
 
 def _draw_pairs(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -681,62 +673,45 @@ def _draw_pairs(criterion: Any, outputs: Tensor, generator: torch.Generator) -> 
     return mean + v.sqrt() * _noise(mean, generator)
 
 
-def _gaussian_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
-    mean, v = _mean_and_variance(criterion, outputs)
-    distance = drawn.reshape(mean.shape) - mean
-    return torch.cat([-distance / v, (1 - distance.square() / v) / (2 * v)], 1)
-
-
 _built_in = partial(Rules, terms=terms_at, proven=True)
+
+
+def _of_classes(**more: Any) -> Rules:
+    found: dict[str, Any] = {"root": _class_root, "score": _class_score} | more
+    return _built_in(
+        weights=_class_shares,
+        sample=_draw_classes,
+        check=_check_classes,
+        factor=_class_factor,
+        classes=True,
+        **found,
+    )
+
+
+def _of_single(entries: Terms, sample: Sampler, check: Check, **more: Any) -> Rules:
+    """Of one output a term, whose Hessian or expected `s s^T` has the root `entries`."""
+    found: dict[str, Any] = {"score": _autograd_score} | more
+    root = partial(_diagonal, entries=entries)
+    return _built_in(weights=_label_ones, root=root, sample=sample, check=check, **found)
+
+
 _REGISTRY |= {
-    nn.CrossEntropyLoss: _built_in(
-        weights=_class_shares,
-        root=_class_root,
-        sample=_draw_classes,
-        score=_class_score,
-        check=_check_classes,
-        factor=_class_factor,
-        classes=True,
-    ),
-    nn.NLLLoss: _built_in(
-        weights=_class_shares,
+    nn.CrossEntropyLoss: _of_classes(),
+    nn.NLLLoss: _of_classes(
         root=partial(_class_root, through_softmax=False),
-        sample=_draw_classes,
         score=partial(_class_score, through_softmax=False),
-        check=_check_classes,
         unknown=_not_normalised,
-        factor=_class_factor,
-        classes=True,
     ),
-    nn.MSELoss: _built_in(
-        weights=_label_ones,
-        root=_squared_root,
-        sample=_draw_gaussian,
-        score=_squared_score,
-        check=_check_same,
-    ),
-    nn.BCEWithLogitsLoss: _built_in(
-        weights=_label_ones,
-        root=_bernoulli_root,
-        sample=_draw_bits,
+    nn.MSELoss: _of_single(_squared_entries, _draw_gaussian, _check_same),
+    nn.BCEWithLogitsLoss: _of_single(
+        _bernoulli_entries,
+        _draw_bits,
+        _check_bits,
         score=_bernoulli_score,
         factor=_bernoulli_factor,
-        check=_check_bits,
     ),
-    nn.PoissonNLLLoss: _built_in(
-        weights=_label_ones,
-        root=_poisson_root,
-        sample=_draw_counts,
-        score=_poisson_score,
-        check=_check_rates,
-    ),
-    nn.GaussianNLLLoss: _built_in(
-        weights=_label_ones,
-        root=_gaussian_root,
-        sample=_draw_pairs,
-        score=_gaussian_score,
-        check=_check_pairs,
-        call=_gaussian_call,
-        apart=True,
+    nn.PoissonNLLLoss: _of_single(_poisson_entries, _draw_counts, _check_rates),
+    nn.GaussianNLLLoss: _of_single(
+        _gaussian_entries, _draw_pairs, _check_pairs, call=_gaussian_call, apart=True
     ),
 }

@@ -5,7 +5,6 @@ Padding has no gradient behind the rectifier either; a dead position has one the
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fisherlab.extract.backward import pulled_back
-from fisherlab.extract.slopes import _RENAMED, _name, _sorted
+from fisherlab.extract.broadcast import users_of
+from fisherlab.extract.slopes import _RENAMED, _name
 
 # Element-wise functions whose derivative is exactly 0 somewhere.
 _STOPPING = frozenset(
@@ -26,11 +26,7 @@ _PASSED = _RENAMED | {"Add", "Sub", "Neg"}
 
 def stopping(output: Tensor, edges: Sequence[GradientEdge]) -> list[list[Any]]:
     """The nodes that may stop the gradient of each edge, one element at a time."""
-    users: dict[tuple[Any, int], list[Any]] = defaultdict(list)
-    for node in _sorted([output.grad_fn]):
-        for source, number in node.next_functions:
-            if source is not None:
-                users[source, number].append(node)
+    users = users_of(output)
     found: list[list[Any]] = []
     for edge in edges:
         nodes, seen, stack = [], set(), [(edge.node, edge.output_nr)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fisherlab.extract.backward import pulled_back, widened
-from fisherlab.extract.tape import Record
+from fisherlab.extract.tape import Record, Recorded
 
 
 def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tensor]:
@@ -17,7 +17,10 @@ def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tens
     Only as far as layer outputs: no parameter gradient is formed and `.grad` is not touched.
     """
     calls = record.every()
-    gradients = pulled_back(outputs, vector, [call.edge for call in calls])
+    return _dense(pulled_back(outputs, vector, [call.edge for call in calls]), calls)
+
+
+def _dense(gradients: Sequence[Tensor | None], calls: Sequence[Recorded]) -> list[Tensor]:
     return [
         widened(torch.zeros_like(call.output) if gradient is None else gradient)
         for call, gradient in zip(calls, gradients, strict=True)
@@ -25,14 +28,21 @@ def send_backwards(outputs: Tensor, record: Record, vector: Tensor) -> list[Tens
 
 
 def fill(
-    outputs: Tensor, record: Record, labels: Tensor, vectors: Callable[[], Iterator[Tensor]] | None
+    outputs: Tensor,
+    record: Record,
+    labels: Tensor,
+    vectors: Callable[[], Iterator[Tensor]] | None,
+    parameters: bool = False,
 ) -> None:
     """Send the loss gradient and every output vector backwards; leave the results on the calls.
 
-    `vectors` None: the loss gradient is the only column (the empirical Fisher).
+    `vectors` None: the loss gradient is the only column (the empirical Fisher). With `parameters`
+    the loss gradients of weights and biases are left on the record, of the same backward pass.
     """
-    calls = record.every()
-    for call, gradient in zip(calls, send_backwards(outputs, record, labels), strict=True):
+    calls, leaves = record.every(), record.leaves() if parameters else []
+    found = pulled_back(outputs, labels, [*(call.edge for call in calls), *leaves])
+    record.keep(leaves, found[len(calls) :])
+    for call, gradient in zip(calls, _dense(found[: len(calls)], calls), strict=True):
         call.label_gradient = gradient
     if vectors is None:
         for call in calls:

@@ -132,13 +132,6 @@ def criterion_of(criterion: Any, loss_scale: str | None) -> Any:
     return Inside(loss_scale)
 
 
-def loss_of(returned: Any) -> Any:
-    """The tensor itself, `.loss` of an object or `["loss"]` of a mapping; else unchanged."""
-    if isinstance(returned, Mapping) and "loss" in returned:
-        return returned["loss"]
-    return getattr(returned, "loss", returned)
-
-
 def rows_of(x: object, n: int, rows: slice | Tensor) -> object:
     """Some examples of a model's arguments; tensors of another length belong to every example."""
     if isinstance(x, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -28,9 +28,12 @@ class Product:
         transposed: the hyper-parameters of a transposed convolution.
         lookup: of an embedding the index without gradient, or -1.
         groups: the groups of a convolution.
-        scale: of an element-wise product the factor `x` of the weight, as large as the output.
+        scale: of an element-wise product the factor of the weight, as large as the output or 1.
         axis: of an element-wise product the output's axis where the weight starts; None: aligned
             with the last axes, as in broadcasting.
+        features: the width of `x`, where the weight has more than two axes.
+        turned: brings the output to rows of features, and such rows back.
+        swapped: the same call with the roles of the two arguments exchanged.
     """
 
     x: Tensor
@@ -43,6 +46,14 @@ class Product:
     groups: int = 1
     scale: Callable[[], Tensor] | None = None
     axis: int | None = None
+    features: int | None = None
+    turned: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
+    swapped: Product | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is `x W^T` or `x W` of rows, with a matrix or the kernel of a convolution."""
+        return not self.elementwise and self.turned is None and self.features is None
 
     @property
     def elementwise(self) -> bool:
@@ -110,27 +121,104 @@ def _addmm(
     return Product(mat1, mat2, input, flipped=True) if beta == alpha == 1 else None
 
 
-@parses(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+@parses(
+    *(torch.matmul, torch.mm, torch.bmm),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__),
+)
 def _matmul(input: Tensor, other: Tensor | None = None, **names: Tensor) -> Product | None:
+    """`x W`, or `W x` of columns `x`, for a matrix that may be the same for all of a batch."""
     other = names.get("mat2", other)
-    if not isinstance(other, Tensor) or input.ndim < 2 or other.ndim != 2:
+    if not isinstance(other, Tensor) or min(input.ndim, other.ndim) < 2:
         return None
-    return Product(input, other, flipped=True)
+    product = swapped = None
+    if (right := _matrix(other)) is not None and input.ndim >= other.ndim:
+        product = Product(input, right, flipped=True)
+    if (left := _matrix(input)) is not None and other.ndim >= input.ndim:
+        swapped = Product(other.mT, left, turned=(_transpose, _transpose))
+    if product is None:
+        return swapped
+    product.swapped = swapped
+    return product
 
 
-def _convolution(dims: int) -> Parser:
+def _transpose(x: Tensor) -> Tensor:
+    return x.mT
+
+
+def _matrix(weight: Tensor) -> Tensor | None:
+    """The matrix that all of a stack are; None where they may differ."""
+    same = all(
+        size == 1 or not step
+        for size, step in zip(weight.shape[:-2], weight.stride()[:-2], strict=True)
+    )
+    return weight[(0,) * (weight.ndim - 2)] if same else None
+
+
+@parses(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Product | None:
+    """A contraction of two tensors whose weight has no letter in common with the rows."""
+    if len(operands) == 1 and isinstance(operands[0], tuple | list):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    terms, out = equation.replace(" ", "").split("->")
+    one, other = terms.split(",")
+    product = _contraction(other, operands[1], one, operands[0], out)
+    swapped = _contraction(one, operands[0], other, operands[1], out)
+    if product is None:
+        return swapped
+    product.swapped = swapped
+    return product
+
+
+def _contraction(w: str, weight: Tensor, x: str, input: Tensor, out: str) -> Product | None:
+    """The product for letters `w` of the weight, `x` of the input and `out` of the output."""
+    if "..." in x:
+        rest = "ABCDEFGH"[: input.ndim - len(x) + 3]
+        x, out = x.replace("...", rest), out.replace("...", rest)
+    rows = [letter for letter in x if letter not in w]
+    i, o = [c for c in w if c in x], [c for c in w if c not in x]
+    once = all(len(set(term)) == len(term) for term in (w, x, out))
+    if not once or not i or not o or set(out) != {*rows, *o}:
+        return None
+    if w not in ("".join(i + o), "".join(o + i)):
+        return None
+    lead = len(rows)
+    to = [out.index(letter) for letter in rows + o]
+    back = [to.index(k) for k in range(len(to))]
+    sizes = [weight.shape[w.index(letter)] for letter in o]
+    rows_of_x = input.permute([x.index(letter) for letter in rows + i]).flatten(lead)
+    turned = (
+        lambda y: y.permute(to).flatten(lead),
+        lambda y: y.unflatten(lead, sizes).permute(back),
+    )
+    return Product(
+        rows_of_x,
+        weight,
+        flipped=w == "".join(i + o),
+        features=rows_of_x.shape[-1] if weight.ndim > 2 else None,
+        turned=None if len(o) == 1 and to == sorted(to) else turned,
+    )
+
+
+# By whether a convolution is transposed: its arguments after `padding`.
+_REST = {False: ("dilation", "groups"), True: ("output_padding", "groups", "dilation")}
+
+
+def _convolution(dims: int, transposed: bool) -> Parser:
     def parse(
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
         padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        *rest: Any,
+        **names: Any,
     ) -> Product | None:
         if input.ndim != dims + 2:
             return None
-        kernel, dilation = tuple(weight.shape[2:]), _each(dilation, dims)
+        names |= dict(zip(_REST[transposed], rest, strict=False))
+        kernel, dilation = tuple(weight.shape[2:]), _each(names.get("dilation", 1), dims)
         if isinstance(padding, str):
             same = padding == "same"
             total = [d * (k - 1) * same for d, k in zip(dilation, kernel, strict=True)]
@@ -139,29 +227,10 @@ def _convolution(dims: int) -> Parser:
             sides = [(p, p) for p in _each(padding, dims)]
         flat = tuple(p for side in reversed(sides) for p in side)
         conv = Convolution(kernel, _each(stride, dims), dilation, flat)
-        return Product(input, weight, bias, conv=conv, groups=groups)
-
-    return parse
-
-
-def _transposed(dims: int) -> Parser:
-    def parse(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Product | None:
-        if input.ndim != dims + 2:
-            return None
-        flat = tuple(p for side in reversed(_each(padding, dims)) for p in (side, side))
-        conv = Convolution(
-            tuple(weight.shape[2:]), _each(stride, dims), _each(dilation, dims), flat
+        role: dict[str, Any] = (
+            {"transposed": conv, "flipped": True} if transposed else {"conv": conv}
         )
-        return Product(input, weight, bias, flipped=True, transposed=conv, groups=groups)
+        return Product(input, weight, bias, groups=names.get("groups", 1), **role)
 
     return parse
 
@@ -173,8 +242,8 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 for _dims in (1, 2, 3):
-    PRODUCTS[getattr(F, f"conv{_dims}d")] = _convolution(_dims)
-    PRODUCTS[getattr(F, f"conv_transpose{_dims}d")] = _transposed(_dims)
+    PRODUCTS[getattr(F, f"conv{_dims}d")] = _convolution(_dims, False)
+    PRODUCTS[getattr(F, f"conv_transpose{_dims}d")] = _convolution(_dims, True)
 
 
 @parses(F.embedding)
@@ -189,72 +258,106 @@ def _embedding(
     return Product(input, weight, flipped=True, lookup=skipped)
 
 
-@parses(F.layer_norm)
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Product | None:
-    return _normed(
-        input, weight, bias, None, lambda: F.layer_norm(input, normalized_shape, eps=eps)
-    )
+def _norm(function: Callable[..., Tensor], names: str, axis: int | None) -> Parser:
+    """Of a normalisation with some arguments; the weight's factor is its result without weight."""
+
+    def parse(*args: Any, **given: Any) -> Product | None:
+        given |= dict(zip(names.split(), args, strict=False))
+        x, weight, bias = given["input"], given.pop("weight", None), given.pop("bias", None)
+        if given.get("training"):  # examples interact
+            return None
+        if given.get("use_input_stats"):  # which a second call would move
+            given |= {"running_mean": None, "running_var": None}
+        if weight is None:
+            return None if bias is None else added(x, bias, axis)
+        return Product(x, weight, bias, scale=lambda: function(**given), axis=axis)
+
+    return parse
 
 
-@parses(F.rms_norm)
-def _rms_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Product | None:
-    return _normed(input, weight, None, None, lambda: F.rms_norm(input, normalized_shape, eps=eps))
+for _function, _names, _axis in (
+    (F.layer_norm, "input normalized_shape weight bias eps", None),
+    (F.rms_norm, "input normalized_shape weight eps", None),
+    (F.group_norm, "input num_groups weight bias eps", 1),
+    (F.batch_norm, "input running_mean running_var weight bias training momentum eps", 1),
+    (
+        F.instance_norm,
+        "input running_mean running_var weight bias use_input_stats momentum eps",
+        1,
+    ),
+):
+    PRODUCTS[_function] = _norm(_function, _names, _axis)
 
 
-@parses(F.group_norm)
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Product | None:
-    return _normed(input, weight, bias, 1, lambda: F.group_norm(input, num_groups, eps=eps))
+@parses(F.prelu, torch.prelu)
+def _prelu(input: Tensor, weight: Tensor) -> Product:
+    axis = None if weight.numel() == 1 else 1
+    return Product(input, weight, scale=lambda: input.clamp(max=0), axis=axis)
 
 
-@parses(F.batch_norm)
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Product | None:
-    if training:
-        return None
-    return _normed(
-        input, weight, bias, 1, lambda: F.batch_norm(input, running_mean, running_var, eps=eps)
-    )
-
-
-def _normed(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    axis: int | None,
-    scale: Callable[[], Tensor],
-) -> Product | None:
-    return None if weight is None else Product(x, weight, bias, scale=scale, axis=axis)
+def added(x: Tensor, bias: Tensor, axis: int | None = None, factor: float = 1.0) -> Product:
+    """A parameter that is added to `x`: an element-wise product with 1."""
+    return Product(x, bias, scale=lambda: x.new_full((), factor), axis=axis)
 
 
 @parses(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _times(input: Any, other: Any) -> Product | None:
-    """A factor per feature: LayerScale, a norm written by hand. The weight is the smaller one."""
+    """A factor per feature: LayerScale, a norm written by hand."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None
-    weight, x = (input, other) if input.numel() < other.numel() else (other, input)
-    return Product(x, weight, scale=lambda: x)
+    return Product(
+        input, other, scale=lambda: input, swapped=Product(other, input, scale=lambda: other)
+    )
+
+
+@parses(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def _plus(input: Any, other: Any, *, alpha: float = 1.0) -> Product | None:
+    """A parameter added to each example: a position's, a bias by hand."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return None
+    product = added(input, other, factor=alpha)
+    product.swapped = added(other, input)
+    return product
+
+
+@parses(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
+def _minus(input: Any, other: Any, *, alpha: float = 1.0) -> Product | None:
+    return _plus(input, other, alpha=-alpha)
+
+
+@parses(Tensor.expand, Tensor.expand_as)
+def _spread(input: Tensor, *sizes: Any) -> Product | None:
+    """A parameter of one row that every example gets: a class token."""
+    given = sizes[0] if len(sizes) == 1 else sizes
+    wide = tuple(given.shape if isinstance(given, Tensor) else given)
+    one_row = input.ndim == 1 or (input.ndim == len(wide) and input.shape[0] == 1)
+    if not one_row or len(wide) < 2 or wide[0] in (1, -1):
+        return None
+    own = (1,) * (len(wide) - input.ndim) + input.shape
+    size = [old if new == -1 else new for old, new in zip(own, wide, strict=True)]
+    return Product(input.new_empty(()).expand(size), input, scale=lambda: input.new_ones(()))
+
+
+# By name: the functions whose result is `s W + c` of a tensor W and numbers, and s.
+_AFFINE: dict[str, Callable[..., float]] = {
+    **dict.fromkeys(
+        "add __add__ __radd__ sub __sub__ float double half bfloat16 to type type_as clone "
+        "contiguous".split(),
+        lambda *_: 1.0,
+    ),
+    **dict.fromkeys("rsub __rsub__ neg __neg__".split(), lambda *_: -1.0),
+    **dict.fromkeys("mul __mul__ __rmul__".split(), lambda s: s),
+    **dict.fromkeys("div __truediv__ true_divide".split(), lambda s: 1 / s),
+}
+
+
+def affine_of(func: Callable, args: Sequence[Any]) -> tuple[Tensor, float] | None:
+    """The tensor W and the number s of a result `s W + c`; None where it is none."""
+    factor = _AFFINE.get(getattr(func, "__name__", ""))
+    if factor is None or not args or not isinstance(args[0], Tensor):
+        return None
+    W, *rest = args
+    if func.__name__ in ("to", "type", "type_as", "clone"):
+        return W, 1.0
+    numbers = all(isinstance(value, int | float) and value for value in rest)
+    return (W, factor(*rest)) if numbers else None

@@ -33,7 +33,10 @@ def whole_rows(call: Call) -> bool:
 
 def as_rows(call: Call, tensor: Tensor) -> Tensor:
     """An output or its gradient as `[rows, features]`."""
-    return tensor.flatten(1) if whole_rows(call) else tensor.reshape(-1, tensor.shape[-1])
+    if whole_rows(call):
+        return tensor.flatten(1)
+    features = tensor.shape[tensor.ndim - call.row_axes :].numel()
+    return tensor.reshape(-1, features)
 
 
 def find_examples(

@@ -10,87 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.blocks.numerics import all_finite
-from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.names import nearest
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _DROPOUT = nn.modules.dropout._DropoutNd
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A module with parameters: whether it has a block, and the reason if it has none.
-
-    `status` is "exact", "tied" (the block of `owner`, whose weight it shares) or "plain gradient".
-    """
-
-    name: str
-    module: nn.Module
-    status: str
-    reason: str = ""
-    owner: str | None = None
-
-
-def weight_identity(module: nn.Module) -> object:
-    """The parameter that is the module's weight, or the module itself if it computes its weight.
-
-    A parametrized weight is another tensor at each access, so no two modules share it.
-    """
-    weight = module._parameters.get("weight")
-    return module if weight is None else weight
-
-
-def choices(model: nn.Module) -> list[Choice]:
-    """One `Choice` per module that owns parameters, in order of registration."""
-    owners: dict[object, Choice] = {}
-    found: dict[str, Choice] = {}
-    fused: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        name = name or type(model).__name__.lower()
-        if isinstance(module, nn.MultiheadAttention):
-            fused.update(module.modules())
-        if not list(module.parameters(recurse=False)) and not _parametrized(module):
-            continue
-        choice = _choice(name, module, module in fused)
-        first = owners.setdefault(weight_identity(module), choice)
-        found[name] = choice
-        if first is choice:
-            continue
-        if isinstance(module, nn.Linear) and found[first.name].status == "exact":
-            if isinstance(first.module, nn.Linear):
-                reason = f"shares its weight with {first.name!r}"
-                found[name] = Choice(name, module, "tied", reason, first.name)
-                continue
-        for one, other in ((choice, first), (first, choice)):
-            if found[one.name].status != "plain gradient":
-                reason = (
-                    f"shares its weight with {other.name!r}, {type(other.module).__name__}: the "
-                    "block of a weight used by two kinds of layer, or by two convolutions, is not "
-                    "defined"
-                )
-                found[one.name] = Choice(one.name, one.module, "plain gradient", reason)
-    lost = {name for name, choice in found.items() if choice.status == "plain gradient"}
-    return [
-        Choice(c.name, c.module, "plain gradient", found[c.owner].reason) if c.owner in lost else c
-        for c in found.values()
-    ]
-
-
-def _parametrized(module: nn.Module) -> bool:
-    return torch.nn.utils.parametrize.is_parametrized(module)
-
-
-def _choice(name: str, module: nn.Module, fused: bool) -> Choice:
-    plain = "plain gradient"
-    if fused:
-        return Choice(name, module, plain, "inside nn.MultiheadAttention, which calls no layer")
-    if isinstance(module, _RECURRENT):
-        return Choice(name, module, plain, "fused recurrence; fl.models' lstm is of Linear maps")
-    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        return Choice(name, module, plain, f"{type(module).__name__} has no Kronecker form")
-    if not module.weight.requires_grad:
-        return Choice(name, module, plain, "its weight is frozen")
-    return Choice(name, module, "exact")
 
 
 @dataclass(frozen=True)
@@ -140,7 +63,8 @@ def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
     for prefix, module in model.named_modules():
         if computed and "parametrizations" in prefix.split("."):
             continue
-        made = list(getattr(module, "parametrizations", ())) if _parametrized(module) else []
+        parametrized = torch.nn.utils.parametrize.is_parametrized(module)
+        made = list(getattr(module, "parametrizations", ())) if parametrized else []
         for local in (*_parameters(module), *(made if computed else ())):
             tensor = getattr(module, local)
             if not isinstance(tensor, Tensor):

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherlab.extract.geometry import CaptureError, Geometry
-from fisherlab.extract.products import PRODUCTS, Product
+from fisherlab.extract.products import PRODUCTS, Product, added, affine_of
 from fisherlab.extract.slopes import Slopes, slopes
 
 # torch's own attention asks for a mode at its door only. This copy does not ask, so that the linear
@@ -34,7 +34,8 @@ _ATTENTION = FunctionType(
 _ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
-# Kinds of products: linear maps and convolutions, embeddings, vectors of factors (normalisations).
+# Kinds of products: linear maps and convolutions, embeddings, factors and terms per feature
+# (normalisations, biases that no map has, positions).
 KINDS = ("map", "embedding", "factors")
 
 
@@ -47,6 +48,10 @@ class Use:
     bias: Tensor | None
     product: Product
     function: str
+    # whether the parameter itself is multiplied, as a matrix with rows or as a kernel
+    plain: bool = True
+    # the coarsest that the weight was cast to
+    dtype: torch.dtype | None = None
 
     @property
     def kind(self) -> str:
@@ -65,9 +70,12 @@ class Call:
     raw_input: Tensor
     weight_shape: tuple[int, ...]
     output: Tensor | None = None
-    # of an element-wise product: the factor of the weight, and the axis where the weight starts
+    # of an element-wise product: the factor of the weight, and the axis where the weight starts;
+    # `weight_shape` is then that of the part that is used
     scale: Tensor | None = None
     axis: int | None = None
+    # the coarsest that the weight was cast to
+    dtype: torch.dtype | None = None
     # the example of every row, where the first axis is not the example; -1: no example
     examples: Tensor | None = None
 
@@ -75,6 +83,28 @@ class Call:
     def is_map(self) -> bool:
         """Whether it is a linear map or a convolution."""
         return self.scale is None and self.geometry.lookup is None
+
+    @property
+    def row_axes(self) -> int:
+        """How many trailing axes of the output are the features of a row."""
+        if self.scale is None:
+            return 1
+        rest = list(self.weight_shape)
+        while rest and rest[0] == 1:
+            rest.pop(0)
+        return len(rest)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a tensor is on the tape: `factor W + c` of a weight, in the weight's layout."""
+
+    name: str
+    root: Tensor
+    # the coarsest that it was cast to
+    dtype: torch.dtype
+    factor: float = 1.0
+    version: int | None = None
 
 
 @dataclass(eq=False)
@@ -103,13 +133,30 @@ class Tape(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.weights, self.record = dict(weights), record
-        self._names = {id(weight): name for name, weight in self.weights.items()}
+        self._known = {
+            id(weight): Known(name, weight, weight.dtype) for name, weight in self.weights.items()
+        }
+        # shifted, scaled and cast weights of the pass that runs, which are kept alive with it
+        self._computed: dict[int, tuple[Tensor, Known]] = {}
+        self._depth = 0
         # by name: the functions that use a weight in another way
         self.others: dict[str, set[str]] = {}
         # the weights and biases of products whose outputs carry no graph
         self.without_graph: set[str] = set()
         # by name of a bias: the weight whose products add it
         self.added: dict[str, str] = {}
+        # by name of a weight: the bias in its block; a second one has a block of its own
+        self._biases: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Tape:
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._depth -= 1
+        if not self._depth:
+            self._computed.clear()
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -121,31 +168,53 @@ class Tape(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         # an activation may overwrite what it reads, and a product is parsed before it is run
         parse = PRODUCTS.get(func)
-        use = None if parse is None else self._use(func, parse(*args, **kwargs))
+        product = None if parse is None else parse(*args, **kwargs)
+        uses = [] if product is None else self._uses(func, product)
         out = func(*args, **kwargs)
-        if use is not None and isinstance(out, Tensor):
+        if uses and isinstance(out, Tensor):
+            return self._recorded(func, uses, out)
+        if self._is_new(out) and not self._is_computed(func, args, out):
+            self._note(func, (*args, *kwargs.values()))
+        return out
+
+    def _recorded(self, func: Callable, uses: Sequence[Use], out: Tensor) -> Tensor:
+        for use in uses:
             bias = self.name(use.bias)
             if bias is not None:
                 self.added.setdefault(bias, use.name)
             if not out.requires_grad:
                 self.without_graph |= {use.name, bias or use.name}
-                return out
-            self._note(func, (use.product.x,))
-            if use.bias is None and use.product.bias is not None:
-                self._note(func, (use.product.bias,), " as a bias of several or no single weight")
-            return self.record(use, out)
-        if self._is_new(out):
-            self._note(func, (*args, *kwargs.values()))
+                continue
+            if not use.product.elementwise:
+                self._note(func, (use.product.x,))
+            turned = use.product.turned
+            if turned is None:
+                out = self.record(use, out)
+            else:
+                to, back = turned
+                out = back(self.record(use, to(out)))
         return out
+
+    def known(self, tensor: object) -> Known | None:
+        """What a tensor is on this tape, itself or by the tensor that it is a view of."""
+        if not isinstance(tensor, Tensor):
+            return None
+        for each in (tensor, tensor._base):
+            if each is None:
+                continue
+            if id(each) in self._known:
+                return self._known[id(each)]
+            if id(each) in self._computed:
+                known = self._computed[id(each)][1]
+                if each._version == known.version:
+                    return known
+                self.others.setdefault(known.name, set()).add("an operation in place")
+        return None
 
     def name(self, tensor: object) -> str | None:
         """The name of the tracked weight that a tensor is, or is a view of."""
-        if not isinstance(tensor, Tensor):
-            return None
-        name = self._names.get(id(tensor))
-        if name is not None or tensor._base is None:
-            return name
-        return self._names.get(id(tensor._base))
+        known = self.known(tensor)
+        return None if known is None else known.name
 
     def _is_new(self, out: object) -> bool:
         """Whether a result depends on something trainable; a view of a weight is that weight."""
@@ -153,41 +222,78 @@ class Tape(TorchFunctionMode):
             return out.requires_grad and self.name(out) is None
         return isinstance(out, tuple | list) and any(self._is_new(item) for item in out)
 
-    def _note(self, func: Callable, arguments: Sequence[Any], role: str = "") -> None:
+    def _is_computed(self, func: Callable, args: Sequence[Any], out: object) -> bool:
+        """Whether a result is a weight, shifted, scaled or cast, which is then known as such."""
+        found = affine_of(func, args)
+        known = None if found is None else self.known(found[0])
+        if found is None or known is None or not isinstance(out, Tensor):
+            return False
+        W, factor = found
+        place = _part(W, known.root) or _part(W, known.root, flat=True)
+        flat = out.detach()
+        if out.shape != W.shape or place is None or place[2] is not None:
+            return False
+        if place[0]:
+            flat = flat.mT
+        if not flat.is_contiguous() or not known.root.is_contiguous():
+            return False
+        root = flat.view(known.root.shape)
+        dtype = min(known.dtype, out.dtype, key=lambda each: each.itemsize)
+        now = Known(known.name, root, dtype, factor * known.factor, out._version)
+        self._computed[id(out)] = out, now
+        return True
+
+    def _note(self, func: Callable, arguments: Sequence[Any]) -> None:
         for tensor in _tensors(arguments):
             name = self.name(tensor)
             if name is not None and tensor.requires_grad:
-                self.others.setdefault(name, set()).add(_name(func) + role)
+                self.others.setdefault(name, set()).add(_name(func))
 
-    def _use(self, func: Callable, product: Product | None) -> Use | None:
+    def _uses(self, func: Callable, product: Product) -> list[Use]:
+        """The use of a tracked weight, and that of a bias which is in no block of the weight's."""
+        use = self._use(func, product)
+        if use is None and product.swapped is not None:
+            use = self._use(func, product.swapped)
+        found = [] if use is None else [use]
+        if product.bias is not None and (use is None or use.bias is None):
+            images = product.conv is not None or product.transposed is not None
+            alone = added(product.x, product.bias, 1 if images else product.axis)
+            if (bias := self._use(func, alone)) is not None:
+                found.append(bias)
+        return found
+
+    def _use(self, func: Callable, product: Product) -> Use | None:
         """The use of a tracked weight that a product is; None where it is none."""
-        if product is None:
+        known = self.known(product.weight)
+        if known is None or not self.weights[known.name].requires_grad:
             return None
-        name = self.name(product.weight)
-        if name is None and product.elementwise and product.axis is None:
-            weight, x = product.x, product.weight
-            product, name = Product(x, weight, scale=lambda: x), self.name(weight)
         # a product of two weights has no examples
-        if name is None or (product.elementwise and self.name(product.x) is not None):
+        if product.elementwise and self.name(product.x) is not None:
             return None
-        parameter = self.weights[name]
-        place = _part(product.weight, parameter)
+        place = _part(product.weight, known.root, product.elementwise)
         if place is None:
             return None
-        geometry = _geometry(product, parameter, *place)
+        geometry = _geometry(product, known.root, *place)
         if geometry is None:
             return None
         bias = self._bias(product.bias, geometry, product)
+        if bias is not None and self._biases.setdefault(known.name, bias) is not bias:
+            bias = None
         geometry = replace(geometry, bias=bias is not None)
-        return Use(name, geometry, bias, product, _name(func))
+        plain = product.plain and known.root is self.weights[known.name]
+        if known.factor != 1:
+            if product.lookup is not None:
+                return None
+            product = _times(product, known.factor)
+        return Use(known.name, geometry, bias, product, _name(func), plain, known.dtype)
 
     def _bias(self, bias: Tensor | None, geometry: Geometry, product: Product) -> Tensor | None:
         """The parameter that a product adds, if it belongs to the same rows as the weight."""
-        name = self.name(bias)
-        if bias is None or name is None or not bias.requires_grad or product.transposed:
+        known = self.known(bias)
+        if bias is None or known is None or not bias.requires_grad or product.transposed:
             return None
-        parameter = self.weights[name]
-        if parameter.ndim != 1 and not product.elementwise:
+        parameter = self.weights[known.name]
+        if (parameter.ndim != 1 and not product.elementwise) or known.root is not parameter:
             return None
         whole = bias is parameter or bias.shape == parameter.shape
         start = bias.storage_offset() - parameter.storage_offset()
@@ -199,23 +305,39 @@ class Tape(TorchFunctionMode):
         return parameter
 
 
-def _part(view: Tensor, parameter: Tensor) -> tuple[bool, int, int | None] | None:
+def _times(product: Product, factor: float) -> Product:
+    """The product of `factor W`, as one of W."""
+    scale = product.scale
+    if scale is None:
+        return replace(product, x=factor * product.x)
+    return replace(product, scale=lambda: factor * scale())
+
+
+def _part(
+    view: Tensor, parameter: Tensor, flat: bool = False
+) -> tuple[bool, int, int | None] | None:
     """The place of a view: whether it is the transpose, its first row, its rows (None: all).
 
-    Rows are those of the parameter as a matrix with its last axis; None where it is no such part.
+    Rows are those of the parameter as a matrix with its last axis, or its entries if `flat`; None
+    where it is no such part.
     """
     if view is parameter:
         return False, 0, None
     offset = view.storage_offset() - parameter.storage_offset()
     if view.shape == parameter.shape and view.stride() == parameter.stride() and not offset:
         return False, 0, None
+    if flat:
+        if not (view.is_contiguous() and parameter.is_contiguous()):
+            return None
+        return False, int(offset), None if view.numel() == parameter.numel() else view.numel()
     if view.ndim == 2 and parameter.ndim == 2 and not offset:
         if view.shape == parameter.mT.shape and view.stride() == parameter.mT.stride():
             return True, 0, None
     width = parameter.shape[-1]
-    flat = view.ndim == 2 and parameter.ndim > 1 and parameter.is_contiguous()
-    if flat and view.shape[1] == width and view.stride() == (width, 1) and offset % width == 0:
-        return False, offset // width, len(view)
+    rows = view.ndim == 2 and parameter.ndim > 1 and parameter.is_contiguous()
+    if rows and view.shape[1] == width and view.stride() == (width, 1) and offset % width == 0:
+        whole = view.numel() == parameter.numel()
+        return False, offset // width, None if whole else len(view)
     return None
 
 
@@ -226,10 +348,13 @@ def _geometry(
     flipped = product.flipped != transpose
     if product.elementwise:
         # one feature that is always 1; the same factor for all examples
-        spread = product.axis is not None or product.x.ndim > parameter.ndim
-        same = spread or (product.x.ndim == parameter.ndim and parameter.shape[0] == 1)
-        ok = same and width is None and not transpose
-        return Geometry(1, parameter.numel(), False) if ok else None
+        ndim, shape = product.x.ndim, product.weight.shape
+        same = (
+            product.axis is not None or ndim > len(shape) or (ndim == len(shape) and shape[0] == 1)
+        )
+        if not same or transpose:
+            return None
+        return Geometry(1, parameter.numel(), False, start=start, width=width)
     if product.conv is not None or product.transposed is not None:
         if transpose or width is not None:
             return None
@@ -239,9 +364,11 @@ def _geometry(
         return Geometry(
             i, o, False, product.conv, groups=groups, transposed=product.transposed, flipped=flipped
         )
-    if parameter.ndim < 2 or (flipped and width is not None):
-        return None
-    if parameter.ndim > 2 and width is None:
+    if product.features is not None:
+        i = product.features
+        whole = width is None and not transpose
+        return Geometry(i, parameter.numel() // i, False, flipped=flipped) if whole else None
+    if product.weight.ndim != 2 or (flipped and width is not None):
         return None
     rows, last = parameter.numel() // parameter.shape[-1], parameter.shape[-1]
     i, o = (rows, last) if flipped else (last, rows)
@@ -277,6 +404,8 @@ class Record:
         self.tape = Tape(weights, self._add)
         # the gradient of the summed per-example loss at the outputs
         self.labels: Tensor
+        # the gradients of weights and biases of that loss, by id
+        self.gradients: dict[int, Tensor] = {}
         # whether a mask was found to fit a layer that is left out
         self.mask_fits = False
 
@@ -289,17 +418,20 @@ class Record:
         # both are taken here, before an in-place activation can rewire and overwrite the output
         edge, kept = get_gradient_edge(output), output.detach().clone()
         product = use.product
-        x, scale = product.x, None
+        x, scale, shape = product.x, None, self.tape.weights[use.name].shape
         if product.scale is not None:
             with torch.no_grad():
                 scale = product.scale().detach()
+            # what is read of x is in the factor
+            x, shape = kept, product.weight.shape
         call = Recorded(
             use.geometry,
             use.bias,
             x.detach(),
-            tuple(self.tape.weights[use.name].shape),
+            tuple(shape),
             scale=scale,
             axis=product.axis,
+            dtype=use.dtype,
             edge=edge,
             output=kept,
             input_version=x._version,
@@ -313,6 +445,17 @@ class Record:
         """All calls, weight by weight."""
         return [call for calls in self.calls.values() for call in calls]
 
+    def leaves(self) -> list[Tensor]:
+        """The weights with calls and the biases that they add, each once."""
+        found = [self.tape.weights[name] for name, calls in self.calls.items() if calls]
+        found += [call.bias for call in self.every() if call.bias is not None]
+        return list({id(leaf): leaf for leaf in found}.values())
+
+    def keep(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Keep gradients of weights and biases, dense and in their dtypes."""
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            self.gradients[id(leaf)] = or_zero(gradient, leaf)
+
     def check_inputs(self) -> None:
         """Refuse a model that overwrote a layer's input in place after the layer read it."""
         for name, calls in self.calls.items():
@@ -321,6 +464,13 @@ class Record:
                     f"the input of layer {name!r} was modified in place after the layer read it; "
                     "make that operation out of place"
                 )
+
+
+def or_zero(gradient: Tensor | None, target: Tensor) -> Tensor:
+    """A dense gradient in the dtype of its target; zeros where none arrived."""
+    if gradient is None:
+        return torch.zeros_like(target)
+    return (gradient.to_dense() if gradient.is_sparse else gradient).to(target.dtype)
 
 
 def set_slopes(outputs: Tensor, calls: Sequence[Recorded]) -> None:

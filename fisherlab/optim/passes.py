@@ -45,6 +45,8 @@ class Pass:
     output: Tensor | None = None
     output_gradient: Tensor | None = None
     loss_scale: Tensor | None = None
+    # what arrived at the loss that the model itself returned
+    own_scale: Tensor | None = None
     labels: Tensor | None = None
     # the tensor whose columns were sent back
     criterion_saw: Tensor | None = None

@@ -33,11 +33,11 @@ from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.padding import counted, weighed_input
-from fisherlab.extract.proof import gradient_error, not_a_product, or_zero, tolerance
+from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
 from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order, take
 from fisherlab.extract.slopes import slopes
-from fisherlab.extract.tape import Use
+from fisherlab.extract.tape import Use, or_zero
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.coverage import Coverage
@@ -225,6 +225,12 @@ class Recorder:
             current.output_gradient = _plus(current.output_gradient, gradient)
 
         output.register_hook(arrive)
+        if self.watch.loss is not None:
+
+            def arrive_own(gradient: Tensor) -> None:
+                current.own_scale = _plus(current.own_scale, gradient)
+
+            self.watch.loss.register_hook(arrive_own)
         self._latest = weakref.ref(current)
         if self._proves:
             self._prove(current, output)
@@ -495,7 +501,7 @@ class Recorder:
         for calls in current.calls.values():
             for call in calls:
                 call.gradient, call.arrived = None, False
-        current.output_gradient = None
+        current.output_gradient = current.own_scale = None
         self.passes = [known for known in self.passes if known is not current]
 
     def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
@@ -597,7 +603,11 @@ class Recorder:
                     "loss function; pass `criterion=` the module that the training loop calls, "
                     "such as torch.nn.CrossEntropyLoss()"
                 )
-        return scale_factor(one.output, one.output_gradient, one.loss_scale, self.criterion)
+        # columns were sent for classes in axis 1
+        return scale_factor(
+            *(one.output, one.output_gradient, one.loss_scale, self.criterion, one.own_scale),
+            last=not self.columns,
+        )
 
 
 def check_fisher_type(fisher_type: str) -> None:

@@ -29,6 +29,8 @@ def scale_factor(
     output_gradient: Tensor | None,
     loss_scale: Tensor | None,
     criterion: Callable | None,
+    own_scale: Tensor | None = None,
+    last: bool = True,
 ) -> float:
     """From the criterion's own loss tensor where it was seen, else from the output's gradient."""
     if loss_scale is not None:
@@ -39,15 +41,30 @@ def scale_factor(
             "no gradient arrived at the model's output in this backward pass; call the model "
             "itself (not model.forward or parts of it) and backpropagate its output"
         )
-    return recognised_factor(output, output_gradient, criterion)
+    return recognised_factor(output, output_gradient, criterion, own_scale, last)
 
 
-def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | None = None) -> float:
-    """`1 / kappa` for `dL/df = kappa (p - onehot(y))`, summed terms scaled as `criterion` says.
+def recognised_factor(
+    output: Tensor,
+    gradient: Tensor,
+    criterion: Callable | None = None,
+    own_scale: Tensor | None = None,
+    last: bool = True,
+) -> float:
+    """`c / kappa` for `dL/df = kappa (p - onehot(y))`: a mean of Z terms has `c = M / Z`, a sum 1.
 
-    kappa holds the mean or sum, accumulation and loss scaling together. Raises `OptimizerError`
-    when the gradient is not that of softmax cross entropy, or when an output has several terms and
-    no criterion says whether they are averaged.
+    kappa holds the mean or sum, accumulation and loss scaling together.
+
+    Args:
+        output: class scores, the classes in axis 1 or in the last.
+        gradient: what arrived there.
+        criterion: whose reduction says mean or sum, and its label smoothing.
+        own_scale: what arrived at the loss that the model itself returned: with kappa it gives Z.
+        last: whether classes may be the last axis.
+
+    Raises:
+        OptimizerError: the gradient is not that of softmax cross entropy, or an output has several
+            terms and nothing says whether they are averaged.
     """
     criterion = fisher.as_module(criterion) if criterion is not None else None
     if criterion is not None and not is_a(criterion, nn.CrossEntropyLoss):
@@ -56,21 +73,50 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
             f"{type(criterion).__name__}; call the very `criterion` object given to the optimizer "
             "in the training loop, so that its loss can be followed"
         )
-    if output.ndim < 2 or output.shape[1] < 2:
-        raise OptimizerError(_ASK)
     if not bool(torch.isfinite(gradient).all()):
         raise OptimizerError(
             "the gradient at the model's output has NaN or inf entries: the loss has diverged, or "
             "the data or the model hold such values"
         )
-    f, G = output.double(), gradient.double()
     smoothing = 0.0 if criterion is None else cast(nn.CrossEntropyLoss, criterion).label_smoothing
-    classes = f.shape[1]
+    found = _softmax(output, gradient, smoothing)
+    if found is None and last and output.ndim > 2:
+        found = _softmax(output.transpose(1, -1), gradient.transpose(1, -1), smoothing)
+    if found is None:
+        raise OptimizerError(_ASK if last else f"{_ASK}, or take fisher_type='empirical'")
+    kappa, arrived, terms = found
+    M = len(output)
+    if (output.ndim == 2 and terms == M) or not terms:
+        return 1 / kappa
+    if criterion is not None:
+        mean = fisher.reduction_of(criterion) == "mean"
+    elif own_scale is not None:
+        # of a sum over the examples and their terms, each counts once
+        Z = float(own_scale) / kappa
+        mean = not math.isclose(Z, 1, rel_tol=1e-3)
+        # terms whose gradient underflowed are told from ignored ones
+        terms = round(Z) if arrived <= round(Z) <= terms else terms
+    else:
+        raise OptimizerError(
+            "the model's output has several loss terms per example (or ignored ones), so mean and "
+            "sum cannot be told apart: pass `criterion=` (its reduction says which)"
+        )
+    return (M / terms if mean else 1.0) / kappa
+
+
+def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float, int, int] | None:
+    """kappa for class scores in axis 1, the terms with a gradient, and all that may be terms.
+
+    None where the gradient is another one than that of softmax cross entropy.
+    """
+    if output.ndim < 2 or output.shape[1] < 2:
+        return None
+    f, G = output.double(), gradient.double()
     p = f.softmax(1)
     # only the label's entry is negative; where it was rounded to zero the model is sure of it
     lowest, labels = G.min(1, keepdim=True)
     labels = torch.where(lowest < 0, labels, p.argmax(1, keepdim=True))
-    target = torch.full_like(f, smoothing / classes)
+    target = torch.full_like(f, smoothing / f.shape[1])
     target.scatter_add_(1, labels, torch.full_like(labels, 1, dtype=f.dtype) * (1 - smoothing))
     # a row of zeros is an ignored label, unless the model is so sure that its gradient underflowed
     sure = 1 - p.amax(1, keepdim=True) < 1e-4
@@ -78,22 +124,13 @@ def recognised_factor(output: Tensor, gradient: Tensor, criterion: Callable | No
     score = (p - target) * arrived
     size, rounding = G.norm().item(), torch.finfo(gradient.dtype).eps
     if size == 0:
-        return 1.0  # every per-example gradient is zero, at any scale
+        return 1.0, 0, 0  # every per-example gradient is zero, at any scale
     kappa = ((G * score).sum() / score.square().sum().clamp(min=1e-300)).item()
     wrong = (G - kappa * score).norm().item()
     tolerance = 1e-2 if gradient.dtype.itemsize < 4 else 1e-3
     if not kappa > 0 or not wrong <= tolerance * size + 16 * rounding * kappa * len(f) ** 0.5:
-        raise OptimizerError(_ASK)
-    terms = int((arrived | sure).sum())
-    if output.ndim == 2 and terms == len(output):
-        return 1 / kappa
-    if criterion is None:
-        raise OptimizerError(
-            "the model's output has several loss terms per example (or ignored ones), so mean and "
-            "sum cannot be told apart: pass `criterion=` (its reduction says which)"
-        )
-    c = len(output) / terms if fisher.reduction_of(criterion) == "mean" else 1.0
-    return c / kappa
+        return None
+    return kappa, int(arrived.sum()), int((arrived | sure).sum())
 
 
 def check_ranks(ranks: Ranks | None, factors: list[float]) -> None:
@@ -145,6 +182,7 @@ class Loss:
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
+        self._own: Tensor | None = None
         self._known: float | None = None
 
     @property
@@ -153,13 +191,20 @@ class Loss:
         if self._known is None:
             if self._output is None:
                 raise OptimizerError("a backward pass came without a forward of the model itself")
-            self._known = scale_factor(self._output, self._gradient, self._scale, self.criterion)
+            self._known = scale_factor(
+                self._output, self._gradient, self._scale, self.criterion, self._own
+            )
         return self._known
 
-    def follow(self, output: Tensor) -> None:
-        """Watch the output of the model."""
+    def follow(self, output: Tensor, own: Tensor | None) -> None:
+        """Watch the output of the model, and the loss that it returned."""
         self._output = output.detach()
         output.register_hook(self._arrive)
+        if own is not None:
+            own.register_hook(self._arrive_own)
+
+    def _arrive_own(self, gradient: Tensor) -> None:
+        self._own, self._known = gradient.detach(), None
 
     def _arrive(self, gradient: Tensor) -> None:
         self._gradient, self._known = gradient.detach(), None
@@ -189,10 +234,10 @@ class LossScale:
         """A forward begins: earlier ones may still await their backward."""
         self.loss = Loss(self.criterion)
 
-    def end(self, output: Tensor | None) -> None:
-        """A forward ends with this output."""
+    def end(self, output: Tensor | None, own: Tensor | None = None) -> None:
+        """A forward ends with this output, and the model's own loss."""
         if output is not None:
-            self.loss.follow(output)
+            self.loss.follow(output, own)
 
     def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and not is_isolated():

@@ -19,9 +19,8 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.select import choices
 from fisherlab.extract.slopes import slopes
 from fisherlab.names import unknown
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
@@ -111,6 +110,33 @@ class _BiasOf(nn.Module):
         return bias
 
 
+def _weight_or(module: nn.Module) -> object:
+    weight = module._parameters.get("weight")
+    return module if weight is None else weight
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Trainable linear maps and convolutions that are called themselves, by name.
+
+    One weight may serve several linear maps, but not modules of two kinds.
+    """
+    users: dict[object, list[nn.Module]] = {}
+    fused: set[nn.Module] = set()
+    for module in model.modules():
+        users.setdefault(_weight_or(module), []).append(module)
+        if isinstance(module, nn.MultiheadAttention):
+            fused.update(module.modules())
+    found = {}
+    for name, module in model.named_modules():
+        kind = isinstance(module, (nn.Linear, *CONVOLUTIONS)) and module not in fused
+        if not kind or not cast(nn.Parameter, module.weight).requires_grad:
+            continue
+        alike = users[_weight_or(module)]
+        if len(alike) == 1 or all(isinstance(each, nn.Linear) for each in alike):
+            found[name or type(model).__name__.lower()] = module
+    return found
+
+
 def reconstruct(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -136,7 +162,7 @@ def reconstruct(
     """
     if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
         raise ValueError(f"unknown method {method!r}")
-    layers = {c.name: c.module for c in choices(model) if c.status in ("exact", "tied")}
+    layers = _layers(model)
     for name in activations or {}:
         if name not in layers:
             raise ValueError(unknown("layer", name, layers))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.outputs import output_of
+from fisherlab.extract.outputs import loss_of, output_of
 from fisherlab.extract.products import Product
 from fisherlab.extract.select import on_tape, weights_of
 from fisherlab.extract.tape import Tape, Use
@@ -73,8 +73,12 @@ class Watch:
         self.tape = Tape(on_tape(weights_of(model, computed=False)), record)
         # whether the latest pass returned one tensor, or one called `logits`
         self.single = True
+        # the loss that the latest pass returned beside its outputs
+        self.loss: Tensor | None = None
         # a recorded pass runs; in compiled code
         self._running = self._compiled = False
+        # the weights whose own modules tell their products
+        self.hooked = {name for name, weight in weights.items() if weight.local == "weight"}
         self._handles = [
             model.register_forward_pre_hook(Hook(self._begin)),
             *(
@@ -115,8 +119,11 @@ class Watch:
         if stack and stack[-1] is self.tape:
             self.tape.__exit__(None, None, None)
         found = output_of(output)
-        self.single = isinstance(found, Tensor)
+        self.single, loss = isinstance(found, Tensor), loss_of(output)
+        if isinstance(loss, Tensor) and loss.requires_grad and not loss.ndim:
+            self.loss = loss
         self.end(first_with_graph(found))
+        self.loss = None
 
     def called(
         self, weight: Weight, module: nn.Module, args: tuple, kwargs: dict, output: Tensor

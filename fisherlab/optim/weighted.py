@@ -58,6 +58,9 @@ class _Layer:
     count: int = 0
     # whether the weight keeps its plain gradient
     plain: bool = False
+    # whether inputs are kept by hand: what no hook of a module computes again, checkpointing would
+    # miss among the saved tensors
+    kept: bool = False
     # the examples of the batch, and where they are in the rows of the input
     examples: int = 0
     layout: str = ""
@@ -108,17 +111,26 @@ class _Weighted(torch.autograd.Function):
         layer: _Layer,
         output: list[Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
+        ctx.layer, ctx.kept = layer, None
+        if layer.kept:
+            ctx.kept, ctx.version = (x, weight), x._version
+        else:
+            ctx.save_for_backward(x, weight)
         return output.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel = ctx.saved_tensors
+        x, kernel = ctx.kept or ctx.saved_tensors
         layer: _Layer = ctx.layer
+        if ctx.kept and x._version != ctx.version:
+            raise OptimizerError(
+                f"the input of layer {layer.weight.name!r} was modified in place; make that "
+                "operation out of place"
+            )
         given = x.shape
-        if not layer.layout and layer.examples and len(x) != layer.examples:
+        moved = layer.examples and len(x) != layer.examples
+        if moved and not (layer.layout or layer.plain):
             raise OptimizerError(
                 f"layer {layer.weight.name!r} received {len(x)} rows in a batch of "
                 f"{layer.examples}: the first axis must be the example; no parameter was changed"
@@ -292,7 +304,7 @@ class WeightedLayers:
         weight, others = self.weights.get(use.name), self.watch.tape.others
         if weight is None and use.name not in others and use.kind == "map":
             weight = self.coverage.adopt(use)
-        fits = weight is not None and weight.fits(use) and use.geometry.width is None
+        fits = weight is not None and weight.fits(use) and use.geometry.width is None and use.plain
         if weight is None or not fits or not (weight.bias is None or weight.bias is use.bias):
             others.setdefault(use.name, set()).add(use.function)
             return output
@@ -307,7 +319,8 @@ class WeightedLayers:
             others.setdefault(use.name, set()).add(f"{use.function} in another way")
             return output
         if use.name not in self._layers:
-            layer = _Layer(weight, self.rows, self.scale.loss, self.state)
+            kept = use.name not in self.watch.hooked
+            layer = _Layer(weight, self.rows, self.scale.loss, self.state, kept=kept)
             ours = _Joined.apply(weight.weight, weight.bias, layer)
             self._layers[use.name] = layer, *ours
         layer, kernel, bias = self._layers[use.name]
@@ -322,7 +335,7 @@ class WeightedLayers:
         return weighted
 
     def _end(self, output: Tensor | None) -> None:
-        self.scale.end(output)
+        self.scale.end(output, self.watch.loss)
         for name, functions in self.watch.tape.others.items():
             if name in self.weights and name not in self.coverage.left_out:
                 self._say(name, f"it is used by {', '.join(sorted(functions))} as well")

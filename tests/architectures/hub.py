@@ -90,7 +90,7 @@ def gpt2_config(transformers: Any) -> Any:
     )
 
 
-@hugging_face("GPT-2", share=0.993, quick=True)
+@hugging_face("GPT-2", share=0.999, quick=True)
 def gpt2(transformers):
     return language_model(transformers.GPT2LMHeadModel(gpt2_config(transformers)))
 
@@ -105,7 +105,7 @@ def qwen2(transformers):
     return language_model(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)))
 
 
-@hugging_face("Gemma-2", share=0.968, float32=True)
+@hugging_face("Gemma-2", share=0.999, float32=True)
 def gemma2(transformers):
     config = transformers.Gemma2Config(**LLAMA, query_pre_attn_scalar=8, sliding_window=4)
     return language_model(transformers.Gemma2ForCausalLM(config))
@@ -149,7 +149,7 @@ def gpt_neox(transformers):
     return language_model(transformers.GPTNeoXForCausalLM(config))
 
 
-@hugging_face("Mamba", share=0.883, float32=True)
+@hugging_face("Mamba", share=0.94, float32=True, cast=("mixer.D", "dt_proj.bias"))
 def mamba(transformers):
     config = transformers.MambaConfig(
         vocab_size=VOCABULARY,
@@ -166,7 +166,7 @@ def mamba(transformers):
     return language_model(transformers.MambaForCausalLM(config))
 
 
-@hugging_face("XLNet", share=0.518)
+@hugging_face("XLNet", share=0.979)
 def xlnet(transformers):
     config = transformers.XLNetConfig(
         vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=32, dropout=0.0
@@ -189,13 +189,13 @@ BERT = {
 }
 
 
-@hugging_face("BERT, classifier", share=0.976, exact=True, quick=True)
+@hugging_face("BERT, classifier", share=0.999, exact=True, quick=True)
 def bert_classifier(transformers):
     config = transformers.BertConfig(**BERT)
     return text_classifier(transformers.BertForSequenceClassification(config))
 
 
-@hugging_face("BERT, masked language model", share=0.976)
+@hugging_face("BERT, masked language model", share=0.999)
 def bert_masked(transformers):
     return masked_language_model(transformers.BertForMaskedLM(transformers.BertConfig(**BERT)))
 
@@ -206,7 +206,7 @@ def roberta(transformers):
     return text_classifier(transformers.RobertaForSequenceClassification(config))
 
 
-@hugging_face("DistilBERT", share=0.982, exact=True)
+@hugging_face("DistilBERT", share=0.999, exact=True)
 def distilbert(transformers):
     config = transformers.DistilBertConfig(
         vocab_size=VOCABULARY,
@@ -220,13 +220,13 @@ def distilbert(transformers):
     return text_classifier(transformers.DistilBertForSequenceClassification(config))
 
 
-@hugging_face("ALBERT", share=0.978, exact=True)
+@hugging_face("ALBERT", share=0.999, exact=True)
 def albert(transformers):
     config = transformers.AlbertConfig(**BERT, embedding_size=8)
     return text_classifier(transformers.AlbertForSequenceClassification(config))
 
 
-@hugging_face("DeBERTa", share=0.769, float32=True, exact=True)
+@hugging_face("DeBERTa", share=0.8, float32=True, exact=True)
 def deberta(transformers):
     config = transformers.DebertaConfig(
         **BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8
@@ -234,7 +234,7 @@ def deberta(transformers):
     return text_classifier(transformers.DebertaForSequenceClassification(config))
 
 
-@hugging_face("Perceiver", share=0.959, exact=True)
+@hugging_face("Perceiver", share=0.978, exact=True)
 def perceiver(transformers):
     config = transformers.PerceiverConfig(
         vocab_size=VOCABULARY,
@@ -262,7 +262,7 @@ def t5(transformers):
     return encoder_decoder(transformers.T5ForConditionalGeneration(config))
 
 
-@hugging_face("BART", share=0.979)
+@hugging_face("BART", share=0.999)
 def bart(transformers):
     config = transformers.BartConfig(
         vocab_size=VOCABULARY,
@@ -291,17 +291,17 @@ VIT = {
 }
 
 
-@hugging_face("ViT", share=0.987, exact=True, quick=True)
+@hugging_face("ViT", share=0.999, exact=True, quick=True)
 def vit(transformers):
     return image_classifier(transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)))
 
 
-@hugging_face("DeiT", share=0.982, exact=True)
+@hugging_face("DeiT", share=0.999, exact=True)
 def deit(transformers):
     return image_classifier(transformers.DeiTForImageClassification(transformers.DeiTConfig(**VIT)))
 
 
-@hugging_face("DINOv2", share=0.988, exact=True)
+@hugging_face("DINOv2", share=0.997, exact=True)
 def dinov2(transformers):
     config = transformers.Dinov2Config(**{k: v for k, v in VIT.items() if k != "intermediate_size"})
     return image_classifier(transformers.Dinov2ForImageClassification(config))
@@ -348,7 +348,7 @@ def segformer(transformers):
     return Problem(made, images(3, 16), y, CE, pixel_scores)
 
 
-@hugging_face("CLIP", share=0.977)
+@hugging_face("CLIP", share=0.999)
 def clip(transformers):
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     text = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "num_attention_heads": 2}
@@ -410,7 +410,7 @@ def lora_llama(transformers, peft):
     return language_model(peft.get_peft_model(base, config))
 
 
-@architecture("IA3 on Llama", share=0.000, packages=("transformers", "peft"))
+@architecture("IA3 on Llama", share=0.999, float32=True, packages=("transformers", "peft"))
 def ia3(transformers, peft):
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     config = peft.IA3Config(
@@ -439,7 +439,7 @@ def timm_resnet(timm):
     return image_classifier(made)
 
 
-@image_models("ConvNeXt", share=0.987, quick=True)
+@image_models("ConvNeXt", share=0.999, quick=True)
 def timm_convnext(timm):
     made = timm.models.convnext.ConvNeXt(
         num_classes=3, depths=(1, 1, 1, 1), dims=(4, 4, 6, 6), kernel_sizes=3, patch_size=2

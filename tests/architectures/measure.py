@@ -391,6 +391,8 @@ def step_errors(problem: Problem, optimizer: str) -> dict[str, float]:
     names = {p: name for name, p in trainable(model).items()}
     found = {}
     for key, weight in opt.weights.items():
+        if key in opt.left_out:
+            continue
         block = [names[p] for p in (weight.weight, weight.bias) if p is not None]
         for group in range(weight.groups):
             columns = joined_group(truth, block, group, weight.groups)
@@ -424,5 +426,6 @@ def plain_gradient(problem: Problem, twin: nn.Module) -> dict[str, Tensor]:
 
 def preconditioned(opt: Any, model: nn.Module) -> list[str]:
     """The names of the parameters that have a block."""
-    blocked = {p for w in opt.weights.values() for p in (w.weight, w.bias) if p is not None}
+    known = [w for name, w in opt.weights.items() if name not in opt.left_out]
+    blocked = {p for w in known for p in (w.weight, w.bias) if p is not None}
     return [name for name, p in trainable(model).items() if p in blocked]

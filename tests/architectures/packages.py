@@ -1,4 +1,4 @@
-"""transformers, timm and peft, imported without torchvision.
+"""transformers, timm, peft and lightning, imported without torchvision.
 
 None of the models here needs torchvision, whose wheel fails to load beside some builds of torch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
@@ -74,7 +75,9 @@ def package(name: str) -> types.ModuleType:
     """The package, or a skipped test where it is absent."""
     if name in sys.modules:
         return sys.modules[name]
-    with _torchvision(stub=name == "timm"):
+    if name == "lightning" and importlib.util.find_spec("transformers"):
+        package("transformers")  # which Lightning's metrics import: without the stub
+    with _torchvision(stub=name in ("timm", "lightning")):
         found = pytest.importorskip(name, reason=f"{name} is not installed")
         if name == "transformers":
             # remembers the answer, for the parts of itself that it imports on demand

@@ -51,6 +51,7 @@ class Architecture:
         exact: whether the exact Fisher type is checked, which takes outputs of few classes; else
             labels are drawn.
         float32: whether it normalises in float32, whatever the dtype of its input.
+        cast: ends of the names of parameters that it casts to float32.
         quick: whether it belongs to the default run.
         packages: what it needs beside torch.
     """
@@ -60,6 +61,7 @@ class Architecture:
     share: float
     exact: bool = False
     float32: bool = False
+    cast: tuple[str, ...] = ()
     quick: bool = False
     packages: tuple[str, ...] = ()
 
