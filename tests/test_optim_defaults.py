@@ -1,6 +1,7 @@
 """By name, with default options: each trains, and each is the method it is named after."""
 
 import math
+import os
 import runpy
 from pathlib import Path
 
@@ -238,6 +239,7 @@ def test_the_clip_grows_during_the_warm_up() -> None:
     assert lengths == pytest.approx(wanted, rel=1e-6) and optimizer.clipped == 6
 
 
+@pytest.mark.skipif(not os.environ.get("FISHERLAB_DATA"), reason="set FISHERLAB_DATA")
 def test_tengrad_by_name_wins_on_e_coli() -> None:
     """NGM table 1, neither with momentum there: by `relative(10)` it was behind SGD."""
     data = fl.datasets.load("ecoli")
