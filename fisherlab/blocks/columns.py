@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,7 +245,7 @@ class Columns:
         )
 
     @cached
-    def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
+    def _rotated(self) -> dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
         """By the ids of a basis: the basis itself and `rotated_squares` in it."""
         return {}
 

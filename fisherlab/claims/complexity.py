@@ -44,7 +44,11 @@ class Counted(TorchDispatchMode):
         self.operations, self.largest, self.written = 0.0, 0, 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[Any, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket

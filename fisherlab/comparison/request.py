@@ -202,7 +202,7 @@ def checked(
 
 def default_fisher_type(
     model: nn.Module,
-    criterion: Callable,
+    criterion: Callable[..., Any],
     x: object,
     forward: Forward | None = None,
     y: Tensor | None = None,
@@ -216,7 +216,11 @@ def default_fisher_type(
 
 
 def _default_type(
-    model: nn.Module, criterion: Callable, x: object, y: Tensor | None, forward: Forward | None
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    x: object,
+    y: Tensor | None,
+    forward: Forward | None,
 ) -> tuple[str, str]:
     """The default Fisher type, and why it is the empirical one."""
     criterion = as_module(criterion)

@@ -324,7 +324,7 @@ def split_batch(x: object, y: Tensor | None = None, inside: bool = False) -> tup
     )
 
 
-def _is_pair(x: tuple | list) -> bool:
+def _is_pair(x: tuple[Any, ...] | list[Any]) -> bool:
     """Whether two things are inputs and labels, right or wrong in type; not two batches."""
     if len(x) != 2:
         return False
@@ -369,7 +369,7 @@ def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
     Raises:
         CaptureError: for arguments that the model does not take, in number, name or dtype.
     """
-    args: tuple = tuple(x) if isinstance(x, tuple | list) else (x,)
+    args: tuple[Any, ...] = tuple(x) if isinstance(x, tuple[Any, ...] | list) else (x,)
     names = dict(x) if isinstance(x, Mapping) else {}
     try:
         if forward is not None:
@@ -382,7 +382,9 @@ def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
         raise
 
 
-def _check_arguments(model: nn.Module, args: tuple, names: dict, error: Exception) -> None:
+def _check_arguments(
+    model: nn.Module, args: tuple[Any, ...], names: dict[Any, Any], error: Exception
+) -> None:
     try:
         inspect.signature(model.forward).bind(*args, **names)
     except TypeError:
@@ -453,7 +455,9 @@ def _check_repeatable(run: Callable[[], Tensor], outputs: Tensor) -> None:
         )
 
 
-def _check_outputs(outputs: Tensor, criterion: Callable, y: Tensor, ranks: Ranks | None) -> Tensor:
+def _check_outputs(
+    outputs: Tensor, criterion: Callable[..., Any], y: Tensor, ranks: Ranks | None
+) -> Tensor:
     """The gradient of the per-example loss at the observed labels, after every check of it."""
     if not torch.isfinite(outputs).all():
         raise CaptureError("the model's outputs have NaN or inf entries; check its weights")

@@ -45,7 +45,7 @@ class LinearRule:
     """`J^T v` of a linear map without parameters, by autograd: J is the same at every input."""
 
     def jac_t_mat_prod(
-        self, module: Any, g_inp: tuple, g_out: tuple, columns: Tensor, **_: Any
+        self, module: Any, g_inp: tuple[Any, ...], g_out: tuple[Any, ...], columns: Tensor, **_: Any
     ) -> Tensor:
         """The columns `[r, n, *out]` as `[r, n, *in]`."""
         r, n = columns.shape[:2]
@@ -102,7 +102,12 @@ class LeaveRoot(ModuleExtension):
     """The loss: send our own columns, of any criterion and from any generator."""
 
     def backpropagate(
-        self, extension: Any, module: OutputVectors, g_inp: tuple, g_out: tuple, columns: None
+        self,
+        extension: Any,
+        module: OutputVectors,
+        g_inp: tuple[Any, ...],
+        g_out: tuple[Any, ...],
+        columns: None,
     ) -> Tensor:
         """`[r, n, ...]`, where BackPACK would take a root of the Hessian of its own."""
         return module.columns
@@ -112,7 +117,12 @@ class LeaveColumns(MatToJacMat):
     """A layer: leave the columns that reach its output, then send them through its Jacobian."""
 
     def weight(
-        self, extension: Any, module: nn.Module, g_inp: tuple, g_out: tuple, columns: Tensor
+        self,
+        extension: Any,
+        module: nn.Module,
+        g_inp: tuple[Any, ...],
+        g_out: tuple[Any, ...],
+        columns: Tensor,
     ) -> Tensor:
         """What is saved on the weight: `[r, n, ...]` at the layer's output."""
         return columns
@@ -122,7 +132,12 @@ class LeaveGradient(FirstOrderModuleExtension):
     """A layer: leave the gradient that reaches its output."""
 
     def weight(
-        self, extension: Any, module: nn.Module, g_inp: tuple, g_out: tuple, columns: None
+        self,
+        extension: Any,
+        module: nn.Module,
+        g_inp: tuple[Any, ...],
+        g_out: tuple[Any, ...],
+        columns: None,
     ) -> Tensor:
         """What is saved on the weight: `[1, n, ...]` at the layer's output."""
         return g_out[0][None]
@@ -218,7 +233,7 @@ class Follower:
         self.extension, self.kept = extension, kept
         self.columns: dict[str, Tensor] = {}
         self.called: set[str] = set()
-        self._handles: list = []
+        self._handles: list[Any] = []
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
@@ -238,7 +253,12 @@ class Follower:
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _called_with(
-        self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[Any, Any],
+        output: Tensor,
     ) -> None:
         inputs = (*args, *kwargs.values())
         outputs = output if isinstance(output, tuple | list) else (output,)
@@ -253,7 +273,12 @@ class Follower:
         self._handles.append(output.register_hook(arrive))
 
     def _arrived(
-        self, name: str, module: nn.Module, inputs: tuple, output: Tensor, gradient: Tensor
+        self,
+        name: str,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        gradient: Tensor,
     ) -> None:
         with _shown(module, inputs, output):
             try:
@@ -271,7 +296,7 @@ class Follower:
 
 
 @contextmanager
-def _shown(module: nn.Module, inputs: tuple, output: Tensor) -> Iterator[None]:
+def _shown(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Iterator[None]:
     """`module.input0 ...` and `module.output`, where BackPACK's derivatives look, for one call."""
     shown = {f"input{k}": value for k, value in enumerate(inputs)} | {"output": output}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def pulled_back(
     # of the number <f, v>: given v itself, autograd loads a package for symbolic shapes, 2 s once
     with torch.enable_grad():
         product = (outputs * vector).sum()
-    wanted: list = list(sources)
+    wanted: list[Any] = list(sources)
     return torch.autograd.grad(product, wanted, retain_graph=True, allow_unused=True)
 
 

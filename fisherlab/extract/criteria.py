@@ -37,7 +37,7 @@ Score = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 Check = Callable[[Any, Tensor, Tensor], None]
 
 
-def as_module(criterion: Callable) -> Callable:
+def as_module(criterion: Callable[..., Any]) -> Callable[..., Any]:
     """`F.cross_entropy` and its kin as the modules they stand for; anything else unchanged."""
     if not callable(criterion):
         raise CaptureError(
@@ -47,12 +47,12 @@ def as_module(criterion: Callable) -> Callable:
     return known() if known else criterion
 
 
-def name_of(criterion: Callable) -> str:
+def name_of(criterion: Callable[..., Any]) -> str:
     """The name that messages call a criterion by."""
     return getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def reduction_of(criterion: Callable) -> str:
+def reduction_of(criterion: Callable[..., Any]) -> str:
     """`"mean"` or `"sum"`; anything else is refused."""
     reduction = getattr(criterion, "reduction", None)
     if reduction not in ("mean", "sum"):
@@ -179,7 +179,7 @@ def register_criterion(
     )
 
 
-def rules_of(criterion: Callable) -> Rules | None:
+def rules_of(criterion: Callable[..., Any]) -> Rules | None:
     """What is known of a criterion by its exact type; None for one that is not known."""
     if isinstance(criterion, WithRules):
         return criterion.rules
@@ -198,7 +198,7 @@ def rules_of(criterion: Callable) -> Rules | None:
     return None
 
 
-def is_a(criterion: Callable | None, kind: type[nn.Module]) -> bool:
+def is_a(criterion: Callable[..., Any] | None, kind: type[nn.Module]) -> bool:
     """Whether a criterion, a function included, is known to compute the loss of `kind`."""
     if criterion is None or not callable(criterion):
         return False
@@ -222,7 +222,7 @@ def _looked_up(table: dict[Any, Any], key: object) -> Any:
         return None
 
 
-def unknown(criterion: Callable, outputs: Tensor, fisher_type: str) -> str:
+def unknown(criterion: Callable[..., Any], outputs: Tensor, fisher_type: str) -> str:
     """Why `fisher_type` is not defined for a criterion and its outputs, or ""."""
     rules = rules_of(criterion)
     if rules is None:
@@ -243,7 +243,7 @@ def unknown(criterion: Callable, outputs: Tensor, fisher_type: str) -> str:
     return ""
 
 
-def labels_matter(criterion: Callable, outputs: Tensor, y: Tensor) -> bool:
+def labels_matter(criterion: Callable[..., Any], outputs: Tensor, y: Tensor) -> bool:
     """Whether the exact and drawn vectors depend on the labels: on weights or on ignored ones."""
     rules = rules_of(criterion)
     if rules is None or not rules.proven:
@@ -252,7 +252,7 @@ def labels_matter(criterion: Callable, outputs: Tensor, y: Tensor) -> bool:
     return factor is not None and not bool(torch.isclose(factor, torch.ones_like(factor)).all())
 
 
-def arranged(criterion: Callable, outputs: Tensor, y: Tensor) -> Tensor:
+def arranged(criterion: Callable[..., Any], outputs: Tensor, y: Tensor) -> Tensor:
     """The outputs with their classes in axis 1, where the labels show that they are last.
 
     Labels that fit both axes are read as torch reads them: classes first.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +43,20 @@ class Terms:
     scale: float
 
 
-def check_labels(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
+def check_labels(criterion: Callable[..., Any], outputs: Tensor, y: Tensor) -> None:
     """Refuse labels that do not fit the outputs, before anything is computed."""
     rules = rules_of(criterion)
     if rules is not None:
         rules.check(criterion, outputs, y)
 
 
-def divisor(criterion: Callable, outputs: Tensor, y: Tensor) -> float:
+def divisor(criterion: Callable[..., Any], outputs: Tensor, y: Tensor) -> float:
     """`Z`: what a mean criterion divides its sum over loss terms by, their weights in it."""
     return float(criteria.weights_at(criterion, outputs, y).sum())
 
 
 def term_scale(
-    criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
+    criterion: Callable[..., Any], outputs: Tensor, y: Tensor, ranks: Ranks | None = None
 ) -> float:
     """`c = M / Z` of a mean over `Z` loss terms (their class weights), 1 under a sum.
 
@@ -71,7 +72,7 @@ def term_scale(
 
 
 def label_vectors(
-    criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
+    criterion: Callable[..., Any], outputs: Tensor, y: Tensor, ranks: Ranks | None = None
 ) -> Tensor:
     """`d l_n / d f` at the observed labels, the shape of the outputs, undivided by `M`.
 
@@ -103,7 +104,7 @@ def label_vectors(
     return gradient * (M * scale)
 
 
-def check_additive(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
+def check_additive(criterion: Callable[..., Any], outputs: Tensor, y: Tensor) -> None:
     """Refuse a criterion of the user's own that is not a mean or sum over examples."""
     M = outputs.shape[0]
     rules = rules_of(criterion)
@@ -127,14 +128,14 @@ def check_additive(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
         )
 
 
-def check_registered(criterion: Callable, outputs: Tensor, y: Tensor) -> None:
+def check_registered(criterion: Callable[..., Any], outputs: Tensor, y: Tensor) -> None:
     """Refuse what a user registered for a criterion if it is not what that criterion computes."""
     rules = rules_of(criterion)
     if rules is not None and not rules.proven:
         criteria.prove(criterion, outputs, y, label_vectors(criterion, outputs, y))
 
 
-def default_type(criterion: Callable, outputs: Tensor) -> tuple[str, str]:
+def default_type(criterion: Callable[..., Any], outputs: Tensor) -> tuple[str, str]:
     """The Fisher type for a criterion and its outputs, and why it is empirical, or "".
 
     exact up to `EXACT_UP_TO` output elements per example, else mc, the other one where only that is
@@ -150,7 +151,7 @@ def default_type(criterion: Callable, outputs: Tensor) -> tuple[str, str]:
     return "empirical", f"The Fisher matrix is the empirical one: {reasons[0]}."
 
 
-def known(criterion: Callable, outputs: Tensor, fisher_type: str) -> Rules:
+def known(criterion: Callable[..., Any], outputs: Tensor, fisher_type: str) -> Rules:
     """The rules of a criterion whose model distribution is known, or a refusal by name."""
     reason = criteria.unknown(criterion, outputs, fisher_type)
     if reason:
@@ -164,7 +165,11 @@ def known(criterion: Callable, outputs: Tensor, fisher_type: str) -> Rules:
 
 
 def terms_of(
-    criterion: Callable, outputs: Tensor, y: Tensor, fisher_type: str, ranks: Ranks | None = None
+    criterion: Callable[..., Any],
+    outputs: Tensor,
+    y: Tensor,
+    fisher_type: str,
+    ranks: Ranks | None = None,
 ) -> Terms:
     """The scale of the terms of a criterion whose model distribution is known, or a refusal."""
     rules = known(criterion, outputs, fisher_type)
@@ -179,7 +184,7 @@ def exact_columns(outputs: Tensor) -> int:
 
 
 def exact_vectors(
-    criterion: Callable, outputs: Tensor, y: Tensor, ranks: Ranks | None = None
+    criterion: Callable[..., Any], outputs: Tensor, y: Tensor, ranks: Ranks | None = None
 ) -> Iterator[Tensor]:
     """Columns `sqrt(c) S_k` of a root of each term's Hessian, one `[n, ...]` at a time."""
     terms = terms_of(criterion, outputs, y, "exact", ranks)
@@ -208,7 +213,7 @@ def check_draws(mc_samples: int) -> None:
 
 
 def mc_vectors(
-    criterion: Callable,
+    criterion: Callable[..., Any],
     outputs: Tensor,
     y: Tensor,
     draws: int,
@@ -233,7 +238,9 @@ def mc_vectors(
         yield scale * score(criterion, outputs, labels, y)
 
 
-def draw_labels(criterion: Callable, outputs: Tensor, generator: torch.Generator) -> Tensor:
+def draw_labels(
+    criterion: Callable[..., Any], outputs: Tensor, generator: torch.Generator
+) -> Tensor:
     """Labels from the predictive distribution that a criterion reads the outputs as."""
     sample = known(criterion, outputs, "mc").sample
     assert sample is not None
@@ -242,7 +249,7 @@ def draw_labels(criterion: Callable, outputs: Tensor, generator: torch.Generator
 
 def output_vectors(
     fisher_type: str,
-    criterion: Callable,
+    criterion: Callable[..., Any],
     outputs: Tensor,
     y: Tensor,
     mc_samples: int = 1,

@@ -97,7 +97,7 @@ def captures_in_parts(
     ]
 
 
-def _alike(criterion: Callable, one: Tensor, two: Tensor) -> bool:
+def _alike(criterion: Callable[..., Any], one: Tensor, two: Tensor) -> bool:
     """Whether a mean over each half divides by the same number per example."""
     criterion = fisher.as_module(criterion)
     if fisher.reduction_of(criterion) == "sum":

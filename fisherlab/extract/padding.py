@@ -143,7 +143,7 @@ class Masked(WithRules):
         return score if spread is None else torch.where(spread, score, 0)
 
 
-def bare(criterion: Callable) -> Callable:
+def bare(criterion: Callable[..., Any]) -> Callable[..., Any]:
     """The criterion behind a mask."""
     return criterion.inner if isinstance(criterion, Masked) else criterion
 

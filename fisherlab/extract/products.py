@@ -63,10 +63,10 @@ class Product:
 
 Parser = Callable[..., "Product | None"]
 # Parsers by function. A parser takes the function's own arguments; None is no product.
-PRODUCTS: dict[Callable, Parser] = {}
+PRODUCTS: dict[Callable[..., Any], Parser] = {}
 
 
-def parses(*functions: Callable) -> Callable[[Parser], Parser]:
+def parses(*functions: Callable[..., Any]) -> Callable[[Parser], Parser]:
     """Register a parser for some functions."""
 
     def register(parser: Parser) -> Parser:
@@ -351,7 +351,7 @@ _AFFINE: dict[str, Callable[..., float]] = {
 }
 
 
-def affine_of(func: Callable, args: Sequence[Any]) -> tuple[Tensor, float] | None:
+def affine_of(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Tensor, float] | None:
     """The tensor W and the number s of a result `s W + c`; None where it is none."""
     factor = _AFFINE.get(getattr(func, "__name__", ""))
     if factor is None or not args or not isinstance(args[0], Tensor):

@@ -159,7 +159,7 @@ class Tape(TorchFunctionMode):
             self._computed.clear()
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """The function's own result; its use of a weight is noted."""
         kwargs = kwargs or {}
@@ -177,7 +177,7 @@ class Tape(TorchFunctionMode):
             self._note(func, (*args, *kwargs.values()))
         return out
 
-    def _recorded(self, func: Callable, uses: Sequence[Use], out: Tensor) -> Tensor:
+    def _recorded(self, func: Callable[..., Any], uses: Sequence[Use], out: Tensor) -> Tensor:
         for use in uses:
             bias = self.name(use.bias)
             if bias is not None:
@@ -222,7 +222,7 @@ class Tape(TorchFunctionMode):
             return out.requires_grad and self.name(out) is None
         return isinstance(out, tuple | list) and any(self._is_new(item) for item in out)
 
-    def _is_computed(self, func: Callable, args: Sequence[Any], out: object) -> bool:
+    def _is_computed(self, func: Callable[..., Any], args: Sequence[Any], out: object) -> bool:
         """Whether a result is a weight, shifted, scaled or cast, which is then known as such."""
         found = affine_of(func, args)
         known = None if found is None else self.known(found[0])
@@ -243,13 +243,13 @@ class Tape(TorchFunctionMode):
         self._computed[id(out)] = out, now
         return True
 
-    def _note(self, func: Callable, arguments: Sequence[Any]) -> None:
+    def _note(self, func: Callable[..., Any], arguments: Sequence[Any]) -> None:
         for tensor in _tensors(arguments):
             name = self.name(tensor)
             if name is not None and tensor.requires_grad:
                 self.others.setdefault(name, set()).add(_name(func))
 
-    def _uses(self, func: Callable, product: Product) -> list[Use]:
+    def _uses(self, func: Callable[..., Any], product: Product) -> list[Use]:
         """The use of a tracked weight, and that of a bias which is in no block of the weight's."""
         use = self._use(func, product)
         if use is None and product.swapped is not None:
@@ -262,7 +262,7 @@ class Tape(TorchFunctionMode):
                 found.append(bias)
         return found
 
-    def _use(self, func: Callable, product: Product) -> Use | None:
+    def _use(self, func: Callable[..., Any], product: Product) -> Use | None:
         """The use of a tracked weight that a product is; None where it is none."""
         known = self.known(product.weight)
         if known is None or not self.weights[known.name].requires_grad:
@@ -375,7 +375,7 @@ def _geometry(
     return Geometry(i, o, False, lookup=product.lookup, start=start, width=width, flipped=flipped)
 
 
-def _name(func: Callable) -> str:
+def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", str(func))
 
 

@@ -65,7 +65,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     decay_placements: ClassVar[tuple[str, ...]] = DECAY_PLACEMENTS
 
     # what takes options that the constructors pass on, and parts that take flat ones
-    takers: ClassVar[tuple[Callable, ...]] = (group_options,)
+    takers: ClassVar[tuple[Callable[..., Any], ...]] = (group_options,)
     parts: ClassVar[dict[str, Any]] = {"clip": UNCLIPPED}
 
     def __init__(

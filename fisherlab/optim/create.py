@@ -227,7 +227,9 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
 def option_names(name: str) -> list[str]:
     """The options that an optimizer takes, read off its constructors and those of its parts."""
     kind = type(create(name, nn.Sequential(nn.Linear(2, 2))))
-    takers: list[Callable] = list(kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)])
+    takers: list[Callable[..., Any]] = list(
+        kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]
+    )
     flat: list[str] = []
     if issubclass(kind, CurvatureOptimizer):
         takers += kind.takers

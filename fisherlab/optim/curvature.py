@@ -226,7 +226,9 @@ class Curvature:
             "scale": dict(self._scale),
         }
 
-    def reading(self, state: Mapping[str, Any], weights: Mapping[str, Weight]) -> Callable:
+    def reading(
+        self, state: Mapping[str, Any], weights: Mapping[str, Weight]
+    ) -> Callable[..., Any]:
         """Check a state, and return what takes it over.
 
         Args:

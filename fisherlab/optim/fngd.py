@@ -37,7 +37,7 @@ class FNGD(Woodbury):
         self,
         model: nn.Module,
         *,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
         params: Iterable[Any] | None = None,
         lr: float,
         alpha: float = 0.005,

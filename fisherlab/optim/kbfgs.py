@@ -93,7 +93,7 @@ class KBFGSOptimizer(NaturalGradient):
         self.preconditioner.steps += 1
         return loss
 
-    def _captures(self) -> list[dict]:
+    def _captures(self) -> list[dict[Any, Any]]:
         recorder = self.preconditioner.recorder
         assert recorder is not None
         found = recorder.captures()
@@ -138,7 +138,7 @@ class KBFGSOptimizer(NaturalGradient):
         return take
 
 
-def _learn(part: Part, before: list, after: list) -> None:
+def _learn(part: Part, before: list[Any], after: list[Any]) -> None:
     running = part.running
     pairs = [replace(one, after=two) for one, two in zip(before, after, strict=True)]
     if running is None or not pairs:

@@ -64,7 +64,7 @@ class NaturalGradient(CurvatureOptimizer):
         params: Iterable[Any] | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
         fisher_type: str = "empirical",
         nonfinite: str = "raise",
         **options: Any,

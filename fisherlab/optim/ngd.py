@@ -47,7 +47,7 @@ class NGD(CurvatureOptimizer):
         self,
         model: nn.Module,
         *,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
         fisher_type: str = "empirical",
         params: Iterable[Any] | None = None,
         lr: float,

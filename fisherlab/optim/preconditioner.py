@@ -89,7 +89,7 @@ class Preconditioner(Covered):
         damping: float | Rule,
         schedule: Schedule = USUAL,
         params: Iterable[Any] | Coverage | None = None,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
         fisher_type: str = "empirical",
         mc_samples: int = 1,
         generator: torch.Generator | None = None,

@@ -73,7 +73,7 @@ class Recorder:
         model: nn.Module,
         coverage: Coverage,
         *,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
         fisher_type: str = "empirical",
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
@@ -296,7 +296,9 @@ class Recorder:
         # the hooks on the output tensors have seen these columns too: only the loss's own count
         self._forget_gradients(current)
 
-    def _loss(self, criterion: nn.Module, args: tuple, kwargs: dict, loss: Tensor) -> None:
+    def _loss(
+        self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
+    ) -> None:
         current = None if self._latest is None else self._latest()
         if current is None or is_isolated():
             return
@@ -451,7 +453,7 @@ class Recorder:
     def _form(weight: Weight) -> Form:
         return Form(weight.geometry, weight.bias)
 
-    def _parts(self, name: str, calls: list[Call], n: int) -> tuple[list, str]:
+    def _parts(self, name: str, calls: list[Call], n: int) -> tuple[list[Any], str]:
         """The calls in the form of the weight, or why they have none."""
         form = self._form(self.weights[name])
         try:
@@ -474,7 +476,7 @@ class Recorder:
             for node in nodes:
                 node.register_prehook(partial(self._seen_behind, call))
 
-    def _seen_behind(self, call: Call, gradients: tuple) -> None:
+    def _seen_behind(self, call: Call, gradients: tuple[Any, ...]) -> None:
         seen = seen_at(gradients[0], call.shape)[: self.examples]
         call.behind = seen if call.behind is None else call.behind | seen
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def scale_factor(
     output: Tensor,
     output_gradient: Tensor | None,
     loss_scale: Tensor | None,
-    criterion: Callable | None,
+    criterion: Callable[..., Any] | None,
     own_scale: Tensor | None = None,
     last: bool = True,
 ) -> float:
@@ -47,7 +47,7 @@ def scale_factor(
 def recognised_factor(
     output: Tensor,
     gradient: Tensor,
-    criterion: Callable | None = None,
+    criterion: Callable[..., Any] | None = None,
     own_scale: Tensor | None = None,
     last: bool = True,
 ) -> float:
@@ -177,7 +177,7 @@ _ASK = (
 class Loss:
     """The loss of one forward, as its backward tells it: where its scale is read off."""
 
-    def __init__(self, criterion: Callable | None) -> None:
+    def __init__(self, criterion: Callable[..., Any] | None) -> None:
         self.criterion = criterion
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
@@ -217,7 +217,7 @@ class Loss:
 class LossScale:
     """The loss of each forward, in `loss` that of the latest."""
 
-    def __init__(self, criterion: Callable | None) -> None:
+    def __init__(self, criterion: Callable[..., Any] | None) -> None:
         self.criterion, self.loss = criterion, Loss(criterion)
         self.handles = []
         if isinstance(criterion, nn.Module):
@@ -239,6 +239,6 @@ class LossScale:
         if output is not None:
             self.loss.follow(output, own)
 
-    def _loss(self, criterion: nn.Module, args: tuple, loss: Tensor) -> None:
+    def _loss(self, criterion: nn.Module, args: tuple[Any, ...], loss: Tensor) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and not is_isolated():
             loss.register_hook(self.loss.scaled)

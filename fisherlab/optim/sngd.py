@@ -178,7 +178,9 @@ def reconstruct(
     if optimizer is not None:
         count = [0]
 
-        def after_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        def after_step(
+            opt: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
+        ) -> None:
             count[0] += 1
             if count[0] % every == 0:
                 refresh(model, opt)
@@ -214,11 +216,11 @@ class _Observer:
         for _, fisher in self.layers.values():
             fisher.handles = handles
 
-    def begin(self, model: nn.Module, args: tuple) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self.calls = {} if torch.is_grad_enabled() and not is_isolated() else None
 
     def remember(
-        self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], output: Tensor
     ) -> Tensor | None:
         if self.calls is None or not module.training or not output.requires_grad:
             return None
@@ -234,7 +236,7 @@ class _Observer:
         return output.clone() if output._is_view() else None
 
     @torch.no_grad()
-    def end(self, model: nn.Module, args: tuple, output: object) -> None:
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         made, self.calls = self.calls or {}, None
         every = [call for calls in made.values() for call in calls if call.slope is None]
         found = slopes(_tensors(output), [call.edge for call in every]) if every else []

@@ -21,7 +21,7 @@ from fisherlab.optim.weight import Weight
 class Hook:
     """A hook that stays with its model: a copy or a pickle of the model carries none."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self._breaking = function, torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
@@ -30,11 +30,11 @@ class Hook:
         compiled = torch.compiler.is_compiling()
         return self._breaking(True, *args) if compiled else self.function(False, *args)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _nothing_of, ()
 
 
-def _nothing_of() -> Callable:
+def _nothing_of() -> Callable[..., Any]:
     return _nothing
 
 
@@ -97,7 +97,7 @@ class Watch:
             handle.remove()
         self._handles.clear()
 
-    def _begin(self, compiled: bool, model: nn.Module, args: tuple) -> None:
+    def _begin(self, compiled: bool, model: nn.Module, args: tuple[Any, ...]) -> None:
         # a deep copy of the model carries these hooks along
         if model is not self._model() or is_isolated():
             return
@@ -111,7 +111,7 @@ class Watch:
             self.tape.others.clear()
             self.tape.__enter__()
 
-    def _end(self, compiled: bool, model: nn.Module, args: tuple, output: Any) -> None:
+    def _end(self, compiled: bool, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if model is not self._model() or is_isolated() or not self._running:
             return
         self._running = False
@@ -126,7 +126,12 @@ class Watch:
         self.loss = None
 
     def called(
-        self, weight: Weight, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+        self,
+        weight: Weight,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[Any, Any],
+        output: Tensor,
     ) -> Tensor | None:
         """A module's own product where no tape sees it: compiled, or computed again."""
         if (self._running and not self._compiled) or module is not weight.module or is_isolated():
@@ -140,9 +145,13 @@ class Watch:
         )
 
 
-def _of_module(watch: weakref.ref[Watch], weight: Weight) -> Callable:
+def _of_module(watch: weakref.ref[Watch], weight: Weight) -> Callable[..., Any]:
     def hook(
-        compiled: bool, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+        compiled: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[Any, Any],
+        output: Tensor,
     ) -> Tensor | None:
         known = watch()
         return None if known is None else known.called(weight, module, args, kwargs, output)

@@ -89,7 +89,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Any, ...]:
         layer: _Layer = ctx.layer
         if layer.arrived:
             weight = layer.weight
@@ -282,7 +282,7 @@ class WeightedLayers:
         model: nn.Module,
         coverage: Coverage,
         rows: Rows,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
     ) -> None:
         self.coverage, self.weights, self.rows = coverage, coverage.weights, rows
         self.state = _State()

@@ -55,7 +55,7 @@ class Woodbury(CurvatureOptimizer):
         self,
         model: nn.Module,
         *,
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
         params: Iterable[Any] | None = None,
         lr: float,
         damping: float | Rule | None = None,
@@ -236,13 +236,13 @@ class GramBlock(Outer):
         return self.core * self.gram().trace()
 
 
-def _unowned(method: Callable) -> Callable:
+def _unowned(method: Callable[..., Any]) -> Callable[..., Any]:
     """A bound method that does not keep its object alive: the model holds the hooks."""
     reference = weakref.WeakMethod(method)
     return lambda *args: _call(reference, args)
 
 
-def _call(reference: weakref.WeakMethod, args: tuple) -> Any:
+def _call(reference: weakref.WeakMethod[Any], args: tuple[Any, ...]) -> Any:
     method = reference()
     if method is None:
         raise OptimizerError("the optimizer was deleted between this forward and its backward")

@@ -76,7 +76,7 @@ MLP_ROWS = (
 class Run:
     """One training run: a model, an optimizer, and its batches."""
 
-    def __init__(self, build: Callable[[], nn.Module], row: Row, batches: list) -> None:
+    def __init__(self, build: Callable[[], nn.Module], row: Row, batches: list[Any]) -> None:
         self.model, self.batches = build(), batches
         self.optimizer = optim.create(row.name, self.model, **row.options)
         self.criterion = nn.CrossEntropyLoss()
@@ -206,7 +206,7 @@ def mlp() -> nn.Module:
     return models.create("mlp", input_size=784, hidden=(512, 512))
 
 
-def random_batches(shape: tuple[int, ...], size: int = 128, count: int = 8) -> list:
+def random_batches(shape: tuple[int, ...], size: int = 128, count: int = 8) -> list[Any]:
     """Noise and labels: what a step costs does not depend on them."""
     generator = torch.Generator().manual_seed(0)
     return [

@@ -38,7 +38,7 @@ def blame(model: nn.Module, start: dict[str, float], x: Tensor) -> tuple[str, st
     names: list[str] = []
 
     def look(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
                 names.append(name)
 
