@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
+from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
     BlockError,
     check_gram,
-    coordinates,
     eigh,
     sum_of,
     symmetrise,
@@ -38,17 +39,17 @@ class Columns:
             )
         self.a, self.g, self.room = a, g, room
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """`(o, i)`."""
         return self.g.shape[-1], self.a.shape[-1]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int]:
         """`(m, n)`."""
         return self.g.shape[0], self.g.shape[1]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """`R = m n`."""
         m, n = self.sizes
@@ -59,7 +60,7 @@ class Columns:
         """t."""
         return self.a.shape[1]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.a.dtype
 
@@ -72,7 +73,7 @@ class Columns:
     def _double(self) -> Columns:
         return Doubled(self)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.a.device
 
@@ -244,23 +245,24 @@ class Columns:
         )
 
     @cached
-    def _rotated(self) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
+    def _rotated(self) -> dict[tuple, tuple[Basis, Basis, Tensor]]:
         """By the ids of a basis: the basis itself and `rotated_squares` in it."""
         return {}
 
-    def knows(self, Q_G: Tensor, Q_A: Tensor) -> bool:
+    def knows(self, Q_G: Basis, Q_A: Basis) -> bool:
         """Whether `rotated_squares` of this basis costs nothing."""
         return (id(Q_G), id(Q_A)) in self._rotated
 
-    def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_squares(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
         key = id(Q_G), id(Q_A)
         # with the bases, so that no other tensor takes their place
         return once(self._rotated, key, lambda: (Q_G, Q_A, self._rotated_squares(Q_G, Q_A)))[2]
 
-    def _rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def _rotated_squares(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         frame = Columns.input_frame.known(self)
         C = coordinates(Q_A, frame[0]) if frame else None
+        Q_G, Q_A = (Q if isinstance(Q, Coordinates) else matrix_of(Q) for Q in (Q_G, Q_A))
         if C is not None and self.inside is not None:
             return self.inside.rotated_squares(Q_G, C).double()
         if not self.short:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.coordinates import Identity, identity
+from fisherlab.blocks.basis import Basis, Coordinates, Thin, coordinates, matrix_of
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     chosen_squares,
-    coordinates,
     spectrum_power,
 )
-from fisherlab.blocks.span import multiplied
 
 
 class Eigen(Block):
@@ -31,16 +31,16 @@ class Eigen(Block):
 
     def __init__(
         self,
-        Q_G: Tensor | None,
-        Q_A: Tensor | None,
+        Q_G: Basis | None,
+        Q_A: Basis | None,
         spectrum: Tensor,
         tail_G: Tensor | None = None,
         tail_A: Tensor | None = None,
         tail: Tensor | None = None,
         level: Tensor | None = None,
     ) -> None:
-        Q_G = identity(spectrum[:, 0]) if Q_G is None else Q_G
-        Q_A = identity(spectrum[0]) if Q_A is None else Q_A
+        Q_G = Coordinates(spectrum[:, 0]) if Q_G is None else Q_G
+        Q_A = Coordinates(spectrum[0]) if Q_A is None else Q_A
         if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
             raise BlockError(
                 f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that "
@@ -57,27 +57,33 @@ class Eigen(Block):
 
     def formed_bytes(self) -> int:
         # a side in its own coordinates has no vectors
-        bases = [Q for Q in (self.Q_G, self.Q_A) if not isinstance(Q, Identity)]
+        bases = [Q for Q in (self.Q_G, self.Q_A) if not isinstance(Q, Coordinates)]
         entries = self.size * self.spectrum.element_size()
-        return entries + sum(len(Q) ** 2 * Q.element_size() for Q in bases)
+        return entries + sum(len(Q) ** 2 * Q.dtype.itemsize for Q in bases)
 
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
-        return None if isinstance(value, Identity) else multiplied(value)
+        if value is None or isinstance(value, Coordinates):
+            return None
+        return matrix_of(value)
 
-    @property
+    def sizes(self) -> dict[int, int]:
+        thin = [Q for Q in (self.Q_G, self.Q_A) if isinstance(Q, Thin)]
+        return super().sizes() | {id(Q): Q.shape.numel() * Q.dtype.itemsize for Q in thin}
+
+    @cached_property
     def shape(self) -> tuple[int, int]:
         return self.Q_G.shape[0], self.Q_A.shape[0]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.Q_A.dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.Q_A.device
 
-    @property
+    @cached_property
     def thin(self) -> bool:
         """Whether a basis spans less than its space."""
         return self._missing != (0, 0)
@@ -87,7 +93,7 @@ class Eigen(Block):
         """Whether the matrix is zero outside its basis: a full one, or a thin one without tails."""
         return self._confined or not self.thin
 
-    @property
+    @cached_property
     def _missing(self) -> tuple[int, int]:
         return self.shape[0] - self.Q_G.shape[1], self.shape[1] - self.Q_A.shape[1]
 
@@ -265,12 +271,12 @@ class Eigen(Block):
         if self._factor_values is None:
             return super().chosen(other)  # the bases were given, not found
         values_G, values_A = (
-            None if isinstance(Q, Identity) else values
+            None if isinstance(Q, Coordinates) else values
             for values, Q in zip(self._factor_values, (self.Q_G, self.Q_A), strict=True)
         )
         return chosen_squares(self.diagonal_of(other), values_G, values_A, other.trace())
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()
         R_A = (self.Q_A.mT @ Q_A).double().square()
         core = R_G.mT @ self.spectrum.double() @ R_A

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Basis
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
@@ -52,19 +54,19 @@ class OfColumns(Block):
         """Output gradients `[m, n, t, o]`."""
         return self.of.g
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         return self.of.shape
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.of.dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.of.device
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """`R = m n`, the number of columns of `U`."""
         return self.of.count
@@ -336,11 +338,11 @@ class Outer(OfColumns):
             total += K.square().sum()
         return scale * total
 
-    def _rotated_gradients(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def _rotated_gradients(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`diag(Q^T (c U U^T) Q)`."""
         return self.core * self.of.rotated_squares(Q_G, Q_A)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         value = self._rotated_gradients(Q_G, Q_A)
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
 
@@ -530,7 +532,7 @@ class OuterSum(OfColumns):
             total += torch.einsum("r,roi->oi", self.d[part], vectors.square())
         return total.to(self.dtype)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         a, g = self.a.double(), self.g.double()
         columns = Columns(a @ Q_A.to(a), g @ Q_G.to(g))
         value = OuterSum.over(columns, self.W, self.d).diagonal()
@@ -559,5 +561,5 @@ def _squares(V: Tensor) -> Tensor:
     return torch.linalg.vecdot(V, V).sum(-1, dtype=torch.float64)
 
 
-def _norms(Q_G: Tensor, Q_A: Tensor) -> Tensor:
+def _norms(Q_G: Basis, Q_A: Basis) -> Tensor:
     return torch.outer(Q_G.double().square().sum(0), Q_A.double().square().sum(0))
