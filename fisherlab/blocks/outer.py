@@ -318,10 +318,8 @@ class Outer(OfColumns):
         if other.Q_G.shape[1] < self.shape[0]:
             R = self.of.right
             columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
-        value = value + other.tail_G.double() @ (rows - E.sum(1))
-        value = value + other.tail_A.double() @ (columns - E.sum(0))
         rest = total - rows.sum() - columns.sum() + E.sum()
-        return value + other.tail.double() * rest
+        return value + other.beside.weighed(rows - E.sum(1), columns - E.sum(0), rest)
 
     def _outer_inner(self, other: Outer) -> Tensor:
         """`<c U U^T, c' U' U'^T> = c c' ||U^T U'||^2`."""
