@@ -69,7 +69,7 @@ class Columns:
         """The same columns in float64: many exact products convert them once."""
         return self if self.dtype == torch.float64 else self._double
 
-    @cached
+    @cached_property
     def _double(self) -> Columns:
         return Doubled(self)
 
@@ -233,7 +233,7 @@ class Columns:
         for part in contractions.slices(self.formed.shape[1], size, self.formed):
             yield self.formed[:, part]
 
-    @cached
+    @cached_property
     def grouped(self) -> dict[tuple[int, int], Tensor]:
         """By (c, k): `grouped_moments`, where they have been asked for."""
         return {}
@@ -244,7 +244,7 @@ class Columns:
             self.grouped, (c, k), lambda: contractions.grouped_moments(self.a, self.g, c, k)
         )
 
-    @cached
+    @cached_property
     def _rotated(self) -> dict[tuple, tuple[Basis, Basis, Tensor]]:
         """By the ids of a basis: the basis itself and `rotated_squares` in it."""
         return {}
@@ -335,7 +335,7 @@ class Columns:
         """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
         return frame(self.g)
 
-    @cached
+    @cached_property
     def inside(self) -> Columns | None:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_frame is None:

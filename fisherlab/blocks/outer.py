@@ -196,14 +196,14 @@ class Outer(OfColumns):
         """The same block in float64, one object: what is known of it stays known."""
         return self if self.dtype == torch.float64 else self._double
 
-    @cached
+    @cached_property
     def _double(self) -> Outer:
         return Outer.over(self.of.double, self.core, self.shift)
 
     def within(self, V: Tensor) -> Outer | None:
         return self._within if V is self.of.input_space else None
 
-    @cached
+    @cached_property
     def _within(self) -> Outer | None:
         inside = self.of.inside
         return None if self.shift or inside is None else Outer.over(inside, self.core)
@@ -370,7 +370,7 @@ class Outer(OfColumns):
             self._leading[k] = super().leading(k)
         return self._leading[k]
 
-    @cached
+    @cached_property
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By k: the leading eigenpairs."""
         return {}
