@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,10 +64,6 @@ class Thin:
     def __getitem__(self, index: tuple[slice, Tensor]) -> Tensor:
         return self.matrix[index]
 
-    def tensors(self) -> Iterator[Tensor]:
-        """What it is made of."""
-        yield from (self.V, self.C)
-
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
@@ -128,10 +123,6 @@ class Coordinates:
         _, columns = index
         return torch.nn.functional.one_hot(columns, len(self)).mT.to(self.dtype)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """What it is made of."""
-        yield self.like
-
 
 # Orthonormal columns `[d, r]` on one side of a weight.
 Basis = Tensor | Thin | Coordinates
@@ -142,9 +133,9 @@ def matrix_of(Q: Basis) -> Tensor:
     return Q if isinstance(Q, Tensor) else Q.matrix
 
 
-def tensors_of(Q: Basis) -> Iterator[Tensor]:
-    """What a basis is made of."""
-    return iter((Q,)) if isinstance(Q, Tensor) else Q.tensors()
+def size_of(Q: Basis) -> dict[int, int]:
+    """Bytes, by its id, of a basis that is no tensor: of a thin one as its vectors."""
+    return {id(Q): Q.shape.numel() * Q.dtype.itemsize} if isinstance(Q, Thin) else {}
 
 
 def coordinates(Q: Basis, V: Tensor) -> Tensor | None:

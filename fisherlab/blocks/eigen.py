@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.basis import Basis, Coordinates, Thin, coordinates, matrix_of
+from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of, size_of
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
@@ -147,8 +147,7 @@ class Eigen(Block):
         return matrix_of(value)
 
     def sizes(self) -> dict[int, int]:
-        thin = [Q for Q in (self.Q_G, self.Q_A) if isinstance(Q, Thin)]
-        return super().sizes() | {id(Q): Q.shape.numel() * Q.dtype.itemsize for Q in thin}
+        return super().sizes() | size_of(self.Q_G) | size_of(self.Q_A)
 
     @cached_property
     def shape(self) -> tuple[int, int]:

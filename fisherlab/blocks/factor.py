@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.basis import Basis, Coordinates, Thin, matrix_of
+from fisherlab.blocks.basis import Basis, Coordinates, Thin, matrix_of, size_of
 from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.numerics import (
     BlockError,
@@ -58,6 +58,10 @@ class Factor(ABC):
     def tensors(self) -> Iterator[Tensor]:
         """What it is made of."""
         yield from self.parts
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of what it is made of, by its id."""
+        return {id(part): part.numel() * part.element_size() for part in self.parts}
 
     @abstractmethod
     def _decompose(self, name: str) -> Spectrum: ...
@@ -273,10 +277,13 @@ class Spectral(Factor):
     _thin = True
 
     def __init__(self, values: Tensor, vectors: Basis) -> None:
-        kept = (vectors,) if isinstance(vectors, Tensor) else tuple(vectors.tensors())
+        kept = (vectors,) if isinstance(vectors, Tensor) else ()
         super().__init__(len(vectors), values, *kept)
         self.values, self.vectors = values, vectors
         self._kept["spectrum"] = values, vectors
+
+    def sizes(self) -> dict[int, int]:
+        return super().sizes() | size_of(self.vectors)
 
     def _decompose(self, name: str) -> Spectrum:
         return self.values, self.vectors

@@ -64,6 +64,10 @@ class Kronecker(Block):
         for factor in self.factors:
             yield from factor.tensors()
 
+    def sizes(self) -> dict[int, int]:
+        G, A = self.factors
+        return G.sizes() | A.sizes()
+
     def formed_bytes(self) -> int:
         return sum(F.formed_bytes() for F in {id(F): F for F in self.factors}.values())
 
