@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.basis import Basis
+from fisherlab.blocks.numerics import symmetrise
 
 # Bytes one intermediate may take. Chunks are cut to it; results do not depend on it.
 WORKSPACE = 256 * 1024**2
@@ -404,11 +405,11 @@ def left_moment(a: Tensor, g: Tensor, A: Tensor | None = None) -> Tensor:
         for part in slices(n, (t * t + m * t * o) * a.element_size()):
             aa = torch.bmm(a[part], weight[part].mT)
             result += (aa @ g[:, part]).reshape(-1, o).mT @ g[:, part].reshape(-1, o)
-        return symmetric(result) if A is None else result
+        return symmetrise(result) if A is None else result
     for _, D in per_example_chunks(a, g):
         DA = D if A is None else D @ A
         result += DA.transpose(0, 2).reshape(o, -1) @ D.transpose(0, 2).reshape(o, -1).mT
-    return symmetric(result) if A is None else result
+    return symmetrise(result) if A is None else result
 
 
 def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
@@ -430,13 +431,8 @@ def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
             weighted, rows = torch.bmm(S, a[part]).reshape(-1, i), a[part].reshape(-1, i)
             # of an antisymmetric G the product is antisymmetric
             result += symmetric_product(weighted, rows) if G is None else weighted.mT @ rows
-        return symmetric(result) if G is None else result
+        return symmetrise(result) if G is None else result
     for _, D in per_example_chunks(a, g):
         GD = D if G is None else G @ D
         result += D.reshape(-1, i).mT @ GD.reshape(-1, i)
-    return symmetric(result) if G is None else result
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """`(S + S^T) / 2`, against the rounding of chunked sums."""
-    return (matrix + matrix.mT) / 2
+    return symmetrise(result) if G is None else result

@@ -87,10 +87,6 @@ class OfColumns(Block):
         """`||D[m,n]||^2`, `[m, n]` in float64."""
         return self.of.energies
 
-    def rescaled(self, core: float | Tensor, shift: float = 0.0) -> OfColumns:
-        """The same columns with another core and shift."""
-        return over(self.of, core, shift)
-
     def tensors(self) -> Iterator[Tensor]:
         yield from self.of.tensors()
 
@@ -117,7 +113,7 @@ class OfColumns(Block):
             )
         powers = spectrum_power(values + base, exponent, 0.0, "outer block")
         rest = 0.0 if base == 0 else base**exponent
-        return OuterSum.spectral(self.of, W, powers - rest, rest)
+        return OuterSum.over(self.of, W, powers - rest, rest, True)
 
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
@@ -190,6 +186,10 @@ class Outer(OfColumns):
     def _hold(self, columns: Columns, core: float | None, shift: float) -> None:
         self.of, self.shift = columns, float(shift)
         self.core = 1.0 / columns.sizes[1] if core is None else core
+
+    def rescaled(self, core: float, shift: float = 0.0) -> Outer:
+        """The same columns with another core and shift."""
+        return Outer.over(self.of, core, shift)
 
     @property
     def double(self) -> Outer:
@@ -395,17 +395,17 @@ class OuterSum(OfColumns):
         self._hold(Columns(a, g), W, d, shift, False)
 
     @classmethod
-    def over(cls, columns: Columns, W: Tensor, d: Tensor, shift: float = 0.0) -> OuterSum:
-        """The block of any `W` and `d`."""
+    def over(
+        cls,
+        columns: Columns,
+        W: Tensor,
+        d: Tensor,
+        shift: float = 0.0,
+        orthonormal: bool = False,
+    ) -> OuterSum:
+        """The block of any `W` and `d`; `orthonormal`: the `v_k` are."""
         block = cls.__new__(cls)
-        block._hold(columns, W, d, shift, False)
-        return block
-
-    @classmethod
-    def spectral(cls, columns: Columns, W: Tensor, d: Tensor, shift: float = 0.0) -> OuterSum:
-        """The block of a `W` that makes the `v_k` orthonormal."""
-        block = cls.__new__(cls)
-        block._hold(columns, W, d, shift, True)
+        block._hold(columns, W, d, shift, orthonormal)
         return block
 
     def _hold(
@@ -421,9 +421,6 @@ class OuterSum(OfColumns):
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (*self.of.tensors(), self.W, self.d)
-
-    def within(self, V: Tensor) -> OuterSum | None:
-        return None
 
     @property
     def operations(self) -> int:
@@ -476,9 +473,7 @@ class OuterSum(OfColumns):
         if exponent != 1:
             return super().power(exponent, damping)
         shift = self.shift + check_damping(damping)
-        block = OuterSum.__new__(OuterSum)
-        block._hold(self.of, self.W, self.d, shift, self.orthonormal)
-        return block
+        return OuterSum.over(self.of, self.W, self.d, shift, self.orthonormal)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -535,14 +530,6 @@ class OuterSum(OfColumns):
         columns = Columns(a @ Q_A.to(a), g @ Q_G.to(g))
         value = OuterSum.over(columns, self.W, self.d).diagonal()
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
-
-
-def over(columns: Columns, core: float | Tensor, shift: float = 0.0) -> OfColumns:
-    """The block over columns that others hold as well, of a number or a matrix as core."""
-    if not isinstance(core, Tensor):
-        return Outer.over(columns, core, shift)
-    d, W = eigh(core, "core of an outer block")
-    return OuterSum.over(columns, W, d, shift)
 
 
 def shared(one: Columns, two: Columns) -> bool:
