@@ -15,8 +15,8 @@ from torch import Tensor
 from fisherlab.blocks import BlockError, MiniBlock, RowBlocks
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.factor import Rows, within
 from fisherlab.blocks.mini_block import check_blocks
-from fisherlab.blocks.moment import Moment, within
 from fisherlab.extract import LayerCapture
 
 COLUMNS = frozenset({"inputs", "output_gradients"})
@@ -25,7 +25,7 @@ COLUMNS = frozenset({"inputs", "output_gradients"})
 class View(Protocol):
     """A sum that is kept in fewer numbers than its tensor has."""
 
-    def scaled(self, factor: float) -> View:
+    def scaled(self, factor: float, /) -> View:
         """The sum times a number."""
 
     def formed(self) -> Tensor:
@@ -73,7 +73,7 @@ class Statistic(ABC):
         return type(self) is type(other) and self._fields() == other._fields()
 
     def __hash__(self) -> int:
-        return hash((type(self), self._fields()))
+        return hash((type(self), self._fields())) if vars(self) else hash(type(self))
 
     @abstractmethod
     def total(self, layer: LayerCapture) -> Tensor:
@@ -137,12 +137,12 @@ def _input_rows(
     combine: Callable[[Tensor], Tensor],
     scale: float,
     weight: Callable[[Tensor], Tensor] | None = None,
-) -> Moment | None:
+) -> Rows | None:
     """The moment of combinations of the inputs, where these span clearly less than their space."""
     if layer.raw_output_gradients is None or not layer.few_inputs:
         return None
     columns = layer.columns
-    return Moment(combine(columns.a), scale, within(lambda: columns.input_frame, combine), weight)
+    return Rows(combine(columns.a), scale, within(lambda: columns.input_frame, combine), weight)
 
 
 def _output_rows(
@@ -150,12 +150,12 @@ def _output_rows(
     combine: Callable[[Tensor], Tensor],
     scale: float = 1.0,
     weight: Callable[[Tensor], Tensor] | None = None,
-) -> Moment | None:
+) -> Rows | None:
     """The same of the output gradients."""
     if not layer.few_gradients:
         return None
     columns = layer.columns
-    return Moment(combine(columns.g), scale, within(lambda: columns.output_frame, combine), weight)
+    return Rows(combine(columns.g), scale, within(lambda: columns.output_frame, combine), weight)
 
 
 def _same(rows: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class InputMoment(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return _mean(layer) * layer.weighed(layer.input_rows).square().flatten(0, -2).sum(0)
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         return _input_rows(layer, layer.weighed, _mean(layer))
 
 
@@ -191,7 +191,7 @@ class OutputMoment(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return layer.output_gradients.square().flatten(0, -2).sum(0)
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         return _output_rows(layer, _same)
 
 
@@ -206,7 +206,7 @@ class ReducedInput(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return layer.column_share * layer.position_mean(layer.input_rows).square().sum(0)
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         return _input_rows(layer, layer.position_mean, layer.column_share)
 
 
@@ -221,7 +221,7 @@ class ReducedOutput(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return layer.output_gradients.sum(2).square().flatten(0, -2).sum(0)
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         return _output_rows(layer, lambda g: g.sum(2))
 
 
@@ -239,7 +239,7 @@ class LeftMoment(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return layer.columns.squares.sum(1)
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         # D = g^T a, so that sum D D^T = g^T (a a^T) g
         columns = layer.columns
         return _output_rows(layer, _same, weight=lambda g: columns.input_products @ g)
@@ -256,7 +256,7 @@ class RightMoment(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return layer.columns.squares.sum(0)
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         # sum D^T D = a^T (sum_m g g^T) a
         columns = layer.columns
         return _input_rows(layer, _same, 1.0, lambda a: columns.gradient_products @ a)
@@ -291,7 +291,7 @@ class LeftProduct(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return self._rows(layer).square().sum((0, 1, 2)) / layer.positions
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         columns = layer.columns
         return _output_rows(
             layer,
@@ -316,7 +316,7 @@ class RightProduct(Statistic):
     def diagonal(self, layer: LayerCapture) -> Tensor:
         return self._rows(layer).square().sum((0, 1)) / layer.positions
 
-    def rows(self, layer: LayerCapture) -> Moment | None:
+    def rows(self, layer: LayerCapture) -> Rows | None:
         columns = layer.columns
 
         def weight(a: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from references import randn
 
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, numerics
+from fisherlab.blocks.factor import factor_of
 from fisherlab.blocks.numerics import GIB, cholesky, eigh, rank_of, spectrum_power
 from fisherlab.blocks.work import cached
 from fisherlab.testing.blocks import psd
@@ -24,41 +25,21 @@ def counted(monkeypatch):
 
 
 def test_a_decomposition_is_made_once(counted):
-    S = psd(5, seed=1)
-    assert eigh(S)[1] is eigh(S)[1]
+    S = factor_of(psd(5, seed=1))
+    assert S.spectrum()[1] is S.spectrum()[1]
     assert len(counted) == 1
-    blocks.Kronecker(S, S).power(-1, 0.1)
+    blocks.Kronecker(S, S.scaled(2.0)).power(-1, 0.1)
     assert len(counted) == 1
 
 
-def test_an_in_place_change_makes_a_new_decomposition(counted):
+def test_a_block_of_a_matrix_changed_in_place_has_the_new_numbers():
     S = psd(5, seed=1)
-    before = eigh(S)[0].clone()
+    before = blocks.Dense(S, (5, 1)).eigenvalues()
+    blocks.Kronecker(S, S).eigenvalues()
     S.mul_(0.9).add_(torch.eye(5), alpha=0.1)
-    near(eigh(S)[0], 0.9 * before + 0.1, torch.float64)
-    view = S[:2]
-    eigh(S)
-    view.zero_()
-    near(eigh(S)[0], torch.linalg.eigvalsh((S + S.mT) / 2), torch.float64)
-
-
-def test_a_changed_result_is_not_handed_out_again():
-    S = psd(5, seed=1)
-    values, vectors = eigh(S)
-    expected = values.clone()
-    values.clamp_(min=100)
-    vectors.zero_()
-    values, vectors = eigh(S)
-    near(values, expected, torch.float64)
-    near(vectors * values @ vectors.mT, S, torch.float64)
-
-
-def test_the_cache_dies_with_the_matrix():
-    S = psd(5, seed=1)
-    eigh(S)
-    size = len(numerics._DECOMPOSITIONS)
-    del S
-    assert len(numerics._DECOMPOSITIONS) < size
+    near(blocks.Dense(S, (5, 1)).eigenvalues(), 0.9 * before + 0.1, torch.float64)
+    expected = torch.linalg.eigvalsh(torch.kron(S, S)).flip(0)
+    near(blocks.Kronecker(S, S).eigenvalues(), expected, torch.float64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -235,9 +216,9 @@ def test_a_damped_inverse_takes_no_eigenvectors(generator: torch.Generator) -> N
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     # the power of a factor is the same one, known spectrum or not
     one = blocks.Kronecker(S, S).factored_power(-1.0, 0.1, 0.1)
-    numerics.eigh(S)
-    assert numerics.damped_inverse(S, 0.1) is None
-    other = blocks.Kronecker(S, S).factored_power(-1.0, 0.1, 0.1)
+    known = factor_of(S)
+    known.spectrum()
+    other = blocks.Kronecker(known, known).factored_power(-1.0, 0.1, 0.1)
     torch.testing.assert_close(one.A, other.A, rtol=1e-12, atol=1e-12)
 
 

@@ -145,7 +145,9 @@ class Approximation:
         """The block of a weight `[o, i]`.
 
         Args:
-            mean: `mean(self.A)` is the mean of the statistic `A`, a tensor; `mean.basis` and
+            mean: `mean(self.A)` is the mean of the statistic `A`, a tensor; `mean.factor(self.A)`
+                the same as a side of a Kronecker product, which keeps its few rows and shares its
+                eigenvectors with all methods; `mean.basis` and
                 `mean.corrections` are what `basis` and `corrections` made.
             shape: `(o, i)`, the bias as last column.
         """

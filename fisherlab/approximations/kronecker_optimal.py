@@ -12,7 +12,7 @@ from fisherlab import blocks
 from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.columns import joined
-from fisherlab.blocks.moment import Lifted
+from fisherlab.blocks.factor import Subspace
 from fisherlab.blocks.numerics import eigh, length_of, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
@@ -119,7 +119,7 @@ class _Rearranged:
             return Kronecker(torch.zeros_like(G), self.lift(torch.zeros_like(A)))
         scale = (sizes[0] / sizes[1]).sqrt().to(A)
         A = A * scale
-        return Kronecker(G / scale, A if self.space is None else Lifted(self.space, A))
+        return Kronecker(G / scale, A if self.space is None else Subspace(self.space, A))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError
-from fisherlab.blocks.moment import Moment
+from fisherlab.blocks.factor import Factor, factor_of
 from fisherlab.blocks.work import once
 from fisherlab.statistics import Statistic, View
 
@@ -53,7 +53,7 @@ class Means:
     ) -> None:
         self._total, self.count, self.shape = total, count, shape
         self._views: dict[Statistic, Tensor | View] = {}
-        self._tensors: dict[Statistic, Tensor] = {}
+        self._factors: dict[Statistic, Factor] = {}
         self._blocks: dict[Approximation, Block] = {}
         self._reader: Approximation | None = None
         self._named: frozenset[Statistic] = frozenset()
@@ -75,9 +75,7 @@ class Means:
 
     def __call__(self, statistic: Statistic) -> Tensor:
         view = self.view(statistic)
-        if isinstance(view, Tensor):
-            return view
-        return once(self._tensors, statistic, view.formed)
+        return view if isinstance(view, Tensor) else view.formed()
 
     def view(self, statistic: Statistic) -> Tensor | View:
         """A mean in the fewest numbers known: as rows where these are few, else the tensor.
@@ -96,10 +94,16 @@ class Means:
         total = self._total(statistic)
         return total / self.count if isinstance(total, Tensor) else total.scaled(1 / self.count)
 
-    def factor(self, statistic: Statistic) -> Tensor | Moment:
-        """A mean that is a factor of a Kronecker product, as rows where these are few."""
+    def factor(self, statistic: Statistic) -> Factor:
+        """A mean as a factor of a Kronecker product, as rows where these are few.
+
+        All methods get the same factor and share its decomposition.
+        """
         view = self.view(statistic)
-        return view if isinstance(view, Tensor | Moment) else self(statistic)
+        if isinstance(view, Factor):
+            return view
+        S = view if isinstance(view, Tensor) else view.formed()
+        return once(self._factors, statistic, lambda: factor_of(S, repr(statistic)))
 
     def block(self, approximation: Approximation) -> Block:
         """The block of a method that needs nothing but its means and their basis; made once."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means, Sums, add, divide
 from fisherlab.blocks import Block, BlockError
-from fisherlab.blocks.coordinates import LARGEST_FACTOR
+from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import one_sample

@@ -10,7 +10,7 @@ from fisherlab.approximations.means import Means
 from fisherlab.approximations.tkfac import PARTIAL
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.numerics import check_damping
-from fisherlab.blocks.roots import Rooted, Sided, moment_root, moment_trace
+from fisherlab.blocks.roots import Rooted, Sided, moment_root
 from fisherlab.statistics import Statistic
 
 PER_EXAMPLE = {key: PARTIAL[key] for key in ("left", "right")}
@@ -44,12 +44,13 @@ class Shampoo(Approximation, name="shampoo"):
         L, R = mean.factor(self.left), mean.factor(self.right)
         if self.form == "root":
             return Rooted(L, R, moment_root(L), moment_root(R))
-        L, R = mean(self.left), mean(self.right)
-        scale = moment_trace(L).rsqrt().nan_to_num(posinf=0)
-        return Sided(L, R, L * scale, R * scale)
+        scale = L.trace().rsqrt().nan_to_num(posinf=0).to(L.dtype)
+        return Sided(L, R, L.scaled(scale), R.scaled(scale))
 
     def damped(self, block: Block, damping: float) -> Block:
         assert isinstance(block, Sided)
         root = self.form == "root"
         left, right = block.of_moments(self.exponent / (2 if root else 1), check_damping(damping))
-        return Kronecker(left if root else moment_trace(block.L).sqrt() * left, right)
+        return Kronecker(
+            left if root else left.scaled(block.L.trace().sqrt().to(left.dtype)), right
+        )

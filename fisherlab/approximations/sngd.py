@@ -9,7 +9,6 @@ import torch
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, Kronecker
-from fisherlab.blocks.moment import scaled
 from fisherlab.statistics import InputMoment, Slope, Statistic
 
 
@@ -28,4 +27,4 @@ class SNGD(Approximation, name="sngd"):
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:
         slope, A = mean(self.slope), mean.factor(self.A)
         identity = torch.ones(shape[0], dtype=A.dtype, device=A.device)
-        return Kronecker(identity, scaled(A, slope.to(identity)))
+        return Kronecker(identity, A.scaled(slope.to(identity)))

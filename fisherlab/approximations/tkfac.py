@@ -11,7 +11,6 @@ from fisherlab.approximations.base import BY_OPTION, Approximation
 from fisherlab.approximations.damping import PLAIN, check_placement, place
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, Kronecker
-from fisherlab.blocks.moment import scaled
 from fisherlab.statistics import Statistic
 
 PARTIAL = {"left": of.LeftMoment(), "right": of.RightMoment(), "trace": of.Energy()}
@@ -47,7 +46,7 @@ class TKFAC(Approximation, name="tkfac"):
         root = mean(self.trace).sqrt()
         left, right = mean.factor(self.left), mean.factor(self.right)
         scale = torch.where(root > 0, 1 / root, torch.zeros_like(root)).to(left.dtype)
-        return Kronecker(scaled(left, scale), scaled(right, scale))
+        return Kronecker(left.scaled(scale), right.scaled(scale))
 
     @property
     def tikhonov(self) -> bool:

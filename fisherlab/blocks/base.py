@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fisherlab.blocks.coordinates import formed
+from fisherlab.blocks.basis import Basis, matrix_of
 from fisherlab.blocks.numerics import (
     BlockError,
     BlockTooLarge,
@@ -55,7 +56,7 @@ class Block(ABC):
     def __matmul__(self, V: Tensor) -> Tensor:
         """`F vec(V)` for each matrix of `V` `[..., o, i]`."""
 
-    @property
+    @cached_property
     def size(self) -> int:
         """`N = o i`, the number of parameters and the side of the dense matrix."""
         return self.shape[0] * self.shape[1]
@@ -174,11 +175,11 @@ class Block(ABC):
         """
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
         from fisherlab.blocks.contractions import slices
 
-        Q_G, Q_A = formed(Q_G), formed(Q_A)
+        Q_G, Q_A = matrix_of(Q_G), matrix_of(Q_A)
         result = Q_G.new_empty(Q_G.shape[1], Q_A.shape[1], dtype=torch.float64)
         for row, q in enumerate(Q_G.mT):
             for part in slices(Q_A.shape[1], self.size * self.dtype.itemsize):
@@ -260,8 +261,11 @@ class Block(ABC):
         A factor of few rows is kept as its rows, a thin basis as its vectors: `formed_bytes` counts
         the matrices.
         """
-        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors()}
-        return sum(sizes.values())
+        return sum(self.sizes().values())
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of everything kept, by its id."""
+        return {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors()}
 
     def formed_bytes(self) -> int:
         """Bytes with every factor, basis and mini-block as a whole matrix, whatever the batch.

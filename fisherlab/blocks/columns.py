@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
+from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
     BlockError,
     check_gram,
-    coordinates,
     eigh,
     sum_of,
     symmetrise,
@@ -39,17 +40,17 @@ class Columns:
             )
         self.a, self.g, self.room = a, g, room
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """`(o, i)`."""
         return self.g.shape[-1], self.a.shape[-1]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int]:
         """`(m, n)`."""
         return self.g.shape[0], self.g.shape[1]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """`R = m n`."""
         m, n = self.sizes
@@ -60,7 +61,7 @@ class Columns:
         """t."""
         return self.a.shape[1]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.a.dtype
 
@@ -69,11 +70,11 @@ class Columns:
         """The same columns in float64: many exact products convert them once."""
         return self if self.dtype == torch.float64 else self._double
 
-    @cached
+    @cached_property
     def _double(self) -> Columns:
         return Doubled(self)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.a.device
 
@@ -233,7 +234,7 @@ class Columns:
         for part in contractions.slices(self.formed.shape[1], size, self.formed):
             yield self.formed[:, part]
 
-    @cached
+    @cached_property
     def grouped(self) -> dict[tuple[int, int], Tensor]:
         """By (c, k): `grouped_moments`, where they have been asked for."""
         return {}
@@ -244,24 +245,25 @@ class Columns:
             self.grouped, (c, k), lambda: contractions.grouped_moments(self.a, self.g, c, k)
         )
 
-    @cached
-    def _rotated(self) -> dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
+    @cached_property
+    def _rotated(self) -> dict[tuple[Any, ...], tuple[Basis, Basis, Tensor]]:
         """By the ids of a basis: the basis itself and `rotated_squares` in it."""
         return {}
 
-    def knows(self, Q_G: Tensor, Q_A: Tensor) -> bool:
+    def knows(self, Q_G: Basis, Q_A: Basis) -> bool:
         """Whether `rotated_squares` of this basis costs nothing."""
         return (id(Q_G), id(Q_A)) in self._rotated
 
-    def rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_squares(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`sum (Q_G^T D Q_A)^2` entrywise, `[o', i']` float64, remembered per basis."""
         key = id(Q_G), id(Q_A)
         # with the bases, so that no other tensor takes their place
         return once(self._rotated, key, lambda: (Q_G, Q_A, self._rotated_squares(Q_G, Q_A)))[2]
 
-    def _rotated_squares(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def _rotated_squares(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         frame = Columns.input_frame.known(self)
         C = coordinates(Q_A, frame[0]) if frame else None
+        Q_G, Q_A = (Q if isinstance(Q, Coordinates) else matrix_of(Q) for Q in (Q_G, Q_A))
         if C is not None and self.inside is not None:
             return self.inside.rotated_squares(Q_G, C).double()
         if not self.short:
@@ -334,7 +336,7 @@ class Columns:
         """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
         return frame(self.g)
 
-    @cached
+    @cached_property
     def inside(self) -> Columns | None:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_frame is None:

@@ -17,6 +17,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fisherlab.blocks.basis import Basis
+from fisherlab.blocks.numerics import symmetrise
+
 # Bytes one intermediate may take. Chunks are cut to it; results do not depend on it.
 WORKSPACE = 256 * 1024**2
 SMALLEST = 1024**2
@@ -317,7 +320,7 @@ def grouped_moments(a: Tensor, g: Tensor, c: int, k: int) -> Tensor:
     return result.view(o, c, k, k)
 
 
-def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Basis, Q_A: Basis) -> Tensor:
     """`sum_{m,n} (Q_G^T D[m,n] Q_A)^2` entrywise, `[o', i']`: M times the corrected eigenvalues.
 
     t = 1: `((g Q_G)^2)^T ((a Q_A)^2)`, no per-example gradient.  Otherwise either the factors are
@@ -337,8 +340,10 @@ def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
             rows = a[part].reshape(-1, i)
             # one buffer for all parts: new memory costs as much as a tenth of the product
             buffer = rows.new_empty(len(rows), j) if buffer is None else buffer
-            plain = isinstance(Q_A, Tensor)
-            inputs = torch.mm(rows, Q_A, out=buffer[: len(rows)]) if plain else rows @ Q_A
+            if isinstance(Q_A, Tensor):
+                inputs = torch.mm(rows, Q_A, out=buffer[: len(rows)])
+            else:
+                inputs = rows @ Q_A
             # g^T first: the gradients are stacked by rows [o', t], which are contiguous so
             result += diagonal(inputs.view(-1, t, j), (Q_G.mT @ g[:, part].mT).mT)
         return result
@@ -347,7 +352,7 @@ def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
     return result
 
 
-def rotated_squares(D: Tensor, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+def rotated_squares(D: Tensor, Q_G: Basis, Q_A: Basis) -> Tensor:
     """`sum_r (Q_G^T D_r Q_A)^2` entrywise of formed gradients `[r, o, i]`."""
     (o, i), (p, j) = D.shape[1:], (Q_G.shape[1], Q_A.shape[1])
     result = D.new_zeros(p, j)
@@ -400,11 +405,11 @@ def left_moment(a: Tensor, g: Tensor, A: Tensor | None = None) -> Tensor:
         for part in slices(n, (t * t + m * t * o) * a.element_size()):
             aa = torch.bmm(a[part], weight[part].mT)
             result += (aa @ g[:, part]).reshape(-1, o).mT @ g[:, part].reshape(-1, o)
-        return symmetric(result) if A is None else result
+        return symmetrise(result) if A is None else result
     for _, D in per_example_chunks(a, g):
         DA = D if A is None else D @ A
         result += DA.transpose(0, 2).reshape(o, -1) @ D.transpose(0, 2).reshape(o, -1).mT
-    return symmetric(result) if A is None else result
+    return symmetrise(result) if A is None else result
 
 
 def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
@@ -426,13 +431,8 @@ def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
             weighted, rows = torch.bmm(S, a[part]).reshape(-1, i), a[part].reshape(-1, i)
             # of an antisymmetric G the product is antisymmetric
             result += symmetric_product(weighted, rows) if G is None else weighted.mT @ rows
-        return symmetric(result) if G is None else result
+        return symmetrise(result) if G is None else result
     for _, D in per_example_chunks(a, g):
         GD = D if G is None else G @ D
         result += D.reshape(-1, i).mT @ GD.reshape(-1, i)
-    return symmetric(result) if G is None else result
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """`(S + S^T) / 2`, against the rounding of chunked sums."""
-    return (matrix + matrix.mT) / 2
+    return symmetrise(result) if G is None else result

@@ -14,6 +14,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
     symmetrise,
 )
+from fisherlab.blocks.work import cached
 
 
 class Dense(Block):
@@ -40,7 +41,7 @@ class Dense(Block):
     def device(self) -> torch.device:
         return self.matrix.device
 
-    @property
+    @cached
     def _eigh(self) -> tuple[Tensor, Tensor]:
         return eigh(self.matrix, "dense block")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Basis
 from fisherlab.blocks.numerics import check_damping, dot, spectrum_power
 
 
@@ -78,5 +79,5 @@ class Diagonal(Block):
     def diagonal_of(self, other: Block) -> Tensor:
         return other.diagonal().double()
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         return Q_G.double().square().mT @ self.entries.double() @ Q_A.double().square()

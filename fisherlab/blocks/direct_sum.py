@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.coordinates import formed
+from fisherlab.blocks.basis import Basis, matrix_of
 from fisherlab.blocks.numerics import BlockError
 from fisherlab.blocks.outer import Outer
 
@@ -43,6 +43,9 @@ class DirectSum(Block):
     @property
     def device(self) -> torch.device:
         return self.parts[0].device
+
+    def sizes(self) -> dict[int, int]:
+        return {key: size for part in self.parts for key, size in part.sizes().items()}
 
     def formed_bytes(self) -> int:
         return sum(part.formed_bytes() for part in {id(part): part for part in self.parts}.values())
@@ -134,9 +137,9 @@ class DirectSum(Block):
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.stack([one.chosen(two) for one, two in pairs]).sum()
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         pairs = zip(
-            self.parts, formed(Q_G).split([part.shape[0] for part in self.parts]), strict=True
+            self.parts, matrix_of(Q_G).split([part.shape[0] for part in self.parts]), strict=True
         )
         return torch.stack([part.rotated_diagonal(rows, Q_A) for part, rows in pairs]).sum(0)
 

@@ -2,19 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.coordinates import Identity, identity
+from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of, size_of
 from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     chosen_squares,
-    coordinates,
     spectrum_power,
 )
-from fisherlab.blocks.span import multiplied
+
+
+@dataclass(frozen=True, eq=False)
+class Complement:
+    """The eigenvalues beside two bases that span less than their spaces."""
+
+    G: Tensor  # [o'], of each output direction on the complement of the input basis
+    A: Tensor  # [i'], of each input direction on the complement of the output basis
+    both: Tensor  # 0-d, on both complements
+    missing: tuple[int, int]  # dimensions that the output and the input basis leave out
+
+    @cached_property
+    def values(self) -> tuple[tuple[Tensor, int], ...]:
+        """What is there, with its multiplicity."""
+        every = zip((self.G, self.A, self.both.reshape(1)), self._counts, strict=True)
+        return tuple((x, k) for x, k in every if k)
+
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        G, A = self.missing
+        return A, G, G * A
+
+    @cached_property
+    def level(self) -> Tensor | None:
+        """The one value of all that is there, 0 of nothing; None where there are several."""
+        if not self.values:
+            return self.both.new_zeros(())
+        every = torch.cat([x for x, _ in self.values])
+        if not len(every):
+            return self.both
+        return every[0] if bool((every == every[0]).all()) else None
+
+    @cached_property
+    def zero(self) -> bool:
+        """Whether nothing but 0 is there."""
+        return self.level is not None and not bool(self.level)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Complement:
+        """The same of another function of the eigenvalues that are there."""
+        if self.level is not None and self.values:
+            level = function(self.level)
+            G, A, both = (level.expand(x.shape) for x in (self.G, self.A, self.both))
+        else:
+            G, A, both = (
+                function(x) if k else x
+                for x, k in zip((self.G, self.A, self.both), self._counts, strict=True)
+            )
+        return Complement(G, A, both, self.missing)
+
+    def sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum of a function of all of them, 0-d float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.both.device)
+        for x, k in self.values:
+            total = total + function(x.double()).sum() * k
+        return total
+
+    def weighed(self, rows: Tensor, columns: Tensor, rest: Tensor) -> Tensor:
+        """`sum G rows + sum A columns + both rest` over last axes, float64, of energies beside."""
+        value = rows.double() @ self.G.double() + columns.double() @ self.A.double()
+        return value + self.both.double() * rest
 
 
 class Eigen(Block):
@@ -23,73 +85,91 @@ class Eigen(Block):
     `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
     basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
     `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0. `level` is the one value of all tails, where there is one.
-    A basis that is None is the side's own coordinates.
+    both complements; they default to 0, and together they are `beside`. A basis that is None is
+    the side's own coordinates.
     """
 
     _factor_values: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
-        Q_G: Tensor | None,
-        Q_A: Tensor | None,
+        Q_G: Basis | None,
+        Q_A: Basis | None,
         spectrum: Tensor,
         tail_G: Tensor | None = None,
         tail_A: Tensor | None = None,
         tail: Tensor | None = None,
-        level: Tensor | None = None,
     ) -> None:
-        Q_G = identity(spectrum[:, 0]) if Q_G is None else Q_G
-        Q_A = identity(spectrum[0]) if Q_A is None else Q_A
+        Q_G = Coordinates(spectrum[:, 0]) if Q_G is None else Q_G
+        Q_A = Coordinates(spectrum[0]) if Q_A is None else Q_A
         if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
             raise BlockError(
                 f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that "
                 f"shape, got {tuple(spectrum.shape)}"
             )
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
-        # a thin basis without tails is zero elsewhere: products stay inside it
-        self._confined = tail_G is None and tail_A is None and tail is None
-        self.tail_G = spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G
-        self.tail_A = spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A
-        self.tail = spectrum.new_zeros(()) if tail is None else tail
-        # the one value of all tails, where it is known that there is only one
-        self.level = self.tail if self._confined else level
+        self.beside = Complement(
+            spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G,
+            spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A,
+            spectrum.new_zeros(()) if tail is None else tail,
+            (len(Q_G) - Q_G.shape[1], len(Q_A) - Q_A.shape[1]),
+        )
+
+    @property
+    def tail_G(self) -> Tensor:
+        """Eigenvalues on the complement of `Q_A`, `[o']`."""
+        return self.beside.G
+
+    @property
+    def tail_A(self) -> Tensor:
+        """Eigenvalues on the complement of `Q_G`, `[i']`."""
+        return self.beside.A
+
+    @property
+    def tail(self) -> Tensor:
+        """The eigenvalue on both complements, 0-d."""
+        return self.beside.both
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from super().tensors()
+        yield from (self.beside.G, self.beside.A, self.beside.both)
 
     def formed_bytes(self) -> int:
         # a side in its own coordinates has no vectors
-        bases = [Q for Q in (self.Q_G, self.Q_A) if not isinstance(Q, Identity)]
+        bases = [Q for Q in (self.Q_G, self.Q_A) if not isinstance(Q, Coordinates)]
         entries = self.size * self.spectrum.element_size()
-        return entries + sum(len(Q) ** 2 * Q.element_size() for Q in bases)
+        return entries + sum(len(Q) ** 2 * Q.dtype.itemsize for Q in bases)
 
     def saved(self, name: str) -> Tensor | None:
         value = getattr(self, name)
-        return None if isinstance(value, Identity) else multiplied(value)
+        if value is None or isinstance(value, Coordinates):
+            return None
+        return matrix_of(value)
 
-    @property
+    def sizes(self) -> dict[int, int]:
+        return super().sizes() | size_of(self.Q_G) | size_of(self.Q_A)
+
+    @cached_property
     def shape(self) -> tuple[int, int]:
         return self.Q_G.shape[0], self.Q_A.shape[0]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.Q_A.dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.Q_A.device
 
     @property
     def thin(self) -> bool:
         """Whether a basis spans less than its space."""
-        return self._missing != (0, 0)
+        return self.beside.missing != (0, 0)
 
     @property
     def confined(self) -> bool:
-        """Whether the matrix is zero outside its basis: a full one, or a thin one without tails."""
-        return self._confined or not self.thin
-
-    @property
-    def _missing(self) -> tuple[int, int]:
-        return self.shape[0] - self.Q_G.shape[1], self.shape[1] - self.Q_A.shape[1]
+        """Whether the matrix is zero outside its bases."""
+        return self.beside.zero
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -101,15 +181,14 @@ class Eigen(Block):
 
     def times(self, V: Tensor, core: Tensor) -> Tensor:
         """The product with a `V` whose `core` is known."""
-        spectrum, tail_G, tail_A, tail = (
-            x.to(self.dtype) for x in (self.spectrum, self.tail_G, self.tail_A, self.tail)
-        )
+        spectrum, level = self.spectrum.to(self.dtype), self.beside.level
         if self.confined:
             return self.within_bases(spectrum * core)
-        if self.level is not None:
-            level = self.level.to(self.dtype)
+        if level is not None:
+            level = level.to(self.dtype)
             inside = self.within_bases((spectrum - level) * core)
             return inside.addcmul_(V.to(inside), level)
+        tail_G, tail_A, tail = (x.to(self.dtype) for x in (self.tail_G, self.tail_A, self.tail))
         GV = self.Q_G.mT @ V
         # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
         inside = self.Q_G @ ((spectrum - tail_G[:, None] - tail_A + tail) * core)
@@ -131,24 +210,13 @@ class Eigen(Block):
         damping = check_damping(damping)
         if exponent == 1 and damping == 0:
             return self
-        missing_G, missing_A = self._missing
         name = type(self).__name__
-        powers = {"spectrum": spectrum_power(self.spectrum, exponent, damping, name)}
-        tails = {
-            "tail_G": (self.tail_G, missing_A > 0),
-            "tail_A": (self.tail_A, missing_G > 0),
-            "tail": (self.tail, missing_G > 0 and missing_A > 0),
-        }
-        present = {key: tail for key, (tail, there) in tails.items() if there}
-        if self.level is not None and present:
-            # one value of all tails has one power
-            level = powers["level"] = spectrum_power(self.level, exponent, damping, name)
-            powers |= {key: level.expand(tail.shape) for key, tail in present.items()}
-        else:
-            powers |= {
-                key: spectrum_power(tail, exponent, damping, name) for key, tail in present.items()
-            }
-        return Eigen(self.Q_G, self.Q_A, **powers)
+
+        def powered(values: Tensor) -> Tensor:
+            return spectrum_power(values, exponent, damping, name)
+
+        beside = self.beside.mapped(powered)
+        return Eigen(self.Q_G, self.Q_A, powered(self.spectrum), beside.G, beside.A, beside.both)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -159,8 +227,7 @@ class Eigen(Block):
             columns = (V @ self.Q_A).double().square().sum(-2) - core.sum(-2)
             rest = V.double().square().sum((-2, -1)) - core.sum((-2, -1))
             rest = rest - rows.sum(-1) - columns.sum(-1)
-            value = value + rows @ self.tail_G.double() + columns @ self.tail_A.double()
-            value = value + rest * self.tail.double()
+            value = value + self.beside.weighed(rows, columns, rest)
         return value
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
@@ -195,29 +262,18 @@ class Eigen(Block):
         value = value + ((self.tail_A - self.tail) * ones_A).sum()
         return value + self.tail * other.trace()
 
-    def _tails(self) -> tuple[tuple[Tensor, int], ...]:
-        """Each distinct value outside the spectrum, with its multiplicity."""
-        missing_G, missing_A = self._missing
-        return (
-            (self.tail_G.double(), missing_A),
-            (self.tail_A.double(), missing_G),
-            (self.tail.double().reshape(1), missing_G * missing_A),
-        )
+    def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(self.spectrum.double()).sum() + self.beside.sum(function)
 
     def trace(self) -> Tensor:
-        return sum((x.sum() * k for x, k in self._tails()), self.spectrum.double().sum())
+        return self._sum(lambda x: x)
 
     def squared_norm(self) -> Tensor:
-        start = self.spectrum.double().square().sum()
-        return sum((x.square().sum() * k for x, k in self._tails()), start)
+        return self._sum(torch.square)
 
     def logdet(self, damping: float) -> Tensor:
         damping = check_damping(damping)
-
-        def logs(x: Tensor) -> Tensor:
-            return (x.double().clamp(min=0) + damping).log().sum()
-
-        return sum((logs(x) * k for x, k in self._tails() if k), logs(self.spectrum))
+        return self._sum(lambda x: (x.clamp(min=0) + damping).log())
 
     def diagonal(self) -> Tensor:
         G2, A2 = self.Q_G.square(), self.Q_A.square()
@@ -231,7 +287,7 @@ class Eigen(Block):
 
     def eigenvalues(self) -> Tensor:
         parts = [self.spectrum.double().flatten()]
-        parts += [x.repeat(k) for x, k in self._tails()]
+        parts += [x.double().repeat(k) for x, k in self.beside.values]
         return torch.cat(parts).sort(descending=True).values
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
@@ -265,12 +321,12 @@ class Eigen(Block):
         if self._factor_values is None:
             return super().chosen(other)  # the bases were given, not found
         values_G, values_A = (
-            None if isinstance(Q, Identity) else values
+            None if isinstance(Q, Coordinates) else values
             for values, Q in zip(self._factor_values, (self.Q_G, self.Q_A), strict=True)
         )
         return chosen_squares(self.diagonal_of(other), values_G, values_A, other.trace())
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()
         R_A = (self.Q_A.mT @ Q_A).double().square()
         core = R_G.mT @ self.spectrum.double() @ R_A

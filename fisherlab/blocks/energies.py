@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Basis, Coordinates
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import left_moment, right_moment
-from fisherlab.blocks.coordinates import Identity, identity
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import BlockError
 
+# By name: tensors, and the bases of both sides.
+Found = dict[str, Any]
 # Options that `Eigen` takes besides a spectrum.
 TAILS = ("tail_G", "tail_A", "tail")
 
 
-def basis_of(product: Block) -> dict[str, Tensor]:
+def basis_of(product: Block) -> Found:
     """Eigenvalues and vectors of both factors; a side in its own coordinates has no vectors.
 
     Raises:
@@ -29,17 +33,19 @@ def basis_of(product: Block) -> dict[str, Tensor]:
         )
     (l_G, Q_G), (l_A, Q_A) = product.spectra
     bases = {"Q_G": Q_G, "Q_A": Q_A}
-    kept = {key: Q for key, Q in bases.items() if not isinstance(Q, Identity)}
+    kept = {key: Q for key, Q in bases.items() if not isinstance(Q, Coordinates)}
     return {**kept, "l_G": l_G, "l_A": l_A}
 
 
-def bases(basis: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def bases(basis: Found) -> tuple[Basis, Basis]:
     """`Q_G` and `Q_A` of what `basis_of` made."""
-    Q_G, Q_A = (basis[f"Q_{s}"] if f"Q_{s}" in basis else identity(basis[f"l_{s}"]) for s in "GA")
+    Q_G, Q_A = (
+        basis[f"Q_{s}"] if f"Q_{s}" in basis else Coordinates(basis[f"l_{s}"]) for s in "GA"
+    )
     return Q_G, Q_A
 
 
-def energies(columns: Columns, Q_G: Tensor, Q_A: Tensor) -> dict[str, Tensor]:
+def energies(columns: Columns, Q_G: Basis, Q_A: Basis) -> Found:
     """`sum (Q_G^T D Q_A)^2` entrywise as "spectrum", and the `TAILS` that a thin basis leaves.
 
     The tails are the energy beside the basis for each direction missing; 0 for the batch that the
@@ -51,13 +57,13 @@ def energies(columns: Columns, Q_G: Tensor, Q_A: Tensor) -> dict[str, Tensor]:
     return found | _beside(columns, Q_G, Q_A, inside) if thin else found
 
 
-def carried(spectrum: Tensor, old: dict[str, Tensor], new: dict[str, Tensor]) -> Tensor:
+def carried(spectrum: Tensor, old: Found, new: Found) -> Tensor:
     """`(Q_G'^T Q_G)^2 spectrum ((Q_A'^T Q_A)^2)^T`, entrywise squares: energies in a new basis."""
     R_G, R_A = ((to.mT @ Q).square() for to, Q in zip(bases(new), bases(old), strict=True))
     return R_G @ spectrum @ R_A.mT
 
 
-def corrected(basis: dict[str, Tensor], found: dict[str, Tensor]) -> Eigen:
+def corrected(basis: Found, found: Found) -> Eigen:
     """The block of means of `energies` in a basis; of its own eigenvalues before there are any."""
     own = basis["l_G"].clamp(min=0)[:, None] * basis["l_A"].clamp(min=0)
     spectrum = found.get("spectrum", own)
@@ -66,7 +72,7 @@ def corrected(basis: dict[str, Tensor], found: dict[str, Tensor]) -> Eigen:
     return block.of_factors(basis["l_G"], basis["l_A"])
 
 
-def _beside(columns: Columns, Q_G: Tensor, Q_A: Tensor, inside: Tensor) -> dict[str, Tensor]:
+def _beside(columns: Columns, Q_G: Basis, Q_A: Basis, inside: Tensor) -> Found:
     missing_A, missing_G = len(Q_A) - Q_A.shape[1], len(Q_G) - Q_G.shape[1]
     rows, cols, within = inside.sum(1), inside.sum(0), inside.sum()
     total = columns.energies.sum()
@@ -80,7 +86,7 @@ def _beside(columns: Columns, Q_G: Tensor, Q_A: Tensor, inside: Tensor) -> dict[
         if missing_G:
             cols_all = ((right_moment(a, g) @ Q_A) * Q_A).sum(0, dtype=torch.float64)
         rest = total - rows_all.sum() - cols_all.sum() + within
-    found: dict[str, Tensor] = {}
+    found: Found = {}
     if missing_A:
         found["tail_G"] = (rows_all - rows).clamp(min=0) / missing_A
     if missing_G:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Basis
 from fisherlab.blocks.work import cached
 
 
@@ -26,6 +27,9 @@ class FromInverse(Block):
     @property
     def device(self) -> torch.device:
         return self.inverse.device
+
+    def sizes(self) -> dict[int, int]:
+        return self.inverse.sizes()
 
     def formed_bytes(self) -> int:
         return self.inverse.formed_bytes()
@@ -82,7 +86,7 @@ class FromInverse(Block):
     def chosen(self, other: Block) -> Tensor:
         return self.forward.chosen(other)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         return self.forward.rotated_diagonal(Q_G, Q_A)
 
     @property

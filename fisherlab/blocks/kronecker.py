@@ -4,120 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeGuard, TypeVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.coordinates import DiagonalFactor, Unformed
+from fisherlab.blocks.basis import Basis, coordinates
 from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.moment import Decomposed, Moment
-from fisherlab.blocks.numerics import (
-    BlockError,
-    check_damping,
-    check_dense,
-    coordinates,
-    damped_inverse,
-    dot,
-    spectral,
-    spectrum_power,
-    sum_of,
-    symmetrise,
-    trace_of,
-)
+from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of
+from fisherlab.blocks.numerics import BlockError, check_damping, check_dense, dot, sum_of
 from fisherlab.blocks.work import cached
-
-Factor = Tensor | Unformed
-AnyFactor = TypeVar("AnyFactor", Tensor, Factor)
-
-
-def _square(matrix: AnyFactor, role: str) -> AnyFactor:
-    if matrix.shape[-1] != matrix.shape[-2]:
-        raise BlockError(f"the {role} factor must be square, got {tuple(matrix.shape)}")
-    return matrix
 
 
 class Kronecker(Block):
     """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs.
 
-    A factor may be `Unformed` until somebody asks for the matrix, or a vector `[d]`, the entries of
-    a diagonal one.
+    A factor may be a matrix, a vector `[d]`, the entries of a diagonal one, or a `Factor`, which
+    is formed when somebody asks for the matrix.
     """
 
-    def __init__(self, G: Factor, A: Factor) -> None:
-        self._G, self._A = (
-            _square(DiagonalFactor(F) if isinstance(F, Tensor) and F.ndim == 1 else F, role)
-            for F, role in ((G, "output"), (A, "input"))
-        )
+    def __init__(self, G: Tensor | Factor, A: Tensor | Factor) -> None:
+        self.factors = factor_of(G, "output"), factor_of(A, "input")
 
     @property
     def G(self) -> Tensor:
         """The output factor."""
-        if isinstance(self._G, DiagonalFactor):
-            return self._G.formed()
-        if isinstance(self._G, Unformed):
-            self._G = self._G.formed()
-        return self._G
+        return self.factors[0].matrix
 
     @property
     def A(self) -> Tensor:
         """The input factor."""
-        if isinstance(self._A, DiagonalFactor):
-            return self._A.formed()
-        if isinstance(self._A, Unformed):
-            self._A = self._A.formed()
-        return self._A
+        return self.factors[1].matrix
 
     def saved(self, name: str) -> Tensor:
-        factor = self._G if name == "G" else self._A
-        return factor.entries if isinstance(factor, DiagonalFactor) else getattr(self, name)
+        return self.factors[name == "A"].saved()
 
     @property
     def traces(self) -> tuple[Tensor, Tensor]:
         """`tr G` and `tr A`, in float64."""
-        return _trace(self._G), _trace(self._A)
+        G, A = self.factors
+        return G.trace(), A.trace()
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
-        return self._G.shape[0], self._A.shape[0]
+        return len(self.factors[0]), len(self.factors[1])
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        return self._A.dtype
+        return self.factors[1].dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        return self._A.device
+        return self.factors[1].device
 
     def tensors(self) -> Iterator[Tensor]:
-        for factor in (self._G, self._A):
-            if isinstance(factor, Tensor):
-                yield factor
-            else:
-                yield from factor.tensors()
+        for factor in self.factors:
+            yield from factor.tensors()
+
+    def sizes(self) -> dict[int, int]:
+        G, A = self.factors
+        return G.sizes() | A.sizes()
 
     def formed_bytes(self) -> int:
-        factors = {id(factor): factor for factor in (self._G, self._A)}.values()
-        sides = (
-            len(F.entries) if isinstance(F, DiagonalFactor) else F.shape[0] ** 2 for F in factors
-        )
-        return sum(sides) * self.dtype.itemsize
+        return sum(F.formed_bytes() for F in {id(F): F for F in self.factors}.values())
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        right = V @ self.A if _formed(V, self._A) else self._A.apply(V)
-        return self.G @ right if _formed(V, self._G) else self._G.apply(right.mT).mT
+        G, A = self.factors
+        return G.apply(A.apply(V).mT).mT
 
-    @cached
-    def spectra(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    @property
+    def spectra(self) -> tuple[Spectrum, Spectrum]:
         """Eigenvalues and vectors of `G` and of `A`, thin where the rank is known to be low."""
-        return (
-            _spectral(self._G, "output factor G"),
-            _spectral(self._A, "input factor A"),
-        )
+        G, A = self.factors
+        return G.spectrum("output factor G"), A.spectrum("input factor A")
 
     @cached
     def eigen(self) -> Eigen:
@@ -130,27 +93,20 @@ class Kronecker(Block):
             return self
         if check_damping(damping) > 0:
             return self.eigen.power(exponent, damping)
-        return Kronecker(*(_factor_power(F, exponent, name) for F, name in self._named()))
+        return self.factored_power(exponent, 0.0, 0.0)
 
     def factored_power(self, exponent: float, damping_G: float, damping_A: float) -> Kronecker:
         """`(G + damping_G I)^exponent (x) (A + damping_A I)^exponent`: damping in the factors."""
-        powers = (
-            _factor_power(factor, exponent, name, damping)
-            for (factor, name), damping in zip(self._named(), (damping_G, damping_A), strict=True)
+        G, A = self.factors
+        return Kronecker(
+            G.power(exponent, damping_G, "output factor G"),
+            A.power(exponent, damping_A, "input factor A"),
         )
-        return Kronecker(*powers)
-
-    def _named(self) -> tuple[tuple[Tensor | DiagonalFactor, str], ...]:
-        G = self._G if isinstance(self._G, DiagonalFactor) else self.G
-        A = self._A if isinstance(self._A, DiagonalFactor) else self.A
-        return (G, "output factor G"), (A, "input factor A")
 
     def within(self, V: Tensor) -> Block | None:
-        if isinstance(self._A, DiagonalFactor):
-            return None
-        values, vectors = self.spectra[1]
-        C = coordinates(vectors, V)
-        return None if C is None else Kronecker(self._G, Decomposed(values, C))
+        values, Q = self.spectra[1]
+        C = coordinates(Q, V)
+        return None if C is None else Kronecker(self.factors[0], Spectral(values, C))
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         return contractions.kronecker_quadratic(a, g, self.G, self.A)
@@ -165,16 +121,12 @@ class Kronecker(Block):
         return left * right
 
     def squared_norm(self) -> Tensor:
-        known = Kronecker.spectra.known(self)
-        if known is None:
-            sides = [_entries(factor) for factor, _ in self._named()]
-        else:
-            sides = [values for values, _ in known]
-        left, right = (dot(side, side) for side in sides)
-        return left * right
+        G, A = self.factors
+        return G.squared_norm() * A.squared_norm()
 
     def diagonal(self) -> Tensor:
-        return torch.outer(*(_diagonal(factor) for factor, _ in self._named()))
+        G, A = self.factors
+        return torch.outer(G.diagonal(), A.diagonal())
 
     def logdet(self, damping: float) -> Tensor:
         return self.eigen.logdet(damping)
@@ -197,7 +149,7 @@ class Kronecker(Block):
     def chosen(self, other: Block) -> Tensor:
         return self.eigen.chosen(other)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         rotated_G = ((self.G @ Q_G) * Q_G).sum(0, dtype=torch.float64)
         rotated_A = ((self.A @ Q_A) * Q_A).sum(0, dtype=torch.float64)
         return torch.outer(rotated_G, rotated_A)
@@ -227,17 +179,19 @@ class KroneckerSum(Block):
                 f"a Kronecker sum takes [k, o, o] and [k, i, i] factors, got {tuple(G.shape)} and "
                 f"{tuple(A.shape)}"
             )
-        self.G, self.A = _square(G, "output"), _square(A, "input")
+        for factors, role in ((G, "output"), (A, "input")):
+            factor_of(factors[0] if len(factors) else factors.new_zeros(0, 0), role)
+        self.G, self.A = G, A
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         return self.G.shape[-1], self.A.shape[-1]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.A.dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.A.device
 
@@ -302,7 +256,7 @@ class KroneckerSum(Block):
     def chosen(self, other: Block) -> Tensor:
         return self._form.chosen(other)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         return sum_of(term.rotated_diagonal(Q_G, Q_A) for term in self.terms)
 
     @property
@@ -310,47 +264,3 @@ class KroneckerSum(Block):
         """NaN where the spectrum is out of reach."""
         within = len(self.G) == 1 or self.size <= DENSE_SPECTRUM
         return self._form.clamped if within else math.nan
-
-
-def _formed(V: Tensor, factor: Factor) -> TypeGuard[Tensor]:
-    """Whether a product takes the matrix: a moment's rows are cheaper for few matrices `V`."""
-    if not isinstance(factor, Moment):
-        return isinstance(factor, Tensor)
-    few = V.numel() <= V.shape[-2] * V.shape[-1] and len(factor.rows) <= factor.shape[0]
-    return not few
-
-
-def _entries(factor: Tensor | DiagonalFactor) -> Tensor:
-    return factor if isinstance(factor, Tensor) else factor.entries
-
-
-def _diagonal(factor: Tensor | DiagonalFactor) -> Tensor:
-    return factor.diagonal() if isinstance(factor, Tensor) else factor.entries
-
-
-def _spectral(factor: Factor, name: str) -> tuple[Tensor, Tensor]:
-    return spectral(factor, name) if isinstance(factor, Tensor) else factor.spectral(name)
-
-
-def _trace(factor: Factor) -> Tensor:
-    return trace_of(factor) if isinstance(factor, Tensor) else factor.trace()
-
-
-def _factor_power(
-    factor: Tensor | DiagonalFactor, exponent: float, name: str, damping: float = 0.0
-) -> Tensor:
-    damping = check_damping(damping)
-    if isinstance(factor, DiagonalFactor):
-        return spectrum_power(factor.entries, exponent, damping, name, rounded=False)
-    if exponent == 1:
-        return factor + damping * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    if exponent == -1 and (inverse := damped_inverse(factor, damping)) is not None:
-        return inverse
-    values, vectors = spectral(factor, name)
-    powers = spectrum_power(values, exponent, damping, name)
-    if vectors.shape[1] == len(vectors):
-        return symmetrise(vectors * powers @ vectors.mT)
-    # zero on the complement of a thin basis, so damping^p there
-    rest = spectrum_power(values.new_zeros(1), exponent, damping, name)
-    eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return symmetrise(rest * eye + vectors * (powers - rest) @ vectors.mT)

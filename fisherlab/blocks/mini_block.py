@@ -51,7 +51,7 @@ class MiniBlock(Block):
     def device(self) -> torch.device:
         return self.blocks.device
 
-    @property
+    @cached
     def _eigh(self) -> tuple[Tensor, Tensor]:
         return eigh(self.blocks, "mini-blocks")
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from fisherlab.blocks.span import Span
-from fisherlab.blocks.work import made, used
 
 GIB = 1024**3
 # Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
@@ -21,12 +17,6 @@ RANK_TOLERANCE = 8.0
 # Up to this many eps of its length, what a gradient has beside a space that should hold it is
 # rounding: 40 in the gradient itself, 260 where eigenvectors are rounded as well.
 BESIDE = 400.0
-
-_DECOMPOSITIONS = WeakTensorKeyDictionary()
-# matrix -> (its state, a function returning a basis of its range[, values, vectors once known])
-_RANGES = WeakTensorKeyDictionary()
-# matrix -> (its state, the matrix whose eigenvectors it has, function of the eigenvalues)
-_INHERITED = WeakTensorKeyDictionary()
 
 
 class BlockError(ValueError):
@@ -87,88 +77,13 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _state_of(tensor: Tensor) -> tuple[int, int]:
-    """What changes when it is replaced or changed in place."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
-
-
 def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     """`S = Q diag(values) Q^T`, eigenvalues ascending.
 
-    The result travels with the tensor it belongs to: a second call on the same, unchanged tensor
-    costs nothing, which is how approximations share eigenbases without knowing each other.
-
-    Raises `BlockError` when the matrix is not finite or LAPACK fails in float64, on the CPU, and
-    with jitter.
+    Raises:
+        BlockError: the matrix is not finite, or LAPACK fails in float64, on the CPU, and with
+            jitter.
     """
-    known = _DECOMPOSITIONS.get(matrix)
-    if known is None or known[0] != [_state_of(x) for x in (matrix, *known[1])]:
-        result = made(matrix, "eigh", lambda: _eigh(matrix, name))
-        known = [_state_of(x) for x in (matrix, *result)], result
-        if not matrix.is_inference():
-            _DECOMPOSITIONS[matrix] = known
-    else:
-        used(matrix, "eigh")
-    return known[1]
-
-
-def spectral(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
-    """`S = Q diag(values) Q^T` the cheapest way known: full, or thin where the range is declared.
-
-    A thin `Q` `[d, r]` has orthonormal columns and `S` is zero on their complement.
-    """
-    link = _INHERITED.get(matrix)
-    if link is not None and link[0] == _state_of(matrix):
-        values, vectors = spectral(link[1], name)
-        return link[2](values), vectors
-    space = _RANGES.get(matrix)
-    if space is None or space[0] != _state_of(matrix):
-        return eigh(matrix, name)
-    if len(space) == 2:
-        V = space[1]()
-        if V is None:
-            del _RANGES[matrix]
-            return eigh(matrix, name)
-        values, inside = made(matrix, "range", lambda: _eigh(V.mT @ matrix @ V, name))
-        _RANGES[matrix] = space = (*space, values, Span(V, inside))
-    else:
-        used(matrix, "range")
-    return space[2], space[3]
-
-
-def declare_range(
-    matrix: Tensor,
-    space: Callable[[], Tensor | None],
-    known: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Say that the range of `S` lies in the orthonormal columns that `space()` returns.
-
-    None says that they would not be fewer than the rows, and `spectral` decomposes `S` in full.
-    `known` are its eigenvalues and vectors, if somebody has them already.
-    """
-    if not matrix.is_inference():
-        _RANGES[matrix] = (_state_of(matrix), space, *(known or ()))
-
-
-def inherit(target: Tensor, source: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Say that `target` is `source` with `function` applied to its eigenvalues; return `target`."""
-    if not target.is_inference():
-        _INHERITED[target] = (_state_of(target), source, function)
-    return target
-
-
-def coordinates(vectors: Tensor, V: Tensor) -> Tensor | None:
-    """`C` of `vectors = V C`, where they are known to lie in the span of `V` or are few enough."""
-    if isinstance(vectors, Span) and vectors.V is V:
-        return vectors.C
-    if not isinstance(vectors, Tensor) or len(V) * vectors.shape[1] > 64 * V.shape[1]:
-        return None
-    C = V.mT @ vectors
-    lost = (vectors.double().square().sum(0) - C.double().square().sum(0)).abs()
-    return C if bool((lost <= 1e2 * torch.finfo(C.dtype).eps).all()) else None
-
-
-def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     _check_finite(matrix, name, "eigendecomposition")
     symmetric = symmetrise(matrix)
     attempts = (
@@ -221,13 +136,12 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
 
 
 def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
-    """`(S + damping I)^{-1}` by Cholesky, a fifth of an eigendecomposition; None to take that.
+    """`(S + damping I)^{-1}` by Cholesky, a fifth of an eigendecomposition.
 
-    That is where the spectrum is known anyway, and where rounding could exceed the damping.
+    None where rounding could exceed the damping: take the eigenvectors then.
     """
-    known = any(matrix in cache for cache in (_DECOMPOSITIONS, _RANGES, _INHERITED))
     rounding = RANK_TOLERANCE * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().sum())
-    if known or not damping > rounding:
+    if not damping > rounding:
         return None
     damped = symmetrise(matrix)
     damped.diagonal().add_(damping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Basis
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
@@ -52,19 +54,19 @@ class OfColumns(Block):
         """Output gradients `[m, n, t, o]`."""
         return self.of.g
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         return self.of.shape
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.of.dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.of.device
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """`R = m n`, the number of columns of `U`."""
         return self.of.count
@@ -84,10 +86,6 @@ class OfColumns(Block):
     def energies(self) -> Tensor:
         """`||D[m,n]||^2`, `[m, n]` in float64."""
         return self.of.energies
-
-    def rescaled(self, core: float | Tensor, shift: float = 0.0) -> OfColumns:
-        """The same columns with another core and shift."""
-        return over(self.of, core, shift)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.of.tensors()
@@ -115,7 +113,7 @@ class OfColumns(Block):
             )
         powers = spectrum_power(values + base, exponent, 0.0, "outer block")
         rest = 0.0 if base == 0 else base**exponent
-        return OuterSum.spectral(self.of, W, powers - rest, rest)
+        return OuterSum.over(self.of, W, powers - rest, rest, True)
 
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
@@ -189,19 +187,23 @@ class Outer(OfColumns):
         self.of, self.shift = columns, float(shift)
         self.core = 1.0 / columns.sizes[1] if core is None else core
 
+    def rescaled(self, core: float, shift: float = 0.0) -> Outer:
+        """The same columns with another core and shift."""
+        return Outer.over(self.of, core, shift)
+
     @property
     def double(self) -> Outer:
         """The same block in float64, one object: what is known of it stays known."""
         return self if self.dtype == torch.float64 else self._double
 
-    @cached
+    @cached_property
     def _double(self) -> Outer:
         return Outer.over(self.of.double, self.core, self.shift)
 
     def within(self, V: Tensor) -> Outer | None:
         return self._within if V is self.of.input_space else None
 
-    @cached
+    @cached_property
     def _within(self) -> Outer | None:
         inside = self.of.inside
         return None if self.shift or inside is None else Outer.over(inside, self.core)
@@ -316,10 +318,8 @@ class Outer(OfColumns):
         if other.Q_G.shape[1] < self.shape[0]:
             R = self.of.right
             columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
-        value = value + other.tail_G.double() @ (rows - E.sum(1))
-        value = value + other.tail_A.double() @ (columns - E.sum(0))
         rest = total - rows.sum() - columns.sum() + E.sum()
-        return value + other.tail.double() * rest
+        return value + other.beside.weighed(rows - E.sum(1), columns - E.sum(0), rest)
 
     def _outer_inner(self, other: Outer) -> Tensor:
         """`<c U U^T, c' U' U'^T> = c c' ||U^T U'||^2`."""
@@ -336,11 +336,11 @@ class Outer(OfColumns):
             total += K.square().sum()
         return scale * total
 
-    def _rotated_gradients(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def _rotated_gradients(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`diag(Q^T (c U U^T) Q)`."""
         return self.core * self.of.rotated_squares(Q_G, Q_A)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         value = self._rotated_gradients(Q_G, Q_A)
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
 
@@ -370,7 +370,7 @@ class Outer(OfColumns):
             self._leading[k] = super().leading(k)
         return self._leading[k]
 
-    @cached
+    @cached_property
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By k: the leading eigenpairs."""
         return {}
@@ -395,17 +395,17 @@ class OuterSum(OfColumns):
         self._hold(Columns(a, g), W, d, shift, False)
 
     @classmethod
-    def over(cls, columns: Columns, W: Tensor, d: Tensor, shift: float = 0.0) -> OuterSum:
-        """The block of any `W` and `d`."""
+    def over(
+        cls,
+        columns: Columns,
+        W: Tensor,
+        d: Tensor,
+        shift: float = 0.0,
+        orthonormal: bool = False,
+    ) -> OuterSum:
+        """The block of any `W` and `d`; `orthonormal`: the `v_k` are."""
         block = cls.__new__(cls)
-        block._hold(columns, W, d, shift, False)
-        return block
-
-    @classmethod
-    def spectral(cls, columns: Columns, W: Tensor, d: Tensor, shift: float = 0.0) -> OuterSum:
-        """The block of a `W` that makes the `v_k` orthonormal."""
-        block = cls.__new__(cls)
-        block._hold(columns, W, d, shift, True)
+        block._hold(columns, W, d, shift, orthonormal)
         return block
 
     def _hold(
@@ -421,9 +421,6 @@ class OuterSum(OfColumns):
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (*self.of.tensors(), self.W, self.d)
-
-    def within(self, V: Tensor) -> OuterSum | None:
-        return None
 
     @property
     def operations(self) -> int:
@@ -476,9 +473,7 @@ class OuterSum(OfColumns):
         if exponent != 1:
             return super().power(exponent, damping)
         shift = self.shift + check_damping(damping)
-        block = OuterSum.__new__(OuterSum)
-        block._hold(self.of, self.W, self.d, shift, self.orthonormal)
-        return block
+        return OuterSum.over(self.of, self.W, self.d, shift, self.orthonormal)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -530,19 +525,11 @@ class OuterSum(OfColumns):
             total += torch.einsum("r,roi->oi", self.d[part], vectors.square())
         return total.to(self.dtype)
 
-    def rotated_diagonal(self, Q_G: Tensor, Q_A: Tensor) -> Tensor:
+    def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         a, g = self.a.double(), self.g.double()
         columns = Columns(a @ Q_A.to(a), g @ Q_G.to(g))
         value = OuterSum.over(columns, self.W, self.d).diagonal()
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
-
-
-def over(columns: Columns, core: float | Tensor, shift: float = 0.0) -> OfColumns:
-    """The block over columns that others hold as well, of a number or a matrix as core."""
-    if not isinstance(core, Tensor):
-        return Outer.over(columns, core, shift)
-    d, W = eigh(core, "core of an outer block")
-    return OuterSum.over(columns, W, d, shift)
 
 
 def shared(one: Columns, two: Columns) -> bool:
@@ -559,5 +546,5 @@ def _squares(V: Tensor) -> Tensor:
     return torch.linalg.vecdot(V, V).sum(-1, dtype=torch.float64)
 
 
-def _norms(Q_G: Tensor, Q_A: Tensor) -> Tensor:
+def _norms(Q_G: Basis, Q_A: Basis) -> Tensor:
     return torch.outer(Q_G.double().square().sum(0), Q_A.double().square().sum(0))

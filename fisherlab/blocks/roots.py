@@ -6,14 +6,9 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.kronecker import Factor, Kronecker
-from fisherlab.blocks.moment import Decomposed, Moment
-from fisherlab.blocks.numerics import (
-    RANK_TOLERANCE,
-    spectral,
-    spectrum_power,
-    trace_of,
-)
+from fisherlab.blocks.factor import Diagonal, Factor, Spectral, factor_of
+from fisherlab.blocks.kronecker import Kronecker
+from fisherlab.blocks.numerics import RANK_TOLERANCE, spectrum_power
 from fisherlab.blocks.serialise import remembers
 
 NAME = "Shampoo's second moment"
@@ -23,26 +18,27 @@ NAME = "Shampoo's second moment"
 class Sided(Kronecker):
     """Shampoo's product with the second moments it was made of."""
 
-    def __init__(self, L: Tensor | Moment, R: Tensor | Moment, G: Factor, A: Factor) -> None:
+    def __init__(
+        self, L: Tensor | Factor, R: Tensor | Factor, G: Tensor | Factor, A: Tensor | Factor
+    ) -> None:
         super().__init__(G, A)
-        self.L, self.R = L, R
+        self.L, self.R = factor_of(L), factor_of(R)
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """`L` and `R`, formed."""
-        L, R = (S if isinstance(S, Tensor) else S.formed() for S in (self.L, self.R))
-        return L, R
+        """`L` and `R`; the entries of a diagonal one."""
+        return self.L.saved(), self.R.saved()
 
-    def of_moments(self, exponent: float, damping: float) -> tuple[Tensor, Tensor]:
+    def of_moments(self, exponent: float, damping: float) -> tuple[Factor, Factor]:
         """`(L + damping I)^exponent` and `(R + damping I)^exponent`."""
-        L, R = self.moments
-        return _power(L, exponent, damping), _power(R, exponent, damping)
+
+        def raised(values: Tensor) -> Tensor:
+            return _raised(values, exponent, damping)
+
+        return self.L.mapped(raised, NAME), self.R.mapped(raised, NAME)
 
     def saved(self, name: str) -> Tensor:
-        if name in ("G", "A"):
-            return super().saved(name)
-        moment = getattr(self, name)
-        return moment if isinstance(moment, Tensor) else moment.formed()
+        return super().saved(name) if name in ("G", "A") else getattr(self, name).saved()
 
 
 @remembers("L", "R", "G", "A")
@@ -51,7 +47,7 @@ class Rooted(Sided):
 
     def squared_norm(self) -> Tensor:
         # tr L tr R, which needs no root: those of small eigenvalues are lost in float32
-        return moment_trace(self.L).double() * moment_trace(self.R).double()
+        return self.L.trace().double() * self.R.trace().double()
 
     @property
     def unseen(self) -> float:
@@ -62,14 +58,7 @@ class Rooted(Sided):
         near = super().within(V)
         if not isinstance(near, Kronecker):
             return near
-        return Rooted(self.L, self.R, near._G, near._A)
-
-
-def moment_trace(side: Tensor | Moment) -> Tensor:
-    """`tr S` of a moment, of its rows or of the entries of a diagonal one."""
-    if isinstance(side, Moment):
-        return side.trace()
-    return trace_of(side) if side.ndim == 2 else side.sum(dtype=torch.float64)
+        return Rooted(self.L, self.R, *near.factors)
 
 
 def _noise(values: Tensor) -> Tensor:
@@ -96,37 +85,19 @@ def _raised(values: Tensor, exponent: float, damping: float) -> Tensor:
     return spectrum_power(values, exponent, damping, NAME)
 
 
-def _spectral(side: Tensor | Moment) -> tuple[Tensor, Tensor]:
-    return spectral(side, NAME) if isinstance(side, Tensor) else side.spectral(NAME)
-
-
-def moment_root(side: Tensor | Moment) -> Tensor | Decomposed:
+def moment_root(side: Factor) -> Factor:
     """`S^{1/2}`, in the eigenvectors of `S`."""
-    if isinstance(side, Tensor) and side.ndim == 1:
-        return _raised(side, 0.5, 0.0)
-    values, vectors = _spectral(side)
-    return Decomposed(_raised(values, 0.5, 0.0), vectors)
+    values, vectors = side.spectrum(NAME)
+    root = _raised(values, 0.5, 0.0)
+    return Diagonal(root) if isinstance(side, Diagonal) else Spectral(root, vectors)
 
 
-def _unseen(side: Tensor | Moment) -> float:
+def _unseen(side: Factor) -> float:
     """The share of `tr S^{1/2}` that its cut eigenvalues may have had, at most."""
-    if isinstance(side, Tensor) and side.ndim == 1:
+    if isinstance(side, Diagonal):
         return 0.0
-    values, _ = _spectral(side)
+    values, _ = side.spectrum(NAME)
     noise = _noise(values)
     kept = values > noise
     cut = (~kept).sum() * noise.double().sqrt()
     return float(cut / (cut + values[kept].double().sqrt().sum()).clamp(min=1e-300))
-
-
-def _power(side: Tensor, exponent: float, damping: float) -> Tensor:
-    if side.ndim == 1:
-        return _raised(side, exponent, damping)
-    values, vectors = spectral(side, NAME)
-    powers = _raised(values, exponent, damping)
-    if vectors.shape[1] == len(vectors):
-        return vectors * powers @ vectors.mT
-    # zero on the complement of a thin basis, so damping^p there
-    rest = _raised(values.new_zeros(1), exponent, damping)
-    eye = torch.eye(len(side), dtype=side.dtype, device=side.device)
-    return rest * eye + vectors * (powers - rest) @ vectors.mT

@@ -23,7 +23,7 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     Dense: ("matrix", "shape"),
     Diagonal: ("entries",),
     DirectSum: ("parts",),
-    Eigen: ("Q_G", "Q_A", "spectrum", "tail_G", "tail_A", "tail", "level"),
+    Eigen: ("Q_G", "Q_A", "spectrum", "tail_G", "tail_A", "tail"),
     FromInverse: ("inverse",),
     Kronecker: ("G", "A"),
     KroneckerSum: ("G", "A"),

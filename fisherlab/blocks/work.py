@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, overload
 
 K = TypeVar("K", bound=Hashable)
@@ -14,12 +15,13 @@ V = TypeVar("V")
 _LOCAL = threading.local()
 
 
+@dataclass(eq=False)
 class Piece:
     """Some work: its own seconds, and the pieces that it uses, made by whomever."""
 
-    def __init__(self) -> None:
-        self.seconds = self.inside = 0.0
-        self.parts: set[Piece] = set()
+    seconds: float = 0.0
+    inside: float = 0.0
+    parts: set[Piece] = field(default_factory=set)
 
     def closure(self) -> set[Piece]:
         """It and all that it uses."""
@@ -70,31 +72,24 @@ class Ledger:
                 self.open[-1].parts.add(piece)
 
 
-def made(cache: object, key: Hashable, make: Callable[[], V]) -> V:
-    """`make()`, whose cost belongs to whoever takes it from the cache."""
-    ledger: Ledger | None = getattr(_LOCAL, "ledger", None)
-    if ledger is None:
-        return make()
-    with ledger.piece() as piece:
-        value = make()
-    ledger.pieces[id(cache), key] = piece
-    return value
-
-
-def used(cache: object, key: Hashable) -> None:
-    """Say that a value was taken from a cache."""
-    ledger: Ledger | None = getattr(_LOCAL, "ledger", None)
-    if ledger is not None and ledger.open and (id(cache), key) in ledger.pieces:
-        ledger.open[-1].parts.add(ledger.pieces[id(cache), key])
-
-
 def once(cache: MutableMapping[K, V], key: K, make: Callable[[], V]) -> V:
-    """`cache[key]`, made when it is first asked for."""
-    if key not in cache:
-        cache[key] = made(cache, key, make)
+    """`cache[key]`, made when it is first asked for; its cost belongs to whoever takes it."""
+    found = cache.get(key)
+    ledger: Ledger | None = getattr(_LOCAL, "ledger", None)
+    if found is not None:
+        if ledger is not None and ledger.open:
+            piece = ledger.pieces.get((id(cache), key))
+            if piece is not None:
+                ledger.open[-1].parts.add(piece)
+        return found
+    if ledger is None:
+        found = make()
     else:
-        used(cache, key)
-    return cache[key]
+        with ledger.piece() as piece:
+            found = make()
+        ledger.pieces[id(cache), key] = piece
+    cache[key] = found
+    return found
 
 
 class cached(Generic[V]):
@@ -104,7 +99,7 @@ class cached(Generic[V]):
         self.function, self.__doc__ = function, function.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name, self.key = name, f"_cached {name}"
+        self.key = f"_cached {name}"
 
     @overload
     def __get__(self, value: None, owner: type) -> cached[V]: ...
@@ -113,17 +108,16 @@ class cached(Generic[V]):
     def __get__(self, value: object | None, owner: type) -> cached[V] | V:
         if value is None:
             return self
-        known = vars(value)
-        if self.key not in known:
-            known[self.key] = made(value, self.name, lambda: self.function(value))
-        elif getattr(_LOCAL, "ledger", None) is not None:
-            used(value, self.name)
-        return known[self.key]
+        kept = vars(value)
+        if getattr(_LOCAL, "ledger", None) is None and self.key in kept:
+            return kept[self.key][0]
+        # in a tuple, for None may be what was found
+        return once(kept, self.key, lambda: (self.function(value),))[0]
 
     def known(self, value: object) -> V | None:
         """What is kept already, without computing it."""
-        return vars(value).get(self.key)
+        return vars(value).get(self.key, (None,))[0]
 
     def keep(self, value: object, found: V) -> None:
         """Take what was found elsewhere."""
-        vars(value)[self.key] = found
+        vars(value)[self.key] = (found,)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab.blocks.coordinates import LARGEST_FACTOR
+from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.api import Forward, call
 from fisherlab.extract.collect import NO_GRAPH

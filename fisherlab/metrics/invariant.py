@@ -25,9 +25,8 @@ from fisherlab.blocks import (
     MiniBlock,
     Outer,
 )
-from fisherlab.blocks.coordinates import Identity, formed
+from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.serialise import cast
-from fisherlab.blocks.span import multiplied
 from fisherlab.metrics.frobenius import same
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
@@ -129,9 +128,9 @@ def _exactly(block: Block) -> Block:
     return Eigen(Q_G, Q_A, *(values.double() for values in tails))
 
 
-def _orthonormal(Q: Tensor) -> Tensor | None:
+def _orthonormal(Q: Basis) -> Tensor | None:
     """A basis to the last digit of float64; None for the coordinates themselves."""
-    return None if isinstance(Q, Identity) else torch.linalg.qr(multiplied(Q).double()).Q
+    return None if isinstance(Q, Coordinates) else torch.linalg.qr(matrix_of(Q).double()).Q
 
 
 def _parts(block: Block) -> tuple[Block, ...]:
@@ -192,7 +191,7 @@ class Together:
             blocks = [B for k in which if isinstance(B := self.blocks[k], Eigen)]
             levels = torch.stack([_level(B) for B in blocks])
             inside = _padded([B.spectrum - level for B, level in zip(blocks, levels, strict=True)])
-            bases = (_padded([formed(getattr(B, Q)) for B in blocks]) for Q in ("Q_G", "Q_A"))
+            bases = (_padded([matrix_of(getattr(B, Q)) for B in blocks]) for Q in ("Q_G", "Q_A"))
             self._stack = which, (*bases, inside, levels[:, None, None])
         Q_G, Q_A, inside, levels = self._stack[1]
         core = inside * torch.bmm(Q_G.mT, torch.bmm(V, Q_A))
@@ -205,11 +204,12 @@ def _side_by_side(vectors: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
 
 def _of_one_level(block: Block) -> TypeGuard[Eigen]:
     """Whether there is one eigenvalue beside its bases at most."""
-    return isinstance(block, Eigen) and (block.confined or block.level is not None)
+    return isinstance(block, Eigen) and block.beside.level is not None
 
 
 def _level(block: Eigen) -> Tensor:
-    return block.spectrum.new_zeros(()) if block.level is None else block.level
+    assert block.beside.level is not None, "asked of blocks of one level"
+    return block.beside.level
 
 
 def _padded(matrices: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block
-from fisherlab.blocks.coordinates import LARGEST_FACTOR
+from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names

@@ -1,13 +1,12 @@
-"""A factor kept as few rows, against the same factor as a matrix."""
+"""Factors that are no matrices, and their bases, against the same as matrices."""
 
 import pytest
 import torch
 
 from fisherlab.blocks import Diagonal, Eigen, Kronecker, Outer
-from fisherlab.blocks.coordinates import formed
-from fisherlab.blocks.moment import Decomposed, Lifted, Moment
-from fisherlab.blocks.numerics import coordinates
-from fisherlab.blocks.span import Span
+from fisherlab.blocks.basis import Coordinates, Thin, coordinates, matrix_of
+from fisherlab.blocks.factor import Dense, Rows, Spectral, Subspace, factor_of
+from fisherlab.blocks.factor import Diagonal as DiagonalFactor
 
 
 def moment(rows, scale, weight=None):
@@ -15,7 +14,7 @@ def moment(rows, scale, weight=None):
         Q, R = torch.linalg.qr(rows.mT)
         return Q, R.mT
 
-    return Moment(rows, scale, frame, weight)
+    return Rows(rows, scale, frame, weight)
 
 
 @pytest.mark.parametrize("thin", [(True, True), (True, False), (False, True)])
@@ -33,17 +32,17 @@ def test_rows_and_matrix_are_the_same_factor(thin, generator):
     assert rows.formed_bytes() == dense.formed_bytes() == dense.memory_bytes() == 8 * (49 + 81)
     kept = (8 * 3 * 7 if thin[0] else 8 * 49, 8 * 4 * 9 if thin[1] else 8 * 81)
     assert rows.memory_bytes() == sum(kept)
-    # once the matrix is asked for it is the factor, with the eigenvectors already found
+    # the matrix is made beside the rows, which stay, as do the eigenvectors already found
     before = rows.eigen.Q_A
     torch.testing.assert_close(rows.A, A)
     torch.testing.assert_close(rows.G, G)
-    assert rows.eigen.Q_A is before
+    assert rows.eigen.Q_A is before and rows.memory_bytes() == sum(kept)
 
 
 def test_a_scaled_moment_keeps_its_eigenvectors(generator):
     one = moment(torch.randn(3, 8, generator=generator, dtype=torch.float64), 1.0)
-    values, vectors = one.spectral("S")
-    scaled, same = one.scaled(2.5).spectral("S")
+    values, vectors = one.spectrum("S")
+    scaled, same = one.scaled(2.5).spectrum("S")
     torch.testing.assert_close(scaled, 2.5 * values)
     assert same is vectors
 
@@ -51,9 +50,9 @@ def test_a_scaled_moment_keeps_its_eigenvectors(generator):
 def assert_is_its_matrix(S, expected, V):
     torch.testing.assert_close(S.apply(V), V @ expected)
     torch.testing.assert_close(S.trace(), expected.trace())
-    values, vectors = S.spectral("S")
-    torch.testing.assert_close(vectors * values @ vectors.mT, expected)
-    torch.testing.assert_close(S.formed(), expected)
+    values, vectors = S.spectrum("S")
+    torch.testing.assert_close(matrix_of(vectors) * values @ matrix_of(vectors).mT, expected)
+    torch.testing.assert_close(S.matrix, expected)
 
 
 def test_factors_that_are_not_formed_are_their_matrices(generator):
@@ -63,8 +62,8 @@ def test_factors_that_are_not_formed_are_their_matrices(generator):
     # the weight acts between the rows
     assert_is_its_matrix(moment(X, 0.5, lambda rows: W @ rows), 0.5 * X.mT @ W @ X, V)
     Q, values = torch.linalg.qr(X.mT).Q, torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
-    assert_is_its_matrix(Lifted(Q, W), Q @ W @ Q.mT, V)
-    S, expected = Decomposed(values, Q), Q * values @ Q.mT
+    assert_is_its_matrix(Subspace(Q, W), Q @ W @ Q.mT, V)
+    S, expected = Spectral(values, Q), Q * values @ Q.mT
     assert_is_its_matrix(S, expected, V)
     inverse, same = (Kronecker(F, F).power(-1, 0.3) for F in (S, expected))
     torch.testing.assert_close(inverse.trace(), same.trace())
@@ -80,8 +79,8 @@ def test_blocks_within_the_space_of_their_inputs(generator):
     columns = F.of
     G = draw(4, 4)
     G = G @ G.mT
-    A = Kronecker(G, Moment(a, 0.5, lambda: columns.input_frame))
-    R = Moment(a, 0.5, lambda: columns.input_frame, lambda x: columns.gradient_products @ x)
+    A = Kronecker(G, Rows(a, 0.5, lambda: columns.input_frame))
+    R = Rows(a, 0.5, lambda: columns.input_frame, lambda x: columns.gradient_products @ x)
     Q_G, Q_A = A.eigen.Q_G, A.eigen.Q_A
     for block in (F, A, Kronecker(G, R), A.eigen, Eigen(Q_G, Q_A, draw(4, 4).square())):
         inside = block.within(V)
@@ -96,22 +95,53 @@ def test_blocks_within_the_space_of_their_inputs(generator):
     assert A.eigen.power(-1, 0.1).within(V) is None
 
 
-def test_a_basis_in_coordinates_is_a_tensor_that_is_multiplied_out_when_used(generator):
-    V = torch.linalg.qr(torch.randn(7, 4, generator=generator, dtype=torch.float64))[0]
-    C = torch.linalg.qr(torch.randn(4, 3, generator=generator, dtype=torch.float64))[0]
-    basis, matrix = Span(V, C), V @ C
-    assert (basis.shape, len(basis), basis.dtype, basis.device) == ((7, 3), 7, V.dtype, V.device)
-    assert basis.numel() * basis.element_size() == 21 * 8
-    assert coordinates(basis, V) is C
-    assert basis._product is None
+@pytest.mark.parametrize("kind", ["thin", "coordinates"])
+def test_a_basis_is_used_as_its_matrix(kind, generator):
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    V, C = torch.linalg.qr(draw(7, 4)).Q, torch.linalg.qr(draw(4, 3)).Q
+    basis = Thin(V, C) if kind == "thin" else Coordinates(draw(7))
+    matrix = V @ C if kind == "thin" else torch.eye(7, dtype=torch.float64)
+    assert coordinates(basis, V) is (C if kind == "thin" else None)
+    assert "matrix" not in vars(basis)
+    assert (basis.shape, len(basis), basis.dtype, basis.device) == (
+        matrix.shape, 7, V.dtype, V.device
+    )  # fmt: skip
+    X = draw(7, len(matrix.mT))
     for result, expected in [
-        (basis.mT, matrix.mT),
-        (matrix.mT @ basis, torch.eye(3, dtype=V.dtype)),
-        (basis.square().sum(0), torch.ones(3, dtype=V.dtype)),
-        (torch.einsum("ik,ik->k", basis, matrix), torch.ones(3, dtype=V.dtype)),
-        (basis[:, [2, 0]], matrix[:, [2, 0]]),
-        (basis.float(), matrix.float()),
-        (formed(basis), matrix),
+        (basis.mT @ X, matrix.mT @ X),
+        (X.mT @ basis, X.mT @ matrix),
+        (X * basis, X * matrix),
+        (basis.square().sum(0), torch.ones(len(matrix.mT), dtype=V.dtype)),
+        (basis[:, torch.tensor([2, 0])], matrix[:, [2, 0]]),
+        (basis.mT @ basis, torch.eye(len(matrix.mT), dtype=V.dtype)),
+        (matrix_of(basis), matrix),
     ]:
         assert type(result) is torch.Tensor
         torch.testing.assert_close(result, expected)
+
+
+def test_every_form_of_a_factor_is_its_matrix(generator):
+    """Powers, multiples, norms and diagonals, thin forms with what lies beside their basis."""
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    X, Q, eye = draw(3, 8), torch.linalg.qr(draw(8, 3)).Q, torch.eye(8, dtype=torch.float64)
+    C = draw(3, 3)
+    forms = {
+        "dense": Dense(X.mT @ X + eye),
+        "diagonal": DiagonalFactor(draw(8).square()),
+        "rows": moment(X, 0.5),
+        "spectral": Spectral(draw(3).square(), Q),
+        "subspace": Subspace(Q, C @ C.mT),
+    }
+    for S in forms.values():
+        matrix = S.matrix.clone()
+        values, vectors = torch.linalg.eigh(matrix)
+        for F, expected in ((S, matrix), (S.scaled(2.5), 2.5 * matrix)):
+            assert_is_its_matrix(F, expected, draw(2, 8))
+            torch.testing.assert_close(F.squared_norm(), expected.square().sum())
+            torch.testing.assert_close(F.diagonal(), expected.diagonal())
+        for exponent in (1, -1, -0.5):
+            powers = (values.clamp(min=0) + 0.3) ** exponent
+            torch.testing.assert_close(S.power(exponent, 0.3).matrix, vectors * powers @ vectors.mT)
+        assert factor_of(S) is S
+        # one decomposition, whoever holds a multiple
+        assert S.scaled(2.0).spectrum()[1] is S.spectrum()[1] and S.scaled(3.0).decomposed
