@@ -15,7 +15,7 @@ HEAD = """\
 
 Every architecture below is built with tiny random weights and captured without options beyond
 `forward=`. Each block's per-example gradients equal those of plain autograd, one example at a
-time, to {error:.0e} in float64 (`tests/test_architectures.py`; the extra `hub` installs
+time, to {error:.0e} in float64 (`tests/units/test_architectures.py`; the extra `hub` installs
 transformers, timm and peft). Weights that a model casts to float32 are compared to float32's
 rounding. The last column says what has no block, and its share of the parameters.
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from pictures import complaints
+from drawn import complaints
 from torch import nn
 
 import fisherlab as fl

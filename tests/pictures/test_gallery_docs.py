@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from browser import faults
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

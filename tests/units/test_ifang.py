@@ -3,8 +3,8 @@
 import dense
 import pytest
 import torch
+from formulas import found_and_expected
 from references import relative
-from test_approximations import found_and_expected
 from torch import nn
 
 import fisherlab as fl

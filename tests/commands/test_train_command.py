@@ -154,7 +154,7 @@ def test_ctrl_c_is_130_and_keeps_the_results(tmp_path):
     command += ["--optimizer", "sgd,kfac", "--epochs", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(
         command,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -21,7 +21,7 @@ from fisherlab.datasets import Card, Dataset, DatasetError, File, registry
 from fisherlab.datasets.files import cache_folder
 from fisherlab.datasets.prepare import location_and_scale, split, standardise
 
-CARDS = Path(__file__).parents[1] / "data" / "cards"
+CARDS = Path(__file__).parents[2] / "data" / "cards"
 BUNDLED = [name for name in datasets.names() if not datasets.card(name).files]
 INSTALLED = [name for name in datasets.names() if datasets.card(name).files]
 SIZES = {  # train, test

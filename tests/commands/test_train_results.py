@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-RESULTS = Path(__file__).parents[1] / "data" / "results"
+RESULTS = Path(__file__).parents[2] / "data" / "results"
 
 
 def test_the_page_on_sngds_mlp_agrees_with_its_numbers():

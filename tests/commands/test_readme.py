@@ -14,7 +14,7 @@ import fisherlab as fl
 from fisherlab.cli import app
 from fisherlab.commands.approximations import table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
 
@@ -108,7 +108,7 @@ def copy(tmp_path_factory):
 
 
 def test_one_new_file_is_all_that_a_new_approximation_needs(copy):
-    done = run(CHECK.format(copy=str(copy)), copy, copy, copy / "tests")
+    done = run(CHECK.format(copy=str(copy)), copy, copy, copy / "tests" / "commands")
     assert done.returncode == 0, done.stderr
     assert "the README misses it" in done.stdout
 
@@ -128,7 +128,7 @@ def test_the_statistic_of_its_own_is_the_sum_it_says():
 
 def test_the_law_tests_find_the_new_file(copy):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_registry_laws.py", "-q", "-k", "neuron"],
+        [sys.executable, "-m", "pytest", "tests/laws/test_registry_laws.py", "-q", "-k", "neuron"],
         cwd=copy,
         env=os.environ | {"PYTHONPATH": str(copy)},
         capture_output=True,

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from block_laws import orthonormal
+from formulas import found_and_expected
 from references import randn
-from test_approximations import found_and_expected
 from torch import nn
 
 import fisherlab as fl

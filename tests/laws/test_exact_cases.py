@@ -5,10 +5,10 @@ import dataclasses
 import dense
 import pytest
 import torch
+from formulas import CASES, FISHER_TYPES, found_and_expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import randn, relative
-from test_approximations import CASES, FISHER_TYPES, found_and_expected
 from torch import nn
 
 import fisherlab as fl

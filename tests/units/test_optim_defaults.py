@@ -283,7 +283,7 @@ def test_after_an_epoch_no_default_is_the_gradient_in_disguise(name: str) -> Non
 
 
 def test_the_table_is_of_these_defaults() -> None:
-    folder = Path(__file__).parents[1]
+    folder = Path(__file__).parents[2]
     script = runpy.run_path(str(folder / "data" / "results" / "defaults.py"))
     rows = pd.read_csv(script["ROWS"])
     new = rows[(rows["task"] == "digits") & (rows["label"] == "new")]

@@ -135,7 +135,7 @@ def test_a_killed_run_loses_at_most_the_current_epoch(moment, tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path / "killed", moment],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         check=False,
     )
     assert ended.returncode == -signal.SIGKILL

@@ -5,8 +5,8 @@ import math
 import dense
 import pytest
 import torch
+from formulas import found_and_expected
 from references import randn, relative
-from test_approximations import found_and_expected
 
 import fisherlab as fl
 from fisherlab.approximations import damping as rules

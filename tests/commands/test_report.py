@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from test_plots import frame
+from drawn import frame
 from typer.testing import CliRunner
 
 from fisherlab import comparison

@@ -144,7 +144,7 @@ def test_a_kind_of_no_meaning_is_refused():
 
 
 def test_the_notebook_counts_the_claims_there_are():
-    path = Path(__file__).parents[1] / "notebooks" / "11_three_claims.ipynb"
+    path = Path(__file__).parents[2] / "notebooks" / "11_three_claims.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))
     (stored,) = next(cell for cell in notebook["cells"] if cell.get("execution_count") == 1)[
         "outputs"

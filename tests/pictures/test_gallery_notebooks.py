@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-PATHS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PATHS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)

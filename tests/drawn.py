@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
+
+from fisherlab import comparison
+
+NAMES = ["exact", "kfac", "tekfac", "my_own"]
 
 
 def complaints(figure: Figure, dpi: int = 110) -> list[str]:
@@ -57,3 +62,20 @@ def _overlap(one: Bbox, two: Bbox) -> bool:
     width = min(one.x1, two.x1) - max(one.x0, two.x0)
     height = min(one.y1, two.y1) - max(one.y0, two.y0)
     return width > 1 and height > 1
+
+
+def frame(layers=3, seeds=1, steps=(0, 5), dampings=(0.01, 0.1)):
+    """The frame of a comparison, its numbers made up."""
+    rows = [
+        {
+            "layer": f"{layer}", "approximation": name, "seed": seed, "step": step,
+            "damping_relative": damping, "relative_error": 0.0 if name == "exact" else 0.1 * k,
+            "population_error": 0.2 + 0.1 * k, "trace_ratio": 1 - 0.1 * k,
+            "diagonalisation": 1 - 0.2 * k,
+            "direction_cosine": 1 - 0.2 * k * damping, "diagonal_share": 0.1,
+            "build_seconds": 0.01 * (k + 1), "solve_seconds": 0.02,
+        }
+        for seed in range(seeds) for step in steps for layer in range(layers)
+        for k, name in enumerate(NAMES) for damping in dampings
+    ]  # fmt: skip
+    return pd.DataFrame(rows).reindex(columns=comparison.COLUMNS)

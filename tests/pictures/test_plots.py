@@ -7,32 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from drawn import NAMES, complaints, frame
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
-from pictures import complaints
 
 import fisherlab as fl
-from fisherlab import approximations, comparison, plots
+from fisherlab import approximations, plots
 from fisherlab.plots import theme
 
-NAMES = ["exact", "kfac", "tekfac", "my_own"]
 KINDS = ["error", "trace_ratio", "direction", "training", "cost"]
-
-
-def frame(layers=3, seeds=1, steps=(0, 5), dampings=(0.01, 0.1)):
-    rows = [
-        {
-            "layer": f"{layer}", "approximation": name, "seed": seed, "step": step,
-            "damping_relative": damping, "relative_error": 0.0 if name == "exact" else 0.1 * k,
-            "population_error": 0.2 + 0.1 * k, "trace_ratio": 1 - 0.1 * k,
-            "diagonalisation": 1 - 0.2 * k,
-            "direction_cosine": 1 - 0.2 * k * damping, "diagonal_share": 0.1,
-            "build_seconds": 0.01 * (k + 1), "solve_seconds": 0.02,
-        }
-        for seed in range(seeds) for step in steps for layer in range(layers)
-        for k, name in enumerate(NAMES) for damping in dampings
-    ]  # fmt: skip
-    return pd.DataFrame(rows).reindex(columns=comparison.COLUMNS)
 
 
 def lines(ax):

@@ -16,7 +16,7 @@ import fisherlab as fl
 from fisherlab.cli import app
 from fisherlab.optim import NaturalGradient
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
