@@ -369,7 +369,7 @@ def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
     Raises:
         CaptureError: for arguments that the model does not take, in number, name or dtype.
     """
-    args: tuple[Any, ...] = tuple(x) if isinstance(x, tuple[Any, ...] | list) else (x,)
+    args: tuple[Any, ...] = tuple(x) if isinstance(x, tuple | list) else (x,)
     names = dict(x) if isinstance(x, Mapping) else {}
     try:
         if forward is not None:
