@@ -250,21 +250,21 @@ class Steps:
         if name in ("ngd_smw", "fngd"):
             return smw(a, g, 0.005)
         if name in ("kfac", "truncated_kfac", "ang"):
-            return factored(*running_kfac(settled), 0.05, None)
+            return factored(*running_kfac(settled), 0.005 if name == "ang" else 0.02, None)
         if name == "kfac_reduce":
-            return inverse(torch.kron(*running_kfac(settled)), 0.02)
+            return inverse(torch.kron(*running_kfac(settled)), 0.03)
         if name == "tkfac":
-            return factored(*running_tkfac(settled), 0.05, 1.0)
+            return factored(*running_tkfac(settled), 0.02, 1.0)
         if name == "tkfac_expand":
-            return inverse(torch.kron(*running_tkfac(settled)), 0.05)
+            return inverse(torch.kron(*running_tkfac(settled)), 0.03)
         if name == "ekfac":
-            return corrected(history, running_kfac, 0.1)
+            return corrected(history, running_kfac, 0.03)
         if name == "tekfac":
-            return corrected(history, running_tkfac, 0.1)
+            return corrected(history, running_tkfac, 0.03)
         if name == "eva":
             return eva(history, 0.07)
         if name == "ifang":
-            return ifang(history, 0.3)
+            return ifang(history, 0.2)
         if name == "sngd":
             A = mean(settled, lambda a, g: a.T @ a / len(a), 10, decay=0.995)
             return inverse(torch.kron(eye(g0.shape[1]), self._slope(layer) * A), 0.005)
@@ -274,9 +274,9 @@ class Steps:
             F = mean(settled, exact, 10)
             return inverse(torch.diag(F.diagonal()), 0.1)
         if name == "mini_block":
-            return inverse(mean(settled, mini_block, 10), 0.05)
+            return inverse(mean(settled, mini_block, 10), 0.03)
         if name == "kronecker_optimal":
-            return inverse(kronecker_terms(a, g, 1), 0.3)
+            return inverse(kronecker_terms(a, g, 1), 0.1)
         if name == "kronecker_sum":
             return clamped_inverse(kronecker_terms(a, g, 2), 0.3)
         raise KeyError(f"no dense reference of optimizer {name!r}: write one")

@@ -17,18 +17,9 @@ import fisherlab as fl
 FIRST_ORDER = ["sgd", "adam", "adamw", "radam"]
 # K-BFGS has a second pass and a test of its own
 SECOND_ORDER = [name for name in fl.optim.names() if name not in [*FIRST_ORDER, "kbfgs"]]
-MOMENTUM = 0.9
 UNCLIPPED = {"ngd_smw", "fngd", "shampoo"}
 CLIPPED = [name for name in SECOND_ORDER if name not in UNCLIPPED]
-CLIPS = {
-    "ifang": 1e-2,
-    "sngd": 2e-3,
-    "diagonal": 5e-4,
-    "ngd": 5e-4,
-    "ngd_dense": 5e-4,
-    "ekfac": 4e-4,
-    "tekfac": 4e-4,
-}
+CLIPS = {"ang": 0.03, "sngd": 0.03, "eva": 1e-3}
 
 
 def digits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +66,7 @@ def test_no_disguise(name: str) -> None:
     x, y = pooled()
     model, steps = perceptron(inputs=16), Steps()
     optimizer = fl.optim.create(name, model)
-    lr = optimizer.param_groups[0]["lr"]
+    lr, momentum = (optimizer.param_groups[0][key] for key in ("lr", "momentum"))
     velocity = plain = torch.zeros(1)
     for part in batches(x, 32, 21):
         steps.observe(model, x[part], y[part])
@@ -85,14 +76,14 @@ def test_no_disguise(name: str) -> None:
             directions = steps.directions(name)
             buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
             velocity = torch.cat([b.flatten() for b in buffers])
-        plain = MOMENTUM * plain + flat(gradients)
+        plain = momentum * plain + flat(gradients)
         change = moved(model, optimizer.step)
     scale = 1.0
     if name not in UNCLIPPED:
         products = sum(float((d * v).sum()) for d, v in zip(directions, gradients, strict=True))
-        clip = CLIPS.get(name, 1e-3)
+        clip = CLIPS.get(name, 0.1)
         scale = min(1.0, math.sqrt(clip / (lr**2 * products)))
-    expected = -lr * (MOMENTUM * velocity + scale * flat(directions))
+    expected = -lr * (momentum * velocity + scale * flat(directions))
     error = (change - expected).norm() / (scale * lr * flat(directions).norm())
     assert error < 1e-6
     assert F.cosine_similarity(change, -plain, dim=0) < 0.99
@@ -213,7 +204,7 @@ def test_the_learning_rate_decides_and_the_clip_is_rare(name: str) -> None:
     once, shortened = after_the_warm_up(name)
     assert shortened / 24 < 0.1, f"{shortened} of 24 steps were shortened"
     thrice, _ = after_the_warm_up(name, lr=3 * lr)
-    assert (thrice - once).norm() > 0.1 * once.norm()  # 0.000 to 0.036
+    assert (thrice - once).norm() > 0.3 * once.norm()  # 0.000 to 0.036
 
 
 def test_the_clip_grows_during_the_warm_up() -> None:
@@ -286,9 +277,15 @@ def test_the_table_is_of_these_defaults() -> None:
     folder = Path(__file__).parents[2]
     script = runpy.run_path(str(folder / "data" / "results" / "defaults.py"))
     rows = pd.read_csv(script["ROWS"])
-    new = rows[(rows["task"] == "digits") & (rows["label"] == "new")]
-    assert set(new["optimizer"]) == set(script["measured"]("new"))
-    for name, stated in zip(new["optimizer"], new["defaults"], strict=True):
-        assert script["stated"](fl.optim.create(name, net(name))) == stated, name
+    new = rows[rows["label"] == "new"]
+    for task, ours in new.groupby("task"):
+        assert set(ours["optimizer"]) >= {*script["measured"]("new")} - {
+            "kronecker_sum",
+            "mini_block",
+        }
+        criterion = nn.MSELoss() if task == "house_prices" else nn.CrossEntropyLoss()
+        for name, stated in ours[["optimizer", "defaults"]].dropna().drop_duplicates().values:
+            options = {} if name in (*FIRST_ORDER, "shampoo") else {"criterion": criterion}
+            assert script["stated"](fl.optim.create(name, net(name), **options)) == stated, name
     page = (folder / "docs" / "defaults.md").read_text(encoding="utf-8")
     assert page == script["page"](rows), "python data/results/defaults.py page"
