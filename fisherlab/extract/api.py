@@ -158,21 +158,8 @@ def capture(
     criterion = criterion_of(criterion, loss_scale)
     inside = isinstance(criterion, Inside)
     fisher_type = fisher_type or ("empirical" if inside else "exact")
-    if fisher_type not in fisher.FISHER_TYPES:
-        raise CaptureError(
-            f"unknown fisher_type {fisher_type!r}; one of {', '.join(fisher.FISHER_TYPES)}"
-        )
-    if backend not in BACKENDS:
-        raise CaptureError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
-    if check not in CHECKS:
-        raise CaptureError(f"unknown check {check!r}; one of {', '.join(CHECKS)}")
-    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {kinds!r}")
+    _check_options(fisher_type, backend, check, kinds, generator)
     fisher.check_draws(mc_samples)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise CaptureError(
-            f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"
-        )
     if inside and (fisher_type != "empirical" or backend == "backpack" or mask is not None):
         raise CaptureError(
             "a loss inside the model has the empirical Fisher of the hooks backend without a mask "
@@ -211,11 +198,8 @@ def capture(
                 left_out = dict.fromkeys(half, why)
                 wanted = [name for name in wanted if name not in left_out]
             else:
-                x, labels, reason = (
-                    floated(x),
-                    floated(labels),
-                    f"{reason}; {kind} weights as float32",
-                )
+                x, labels = floated(x), floated(labels)
+                reason = f"{reason}; {kind} weights as float32"
         # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
         stack.enter_context(nn.utils.parametrize.cached())
         before, weights = random_state(x), weights_of(model)
@@ -261,26 +245,55 @@ def capture(
             mask,
             left_out,
         )
-    for name in sorted(named):
-        if name in skipped:
-            raise CaptureError(f"layer {name!r}: {skipped[name]}")
     fits = mask is None or record.mask_fits or masks(criterion, outputs, captured.values())
-    if mask is not None and captured and not fits:
-        shapes = {layer.name: tuple(layer.raw_inputs[0].shape) for layer in captured.values()}
-        raise CaptureError(
-            f"mask of shape {tuple(mask.shape)} fits the positions of no layer (inputs {shapes}) "
-            f"and not the outputs {tuple(outputs.shape)}"
-        )
-    if not captured:
-        reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
-        raise CaptureError(
-            "no layer of this model has a block: it has no trainable weight that a product uses"
-            if not reasons
-            else f"no layer of this model has a block: {reasons}"
-        )
+    _check_captured(captured, skipped, named, outputs, None if fits else mask)
     seconds, counts = time.perf_counter() - start, coverage(weights, captured)
     report = Report(backend, reason, seconds, skipped, *counts)
     return Captures(captured, report, outputs.detach(), labels)
+
+
+def _check_options(
+    fisher_type: str, backend: str, check: str, kinds: Collection[str], generator: object
+) -> None:
+    """Refuse an option that is none of its choices."""
+    choices = {
+        "fisher_type": (fisher_type, fisher.FISHER_TYPES),
+        "backend": (backend, BACKENDS),
+        "check": (check, CHECKS),
+    }
+    for option, (value, known) in choices.items():
+        if value not in known:
+            raise CaptureError(f"unknown {option} {value!r}; one of {', '.join(known)}")
+    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
+        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {kinds!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise CaptureError(
+            f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"
+        )
+
+
+def _check_captured(
+    captured: Mapping[str, LayerCapture],
+    skipped: Mapping[str, str],
+    named: Collection[str],
+    outputs: Tensor,
+    unfit: Tensor | None,
+) -> None:
+    """Refuse a layer that was named and has no block, a mask that fits nothing, no layer at all."""
+    for name in sorted(named):
+        if name in skipped:
+            raise CaptureError(f"layer {name!r}: {skipped[name]}")
+    if unfit is not None and captured:
+        shapes = {layer.name: tuple(layer.raw_inputs[0].shape) for layer in captured.values()}
+        raise CaptureError(
+            f"mask of shape {tuple(unfit.shape)} fits the positions of no layer (inputs {shapes}) "
+            f"and not the outputs {tuple(outputs.shape)}"
+        )
+    if captured:
+        return
+    reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
+    why = reasons or "it has no trainable weight that a product uses"
+    raise CaptureError(f"no layer of this model has a block: {why}")
 
 
 def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:
