@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fisherlab.comparison.request import Makers, checked
+from fisherlab.comparison.request import Candidates, checked
 from fisherlab.comparison.run import Progress, measured
 from fisherlab.comparison.table import Comparison
 from fisherlab.extract.api import Forward
@@ -20,7 +20,7 @@ def compare(
     x: object,
     y: Tensor | None = None,
     *,
-    approximations: Makers = None,
+    approximations: Candidates = None,
     fisher_type: str | None = None,
     dampings: Sequence[float] | float = (1e-3, 1e-1),
     reference: object = None,

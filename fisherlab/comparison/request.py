@@ -17,7 +17,7 @@ import fisherlab
 from fisherlab import approximations as registry
 from fisherlab.approximations import Approximation
 from fisherlab.blocks import Block, BlockError
-from fisherlab.comparison.layer import Maker
+from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.distributed import RankError, Ranks, unwrapped
 from fisherlab.extract import Captures
@@ -29,7 +29,7 @@ from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import Names, check_batch, check_model
 from fisherlab.extract.tape import KINDS
 
-Makers = Mapping[str, Maker] | Iterable[str | Approximation] | None
+Candidates = Mapping[str, Candidate] | Iterable[str | Approximation] | None
 Batch = tuple[object, Tensor]
 
 
@@ -40,7 +40,7 @@ class Request:
     model: nn.Module
     criterion: Callable[..., Tensor]
     batches: list[Batch]
-    makers: dict[str, Maker]
+    makers: dict[str, Candidate]
     dampings: list[float]
     reference: object
     fisher_type: str
@@ -79,20 +79,20 @@ class Request:
         """
         captures = self._captured(self.batches, self.fisher_type)
         target: list[Captures] | None = None
-        unseen: list[Captures] | None = None
+        held_out: list[Captures] | None = None
         if isinstance(self.reference, str):
             target = self._captured(self.batches, self.reference)
         elif isinstance(self.reference, Captures):
-            unseen = [copy(self.reference)]  # ranks give parts of theirs away
+            held_out = [copy(self.reference)]  # ranks give parts of theirs away
         elif self.reference is not None:
             pair = self.reference if isinstance(self.reference, tuple) else (self.reference, None)
             given = (self.reference, None, True) if self.inside else pair
             others = split_batches(*given)
-            _check_unseen(self.batches, others)
-            unseen = self._captured(others, self.fisher_type)
+            _check_held_out(self.batches, others)
+            held_out = self._captured(others, self.fisher_type)
         _check_blocks(self.makers, captures[0])
         check_memory(captures[0], self.memory)
-        return Samples(captures, target, unseen)
+        return Samples(captures, target, held_out)
 
     def _captured(self, sample: list[Batch], kind: str) -> list[Captures]:
         found = [
@@ -141,7 +141,7 @@ def checked(
     x: object,
     y: Tensor | None,
     *,
-    approximations: Makers,
+    approximations: Candidates,
     fisher_type: str | None,
     dampings: Sequence[float] | float,
     reference: object,
@@ -267,7 +267,7 @@ def _check_counts(ranks: Ranks, batches: list[Batch]) -> None:
         )
 
 
-def _makers(approximations: Makers, model: nn.Module) -> dict[str, Maker]:
+def _makers(approximations: Candidates, model: nn.Module) -> dict[str, Candidate]:
     if approximations is None:
         return {name: registry.get(name)() for name in registry.of_one_batch()}
     if isinstance(approximations, Mapping):
@@ -278,7 +278,7 @@ def _makers(approximations: Makers, model: nn.Module) -> dict[str, Maker]:
         return dict(approximations)
     if isinstance(approximations, str):
         approximations = [approximations]
-    makers: dict[str, Maker] = {}
+    makers: dict[str, Candidate] = {}
     for item in approximations:
         maker = registry.get(item)() if isinstance(item, str) else item
         if not isinstance(maker, Approximation):
@@ -289,8 +289,8 @@ def _makers(approximations: Makers, model: nn.Module) -> dict[str, Maker]:
     return makers
 
 
-def _check_unseen(batches: list[Batch], reference: list[Batch]) -> None:
-    """Refuse the batch itself as its unseen examples: it would flatter every approximation."""
+def _check_held_out(batches: list[Batch], reference: list[Batch]) -> None:
+    """Refuse the batch itself as its held-out examples: it would flatter every approximation."""
     for x, _ in batches:
         for other, _ in reference:
             if x is other or (
@@ -305,7 +305,7 @@ def _check_unseen(batches: list[Batch], reference: list[Batch]) -> None:
                 )
 
 
-def _check_blocks(makers: dict[str, Maker], captures: Captures) -> None:
+def _check_blocks(makers: dict[str, Candidate], captures: Captures) -> None:
     """A dict of blocks must name layers of this model; a block must fit one of them."""
     layers = by_layer(captures)
     known = set(captures) | set(layers)

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from fisherlab.blocks import contractions
-from fisherlab.comparison.crew import Crew, Rows, Work
-from fisherlab.comparison.layer import Layer
+from fisherlab.comparison.measurement import LayerMeasurement
+from fisherlab.comparison.pool import LayerPool, Rows, Work
 from fisherlab.comparison.request import Request
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
@@ -42,36 +42,38 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
         samples = samples.shared_out(ranks, owners)
 
     def measure(name: str, stopped: Event) -> Work:
-        layer = Layer(name, samples, request.memory)
+        layer = LayerMeasurement(name, samples, request.memory)
         return (yield from layer.rows(request.makers, request.dampings, request.facts, stopped))
 
     # a stated budget is that of one layer
-    crew = Crew(measure, {name: costs[name] for name in mine}, device, request.memory is not None)
+    pool = LayerPool(
+        measure, {name: costs[name] for name in mine}, device, request.memory is not None
+    )
     try:
         with (
             contractions.workspace(request.memory),
             ranks.together("measuring its layers") if ranks else nullcontext(),
-            crew,
+            pool,
         ):
-            _run(crew, list(request.makers), progress)
+            _run(pool, list(request.makers), progress)
     except KeyboardInterrupt:
-        raise Interrupted(Comparison(_table(crew.found, names), config)) from None
-    found = crew.found
+        raise Interrupted(Comparison(_table(pool.found, names), config)) from None
+    found = pool.found
     if ranks:
         found = {name: rows for part in ranks.objects(found) for name, rows in part.items()}
     return Comparison(_table(found, names), config)
 
 
-def _run(crew: Crew, methods: list[str], progress: Progress | None) -> None:
-    """All work of the crew, one step of the bar after another."""
-    work = crew.steps()
+def _run(pool: LayerPool, methods: list[str], progress: Progress | None) -> None:
+    """All work of the pool, one step of the bar after another."""
+    work = pool.steps()
     # one piece of work per method, and a last one of what is found of all blocks at once
     pieces = [*methods, "condition"]
     if progress is not None:
-        for _ in progress(crew.order):
+        for _ in progress(pool.order):
             deque(islice(work, len(pieces)), 0)
         return
-    for _ in notebook_bar([f"{name}: {piece}" for name in crew.order for piece in pieces]):
+    for _ in notebook_bar([f"{name}: {piece}" for name in pool.order for piece in pieces]):
         next(work, None)
 
 

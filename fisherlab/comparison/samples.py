@@ -15,12 +15,12 @@ class Samples:
     """Captures, one per batch.
 
     `captures` are what methods are made of; `target` what they are measured against, None for the
-    same; `unseen` are held-out examples, or None.
+    same; `held_out` are other examples, or None.
     """
 
     captures: list[Captures]
     target: list[Captures] | None = None
-    unseen: list[Captures] | None = None
+    held_out: list[Captures] | None = None
 
     def shared_out(self, ranks: Ranks, owners: Mapping[str, int]) -> Samples:
         """The layers of this rank, whole, and none of the others'."""
@@ -28,11 +28,11 @@ class Samples:
         def mine(batches: list[Captures] | None) -> list[Captures] | None:
             return batches and [shared_out(batch, ranks, owners) for batch in batches]
 
-        return Samples(mine(self.captures) or [], mine(self.target), mine(self.unseen))
+        return Samples(mine(self.captures) or [], mine(self.target), mine(self.held_out))
 
 
 def by_layer(captures: Captures) -> dict[str, list[str]]:
-    """Layer names and the captures (groups) that each consists of."""
+    """LayerMeasurement names and the captures (groups) that each consists of."""
     found: dict[str, list[str]] = {}
     for key, layer in captures.items():
         found.setdefault(layer.name, []).append(key)

@@ -86,9 +86,9 @@ class Comparison:
         if draws is not None:
             text += f" with {joined(draws)} draw{'s' * (draws != 1)} per example"
         text += f", {listed('examples')} examples, {listed('dtype')}"
-        unseen, other = listed("reference_examples"), listed("reference_fisher_type")
-        if unseen:
-            text += f"; {unseen} unseen examples for the population error"
+        held_out, other = listed("reference_examples"), listed("reference_fisher_type")
+        if held_out:
+            text += f"; {held_out} unseen examples for the population error"
         if other not in ("", listed("fisher_type")):
             text += f"; measured against the {other} Fisher of the same examples"
         if drawn and self.config.get("fisher_type_asked") is False:

@@ -17,7 +17,7 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.comparison import default_fisher_type
-from fisherlab.comparison.layer import population_columns
+from fisherlab.comparison.measurement import population_columns
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.api import Forward, split_batches
 from fisherlab.extract.memory import captures_in_parts, check_memory

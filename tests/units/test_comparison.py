@@ -14,8 +14,8 @@ from torch import nn
 import fisherlab as fl
 from fisherlab import blocks, comparison
 from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, work
-from fisherlab.comparison import Interrupted, crew
-from fisherlab.comparison.layer import Layer
+from fisherlab.comparison import Interrupted, pool
+from fisherlab.comparison.measurement import LayerMeasurement
 from fisherlab.statistics import GroupedMoment, InputMoment, LeftMoment
 
 CE = nn.CrossEntropyLoss()
@@ -191,9 +191,9 @@ def test_few_inputs_are_measured_in_their_own_coordinates(dtype, fisher_type, mo
     approximations |= {"factored": fl.KFAC(placement="factored")}
     found = []
     frames = []
-    inside = comparison.frame.Frame.inside
+    inside = comparison.reference.ExactReference.inside
     for patched in (lambda frame: frames.append(inside(frame)) or frames[-1], lambda frame: None):
-        monkeypatch.setattr(comparison.frame.Frame, "inside", patched)
+        monkeypatch.setattr(comparison.reference.ExactReference, "inside", patched)
         options = {"approximations": approximations, "fisher_type": fisher_type}
         found.append(fl.compare(wide().to(dtype), CE, x, y, dampings=[1e-3, 1.0], **options))
     assert [frame is not None for frame in frames] == [True, True, False]
@@ -554,7 +554,7 @@ OWN = fl.KFAC()
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    monkeypatch.setattr(crew, "HEAVY", 0)
+    monkeypatch.setattr(pool, "HEAVY", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -563,9 +563,9 @@ def two_threads(monkeypatch):
 
 def test_layers_side_by_side_give_the_same_table(two_threads, monkeypatch):
     threads = set()
-    built = Layer.build
+    built = LayerMeasurement.build
     monkeypatch.setattr(
-        Layer,
+        LayerMeasurement,
         "build",
         lambda *args: (
             threads.add((threading.current_thread().name, torch.get_num_threads())) or built(*args)
@@ -593,7 +593,7 @@ def test_a_failure_in_one_of_the_threads_ends_the_comparison(two_threads, monkey
     def broken(layer, maker):
         raise ZeroDivisionError(layer.name)
 
-    monkeypatch.setattr(Layer, "build", broken)
+    monkeypatch.setattr(LayerMeasurement, "build", broken)
     # whichever of the layers in work fails first
     with pytest.raises(ZeroDivisionError, match=r"^[026]$"):
         compared(approximations=["kfac"])
@@ -605,12 +605,15 @@ def test_interrupted_side_by_side_it_keeps_what_is_finished_and_starts_no_more(t
     def measure(name, stopped):
         measured.append(name)
         if name != "quick" and stopped.wait(10):
-            raise crew.Stopped
+            raise pool.Stopped
         yield from ()
         return [{"layer": name}]
 
     costs = {"never": 1.0, "waits": 3.0, "quick": 4.0, "waits too": 2.0}
-    with pytest.raises(KeyboardInterrupt), crew.Crew(measure, costs, torch.device("cpu")) as layers:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pool.LayerPool(measure, costs, torch.device("cpu")) as layers,
+    ):
         assert layers.order == ["quick", "waits", "waits too", "never"]
         next(layers.steps())
         raise KeyboardInterrupt
@@ -619,13 +622,13 @@ def test_interrupted_side_by_side_it_keeps_what_is_finished_and_starts_no_more(t
 
 
 def test_light_layers_run_beside_heavy_ones(two_threads, monkeypatch):
-    monkeypatch.setattr(crew, "HEAVY", 3.0)
+    monkeypatch.setattr(pool, "HEAVY", 3.0)
     costs = {"a": 3.0, "light": 1.0, "b": 9.0, "c": 5.0, "lighter": 0.5, "d": 4.0, "last": 2.0}
-    order = crew.Crew(lambda name, stopped: [], costs, torch.device("cpu")).order
+    order = pool.LayerPool(lambda name, stopped: [], costs, torch.device("cpu")).order
     assert order == ["b", "c", "light", "d", "lighter", "a", "last"]
     # a single heavy one: nothing is gained by threads, and the order stays that of the model
     costs = {"light": 1.0, "b": 9.0}
-    assert crew.Crew(lambda name, stopped: [], costs, torch.device("cpu")).order == list(costs)
+    assert pool.LayerPool(lambda name, stopped: [], costs, torch.device("cpu")).order == list(costs)
 
 
 # --- bad input ------------------------------------------------------------------------------------

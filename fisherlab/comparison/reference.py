@@ -16,7 +16,7 @@ from fisherlab.metrics.direction import Step
 
 
 @dataclass(frozen=True)
-class Basis:
+class RotatedGradient:
     """A gradient in one Kronecker eigenbasis."""
 
     block: Eigen  # has the basis, and keeps it alive
@@ -25,7 +25,7 @@ class Basis:
     seconds: float
 
     @classmethod
-    def of(cls, block: Eigen, gradient: Tensor) -> Basis:
+    def of(cls, block: Eigen, gradient: Tensor) -> RotatedGradient:
         """The gradient in the basis of a block, full or thin."""
         start = time.perf_counter()
         core = block.core(gradient)
@@ -46,23 +46,23 @@ class Basis:
         return P.within_bases(spectrum * core)
 
 
-class Frame:
+class ExactReference:
     """The exact block, its gradient and its natural-gradient steps."""
 
     def __init__(self, F: Outer | DirectSum, gradient: Tensor) -> None:
         self.F, self.gradient = F, gradient.to(F.dtype)
         self._steps: dict[float, Tensor] = {}
-        self._bases: dict[Any, Basis] = {}
+        self._bases: dict[Any, RotatedGradient] = {}
         self._added: list[tuple[dict[str, Any], Tensor, float]] = []
-        self._inside: Inside | None = None
+        self._inside: InputSpaceReference | None = None
 
-    def inside(self) -> Inside | None:
+    def inside(self) -> InputSpaceReference | None:
         """The same in a space that holds every input, where that has clearly fewer dimensions."""
         V = self.F.of.input_space if isinstance(self.F, Outer) else None
         F = None if V is None else self.F.within(V)
         if not isinstance(F, Outer) or V is None:
             return None
-        self._inside = Inside(F, self.gradient @ V, V)
+        self._inside = InputSpaceReference(F, self.gradient @ V, V)
         # what is the same in both; an inverse, which cancels, needs the Gram matrix of its own
         Columns.energies.keep(self.F.of, F.energies())
         Columns.gram_eigen.keep(self.F.of, F.of.gram_eigen)
@@ -89,7 +89,7 @@ class Frame:
         if isinstance(P, Eigen):
             key = id(P.Q_G), id(P.Q_A), gradient.storage_offset()
             if key not in self._bases:
-                self._bases[key] = Basis.of(P, gradient)
+                self._bases[key] = RotatedGradient.of(P, gradient)
                 start = time.perf_counter()
             shared = self._bases[key].seconds
             result = self._bases[key].product(P, gradient, damping)
@@ -131,7 +131,7 @@ class Frame:
         return self._steps[damping]
 
 
-class Inside(Frame):
+class InputSpaceReference(ExactReference):
     """A frame in coordinates of the inputs, along the orthonormal columns of `V` `[i, r]`."""
 
     def __init__(self, F: Outer, gradient: Tensor, V: Tensor) -> None:

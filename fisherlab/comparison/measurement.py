@@ -27,8 +27,8 @@ from fisherlab.blocks import (
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
-from fisherlab.comparison.crew import Stopped, Work
-from fisherlab.comparison.frame import Frame
+from fisherlab.comparison.pool import Stopped, Work
+from fisherlab.comparison.reference import ExactReference
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
 from fisherlab.extract import Captures, LayerCapture
@@ -36,24 +36,24 @@ from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
 from fisherlab.metrics.frobenius import Pair
 
-Maker = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
+Candidate = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 
 # The share of a block's trace that rounding may hide before a row says so.
 UNSEEN = 1e-3
 
 
-class Layer:
+class LayerMeasurement:
     """One layer under measurement: its exact block, and a memo per group that all methods share."""
 
     def __init__(self, name: str, samples: Samples, memory: int | None) -> None:
         self.name, self.ledger = name, Ledger()
         # the blocks whose condition numbers are found together, with their rows
-        self.waiting: list[tuple[Frame, Block, list[dict[str, Any]]]] = []
+        self.waiting: list[tuple[ExactReference, Block, list[dict[str, Any]]]] = []
         with self.ledger:
             self._prepare(samples, memory)
 
     def _prepare(self, samples: Samples, memory: int | None) -> None:
-        captures, unseen = samples.captures, samples.unseen
+        captures, held_out = samples.captures, samples.held_out
         self.keys = by_layer(captures[0])[self.name]
         self.parts = [[batch[key] for batch in captures] for key in self.keys]
         self.first = self.parts[0][0]
@@ -62,12 +62,12 @@ class Layer:
         # of the captures themselves, the columns that all methods are made of
         shared = [] if other else [_exact(memo) for memo in self.memos]
         self.F = self._exact(other) if other else layer_block(shared)
-        self.unseen = self._exact(unseen) if unseen else None
+        self.held_out = self._exact(held_out) if held_out else None
         # of the mean loss; a layer in groups has one below the other
         sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
-        self.whole = Frame(self.F, torch.cat(sums) / self.memos[0].count)
+        self.whole = ExactReference(self.F, torch.cat(sums) / self.memos[0].count)
         # every weight that matters is a combination of inputs: of few, in their coordinates
-        self.inside = self.whole.inside() if not other and not unseen else None
+        self.inside = self.whole.inside() if not other and not held_out else None
         self.examples = int(self.memos[0].count)
         groups = len(self.keys)
         self.remark = ""
@@ -77,13 +77,13 @@ class Layer:
                 "the groups' blocks, without what lies between groups"
             )
         self.reference_examples = (
-            float(sum(batch.labels.shape[0] for batch in unseen)) if unseen else math.nan
+            float(sum(batch.labels.shape[0] for batch in held_out)) if held_out else math.nan
         )
 
     def _exact(self, captures: list[Captures]) -> Outer | DirectSum:
         return layer_block([Exact()(*(batch[key] for batch in captures)) for key in self.keys])
 
-    def build(self, maker: Maker) -> Block | None:
+    def build(self, maker: Candidate) -> Block | None:
         """The block of one method on this layer; None where a given block is of another layer."""
         if isinstance(maker, Approximation):
             return layer_block([memo.block(maker) for memo in self.memos])
@@ -101,7 +101,7 @@ class Layer:
 
     def rows(
         self,
-        makers: dict[str, Maker],
+        makers: dict[str, Candidate],
         dampings: Sequence[float],
         facts: dict[str, Any],
         stopped: Event,
@@ -118,21 +118,21 @@ class Layer:
             "reference_examples": self.reference_examples,
             "dtype": str(self.F.dtype).removeprefix("torch."),
             "diagonal_share": metrics.diagonal_share(
-                self.unseen or (self.inside or self.whole).F
+                self.held_out or (self.inside or self.whole).F
             ).item(),
             **facts,
         }
         measured: list[tuple[str, dict[str, Any]]] = []
-        frames = [frame for frame in (self.whole, self.inside) if frame is not None]
+        references = [reference for reference in (self.whole, self.inside) if reference is not None]
         with self.ledger:
             for name, maker in makers.items():
                 if stopped.is_set():
                     raise Stopped
                 measured += [(name, row) for row in self._measure(maker, dampings)]
                 yield
-            for frame in frames:
-                self._retried(frame.complete)
-                self._retried(self._condition, frame)
+            for reference in references:
+                self._retried(reference.complete)
+                self._retried(self._condition, reference)
         rows = [{**base, "approximation": name, **row} for name, row in measured]
         share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
@@ -140,7 +140,7 @@ class Layer:
             row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
         return rows
 
-    def _measure(self, maker: Maker, dampings: Sequence[float]) -> Iterator[dict[str, Any]]:
+    def _measure(self, maker: Candidate, dampings: Sequence[float]) -> Iterator[dict[str, Any]]:
         empty = dict.fromkeys(MEASURES, math.nan)
         del empty["diagonal_share"], empty["optimality_gap"]
         unit = self.F.trace().item() / self.F.size
@@ -153,12 +153,12 @@ class Layer:
                 raise BlockError(f"a block of shape {X.shape} on a weight of {self.F.shape}")
             built = {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
             with self.ledger.piece() as decomposing:
-                near, frame = self._retried(self._nearest, X)
+                near, reference = self._retried(self._nearest, X)
                 for part in _parts(near):
                     decompose(part)
             if not isinstance(maker, Block | Mapping):
                 built |= self._seconds(building, decomposing)
-            static, reasons = self._retried(self._static, near, frame.F)
+            static, reasons = self._retried(self._static, near, reference.F)
             notes = [text for text in (self.remark, *reasons) if text]
             if X.unseen > UNSEEN:
                 notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
@@ -170,11 +170,13 @@ class Layer:
             return
         note = "; ".join(notes)
         rows: list[dict[str, Any]] = []
-        self.waiting.append((frame, near, rows))
+        self.waiting.append((reference, near, rows))
         for share in dampings:
             row = {**common, "damping": share * unit, "damping_relative": share, "note": note}
             try:
-                found, at, step = self._retried(self._damped, maker, X, near, frame, share * unit)
+                found, at, step = self._retried(
+                    self._damped, maker, X, near, reference, share * unit
+                )
                 row |= found
                 self._retried(at.add, row, step, share * unit)
                 rows.append(row)
@@ -182,13 +184,13 @@ class Layer:
                 row |= {"placement": "", "note": str(error)}
             yield row
 
-    def _condition(self, frame: Frame) -> None:
-        """Fill in the condition numbers, which all blocks of a frame find together."""
-        waiting = [(near, rows) for at, near, rows in self.waiting if at is frame and rows]
+    def _condition(self, reference: ExactReference) -> None:
+        """Fill in the condition numbers, which all blocks of a reference find together."""
+        waiting = [(near, rows) for at, near, rows in self.waiting if at is reference and rows]
         dampings = sorted({row["damping"] for _, rows in waiting for row in rows})
         if waiting:
             blocks = [near for near, _ in waiting]
-            found = metrics.conditions(blocks, frame.F, dampings, frame is self.inside)
+            found = metrics.conditions(blocks, reference.F, dampings, reference is self.inside)
             for (_, rows), values in zip(waiting, found.mT.tolist(), strict=True):
                 for row in rows:
                     row["condition"] = values[dampings.index(row["damping"])]
@@ -230,7 +232,7 @@ class Layer:
                 f"another device ({message})"
             )
 
-    def _nearest(self, X: Block) -> tuple[Block, Frame]:
+    def _nearest(self, X: Block) -> tuple[Block, ExactReference]:
         """A block in the coordinates of the inputs if it is known to be zero beside them."""
         if self.inside is None:
             return X, self.whole
@@ -239,7 +241,7 @@ class Layer:
 
     def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
         """What does not depend on the damping, and why measures of it are missing."""
-        population, few = population_columns(X, self.unseen)
+        population, few = population_columns(X, self.held_out)
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
         reason = ""
         try:
@@ -261,20 +263,20 @@ class Layer:
         }, (reason, few)
 
     def _damped(
-        self, maker: Maker, X: Block, near: Block, frame: Frame, damping: float
-    ) -> tuple[dict[str, Any], Frame, Tensor]:
-        """What is known of one damping, and the step with the frame that it is measured in."""
+        self, maker: Candidate, X: Block, near: Block, reference: ExactReference, damping: float
+    ) -> tuple[dict[str, Any], ExactReference, Tensor]:
+        """What is known of one damping, and the step with the reference that it is measured in."""
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         start = time.perf_counter()
         P, placement = self._preconditioner(maker, X, damping)
         # placed elsewhere, the damping may depend on the dimensions that the inputs miss
         plain = P is None
-        at, P = (frame, near.power(-1, damping)) if P is None else (self.whole, P)
+        at, P = (reference, near.power(-1, damping)) if P is None else (self.whole, P)
         inverted = time.perf_counter() - start
         product, seconds = at.product(P, damping, near if plain else None)
         at.step(damping)  # refused here where the Gram matrix would be too large
-        loss = metrics.stein_loss(near, frame.F, damping, P if plain else None)
+        loss = metrics.stein_loss(near, reference.F, damping, P if plain else None)
         found = {
             "placement": placement,
             "stein_loss": loss.item(),
@@ -283,7 +285,9 @@ class Layer:
         }
         return found, at, -product
 
-    def _preconditioner(self, maker: Maker, X: Block, damping: float) -> tuple[Block | None, str]:
+    def _preconditioner(
+        self, maker: Candidate, X: Block, damping: float
+    ) -> tuple[Block | None, str]:
         """The damped inverse as its method places the damping; None is `(X + damping I)^{-1}`."""
         if not isinstance(maker, Approximation) or maker.exponent != -1:
             return None, "tikhonov"
@@ -302,13 +306,13 @@ def _exact(memo: Memo) -> Outer:
     return block
 
 
-def population_columns(X: Block, unseen: Block | None) -> tuple[dict[str, float], str]:
-    """The columns of the population error, and why it is NaN; all NaN without unseen examples."""
+def population_columns(X: Block, held_out: Block | None) -> tuple[dict[str, float], str]:
+    """The columns of the population error, and why it is NaN; all NaN without held-out examples."""
     names = {"population_error": "error", "population_error_se": "error_se"}
     names |= {"population_error_low": "low", "population_error_high": "high"}
-    if unseen is None:
+    if held_out is None:
         return dict.fromkeys(names, math.nan), ""
-    found = metrics.population_estimate(X, unseen)
+    found = metrics.population_estimate(X, held_out)
     return {column: getattr(found, name).item() for column, name in names.items()}, found.reason
 
 

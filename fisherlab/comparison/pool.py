@@ -30,7 +30,7 @@ class Stopped(Exception):
     """The comparison has ended before this layer."""
 
 
-class Crew:
+class LayerPool:
     """`measure(name, stopped)` for every name, several at once where more than one is heavy.
 
     `measure` is a generator: it yields between its pieces of work and returns the rows, which are
@@ -65,7 +65,7 @@ class Crew:
         # what a thread has to say: None after a piece of work, or which layer ended and how
         self._said: SimpleQueue[dict[str, Exception | None] | None] = SimpleQueue()
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> LayerPool:
         if self.at_once > 1:
             share = self.threads // self.at_once
             self._pool = ThreadPoolExecutor(self.at_once, "layer", torch.set_num_threads, (share,))
