@@ -30,6 +30,7 @@ from fisherlab.plots.gram import (
     gram_over_training,
     gram_similarity,
 )
+from fisherlab.plots.reproduce import drawn_schedules, reproduced
 from fisherlab.plots.spectra import (
     condition_against_damping,
     cumulative_trace,
@@ -47,6 +48,7 @@ __all__ = [
     "cost",
     "cumulative_trace",
     "direction",
+    "drawn_schedules",
     "dropped_over_training",
     "effective_rank",
     "eigenbasis_overlap",
@@ -65,6 +67,7 @@ __all__ = [
     "off_diagonal_mass",
     "pareto",
     "principal_angles",
+    "reproduced",
     "save",
     "staleness",
     "theme",
