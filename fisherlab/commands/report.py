@@ -21,8 +21,8 @@ def report(
     """Make the report of a run anew, in its folder, or one page of several runs."""
     # what each kind of run shows
     from fisherlab.experiments import pages, verification  # noqa: F401
-    from fisherlab.experiments.reproduce import page  # noqa: F401
     from fisherlab.experiments.report import write, write_side_by_side
+    from fisherlab.experiments.reproduce import page  # noqa: F401
     from fisherlab.experiments.rundir import REPORT, RunDir
 
     runs = [RunDir(exists(folder)) for folder in folders]

@@ -10,6 +10,7 @@ import typer
 
 from fisherlab.commands.common import CtrlC, show
 from fisherlab.commands.train import Bars
+from fisherlab.experiments import reproduce as papers
 
 PATH = Path  # typer reads the annotation
 
@@ -39,12 +40,10 @@ def reproduce(
     The same command goes on where it was stopped. Items of one experiment share its runs. At scale
     minutes everything is small and no learning rate is chosen; verdicts say so.
     """
-    from fisherlab.experiments import reproduce as papers
-
-    papers.plan.check_scale(scale)
+    papers.check_scale(scale)
     chosen = papers.items(paper, item)
     if listed:
-        show(_listing(papers, chosen), wrap=("title", "runs"))
+        show(_listing(chosen), wrap=("title", "runs"))
         return
     total = sum(papers.cost(one, scale) for one in chosen)
     typer.echo(
@@ -54,7 +53,7 @@ def reproduce(
     with CtrlC() as interrupt:
         try:
             found = papers.reproduce(
-                paper, item, scale=scale, out=out, listener=_terminal(papers, interrupt)
+                paper, item, scale=scale, out=out, listener=Terminal(interrupt)
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -64,7 +63,7 @@ def reproduce(
     typer.echo(f"tables, pictures and report.html are in {out}")
 
 
-def _listing(papers, chosen) -> pd.DataFrame:  # type: ignore[no-untyped-def]
+def _listing(chosen: list[papers.Item]) -> pd.DataFrame:
     """What there is: kind, title, costs, and whether it runs."""
     rows = []
     for one in chosen:
@@ -81,17 +80,17 @@ def _listing(papers, chosen) -> pd.DataFrame:  # type: ignore[no-untyped-def]
     return pd.DataFrame(rows)
 
 
-def _terminal(papers, interrupt):  # type: ignore[no-untyped-def]
-    """A listener that prints a line per item and a bar per run."""
+class Terminal(papers.Listener):
+    """A line per item, a bar per run."""
 
-    class Terminal(papers.Listener):
-        def item(self, item, said):  # type: ignore[no-untyped-def]
-            typer.echo(f"{item.name}: {item.title}; {said}")
+    def __init__(self, interrupt: CtrlC) -> None:
+        self.interrupt = interrupt
 
-        def ended(self, item, found):  # type: ignore[no-untyped-def]
-            typer.echo(f"{item.name}: {found.verdict}. {found.because}")
+    def item(self, item: papers.Item, said: str) -> None:
+        typer.echo(f"{item.name}: {item.title}; {said}")
 
-        def watch(self, plan):  # type: ignore[no-untyped-def]
-            return Bars(interrupt)
+    def ended(self, item: papers.Item, found: papers.Outcome) -> None:
+        typer.echo(f"{item.name}: {found.verdict}. {found.because}".rstrip(". "))
 
-    return Terminal()
+    def watch(self, plan: papers.Planned) -> Bars:
+        return Bars(self.interrupt)

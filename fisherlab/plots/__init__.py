@@ -30,7 +30,7 @@ from fisherlab.plots.gram import (
     gram_over_training,
     gram_similarity,
 )
-from fisherlab.plots.reproduce import drawn_schedules, reproduced
+from fisherlab.plots.reproduce import drawn_schedules, reproduced, time_split
 from fisherlab.plots.spectra import (
     condition_against_damping,
     cumulative_trace,
@@ -71,6 +71,7 @@ __all__ = [
     "save",
     "staleness",
     "theme",
+    "time_split",
     "trace_ratio",
     "training",
     "training_cost",

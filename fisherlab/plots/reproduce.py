@@ -60,22 +60,21 @@ def reproduced(
         for ax, (cell, (x, y)) in zip(axes, curves, strict=True):
             _curve(ax, rows[cell], x, y, arms)
             _theirs(ax, table[table["cell"] == cell], x, y, quantity, rows[cell])
-            ax.set_title(cell + (" (stand-in)" if marked(cell) else ""))
+            ax.set_title(cell + ("*" if marked(cell) else ""))
     else:
         cells = list(rows)
         height = 0.7 + 0.22 * len(arms)
         figure, axes = theme.panels(len(cells), columns=3, height=height, sharey=True)
         for ax, cell in zip(axes, cells, strict=True):
             _points(ax, table[table["cell"] == cell], arms, quantity)
-            ax.set_title(cell + (" (stand-in)" if marked(cell) else ""))
+            ax.set_title(cell + ("*" if marked(cell) else ""))
     _legend(figure, arms, bool(table["paper"].notna().any()), bool(curves or across))
-    theme.title(figure, title)
+    theme.title(figure, title + (" (* a stand-in)" if any((stand_ins or {}).values()) else ""))
     return figure
 
 
 def _curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, arms: Sequence[str]) -> None:
     looks = theme.looks(arms)
-    tops = []
     for arm in arms:
         mine = frame[(frame["optimizer"] == arm)]
         mine = mine.dropna(subset=[y]).fillna({"train_seconds": 0.0})
@@ -83,20 +82,17 @@ def _curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, arms: Sequence[str]) -
             continue
         grouped = mine.groupby("epoch")
         places, values = grouped[x].mean(), grouped[y]
-        # a line of one point is nothing
-        marker = looks[arm].marker if len(places) == 1 else None
         every = max(1, len(places) // 5)
         ax.plot(
             places,
             values.mean(),
             color=looks[arm].colour,
-            marker=marker or looks[arm].marker,
+            marker=looks[arm].marker,
             markevery=every,
             ms=3,
             lw=1.1,
         )
         ax.fill_between(places, values.min(), values.max(), color=looks[arm].colour, alpha=0.12)
-        tops.append(values.mean().iloc[-1])
     if y in LOGARITHMIC:
         ax.set_yscale("log")
     if x == "epoch":
@@ -187,14 +183,33 @@ def drawn_schedules(curves: Mapping[str, Sequence[float]], title: str) -> Figure
     looks = theme.looks(list(curves))
     for name, values in curves.items():
         places = [k / (len(values) - 1) for k in range(len(values))]
-        ax.plot(
-            places,
-            values,
-            color=looks[name].colour,
-            **{"marker": looks[name].marker, "markevery": 10},
-        )
+        colour, marker = looks[name]
+        ax.plot(places, values, color=colour, marker=marker, markevery=10)
     ax.set_xlabel("share of the run")
     ax.set_ylabel("λ: 0 natural gradient, 1 SGD's direction")
     theme.legend(figure, list(curves))
+    theme.title(figure, title)
+    return figure
+
+
+PARTS = {"forward": theme.BLUE, "backward": theme.ORANGE, "step": "#999999"}
+
+
+@theme.themed
+def time_split(table: pd.DataFrame, title: str) -> Figure:
+    """A bar per method, stacked of the parts of a step; a panel per network."""
+    cells = list(dict.fromkeys(table["cell"]))
+    figure, axes = theme.panels(len(cells), columns=2, height=2.2)
+    for ax, cell in zip(axes, cells, strict=True):
+        mine = table[table["cell"] == cell].reset_index(drop=True)
+        below = 0.0 * mine["forward"]
+        for part, colour in PARTS.items():
+            ax.bar(mine["arm"], mine[part], bottom=below, color=colour, width=0.6)
+            below = below + mine[part]
+        ax.set_title(cell)
+        ax.set_ylabel("seconds per step")
+        ax.grid(False, axis="x")
+    handles = [Line2D([], [], color=c, lw=6, label=part) for part, c in PARTS.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
     theme.title(figure, title)
     return figure

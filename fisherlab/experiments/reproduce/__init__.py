@@ -2,7 +2,14 @@
 
 from fisherlab.experiments.reproduce.catalogue import ITEMS, PAPERS, items
 from fisherlab.experiments.reproduce.item import SCALES, Item
-from fisherlab.experiments.reproduce.plan import ReproduceError, cost, in_words
+from fisherlab.experiments.reproduce.outcome import Outcome
+from fisherlab.experiments.reproduce.plan import (
+    Planned,
+    ReproduceError,
+    check_scale,
+    cost,
+    in_words,
+)
 from fisherlab.experiments.reproduce.runs import Listener, announcement, reproduce, settings_of
 
 __all__ = [
@@ -11,8 +18,11 @@ __all__ = [
     "SCALES",
     "Item",
     "Listener",
+    "Outcome",
+    "Planned",
     "ReproduceError",
     "announcement",
+    "check_scale",
     "cost",
     "in_words",
     "items",

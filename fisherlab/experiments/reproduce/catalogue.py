@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from fisherlab.experiments.reproduce import ngm
+from fisherlab.experiments.reproduce import ang, fngd, ngm, sngd, tekfac
 from fisherlab.experiments.reproduce.item import Item
 from fisherlab.experiments.reproduce.plan import ReproduceError
 from fisherlab.names import unknown
 
-PAPERS = {module.PAPER: module for module in (ngm,)}
+PAPERS = {module.PAPER: module for module in (ang, tekfac, sngd, fngd, ngm)}
 ITEMS: tuple[Item, ...] = tuple(item for module in PAPERS.values() for item in module.ITEMS)
 
 

@@ -18,7 +18,7 @@ class Arm:
 
     `lr` is used at scale minutes, and at every scale where `grid` is empty. `options` go beyond
     the preset. `epochs` replaces the experiment's, as where second-order methods get half of them.
-    `switch_epoch` is where truncated K-FAC turns into SGD.
+    `switch_epoch` is where truncated K-FAC turns into SGD. `cells` are those that have the arm.
     """
 
     label: str
@@ -30,6 +30,7 @@ class Arm:
     switch_epoch: As | None = None
     batch_norm: bool = True
     preset: str = "paper"
+    cells: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,13 @@ class Experiment:
         """One setting of one cell."""
         return cell.settings.get(name, self.settings.get(name))
 
-    def chosen(self, scale: str) -> tuple[tuple[Cell, ...], tuple[Arm, ...]]:
-        """The cells and the arms of a scale."""
+    def chosen(
+        self, scale: str, only: tuple[str, ...] | None = None
+    ) -> tuple[tuple[Cell, ...], tuple[Arm, ...]]:
+        """The cells and the arms of a scale; `only` these cells."""
         size = self.sizes[scale]
         cells = [c for c in self.cells if size.cells is None or c.name in size.cells]
+        cells = [c for c in cells if only is None or c.name in only]
         arms = [a for a in self.arms if size.arms is None or a.label in size.arms]
         return tuple(cells), tuple(arms)
 

@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from fisherlab.experiments.reproduce.item import Item, Number, Order
 from fisherlab.experiments.reproduce.quantities import QUANTITIES
@@ -19,9 +20,11 @@ REPRODUCED, DIFFERS, NOT, CANNOT = (
     "not reproduced",
     "cannot be run here",
 )
-# Neither confirmed nor contradicted: too few seeds, or differences within two standard errors.
+# Neither confirmed nor contradicted: one seed, or differences within their error.
 UNDECIDED = "undecided"
-# Standard errors from which a difference counts.
+# Of Welch's t between two arms (two-sided 95 %): two or three seeds make it wide.
+LEVEL = 0.975
+# Standard errors by which the paper's own numbers lie apart, and by which ours count as others.
 SURE, FAR = 2.0, 3.0
 PAPER_REPEATS = {"tekfac": 3}
 
@@ -38,8 +41,8 @@ class Outcome:
 def measured(item: Item, rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per cell and arm: ours with its deviation, the paper's, and their difference.
 
-    `difference_se` is the difference over `sqrt(sd^2 / seeds + paper_sd^2 / paper_repeats)`; empty
-    where the deviation of either is unknown.
+    `difference_se` is the difference over `sqrt(sd^2 / seeds + paper_sd^2 / paper_repeats)`: over
+    our own standard error where the paper has no deviation, and empty where we have one seed.
     """
     quantity = QUANTITIES[item.quantity]
     found = []
@@ -67,7 +70,8 @@ def _row(
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
     paper = known.mean if known else math.nan
     paper_sd = known.sd if known and known.sd is not None else math.nan
-    error = math.sqrt(sd**2 / max(n, 1) + paper_sd**2 / PAPER_REPEATS.get(item.paper, 1))
+    theirs = 0.0 if math.isnan(paper_sd) else paper_sd**2 / PAPER_REPEATS.get(item.paper, 1)
+    error = math.sqrt(sd**2 / max(n, 1) + theirs)
     return {
         "cell": cell,
         "arm": arm,
@@ -142,8 +146,8 @@ def judged(item: Item, table: pd.DataFrame, scale: str, stand_ins: list[str]) ->
 
 def _pairs(agree: int, against: int, total: int, leaning: int) -> str:
     return (
-        f"of {total} pairs that the paper orders, {agree} are so here by {SURE:g} standard errors, "
-        f"{against} the other way round; the means alone agree in {leaning}"
+        f"of {total} pairs that the paper orders, {agree} are so here (Welch's t, 95 %), "
+        f"{against} are the other way round; the means alone agree in {leaning}"
     )
 
 
@@ -154,8 +158,12 @@ def _sign(better: Any, worse: Any, higher: bool) -> tuple[float, bool]:
     gap = (better.ours - worse.ours) * (1 if higher else -1)
     if math.isnan(gap):
         return 0.0, False
-    spread = better.ours_sd**2 / max(1, better.seeds) + worse.ours_sd**2 / max(1, worse.seeds)
-    return math.copysign(1.0, gap), abs(gap) > SURE * math.sqrt(spread)
+    parts = [row.ours_sd**2 / max(1, row.seeds) for row in (better, worse)]
+    if not sum(parts) > 0:  # one seed, or none
+        return math.copysign(1.0, gap), False
+    below = sum(p**2 / (r.seeds - 1) for p, r in zip(parts, (better, worse), strict=True))
+    quantile = float(stats.t.ppf(LEVEL, sum(parts) ** 2 / below))
+    return math.copysign(1.0, gap), abs(gap) > quantile * math.sqrt(sum(parts))
 
 
 def laid_out(item: Item, table: pd.DataFrame) -> pd.DataFrame:

@@ -51,7 +51,7 @@ def of_reproduction(run: RunDir) -> Iterator[Section]:
         "Verdicts",
         [
             "“reproduced”: the order of every pair of methods that the paper orders is found here "
-            "by two standard errors. “undecided”: none is contradicted, some are within them."
+            "(Welch's t over the seeds, 95 %). “undecided”: none is contradicted, some are open."
         ],
         [Table(pd.DataFrame(rows), "One row per table or figure.", {})],
     )
@@ -63,7 +63,7 @@ def of_reproduction(run: RunDir) -> Iterator[Section]:
             continue
         shown, text = [], [f"{row['verdict']}. {row['because']}.", item.note]
         if item.experiment is not None:
-            cells = item.experiment.chosen(scale)[0]
+            cells = item.experiment.chosen(scale, item.cells)[0]
             text += [f"{c.name}: a stand-in: {c.stand_in}." for c in cells if c.stand_in]
             shown.append(Table(outcome.laid_out(item, table), "Ours, and the paper's.", {}))
         shown.append(Table(table, "Every number.", MEANING))

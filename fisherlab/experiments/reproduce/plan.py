@@ -43,15 +43,20 @@ def searched(arm: Arm, scale: str) -> bool:
 
 
 def planned(
-    experiment: Experiment, scale: str, rates: dict[tuple[str, str], float] | None = None
+    experiment: Experiment,
+    scale: str,
+    rates: dict[tuple[str, str], float] | None = None,
+    only: tuple[str, ...] | None = None,
 ) -> list[Planned]:
     """The runs of an experiment at a scale; `rates` are learning rates by cell and arm."""
     check_scale(scale)
-    cells, arms = experiment.chosen(scale)
+    cells, arms = experiment.chosen(scale, only)
     found = []
     for cell in cells:
         groups: dict[tuple[int, bool], list[Arm]] = {}
         for arm in arms:
+            if arm.cells is not None and cell.name not in arm.cells:
+                continue
             groups.setdefault((_epochs(experiment, cell, arm, scale), arm.batch_norm), []).append(
                 arm
             )
@@ -67,9 +72,11 @@ def planned(
     return found
 
 
-def searches(experiment: Experiment, scale: str) -> Iterator[tuple[Planned, Arm]]:
+def searches(
+    experiment: Experiment, scale: str, only: tuple[str, ...] | None = None
+) -> Iterator[tuple[Planned, Arm]]:
     """A run per cell and arm that tries every rate of the grid on held-out examples."""
-    for plan in planned(experiment, scale):
+    for plan in planned(experiment, scale, only=only):
         for arm in plan.arms:
             if not searched(arm, scale):
                 continue
@@ -122,9 +129,12 @@ def _value(experiment: Experiment, cell: Cell, name: str, otherwise: Any = None)
 
 
 def _epochs(experiment: Experiment, cell: Cell, arm: Arm, scale: str) -> int:
-    """The epochs of an arm: at a smaller scale the same share of the paper's."""
-    whole = _value(experiment, cell, "epochs")
-    mine = arm.epochs.value if arm.epochs else whole
+    """The epochs of an arm: at a smaller scale the same share of the paper's.
+
+    `Size.epochs` stands for the experiment's; a cell or an arm with others has them in proportion.
+    """
+    whole = experiment.settings["epochs"].value
+    mine = arm.epochs.value if arm.epochs else _value(experiment, cell, "epochs")
     size = experiment.sizes[scale].epochs
     return mine if size is None else max(1, round(size * mine / whole))
 
@@ -139,7 +149,7 @@ def _common(experiment: Experiment, cell: Cell, scale: str) -> dict[str, Any]:
     }
     repeats = size.seeds or _value(experiment, cell, "repeats", REPEATS)
     limits = {"examples": size.examples, "test_examples": size.test_examples}
-    if size.width != 1.0:
+    if size.width != 1.0 and cell.model.value != "mlp":  # an MLP is small as it is
         options["width"] = size.width * options.get("width", 1.0)
     if size.layers is not None:
         options["layers"] = size.layers
@@ -232,8 +242,9 @@ def cost(item: Item, scale: str) -> float:
         return item.drawing.seconds
     if item.experiment is None:
         return 0.0
-    runs = sum(map(seconds_of, planned(item.experiment, scale)))
-    return runs + sum(seconds_of(plan) for plan, _ in searches(item.experiment, scale))
+    runs = sum(map(seconds_of, planned(item.experiment, scale, only=item.cells)))
+    tried = searches(item.experiment, scale, item.cells)
+    return runs + sum(seconds_of(plan) for plan, _ in tried)
 
 
 def in_words(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from fisherlab.experiments.reproduce.plan import (
 )
 from fisherlab.experiments.rundir import RunDir
 from fisherlab.experiments.training.results import Results
-
-SOURCES = "settings"
+from fisherlab.optim.presets import PAPER
 
 
 class Listener:
@@ -98,9 +97,9 @@ def _run(item: Item, scale: str, out: Path, listener: Listener) -> Outcome:
     if item.experiment is None:
         verdict = f"not an experiment: {item.why}" if item.illustration else f"{CANNOT}: {item.why}"
         return Outcome(pd.DataFrame(), verdict, "")
-    rows = trained(item.experiment, scale, out, listener)
-    if item.cells is not None:
-        rows = {name: frame for name, frame in rows.items() if name in item.cells}
+    rows = trained(item.experiment, scale, out, listener, item.cells)
+    if not rows:
+        return Outcome(pd.DataFrame(), f"{CANNOT}: scale {scale} leaves its cells out", "")
     table = outcome.measured(item, rows)
     used = [cell for cell in item.experiment.cells if cell.name in rows]
     figure = plots.reproduced(
@@ -111,13 +110,17 @@ def _run(item: Item, scale: str, out: Path, listener: Listener) -> Outcome:
 
 
 def trained(
-    experiment: Experiment, scale: str, out: Path, listener: Listener
+    experiment: Experiment,
+    scale: str,
+    out: Path,
+    listener: Listener,
+    only: tuple[str, ...] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """The rows of every cell; `attrs` has the arms without a result and the learning rates."""
     folder = out / scale / experiment.paper / experiment.key
-    rates = _rates(experiment, scale, folder, listener)
+    rates = _rates(experiment, scale, folder, listener, only)
     found: dict[str, list[Results]] = {}
-    for plan in planned(experiment, scale, rates):
+    for plan in planned(experiment, scale, rates, only):
         results = training.train(plan.settings, folder / plan.folder, watch=listener.watch(plan))
         if results.interrupted:
             raise KeyboardInterrupt
@@ -138,11 +141,15 @@ def _joined(results: Sequence[Results]) -> pd.DataFrame:
 
 
 def _rates(
-    experiment: Experiment, scale: str, folder: Path, listener: Listener
+    experiment: Experiment,
+    scale: str,
+    folder: Path,
+    listener: Listener,
+    only: tuple[str, ...] | None,
 ) -> dict[tuple[str, str], float]:
     """The learning rates chosen on held-out examples, with the same budget for every arm."""
     rates = {}
-    for plan, arm in searches(experiment, scale):
+    for plan, arm in searches(experiment, scale, only):
         results = training.train(plan.settings, folder / plan.folder, watch=listener.watch(plan))
         if results.interrupted:
             raise KeyboardInterrupt
@@ -187,14 +194,16 @@ def settings_of(item: Item, scale: str) -> pd.DataFrame:
     experiment = item.experiment
     if experiment is None:
         return pd.DataFrame(columns=["of", "setting", "value", "source", "where or why"])
-    cells, arms = experiment.chosen(scale)
+    cells, arms = experiment.chosen(scale, item.cells)
     given = [("all", name, value) for name, value in experiment.settings.items()]
     for cell in cells:
         given += [(cell.name, "data", cell.data), (cell.name, "model", cell.model)]
         given += [(cell.name, name, value) for name, value in cell.settings.items()]
     for arm in arms:
         given += [(arm.label, "lr", arm.lr)]
-        given += [(arm.label, name, value) for name, value in arm.options.items()]
+        preset = PAPER.get(arm.name, {}) if arm.preset == "paper" else {}
+        options = {**preset, **arm.options}
+        given += [(arm.label, name, options[name]) for name in options if name != "lr"]
         for name in ("epochs", "switch_epoch"):
             if (value := getattr(arm, name)) is not None:
                 given.append((arm.label, name, value))
@@ -216,7 +225,7 @@ def markdown(item: Item, scale: str, found: Outcome) -> str:
         size = item.experiment.sizes[scale]
         used = {k: v for k, v in vars(size).items() if v is not None and (k, v) != ("width", 1.0)}
         lines += ["", f"Scale {scale}: {used or 'the sizes of the paper'}."]
-        for cell in item.experiment.chosen(scale)[0]:
+        for cell in item.experiment.chosen(scale, item.cells)[0]:
             if cell.stand_in:
                 lines += ["", f"{cell.name}: a stand-in: {cell.stand_in}."]
         lines += ["", _table(outcome.laid_out(item, found.table)), "", "## Settings", ""]
@@ -233,6 +242,3 @@ def _table(frame: pd.DataFrame) -> str:
         [str(value).replace("|", "/") for value in row] for row in frame.itertuples(index=False)
     ]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-Function = Callable[[Path, str], Outcome]
