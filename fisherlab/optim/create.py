@@ -35,6 +35,7 @@ from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.ngd import NGD
 from fisherlab.optim.options import FLAT, flat_names, gathered
 from fisherlab.optim.presets import PRESETS, paper_options
+from fisherlab.optim.sngd import ReconstructedSGD
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
 Maker = Callable[..., torch.optim.Optimizer]
@@ -231,6 +232,7 @@ def create(
     make = _MAKERS[name] if name in _MAKERS else _other(name)
     if preset == "paper":
         options = {**paper_options(name, model), **options}
+        make = ReconstructedSGD if name == "sngd" else make
     try:
         return make(model, **options)
     except TypeError as error:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from fisherlab.approximations import damping
-from fisherlab.blocks import Block
 
 PRESETS = ("stable", "paper")
 SOURCES = ("stated", "from the authors' code", "inferred")
@@ -60,22 +59,6 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"trace({self.vartheta:g})"
-
-
-@dataclass(frozen=True)
-class InputTrace:
-    """`lambda_l = share * tr F_l / O`: for `F = I (x) nu A`, the `share * tr(nu A)` of SNGD."""
-
-    share: float
-
-    def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
-        return {
-            name: max(self.share * block.trace().item() / block.shape[0], 1e-10)
-            for name, block in blocks.items()
-        }
-
-    def __repr__(self) -> str:
-        return f"{self.share:g} tr(nu A)"
 
 
 _PLAIN = {
@@ -150,16 +133,14 @@ PAPER: Mapping[str, Mapping[str, As]] = {
         "statistics_every": stated(1, "ANG (9)-(14): statistics of one batch"),
         "basis_every": stated(1, "ANG (9)-(14): statistics of one batch"),
     },
+    # SGD on the network that SNGD reconstructs
     "sngd": {
-        **_PLAIN,
         "lr": stated(0.1, "SNGD IV-A"),
-        "damping": code(InputTrace(1e-4), "eps = 1e-4 tr"),
         "momentum": code(0.0, "no momentum"),
-        "decay": code(0.995, "running mean"),
-        "statistics_every": code(1, "every batch"),
-        "basis_every": code(100, "roots every 100 steps"),
-        "weight_decay": stated(1e-3, "SNGD IV-A: L2 of 1e-3; the gradient is 1e-3 W [inferred]"),
-        "weight_decay_placement": stated("loss", "SNGD IV-A: the loss has the L2 term"),
+        "decay": code(0.995, "running mean from the identity"),
+        "every": code(100, "roots every 100 steps"),
+        "eps": code(1e-4, "damping of eps tr(nu A)"),
+        "weight_decay": stated(1e-3, "SNGD IV-A: L2 of 1e-3; on w' [inferred]"),
     },
     "eva": {
         "warmup": inferred(0, "no warm-up of the statistics is described"),
@@ -184,7 +165,7 @@ NOT_YET = {
     "tekfac": "(3.6)-(3.8) as printed weigh the new value by 0.95; here the old one, both decayed.",
     "tkfac": "the means are those of tekfac.",
     "ekfac": "the means are those of tekfac.",
-    "sngd": "the means start at the first batch; the authors' code starts them at the identity.",
+    "sngd": "the roots are of `eigh`, as exact as those of the paper's iterations or more.",
 }
 
 

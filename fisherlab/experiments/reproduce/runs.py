@@ -209,7 +209,13 @@ def settings_of(item: Item, scale: str) -> pd.DataFrame:
                 given.append((arm.label, name, value))
     return pd.DataFrame(
         [
-            {"of": of, "setting": name, "value": str(g.value), "source": g.source, "why": g.why}
+            {
+                "of": of,
+                "setting": name,
+                "value": str(g.value),
+                "source": g.source,
+                "where or why": g.why,
+            }
             for of, name, g in given
         ]
     )
