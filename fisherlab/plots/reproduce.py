@@ -26,8 +26,6 @@ LABELS = {
     "seconds_to_target": "seconds to the target",
     "ratio_to_sgd": "seconds per step, SGD = 1",
     "log_train_loss": "ln of the training loss",
-    "peak_memory_bytes": "peak memory, bytes",
-    "peak_gigabytes": "peak memory, GB",
 }
 LOGARITHMIC = ("train_loss", "test_loss", "perplexity", "seconds_per_step")
 THEIRS = "D"
@@ -54,9 +52,10 @@ def reproduced(
     if across:
         figure, axes = theme.panels(len(across), columns=2, height=2.6)
         for ax, (_, column) in zip(axes, across, strict=True):
-            _along(ax, table, rows, column, arms, quantity)
+            _along(ax, table, list(rows), column, arms)
     elif curves:
-        figure, axes = theme.panels(len(curves), columns=min(3, max(1, len(rows))), height=2.1)
+        columns = len(rows) if len(rows) in (1, 3) else 2
+        figure, axes = theme.panels(len(curves), columns=columns, height=2.1)
         for ax, (cell, (x, y)) in zip(axes, curves, strict=True):
             _curve(ax, rows[cell], x, y, arms)
             _theirs(ax, table[table["cell"] == cell], x, y, quantity, rows[cell])
@@ -68,7 +67,9 @@ def reproduced(
         for ax, cell in zip(axes, cells, strict=True):
             _points(ax, table[table["cell"] == cell], arms, quantity)
             ax.set_title(cell + ("*" if marked(cell) else ""))
-    _legend(figure, arms, bool(table["paper"].notna().any()), bool(curves or across))
+    ended = table.groupby("arm")["ours"].count()
+    gone = {arm: " (no result)" for arm in arms if not ended[arm]}
+    _legend(figure, arms, gone, bool(table["paper"].notna().any()), bool(curves or across))
     theme.title(figure, title + (" (* a stand-in)" if any((stand_ins or {}).values()) else ""))
     return figure
 
@@ -138,39 +139,25 @@ def _points(ax: Axes, table: pd.DataFrame, arms: Sequence[str], quantity: str) -
 
 
 def _along(
-    ax: Axes,
-    table: pd.DataFrame,
-    rows: Mapping[str, pd.DataFrame],
-    column: str,
-    arms: Sequence[str],
-    quantity: str,
+    ax: Axes, table: pd.DataFrame, cells: Sequence[str], column: str, arms: Sequence[str]
 ) -> None:
     """One line per arm over the cells."""
-    looks, cells = theme.looks(arms), list(rows)
+    looks = theme.looks(arms)
     for arm in arms:
-        if column == quantity:
-            mine = table[table["arm"] == arm].set_index("cell")["ours"].reindex(cells)
-        else:
-            source = "peak_memory_bytes" if column == "peak_gigabytes" else column
-            factor = 1e-9 if column == "peak_gigabytes" else 1.0
-            last = {
-                cell: factor
-                * frame[frame["optimizer"] == arm].groupby("seed")[source].last().mean()
-                for cell, frame in rows.items()
-            }
-            mine = pd.Series(last).reindex(cells)
+        mine = table[table["arm"] == arm].set_index("cell")["ours"].reindex(cells)
         ax.plot(range(len(cells)), mine, color=looks[arm].colour, marker=looks[arm].marker)
     if column in LOGARITHMIC:
         ax.set_yscale("log")
-    names = [cell.rpartition("-")[2] for cell in cells]
-    ax.set_xticks(range(len(cells)), names)
+    ax.set_xticks(range(len(cells)), [cell.rpartition("-")[2] for cell in cells])
     ax.set_xlabel(cells[0].rpartition("-")[0].replace("_", " ") if cells else "")
     ax.set_ylabel(LABELS.get(column, column))
 
 
-def _legend(figure: Figure, arms: Sequence[str], theirs: bool, lines: bool) -> None:
-    looks = theme.looks(arms)
-    handles = [Line2D([], [], **looks[a].line, ls="-" if lines else "", label=a) for a in arms]
+def _legend(
+    figure: Figure, arms: Sequence[str], gone: Mapping[str, str], theirs: bool, lines: bool
+) -> None:
+    looks, ls = theme.looks(arms), "-" if lines else ""
+    handles = [Line2D([], [], **looks[a].line, ls=ls, label=a + gone.get(a, "")) for a in arms]
     if theirs:
         handles.append(Line2D([], [], marker=THEIRS, mfc="none", color="0.3", ls="", label="paper"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -186,7 +173,7 @@ def drawn_schedules(curves: Mapping[str, Sequence[float]], title: str) -> Figure
         colour, marker = looks[name]
         ax.plot(places, values, color=colour, marker=marker, markevery=10)
     ax.set_xlabel("share of the run")
-    ax.set_ylabel("λ: 0 natural gradient, 1 SGD's direction")
+    ax.set_ylabel("λ (1: SGD's direction)")
     theme.legend(figure, list(curves))
     theme.title(figure, title)
     return figure

@@ -62,5 +62,4 @@ QUANTITIES = {
     "seconds_per_step": Quantity("seconds per step", False, _last("seconds_per_step"), 5),
     "ratio_to_sgd": Quantity("seconds per step, SGD = 1", False, _last("ratio_to_sgd")),
     "seconds_to_target": Quantity("seconds to the target", False, _to_target("train_seconds")),
-    "peak_gigabytes": Quantity("peak memory, GB", False, _last("peak_memory_bytes", 1e-9), 3),
 }

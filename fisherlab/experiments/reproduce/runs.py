@@ -234,14 +234,14 @@ def markdown(item: Item, scale: str, found: Outcome) -> str:
         for cell in item.experiment.chosen(scale, item.cells)[0]:
             if cell.stand_in:
                 lines += ["", f"{cell.name}: a stand-in: {cell.stand_in}."]
-        lines += ["", _table(outcome.laid_out(item, found.table)), "", "## Settings", ""]
-        lines += [_table(settings_of(item, scale))]
+        lines += ["", markdown_table(outcome.laid_out(item, found.table)), "", "## Settings", ""]
+        lines += [markdown_table(settings_of(item, scale))]
     elif len(found.table):
-        lines += ["", _table(found.table.round(4))]
+        lines += ["", markdown_table(found.table.round(4))]
     return "\n".join(lines) + "\n"
 
 
-def _table(frame: pd.DataFrame) -> str:
+def markdown_table(frame: pd.DataFrame) -> str:
     """A frame as a table of Markdown."""
     rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
     rows += [
