@@ -74,7 +74,7 @@ CIFAR = Experiment(
     SETTINGS,
     {
         "minutes": Size(
-            epochs=8, examples=1_280, test_examples=500, width=0.125, seeds=2, cells=("cifar10",)
+            epochs=6, examples=640, test_examples=200, width=0.125, seeds=2, cells=("cifar10",)
         ),
         "hours": Size(epochs=24, seeds=2, width=0.5),
         "paper": Size(seeds=3),

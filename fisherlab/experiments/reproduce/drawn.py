@@ -59,9 +59,9 @@ def gram_matrices(stem: Path, scale: str) -> Outcome:
         criterion(model(x[batch]), y[batch]).backward()
         sgd.step()
     model.eval()
-    study = gram_study(
-        capture(model, criterion, x[held], y[held], fisher_type="empirical"), y[held]
-    )
+    # the paper's layers: a normalisation sees the examples as its convolution does
+    layers = capture(model, criterion, x[held], y[held], fisher_type="empirical", kinds=("map",))
+    study = gram_study(layers, y[held])
     names = study.layers
     plots.save(plots.gram_matrices(study, [names[0], names[1], names[-2], names[-1]]), stem)
     S = study.similarities

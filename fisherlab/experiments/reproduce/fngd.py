@@ -81,7 +81,7 @@ ARMS = (
     Arm("eva", "eva", RATE, DECAY, GRID),
     FNGD,
 )
-_TINY = Size(epochs=4, examples=1_280, test_examples=500, width=0.125, seeds=2)
+_TINY = Size(epochs=4, examples=640, test_examples=200, width=0.125, seeds=2)
 CURVES = Experiment(
     PAPER,
     "curves",
@@ -143,7 +143,7 @@ DAMPING = Experiment(
     ),
     SETTINGS,
     {
-        "minutes": Size(epochs=2, examples=640, test_examples=500, width=0.125),
+        "minutes": Size(epochs=1, examples=640, test_examples=200, width=0.125),
         "hours": Size(epochs=10, width=0.25, seeds=2),
         "paper": Size(),
     },
@@ -174,7 +174,7 @@ IMAGENET = Experiment(
     ),
     SETTINGS,
     {
-        "minutes": Size(epochs=4, examples=640, test_examples=500, width=0.125),
+        "minutes": Size(epochs=2, examples=384, test_examples=100, width=0.125),
         "hours": Size(epochs=15, width=0.25, seeds=2),
         "paper": Size(),
     },

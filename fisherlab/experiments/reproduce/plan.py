@@ -203,6 +203,7 @@ FACTORS = {
     "adam": (1.2, 1.02),
     "adamw": (1.2, 1.02),
     "radam": (1.5, 1.02),
+    "sngd": (50.0, 1.7),
     "fngd": (2.5, 1.2),
     "ngd_smw": (5.0, 2.4),
     "eva": (8.0, 1.5),
@@ -213,6 +214,8 @@ FACTORS = {
     "blockwise_ngd": (40.0, 100.0),
 }
 OTHERS = (8.0, 1.7)
+# The power of the width that a step takes: narrow nets are bound by memory, not by products.
+WIDTH = 0.8
 # Beyond the steps: evaluation, the reference SGD, checkpoints.
 OVERHEAD = 1.6
 
@@ -226,7 +229,7 @@ def seconds_of(plan: Planned) -> float:
     size = min(s.batch_size, examples)
     kind = SMALL if s.model == "mlp" else LARGE
     pixels = 1 / 16 if s.data == "digits" else 1 / 1.6 if s.data == "mnist" else 1.0
-    width = 1.0 if s.model == "mlp" else s.width**1.6
+    width = 1.0 if s.model == "mlp" else s.width**WIDTH
     depth = (s.layers or 1) if s.model == "lstm" else (s.layers or 6) / 6
     depth = 1.0 if s.model not in ("lstm", "transformer") else depth
     step = base * (size / batch if kind == LARGE else 1.0) * width * pixels * depth

@@ -55,9 +55,9 @@ TABLE = Experiment(
     SETTINGS,
     {
         "minutes": Size(
-            epochs=10,
-            examples=1_280,
-            test_examples=500,
+            epochs=6,
+            examples=640,
+            test_examples=200,
             width=0.125,
             seeds=2,
             cells=("cifar10-resnet20",),
@@ -70,7 +70,7 @@ TABLE = Experiment(
 )
 
 _ONE = tuple(cell for cell in TABLE.cells if cell.name == "cifar100-resnet20")
-_SMALL = Size(epochs=8, examples=1_280, test_examples=500, width=0.125, seeds=2)
+_SMALL = Size(epochs=5, examples=640, test_examples=200, width=0.125, seeds=2)
 _SIZES = {"minutes": _SMALL, "hours": Size(epochs=20, seeds=2, width=0.5), "paper": Size()}
 VARTHETAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 VARTHETA = Experiment(
