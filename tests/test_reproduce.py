@@ -20,7 +20,7 @@ from fisherlab.experiments.reproduce import catalogue, outcome, plan, runs
 from fisherlab.experiments.reproduce import presets as page_of_presets
 from fisherlab.experiments.reproduce.item import Arm, Cell, Experiment, Item, Number, Order, Size
 from fisherlab.experiments.training import CLOCK, Entry, Settings, SettingsError, Watch
-from fisherlab.experiments.training.entries import make
+from fisherlab.experiments.training.entries import entries, make
 from fisherlab.experiments.training.settings import schedule_of
 from fisherlab.optim.presets import NOT_YET, PAPER, SOURCES, inferred, stated
 
@@ -409,6 +409,17 @@ def test_a_preset_that_is_not_there_is_refused():
         fl.optim.create("kfac", nn.Linear(2, 2), preset="papers")
     default = fl.optim.create("sgd", nn.Linear(2, 2), preset="paper").defaults
     assert default == fl.optim.create("sgd", nn.Linear(2, 2)).defaults
+
+
+def test_a_preset_and_a_placement_can_be_typed():
+    assigned = ["kfac.preset=paper", "kfac.placement=eigenvalue"]
+    (entry,) = entries("kfac", assigned)
+    made = make(entry, nn.Sequential(nn.Linear(2, 2)), CRITERION, steps_per_epoch=1, epochs=1)
+    assert made.approximation.placement == "eigenvalue" and made.kl_clip is None
+    with pytest.raises(SettingsError, match="unknown placement 'x'"):
+        entries("kfac", ["kfac.placement=x"])
+    with pytest.raises(SettingsError, match="placement"):
+        entries("ekfac", ["ekfac.placement=eigenvalue"])
 
 
 def test_a_schedule_may_step_at_given_shares():
