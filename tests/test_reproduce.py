@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import fisherlab as fl
 from fisherlab.cli import app
 from fisherlab.experiments import reproduce as papers
-from fisherlab.experiments.reproduce import catalogue, outcome, plan, runs
+from fisherlab.experiments.reproduce import catalogue, drawn, outcome, plan, runs
 from fisherlab.experiments.reproduce import presets as page_of_presets
 from fisherlab.experiments.reproduce.item import Arm, Cell, Experiment, Item, Number, Order, Size
 from fisherlab.experiments.training import CLOCK, Entry, Settings, SettingsError, Watch
@@ -323,6 +323,14 @@ def test_the_command_lists_and_refuses(tmp_path):
     assert call("ngm", "--scale", "hour").exit_code == 2
     said = call("ngm", "fig1", "--out", str(tmp_path / "x"))
     assert said.exit_code == 0 and "about" in said.output.splitlines()[0]
+
+
+def test_the_split_of_a_step_times_each_part_with_padding_in_the_batch():
+    model, criterion = nn.Sequential(nn.Linear(3, 4)), nn.CrossEntropyLoss(ignore_index=0)
+    x, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
+    for method in "sgd", "fngd":
+        spent = drawn._split(method, model, x, y, criterion, steps=1)
+        assert list(spent) == ["forward", "backward", "step"] and min(spent.values()) > 0
 
 
 # Presets and schedules ---------------------------------------------------------------------------

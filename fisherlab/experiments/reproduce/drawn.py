@@ -120,7 +120,8 @@ def _split(
     method: str, model: nn.Module, x: Tensor, y: Tensor, criterion: nn.Module, steps: int = 6
 ) -> dict[str, float]:
     """Medians over the steps after the first two; FNGD in its second phase."""
-    options: dict[str, Any] = {"coefficient_steps": 2} if method == "fngd" else {}
+    ours = {"coefficient_steps": 2, "criterion": criterion}
+    options: dict[str, Any] = ours if method == "fngd" else {}
     optimizer = optim.create(method, model, lr=1e-6, **options)
     spent: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
     for step in range(steps + 3):
