@@ -94,7 +94,7 @@ OPTIONS = {
     ("fngd", "damping", "kfac-0.008"): {"damping": 0.008, "placement": "eigenvalue"},
     ("fngd", "damping", "fngd-0.008"): {"alpha": 0.008},
     ("ang", "cifar", "sgd"): {"lr": 0.01},
-    ("ang", "cifar", "strategy1"): {"lr": 0.005, "schedule": "concave"},
+    ("ang", "cifar", "strategy1"): {"lr": 0.005, "curve": "concave"},
     ("ngm", "sets", "sgd"): {"momentum": 0.0},
 }
 PRESET = {
@@ -423,7 +423,7 @@ def test_a_preset_and_a_placement_can_be_typed():
     assigned = ["kfac.preset=paper", "kfac.placement=eigenvalue"]
     (entry,) = entries("kfac", assigned)
     made = make(entry, nn.Sequential(nn.Linear(2, 2)), CRITERION, steps_per_epoch=1, epochs=1)
-    assert made.approximation.placement == "eigenvalue" and made.kl_clip is None
+    assert made.approximation.placement == "eigenvalue" and made.clip.kl is None
     with pytest.raises(SettingsError, match="unknown placement 'x'"):
         entries("kfac", ["kfac.placement=x"])
     with pytest.raises(SettingsError, match="placement"):

@@ -380,7 +380,7 @@ class ReconstructedSGD(torch.optim.SGD):
         decay: float = 0.995,
         eps: float = 1e-4,
         root: str = "eigh",
-        criterion: Callable | None = None,
+        criterion: Callable[..., Any] | None = None,
     ) -> None:
         if int(every) != every or every < 1:
             raise ValueError(f"every counts steps and is at least 1, got {every!r}")
@@ -389,7 +389,7 @@ class ReconstructedSGD(torch.optim.SGD):
         self.every, self.steps = every, 0
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """One step on `w'`, then new roots where they are due."""
         loss = super().step(closure)
         self.steps += 1

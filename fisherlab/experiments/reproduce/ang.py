@@ -61,7 +61,7 @@ ARMS = (
         for epoch in (30, 60, 90)
     ),
     *(
-        Arm(label, "ang", RATE, {"schedule": inferred(shape, "ANG fig. 2; no formula is given")})
+        Arm(label, "ang", RATE, {"curve": inferred(shape, "ANG fig. 2; no formula is given")})
         for label, shape in STRATEGIES.items()
     ),
     Arm("ifang", "ifang", RATE),

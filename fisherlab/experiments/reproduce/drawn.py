@@ -17,7 +17,7 @@ from fisherlab import datasets, models, optim, plots
 from fisherlab.experiments.reproduce.outcome import NOT, REPRODUCED, UNDECIDED, Outcome
 from fisherlab.extract import capture
 from fisherlab.metrics import gram_study
-from fisherlab.optim.ang import SCHEDULES
+from fisherlab.optim.ang import CURVES
 
 STRATEGIES = {"strategy1": "concave", "strategy2": "linear", "strategy3": "convex"}
 POINTS = 51
@@ -28,7 +28,7 @@ BATCH, STEPS, STEP_BATCH = 128, 8, 32
 def blending_schedules(stem: Path, scale: str) -> Outcome:
     """ANG fig. 2: lambda over the run for the three strategies."""
     curves = {
-        label: [float(SCHEDULES[shape](k / (POINTS - 1))) for k in range(POINTS)]
+        label: [float(CURVES[shape](k / (POINTS - 1))) for k in range(POINTS)]
         for label, shape in STRATEGIES.items()
     }
     plots.save(plots.drawn_schedules(curves, "Three strategies for λ (ANG fig. 2)"), stem)
