@@ -24,7 +24,7 @@ from fisherlab.experiments.training.entries import entries, make
 from fisherlab.experiments.training.settings import schedule_of
 from fisherlab.optim.presets import NOT_YET, PAPER, SOURCES, inferred, stated
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CRITERION = nn.CrossEntropyLoss()
 
 # What there is -----------------------------------------------------------------------------------
