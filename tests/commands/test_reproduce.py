@@ -222,6 +222,14 @@ def test_verdict_follows_the_order_and_its_certainty():
     assert "of 3 pairs that the paper orders, 2 are so here" in mixed.because
 
 
+def test_nets_that_learned_nothing_have_no_order():
+    low = {"a": (0.14, 0.145), "b": (0.05, 0.051)}
+    assert outcome.untaught(item(PAIR), {"c": frame(**low)})
+    table = outcome.measured(item(PAIR), {"c": frame(**low)})
+    assert outcome.judged(item(PAIR), table, "paper", [], True).verdict == "undecided"
+    assert not outcome.untaught(item(PAIR), {"c": frame(a=(0.7,), b=(0.1,))})
+
+
 def test_text_claims_are_pairs_too_and_close_numbers_of_the_paper_are_not():
     close = item({"a": (90.0, 0.3), "b": (90.1, 0.3)}, (Order("b", "c"),))
     assert outcome.expected(close, ["c"]) == [Order("b", "c", "c")]

@@ -26,6 +26,8 @@ UNDECIDED = "undecided"
 LEVEL = 0.975
 # Standard errors by which the paper's own numbers lie apart, and by which ours count as others.
 SURE, FAR = 2.0, 3.0
+# The gain of accuracy over the untrained net from which an order of methods says something.
+TAUGHT = 0.15
 PAPER_REPEATS = {"tekfac": 3}
 
 
@@ -114,7 +116,20 @@ def _apart(one: Number, two: Number, paper: str) -> bool:
     return abs(one.mean - two.mean) > SURE * error
 
 
-def judged(item: Item, table: pd.DataFrame, scale: str, stand_ins: list[str]) -> Outcome:
+def untaught(item: Item, rows: Mapping[str, pd.DataFrame]) -> bool:
+    """Whether no method got far above the untrained net in any cell: orders are then of noise."""
+    if item.quantity != "accuracy":
+        return False
+    gains = []
+    for frame in rows.values():
+        of = frame.groupby(["optimizer", "seed"])["accuracy"]
+        gains.append(float((of.last() - of.first()).groupby("optimizer").mean().max()))
+    return bool(gains) and max(gains) < TAUGHT
+
+
+def judged(
+    item: Item, table: pd.DataFrame, scale: str, stand_ins: list[str], untaught: bool = False
+) -> Outcome:
     """The verdict on an item from its long table."""
     orders = expected(item, list(dict.fromkeys(table["cell"])))
     higher = QUANTITIES[item.quantity].higher
@@ -130,7 +145,9 @@ def judged(item: Item, table: pd.DataFrame, scale: str, stand_ins: list[str]) ->
     leaning = sum(sign > 0 for sign, _ in signs)
     far = table["difference_se"].abs() > FAR
     numbers = "" if scale != "paper" else f"; {int(far.sum())} numbers differ by over {FAR:g} s.e."
-    if not signs:
+    if untaught:
+        verdict, because = UNDECIDED, f"no method gained {TAUGHT:.0%} of accuracy: too short"
+    elif not signs:
         verdict, because = UNDECIDED, "the paper claims no order among the arms run here"
     elif against and against >= agree:
         verdict, because = NOT, _pairs(agree, against, len(signs), leaning)

@@ -106,7 +106,8 @@ def _run(item: Item, scale: str, out: Path, listener: Listener) -> Outcome:
         item.title, table, rows, item.panels, item.quantity, {c.name: c.stand_in for c in used}
     )
     plots.save(figure, _stem(item, scale, out))
-    return outcome.judged(item, table, scale, [c.stand_in for c in used if c.stand_in])
+    short = outcome.untaught(item, rows)
+    return outcome.judged(item, table, scale, [c.stand_in for c in used if c.stand_in], short)
 
 
 def trained(
