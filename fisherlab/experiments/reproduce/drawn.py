@@ -92,12 +92,12 @@ def time_split(stem: Path, scale: str) -> Outcome:
     table = pd.DataFrame(rows)
     plots.save(plots.time_split(table, "Seconds of a step, by its parts (FNGD fig. 9)"), stem)
     wide = table.set_index(["cell", "arm"])
-    shorter = all(
-        wide.loc[(c, "fngd"), "backward"] < wide.loc[(c, "sgd"), "backward"]
+    ratios = ", ".join(
+        f"{wide.loc[(c, 'fngd'), 'backward'] / wide.loc[(c, 'sgd'), 'backward']:.2f} on {c}"
         for c in ("resnet32", "transformer")
     )
-    because = "the paper: FNGD's backward pass is shorter than SGD's; one machine, one run"
-    return Outcome(table, REPRODUCED if shorter else NOT, f"{because}; scale {scale}")
+    because = f"FNGD's backward pass over SGD's, below 1 in the paper: {ratios}; one run of a clock"
+    return Outcome(table, UNDECIDED, f"{because}; scale {scale}")
 
 
 def _network(name: str, width: float) -> tuple[Callable[[], nn.Module], Tensor, Tensor, nn.Module]:
