@@ -1,7 +1,7 @@
 """FisherLab: how good is an approximation of a layer's Fisher block, and what does it buy?"""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from fisherlab import approximations, blocks, distributed, metrics
 from fisherlab.approximations.diagonal import Diagonal
@@ -34,14 +34,16 @@ __version__ = "0.1.0"
 LAZY = ("claims", "datasets", "experiments", "models", "optim", "plots", "testing")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "reproduce":
+        return import_module("fisherlab.experiments.reproduce").reproduce
     if name in LAZY:
         return import_module(f"fisherlab.{name}")
     raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *LAZY, "__version__"})
+    return sorted({*__all__, *LAZY, "reproduce", "__version__"})
 
 
 __all__ = [

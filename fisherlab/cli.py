@@ -14,6 +14,7 @@ from fisherlab.commands import (
     compare,
     data,
     report,
+    reproduce,
     support,
     sweep,
     train,
@@ -30,6 +31,7 @@ COMMANDS: list[Callable[..., None]] = [
     train.train,
     sweep.sweep,
     verify.verify,
+    reproduce.reproduce,
     bench.bench,
 ]
 

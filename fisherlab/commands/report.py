@@ -19,8 +19,10 @@ def report(
     overwrite: Annotated[bool, typer.Option(help="Replace the page that is there.")] = False,
 ) -> None:
     """Make the report of a run anew, in its folder, or one page of several runs."""
-    from fisherlab.experiments import pages, verification  # noqa: F401  what each kind of run shows
+    # what each kind of run shows
+    from fisherlab.experiments import pages, verification  # noqa: F401
     from fisherlab.experiments.report import write, write_side_by_side
+    from fisherlab.experiments.reproduce import page  # noqa: F401
     from fisherlab.experiments.rundir import REPORT, RunDir
 
     runs = [RunDir(exists(folder)) for folder in folders]

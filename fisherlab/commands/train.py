@@ -45,7 +45,8 @@ def train(
     examples: Annotated[int | None, typer.Option(help="Train on this many examples.")] = None,
     test_examples: Annotated[int | None, typer.Option(help="Test on this many.")] = None,
     schedule: Annotated[
-        str, typer.Option(help="constant, cosine, or step: x 0.1 at 50 % and 75 %.")
+        str,
+        typer.Option(help="constant, cosine, step (x 0.1 at 50 % and 75 %) or steps(0.4,0.8)."),
     ] = "constant",
     augment: Annotated[
         bool | None, typer.Option(help="Crop and flip images; by default on CIFAR.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import re
@@ -32,7 +33,9 @@ from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.ngd import NGD
-from fisherlab.optim.options import flat_names, gathered
+from fisherlab.optim.options import FLAT, flat_names, gathered
+from fisherlab.optim.presets import PRESETS, paper_options
+from fisherlab.optim.sngd import ReconstructedSGD
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
 Maker = Callable[..., torch.optim.Optimizer]
@@ -66,6 +69,8 @@ SQUARED_RANK_ONE = {"lr": 0.01}
 _OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 # What `create` passes itself, and what constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs", "groups"}
+# An option that only one of the presets has.
+ABSENT = "–"
 # Parameters of a layer above which a Kronecker sum, whose inverse is dense, is refused.
 KRONECKER_SUM_LAYER = 1_500
 
@@ -85,9 +90,20 @@ def _with(kind: type[CurvatureOptimizer], *args: Any, **defaults: Any) -> Maker:
 
     def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         options = respelled(options) if issubclass(kind, ANG) else options
-        return kind(model, *args, **{**defaults, **options})
+        ours = list(args)
+        if ours and "placement" in options and _placed(ours[0]):
+            ours[0] = dataclasses.replace(ours[0], placement=options.pop("placement"))
+        return kind(model, *ours, **{**defaults, **options})
 
+    placement = {"placement": args[0].placement} if args else {}
+    make.defaults = {**defaults, **placement}  # type: ignore[attr-defined]
     return make
+
+
+def _placed(approximation: Any) -> bool:
+    """Whether a user may choose where the damping of an approximation is placed."""
+    known = dataclasses.fields(approximation) if dataclasses.is_dataclass(approximation) else ()
+    return "placement" in {field.name for field in known}
 
 
 def _natural(
@@ -106,6 +122,7 @@ def _for_criterion(make: Maker, squared: dict[str, Any] = SQUARED) -> Maker:
         is_squared = is_a(options.get("criterion"), nn.MSELoss)
         return make(model, **{**(squared if is_squared else {}), **options})
 
+    made.defaults = make.defaults  # type: ignore[attr-defined]
     return made
 
 
@@ -192,8 +209,13 @@ def names() -> list[str]:
     return [*_MAKERS, *(n for n in approximations.names() if n not in _MAKERS)]
 
 
-def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """The optimizer of a name over `model`, its defaults overridden by `options`.
+def create(
+    name: str, model: nn.Module, *, preset: str = "stable", **options: Any
+) -> torch.optim.Optimizer:
+    """The optimizer of a name over `model`, the defaults of its preset overridden by `options`.
+
+    `preset="paper"` is the method as its paper has it: `optim.presets.PAPER` names every option,
+    its value and who says so. "stable" has the defaults that train six small tasks.
 
     The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
     guard against divergence: a step that it shortens is as long at any larger `lr`. `opt.clipped`
@@ -205,7 +227,12 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
     if name not in names():
         near = nearest(name, names(), names())
         raise ValueError(f"no optimizer named {name!r}; nearest: {near}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {' or '.join(map(repr, PRESETS))}, got {preset!r}")
     make = _MAKERS[name] if name in _MAKERS else _other(name)
+    if preset == "paper":
+        options = {**paper_options(name, model), **options}
+        make = ReconstructedSGD if name == "sngd" else make
     try:
         return make(model, **options)
     except TypeError as error:
@@ -222,13 +249,32 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
 
 def option_names(name: str) -> list[str]:
     """The options that an optimizer takes, read off its constructors and those of its parts."""
-    kind = type(create(name, nn.Sequential(nn.Linear(2, 2))))
+    optimizer = create(name, nn.Sequential(nn.Linear(2, 2)))
+    kind = type(optimizer)
+    flat = flat_names(kind.parts) if issubclass(kind, CurvatureOptimizer) else []
+    flat += ["placement"] if _placed(getattr(optimizer, "approximation", None)) else []
+    found = [option for taker in _takers(kind) for option in inspect.signature(taker).parameters]
+    return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]
+
+
+def _takers(kind: type[torch.optim.Optimizer]) -> list[Callable[..., Any]]:
+    """What takes the options of an optimizer: its constructors, and what they pass them on to."""
     takers: list[Callable[..., Any]] = list(
         kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]
     )
-    flat: list[str] = []
-    if issubclass(kind, CurvatureOptimizer):
-        takers += kind.takers
-        flat = flat_names(kind.parts)
-    found = [option for taker in takers for option in inspect.signature(taker).parameters]
-    return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]
+    return takers + list(kind.takers) if issubclass(kind, CurvatureOptimizer) else takers
+
+
+def default(name: str, option: str) -> Any:
+    """The value of an option in the preset "stable"; `ABSENT` where that has no such option."""
+    make = _MAKERS[name] if name in _MAKERS else _other(name)
+    ours = getattr(make, "defaults", {})
+    if option in ours:
+        return ours[option]
+    for part, field in FLAT.get(option, {}).items():
+        if part in ours:
+            return getattr(ours[part], field)
+    for taker in _takers(type(create(name, nn.Sequential(nn.Linear(2, 2))))):
+        if option in (parameters := inspect.signature(taker).parameters):
+            return parameters[option].default
+    return ABSENT

@@ -360,3 +360,51 @@ def restore(model: nn.Module) -> nn.Module:
             for name, value in effective.items():
                 getattr(module, name).copy_(value)
     return model
+
+
+class ReconstructedSGD(torch.optim.SGD):
+    """`w' <- w' - lr dw'` on the reconstructed network, `G^{1/2}` anew every `every` steps.
+
+    SNGD Alg. 1 as its authors train: running means from the identity, `eps tr(nu A)` as damping,
+    `weight_decay` on `w'`. It reconstructs the model it is given; `restore` makes that plain again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        every: int = 100,
+        decay: float = 0.995,
+        eps: float = 1e-4,
+        root: str = "eigh",
+        criterion: Callable[..., Any] | None = None,
+    ) -> None:
+        if int(every) != every or every < 1:
+            raise ValueError(f"every counts steps and is at least 1, got {every!r}")
+        self.model = reconstruct(model, method=root, decay=decay, eps=eps)
+        super().__init__(model.parameters(), lr, momentum, weight_decay=weight_decay)
+        self.every, self.steps = every, 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
+        """One step on `w'`, then new roots where they are due."""
+        loss = super().step(closure)
+        self.steps += 1
+        if self.steps % self.every == 0:
+            refresh(self.model, self)
+        return loss
+
+    def due(self) -> tuple[str, ...]:
+        """`roots` where the next step ends in new ones."""
+        return ("roots",) if (self.steps + 1) % self.every == 0 else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self.steps = state.pop("steps")
+        super().load_state_dict(state)

@@ -30,6 +30,7 @@ from fisherlab.plots.gram import (
     gram_over_training,
     gram_similarity,
 )
+from fisherlab.plots.reproduce import drawn_schedules, reproduced, time_split
 from fisherlab.plots.spectra import (
     condition_against_damping,
     cumulative_trace,
@@ -47,6 +48,7 @@ __all__ = [
     "cost",
     "cumulative_trace",
     "direction",
+    "drawn_schedules",
     "dropped_over_training",
     "effective_rank",
     "eigenbasis_overlap",
@@ -65,9 +67,11 @@ __all__ = [
     "off_diagonal_mass",
     "pareto",
     "principal_angles",
+    "reproduced",
     "save",
     "staleness",
     "theme",
+    "time_split",
     "trace_ratio",
     "training",
     "training_cost",

@@ -263,7 +263,16 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 def test_version_and_help():
     assert call("--version").output.strip() == f"fisherlab {fl.__version__}"
     listed = call("--help").output
-    for name in ("compare", "train", "verify", "report", "data", "approximations", "support"):
+    for name in (
+        "compare",
+        "train",
+        "verify",
+        "report",
+        "data",
+        "approximations",
+        "support",
+        "reproduce",
+    ):
         assert name in listed
 
 

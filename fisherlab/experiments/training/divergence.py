@@ -52,7 +52,9 @@ def blame(model: nn.Module, start: dict[str, float], x: Tensor) -> tuple[str, st
             handle.remove()
     if names:
         return names[0], "its output is not finite"
-    growth = {name: norm / max(start[name], 1e-30) for name, norm in weight_norms(model).items()}
+    growth = {
+        name: norm / max(start.get(name, norm), 1e-30) for name, norm in weight_norms(model).items()
+    }
     layer = max(growth, key=growth.__getitem__)
     return layer, f"its weights have grown {growth[layer]:.3g} fold, more than any other's"
 

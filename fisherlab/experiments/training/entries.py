@@ -58,8 +58,8 @@ def entries(
 
 
 def known_options(name: str) -> list[str]:
-    """The options that an optimizer takes, read off its constructors."""
-    return [option for option in option_names(name) if option not in _OURS]
+    """The options that an optimizer takes, read off its constructors, and its `preset`."""
+    return [*(option for option in option_names(name) if option not in _OURS), "preset"]
 
 
 def check(entry: Entry) -> None:

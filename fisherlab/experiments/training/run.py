@@ -26,7 +26,7 @@ from fisherlab.experiments.training.cost import (
 from fisherlab.experiments.training.divergence import EXPLODED, Diverged, blame, weight_norms
 from fisherlab.experiments.training.entries import make
 from fisherlab.experiments.training.record import Record
-from fisherlab.experiments.training.settings import SCHEDULES
+from fisherlab.experiments.training.settings import schedule_of
 from fisherlab.experiments.training.task import Task
 
 WINDOWS = 20  # points of the loss curve per epoch
@@ -47,7 +47,7 @@ class Run:
             steps_per_epoch=task.steps_per_epoch,
             epochs=settings.epochs,
         )
-        schedule = SCHEDULES[settings.schedule]
+        schedule = schedule_of(settings.schedule)
         self.scheduler = LambdaLR(self.optimizer, lambda epoch: schedule(epoch / settings.epochs))
         # these compare the loss before and after the step, on the same batch
         rules = [group.get("damping") for group in self.optimizer.param_groups]

@@ -21,6 +21,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
+# Or factors of 0.1 at given shares: `steps(0.4,0.8)`.
+AT_SHARES = re.compile(r"steps\((0?\.\d+(?:,0?\.\d+)*)\)")
 # Half is refused, since curvature in it is noise.
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 DEVICES = ("cpu", "cuda", "mps")
@@ -82,7 +84,7 @@ class Settings:
                 raise SettingsError(f"{name} is at least 1, got {value}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise SettingsError(f"seeds are different numbers, at least one; got {self.seeds}")
-        check_known("schedule", self.schedule, SCHEDULES)
+        schedule_of(self.schedule)
         check_known("dtype", self.dtype, DTYPES)
         check_known("data set", self.data, datasets.names())
         check_known("model", self.model, models.names())
@@ -120,6 +122,18 @@ class Settings:
             return cls.from_json(config["settings"])
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise SettingsError(f"{path} is not the config of a training run: {error!r}") from None
+
+
+def schedule_of(name: str) -> Callable[[float], float]:
+    """The schedule of a name, or `steps(0.4,0.8)`: x 0.1 at 40 % and 80 % of the epochs."""
+    if match := AT_SHARES.fullmatch(name):
+        shares = [float(share) for share in match[1].split(",")]
+        # an epoch's share is a quotient: 40 / 100 is not above the 0.4 that a user types
+        return lambda done: 0.1 ** sum(done >= share - 1e-9 for share in shares)
+    check_known("schedule", name, [*SCHEDULES, "steps(0.4,0.8)"])
+    if name not in SCHEDULES:
+        raise SettingsError(f"steps(...) takes shares of the epochs such as 0.4,0.8; got {name!r}")
+    return SCHEDULES[name]
 
 
 def check_known(kind: str, got: str, known: Iterable[str]) -> None:
