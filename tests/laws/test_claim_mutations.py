@@ -11,6 +11,7 @@ from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.running import Running
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Outer, contractions
+from fisherlab.blocks.basis import matrix_of
 from fisherlab.claims import (
     ang,
     complexity,
@@ -96,7 +97,7 @@ def times(factor):
 def transposed(method):
     def changed(self, layer, basis):
         # of a thin basis, which has no transpose, the vectors are turned around
-        turned = {k: basis[k] for k in ("Q_G", "Q_A")}
+        turned = {k: matrix_of(basis[k]) for k in ("Q_G", "Q_A")}
         turned = {k: Q.mT if Q.shape[0] == Q.shape[1] else Q.flip(0) for k, Q in turned.items()}
         return method(self, layer, basis | turned)
 

@@ -241,7 +241,7 @@ def test_ekfac_with_a_huge_interval_is_kfac_s_basis_with_frozen_eigenvalues(
 
 def test_truncated_kfac_is_sgd_after_the_switch(batch: tuple[Tensor, Tensor]) -> None:
     model = small()
-    optimizer = fl.optim.create("truncated_kfac", model, switch_step=3, lr=0.1)
+    optimizer = fl.optim.create("truncated_kfac", model, switch_step=3, lr=0.1, momentum=0.9)
     directions(model, optimizer, *batch, steps=3)
     twin = copy.deepcopy(model)
     sgd = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)

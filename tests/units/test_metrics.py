@@ -270,7 +270,7 @@ SMALL_DAMPING = ["kfac", "ekfac", "tkfac", "diagonal", "eva", "mini_block", "exa
 def slightly_damped(name, dtype):
     """`X` and `F` of three examples, and a damping of 1e-8 of the largest eigenvalue of `F`."""
     torch.manual_seed(0)
-    model, x, labels = nn.Sequential(nn.Linear(60, 20)), randn(3, 60, seed=1), torch.arange(3)
+    model, x, labels = nn.Sequential(nn.Linear(40, 12)), randn(3, 40, seed=1), torch.arange(3)
     layer = fl.extract.capture(
         model.to(dtype), nn.CrossEntropyLoss(), x.to(dtype), labels, fisher_type="empirical"
     )["0"]

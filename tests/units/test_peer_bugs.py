@@ -170,6 +170,17 @@ def test_a_second_forward_before_the_backward_does_not_mix_the_pairs():
     assert relative(first[:, :4], model[0].weight.grad) < 1e-12
 
 
+class Exponent(nn.Module):
+    """A scale that is the exponential of its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x * self.weight.exp()
+
+
 def broken(kind):
     """A model, a batch and what is wrong with them."""
     model = net(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
@@ -195,7 +206,7 @@ def broken(kind):
         model, options = nn.Sequential(), {"layers": ["encodr"]}
         model.add_module("encoder", nn.Linear(4, 3).double())
     elif kind == "no block":
-        model = net(nn.Linear(4, 3), nn.PReLU())
+        model = net(nn.Linear(4, 3), Exponent())
         options = {"layers": ["1"]}
     elif kind == "frozen":
         model[0].weight.requires_grad_(False)
@@ -223,7 +234,7 @@ BROKEN = {
     "dropout": r"'1' is an active Dropout; call model.eval\(\)",
     "unknown layer": "no layer 'O' in this model; nearest: 0, 2",
     "near name": "no layer 'encodr' in this model; nearest: encoder",
-    "no block": "layer '1': it is used by prelu|'1' .PReLU. has no rule in BackPACK",
+    "no block": "layer '1': it is used by exp|'1' .Exponent. has no rule in BackPACK",
     "frozen": "layer '0' has no block: its weight is frozen",
     "all frozen": "no layer of this model has a block",
     "not called": "layer 'spare': not called in this forward pass",
