@@ -58,8 +58,9 @@ def stein_loss(X: Block, F: Block, damping: float, inverse: Block | None = None)
 def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tensor:
     """Condition number of `(X + damping)^{-1/2} (F + damping) (X + damping)^{-1/2}`; 0-d float64.
 
-    Dense up to 512 parameters, beyond it by Lanczos to about 1e-6; NaN where even that costs more
-    than its budget. `beside`: there are further dimensions in which both blocks are zero.
+    Dense up to 512 parameters, beyond it by Lanczos to about 1e-5, since it may rest on a plateau;
+    NaN where even that costs more than its budget. `beside`: there are further dimensions in which
+    both blocks are zero.
     """
     return conditions([X], F, [damping], beside)[0, 0]
 
