@@ -17,6 +17,7 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block
 from fisherlab.comparison import compare
 from fisherlab.extract import LayerCapture
+from fisherlab.names import unknown
 from fisherlab.testing.blocks import LAWS
 from fisherlab.testing.cases import FIRST, Problem, captured, problem
 from fisherlab.testing.laws import Report, Run, near
@@ -249,9 +250,19 @@ def check_approximation(
 
     Raises:
         LawError: a law is broken; the message lists each with its figures.
+        TypeError: `approximation` is no method.
+        ValueError: a name, of the approximation or of a kind of layers, is unknown.
     """
     method: Any = registry.get(approximation) if isinstance(approximation, str) else approximation
     method = method() if isinstance(method, type) else method
+    if not callable(method):
+        raise TypeError(
+            f"check_approximation takes an approximation, its name or a function of a capture; got "
+            f"{approximation!r}"
+        )
+    strange = [kind for kind in layers if kind not in FIRST]
+    if strange:
+        raise ValueError(unknown("kind of layers", strange[0], FIRST))
     named = isinstance(method, Approximation)
     run = Run(repr(method) if named else getattr(method, "__name__", repr(method)))
     if named:

@@ -299,7 +299,16 @@ def check_block(block: Block, matrix: Tensor | None = None) -> Report:
 
     Raises:
         LawError: a law is broken; the message lists each with its figures.
+        TypeError: `block` is no block.
+        ValueError: `matrix` has another shape.
     """
+    if not isinstance(block, Block):
+        raise TypeError(f"check_block takes a fisherlab.blocks.Block, got {type(block).__name__}")
+    if matrix is not None and matrix.shape != (block.size, block.size):
+        raise ValueError(
+            f"matrix is [{block.size}, {block.size}] for a block of shape {list(block.shape)}, got "
+            f"{list(matrix.shape)}"
+        )
     run = Run(
         f"{type(block).__name__} {list(block.shape)} {str(block.dtype).removeprefix('torch.')}"
     )

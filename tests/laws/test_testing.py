@@ -325,4 +325,12 @@ def test_what_is_not_in_the_kit_is_refused_by_name():
         check_statistic(InputMoment)
     with pytest.raises(TypeError, match=r"a function of the model"):
         check_optimizer(torch.optim.SGD)
+    with pytest.raises(TypeError, match="a function of a capture; got 3"):
+        check_approximation(3)
+    with pytest.raises(ValueError, match="unknown kind of layers 'convs'; did you mean 'conv'"):
+        check_approximation(fl.KFAC(), layers=("convs",))
+    with pytest.raises(TypeError, match="takes a fisherlab.blocks.Block, got int"):
+        check_block(3)
+    with pytest.raises(ValueError, match=r"matrix is \[6, 6\] .* got \[2, 3\]"):
+        check_block(Diagonal(torch.ones(2, 3)), torch.ones(2, 3))
     check_optimizer(fl.KFAC())
