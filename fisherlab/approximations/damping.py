@@ -23,7 +23,7 @@ from torch import Tensor
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
 
 PLACEMENTS = ("tikhonov", "factored", "factorwise", "eigenvalue")
-# Those that are `(F + lambda I)^p`.
+# Placements whose damped block is `(F + lambda I)^p`.
 PLAIN = ("tikhonov", "eigenvalue")
 Rule = Callable[[dict[str, Block]], dict[str, float]]
 

@@ -247,7 +247,7 @@ class Columns:
 
     @cached_property
     def _rotated(self) -> dict[tuple[Any, ...], tuple[Basis, Basis, Tensor]]:
-        """By the ids of a basis: the basis itself and `rotated_squares` in it."""
+        """A basis and `rotated_squares` in it, by the ids of the basis."""
         return {}
 
     def knows(self, Q_G: Basis, Q_A: Basis) -> bool:
@@ -363,7 +363,7 @@ class Doubled(Columns):
 
     @cached
     def formed(self) -> Tensor | None:
-        # what a Gram matrix was made of, not what float64 would make of `a` and `g`
+        # the choice that made the Gram matrix, not the one that float64 would make
         return None if self.single.formed is None else self.single.formed.double()
 
     @property

@@ -30,7 +30,7 @@ class Complement:
 
     @cached_property
     def values(self) -> tuple[tuple[Tensor, int], ...]:
-        """What is there, with its multiplicity."""
+        """Each tail that there is, with its multiplicity."""
         every = zip((self.G, self.A, self.both.reshape(1)), self._counts, strict=True)
         return tuple((x, k) for x, k in every if k)
 

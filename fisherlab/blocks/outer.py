@@ -187,10 +187,6 @@ class Outer(OfColumns):
         self.of, self.shift = columns, float(shift)
         self.core = 1.0 / columns.sizes[1] if core is None else core
 
-    def rescaled(self, core: float, shift: float = 0.0) -> Outer:
-        """The same columns with another core and shift."""
-        return Outer.over(self.of, core, shift)
-
     @property
     def double(self) -> Outer:
         """The same block in float64, one object: what is known of it stays known."""

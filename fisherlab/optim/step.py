@@ -51,7 +51,7 @@ class Clip:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Those that are set, by the name of the flat option."""
+        """The bounds that are set, by the name of the flat option."""
         bounds = {"max_norm": self.norm, "kl_clip": self.kl}
         return {name: bound for name, bound in bounds.items() if bound is not None}
 

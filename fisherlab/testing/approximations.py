@@ -20,7 +20,7 @@ from fisherlab.extract import LayerCapture
 from fisherlab.names import unknown
 from fisherlab.testing.blocks import LAWS
 from fisherlab.testing.cases import FIRST, Problem, captured, problem
-from fisherlab.testing.laws import Report, Run, near
+from fisherlab.testing.laws import Report, Run, near, unchanged
 from fisherlab.testing.statistics import bare, parts_of, tensors
 
 DAMPING = 0.1
@@ -68,12 +68,7 @@ class Tried:
 
     def again(self) -> None:
         """The same block again; the capture as it was."""
-        before = [t.clone() for t in tensors(self.layer)]
-        one = self.dense()
-        torch.manual_seed(torch.initial_seed() % 2**31 + 1)
-        assert torch.equal(one, self.dense()), "two blocks of one capture differ"
-        held = zip(before, tensors(self.layer), strict=True)
-        assert all(torch.equal(a, b) for a, b in held), "it changes the capture it reads"
+        unchanged(self.dense, tensors(self.layer), "blocks")
 
     def is_reference(self, reference: Reference) -> None:
         """The block is the formula's."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,31 @@ def refused(kind: type[Exception], words: str, act: Callable[..., object], *args
         assert words in str(error), f"the message {str(error)!r} does not say {words!r}"
         return
     raise AssertionError(f"it was not refused by a {kind.__name__} that says {words!r}")
+
+
+def unchanged(make: Callable[[], Tensor], held: Iterable[Tensor], what: str) -> None:
+    """Assert that `make()` is the same twice, whatever torch's random stream, and changes nothing.
+
+    Args:
+        make: The tensor to make twice.
+        held: The tensors that it reads.
+        what: What it makes, for messages: "totals".
+    """
+    tensors = list(held)
+    before = [t.clone() for t in tensors]
+    one = make().clone()
+    with other_stream():
+        assert torch.equal(one, make()), f"two {what} of one capture differ"
+    same = all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    assert same, "it changes the capture it reads"
+
+
+@contextmanager
+def other_stream() -> Iterator[None]:
+    """Torch's global random stream at another place inside, and back where it was after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() % 2**31 + 1)
+        yield
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

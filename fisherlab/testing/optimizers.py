@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherlab.approximations import Approximation
 from fisherlab.optim import NaturalGradient, create
-from fisherlab.testing.laws import Report, Run, near
+from fisherlab.testing.laws import Report, Run, near, other_stream
 
 Maker = Callable[[nn.Module], torch.optim.Optimizer]
 STEPS = 3
@@ -58,11 +58,15 @@ class Loop:
         x[torch.arange(n), 0, y] += 2
         return x, y
 
-    def step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, parts: int = 1
-    ) -> Tensor:
-        """One step with a closure, of a batch in `parts` backward passes; the loss before it."""
-        x, y = self.batch(step)
+    def closure(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        x: Tensor,
+        y: Tensor,
+        parts: int = 1,
+    ) -> Callable[[], Tensor]:
+        """The loop's closure: the mean loss of a batch in `parts` backward passes."""
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -73,7 +77,13 @@ class Loop:
                 total += loss.detach()
             return total
 
-        loss = optimizer.step(closure)  # type: ignore[arg-type]
+        return closure
+
+    def step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, parts: int = 1
+    ) -> Tensor:
+        """One step with a closure, of a batch in `parts` backward passes; the loss before it."""
+        loss = optimizer.step(self.closure(model, optimizer, *self.batch(step), parts))  # type: ignore[arg-type]
         assert loss is not None, "step(closure) returns None, not the closure's loss"
         return torch.as_tensor(loss)
 
@@ -115,8 +125,8 @@ class Loop:
     def repeated(self) -> None:
         """The same run twice is the same, whatever torch's random stream."""
         one, _, _ = self.trained()
-        torch.manual_seed(torch.initial_seed() % 2**31 + 1)
-        other, _, _ = self.trained()
+        with other_stream():
+            other, _, _ = self.trained()
         assert torch.equal(_flat(one), _flat(other)), "two runs with the same data differ"
 
     def resumed(self) -> None:
@@ -178,14 +188,8 @@ class Loop:
         before = _flat(model)
         x, y = self.batch(STEPS)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x * float("nan")), y)
-            loss.backward()
-            return loss
-
         with contextlib.suppress(RuntimeError):
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(self.closure(model, optimizer, x * float("nan"), y))  # type: ignore[arg-type]
         assert torch.equal(before, _flat(model)), "a NaN in the data changes parameters"
         self.step(model, optimizer, STEPS)
         assert torch.isfinite(_flat(model)).all(), "the step after a refused one is not finite"

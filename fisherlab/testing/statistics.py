@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherlab.extract import LayerCapture
 from fisherlab.statistics import Statistic
 from fisherlab.testing.cases import FIRST, Problem, captured, problem
-from fisherlab.testing.laws import Report, Run, near
+from fisherlab.testing.laws import Report, Run, near, unchanged
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 # the fields of a capture that may be absent, and the needs that fill them
@@ -81,12 +81,7 @@ def _views(S: Statistic, layer: LayerCapture) -> None:
 
 
 def _same(S: Statistic, layer: LayerCapture) -> None:
-    before = [t.clone() for t in tensors(layer)]
-    one = S.total(layer).clone()
-    torch.manual_seed(torch.initial_seed() % 2**31 + 1)
-    assert torch.equal(one, S.total(layer)), "two totals of one capture differ"
-    held = zip(before, tensors(layer), strict=True)
-    assert all(torch.equal(a, b) for a, b in held), "total changes the capture it reads"
+    unchanged(lambda: S.total(layer), tensors(layer), "totals")
 
 
 def _needs(S: Statistic, layer: LayerCapture) -> None:

@@ -67,9 +67,8 @@ def _row(
     known: Number | None,
     attrs: Mapping[Any, Any],
 ) -> dict[str, Any]:
-    n = len(values)
-    mean = sum(values) / n if n else math.nan
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
+    ours = pd.Series(values, dtype=float)
+    n, mean, sd = len(ours), float(ours.mean()), float(ours.std())
     paper = known.mean if known else math.nan
     paper_sd = known.sd if known and known.sd is not None else math.nan
     theirs = 0.0 if math.isnan(paper_sd) else paper_sd**2 / PAPER_REPEATS.get(item.paper, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fisherlab import datasets
@@ -85,14 +85,12 @@ def searches(
                 Entry(f"lr{rate:g}", entry.name, {**entry.options, "lr": rate}) for rate in arm.grid
             )
             held = max(1, int(HELD_OUT * examples_of(base)))
-            settings = Settings(
-                **{
-                    **{name: getattr(base, name) for name in base.__dataclass_fields__},
-                    "entries": tried,
-                    "epochs": max(1, round(SEARCH_EPOCHS * base.epochs)),
-                    "validation": held,
-                    "seeds": base.seeds[:1],
-                }
+            settings = replace(
+                base,
+                entries=tried,
+                epochs=max(1, round(SEARCH_EPOCHS * base.epochs)),
+                validation=held,
+                seeds=base.seeds[:1],
             )
             folder = f"{plan.folder}/search-{arm.label}"
             yield Planned(plan.cell, (arm,), settings, folder), arm
