@@ -149,6 +149,7 @@ class Tried:
                 layers=["0"],
                 approximations={"method": method},
                 dampings=[DAMPING],
+                progress=list,  # no bar: the whole is one check
             )
             .frame.query("approximation == 'method'")
             .iloc[0]
