@@ -18,6 +18,7 @@ from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import floated, in_float32, is_half, isolated, random_state
@@ -223,7 +224,7 @@ def capture(
 
             outputs = backpack.run(model, record, run, checked, columns)
         else:
-            outputs = _by_tape(record, run, checked, columns, check != "off")
+            outputs = _by_tape(record, run, checked, columns, len(labels) if check != "off" else 0)
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
@@ -500,16 +501,19 @@ def _by_tape(
     forward: Callable[[], Tensor],
     check: Callable[[Tensor], Tensor],
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
-    proves: bool,
+    examples: int,
 ) -> Tensor:
+    """The outputs; their gradients are left on the record, proven if the examples are counted."""
     with record.tape:
         outputs = forward()
     labels = record.labels = check(outputs)
     if outputs.ndim and outputs.requires_grad:
         spread(outputs, record.every(), len(outputs))
+        if examples:
+            read(outputs, record, examples)
     columns = None if vectors is None else partial(vectors, outputs.detach())
     if record.every():
-        fill(outputs, record, labels, columns, proves)
+        fill(outputs, record, labels, columns, examples > 0)
     record.check_inputs()
     set_slopes(outputs, [call for call in record.every() if call.is_map])
     return outputs
