@@ -134,8 +134,9 @@ def capture(
     `check` proves the capture. "full": each row belongs to its example, and `sum g a^T` is
     autograd's gradient of weight and bias. "gradient": the second only. "off": neither. Both are
     read off the graph where it states them, without arithmetic. Else autograd forms the gradients,
-    as a training step does, and sends weighted loss terms back once more. A layer that fails is left out, with its reason in `report.skipped`. "full" refuses a
-    model whose outputs change from one forward pass to the next.
+    as a training step does, and sends weighted loss terms back once more. A layer that fails is
+    left out, with its reason in `report.skipped`. "full" refuses a model whose outputs change from
+    one forward pass to the next.
 
     Classes are axis 1 of the outputs, or the last if the shape of the class indices shows it; the
     captured `outputs` have them in axis 1. `register_criterion` adds a criterion of your own.
