@@ -136,10 +136,10 @@ class Tape(TorchFunctionMode):
         self, weights: Mapping[str, Tensor], record: Callable[[Use, Tensor], Tensor]
     ) -> None:
         super().__init__()
-        self.weights, self.record = dict(weights), record
-        self._known = {
-            id(weight): Known(name, weight, weight.dtype) for name, weight in self.weights.items()
-        }
+        self.record = record
+        self.weights: dict[str, Tensor] = {}
+        self._known: dict[int, Known] = {}
+        self.track(weights)
         # shifted, scaled and cast weights of the pass that runs, which are kept alive with it
         self._computed: dict[int, tuple[Tensor, Known]] = {}
         self._depth = 0
@@ -153,6 +153,13 @@ class Tape(TorchFunctionMode):
         self.hooked = False
         # by name of a weight: the bias in its block; a second one has a block of its own
         self._biases: dict[str, Tensor] = {}
+
+    def track(self, weights: Mapping[str, Tensor]) -> None:
+        """Know these weights, and none that was known before."""
+        self.weights = dict(weights)
+        self._known = {
+            id(weight): Known(name, weight, weight.dtype) for name, weight in weights.items()
+        }
 
     def __enter__(self) -> Tape:
         self._depth += 1
