@@ -18,6 +18,7 @@ from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
 from fisherlab.extract.collect import collect, coverage
 from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import floated, in_float32, is_half, isolated, random_state
@@ -130,10 +131,12 @@ def capture(
     `ranks`: the processes that hold the other shards of this batch, if any; they capture together,
     each its own rows of what a single process would capture.
 
-    `check` proves the capture by one more backward pass. "full": each row belongs to its example,
-    and `sum g a^T` is autograd's gradient of weight and bias. "gradient": the second only. "off":
-    neither. A layer that fails is left out, with its reason in `report.skipped`. "full" refuses a
-    model whose outputs change from one forward pass to the next.
+    `check` proves the capture. "full": each row belongs to its example, and `sum g a^T` is
+    autograd's gradient of weight and bias. "gradient": the second only. "off": neither. Both are
+    read off the graph where it states them, without arithmetic. Else autograd forms the gradients,
+    as a training step does, and sends weighted loss terms back once more. A layer that fails is
+    left out, with its reason in `report.skipped`. "full" refuses a model whose outputs change from
+    one forward pass to the next.
 
     Classes are axis 1 of the outputs, or the last if the shape of the class indices shows it; the
     captured `outputs` have them in axis 1. `register_criterion` adds a criterion of your own.
@@ -223,7 +226,7 @@ def capture(
 
             outputs = backpack.run(model, record, run, checked, columns)
         else:
-            outputs = _by_tape(record, run, checked, columns, check != "off")
+            outputs = _by_tape(record, run, checked, columns, len(labels) if check != "off" else 0)
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
@@ -500,16 +503,19 @@ def _by_tape(
     forward: Callable[[], Tensor],
     check: Callable[[Tensor], Tensor],
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
-    proves: bool,
+    examples: int,
 ) -> Tensor:
+    """The outputs; their gradients are left on the record, proven if the examples are counted."""
     with record.tape:
         outputs = forward()
     labels = record.labels = check(outputs)
     if outputs.ndim and outputs.requires_grad:
         spread(outputs, record.every(), len(outputs))
+        if examples:
+            read(outputs, record, examples)
     columns = None if vectors is None else partial(vectors, outputs.detach())
     if record.every():
-        fill(outputs, record, labels, columns, proves)
+        fill(outputs, record, labels, columns, examples > 0)
     record.check_inputs()
     set_slopes(outputs, [call for call in record.every() if call.is_map])
     return outputs

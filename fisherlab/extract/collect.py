@@ -61,8 +61,9 @@ def collect(
     if proves and leaves:
         record.keep(leaves, pulled_back(outputs, record.labels, leaves))
     weighted = None
-    if check == "full" and calls and outputs.ndim:
-        weighted = Weighted(outputs, record.labels, record.every())
+    if check == "full" and outputs.ndim:
+        doubtful = [call for call in record.every() if examples is not None or not call.own_rows]
+        weighted = Weighted(outputs, record.labels, doubtful)
     failures = shared_biases(calls) | _find_rows(calls, outputs, n, weighted, examples)
     failures |= left_out or {}
     captured: dict[str, LayerCapture] = {}
@@ -94,7 +95,7 @@ def collect(
             fisher_type=fisher_type,
             term_scale=term_scale,
         )
-        if proves:
+        if proves and name not in record.proven:
             leaf = record.gradients[id(weights[name].tensor)]
             bias = None if form.bias is None else record.gradients[id(form.bias)]
             error = gradient_error(list(layers.values()), leaf, bias)
@@ -165,7 +166,7 @@ def _find_rows(
                 failures[name] = f"with the given examples, {SEVERAL}"
         elif len(call.output) != n or len(call.raw_input) != n:
             doubtful.append((name, call))
-        elif weighted is not None and not weighted.belong(call):
+        elif weighted is not None and not call.own_rows and not weighted.belong(call):
             doubtful.append((name, call))
     if doubtful and not outputs.ndim:
         failures |= {name: f"{SEVERAL}; return the loss of every example" for name, _ in doubtful}

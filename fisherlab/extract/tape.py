@@ -34,6 +34,8 @@ _ATTENTION = FunctionType(
 _ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
+# What lets a user put a hook on a tensor or on the node behind it.
+_HOOKS = frozenset({Tensor.register_hook, Tensor.grad_fn.__get__})
 # Kinds of products: linear maps and convolutions, embeddings, factors and terms per feature
 # (normalisations, biases that no map has, positions).
 KINDS = ("map", "embedding", "factors")
@@ -115,6 +117,8 @@ class Recorded(Call):
     output: Tensor = field(kw_only=True)
     input_version: int = field(kw_only=True)
     slopes: Slopes | None = None
+    # whether the graph keeps each row with its example
+    own_rows: bool = False
     # what arrived at the output: the loss gradient, and every column of the Fisher
     label_gradient: Tensor = field(init=False)
     gradients: Tensor = field(init=False)
@@ -132,10 +136,10 @@ class Tape(TorchFunctionMode):
         self, weights: Mapping[str, Tensor], record: Callable[[Use, Tensor], Tensor]
     ) -> None:
         super().__init__()
-        self.weights, self.record = dict(weights), record
-        self._known = {
-            id(weight): Known(name, weight, weight.dtype) for name, weight in self.weights.items()
-        }
+        self.record = record
+        self.weights: dict[str, Tensor] = {}
+        self._known: dict[int, Known] = {}
+        self.track(weights)
         # shifted, scaled and cast weights of the pass that runs, which are kept alive with it
         self._computed: dict[int, tuple[Tensor, Known]] = {}
         self._depth = 0
@@ -145,8 +149,17 @@ class Tape(TorchFunctionMode):
         self.without_graph: set[str] = set()
         # by name of a bias: the weight whose products add it
         self.added: dict[str, str] = {}
+        # whether the pass may have put a hook on a tensor or a node
+        self.hooked = False
         # by name of a weight: the bias in its block; a second one has a block of its own
         self._biases: dict[str, Tensor] = {}
+
+    def track(self, weights: Mapping[str, Tensor]) -> None:
+        """Know these weights, and none that was known before."""
+        self.weights = dict(weights)
+        self._known = {
+            id(weight): Known(name, weight, weight.dtype) for name, weight in weights.items()
+        }
 
     def __enter__(self) -> Tape:
         self._depth += 1
@@ -163,6 +176,8 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """The function's own result; its use of a weight is noted."""
         kwargs = kwargs or {}
+        if func in _HOOKS:
+            self.hooked = True
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
@@ -406,6 +421,8 @@ class Record:
         self.labels: Tensor
         # the gradients of weights and biases of that loss, by id
         self.gradients: dict[int, Tensor] = {}
+        # the weights whose gradient the graph states to be that of their calls
+        self.proven: set[str] = set()
         # whether a mask was found to fit a layer that is left out
         self.mask_fits = False
 
@@ -446,9 +463,10 @@ class Record:
         return [call for calls in self.calls.values() for call in calls]
 
     def leaves(self) -> list[Tensor]:
-        """The weights with calls and the biases that they add, each once."""
-        found = [self.tape.weights[name] for name, calls in self.calls.items() if calls]
-        found += [call.bias for call in self.every() if call.bias is not None]
+        """The weights with calls and the biases that they add, each once, if not yet proven."""
+        calls = {name: found for name, found in self.calls.items() if name not in self.proven}
+        found = [self.tape.weights[name] for name, each in calls.items() if each]
+        found += [call.bias for each in calls.values() for call in each if call.bias is not None]
         return list({id(leaf): leaf for leaf in found}.values())
 
     def keep(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

@@ -92,12 +92,40 @@ class AdditiveLaw:
             captures: by name, of each pass; gradients scaled by `factors`.
             factors: what turned each pass's `dL/ds` into the gradient of the per-example loss.
         """
-        every = list(range(len(captures)))
-        known = [
-            n for n in self.left if any(layer.name == n for c in captures for layer in c.values())
-        ]
+        every, known = list(range(len(captures))), self._known(captures)
         if len(every) == 1 or not known:
             return every
+        sums, total = self._sides(known, captures, factors)
+        share = torch.linalg.lstsq(sums, total[:, None], driver="gelsd").solution[:, 0]
+        kept = [k for k in every if float(share[k]) > 0.5]
+        unexplained, rest = ((total - sums[:, part].sum(1)).norm() for part in (every, kept))
+        # a penalty on the weights leaves a rest in both
+        return kept if kept and float(rest) < 0.5 * float(unexplained) else every
+
+    def rest(
+        self, captures: Sequence[Mapping[str, LayerCapture]], factors: Sequence[float]
+    ) -> float:
+        """The part of `.grad v` that no weighted sum of the passes explains, 0 to 1."""
+        known = self._known(captures)
+        if not known:
+            return 0.0
+        sums, total = self._sides(known, captures, factors)
+        share = torch.linalg.lstsq(sums, total[:, None], driver="gelsd").solution
+        return float((total - (sums @ share)[:, 0]).norm() / total.norm().clamp(min=1e-300))
+
+    def _known(self, captures: Sequence[Mapping[str, LayerCapture]]) -> list[str]:
+        """The layers that were captured and left a gradient."""
+        return [
+            n for n in self.left if any(layer.name == n for c in captures for layer in c.values())
+        ]
+
+    def _sides(
+        self,
+        known: Sequence[str],
+        captures: Sequence[Mapping[str, LayerCapture]],
+        factors: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        """What each pass adds to `.grad v`, a column each, and what was added in all."""
         rows, left = [], []
         for name in known:
             found = [self._of_pass(name, *pair) for pair in zip(captures, factors, strict=True)]
@@ -105,12 +133,7 @@ class AdditiveLaw:
             zero = torch.zeros(o, dtype=torch.float64, device=self.vectors[name].device)
             rows.append(torch.stack([term if len(term) else zero for term in found], 1))
             left.append(_sum(self.left[name], zero) - _sum(self.base.get(name, {}), zero))
-        sums, total = torch.cat(rows), torch.cat(left)
-        share = torch.linalg.lstsq(sums, total[:, None], driver="gelsd").solution[:, 0]
-        kept = [k for k in every if float(share[k]) > 0.5]
-        unexplained, rest = ((total - sums[:, part].sum(1)).norm() for part in (every, kept))
-        # a penalty on the weights leaves a rest in both
-        return kept if kept and float(rest) < 0.5 * float(unexplained) else every
+        return torch.cat(rows), torch.cat(left)
 
     def _of_pass(self, name: str, captured: Mapping[str, LayerCapture], factor: float) -> Tensor:
         """`sum g (a . v)` `[o]` in the scale of `.grad`; empty if the layer took no part."""

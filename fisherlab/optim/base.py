@@ -135,6 +135,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                 f"weight_decay_placement={placement!r}, or decoupled=True"
             )
         super().add_param_group(param_group)
+        if "coverage" in vars(self):
+            self.coverage.renew(self.model)
 
     def gradients(self) -> dict[str, Tensor]:
         """The `[weight | bias]` to precondition: `g`, or `g + w W` with the decay placed before."""

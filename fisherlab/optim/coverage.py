@@ -14,8 +14,8 @@ from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.blocks import Block
 from fisherlab.extract import select
 from fisherlab.extract.geometry import Convolution, Geometry
-from fisherlab.extract.select import Names, chosen, weights_of
-from fisherlab.extract.tape import Use
+from fisherlab.extract.select import Names, chosen, on_tape, weights_of
+from fisherlab.extract.tape import Tape, Use
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.watch import Watch
 from fisherlab.optim.weight import Weight
@@ -53,12 +53,13 @@ class Coverage:
         takes: Callable[[Geometry], bool] = any_geometry,
     ) -> None:
         self.groups, self._takes = groups, takes
+        self._asked = layers, skip
         self.owners = weights_of(model, computed=False)
         self._wanted = _meant(self.owners, layers, skip)
         self.weights: dict[str, Weight] = {}
         self.left_out: dict[str, str] = {}
-        # functions that use a weight in another way than by a product: the tape's own dict
-        self.others: Mapping[str, set[str]] = {}
+        # what sees the products of the weights
+        self.tape: Tape | None = None
         # shape and dtype of each matrix as it was first seen
         self._shapes: dict[str, torch.Size] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -68,6 +69,18 @@ class Coverage:
             if known is not None and takes(known.geometry):
                 self.weights[name] = known
                 self._shapes[name] = known.weight.shape
+
+    @property
+    def others(self) -> Mapping[str, set[str]]:
+        """By name: the functions that use a weight in another way than by a product."""
+        return {} if self.tape is None else self.tape.others
+
+    def renew(self, model: nn.Module) -> None:
+        """Know the weights of modules that the model was given since; their calls join them."""
+        self.owners = weights_of(model, computed=False)
+        self._wanted = _meant(self.owners, *self._asked)
+        if self.tape is not None:
+            self.tape.track(on_tape(self.owners))
 
     def where(self) -> dict[nn.Parameter, int]:
         """The group that each parameter is in."""
@@ -288,21 +301,28 @@ def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> s
 
 
 def shown(model: nn.Module, coverage: Coverage) -> Watch:
-    """A watch of the first forward pass alone, which shows the matrices that are not yet known."""
-    seen: list[bool] = []
+    """A watch of a first forward pass, which shows the matrices that are not yet known.
+
+    Another one is watched where parameters have joined: unfrozen ones, a new group.
+    """
     used: dict[str, list[Use]] = {}
+    known = -1
+
+    def trained() -> int:
+        return sum(p.requires_grad for group in coverage.groups for p in group["params"])
 
     def record(use: Use, output: Tensor) -> Tensor:
         used.setdefault(use.name, []).append(use)
         return output
 
     def end(output: Tensor | None) -> None:
-        seen.append(True)
+        nonlocal known
+        known = trained()
         for name, uses in used.items():
             if name not in watch.tape.others and all(use.kind == "map" for use in uses):
                 coverage.adopt(uses[0])
         used.clear()
 
-    watch = Watch(model, coverage.weights, lambda: not seen, lambda: None, record, end)
-    coverage.others = watch.tape.others
+    watch = Watch(model, coverage.weights, lambda: trained() != known, lambda: None, record, end)
+    coverage.tape = watch.tape
     return watch

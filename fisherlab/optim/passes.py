@@ -48,6 +48,8 @@ class Pass:
     # what arrived at the loss that the model itself returned
     own_scale: Tensor | None = None
     labels: Tensor | None = None
+    # whether a gradient came through that has a graph of its own (create_graph=True)
+    twice: bool = False
     # the tensor whose columns were sent back
     criterion_saw: Tensor | None = None
 

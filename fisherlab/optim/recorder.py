@@ -50,6 +50,10 @@ from fisherlab.optim.weight import Weight
 SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
 
 
+# The share of `.grad` that a gradient of the gradient may be before blocks are refused.
+PENALTY = 1e-3
+
+
 class Recorder:
     """Delivers `LayerCapture`s of each step's own passes.
 
@@ -112,7 +116,7 @@ class Recorder:
         self.watch = Watch(
             model, self.weights, lambda: self.wanted, self._begin, self._record, self._end
         )
-        coverage.others = self.watch.tape.others
+        coverage.tape = self.watch.tape
         self._handles: list[Any] = []
         if isinstance(criterion, nn.Module):
             hook = Hook(lambda _, *args: self._loss(*args))
@@ -194,6 +198,7 @@ class Recorder:
         def arrive(gradient: Tensor) -> None:
             self._arrived(current)
             call.arrived = True
+            current.twice |= gradient.requires_grad
             if call.waiting:
                 rows = gradient[: self.examples].detach()
                 call.raw_input = self._kept(weighed_input(call.raw_input, rows, call.behind))
@@ -343,6 +348,14 @@ class Recorder:
         found = [self._capture(*pair) for pair in zip(arrived, self.factors, strict=True)]
         if self.law is None or not found:
             return found
+        twice = [k for k, one in enumerate(arrived) if one.twice]
+        if twice and not self.columns and self.law.rest(found, self.factors) > PENALTY:
+            raise OptimizerError(
+                "the loss holds a gradient of the model (create_graph=True, as of a gradient "
+                "penalty), so what reaches the layers is no per-example gradient of the "
+                "criterion; pass fisher_type='mc' or 'exact', which take the model's own outputs; "
+                "no parameter was changed"
+            )
         kept = self.law.present(found, self.factors)
         self.factors = [self.factors[k] for k in kept]
         return [found[k] for k in kept]

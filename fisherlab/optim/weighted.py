@@ -293,7 +293,7 @@ class WeightedLayers:
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
         self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
-        coverage.others = self.watch.tape.others
+        coverage.tape = self.watch.tape
         self.scale = LossScale(criterion)
 
     def _begin(self) -> None:

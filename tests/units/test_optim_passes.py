@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherlab as fl
+from fisherlab.optim import OptimizerError
 
 CE = nn.CrossEntropyLoss()
 TYPES = pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
@@ -169,6 +170,22 @@ def test_a_small_gradient_penalty_leaves_the_blocks_as_they_are():
     opt.step()
     for name, wanted in truth(model, x, y).items():
         assert (opt.blocks()[name].dense() - wanted).norm() < 1e-7 * wanted.norm()
+
+
+def test_a_gradient_penalty_is_refused_but_for_the_models_own_columns():
+    def stepped(fisher_type):
+        model, (x, y) = net(), batch()
+        opt = optimizer(model, fisher_type=fisher_type, criterion=CE)
+        z = x.clone().requires_grad_()
+        outputs = model(z)
+        (g,) = torch.autograd.grad(outputs.logsumexp(1).sum(), z, create_graph=True)
+        (CE(outputs, y) + 0.1 * (g.norm(dim=1) - 1).square().mean()).backward()
+        opt.step()
+        return opt, truth(model, x, y, fisher_type)
+
+    with pytest.raises(OptimizerError, match="gradient penalty"):
+        stepped("empirical")
+    check(*stepped("exact"))
 
 
 @pytest.mark.parametrize("fisher_type", ["empirical", "mc", "exact"])

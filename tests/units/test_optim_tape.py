@@ -132,18 +132,29 @@ def test_an_optimizer_of_plain_matrices_says_so_once():
     assert optimizer.covered_share == 0
 
 
-def test_unfrozen_layers_get_a_block():
+@pytest.mark.parametrize("name", ["kfac", "shampoo", "tengrad"])
+def test_layers_that_join_later_get_a_block(name):
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     model[0].requires_grad_(False)
-    optimizer = trained(model, "kfac", steps=1)
-    assert list(optimizer.blocks()) == ["2"]
-    model[0].requires_grad_(True)
+    optimizer = trained(model, name, steps=1)
+    assert set(optimizer.weights) == {"2"}
     x, y = batch()
-    for _ in range(2):
+
+    def step():
         optimizer.zero_grad()
         CE(model(x), y).backward()
         optimizer.step()
-    assert set(optimizer.blocks()) == {"0", "2"}
+
+    model[0].requires_grad_(True)
+    step()
+    assert set(optimizer.weights) == {"0", "2"}
+    head = nn.Linear(3, 3)
+    model.extend([nn.Tanh(), head])
+    optimizer.add_param_group({"params": head.parameters()})
+    step()
+    assert set(optimizer.weights) == {"0", "2", "4"}
+    if name == "kfac":
+        assert set(optimizer.blocks()) == {"0", "2", "4"}
 
 
 def test_layers_and_skip_choose_the_blocks():

@@ -14,6 +14,7 @@ from fisherlab.experiments.bench.setting import Network, Row, Setting, measured
 from fisherlab.extract import capture
 
 GRAM_REACH = {"mlp": 0.85, "lenet": 2.0}
+CHECKED = ("mlp", "lenet", "resnet20")
 CAPTURE_REACH = {"empirical": 1.0, "exact": 3.4}
 
 
@@ -31,7 +32,7 @@ def grams(network: Network) -> list[Tensor]:
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Gram matrices of the MLP and LeNet, and the capture alone, by both backends."""
+    """Gram matrices of the MLP and LeNet, the capture alone by both backends, and its proof."""
     for name, reach in GRAM_REACH.items():
         network = setting.network(name)
         work = "Gram matrices"
@@ -52,6 +53,19 @@ def rows(setting: Setting) -> Iterator[Row]:
                 backend=backend,
             )
             yield Row(f"capture, {backend}", network, run, fisher_type, reach=reach)
+    for name in CHECKED:
+        network = setting.network(name)
+        for check in ("off", "full"):
+            run = partial(
+                capture,
+                network.model,
+                network.criterion,
+                network.x,
+                network.y,
+                fisher_type="empirical",
+                check=check,
+            )
+            yield Row(f"capture, check {check}", network, run, "empirical")
 
 
 def run(setting: Setting) -> list[dict[str, Any]]:
