@@ -246,10 +246,10 @@ class Eigen(Block):
         return value + self.tail.double() * rest_G * rest_A
 
     def _inner(self, other: Block) -> Tensor | None:
-        from fisherlab.blocks.kronecker import Kronecker
+        return self.inner_with_rotated(other) if isinstance(other, Eigen) else None
 
-        if not isinstance(other, Kronecker | Eigen):
-            return None
+    def inner_with_rotated(self, other: Block) -> Tensor:
+        """`<F, other>` by `other.rotated_diagonal`, for a form where that is cheap."""
         if self.confined:
             return (self.spectrum * other.rotated_diagonal(self.Q_G, self.Q_A)).sum()
         inside = self.spectrum - self.tail_G[:, None] - self.tail_A + self.tail
