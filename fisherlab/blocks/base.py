@@ -87,7 +87,7 @@ class Block(ABC):
         """`<F, U U^T>` where something already known of the columns makes it cheap, else None."""
         return None
 
-    def within(self, V: Tensor) -> Block | None:
+    def restricted_to(self, V: Tensor) -> Block | None:
         """`(I (x) V)^T F (I (x) V)`, where `F` is known to be zero beside the columns of `V`.
 
         `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: of such
@@ -238,7 +238,7 @@ class Block(ABC):
         return 0.0
 
     @property
-    def unseen(self) -> float:
+    def trace_below_rounding(self) -> float:
         """Share of the trace that may lie in eigenvalues below rounding, taken as zero."""
         return 0.0
 

@@ -102,7 +102,7 @@ class Kronecker(Block):
             A.power(exponent, damping_A, "input factor A"),
         )
 
-    def within(self, V: Tensor) -> Block | None:
+    def restricted_to(self, V: Tensor) -> Block | None:
         values, Q = self.spectra[1]
         C = coordinates(Q, V)
         return None if C is None else Kronecker(self.factors[0], Spectral(values, C))

@@ -74,7 +74,7 @@ def diagonal_share(F: Outer | DirectSum | HasColumns) -> Tensor:
 
 def _columns(F: Any) -> Columns:
     if isinstance(F, Outer):
-        return F.of
+        return F.columns
     columns = getattr(F, "columns", None)
     if isinstance(columns, Columns):
         return columns

@@ -256,11 +256,11 @@ def test_condition_by_lanczos_in_float32_is_that_of_float64(positions, monkeypat
     for dtype in (torch.float64, torch.float32):
         F = blocks.Outer(a.to(dtype), g.to(dtype))
         # with many positions the gradients are formed, and doubled as they are
-        assert (F.of.formed is None) == (positions == 1)
+        assert (F.columns.formed is None) == (positions == 1)
         damping = 1e-4 * F.trace().item() / F.size
         values.append(metrics.condition(blocks.Diagonal(F.diagonal()), F, damping))
         monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", 0)
-    assert F.of.double.dtype == torch.float64 and F.of.double is F.of.double
+    assert F.columns.double.dtype == torch.float64 and F.columns.double is F.columns.double
     near(values[1], values[0], rel=1e-4)
 
 
