@@ -432,3 +432,14 @@ def test_blocks_of_two_layers_have_no_metric():
     other = fl.KFAC()(found_and_expected("conv", "exact")[0])
     with pytest.raises(BlockError, match="have no product"):
         metrics.relative_error(other, F)
+
+
+def test_examples_own_blocks_are_known_of_exact_blocks_only():
+    F = blocks.Outer(torch.ones(3, 1, 2), torch.ones(1, 3, 1, 2))
+    for block in (
+        blocks.RowBlocks(F.a, F.g, 1.0),
+        F.power(-1, 0.1),
+        blocks.Dense(torch.eye(4), (2, 2)),
+    ):
+        with pytest.raises(TypeError, match="exact block or a capture, got"):
+            metrics.diagonal_share(block)
