@@ -116,7 +116,7 @@ class Ranks:
         """This rank's rows of a batch that every rank holds, in order and nearly equal."""
         return tensor.tensor_split(self.size)[self.index]
 
-    def rows(self, count: int) -> slice:
+    def own_examples(self, count: int) -> slice:
         """Where this rank's `count` rows lie among those of all ranks."""
         counts = self.objects(count)
         start = sum(counts[: self.index])

@@ -15,7 +15,7 @@ from torch import Tensor
 from fisherlab.blocks import BlockError, MiniBlock, RowBlocks
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.blocks.factor import Rows, within
+from fisherlab.blocks.factor import Rows, within_span
 from fisherlab.blocks.mini_block import check_blocks
 from fisherlab.extract import LayerCapture
 
@@ -142,7 +142,7 @@ def _input_rows(
     if layer.raw_output_gradients is None or not layer.few_inputs:
         return None
     columns = layer.columns
-    return Rows(combine(columns.a), scale, within(lambda: columns.input_frame, combine), weight)
+    return Rows(combine(columns.a), scale, within_span(lambda: columns.input_span, combine), weight)
 
 
 def _output_rows(
@@ -155,7 +155,9 @@ def _output_rows(
     if not layer.few_gradients:
         return None
     columns = layer.columns
-    return Rows(combine(columns.g), scale, within(lambda: columns.output_frame, combine), weight)
+    return Rows(
+        combine(columns.g), scale, within_span(lambda: columns.output_span, combine), weight
+    )
 
 
 def _same(rows: Tensor) -> Tensor:

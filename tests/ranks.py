@@ -194,7 +194,7 @@ def pieces(rank):
         "to": ranks.gather(torch.tensor([rank]), to=1),
         "broadcast": ranks.broadcast(tree if rank == 1 else None, 1),
         "owners": ranks.owners({"a": 5.0, "b": 3.0, "c": 1.0, "d": 1.0}),
-        "rows": ranks.rows(3 + rank),
+        "rows": ranks.own_examples(3 + rank),
     }
 
 

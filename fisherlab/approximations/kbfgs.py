@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,9 +40,9 @@ class OfPair(Statistic):
             )
         return self.change(layer, layer.after)
 
+    @abstractmethod
     def change(self, layer: LayerCapture, after: LayerCapture) -> Tensor:
         """The sum of both captures."""
-        raise NotImplementedError
 
 
 class OutputChange(OfPair):

@@ -1,7 +1,6 @@
 """Symmetric matrices on one layer's weight: what approximations make and metrics read."""
 
-from fisherlab.blocks.base import Block
-from fisherlab.blocks.dense import Dense
+from fisherlab.blocks.base import Block, Dense
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen

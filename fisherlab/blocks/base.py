@@ -1,11 +1,11 @@
-"""`Block`: a symmetric matrix on one layer's weight, and the slow, obviously right definitions."""
+"""`Block`: a symmetric matrix on a layer's weight, and `Dense`: its slow, right definitions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +13,20 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherlab.blocks.basis import Basis, matrix_of
+from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.contractions import per_example_chunks, slices
 from fisherlab.blocks.numerics import (
     BlockError,
     BlockTooLarge,
     check_damping,
     check_dense,
+    chosen_squares,
     dense_budget,
     eigh,
+    spectrum_power,
     symmetrise,
 )
-
-if TYPE_CHECKING:
-    from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.work import cached
 
 
 class Block(ABC):
@@ -63,8 +65,6 @@ class Block(ABC):
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         """`(F + damping I)^exponent` as a block; exponent -1 is the damped inverse."""
-        from fisherlab.blocks.dense import Dense
-
         return Dense(self.dense(), self.shape).power(exponent, damping)
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
@@ -78,8 +78,6 @@ class Block(ABC):
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         """`<D, F D>` for every per-example gradient `D = sum_t g a^T`, `[m, n]` in float64."""
-        from fisherlab.blocks.contractions import per_example_chunks
-
         result = a.new_empty(g.shape[0], g.shape[1], dtype=torch.float64)
         for part, D in per_example_chunks(a, g):
             result[:, part] = self.quadratic(D)
@@ -89,7 +87,7 @@ class Block(ABC):
         """`<F, U U^T>` where something already known of the columns makes it cheap, else None."""
         return None
 
-    def within(self, V: Tensor) -> Block | None:
+    def restricted_to(self, V: Tensor) -> Block | None:
         """`(I (x) V)^T F (I (x) V)`, where `F` is known to be zero beside the columns of `V`.
 
         `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: of such
@@ -177,8 +175,6 @@ class Block(ABC):
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`diag((Q_G (x) Q_A)^T F (Q_G (x) Q_A))`, float64 `[o', i']`."""
-        from fisherlab.blocks.contractions import slices
-
         Q_G, Q_A = matrix_of(Q_G), matrix_of(Q_A)
         result = Q_G.new_empty(Q_G.shape[1], Q_A.shape[1], dtype=torch.float64)
         for row, q in enumerate(Q_G.mT):
@@ -242,7 +238,7 @@ class Block(ABC):
         return 0.0
 
     @property
-    def unseen(self) -> float:
+    def trace_below_rounding(self) -> float:
         """Share of the trace that may lie in eigenvalues below rounding, taken as zero."""
         return 0.0
 
@@ -289,3 +285,73 @@ class Block(ABC):
     def __repr__(self) -> str:
         o, i = self.shape
         return f"{type(self).__name__}({o} x {i}, {str(self.dtype).removeprefix('torch.')})"
+
+
+class Dense(Block):
+    """`F` as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
+
+    def __init__(self, matrix: Tensor, shape: tuple[int, int]) -> None:
+        if matrix.shape != (shape[0] * shape[1],) * 2:
+            raise BlockError(
+                f"a dense block on a weight {shape} is {shape[0] * shape[1]} x "
+                f"{shape[0] * shape[1]}, got {tuple(matrix.shape)}"
+            )
+        self.matrix = symmetrise(matrix)
+        self._shape = (int(shape[0]), int(shape[1]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @cached
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        return eigh(self.matrix, "dense block")
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        return (V.reshape(-1, self.size) @ self.matrix).view(V.shape)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Block:
+        values, vectors = self._eigh
+        powers = spectrum_power(values, exponent, check_damping(damping), "dense block")
+        return Dense(vectors * powers @ vectors.mT, self.shape)
+
+    def chosen(self, other: Block) -> Tensor:
+        values, _ = self.leading(self.size)
+        return chosen_squares(self.diagonal_of(other)[None], None, values, other.trace())
+
+    def _inner(self, other: Block) -> Tensor | None:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part, rows in other.rows():
+            total += (rows.double() * self.matrix[part].double()).sum()
+        return total
+
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal().reshape(self.shape)
+
+    def squared_norm(self) -> Tensor:
+        return self.matrix.double().square().sum()
+
+    def eigenvalues(self) -> Tensor:
+        return self._eigh[0].flip(0).double()
+
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        values, vectors = self._eigh
+        k = min(k, self.size)
+        return values[-k:].flip(0).double(), vectors[:, -k:].flip(1).mT.reshape(k, *self.shape)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    @property
+    def clamped(self) -> float:
+        values = self._eigh[0].double()
+        return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))

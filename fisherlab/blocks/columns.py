@@ -261,8 +261,8 @@ class Columns:
         return once(self._rotated, key, lambda: (Q_G, Q_A, self._rotated_squares(Q_G, Q_A)))[2]
 
     def _rotated_squares(self, Q_G: Basis, Q_A: Basis) -> Tensor:
-        frame = Columns.input_frame.known(self)
-        C = coordinates(Q_A, frame[0]) if frame else None
+        span = Columns.input_span.known(self)
+        C = coordinates(Q_A, span[0]) if span else None
         Q_G, Q_A = (Q if isinstance(Q, Coordinates) else matrix_of(Q) for Q in (Q_G, Q_A))
         if C is not None and self.inside is not None:
             return self.inside.rotated_squares(Q_G, C).double()
@@ -322,26 +322,26 @@ class Columns:
     @property
     def input_space(self) -> Tensor | None:
         """Orthonormal `V` `[i, r]` whose span holds every input, where r is clearly less than i."""
-        return None if self.input_frame is None else self.input_frame[0]
+        return None if self.input_span is None else self.input_span[0]
 
     @cached
-    def input_frame(self) -> tuple[Tensor, Tensor] | None:
+    def input_span(self) -> tuple[Tensor, Tensor] | None:
         """`input_space` and the inputs in its coordinates, `a V` `[n, t, r]`."""
         # asked of the sizes first: the inputs may not be laid out
         rows = self.sizes[1] * self.positions
-        return frame(self.a) if few(rows, self.shape[1]) else None
+        return span_of(self.a) if few(rows, self.shape[1]) else None
 
     @cached
-    def output_frame(self) -> tuple[Tensor, Tensor] | None:
+    def output_span(self) -> tuple[Tensor, Tensor] | None:
         """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
-        return frame(self.g)
+        return span_of(self.g)
 
     @cached_property
     def inside(self) -> Columns | None:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
-        if self.input_frame is None:
+        if self.input_span is None:
             return None
-        return Columns(self.input_frame[1], self.g, self.room)
+        return Columns(self.input_span[1], self.g, self.room)
 
     @cached
     def input_products(self) -> Tensor:
@@ -420,7 +420,7 @@ def joined(parts: Sequence[Columns]) -> Columns:
     return Columns(torch.cat(a), torch.cat(g, 1))
 
 
-def frame(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+def span_of(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Orthonormal `V` `[d, r]` that span rows `[..., d]` clearly fewer than d, and `rows V`."""
     flat = rows.reshape(-1, rows.shape[-1])
     if not few(*flat.shape):

@@ -154,8 +154,8 @@ class DirectSum(Block):
         return _mean(shares, sums)
 
     @property
-    def unseen(self) -> float:
-        shares = [part.unseen for part in self.parts]
+    def trace_below_rounding(self) -> float:
+        shares = [part.trace_below_rounding for part in self.parts]
         if not any(shares):
             return 0.0
         return _mean(shares, [float(part.trace().abs()) for part in self.parts])

@@ -85,8 +85,8 @@ class Eigen(Block):
     `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
     basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
     `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0, and together they are `beside`. A basis that is None is
-    the side's own coordinates.
+    both complements; they default to 0, and together they are its `complement`. A basis that is
+    None is the side's own coordinates.
     """
 
     _factor_values: tuple[Tensor, Tensor] | None = None
@@ -108,7 +108,7 @@ class Eigen(Block):
                 f"shape, got {tuple(spectrum.shape)}"
             )
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
-        self.beside = Complement(
+        self.complement = Complement(
             spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G,
             spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A,
             spectrum.new_zeros(()) if tail is None else tail,
@@ -118,21 +118,21 @@ class Eigen(Block):
     @property
     def tail_G(self) -> Tensor:
         """Eigenvalues on the complement of `Q_A`, `[o']`."""
-        return self.beside.G
+        return self.complement.G
 
     @property
     def tail_A(self) -> Tensor:
         """Eigenvalues on the complement of `Q_G`, `[i']`."""
-        return self.beside.A
+        return self.complement.A
 
     @property
     def tail(self) -> Tensor:
         """The eigenvalue on both complements, 0-d."""
-        return self.beside.both
+        return self.complement.both
 
     def tensors(self) -> Iterator[Tensor]:
         yield from super().tensors()
-        yield from (self.beside.G, self.beside.A, self.beside.both)
+        yield from (self.complement.G, self.complement.A, self.complement.both)
 
     def formed_bytes(self) -> int:
         # a side in its own coordinates has no vectors
@@ -164,42 +164,42 @@ class Eigen(Block):
     @property
     def thin(self) -> bool:
         """Whether a basis spans less than its space."""
-        return self.beside.missing != (0, 0)
+        return self.complement.missing != (0, 0)
 
     @property
     def confined(self) -> bool:
         """Whether the matrix is zero outside its bases."""
-        return self.beside.zero
+        return self.complement.zero
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        return self.times(V, self.core(V))
+        return self.times(V, self.in_bases(V))
 
-    def core(self, V: Tensor) -> Tensor:
+    def in_bases(self, V: Tensor) -> Tensor:
         """`Q_G^T V Q_A`, which all blocks in this basis need of `V`."""
         return self.Q_G.mT @ (V @ self.Q_A)
 
-    def times(self, V: Tensor, core: Tensor) -> Tensor:
-        """The product with a `V` whose `core` is known."""
-        spectrum, level = self.spectrum.to(self.dtype), self.beside.level
+    def times(self, V: Tensor, rotated: Tensor) -> Tensor:
+        """The product with a `V` whose `rotated` is known."""
+        spectrum, level = self.spectrum.to(self.dtype), self.complement.level
         if self.confined:
-            return self.within_bases(spectrum * core)
+            return self.from_bases(spectrum * rotated)
         if level is not None:
             level = level.to(self.dtype)
-            inside = self.within_bases((spectrum - level) * core)
+            inside = self.from_bases((spectrum - level) * rotated)
             return inside.addcmul_(V.to(inside), level)
         tail_G, tail_A, tail = (x.to(self.dtype) for x in (self.tail_G, self.tail_A, self.tail))
         GV = self.Q_G.mT @ V
-        # core + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
-        inside = self.Q_G @ ((spectrum - tail_G[:, None] - tail_A + tail) * core)
+        # rotated + (Q_G d Q_G^T) (x) I + I (x) (Q_A d Q_A^T) + tail I, every part relative to tail
+        inside = self.Q_G @ ((spectrum - tail_G[:, None] - tail_A + tail) * rotated)
         result = inside.addcmul_(V @ self.Q_A, tail_A - tail) @ self.Q_A.mT
         return (result + self.Q_G @ ((tail_G - tail)[:, None] * GV)).addcmul_(V, tail)
 
-    def within_bases(self, core: Tensor) -> Tensor:
-        """`Q_G core Q_A^T`."""
-        return self.Q_G @ core @ self.Q_A.mT
+    def from_bases(self, rotated: Tensor) -> Tensor:
+        """`Q_G rotated Q_A^T`."""
+        return self.Q_G @ rotated @ self.Q_A.mT
 
-    def within(self, V: Tensor) -> Block | None:
+    def restricted_to(self, V: Tensor) -> Block | None:
         C = coordinates(self.Q_A, V)
         if C is None or self.tail_G.any() or self.tail.any():
             return None
@@ -215,19 +215,19 @@ class Eigen(Block):
         def powered(values: Tensor) -> Tensor:
             return spectrum_power(values, exponent, damping, name)
 
-        beside = self.beside.mapped(powered)
-        return Eigen(self.Q_G, self.Q_A, powered(self.spectrum), beside.G, beside.A, beside.both)
+        rest = self.complement.mapped(powered)
+        return Eigen(self.Q_G, self.Q_A, powered(self.spectrum), rest.G, rest.A, rest.both)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
-        core = (self.Q_G.mT @ V @ self.Q_A).double().square()
-        value = (core * self.spectrum).sum((-2, -1))
+        rotated = (self.Q_G.mT @ V @ self.Q_A).double().square()
+        value = (rotated * self.spectrum).sum((-2, -1))
         if not self.confined:
-            rows = (self.Q_G.mT @ V).double().square().sum(-1) - core.sum(-1)
-            columns = (V @ self.Q_A).double().square().sum(-2) - core.sum(-2)
-            rest = V.double().square().sum((-2, -1)) - core.sum((-2, -1))
+            rows = (self.Q_G.mT @ V).double().square().sum(-1) - rotated.sum(-1)
+            columns = (V @ self.Q_A).double().square().sum(-2) - rotated.sum(-2)
+            rest = V.double().square().sum((-2, -1)) - rotated.sum((-2, -1))
             rest = rest - rows.sum(-1) - columns.sum(-1)
-            value = value + self.beside.weighed(rows, columns, rest)
+            value = value + self.complement.weighed(rows, columns, rest)
         return value
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
@@ -246,10 +246,10 @@ class Eigen(Block):
         return value + self.tail.double() * rest_G * rest_A
 
     def _inner(self, other: Block) -> Tensor | None:
-        from fisherlab.blocks.kronecker import Kronecker
+        return self.inner_with_rotated(other) if isinstance(other, Eigen) else None
 
-        if not isinstance(other, Kronecker | Eigen):
-            return None
+    def inner_with_rotated(self, other: Block) -> Tensor:
+        """`<F, other>` by `other.rotated_diagonal`, for a form where that is cheap."""
         if self.confined:
             return (self.spectrum * other.rotated_diagonal(self.Q_G, self.Q_A)).sum()
         inside = self.spectrum - self.tail_G[:, None] - self.tail_A + self.tail
@@ -263,7 +263,7 @@ class Eigen(Block):
         return value + self.tail * other.trace()
 
     def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(self.spectrum.double()).sum() + self.beside.sum(function)
+        return function(self.spectrum.double()).sum() + self.complement.sum(function)
 
     def trace(self) -> Tensor:
         return self._sum(lambda x: x)
@@ -277,17 +277,17 @@ class Eigen(Block):
 
     def diagonal(self) -> Tensor:
         G2, A2 = self.Q_G.square(), self.Q_A.square()
-        core = G2 @ self.spectrum.to(self.dtype) @ A2.mT
+        value = G2 @ self.spectrum.to(self.dtype) @ A2.mT
         if not self.thin:
-            return core
+            return value
         rest_G, rest_A = 1 - G2.sum(1), 1 - A2.sum(1)
-        core = core + torch.outer(G2 @ self.tail_G.to(self.dtype), rest_A)
-        core = core + torch.outer(rest_G, A2 @ self.tail_A.to(self.dtype))
-        return core + self.tail.to(self.dtype) * torch.outer(rest_G, rest_A)
+        value = value + torch.outer(G2 @ self.tail_G.to(self.dtype), rest_A)
+        value = value + torch.outer(rest_G, A2 @ self.tail_A.to(self.dtype))
+        return value + self.tail.to(self.dtype) * torch.outer(rest_G, rest_A)
 
     def eigenvalues(self) -> Tensor:
         parts = [self.spectrum.double().flatten()]
-        parts += [x.double().repeat(k) for x, k in self.beside.values]
+        parts += [x.double().repeat(k) for x, k in self.complement.values]
         return torch.cat(parts).sort(descending=True).values
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
@@ -329,14 +329,14 @@ class Eigen(Block):
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()
         R_A = (self.Q_A.mT @ Q_A).double().square()
-        core = R_G.mT @ self.spectrum.double() @ R_A
+        value = R_G.mT @ self.spectrum.double() @ R_A
         if not self.thin:
-            return core
+            return value
         norm_G, norm_A = (Q.double().square().sum(0) for Q in (Q_G, Q_A))
         rest_G, rest_A = norm_G - R_G.sum(0), norm_A - R_A.sum(0)
-        core = core + torch.outer(R_G.mT @ self.tail_G.double(), rest_A)
-        core = core + torch.outer(rest_G, R_A.mT @ self.tail_A.double())
-        return core + self.tail.double() * torch.outer(rest_G, rest_A)
+        value = value + torch.outer(R_G.mT @ self.tail_G.double(), rest_A)
+        value = value + torch.outer(rest_G, R_A.mT @ self.tail_A.double())
+        return value + self.tail.double() * torch.outer(rest_G, rest_A)
 
     @property
     def clamped(self) -> float:

@@ -54,7 +54,7 @@ def energies(columns: Columns, Q_G: Basis, Q_A: Basis) -> Found:
     inside = columns.rotated_squares(Q_G, Q_A)
     found = {"spectrum": inside.to(columns.dtype)}
     thin = Q_A.shape[1] < len(Q_A) or Q_G.shape[1] < len(Q_G)
-    return found | _beside(columns, Q_G, Q_A, inside) if thin else found
+    return found | _complement(columns, Q_G, Q_A, inside) if thin else found
 
 
 def carried(spectrum: Tensor, old: Found, new: Found) -> Tensor:
@@ -72,7 +72,7 @@ def corrected(basis: Found, found: Found) -> Eigen:
     return block.of_factors(basis["l_G"], basis["l_A"])
 
 
-def _beside(columns: Columns, Q_G: Basis, Q_A: Basis, inside: Tensor) -> Found:
+def _complement(columns: Columns, Q_G: Basis, Q_A: Basis, inside: Tensor) -> Found:
     missing_A, missing_G = len(Q_A) - Q_A.shape[1], len(Q_G) - Q_G.shape[1]
     rows, cols, within = inside.sum(1), inside.sum(0), inside.sum()
     total = columns.energies.sum()

@@ -27,7 +27,7 @@ from fisherlab.blocks.work import cached, once
 # minutes (d^3) and its matrix a quarter of a GiB.
 LARGEST_FACTOR = 8192
 
-Frame = Callable[[], tuple[Tensor, Tensor] | None]
+Span = Callable[[], tuple[Tensor, Tensor] | None]
 Spectrum = tuple[Tensor, Basis]
 
 
@@ -217,7 +217,7 @@ class Diagonal(Factor):
 class Rows(Factor):
     """`S = scale X^T W X` of rows `X` `[..., d]`, clearly fewer than d.
 
-    `weight` applies the symmetric `W` to rows of any width (None: `W = I`). `frame()` returns
+    `weight` applies the symmetric `W` to rows of any width (None: `W = I`). `span()` returns
     orthonormal columns `V` `[d, r]` that span the rows, and the rows in these coordinates,
     `[..., r]`: eigenvectors are found there, by products with r features instead of d.
     """
@@ -228,14 +228,14 @@ class Rows(Factor):
         self,
         rows: Tensor,
         scale: float | Tensor,
-        frame: Frame,
+        span: Span,
         weight: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(rows.shape[-1], rows)
-        self.rows, self.scale, self.frame, self.weight = rows, scale, frame, weight
+        self.rows, self.scale, self.span, self.weight = rows, scale, span, weight
 
     def _times(self, scale: float | Tensor) -> Rows:
-        return Rows(self.rows, self.scale * scale, self.frame, self.weight)
+        return Rows(self.rows, self.scale * scale, self.span, self.weight)
 
     def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`X` and `W X`, `[r, d]` each."""
@@ -243,9 +243,9 @@ class Rows(Factor):
         return rows.reshape(-1, rows.shape[-1]), weighted.reshape(-1, rows.shape[-1])
 
     def _decompose(self, name: str) -> Spectrum:
-        frame = self.frame()
-        assert frame is not None, "a moment of few rows has a thin basis"
-        V, inside = frame
+        span = self.span()
+        assert span is not None, "a moment of few rows has a thin basis"
+        V, inside = span
         values, C = eigh(symmetric_product(*self._sides(inside)), name)
         return values * self.scale, Thin(V, C)
 
@@ -343,19 +343,19 @@ def factor_of(S: Tensor | Factor, role: str = "") -> Factor:
     return Dense(S)
 
 
-def within(frame: Frame, combine: Callable[[Tensor], Tensor]) -> Frame:
-    """The frame of rows that are linear combinations of a frame's rows.
+def within_span(span: Span, combine: Callable[[Tensor], Tensor]) -> Span:
+    """The span of rows that are linear combinations of a span's rows.
 
     Args:
-        frame: returns a basis `V` `[d, r]` and rows in its coordinates, `[..., r]`.
+        span: returns a basis `V` `[d, r]` and rows in its coordinates, `[..., r]`.
         combine: maps rows of any width to their combinations, such as means over positions.
 
     Returns:
-        A frame with the same `V` and the combined coordinates.
+        A span with the same `V` and the combined coordinates.
     """
 
     def combined() -> tuple[Tensor, Tensor] | None:
-        found = frame()
+        found = span()
         return None if found is None else (found[0], combine(found[1]))
 
     return combined

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.base import Block
+from fisherlab.blocks.base import Block, Dense
 from fisherlab.blocks.basis import Basis, coordinates
-from fisherlab.blocks.dense import Dense
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of
 from fisherlab.blocks.numerics import BlockError, check_damping, check_dense, dot, sum_of
@@ -103,7 +102,7 @@ class Kronecker(Block):
             A.power(exponent, damping_A, "input factor A"),
         )
 
-    def within(self, V: Tensor) -> Block | None:
+    def restricted_to(self, V: Tensor) -> Block | None:
         values, Q = self.spectra[1]
         C = coordinates(Q, V)
         return None if C is None else Kronecker(self.factors[0], Spectral(values, C))
@@ -114,7 +113,7 @@ class Kronecker(Block):
     def _inner(self, other: Block) -> Tensor | None:
         if isinstance(other, Kronecker):
             return dot(self.G, other.G) * dot(self.A, other.A)
-        return None
+        return other.inner_with_rotated(self) if isinstance(other, Eigen) else None
 
     def trace(self) -> Tensor:
         left, right = self.traces

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.numerics import BESIDE, BlockError, check_damping
+from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping
 from fisherlab.blocks.serialise import remembers
 
 
@@ -19,7 +19,7 @@ class LowRank(Eigen):
         # a direction without energy is anybody's
         energies = self.spectrum.double()
         sides = [energies.amax(side, keepdim=True) for side in (0, 1)]
-        floor = (BESIDE * torch.finfo(self.dtype).eps) ** 2 * energies.max()
+        floor = (RESIDUAL_EPS * torch.finfo(self.dtype).eps) ** 2 * energies.max()
         here = (sides[0] > floor) & (sides[1] > floor)
         return super().diagonal_of(other).masked_fill(~here, 0)
 

@@ -161,40 +161,40 @@ class RowBlocks(MiniBlock):
     def __init__(self, a: Tensor, g: Tensor, scale: float, columns: Columns | None = None) -> None:
         if a.shape[1] != 1:
             raise BlockError(f"RowBlocks is for one position, got {a.shape[1]}")
-        self.of = Columns(a, g) if columns is None else columns
+        self.columns = Columns(a, g) if columns is None else columns
         self.scale = scale
 
     @property
     def a(self) -> Tensor:
         """Inputs `[n, 1, i]`."""
-        return self.of.a
+        return self.columns.a
 
     @property
     def g(self) -> Tensor:
         """Output gradients `[m, n, 1, o]`."""
-        return self.of.g
+        return self.columns.g
 
     @cached
     def blocks(self) -> Tensor:
         """`[o, 1, i, i]`; raises `BlockTooLarge` past the memory budget."""
-        o, i = self.of.shape
+        o, i = self.columns.shape
         check_blocks(o, 1, i, self.dtype, self.device, "RowBlocks")
-        return self.of.grouped_moments(1, self.of.shape[1]) * self.scale
+        return self.columns.grouped_moments(1, self.columns.shape[1]) * self.scale
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.of.shape
+        return self.columns.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.of.a.dtype
+        return self.columns.a.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.of.a.device
+        return self.columns.a.device
 
-    def within(self, V: Tensor) -> Block | None:
-        inside = self.of.inside if V is self.of.input_space else None
+    def restricted_to(self, V: Tensor) -> Block | None:
+        inside = self.columns.inside if V is self.columns.input_space else None
         return None if inside is None else RowBlocks(inside.a, inside.g, self.scale, inside)
 
     def squared_norm(self) -> Tensor:
@@ -203,14 +203,14 @@ class RowBlocks(MiniBlock):
         return self.scale**2 * (w * ((a @ a.mT).square() @ w)).sum()
 
     def trace(self) -> Tensor:
-        return self.scale * self.of.energies.sum()
+        return self.scale * self.columns.energies.sum()
 
     def diagonal(self) -> Tensor:
-        return self.scale * self.of.squares
+        return self.scale * self.columns.squares
 
     def inner_with_columns(self, columns: Columns) -> Tensor | None:
         # a projection of what it is the restriction of
-        return self.squared_norm() / self.scale if columns is self.of and self.scale else None
+        return self.squared_norm() / self.scale if columns is self.columns and self.scale else None
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.a, self.g)

@@ -16,7 +16,7 @@ GRANTED = GIB // 4
 RANK_TOLERANCE = 8.0
 # Up to this many eps of its length, what a gradient has beside a space that should hold it is
 # rounding: 40 in the gradient itself, 260 where eigenvectors are rounded as well.
-BESIDE = 400.0
+RESIDUAL_EPS = 400.0
 
 
 class BlockError(ValueError):
@@ -65,7 +65,7 @@ def is_rounding(beside: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
 
     An inverse divides it by the damping, which may be smaller by far than rounding is.
     """
-    return bool((beside <= (BESIDE * torch.finfo(dtype).eps) ** 2 * square).all())
+    return bool((beside <= (RESIDUAL_EPS * torch.finfo(dtype).eps) ** 2 * square).all())
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -177,7 +177,7 @@ def chosen_squares(
     )
     if values_G is not None and values_A is not None:
         size = values_G.double().abs().sum() * values_A.double().abs().sum()
-        if size <= (BESIDE * torch.finfo(values_A.dtype).eps) ** 2 * trace:
+        if size <= (RESIDUAL_EPS * torch.finfo(values_A.dtype).eps) ** 2 * trace:
             G, A = torch.ones_like(G), torch.ones_like(A)  # beside F it is nothing but rounding
     corner = rotated[G][:, A]
     spaces = (
@@ -259,19 +259,19 @@ def gram_budget(device: torch.device) -> int:
     return max(dense_budget(device), GRANTED)
 
 
-def fits_gram(columns: int, device: torch.device, width: int | None = None) -> bool:
+def fits_gram(count: int, device: torch.device, width: int | None = None) -> bool:
     """Whether a float64 Gram matrix of so many columns stays within its budget."""
-    needed = 8 * columns * (width or columns)
+    needed = 8 * count * (width or count)
     return needed <= GRANTED or needed <= gram_budget(device)
 
 
-def check_gram(columns: int, device: torch.device, width: int | None = None) -> None:
+def check_gram(count: int, device: torch.device, width: int | None = None) -> None:
     """Refuse a Gram matrix, or gradients of `width` parameters, past the budget."""
-    if not fits_gram(columns, device, width):
-        needed, budget = 8 * columns * (width or columns), gram_budget(device)
+    if not fits_gram(count, device, width):
+        needed, budget = 8 * count * (width or count), gram_budget(device)
         what = "the Gram matrix" if width is None else f"the gradients, of {width:,} parameters,"
         raise BlockTooLarge(
-            f"{what} of {columns:,} output vectors would take {needed / GIB:.3g} GiB, over the "
+            f"{what} of {count:,} output vectors would take {needed / GIB:.3g} GiB, over the "
             f"budget of {budget / GIB:.3g} GiB; only its solves and spectrum need it: measure them "
             "on a batch, and pass the whole data set as `reference=`"
         )

@@ -41,54 +41,54 @@ DEPENDENT = 0.1
 class OfColumns(Block):
     """`F = shift I + U C U^T` over columns `U` that others hold as well, never formed."""
 
-    of: Columns
+    columns: Columns
     shift: float
 
     @property
     def a(self) -> Tensor:
         """Inputs `[n, t, i]`."""
-        return self.of.a
+        return self.columns.a
 
     @property
     def g(self) -> Tensor:
         """Output gradients `[m, n, t, o]`."""
-        return self.of.g
+        return self.columns.g
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        return self.of.shape
+        return self.columns.shape
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return self.of.dtype
+        return self.columns.dtype
 
     @cached_property
     def device(self) -> torch.device:
-        return self.of.device
+        return self.columns.device
 
     @cached_property
-    def columns(self) -> int:
+    def num_columns(self) -> int:
         """`R = m n`, the number of columns of `U`."""
-        return self.of.count
+        return self.columns.count
 
     @property
     def operations(self) -> int:
         """Multiplications in one product with a matrix."""
         m, n, t, o = self.g.shape
-        if self.of.formed is not None:
-            return 2 * self.columns * self.size
+        if self.columns.formed is not None:
+            return 2 * self.num_columns * self.size
         return 2 * n * t * o * (self.shape[1] + m)
 
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64, without the `1/M`; computed once."""
-        return self.of.gram
+        return self.columns.gram
 
     def energies(self) -> Tensor:
         """`||D[m,n]||^2`, `[m, n]` in float64."""
-        return self.of.energies
+        return self.columns.energies
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from self.of.tensors()
+        yield from self.columns.tensors()
 
     def formed_bytes(self) -> int:
         return self.size**2 * self.dtype.itemsize
@@ -101,7 +101,7 @@ class OfColumns(Block):
     def _vectors(self, W: Tensor, exact: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self.of.combine(W[:, part].mT.reshape(-1, *self.of.sizes), exact)
+            yield part, self.columns.combine(W[:, part].mT.reshape(-1, *self.columns.sizes), exact)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         base = self.shift + check_damping(damping)
@@ -113,7 +113,7 @@ class OfColumns(Block):
             )
         powers = spectrum_power(values + base, exponent, 0.0, "outer block")
         rest = 0.0 if base == 0 else base**exponent
-        return OuterSum.over(self.of, W, powers - rest, rest, True)
+        return OuterSum.over(self.columns, W, powers - rest, rest, True)
 
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for the eigenvectors `Q` of the range of `U`."""
@@ -184,7 +184,7 @@ class Outer(OfColumns):
         return block
 
     def _hold(self, columns: Columns, core: float | None, shift: float) -> None:
-        self.of, self.shift = columns, float(shift)
+        self.columns, self.shift = columns, float(shift)
         self.core = 1.0 / columns.sizes[1] if core is None else core
 
     @property
@@ -194,24 +194,24 @@ class Outer(OfColumns):
 
     @cached_property
     def _double(self) -> Outer:
-        return Outer.over(self.of.double, self.core, self.shift)
+        return Outer.over(self.columns.double, self.core, self.shift)
 
-    def within(self, V: Tensor) -> Outer | None:
-        return self._within if V is self.of.input_space else None
+    def restricted_to(self, V: Tensor) -> Outer | None:
+        return self._restricted if V is self.columns.input_space else None
 
     @cached_property
-    def _within(self) -> Outer | None:
-        inside = self.of.inside
+    def _restricted(self) -> Outer | None:
+        inside = self.columns.inside
         return None if self.shift or inside is None else Outer.over(inside, self.core)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         self.check(V)
-        product = self.core * self.of.combine(self.of.project(V))
+        product = self.core * self.columns.combine(self.columns.project(V))
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
 
     @cached
     def _range(self) -> tuple[Tensor, Tensor]:
-        values, Z = self.of.gram_eigen
+        values, Z = self.columns.gram_eigen
         rank = rank_of(values, rounding(self.dtype))
         values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
         return self.core * values, Z / values.sqrt()
@@ -219,15 +219,15 @@ class Outer(OfColumns):
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         base = self.shift + check_damping(damping)
         if exponent == 1:
-            return Outer.over(self.of, self.core, base)
-        if exponent == -1 and base > 0 and self.core > 0 and not self.of.eigen_known:
+            return Outer.over(self.columns, self.core, base)
+        if exponent == -1 and base > 0 and self.core > 0 and not self.columns.eigen_known:
             # (mu I + c U U^T)^{-1} = I/mu - U (mu/c I + K)^{-1} U^T / mu
             L = self._damped_gram(base / self.core)
             pivots = L.diagonal().square()
             if bool(pivots.min() > DEPENDENT * pivots.max()):
                 eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
                 W = torch.linalg.solve_triangular(L.mT, eye, upper=True)
-                return OuterSum.over(self.of, W, L.new_full((len(L),), -1 / base), 1 / base)
+                return OuterSum.over(self.columns, W, L.new_full((len(L),), -1 / base), 1 / base)
             # of dependent columns what U cancels would drown the rest of the inverse
         return super().power(exponent, damping)
 
@@ -244,7 +244,7 @@ class Outer(OfColumns):
             return super().solve(V, damping)
         values, W = self._range
         w = (w @ W * (values / (values + damping))) @ W.mT / self.core
-        return self.of.combine(w.reshape(*V.shape[:-2], *self.of.sizes), True).to(V.dtype)
+        return self.columns.combine(w.reshape(*V.shape[:-2], *self.columns.sizes), True).to(V.dtype)
 
     def _damped_gram(self, damping: float) -> Tensor:
         """Lower `L` with `K + damping I = L L^T`."""
@@ -260,7 +260,7 @@ class Outer(OfColumns):
         eps = torch.finfo(V.dtype).eps
         if eps**2 < torch.finfo(torch.float64).eps:
             return None
-        inner = self.of.project(V, True).flatten(-2)
+        inner = self.columns.project(V, True).flatten(-2)
         _, W = self._range
         w = inner @ W @ W.mT
         square = torch.linalg.vecdot(V.double(), V.double()).sum(-1)
@@ -269,7 +269,7 @@ class Outer(OfColumns):
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
-        value = self.core * self.of.project(V).double().square().sum((-2, -1))
+        value = self.core * self.columns.project(V).double().square().sum((-2, -1))
         return value + self.shift * _squares(V) if self.shift else value
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
@@ -285,17 +285,17 @@ class Outer(OfColumns):
             return shifted + other.shift * self._gram_trace() + self._outer_inner(other)
         if isinstance(other, Kronecker):
             eigen = Kronecker.eigen.known(other)
-            if eigen is not None and self.of.knows(eigen.Q_G, eigen.Q_A):
+            if eigen is not None and self.columns.knows(eigen.Q_G, eigen.Q_A):
                 other = eigen
         if isinstance(other, Eigen):
             return shifted + self._eigen_inner(other)
         if isinstance(other, Diagonal):
-            return shifted + self.core * dot(other.entries, self.of.squares)
-        known = other.inner_with_columns(self.of)
+            return shifted + self.core * dot(other.entries, self.columns.squares)
+        known = other.inner_with_columns(self.columns)
         if known is not None:
             return shifted + self.core * known
-        if self.of.short:
-            return shifted + self.core * other.quadratic(self.of.matrices).sum()
+        if self.columns.short:
+            return shifted + self.core * other.quadratic(self.columns.matrices).sum()
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
@@ -309,32 +309,32 @@ class Outer(OfColumns):
             return value
         rows, columns = E.sum(1), E.sum(0)
         if other.Q_A.shape[1] < self.shape[1]:
-            L = self.of.left
+            L = self.columns.left
             rows = self.core * ((L @ other.Q_G) * other.Q_G).sum(0, dtype=torch.float64)
         if other.Q_G.shape[1] < self.shape[0]:
-            R = self.of.right
+            R = self.columns.right
             columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
         rest = total - rows.sum() - columns.sum() + E.sum()
-        return value + other.beside.weighed(rows - E.sum(1), columns - E.sum(0), rest)
+        return value + other.complement.weighed(rows - E.sum(1), columns - E.sum(0), rest)
 
     def _outer_inner(self, other: Outer) -> Tensor:
         """`<c U U^T, c' U' U'^T> = c c' ||U^T U'||^2`."""
         scale = self.core * other.core
-        if shared(self.of, other.of):
+        if same_columns(self.columns, other.columns):
             if self._fits:
                 return scale * self.gram().square().sum()
-            return scale * self.of.pair_sums[0].sum()
+            return scale * self.columns.pair_sums[0].sum()
         # the larger one's examples, a workspace of the smaller's products at a time
-        few, many = sorted((self, other), key=lambda block: block.columns)
+        few, many = sorted((self, other), key=lambda block: block.num_columns)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for p in contractions.slices(len(many.a), 8 * len(many.g) * few.columns):
+        for p in contractions.slices(len(many.a), 8 * len(many.g) * few.num_columns):
             K = contractions.cross_gram(few.a, few.g, many.a[p], many.g[:, p])
             total += K.square().sum()
         return scale * total
 
     def _rotated_gradients(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         """`diag(Q^T (c U U^T) Q)`."""
-        return self.core * self.of.rotated_squares(Q_G, Q_A)
+        return self.core * self.columns.rotated_squares(Q_G, Q_A)
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         value = self._rotated_gradients(Q_G, Q_A)
@@ -348,7 +348,7 @@ class Outer(OfColumns):
 
     @property
     def _fits(self) -> bool:
-        return fits_gram(self.columns, self.device)
+        return fits_gram(self.num_columns, self.device)
 
     def squared_norm(self) -> Tensor:
         return self._squared_norm
@@ -359,7 +359,7 @@ class Outer(OfColumns):
         return self._outer_inner(self) + linear
 
     def diagonal(self) -> Tensor:
-        return self.core * self.of.squares + self.shift
+        return self.core * self.columns.squares + self.shift
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         if k not in self._leading:
@@ -375,7 +375,7 @@ class Outer(OfColumns):
         values, W = self._range
         W = W[:, values.argsort(descending=True)[:k]]
         # <U w, q> = w . U^T q: no eigenvector is formed
-        return W.mT @ self.of.project_pairs(q_G, q_A).double().flatten(1).mT
+        return W.mT @ self.columns.project_pairs(q_G, q_A).double().flatten(1).mT
 
 
 class OuterSum(OfColumns):
@@ -407,7 +407,7 @@ class OuterSum(OfColumns):
     def _hold(
         self, columns: Columns, W: Tensor, d: Tensor, shift: float, orthonormal: bool
     ) -> None:
-        self.of, self.W, self.d, self.shift = columns, W, d, float(shift)
+        self.columns, self.W, self.d, self.shift = columns, W, d, float(shift)
         self.orthonormal = orthonormal
 
     @property
@@ -416,7 +416,7 @@ class OuterSum(OfColumns):
         return symmetrise(self.W * self.d @ self.W.mT)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.of.tensors(), self.W, self.d)
+        yield from (*self.columns.tensors(), self.W, self.d)
 
     @property
     def operations(self) -> int:
@@ -431,7 +431,7 @@ class OuterSum(OfColumns):
     @cached
     def _directions(self) -> Tensor | None:
         """The `v_k`, `[r, o i]`, where they take less room than a Gram matrix."""
-        if self.size > self.columns:
+        if self.size > self.num_columns:
             return None
         parts = [vectors.flatten(1) for _, vectors in self._vectors(self.W)]
         return torch.cat(parts) if parts else self.W.new_zeros(0, self.size)
@@ -439,14 +439,16 @@ class OuterSum(OfColumns):
     def _coordinates(self, V: Tensor) -> Tensor:
         """`<v_k, V>`, `[..., r]` in float64."""
         if self._directions is None:
-            return self.of.project(V, True).flatten(-2).double() @ self.W
+            return self.columns.project(V, True).flatten(-2).double() @ self.W
         return V.flatten(-2).double() @ self._directions.mT
 
     def _combined(self, weights: Tensor) -> Tensor:
         """`sum_k w_k v_k`, `[..., r] -> [..., o, i]` in float64."""
         if self._directions is None:
             columns = weights @ self.W.mT
-            return self.of.combine(columns.reshape(*weights.shape[:-1], *self.of.sizes), True)
+            return self.columns.combine(
+                columns.reshape(*weights.shape[:-1], *self.columns.sizes), True
+            )
         return (weights @ self._directions).view(*weights.shape[:-1], *self.shape)
 
     @property
@@ -458,7 +460,7 @@ class OuterSum(OfColumns):
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.orthonormal:
             return self.d, self.W
-        values, Z = self.of.gram_eigen
+        values, Z = self.columns.gram_eigen
         rank = rank_of(values, rounding(self.dtype))
         values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
         root = (Z * values.sqrt()).mT @ self.W
@@ -469,7 +471,7 @@ class OuterSum(OfColumns):
         if exponent != 1:
             return super().power(exponent, damping)
         shift = self.shift + check_damping(damping)
-        return OuterSum.over(self.of, self.W, self.d, shift, self.orthonormal)
+        return OuterSum.over(self.columns, self.W, self.d, shift, self.orthonormal)
 
     def quadratic(self, V: Tensor) -> Tensor:
         self.check(V)
@@ -489,7 +491,7 @@ class OuterSum(OfColumns):
             for part, vectors in self._vectors(self.W):
                 total += (self.d[part] * other.quadratic(vectors.to(self.dtype))).sum()
             return value + total
-        if shared(self.of, other.of):
+        if same_columns(self.columns, other.columns):
             K = self.gram() @ self.W
         else:
             K = contractions.cross_gram(other.a, other.g, self.a, self.g) @ self.W
@@ -528,7 +530,7 @@ class OuterSum(OfColumns):
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
 
 
-def shared(one: Columns, two: Columns) -> bool:
+def same_columns(one: Columns, two: Columns) -> bool:
     """Whether they are the same columns."""
     return one is two or (one.a is two.a and one.g is two.g)
 

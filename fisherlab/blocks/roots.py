@@ -50,12 +50,12 @@ class Rooted(Sided):
         return self.L.trace().double() * self.R.trace().double()
 
     @property
-    def unseen(self) -> float:
+    def trace_below_rounding(self) -> float:
         left, right = (_unseen(side) for side in (self.L, self.R))
         return 1 - (1 - left) * (1 - right)
 
-    def within(self, V: Tensor) -> Block | None:
-        near = super().within(V)
+    def restricted_to(self, V: Tensor) -> Block | None:
+        near = super().restricted_to(V)
         if not isinstance(near, Kronecker):
             return near
         return Rooted(self.L, self.R, *near.factors)

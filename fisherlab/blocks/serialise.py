@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.base import Block
-from fisherlab.blocks.dense import Dense
+from fisherlab.blocks.base import Block, Dense
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen

@@ -39,7 +39,7 @@ from fisherlab.metrics.frobenius import Pair
 Candidate = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 
 # The share of a block's trace that rounding may hide before a row says so.
-UNSEEN = 1e-3
+TRACE_BELOW_ROUNDING = 1e-3
 
 
 class LayerMeasurement:
@@ -160,8 +160,8 @@ class LayerMeasurement:
                 built |= self._seconds(building, decomposing)
             static, reasons = self._retried(self._static, near, reference.F)
             notes = [text for text in (self.remark, *reasons) if text]
-            if X.unseen > UNSEEN:
-                notes.append(f"up to {X.unseen:.1%} of its trace {ROUNDING}")
+            if X.trace_below_rounding > TRACE_BELOW_ROUNDING:
+                notes.append(f"up to {X.trace_below_rounding:.1%} of its trace {ROUNDING}")
             common = {**empty, **built, **static}
         except BlockError as error:
             for share in dampings:
@@ -236,7 +236,7 @@ class LayerMeasurement:
         """A block in the coordinates of the inputs if it is known to be zero beside them."""
         if self.inside is None:
             return X, self.whole
-        near = self.inside.F if X is self.F else X.within(self.inside.V)
+        near = self.inside.F if X is self.F else X.restricted_to(self.inside.V)
         return (X, self.whole) if near is None else (near, self.inside)
 
     def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
@@ -329,7 +329,7 @@ def decompose(block: Block) -> None:
     """Find what an inverse needs at any damping: a product's eigenvectors, a Gram matrix."""
     if isinstance(block, Kronecker):
         _ = block.spectra
-    elif isinstance(block, Outer) and fits_gram(block.columns, block.device):
+    elif isinstance(block, Outer) and fits_gram(block.num_columns, block.device):
         block.gram()
 
 

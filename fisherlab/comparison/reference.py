@@ -20,7 +20,7 @@ class RotatedGradient:
     """A gradient in one Kronecker eigenbasis."""
 
     block: Eigen  # has the basis, and keeps it alive
-    core: Tensor
+    rotated: Tensor
     holds: bool  # whether the gradient lies in it, up to its rounding
     seconds: float
 
@@ -28,22 +28,22 @@ class RotatedGradient:
     def of(cls, block: Eigen, gradient: Tensor) -> RotatedGradient:
         """The gradient in the basis of a block, full or thin."""
         start = time.perf_counter()
-        core = block.core(gradient)
+        rotated = block.in_bases(gradient)
         holds = True
         if block.thin:
-            rest = gradient - block.within_bases(core)
+            rest = gradient - block.from_bases(rotated)
             holds = is_rounding(dot(rest, rest), dot(gradient, gradient), gradient.dtype)
-        return cls(block, core, holds, time.perf_counter() - start)
+        return cls(block, rotated, holds, time.perf_counter() - start)
 
     def product(self, P: Eigen, gradient: Tensor, damping: float) -> Tensor:
         """`P g`. What of `g` lies where `P` is 1 / damping, if it is rounding, counts as zero."""
         if not self.holds:
-            return P.times(gradient, self.core)
-        spectrum, core = P.spectrum.to(P.dtype), self.core
-        rest = core.masked_fill(spectrum * damping < 0.5, 0)
-        if is_rounding(dot(rest, rest), dot(core, core), core.dtype):
-            core = core - rest
-        return P.within_bases(spectrum * core)
+            return P.times(gradient, self.rotated)
+        spectrum, rotated = P.spectrum.to(P.dtype), self.rotated
+        rest = rotated.masked_fill(spectrum * damping < 0.5, 0)
+        if is_rounding(dot(rest, rest), dot(rotated, rotated), rotated.dtype):
+            rotated = rotated - rest
+        return P.from_bases(spectrum * rotated)
 
 
 class ExactReference:
@@ -58,14 +58,14 @@ class ExactReference:
 
     def inside(self) -> InputSpaceReference | None:
         """The same in a space that holds every input, where that has clearly fewer dimensions."""
-        V = self.F.of.input_space if isinstance(self.F, Outer) else None
-        F = None if V is None else self.F.within(V)
+        V = self.F.columns.input_space if isinstance(self.F, Outer) else None
+        F = None if V is None else self.F.restricted_to(V)
         if not isinstance(F, Outer) or V is None:
             return None
         self._inside = InputSpaceReference(F, self.gradient @ V, V)
         # what is the same in both; an inverse, which cancels, needs the Gram matrix of its own
-        Columns.energies.keep(self.F.of, F.energies())
-        Columns.gram_eigen.keep(self.F.of, F.of.gram_eigen)
+        Columns.energies.keep(self.F.columns, F.energies())
+        Columns.gram_eigen.keep(self.F.columns, F.columns.gram_eigen)
         Outer._squared_norm.keep(self.F, F.squared_norm())
         return self._inside
 
@@ -132,7 +132,7 @@ class ExactReference:
 
 
 class InputSpaceReference(ExactReference):
-    """A frame in coordinates of the inputs, along the orthonormal columns of `V` `[i, r]`."""
+    """The reference in coordinates of the inputs, along the orthonormal columns of `V` `[i, r]`."""
 
     def __init__(self, F: Outer, gradient: Tensor, V: Tensor) -> None:
         super().__init__(F, gradient)

@@ -22,7 +22,7 @@ from fisherlab.extract import capture
 from fisherlab.extract.select import check_batch
 from fisherlab.metrics import GramStudy, gram_study
 
-MOMENTS = ("start", "middle", "end")
+PHASES = ("start", "middle", "end")
 SMALL_MODEL = 50_000  # parameters
 # Of the config of a comparison, what its first lines are made of.
 ABOUT = ("mc_samples", "fisher_type_asked", "parameters", "skipped")
@@ -53,7 +53,7 @@ class Settings:
     reference: int | None = None
     dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     epochs: int = 3
-    at: tuple[str, ...] = MOMENTS
+    at: tuple[str, ...] = PHASES
     optimizer: str = "sgd"
     lr: float | None = None
     train_batch: int = 64
@@ -244,7 +244,7 @@ class Study:
 
     def _steps(self) -> list[int]:
         total = self.settings.epochs * self.task.steps_per_epoch
-        named = dict(zip(MOMENTS, (0, total // 2, total), strict=True))
+        named = dict(zip(PHASES, (0, total // 2, total), strict=True))
         steps = set()
         for word in self.settings.at:
             if word not in named and not word.isdecimal():

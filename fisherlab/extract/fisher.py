@@ -232,7 +232,7 @@ def mc_vectors(
     generator = generator or torch.Generator().manual_seed(0)
     scale = math.sqrt(terms.scale / draws)
     joint = outputs if ranks is None else ranks.gather(outputs)
-    mine = slice(None) if ranks is None else ranks.rows(len(outputs))
+    mine = slice(None) if ranks is None else ranks.own_examples(len(outputs))
     for _ in range(draws):
         labels = draw_labels(criterion, joint, generator)[mine]
         yield scale * score(criterion, outputs, labels, y)

@@ -87,7 +87,7 @@ def _cancelled(share: Tensor, X: Block, F: Block) -> bool:
     if share >= CANCELLATION.get(F.dtype, 1e-2) ** 2:
         return False
     # a row of F costs two passes over its columns, one of X at most o i (o + i)
-    columns = getattr(F, "columns", F.size)
+    columns = getattr(F, "num_columns", F.size)
     return F.size**2 * (2 * columns + sum(X.shape)) <= RECOMPUTE_BUDGET
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import DirectSum, Outer
+from fisherlab.blocks import Block, DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 
 
@@ -73,10 +73,8 @@ def diagonal_share(F: Outer | DirectSum | HasColumns) -> Tensor:
 
 
 def _columns(F: Any) -> Columns:
-    if isinstance(F, Outer):
-        return F.of
     columns = getattr(F, "columns", None)
-    if isinstance(columns, Columns):
+    if isinstance(columns, Columns) and (isinstance(F, Outer) or not isinstance(F, Block)):
         return columns
     raise TypeError(f"the examples' own blocks are known of an exact block or a capture, got {F!r}")
 

@@ -205,12 +205,12 @@ def _side_by_side(vectors: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
 
 def _of_one_level(block: Block) -> TypeGuard[Eigen]:
     """Whether there is one eigenvalue beside its bases at most."""
-    return isinstance(block, Eigen) and block.beside.level is not None
+    return isinstance(block, Eigen) and block.complement.level is not None
 
 
 def _level(block: Eigen) -> Tensor:
-    assert block.beside.level is not None, "asked of blocks of one level"
-    return block.beside.level
+    assert block.complement.level is not None, "asked of blocks of one level"
+    return block.complement.level
 
 
 def _padded(matrices: Sequence[Tensor]) -> Tensor:

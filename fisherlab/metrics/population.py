@@ -141,7 +141,7 @@ def _pair_sums(reference: Block) -> tuple[Tensor, Tensor]:
 
     In tiles of examples, once for all approximations: no `[R, R]` of a whole data set.
     """
-    rows, own = zip(*(part.of.pair_sums for part in _columns(reference)), strict=True)
+    rows, own = zip(*(part.columns.pair_sums for part in _columns(reference)), strict=True)
     return torch.stack(rows).sum(0), torch.stack(own).sum(0)
 
 

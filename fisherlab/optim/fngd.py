@@ -83,7 +83,7 @@ class FNGD(Woodbury):
             self._taken[weight.name][-1].indices = self._indices
             return found
         n, device = len(calls[0][1]), calls[0][1].device
-        mine = slice(None) if self.ranks is None else self.ranks.rows(n)
+        mine = slice(None) if self.ranks is None else self.ranks.own_examples(n)
         every = self._shared(weight, n if self.ranks is None else self.ranks.size * n).to(device)
         self._take(weight, Taken(weight, calls, every[:, mine], factor, every))
         return every[:, mine], None

@@ -177,11 +177,13 @@ def joint_step(
     ]
     M = 1 / float(parts[0][0].core)
     K = torch.stack([F.gram() / damping for F, _, damping in parts]).sum(0)
-    products = torch.stack([F.of.project(g).double() / damping for F, g, damping in parts]).sum(0)
+    products = torch.stack(
+        [F.columns.project(g).double() / damping for F, g, damping in parts]
+    ).sum(0)
     eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
     factor = cholesky(K + M * eye, "joint Gram matrix")
     c = torch.cholesky_solve(products.reshape(-1, 1), factor).view_as(products)
-    steps = iter([(g - F.of.combine(c).to(g)) / damping for F, g, damping in parts])
+    steps = iter([(g - F.columns.combine(c).to(g)) / damping for F, g, damping in parts])
     return {name: torch.cat([next(steps) for _ in _parts(b)]) for name, b in blocks.items()}
 
 

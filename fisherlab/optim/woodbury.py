@@ -116,7 +116,7 @@ class Woodbury(CurvatureOptimizer):
         if self.ranks is None:
             return calls, slice(None)
         check_ranks(self.ranks, [factor])
-        mine = self.ranks.rows(len(calls[0][1]))
+        mine = self.ranks.own_examples(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
     def solve(self, weight: Weight, columns: list[Columns]) -> tuple[Tensor, tuple[float, float]]:
@@ -230,7 +230,7 @@ class GramBlock(Outer):
     """The exact block of columns whose Gram matrix is wanted in any case."""
 
     def __init__(self, columns: Columns) -> None:
-        self.of, self.core, self.shift = columns, 1.0 / columns.count, 0.0
+        self.columns, self.core, self.shift = columns, 1.0 / columns.count, 0.0
 
     def trace(self) -> Tensor:
         return self.core * self.gram().trace()

@@ -81,10 +81,11 @@ class Tried:
         near(block.dense(), self.dense(), self.layer.dtype)
 
     def chunks(self) -> None:
-        """Parts of the batch, the batch under a memory budget, parts captured apart."""
+        """Parts of the batch, the batch under a memory budget, parts captured apart, it twice."""
         assert isinstance(self.method, Approximation)
         whole, parts = self.dense(), parts_of(self.found, self.layer)
         near(self.method(*parts).dense(), whole, whole.dtype)
+        near(self.method(self.layer, self.layer).dense(), whole, whole.dtype)
         budget = self.layer.positions * sum(self.layer.shape) * self.layer.dtype.itemsize
         near(Memo([self.layer], budget).block(self.method).dense(), whole, whole.dtype)
         n = len(self.found.x)

@@ -64,8 +64,13 @@ def normal(name):
 
 
 def module_imports(path):
-    """The dotted names of fisherlab that a module imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """The dotted names that a module imports, wherever in the file."""
+    yield from imported(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported(tree):
+    """The dotted names that a syntax tree imports."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -187,3 +192,42 @@ def test_the_import_rule_sees_what_it_forbids(tmp_path):
     )
     parts = {part(dotted) for dotted in module_imports(module)}
     assert parts == {"optim", "cli", "comparison", "approximations"}
+
+
+def module_graph():
+    """The modules of the package, and the modules that each imports when it runs, late or not.
+
+    The package itself, and imports for annotations alone, do not count.
+    """
+    paths = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in PACKAGE.rglob("*.py")
+    }
+    del paths["fisherlab"]
+    graph = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        named = [m for m in imported(tree) if m.startswith("fisherlab.")]
+        graph[name] = {m if m in paths else m.rpartition(".")[0] for m in named} & set(paths)
+    return graph
+
+
+def circles(graph):
+    """The modules that import one another, or a module that does."""
+    graph = {name: set(there) for name, there in graph.items()}
+    while free := [name for name, there in graph.items() if not there & set(graph)]:
+        for name in free:
+            del graph[name]
+    return graph
+
+
+def test_no_modules_import_one_another():
+    assert not circles(module_graph())
+
+
+def test_the_search_for_circles_finds_one():
+    found = circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()})
+    assert set(found) == {"a", "b", "c"}

@@ -41,7 +41,7 @@ def test_tiles_are_the_upper_triangle_of_the_gram_matrix(small):
     m, n = 2, 11
     K = contractions.gram(block.a, block.g).view(m, n, m, n)
     seen = torch.zeros(n, n)
-    for p, q, tile in block.of.gram_tiles():
+    for p, q, tile in block.columns.gram_tiles():
         assert tile.numel() <= 81
         torch.testing.assert_close(tile, K[:, p][..., q], rtol=1e-12, atol=1e-12)
         seen[p, q] += 1
@@ -54,7 +54,7 @@ def test_tiles_are_the_upper_triangle_of_the_gram_matrix(small):
 def test_pair_sums_in_tiles_are_those_of_dense_blocks(small, n):
     block = Outer(*columns(n))
     pairs = dense_pairs(block)
-    rows, own = block.of.pair_sums
+    rows, own = block.columns.pair_sums
     torch.testing.assert_close(rows, pairs.sum(1), rtol=1e-12, atol=0)
     torch.testing.assert_close(own, pairs.diagonal(), rtol=1e-12, atol=0)
 
@@ -104,7 +104,7 @@ def test_diagonal_share_is_the_share_of_the_squared_norm(small, grouped):
 
 def test_norms_and_products_past_the_budget_of_a_gram_matrix(small):
     F, G = Outer(*columns(12)), Outer(*columns(15, seed=3), shift=0.5)
-    assert F.columns**2 > 81
+    assert F.num_columns**2 > 81
     torch.testing.assert_close(F.squared_norm(), dense_mean(F).square().sum(), rtol=1e-12, atol=0)
     shifted = dense_mean(G) + 0.5 * torch.eye(G.size, dtype=torch.float64)
     torch.testing.assert_close(G.squared_norm(), shifted.square().sum(), rtol=1e-12, atol=0)

@@ -190,7 +190,7 @@ def test_laws_of_an_outer_block_of_any_shape(case, law):
         # ill-conditioned beyond what the tolerance covers, yet not singular
         if 1e-9 < values[0] / values[-1] < 1e-3:
             return
-    if law == "scalars" and block.shift == 0 and len(matrix) <= block.columns:
+    if law == "scalars" and block.shift == 0 and len(matrix) <= block.num_columns:
         return  # log det of a nearly singular matrix
     LAWS[law](block, matrix, block.dtype)
 
@@ -429,7 +429,7 @@ def test_an_inverse_of_dependent_columns_keeps_its_digits(generator: torch.Gener
     F = blocks.Outer(a, g)
     damping = 1e-8 * F.trace().item() / F.size
     D = F.dense() + damping * torch.eye(F.size, dtype=torch.float64)
-    inside = F.of.combine(torch.randn(4, 6, generator=generator, dtype=torch.float64))
+    inside = F.columns.combine(torch.randn(4, 6, generator=generator, dtype=torch.float64))
     anything = torch.randn(30, 8, generator=generator, dtype=torch.float64)
     for V in (inside, anything, torch.stack([inside, anything])):
         expected = torch.linalg.solve(D, V.reshape(-1, F.size).mT).mT.view_as(V)

@@ -232,7 +232,9 @@ MUTATIONS = {
     "fisher_is_expected_outer_product": wrap(fisher, "exact_vectors", longer),
     "empirical_fisher_is_fisher": put(foundations.Empirical, "fisher_type", "exact"),
     "fisher_is_minus_expected_hessian": wrap(
-        exact.Exact, "of_batch", lambda f: lambda self, layers: Outer.over(f(self, layers).of, 1.0)
+        exact.Exact,
+        "of_batch",
+        lambda f: lambda self, layers: Outer.over(f(self, layers).columns, 1.0),
     ),
     "fisher_is_hessian_of_kl": wrap(Outer, "__matmul__", times_positions),
     "fisher_is_gauss_newton": wrap(fisher, "exact_vectors", longer),

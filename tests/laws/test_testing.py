@@ -182,6 +182,13 @@ class Negative(Neuron):
         return Diagonal(super().block(mean, shape).entries - 1.0)
 
 
+class Counting(Neuron):
+    """A block that grows with the number of examples."""
+
+    def block(self, mean, shape):
+        return Diagonal(super().block(mean, shape).entries * mean.count)
+
+
 class Doubling(Neuron):
     """In float32 alone."""
 
@@ -228,6 +235,7 @@ def test_right_methods_pass():
         (Doubling(), "float32 is float64 rounded"),
         (Undamped(), "a damped inverse"),
         (OfBatch(), "parts of a batch are the batch"),
+        (Counting(), "parts of a batch are the batch"),
         (fl.KFAC(A=WrongRows()), "parts of a batch are the batch"),
         (fl.KFAC(A=RidgeOnce()), "parts of a batch are the batch"),
     ],

@@ -184,7 +184,7 @@ def test_roots_of_shampoo_run_on_below_the_bound_of_rounding():
         X = shampoo_of(columns)
         traces.append(X.trace().item())
         steps.append(X.power(-1, 1e-7 * traces[0]) @ columns.combine(torch.ones(1, 400)))
-        assert X.unseen < 1e-3
+        assert X.trace_below_rounding < 1e-3
     assert traces[1] == pytest.approx(traces[0], rel=1e-4)
     assert torch.cosine_similarity(*(s.double().flatten() for s in steps), 0) > 0.99
     # a spectrum that breaks off: what is left is rounding, and is cut

@@ -149,10 +149,10 @@ def test_clamped_counts_the_tails_of_a_thin_basis():
 
 def test_what_rounding_may_hide_of_groups_is_a_share_of_the_whole():
     class Half(blocks.Diagonal):
-        unseen = 0.5
+        trace_below_rounding = 0.5
 
     parts = [Half(torch.ones(2, 3).double()), blocks.Diagonal(9 * torch.ones(2, 3).double())]
-    assert blocks.DirectSum(parts).unseen == pytest.approx(0.05)
+    assert blocks.DirectSum(parts).trace_below_rounding == pytest.approx(0.05)
 
 
 def test_the_diagonal_share_does_not_depend_on_the_root_of_the_hessian():

@@ -500,7 +500,7 @@ def test_directions_of_a_wide_layer_in_float32_are_those_of_float64(grouped, fis
 
 def test_a_table_says_where_its_numbers_need_more_digits():
     class Blurred(blocks.Diagonal):
-        unseen = 0.25
+        trace_below_rounding = 0.25
 
     makers = {"blurred": lambda layer: Blurred(torch.ones(layer.shape).to(layer.dtype))}
     table = compared(approximations=makers | {"kfac": fl.KFAC()})

@@ -256,11 +256,11 @@ def test_condition_by_lanczos_in_float32_is_that_of_float64(positions, monkeypat
     for dtype in (torch.float64, torch.float32):
         F = blocks.Outer(a.to(dtype), g.to(dtype))
         # with many positions the gradients are formed, and doubled as they are
-        assert (F.of.formed is None) == (positions == 1)
+        assert (F.columns.formed is None) == (positions == 1)
         damping = 1e-4 * F.trace().item() / F.size
         values.append(metrics.condition(blocks.Diagonal(F.diagonal()), F, damping))
         monkeypatch.setattr(metrics.invariant, "DENSE_SIZE", 0)
-    assert F.of.double.dtype == torch.float64 and F.of.double is F.of.double
+    assert F.columns.double.dtype == torch.float64 and F.columns.double is F.columns.double
     near(values[1], values[0], rel=1e-4)
 
 
@@ -432,3 +432,14 @@ def test_blocks_of_two_layers_have_no_metric():
     other = fl.KFAC()(found_and_expected("conv", "exact")[0])
     with pytest.raises(BlockError, match="have no product"):
         metrics.relative_error(other, F)
+
+
+def test_examples_own_blocks_are_known_of_exact_blocks_only():
+    F = blocks.Outer(torch.ones(3, 1, 2), torch.ones(1, 3, 1, 2))
+    for block in (
+        blocks.RowBlocks(F.a, F.g, 1.0),
+        F.power(-1, 0.1),
+        blocks.Dense(torch.eye(4), (2, 2)),
+    ):
+        with pytest.raises(TypeError, match="exact block or a capture, got"):
+            metrics.diagonal_share(block)

@@ -78,7 +78,7 @@ def test_mc_distances_are_those_of_the_first_draws(conv_net):
     curve = metrics.mc_convergence(mc, exact)
     F = exact.dense()
     for s in (1, 4, 6):
-        D = mc.of.a.new_tensor(0) + torch.einsum("mnto,nti->mnoi", mc.g[:s], mc.a).flatten(2)
+        D = mc.columns.a.new_tensor(0) + torch.einsum("mnto,nti->mnoi", mc.g[:s], mc.a).flatten(2)
         # columns of 6 draws carry 1/sqrt(6); the first s are a capture of s draws
         first = (D.flatten(0, 1).mT @ D.flatten(0, 1)) / 7 * 6 / s
         torch.testing.assert_close(curve.errors[s - 1], (first - F).norm() / F.norm())

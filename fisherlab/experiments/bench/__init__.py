@@ -5,4 +5,6 @@ machine     what the machine can do, and what a call asks of it
 setting     the networks and the batch; a row of the table, and the loop that fills it
 peers       BackPACK, curvlinops, opacus, NNGeometry, torch.func, where they are installed
 capture, build, compare, optim, scaling       one part of `fisherlab bench` each
+
+A part of the package, so that `fisherlab bench` runs from an installed wheel.
 """

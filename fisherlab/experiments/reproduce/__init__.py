@@ -9,8 +9,9 @@ from fisherlab.experiments.reproduce.plan import (
     check_scale,
     cost,
     in_words,
+    settings_of,
 )
-from fisherlab.experiments.reproduce.runs import Listener, announcement, reproduce, settings_of
+from fisherlab.experiments.reproduce.runs import Listener, announcement, reproduce
 
 __all__ = [
     "ITEMS",

@@ -14,7 +14,7 @@ from fisherlab.experiments.report import Picture, Section, Table, sections
 from fisherlab.experiments.reproduce import outcome
 from fisherlab.experiments.reproduce.catalogue import items
 from fisherlab.experiments.reproduce.item import SCALES
-from fisherlab.experiments.reproduce.runs import settings_of
+from fisherlab.experiments.reproduce.plan import settings_of
 from fisherlab.experiments.rundir import RunDir
 
 MEANING = {

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from fisherlab import datasets
 from fisherlab.experiments.reproduce.item import SCALES, Arm, Cell, Experiment, Item, Size
 from fisherlab.experiments.training import Entry, Settings
 from fisherlab.names import unknown
+from fisherlab.optim.presets import PAPER
 
 # Share of the epochs, and of the training examples held out, when learning rates are chosen.
 SEARCH_EPOCHS, HELD_OUT = 0.2, 0.1
@@ -255,3 +258,35 @@ def in_words(seconds: float) -> str:
             amount = seconds / size
             return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def settings_of(item: Item, scale: str) -> pd.DataFrame:
+    """Every setting of an item with its source: what is stated, and what had to be inferred."""
+    experiment = item.experiment
+    if experiment is None:
+        return pd.DataFrame(columns=["of", "setting", "value", "source", "where or why"])
+    cells, arms = experiment.chosen(scale, item.cells)
+    given = [("all", name, value) for name, value in experiment.settings.items()]
+    for cell in cells:
+        given += [(cell.name, "data", cell.data), (cell.name, "model", cell.model)]
+        given += [(cell.name, name, value) for name, value in cell.settings.items()]
+    for arm in arms:
+        given += [(arm.label, "lr", arm.lr)]
+        preset = PAPER.get(arm.name, {}) if arm.preset == "paper" else {}
+        options = {**preset, **arm.options}
+        given += [(arm.label, name, options[name]) for name in options if name != "lr"]
+        for name in ("epochs", "switch_epoch"):
+            if (value := getattr(arm, name)) is not None:
+                given.append((arm.label, name, value))
+    return pd.DataFrame(
+        [
+            {
+                "of": of,
+                "setting": name,
+                "value": str(g.value),
+                "source": g.source,
+                "where or why": g.why,
+            }
+            for of, name, g in given
+        ]
+    )

@@ -12,7 +12,7 @@ import pandas as pd
 
 from fisherlab import plots
 from fisherlab.experiments import checkpoint, training
-from fisherlab.experiments.reproduce import outcome
+from fisherlab.experiments.reproduce import outcome, page
 from fisherlab.experiments.reproduce.catalogue import items
 from fisherlab.experiments.reproduce.item import Experiment, Item
 from fisherlab.experiments.reproduce.outcome import CANNOT, Outcome
@@ -23,10 +23,10 @@ from fisherlab.experiments.reproduce.plan import (
     in_words,
     planned,
     searches,
+    settings_of,
 )
 from fisherlab.experiments.rundir import RunDir
 from fisherlab.experiments.training.results import Results
-from fisherlab.optim.presets import PAPER
 
 
 class Listener:
@@ -71,8 +71,6 @@ def reproduce(
         ReproduceError: The paper, the item or the scale is unknown.
     """
     check_scale(scale)
-    from fisherlab.experiments.reproduce import page
-
     out, listener = Path(out), listener or Listener()
     found = []
     for one in items(paper, item):
@@ -188,38 +186,6 @@ def _written(item: Item, scale: str, out: Path, found: Outcome) -> dict[str, Any
     checkpoint.write(stem.with_suffix(".md"), markdown(item, scale, found))
     checkpoint.write(stem.with_suffix(".json"), json.dumps(row, indent=2) + "\n")
     return row
-
-
-def settings_of(item: Item, scale: str) -> pd.DataFrame:
-    """Every setting of an item with its source: what is stated, and what had to be inferred."""
-    experiment = item.experiment
-    if experiment is None:
-        return pd.DataFrame(columns=["of", "setting", "value", "source", "where or why"])
-    cells, arms = experiment.chosen(scale, item.cells)
-    given = [("all", name, value) for name, value in experiment.settings.items()]
-    for cell in cells:
-        given += [(cell.name, "data", cell.data), (cell.name, "model", cell.model)]
-        given += [(cell.name, name, value) for name, value in cell.settings.items()]
-    for arm in arms:
-        given += [(arm.label, "lr", arm.lr)]
-        preset = PAPER.get(arm.name, {}) if arm.preset == "paper" else {}
-        options = {**preset, **arm.options}
-        given += [(arm.label, name, options[name]) for name in options if name != "lr"]
-        for name in ("epochs", "switch_epoch"):
-            if (value := getattr(arm, name)) is not None:
-                given.append((arm.label, name, value))
-    return pd.DataFrame(
-        [
-            {
-                "of": of,
-                "setting": name,
-                "value": str(g.value),
-                "source": g.source,
-                "where or why": g.why,
-            }
-            for of, name, g in given
-        ]
-    )
 
 
 def markdown(item: Item, scale: str, found: Outcome) -> str:
