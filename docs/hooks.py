@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import latex2mathml.converter
 import nbformat
 from mkdocs.structure.files import File, Files
@@ -46,10 +49,63 @@ def on_files(files: Files, config: Any) -> Files:
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
         gallery.append(f"\n* [{title}]({path.stem}.md)")
     add(files, config, "notebooks/index.md", "\n".join(gallery) + "\n")
+    add(files, config, "glossary.md", glossary())
+    add(files, config, "cli.md", command_line())
     for name, subject in PACKAGES.items():
         page = f"# fisherlab.{name}\n\n{subject}.\n\n::: fisherlab.{name}\n"
         add(files, config, f"api/{name}.md", page)
     return files
+
+
+def glossary() -> str:
+    """The columns of a comparison, from the table that its report shows as well."""
+    from fisherlab.experiments.columns import MEANING
+
+    rows = [
+        f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in MEANING.items()
+    ]
+    head = ["# Glossary of columns", "", "What `table.frame` and every comparison file hold."]
+    return "\n".join([*head, "", "| column | means |", "| --- | --- |", *rows, ""])
+
+
+def command_line() -> str:
+    """Every command with its arguments and options, as the program itself knows them."""
+    import typer
+
+    from fisherlab.cli import app
+
+    parts = [
+        "# Command line",
+        "",
+        "Every command ends with 0, 1 (a verdict), 2 (bad input) or 130.",
+    ]
+    root = typer.main.get_command(app)
+    for name, command in sorted(commands_of(root)):
+        parts += ["", f"## fisherlab {name}", "", inspect.cleandoc(command.help or "")]
+        rows = [
+            f"| `{' '.join((*p.opts, *p.secondary_opts))}` | {cell(getattr(p, 'help', ''))} |"
+            for p in command.params
+            if p.name != "help"
+        ]
+        if rows:
+            parts += ["", "| argument or option | means |", "| --- | --- |", *rows]
+    return "\n".join([*parts, ""])
+
+
+def commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command below a group, by its full name."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from commands_of(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def cell(text: str | None) -> str:
+    """A text as one cell of a table."""
+    return " ".join((text or "").split()).replace("|", "\\|")
 
 
 def add(files: Files, config: Any, where: str, content: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""Approximations of a Fisher block, slow and dense, from the formulas of methods.md 3 alone.
+"""Approximations of a Fisher block, slow and dense, from docs/explain/methods.md 3 alone.
 
 `Pairs` are what a layer sees, by autograd for one example at a time; every reference is a function
 of them and returns the `[o i, o i]` matrix. Nothing here calls FisherLab.

@@ -1,12 +1,12 @@
 """Damping: *where* it enters a block, and *how much* of it there is.
 
-Where (`methods.md` 5):
+Where:
 
     tikhonov     (F + lambda I)^p
     factored     (G + sqrt(lambda)/pi I)^p (x) (A + pi sqrt(lambda) I)^p  Martens & Grosse 2015, 6.3
     factorwise   (G + lambda I)^p (x) (A + lambda I)^p                        ANG (8)
     eigenvalue   the products of the factors' eigenvalues, each + lambda: for a Kronecker product
-                 the same matrix as tikhonov, named as FNGD VI and [21] run KFAC
+                 the same matrix as tikhonov, named as FNGD VI runs KFAC
 
 How much: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
 """

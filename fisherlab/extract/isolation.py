@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -19,6 +20,28 @@ _ISOLATED: ContextVar[bool] = ContextVar("isolated", default=False)
 def is_isolated() -> bool:
     """Whether the current pass is one of a capture, not one of the user's training."""
     return _ISOLATED.get()
+
+
+# The models whose graphs a pass of FisherLab's own runs through, and how many do. A variable of the
+# context would not do: on an accelerator autograd calls hooks from threads of its own.
+_SENT_THROUGH: Counter[int] = Counter()
+
+
+@contextmanager
+def own_pass(model: nn.Module | None) -> Iterator[None]:
+    """Vectors of FisherLab's own go back through a live graph of the model: no hook counts them."""
+    _SENT_THROUGH[id(model)] += 1
+    try:
+        yield
+    finally:
+        _SENT_THROUGH[id(model)] -= 1
+        if not _SENT_THROUGH[id(model)]:
+            del _SENT_THROUGH[id(model)]
+
+
+def in_own_pass(model: nn.Module | None) -> bool:
+    """Whether what arrives in a graph of the model is not the gradient of the user's loss."""
+    return id(model) in _SENT_THROUGH
 
 
 @contextmanager

@@ -330,7 +330,7 @@ def _spread(input: Tensor, *sizes: Any) -> Product | None:
     """A parameter of one row that every example gets: a class token."""
     given = sizes[0] if len(sizes) == 1 else sizes
     wide = tuple(given.shape if isinstance(given, Tensor) else given)
-    one_row = input.ndim == 1 or (input.ndim == len(wide) and input.shape[0] == 1)
+    one_row = input.ndim == 1 or (input.ndim == len(wide) > 0 and input.shape[0] == 1)
     if not one_row or len(wide) < 2 or wide[0] in (1, -1):
         return None
     own = (1,) * (len(wide) - input.ndim) + input.shape

@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.products import PRODUCTS, Product, added, affine_of
@@ -170,6 +175,17 @@ class Tape(TorchFunctionMode):
         self._depth -= 1
         if not self._depth:
             self._computed.clear()
+
+    def leave(self) -> None:
+        """Leave the tape wherever it stands: a later one may have been entered over it."""
+        above: list[TorchFunctionMode] = []
+        while self in _get_current_function_mode_stack():
+            above.append(_pop_mode())
+        for mode in reversed(above):
+            if mode is not self:
+                _push_mode(mode)
+        self._depth = 0
+        self._computed.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None

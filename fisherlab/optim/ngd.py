@@ -31,7 +31,7 @@ class NGD(CurvatureOptimizer):
     """`W <- W - lr (F + lambda I)^{-1} dW` with the exact Fisher matrix of the batch.
 
     `scope="joint"`: `F` over all layers together; its Gram matrix is the sum of the layers', so the
-    step is one `R x R` solve at any number of parameters (methods 2). With one lambda per layer,
+    step is one `R x R` solve at any number of parameters. With one lambda per layer,
     as a relative damping rule gives,
 
         d_l = (g_l - U_l c) / lambda_l,

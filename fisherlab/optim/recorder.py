@@ -29,7 +29,7 @@ from fisherlab.extract.assemble import Form, capture_of, pieces
 from fisherlab.extract.backward import pulled_back, widened
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.dead import seen_at, stopping
-from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.isolation import in_own_pass, is_isolated, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.padding import counted, weighed_input
@@ -196,6 +196,8 @@ class Recorder:
         current.calls.setdefault(use.name, []).append(call)
 
         def arrive(gradient: Tensor) -> None:
+            if self._is_own():
+                return
             self._arrived(current)
             call.arrived = True
             current.twice |= gradient.requires_grad
@@ -226,6 +228,8 @@ class Recorder:
         current.output = output.detach()
 
         def arrive(gradient: Tensor) -> None:
+            if self._is_own():
+                return
             self._arrived(current)
             current.output_gradient = _plus(current.output_gradient, gradient)
 
@@ -233,10 +237,20 @@ class Recorder:
         if self.watch.loss is not None:
 
             def arrive_own(gradient: Tensor) -> None:
+                if self._is_own():
+                    return
                 current.own_scale = _plus(current.own_scale, gradient)
 
             self.watch.loss.register_hook(arrive_own)
         self._latest = weakref.ref(current)
+        with own_pass(self.watch.model()):
+            self._ask(current, output)
+
+    def _is_own(self) -> bool:
+        return in_own_pass(self.watch.model())
+
+    def _ask(self, current: Pass, output: Tensor) -> None:
+        """Send what must be known of the pass back through its graph."""
         if self._proves:
             self._prove(current, output)
         elif self.summed:
@@ -298,8 +312,6 @@ class Recorder:
                 if gradient is None:
                     gradient = output.new_zeros(call.shape)
                 call.columns.append(gradient[: self.examples].detach())
-        # the hooks on the output tensors have seen these columns too: only the loss's own count
-        self._forget_gradients(current)
 
     def _loss(
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
@@ -314,6 +326,8 @@ class Recorder:
         current.labels = labels.detach() if isinstance(labels, Tensor) else None
 
         def arrive(gradient: Tensor) -> None:
+            if self._is_own():
+                return
             current.loss_scale = _plus(current.loss_scale, gradient)
 
         loss.register_hook(arrive)
@@ -337,7 +351,8 @@ class Recorder:
                     "the empirical Fisher only"
                 )
             current.criterion_saw = saw
-            self._send_columns(current, saw, current.labels)
+            with own_pass(self.watch.model()):
+                self._send_columns(current, saw, current.labels)
 
     # what the passes delivered ------------------------------------------------------------------
 
@@ -381,8 +396,6 @@ class Recorder:
         if fresh:
             self._proven |= fresh
             self._find_products(current, output, fresh - set(self.left_out))
-        if doubtful or fresh:
-            self._forget_gradients(current)
 
     @reentrant_named(OptimizerError)
     def _count_positions(self, current: Pass, output: Tensor) -> None:
@@ -409,7 +422,6 @@ class Recorder:
             if why:
                 new[name] = why
         self.coverage.leave_out(new)
-        self._forget_gradients(current)
 
     def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
         n, calls = len(output), [call for _, call in doubtful]
@@ -510,14 +522,6 @@ class Recorder:
                 f"SNGD has no block of these layers, which take their plain gradients: {named}",
                 stacklevel=2,
             )
-
-    def _forget_gradients(self, current: Pass) -> None:
-        """Undo what the hooks saw of a backward pass that is not the loss's own."""
-        for calls in current.calls.values():
-            for call in calls:
-                call.gradient, call.arrived = None, False
-        current.output_gradient = current.own_scale = None
-        self.passes = [known for known in self.passes if known is not current]
 
     def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
         found: dict[str, LayerCapture] = {}

@@ -177,8 +177,9 @@ _ASK = (
 class Loss:
     """The loss of one forward, as its backward tells it: where its scale is read off."""
 
-    def __init__(self, criterion: Callable[..., Any] | None) -> None:
-        self.criterion = criterion
+    def __init__(self, criterion: Callable[..., Any] | None, own: Callable[[], bool]) -> None:
+        """`own`: whether the pass that runs is one of FisherLab's own."""
+        self.criterion, self.is_own = criterion, own
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
@@ -204,21 +205,24 @@ class Loss:
             own.register_hook(self._arrive_own)
 
     def _arrive_own(self, gradient: Tensor) -> None:
-        self._own, self._known = gradient.detach(), None
+        if not self.is_own():
+            self._own, self._known = gradient.detach(), None
 
     def _arrive(self, gradient: Tensor) -> None:
-        self._gradient, self._known = gradient.detach(), None
+        if not self.is_own():
+            self._gradient, self._known = gradient.detach(), None
 
     def scaled(self, gradient: Tensor) -> None:
         """The gradient that arrives at the criterion's own loss."""
-        self._scale, self._known = gradient.detach(), None
+        if not self.is_own():
+            self._scale, self._known = gradient.detach(), None
 
 
 class LossScale:
     """The loss of each forward, in `loss` that of the latest."""
 
-    def __init__(self, criterion: Callable[..., Any] | None) -> None:
-        self.criterion, self.loss = criterion, Loss(criterion)
+    def __init__(self, criterion: Callable[..., Any] | None, own: Callable[[], bool]) -> None:
+        self.criterion, self.own, self.loss = criterion, own, Loss(criterion, own)
         self.handles = []
         if isinstance(criterion, nn.Module):
             hook = Hook(lambda _, *args: self._loss(*args))
@@ -232,7 +236,7 @@ class LossScale:
 
     def begin(self) -> None:
         """A forward begins: earlier ones may still await their backward."""
-        self.loss = Loss(self.criterion)
+        self.loss = Loss(self.criterion, self.own)
 
     def end(self, output: Tensor | None, own: Tensor | None = None) -> None:
         """A forward ends with this output, and the model's own loss."""

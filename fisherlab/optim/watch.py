@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.outputs import loss_of, output_of
@@ -67,7 +66,7 @@ class Watch:
         record: Callable[[Use, Tensor], Tensor],
         end: Callable[[Tensor | None], None],
     ) -> None:
-        self._model = weakref.ref(model)
+        self.model = weakref.ref(model)
         self.weights, self.wanted = weights, wanted
         self.begin, self.record, self.end = begin, record, end
         self.tape = Tape(on_tape(weights_of(model, computed=False)), record)
@@ -99,25 +98,23 @@ class Watch:
 
     def _begin(self, compiled: bool, model: nn.Module, args: tuple[Any, ...]) -> None:
         # a deep copy of the model carries these hooks along
-        if model is not self._model() or is_isolated():
+        if model is not self.model() or is_isolated():
             return
         self._running = self.wanted() and torch.is_grad_enabled()
         if not self._running:
             return
         self.begin()
         self._compiled = compiled
-        # an interrupted pass may have left it entered
-        if not compiled and self.tape not in _get_current_function_mode_stack():
+        if not compiled:
+            self.tape.leave()  # an interrupted pass may have left it entered
             self.tape.others.clear()
             self.tape.__enter__()
 
     def _end(self, compiled: bool, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if model is not self._model() or is_isolated() or not self._running:
+        if model is not self.model() or is_isolated() or not self._running:
             return
         self._running = False
-        stack = _get_current_function_mode_stack()
-        if stack and stack[-1] is self.tape:
-            self.tape.__exit__(None, None, None)
+        self.tape.leave()
         found = output_of(output)
         self.single, loss = isinstance(found, Tensor), loss_of(output)
         if isinstance(loss, Tensor) and loss.requires_grad and not loss.ndim:

@@ -21,6 +21,7 @@ from fisherlab.blocks.columns import Columns
 from fisherlab.extract.backward import widened
 from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.image import ImageColumns
+from fisherlab.extract.isolation import in_own_pass, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order
@@ -43,8 +44,6 @@ class _State:
 
     # layers whose backward came through since the last step
     reached: set[str] = field(default_factory=set)
-    # whether the pass only asks for the examples of rows
-    asking: bool = False
 
 
 @dataclass(eq=False)
@@ -138,13 +137,11 @@ class _Weighted(torch.autograd.Function):
         if layer.layout:
             x, g = _examples_first(x, layer), _examples_first(g, layer)
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
-        if layer.state.asking:
-            needs = (needs[0], False, False)
-            asked = _gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs)[0]
-            return _as_given(asked, layer, given), None, None, None, None
-        layer.state.reached.add(weight.name)
+        own = layer.loss.is_own()  # it asks for the examples of rows, or proves a product
+        if not own:
+            layer.state.reached.add(weight.name)
         rows = found = None
-        if layer.plain:
+        if layer.plain or own:
             grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs))
             grads[0] = _as_given(grads[0], layer, given)
             return *(None if grad is None else grad.to(kernel.dtype) for grad in grads), None, None
@@ -294,7 +291,7 @@ class WeightedLayers:
         self._asked: list[tuple[str, Call, GradientEdge]] = []
         self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
         coverage.tape = self.watch.tape
-        self.scale = LossScale(criterion)
+        self.scale = LossScale(criterion, lambda: in_own_pass(self.watch.model()))
 
     def _begin(self) -> None:
         self._layers, self._asked = {}, []
@@ -353,11 +350,8 @@ class WeightedLayers:
         calls, edges = [call for _, call, _ in asked], [edge for *_, edge in asked]
         self._asked = []
         shapes = [cast(Tensor, call.output).shape for call in calls]
-        try:
-            self.state.asking = True
+        with own_pass(self.watch.model()):
             whys = find_examples(output, calls, edges, shapes)
-        finally:
-            self.state.asking = False
         for (name, call, _), why in zip(asked, whys, strict=True):
             self._proven.add(name)
             same = len(cast(Tensor, call.output)) == n == len(call.raw_input)

@@ -54,15 +54,9 @@ def test_the_table_of_approximations_is_what_is_registered():
     assert theirs == ours
 
 
-def test_the_demo_measured_every_approximation_of_one_capture():
-    from fisherlab.approximations import of_one_batch
-
-    assert set(listed("Try it")) == set(of_one_batch())
-
-
 def test_every_file_and_command_that_is_named_exists():
     for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / path).is_file(), path
+        assert (ROOT / path).exists(), path
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     commands |= {group.name for group in app.registered_groups}
     for name in re.findall(r"`fisherlab (\w+)", README):

@@ -131,7 +131,7 @@ def test_at_one_position_the_two_readings_of_a_paper_are_one(case, fisher_type):
 
 
 def test_kfac_is_tkfac_when_the_traces_are_uncorrelated():
-    """Inputs and gradients each of one length; scale included (details.md 11)."""
+    """Inputs and gradients each of one length; scale included."""
     x = nn.functional.normalize(randn(8, 5), dim=1)
     layer = capture(net(nn.Linear(5, 4)), nn.CrossEntropyLoss(), x, torch.zeros(8).long())["0"]
     (raw,) = layer.raw_output_gradients

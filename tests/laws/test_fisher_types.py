@@ -208,7 +208,7 @@ def test_mc_is_reproducible_from_the_generator_and_changes_with_it():
 
 
 def test_the_empirical_fisher_is_a_factor_of_the_terms_below_the_others():
-    """details.md 2: `c^2` against `c`; two tokens under a mean, drawn labels as observed ones."""
+    """`c^2` against `c`; two tokens under a mean, drawn labels as observed ones."""
     criterion = CRITERIA["ce"]
     model, x, y = problem("tokens", criterion)
     empirical = capture(model, criterion, x, y, fisher_type="empirical")

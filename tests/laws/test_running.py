@@ -76,7 +76,7 @@ def test_the_first_estimate_and_the_ends_of_decay(name):
 @pytest.mark.parametrize("name", ["ekfac", "tekfac"])
 @pytest.mark.parametrize("intervals", [(1, 1, 1), (1, 3, 1), (1, 3, 2), (2, 4, 1)])
 def test_corrected_spectra_are_carried_into_a_new_basis(name, intervals):
-    """traps.md A2: `Lambda <- (Q_G'^T Q_G)^2 Lambda ((Q_A'^T Q_A)^2)^T`, and only then blended."""
+    """`Lambda <- (Q_G'^T Q_G)^2 Lambda ((Q_A'^T Q_A)^2)^T`, and only then blended."""
     decay, (every, basis_every, corrections_every) = 0.8, intervals
     approximation = fl.approximations.get(name)()
     running = Running(approximation, decay)
@@ -181,7 +181,7 @@ def test_what_has_no_memory_is_refused_by_name():
 @pytest.mark.parametrize("name", ["ekfac", "tekfac"])
 @pytest.mark.parametrize("case", ["fewer examples than inputs", "one example"])
 def test_a_thin_basis_keeps_the_trace_of_a_batch_it_has_not_seen(name, case):
-    """traps.md A3: 0.334 of the trace was left on another batch."""
+    """0.334 of the trace was left on another batch."""
     seen, _ = found_and_expected(case, "exact")
     unseen = captured_like(seen)
     approximation = fl.approximations.get(name)()

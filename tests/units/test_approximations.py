@@ -1,4 +1,4 @@
-"""Every registered approximation against a dense matrix written from methods.md 3."""
+"""Every registered approximation against a dense matrix written from its equation."""
 
 import dataclasses
 import itertools

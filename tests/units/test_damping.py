@@ -1,4 +1,4 @@
-"""Where the damping goes, and how much of it there is, against dense matrices (methods.md 5)."""
+"""Where the damping goes, and how much of it there is, against dense matrices."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_every_placement_of_a_kronecker_product(name, case, damping):
 
 
 def test_the_default_pi_is_by_traces_for_kfac_and_one_for_tkfac():
-    """Martens & Grosse 2015 for KFAC; Gao et al. 2020 fold sigma and take 1 (details.md 6)."""
+    """Martens & Grosse 2015 for KFAC; Gao et al. 2020 fold sigma and take 1."""
     layer, _ = found_and_expected("linear", "exact")
     for make, pi in ((fl.KFAC, None), (fl.TKFAC, 1.0)):
         default, named = make(placement="factored"), make(placement="factored", pi=pi)
@@ -167,7 +167,7 @@ def test_geometric_is_between_the_mean_eigenvalue_and_the_trace():
 
 
 def test_gram_norm_has_no_batch_size_in_it():
-    """FNGD (14): `alpha ||U^T U||_F = alpha M ||F||_F`, although (9) has `K / M` (details.md 1)."""
+    """FNGD (14): `alpha ||U^T U||_F = alpha M ||F||_F`, although (9) has `K / M`."""
     found, matrices = blocks("linear", "conv")
     lambdas = rules.gram_norm(0.005)(found)
     for case, F in matrices.items():

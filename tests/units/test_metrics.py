@@ -1,4 +1,4 @@
-"""Every metric against its definition on dense matrices (methods.md 4, details.md 13)."""
+"""Every metric against its definition on dense matrices."""
 
 import itertools
 import math

@@ -27,7 +27,7 @@ def step(model: nn.Module, optimizer, x: Tensor, y: Tensor) -> None:
 
 
 def coefficients(a: Tensor, g: Tensor, alpha: float) -> Tensor:
-    """`M v`, `v = lambda (M lambda I + K)^{-1} 1`.      FNGD (9), (14), details 1."""
+    """`M v`, `v = lambda (M lambda I + K)^{-1} 1`.      FNGD (9), (14)."""
     U = columns(a, g)
     K, M = U.T @ U, len(a)
     damping = alpha * K.norm()

@@ -267,6 +267,26 @@ def test_an_exception_in_a_forward_leaves_no_tape():
     optimizer.step()
 
 
+def test_two_on_one_model_leave_no_tape_and_take_the_steps_of_one():
+    model, twin = (nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    x, y = batch()
+    first, second = (fl.optim.create(name, model) for name in ("kfac", "ekfac"))
+    alone = fl.optim.create("kfac", twin)
+    for _ in range(3):
+        for net, stepping in ((model, first), (twin, alone)):
+            stepping.zero_grad()
+            CE(net(x), y).backward()
+            assert not _get_current_function_mode_stack()
+            stepping.step()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    second.zero_grad()
+    CE(model(x), y).backward()
+    second.step()
+    assert set(second.blocks()) == {"0", "2"}
+
+
 def test_a_resumed_run_knows_the_weights_that_calls_had_shown():
     torch.manual_seed(0)
     models = [nn.Sequential(Conv1D(5, 4), nn.Tanh(), Plain(4, 3)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A regression test for each bug found in other libraries (peers.md 0 and 2), and for bad input."""
+"""A regression test for each bug found in other libraries, and for bad input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Other libraries on the same layers: curvlinops and BackPACK, entry for entry (peers.md 6)."""
+"""Other libraries on the same layers: curvlinops and BackPACK, entry for entry."""
 
 import copy
 
