@@ -174,7 +174,7 @@ def checked(
         raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
     if memory is not None and (not isinstance(memory, int) or memory < 1):
         raise ValueError(f"memory is a number of bytes, such as 800_000_000; got {memory!r}")
-    makers = _makers(approximations, model)
+    makers = named_makers(approximations, model)
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
     asked, why_empirical = fisher_type is not None, ""
@@ -267,7 +267,8 @@ def _check_counts(ranks: Ranks, batches: list[Batch]) -> None:
         )
 
 
-def _makers(approximations: Candidates, model: nn.Module) -> dict[str, Candidate]:
+def named_makers(approximations: Candidates, model: nn.Module) -> dict[str, Candidate]:
+    """The approximations of `compare`'s argument, by the names that they have in a table."""
     if approximations is None:
         return {name: registry.get(name)() for name in registry.of_one_batch()}
     if isinstance(approximations, Mapping):
