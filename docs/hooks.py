@@ -24,6 +24,7 @@ PACKAGES = {
     "approximations": "One definition per paper",
     "metrics": "Functions of an approximate and an exact block",
     "optim": "The same definitions as optimizers",
+    "adapters": "Other libraries' approximations as blocks of ours",
     "testing": "The laws as a kit, for methods of your own",
     "plots": "Tables to figures",
     "models": "Models by name",

@@ -11,10 +11,12 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.approximations.ifang import IFANG
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.approximations.kfac import KFAC, KFACReduce
+from fisherlab.approximations.kl_optimal import KLOptimal
 from fisherlab.approximations.kronecker_optimal import KroneckerOptimal, KroneckerSum
 from fisherlab.approximations.mini_block import MiniBlock
 from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
+from fisherlab.approximations.soap import SOAP
 from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
 from fisherlab.comparison import Comparison, compare
 from fisherlab.extract import (
@@ -31,19 +33,21 @@ __version__ = "0.1.0"
 
 # Parts that `import fisherlab` leaves alone until they are named: pictures need matplotlib's fonts,
 # data sets scikit-learn.
-LAZY = ("claims", "datasets", "experiments", "models", "optim", "plots", "testing")
+LAZY = ("adapters", "claims", "datasets", "experiments", "models", "optim", "plots", "testing")
 
 
 def __getattr__(name: str) -> Any:
     if name == "reproduce":
         return import_module("fisherlab.experiments.reproduce").reproduce
+    if name == "audit":
+        return import_module("fisherlab.auditing").audit
     if name in LAZY:
         return import_module(f"fisherlab.{name}")
     raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *LAZY, "reproduce", "__version__"})
+    return sorted({*__all__, *LAZY, "audit", "reproduce", "__version__"})
 
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "KBFGS",
     "KFAC",
     "SNGD",
+    "SOAP",
     "TEKFAC",
     "TKFAC",
     "CaptureError",
@@ -61,6 +66,7 @@ __all__ = [
     "Eva",
     "Exact",
     "KFACReduce",
+    "KLOptimal",
     "KroneckerOptimal",
     "KroneckerSum",
     "LayerCapture",

@@ -176,6 +176,26 @@ def kronecker_terms(a: Tensor, g: Tensor, terms: int) -> Tensor:
     return sum(products, torch.zeros(o * i, o * i, dtype=torch.float64))
 
 
+def kl_product(a: Tensor, g: Tensor) -> Tensor:
+    """`argmin tr((G (x) A)^{-1} F_l) + log det(G (x) A)` in the spans of the partial traces."""
+    o, i = g.shape[1], a.shape[1]
+    F = exact(a, g).view(o, i, o, i)
+    spans = []
+    for moment in (torch.einsum("oipi->op", F), torch.einsum("oioj->ij", F)):
+        values, Q = torch.linalg.eigh(moment)
+        spans.append(Q[:, values > 1e-12 * values[-1]])
+    lift = torch.kron(*spans)
+    inside = lift.T @ F.reshape(o * i, -1) @ lift
+    o, i = (V.shape[1] for V in spans)
+    if torch.linalg.matrix_rank(inside, hermitian=True) < len(inside):
+        inside = inside + 1e-3 * inside.trace() / len(inside) * eye(len(inside))
+    inside, A = inside.view(o, i, o, i), eye(i)
+    for _ in range(1000):
+        G = torch.einsum("oipj,ij->op", inside, torch.linalg.inv(A)) / i
+        A = torch.einsum("oipj,op->ij", inside, torch.linalg.inv(G)) / o
+    return lift @ torch.kron(G, A) @ lift.T
+
+
 def clamped_inverse(F: Tensor, share: float) -> Tensor:
     values, Q = torch.linalg.eigh((F + F.T) / 2)
     return Q @ torch.diag(1 / (values.clamp(min=0) + geometric(F, share))) @ Q.T
@@ -277,6 +297,8 @@ class Steps:
             return inverse(mean(settled, mini_block, 10), 0.03)
         if name == "kronecker_optimal":
             return inverse(kronecker_terms(a, g, 1), 0.1)
+        if name == "kl_optimal":
+            return inverse(kl_product(a, g), 0.1)
         if name == "kronecker_sum":
             return clamped_inverse(kronecker_terms(a, g, 2), 0.3)
         raise KeyError(f"no dense reference of optimizer {name!r}: write one")

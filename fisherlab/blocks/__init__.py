@@ -1,6 +1,7 @@
 """Symmetric matrices on one layer's weight: what approximations make and metrics read."""
 
 from fisherlab.blocks.base import Block, Dense
+from fisherlab.blocks.column_sum import ColumnSum
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen
@@ -15,6 +16,7 @@ __all__ = [
     "Block",
     "BlockError",
     "BlockTooLarge",
+    "ColumnSum",
     "Dense",
     "Diagonal",
     "DirectSum",

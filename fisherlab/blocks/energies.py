@@ -57,6 +57,11 @@ def energies(columns: Columns, Q_G: Basis, Q_A: Basis) -> Found:
     return found | _complement(columns, Q_G, Q_A, inside) if thin else found
 
 
+def gradient_energies(D: Tensor, examples: float, Q_G: Basis, Q_A: Basis) -> Found:
+    """`M (Q_G^T D Q_A)^2` entrywise as "spectrum", of the mean gradient `D` of `M` examples."""
+    return {"spectrum": examples * (Q_G.mT @ (D @ Q_A)).square()}
+
+
 def carried(spectrum: Tensor, old: Found, new: Found) -> Tensor:
     """`(Q_G'^T Q_G)^2 spectrum ((Q_A'^T Q_A)^2)^T`, entrywise squares: energies in a new basis."""
     R_G, R_A = ((to.mT @ Q).square() for to, Q in zip(bases(new), bases(old), strict=True))

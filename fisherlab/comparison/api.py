@@ -46,10 +46,12 @@ def compare(
     preconditioner. Default: everything registered that one capture can build.
     `fisher_type`: default exact up to 20 outputs, else mc (empirical for a criterion without a
     known distribution). `dampings` are relative to `tr F / N` of each layer.
-    `reference`: unseen examples `(x, y)` or a loader for the population error, or the name of a
-    Fisher type to measure against on the same batch. `memory` bounds, in bytes, the chunks that
-    approximations are built of and the intermediates of a product (the exact block keeps its `a`
-    and `g`); on a device that runs out of memory both are halved until they fit.
+    `reference`: unseen examples `(x, y)` or a loader for the population error, or what to measure
+    against on the same batch: a Fisher type, "ggn" (the exact type's block) or "hessian", the block
+    of the loss's Hessian, against which errors, cosine and trace ratio are known.
+    `memory` bounds, in bytes, the chunks that approximations are built of and the intermediates of
+    a product (the exact block keeps its `a` and `g`); on a device that runs out of memory both are
+    halved until they fit.
 
     `mask`: the real positions of one batch, or the name of an entry of dict batches, as in
     `capture`. `loss_scale`: a loss inside the model, criterion None, as in `capture`; of several

@@ -63,6 +63,7 @@ class LayerMeasurement:
         shared = [] if other else [_exact(memo) for memo in self.memos]
         self.F = self._exact(other) if other else layer_block(shared)
         self.held_out = self._exact(held_out) if held_out else None
+        self.hessian = (samples.hessians or {}).get(self.name)
         # of the mean loss; a layer in groups has one below the other
         sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
         self.whole = ExactReference(self.F, torch.cat(sums) / self.memos[0].count)
@@ -137,7 +138,9 @@ class LayerMeasurement:
         share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
-            row["optimality_gap"] = row["relative_error"] - best[0] if best else math.nan
+            # of the Hessian another product is the best
+            known = bool(best) and self.hessian is None
+            row["optimality_gap"] = row["relative_error"] - best[0] if known else math.nan
         return rows
 
     def _measure(self, maker: Candidate, dampings: Sequence[float]) -> Iterator[dict[str, Any]]:
@@ -158,6 +161,9 @@ class LayerMeasurement:
                     decompose(part)
             if not isinstance(maker, Block | Mapping):
                 built |= self._seconds(building, decomposing)
+            if self.hessian is not None:
+                yield from self._against_hessian(X, {**empty, **built}, dampings, unit)
+                return
             static, reasons = self._retried(self._static, near, reference.F)
             notes = [text for text in (self.remark, *reasons) if text]
             if X.trace_below_rounding > TRACE_BELOW_ROUNDING:
@@ -183,6 +189,29 @@ class LayerMeasurement:
             except BlockError as error:
                 row |= {"placement": "", "note": str(error)}
             yield row
+
+    def _against_hessian(
+        self, X: Block, known: dict[str, Any], dampings: Sequence[float], unit: float
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of what needs no inverse of the reference, which is indefinite."""
+        H = self.hessian
+        assert H is not None
+        pair = Pair(X, H)
+        found = {
+            "relative_error": pair.relative_error.item(),
+            "trace_ratio": metrics.trace_ratio(X, H).item(),
+            "cosine": pair.cosine.item(),
+            "scaled_error": pair.scaled_error.item(),
+            "clamped": X.clamped,
+        }
+        note = f"{self.remark}; " if self.remark else ""
+        note += (
+            f"{H.clamped:.1%} of the Hessian's spectrum is negative: nothing that needs its "
+            "inverse is measured; reference='ggn' has one"
+        )
+        for share in dampings:
+            damping = {"damping": share * unit, "damping_relative": share}
+            yield {**known, **found, **damping, "placement": "", "note": note}
 
     def _condition(self, reference: ExactReference) -> None:
         """Fill in the condition numbers, which all blocks of a reference find together."""

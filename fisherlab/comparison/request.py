@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fisherlab
 from fisherlab import approximations as registry
 from fisherlab.approximations import Approximation
-from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks import Block, BlockError, Dense
 from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.distributed import RankError, Ranks, unwrapped
@@ -24,10 +24,15 @@ from fisherlab.extract import Captures
 from fisherlab.extract.api import Forward, _forward, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
 from fisherlab.extract.fisher import FISHER_TYPES, default_type
+from fisherlab.extract.hessian import mean_hessians
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import Names, check_batch, check_model
 from fisherlab.extract.tape import KINDS
+
+# references by name that are no Fisher type, and the type that has the same block
+FISHER_OF = {"ggn": "exact"}
+REFERENCES = (*FISHER_TYPES, *FISHER_OF, "hessian")
 
 Candidates = Mapping[str, Candidate] | Iterable[str | Approximation] | None
 Batch = tuple[object, Tensor]
@@ -80,8 +85,11 @@ class Request:
         captures = self._captured(self.batches, self.fisher_type)
         target: list[Captures] | None = None
         held_out: list[Captures] | None = None
-        if isinstance(self.reference, str):
-            target = self._captured(self.batches, self.reference)
+        hessians: dict[str, Dense] | None = None
+        if self.reference == "hessian":
+            hessians = self._hessians(captures[0])
+        elif isinstance(self.reference, str):
+            target = self._captured(self.batches, FISHER_OF.get(self.reference, self.reference))
         elif isinstance(self.reference, Captures):
             held_out = [copy(self.reference)]  # ranks give parts of theirs away
         elif self.reference is not None:
@@ -92,7 +100,16 @@ class Request:
             held_out = self._captured(others, self.fisher_type)
         _check_blocks(self.makers, captures[0])
         check_memory(captures[0], self.memory)
-        return Samples(captures, target, held_out)
+        return Samples(captures, target, held_out, hessians)
+
+    def _hessians(self, captures: Captures) -> dict[str, Dense]:
+        groups = by_layer(captures)
+        parts = {name: [captures[key].shape for key in keys] for name, keys in groups.items()}
+        layers, skip, forward = (self.options[key] for key in ("layers", "skip", "forward"))
+        wanted = {name: (sum(o for o, _ in shapes), shapes[0][1]) for name, shapes in parts.items()}
+        return mean_hessians(
+            self.model, self.criterion, self.batches, layers, skip, forward, wanted
+        )
 
     def _captured(self, sample: list[Batch], kind: str) -> list[Captures]:
         found = [
@@ -174,13 +191,19 @@ def checked(
         raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
     if memory is not None and (not isinstance(memory, int) or memory < 1):
         raise ValueError(f"memory is a number of bytes, such as 800_000_000; got {memory!r}")
-    makers = _makers(approximations, model)
+    makers = named_makers(approximations, model)
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
     asked, why_empirical = fisher_type is not None, ""
     if fisher_type is None:
         fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
     _check_reference(reference, batches, options["mask"])
+    masked = options["mask"] is not None
+    if reference == "hessian" and (ranks or isinstance(criterion, Inside) or masked):
+        raise ValueError(
+            "reference='hessian' is that of a criterion outside the model, without a mask, in one "
+            "process; measure against another reference, or pass the criterion"
+        )
     # the approximations are of linear maps; others are compared where they are named
     options |= {"kinds": ("map",) if layers is None else KINDS}
     return Request(
@@ -241,13 +264,15 @@ def versions() -> dict[str, str]:
 
 
 def _check_reference(reference: object, batches: list[Batch], mask: object) -> None:
-    if isinstance(reference, str) and reference not in FISHER_TYPES:
-        raise ValueError(f"reference {reference!r} is none of {', '.join(FISHER_TYPES)}")
+    if isinstance(reference, str) and reference not in REFERENCES:
+        raise ValueError(f"reference {reference!r} is none of {', '.join(REFERENCES)}")
     if reference is not None and (
         isinstance(reference, Tensor) or not isinstance(reference, Iterable)
     ):
         kind = type(reference).__name__
-        raise ValueError(f"reference is (x, y), a loader or a Fisher type, got {kind}")
+        raise ValueError(
+            f"reference is (x, y), a loader, a Fisher type, 'ggn' or 'hessian', got {kind}"
+        )
     if isinstance(mask, Tensor) and (
         len(batches) > 1 or not isinstance(reference, str | Captures | None)
     ):
@@ -267,7 +292,8 @@ def _check_counts(ranks: Ranks, batches: list[Batch]) -> None:
         )
 
 
-def _makers(approximations: Candidates, model: nn.Module) -> dict[str, Candidate]:
+def named_makers(approximations: Candidates, model: nn.Module) -> dict[str, Candidate]:
+    """The approximations of `compare`'s argument, by the names that they have in a table."""
     if approximations is None:
         return {name: registry.get(name)() for name in registry.of_one_batch()}
     if isinstance(approximations, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fisherlab.blocks import Dense
 from fisherlab.distributed import Ranks
 from fisherlab.extract import Captures
 from fisherlab.extract.joint import shared_out
@@ -15,12 +16,13 @@ class Samples:
     """Captures, one per batch.
 
     `captures` are what methods are made of; `target` what they are measured against, None for the
-    same; `held_out` are other examples, or None.
+    same; `held_out` are other examples, or None; `hessians` by layer, in place of a target.
     """
 
     captures: list[Captures]
     target: list[Captures] | None = None
     held_out: list[Captures] | None = None
+    hessians: dict[str, Dense] | None = None
 
     def shared_out(self, ranks: Ranks, owners: Mapping[str, int]) -> Samples:
         """The layers of this rank, whole, and none of the others'."""

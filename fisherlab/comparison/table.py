@@ -89,7 +89,11 @@ class Comparison:
         held_out, other = listed("reference_examples"), listed("reference_fisher_type")
         if held_out:
             text += f"; {held_out} unseen examples for the population error"
-        if other not in ("", listed("fisher_type")):
+        if other == "hessian":
+            text += "; measured against the Hessian of the loss of the same examples"
+        elif other == "ggn":
+            text += "; measured against the Gauss-Newton matrix of the same examples"
+        elif other not in ("", listed("fisher_type")):
             text += f"; measured against the {other} Fisher of the same examples"
         if drawn and self.config.get("fisher_type_asked") is False:
             text += (

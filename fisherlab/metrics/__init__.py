@@ -39,6 +39,7 @@ from fisherlab.metrics.gram import (
     zero_gradients,
 )
 from fisherlab.metrics.gram_study import GramStudy, gram_study
+from fisherlab.metrics.hessian_split import HessianSplit, hessian_split
 from fisherlab.metrics.invariant import condition, conditions, stein_loss
 from fisherlab.metrics.layers import dropped_mass, layer_correlation, layer_masses
 from fisherlab.metrics.pareto import pareto_front
@@ -62,6 +63,7 @@ __all__ = [
     "ErrorSplit",
     "GramStudy",
     "GroupedOverlap",
+    "HessianSplit",
     "PopulationEstimate",
     "absolute_error",
     "adjacent_similarity",
@@ -85,6 +87,7 @@ __all__ = [
     "gram_correlation",
     "gram_study",
     "grouped_overlap",
+    "hessian_split",
     "kfac_error_split",
     "layer_correlation",
     "layer_masses",

@@ -4,12 +4,14 @@ from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
 from fisherlab.optim.create import create, names
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
+from fisherlab.optim.muon import Muon
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.ngd import NGD
 from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.schedule import Schedule
 from fisherlab.optim.sngd import reconstruct, refresh, restore
+from fisherlab.optim.soap import SOAP
 from fisherlab.optim.step import Clip
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
@@ -18,8 +20,10 @@ __all__ = [
     "FNGD",
     "NGD",
     "NGDSMW",
+    "SOAP",
     "Clip",
     "KBFGSOptimizer",
+    "Muon",
     "NaturalGradient",
     "OptimizerError",
     "Preconditioner",

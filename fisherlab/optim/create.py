@@ -31,11 +31,13 @@ from fisherlab.optim.ang import ANG, TruncatedNaturalGradient, respelled
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
+from fisherlab.optim.muon import Muon
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.ngd import NGD
 from fisherlab.optim.options import FLAT, flat_names, gathered
 from fisherlab.optim.presets import PRESETS, paper_options
 from fisherlab.optim.sngd import ReconstructedSGD
+from fisherlab.optim.soap import SOAP
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
 
 Maker = Callable[..., torch.optim.Optimizer]
@@ -174,6 +176,8 @@ _MAKERS: dict[str, Maker] = {
     "adam": _plain(torch.optim.Adam, lr=1e-3),
     "adamw": _plain(torch.optim.AdamW, lr=1e-3),
     "radam": _plain(torch.optim.RAdam, lr=1e-2),
+    "muon": Muon,
+    "soap": _plain(SOAP),
     "ngd": _exact(NGD, JOINT_SHARE),
     "ngd_dense": _exact(NGD, JOINT_SHARE, form="dense"),
     "blockwise_ngd": _exact(NGD, EXACT_SHARE, scope="layer", form="dense"),
@@ -202,6 +206,9 @@ _MAKERS: dict[str, Maker] = {
     "diagonal": _natural(Diagonal(), 0.1, lr=0.02),
     "mini_block": _natural(MiniBlock()),
 }
+
+# Those that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
+GRADIENT_ONLY = ("sgd", "adam", "adamw", "radam", "muon", "soap")
 
 
 def names() -> list[str]:

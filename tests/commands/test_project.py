@@ -24,9 +24,9 @@ ROWS = [
     {"blocks", "models", "datasets", "distributed"},
     {"metrics", "extract"},
     {"statistics"},
-    {"approximations"},
+    {"approximations", "adapters"},
     {"comparison", "optim"},
-    {"claims", "experiments", "plots", "testing"},
+    {"auditing", "claims", "experiments", "plots", "testing"},
     {"cli", "commands"},
 ]
 WITHIN = {("experiments", "plots"), ("experiments", "claims"), ("cli", "commands")}

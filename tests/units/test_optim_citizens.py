@@ -12,9 +12,10 @@ from optim_references import perceptron, weights
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.optim.create import GRADIENT_ONLY
 
 NAMES = fl.optim.names()
-CURVATURE = [n for n in NAMES if n not in ("sgd", "adam", "adamw", "radam")]
+CURVATURE = [n for n in NAMES if n not in GRADIENT_ONLY]
 SHORT = {
     "statistics_every": 2,
     "basis_every": 3,

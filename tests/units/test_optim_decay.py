@@ -9,10 +9,11 @@ from optim_references import exact, eye, gradient, kfac, pairs, perceptron, weig
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.optim.create import GRADIENT_ONLY
 
 NAMES = fl.optim.names()
 WOODBURY = ("tengrad", "ngd_smw", "fngd")
-BEFORE = [n for n in NAMES if n not in ("sgd", "adam", "adamw", "radam", *WOODBURY)]
+BEFORE = [n for n in NAMES if n not in (*GRADIENT_ONLY, *WOODBURY)]
 DAMPING, MOMENTUM = 0.2, 0.8
 
 

@@ -13,8 +13,9 @@ from optim_references import Steps, perceptron
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.optim.create import GRADIENT_ONLY
 
-FIRST_ORDER = ["sgd", "adam", "adamw", "radam"]
+FIRST_ORDER = GRADIENT_ONLY
 # K-BFGS has a second pass and a test of its own
 SECOND_ORDER = [name for name in fl.optim.names() if name not in [*FIRST_ORDER, "kbfgs"]]
 UNCLIPPED = {"ngd_smw", "fngd", "shampoo"}

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import fisherlab as fl
 from fisherlab.optim import OptimizerError
+from fisherlab.optim.create import GRADIENT_ONLY
 from fisherlab.optim.scale import recognised_factor
 
-CURVATURE = [n for n in fl.optim.names() if n not in ("sgd", "adam", "adamw", "radam")]
+CURVATURE = [n for n in fl.optim.names() if n not in GRADIENT_ONLY]
 STEPPED = [n for n in CURVATURE if n != "kbfgs"]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.optim.create import GRADIENT_ONLY
 
 Build = Callable[[], tuple[nn.Module, Tensor]]
 
@@ -49,7 +50,7 @@ DENSE = {"ngd_dense", "blockwise_ngd", "kronecker_sum"}
 def test_few_steps(name: str, kind: str) -> None:
     model, x = KINDS[kind]()
     criterion = nn.CrossEntropyLoss()
-    options = {} if name in ("sgd", "adam", "adamw", "radam") else {"criterion": criterion}
+    options = {} if name in GRADIENT_ONLY else {"criterion": criterion}
     if name == "shampoo":
         options = {}
     try:

@@ -1,0 +1,44 @@
+"""Libraries that need not be installed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from fisherlab.names import unknown
+
+
+class AdapterError(ImportError):
+    """A library is missing, or it cannot make what was asked."""
+
+
+# by the name of the module: the name that pip knows
+PACKAGES = {
+    "backpack": "backpack-for-pytorch",
+    "curvlinops": "curvlinops-for-pytorch",
+    "nngeometry": "nngeometry",
+}
+
+
+def library(name: str) -> Any:
+    """The module of a library.
+
+    Raises:
+        AdapterError: it is not installed; the message has pip's command.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise AdapterError(
+            f"{name} cannot be imported ({error}): pip install {PACKAGES[name.split('.')[0]]}"
+        ) from error
+
+
+def check_method(method: str, known: tuple[str, ...], name: str) -> None:
+    """Refuse a method that a library does not have.
+
+    Raises:
+        ValueError: the method is unknown; the message has the nearest.
+    """
+    if method not in known:
+        raise ValueError(unknown(f"method of {name}", method, known))

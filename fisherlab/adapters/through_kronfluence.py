@@ -1,0 +1,92 @@
+"""Kronfluence: its covariances and corrected eigenvalues as blocks of ours.
+
+Its sum-reduced loss has our per-example gradients. It divides `sum g g^T` by `N S`, where ours is
+divided by `N`: its KFAC is `1/S` of ours. Its EKFAC has the scale of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlab.adapters.library import AdapterError
+from fisherlab.blocks import Block, Eigen, Kronecker
+
+Factors = Mapping[str, Mapping[str, Tensor]]
+
+
+def from_kronfluence(factors: Factors, examples: int | None = None) -> dict[str, Block]:
+    """The blocks of factors that an `Analyzer` has fitted, by layer, in the scale of ours.
+
+    Of `load_all_factors` of the strategies "ekfac" and "kfac" it is EKFAC,
+    `Q_G, Q_A` and `Lambda / N`. Of `load_covariance_matrices` it is KFAC, `sum g g^T / N` and
+    `sum a a^T / (N S)`; the `1/S` that Kronfluence has in the former is undone.
+
+    Args:
+        factors: what the analyzer loads, or its files hold.
+        examples: `N`, which covariances alone do not say.
+
+    Raises:
+        AdapterError: the factors are of neither kind.
+        ValueError: they are covariances, and `examples` is missing.
+    """
+    if "lambda_matrix" in factors:
+        return {name: _eigen(factors, name) for name in factors["lambda_matrix"]}
+    if "gradient_covariance" not in factors:
+        raise AdapterError(
+            f"from_kronfluence takes load_all_factors(name) or load_covariance_matrices(name), got "
+            f"{sorted(factors)}"
+        )
+    if examples is None or examples < 1:
+        raise ValueError(
+            "covariances count positions, not examples: pass examples=, the number of examples"
+        )
+    return {
+        name: Kronecker(
+            factors["gradient_covariance"][name] / examples,
+            factors["activation_covariance"][name]
+            / factors["num_activation_covariance_processed"][name],
+        )
+        for name in factors["gradient_covariance"]
+    }
+
+
+def _eigen(factors: Factors, name: str) -> Block:
+    values = factors["lambda_matrix"][name] / factors["num_lambda_processed"][name]
+    Q_G, Q_A = (factors[f"{side}_eigenvectors"][name] for side in ("gradient", "activation"))
+    return Eigen(Q_G, Q_A, values.to(Q_G))
+
+
+def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
+    """The factors of one layer under Kronfluence's names, each over a count of 1.
+
+    Args:
+        block: a Kronecker product, or a block in a Kronecker eigenbasis.
+        positions: `S`, by which its gradient covariance is divided.
+
+    Raises:
+        AdapterError: the block is neither.
+    """
+    one = torch.ones(1, dtype=torch.int64)
+    if isinstance(block, Kronecker):
+        return {
+            "activation_covariance": block.A,
+            "gradient_covariance": block.G / positions,
+            "num_activation_covariance_processed": one,
+            "num_gradient_covariance_processed": one,
+        }
+    if isinstance(block, Eigen) and not block.thin:
+        vectors: dict[str, Any] = {
+            "activation_eigenvectors": block.saved("Q_A"),
+            "gradient_eigenvectors": block.saved("Q_G"),
+        }
+        for key, side in (("activation_eigenvectors", 1), ("gradient_eigenvectors", 0)):
+            if vectors[key] is None:
+                vectors[key] = torch.eye(block.shape[side], dtype=block.dtype)
+        return {**vectors, "lambda_matrix": block.spectrum, "num_lambda_processed": one}
+    raise AdapterError(
+        f"Kronfluence keeps Kronecker products and full Kronecker eigenbases, got {block!r}"
+    )

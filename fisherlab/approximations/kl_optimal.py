@@ -1,0 +1,134 @@
+"""The Kronecker product nearest to the block in the Kullback-Leibler sense."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation
+from fisherlab.blocks import Block, BlockError, Kronecker, Outer
+from fisherlab.blocks.columns import Columns, joined
+from fisherlab.blocks.contractions import left_moment, right_moment
+from fisherlab.blocks.factor import Subspace
+from fisherlab.blocks.numerics import RANK_TOLERANCE, cholesky, eigh, rank_of, symmetrise
+from fisherlab.extract import LayerCapture
+
+_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7}
+# Share of `tr F / N` that takes the place of directions no example has, where F is singular.
+RIDGE = 1e-3
+# Parameters up to which a block is tested for full rank by its eigenvalues.
+TESTED = 1024
+
+
+@dataclass(frozen=True)
+class KLOptimal(Approximation, name="kl_optimal"):
+    """`argmin_{G, A} tr((G (x) A)^{-1} F_l) + log det(G (x) A)`,  `F_l = F + lambda I`.
+
+    It is twice the divergence `KL(N(0, F_l) || N(0, G (x) A))` up to a constant: the Stein loss of
+    the product. KL-Shampoo (Lin et al. 2025) follows its fixed point over time; the alternation is
+    Dutilleul's (1999) for matrix normals:
+
+        G <- (1/i) ((1/M) sum D A^{-1} D^T + lambda tr(A^{-1}) I)
+        A <- (1/o) ((1/M) sum D^T G^{-1} D + lambda tr(G^{-1}) I)
+
+    Everything is in the spans of `sum D D^T` and of `sum D^T D`, beside which F and the product are
+    zero, and `I` is the identity of both. It is F itself where F is a Kronecker product.
+
+    Args:
+        ridge: `lambda` over the mean eigenvalue of F in the spans. Where F is singular there, no
+            optimum needs to exist without one. None: 0 where F has full rank there, which is tested
+            up to 1,024 parameters; else 1e-3.
+        tolerance: `||G'^{-1} (G - G')|| / sqrt(o)` at which the alternation ends; None: 1e-13 in
+            float64, 1e-7 in float32. Sums are float64 whatever the capture is.
+        iterations: the most alternations.
+    """
+
+    additive = False
+    ridge: float | None = None
+    tolerance: float | None = None
+    iterations: int = 500
+
+    def __post_init__(self) -> None:
+        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
+            raise BlockError(f"ridge is a finite number >= 0, got {self.ridge!r}")
+
+    def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
+        of = joined([x.columns for x in layers]) if len(layers) > 1 else layers[0].columns
+        a, g, dtype = of.a.double(), of.g.double(), of.dtype
+        examples = sum(layer.examples for layer in layers)
+        V_G = _span(left_moment(a, g), dtype, "sum D D^T")
+        V_A = _span(right_moment(a, g), dtype, "sum D^T D")
+        if not V_G.shape[1] or not V_A.shape[1]:
+            o, i = of.shape
+            return Kronecker(of.a.new_zeros(o, o), of.a.new_zeros(i, i))
+        # a span that is the whole space needs no other coordinates
+        g = g if _whole(V_G) else g @ V_G
+        a = a if _whole(V_A) else a @ V_A
+        G, A = (X.to(dtype) for X in self._alternated(Columns(a, g), examples, dtype))
+        return Kronecker(
+            G if _whole(V_G) else Subspace(V_G.to(dtype), G),
+            A if _whole(V_A) else Subspace(V_A.to(dtype), A),
+        )
+
+    def _alternated(
+        self, of: Columns, examples: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`G` and `A` in the spans, of columns that were captured in a dtype."""
+        o, i = of.shape
+        damping = self._damping(of, examples, dtype)
+        eye_G, eye_A = (torch.eye(d, dtype=of.dtype, device=of.device) for d in (o, i))
+        tolerance = self.tolerance or _TOLERANCE.get(dtype, 1e-7)
+        G, Q, P = eye_G, eye_G, eye_A
+        for _ in range(self.iterations):
+            moment = symmetrise(left_moment(of.a, of.g, P)) / examples
+            before, G = G, (moment + damping * P.trace() * eye_G) / i
+            # the scale that both share is put into A
+            G = G * (o / G.trace())
+            change = (Q @ (G - before)).norm()
+            Q = _inverse(G, "G")
+            moment = symmetrise(right_moment(of.a, of.g, Q)) / examples
+            A = (moment + damping * Q.trace() * eye_A) / o
+            P = _inverse(A, "A")
+            if change <= tolerance * math.sqrt(o):
+                break
+        balance = (A.norm() / G.norm()).sqrt()
+        return G * balance, A / balance
+
+    def _damping(self, of: Columns, examples: float, dtype: torch.dtype) -> float:
+        """`lambda`: of the ridge given, or of the rule for None."""
+        mean = float(of.trace) / examples / (of.shape[0] * of.shape[1])
+        if self.ridge is not None:
+            return self.ridge * mean
+        return 0.0 if _full_rank(of, dtype) else RIDGE * mean
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """The rounding of a float64 moment, or of the numbers captured, whose squares it has."""
+    return max(torch.finfo(torch.float64).eps, RANK_TOLERANCE * torch.finfo(dtype).eps ** 2)
+
+
+def _span(moment: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The eigenvectors of a moment above its rounding, `[d, r]`."""
+    values, vectors = eigh(moment, name)
+    return vectors[:, len(values) - rank_of(values, _floor(dtype)) :]
+
+
+def _whole(V: Tensor) -> bool:
+    return V.shape[0] == V.shape[1]
+
+
+def _full_rank(of: Columns, dtype: torch.dtype) -> bool:
+    size = of.shape[0] * of.shape[1]
+    if of.count < size or size > TESTED:
+        return False
+    return rank_of(Outer.over(of).eigenvalues(), _floor(dtype)) == size
+
+
+def _inverse(S: Tensor, name: str) -> Tensor:
+    try:
+        return torch.cholesky_inverse(cholesky(S, f"factor {name} of the KL-optimal product"))
+    except BlockError as error:
+        raise BlockError(f"{error}; F has no such optimum: pass a ridge, ridge=1e-3") from None

@@ -1,0 +1,183 @@
+"""The Hessian's diagonal block of a layer, by products through the graph of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherlab.blocks import Block, Dense
+from fisherlab.blocks.numerics import check_dense, symmetrise
+from fisherlab.distributed import unwrapped
+from fisherlab.extract import criteria
+from fisherlab.extract.api import Forward, _forward, split_batch
+from fisherlab.extract.fisher import as_module
+from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
+from fisherlab.extract.isolation import isolated
+from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
+
+
+class HessianBlock(Block):
+    """`H vec(V)`, `H = d^2 L / d vec [W b]^2` of the mean per-example loss `L`; never formed.
+
+    It is symmetric and need not be positive semi-definite. A product costs a backward pass through
+    the graph of the gradient, which the block keeps: the weights must stay as they were.
+
+    Args:
+        gradients: of `L`, of the weight and the bias, with a graph.
+        leaves: the weight and, if it has one, the bias.
+        scale: what `L` is times the loss that the gradients are of.
+    """
+
+    def __init__(
+        self, gradients: tuple[Tensor, ...], leaves: tuple[Tensor, ...], scale: float = 1.0
+    ) -> None:
+        self._gradients, self._leaves, self._scale = gradients, leaves, scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        weight, *bias = self._leaves
+        return len(weight), weight[0].numel() + len(bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._leaves[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._leaves[0].device
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        flat = V.reshape(-1, *self.shape)
+        products = [self._product(v) for v in flat]
+        return torch.stack(products).view(V.shape) if products else torch.zeros_like(V)
+
+    def _product(self, v: Tensor) -> Tensor:
+        bias = self._leaves[1:]
+        parts = [v[:, :-1] if bias else v, *([v[:, -1]] if bias else [])]
+        given = [part.reshape(leaf.shape) for part, leaf in zip(parts, self._leaves, strict=True)]
+        pairs = [(g, x) for g, x in zip(self._gradients, given, strict=True) if g.requires_grad]
+        if not pairs:  # the gradient does not depend on any weight
+            return torch.zeros_like(v)
+        found = torch.autograd.grad(
+            [g for g, _ in pairs],
+            self._leaves,
+            [x.to(g) for g, x in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        rows = [found[0].flatten(1), *(b[:, None] for b in found[1:])]
+        return self._scale * torch.cat(rows, 1)
+
+    def formed(self) -> Dense:
+        """The matrix, by `o i` products.
+
+        Raises:
+            BlockTooLarge: it is past the memory budget.
+        """
+        check_dense(self.size, self.dtype, self.device, type(self).__name__)
+        rows = torch.cat([part for _, part in self.rows()])
+        return Dense(symmetrise(rows), self.shape)
+
+
+def hessian_blocks(
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    x: object,
+    y: Tensor | None = None,
+    *,
+    layers: Names = None,
+    skip: Names = None,
+    forward: Forward | None = None,
+) -> dict[str, HessianBlock]:
+    """`H = d^2 L / d vec [W b]^2` of every linear layer and convolution, `L` the mean of the `l_n`.
+
+    The scale is that of `capture`: for a piecewise linear model without a nonlinear loss it is the
+    block of `fisher_type="exact"`. The model comes back as `capture` leaves it.
+
+    Args:
+        model: the model, in the mode that `capture` takes.
+        criterion: a loss with `reduction` "mean" or "sum".
+        x: the batch, as in `capture`.
+        y: its labels.
+        layers: names or patterns; None: every `nn.Linear` and convolution.
+        skip: names or patterns of those to leave out.
+        forward: how the model is called, as in `capture`.
+
+    Returns:
+        Blocks by name of the layer, the bias as last column. Of a convolution with groups it is
+        that of the whole weight, what lies between groups included.
+
+    Raises:
+        CaptureError: a layer named in full is no such module, or the batch is none.
+    """
+    criterion = as_module(criterion)
+    reduction = criteria.reduction_of(criterion)
+    model = unwrapped(model)
+    batch, labels = split_batch(x, y)
+    check_model(model)
+    check_batch(batch, labels, model)
+    with isolated(model, batch):
+        weights = weights_of(model)
+        names, named = chosen(weights, layers, skip)
+        owners = {}
+        for name in names:
+            owner = weights[name]
+            if owner.local == "weight" and isinstance(owner.module, (nn.Linear, *CONVOLUTIONS)):
+                owners[name] = owner.module
+            elif name in named:
+                raise CaptureError(
+                    f"{name!r} is no weight of a linear layer or a convolution, and the Hessian's "
+                    "block is known of these"
+                )
+        outputs = criteria.arranged(criterion, _forward(model, batch, forward), labels)
+        loss = criterion(outputs, labels)
+        scale = 1 / len(labels) if reduction == "sum" else 1.0
+        leaves = {name: _leaves(module) for name, module in owners.items()}
+        flat = [leaf for parts in leaves.values() for leaf in parts]
+        found = torch.autograd.grad(loss, flat, create_graph=True, materialize_grads=True)
+        gradients = dict(zip(map(id, flat), found, strict=True))
+    return {
+        name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, scale)
+        for name, parts in leaves.items()
+    }
+
+
+def _leaves(module: Any) -> tuple[Tensor, ...]:
+    bias = module.bias
+    return (module.weight,) if bias is None or not bias.requires_grad else (module.weight, bias)
+
+
+def mean_hessians(
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    batches: Iterable[tuple[object, Tensor]],
+    layers: Names,
+    skip: Names,
+    forward: Forward | None,
+    wanted: Mapping[str, tuple[int, int]],
+) -> dict[str, Dense]:
+    """The formed blocks of the joint mean of several batches, of the layers wanted.
+
+    Raises:
+        CaptureError: a layer that is wanted has none.
+        BlockTooLarge: one is past the memory budget.
+    """
+    total: dict[str, Tensor] = {}
+    count = 0
+    for x, y in batches:
+        found = hessian_blocks(model, criterion, x, y, layers=layers, skip=skip, forward=forward)
+        for name, shape in wanted.items():
+            if name not in found or found[name].shape != shape:
+                raise CaptureError(
+                    f"the Hessian's block of layer {name!r} is not known: it is no linear layer or "
+                    "convolution of torch's own; leave it out with skip="
+                )
+            part = len(y) * found[name].formed().matrix
+            total[name] = total[name] + part if name in total else part
+        count += len(y)
+    return {name: Dense(matrix / count, wanted[name]) for name, matrix in total.items()}

@@ -1,0 +1,105 @@
+"""`Muon`: torch's own, with AdamW for what is no matrix, behind one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` of the matrices, `torch.optim.AdamW` of everything else.
+
+    `W <- (1 - lr w) W - lr s NS(B)`,  `B <- mu B + (1 - mu) G`, the Newton-Schulz iteration of the
+    Nesterov average: about `(B B^T)^{-1/2} B`.      Jordan 2024; torch's own code takes the step.
+
+    The rule, as torch's documentation asks: a parameter of two axes that is no embedding's is
+    Muon's; biases, norms, embeddings, convolutions' kernels of three axes or more are AdamW's. By
+    default, `adjust_lr_fn="match_rms_adamw"`, `s = 0.2 sqrt(max(o, i))` gives both the same `lr`
+    and `weight_decay` (Liu et al. 2025). With "original" a matrix wants some twenty times the `lr`
+    of AdamW, which `rest` sets: `rest={"lr": 3e-4}`.
+
+    Args:
+        model: the model.
+        lr: learning rate of both.
+        weight_decay: `w` of both.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        rest: options of AdamW that differ: `lr`, `betas`, `eps`, `weight_decay`.
+        momentum: `mu` of Muon.
+        nesterov: whether Muon looks ahead.
+        ns_coefficients: the three of the iteration.
+        ns_steps: its steps.
+        eps: its smallest norm.
+        adjust_lr_fn: `s`, "original" or "match_rms_adamw".
+
+    Raises:
+        TypeError: torch has no Muon, which it has from 2.9 on.
+        ValueError: an option is out of its range, in torch's words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = 5e-3,
+        weight_decay: float = 0.01,
+        params: Iterable[Any] | None = None,
+        rest: dict[str, Any] | None = None,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        eps: float = 1e-7,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise TypeError(f"torch {torch.__version__} has no Muon; it has from 2.9 on")
+        every = list(model.parameters() if params is None else params)
+        groups = every if every and isinstance(every[0], dict) else [{"params": every}]
+        looked_up = {
+            id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+        }
+        matrices, others = [], []
+        for group in groups:
+            ours = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+            ours = list(ours)
+            own = [p for p in ours if p.ndim == 2 and id(p) not in looked_up]
+            rows = {id(p) for p in own}
+            matrices.append({**group, "params": own, "rule": "muon"})
+            left = [p for p in ours if id(p) not in rows]
+            others.append({**group, "params": left, "rule": "adamw"})
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        muon = {**shared, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        muon |= {"ns_coefficients": ns_coefficients, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
+        self._parts: dict[str, torch.optim.Optimizer] = {}
+        for name, kind, found, options in (
+            ("muon", torch.optim.Muon, matrices, muon),
+            ("adamw", torch.optim.AdamW, others, {**shared, **(rest or {})}),
+        ):
+            kept = [group for group in found if group["params"]]
+            if kept:
+                self._parts[name] = kind(kept, **options)
+        made = [group for part in self._parts.values() for group in part.param_groups]
+        super().__init__(made, {})
+        # torch has copied the dicts of the groups; their options are all there
+        self._bind()
+
+    def _bind(self) -> None:
+        """Give torch's optimizers the groups and the state of this one, loaded ones included."""
+        for name, part in self._parts.items():
+            part.param_groups = [g for g in self.param_groups if g["rule"] == name]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._bind()
+        for part in self._parts.values():
+            part.step()
+        return loss

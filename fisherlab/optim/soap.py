@@ -1,0 +1,148 @@
+"""`SOAP`: Adam in the eigenbasis of Shampoo's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
+from fisherlab.blocks.energies import carried
+from fisherlab.blocks.factor import LARGEST_FACTOR
+from fisherlab.blocks.numerics import eigh
+from fisherlab.optim.scale import OptimizerError
+
+
+class SOAP(torch.optim.Optimizer):
+    """`W <- (1 - lr w) W - lr Q_L (M' / (sqrt(V) + eps)) Q_R^T`.      Vyas et al. 2024.
+
+        M <- b1 M + (1 - b1) G,   M' = Q_L^T M Q_R,   V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2
+        L <- b2 L + (1 - b2) G G^T,   R <- b2 R + (1 - b2) G^T G
+
+    `M` and `V` are divided by `1 - b^t`, as Adam's are. `Q_L` and `Q_R` are the eigenvectors of
+    `L` and `R` after the first step and after every `basis_every`-th; before there are any the step
+    is Adam's, where the authors' code takes none. A parameter of one axis takes Adam's step; one of
+    more is the matrix `[o, rest]`. A side of more than `largest_factor` rows has no basis.
+
+    The eigenvectors are those of an eigendecomposition, which the paper's power iteration with QR
+    tends to. `V` is carried into a new basis by `V <- (Q_L'^T Q_L)^2 V ((Q_R'^T Q_R)^2)^T`,
+    entrywise squares, where the paper's stays as it is.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas: `(b1, b2)`.
+        eps: added to `sqrt(V)`.
+        weight_decay: `w`, decoupled as AdamW's.
+        basis_every: steps between two bases.
+        largest_factor: rows of a side above which it keeps its own coordinates.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        basis_every: int = 10,
+        largest_factor: int = LARGEST_FACTOR,
+    ) -> None:
+        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is a finite number >= 0, got {value!r}")
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"betas are weights of the past, in [0, 1); got {betas!r}")
+        if basis_every < 1:
+            raise ValueError(f"basis_every counts steps, at least 1; got {basis_every!r}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params, {**defaults, "basis_every": basis_every, "largest_factor": largest_factor}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step from the gradients that the last `backward()` left.
+
+        Raises:
+            OptimizerError: a gradient has NaN or inf, or is sparse; no parameter was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = [(p, group) for group in self.param_groups for p in group["params"]]
+        found = [(p, group) for p, group in found if p.grad is not None]
+        _check(p.grad for p, _ in found)
+        for p, group in found:
+            self._step(p, group)
+        return loss
+
+    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+        state, (b1, b2) = self.state[p], group["betas"]
+        assert p.grad is not None
+        G = matrix(p.grad.float() if p.grad.element_size() < 4 else p.grad)
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
+        state["step"] += 1
+        t = int(state["step"])
+        Q_L, Q_R = bases(state, G)
+        M = state["exp_avg"].lerp_(G, 1 - b1)
+        rotated = Q_L.mT @ (G @ Q_R)
+        V = state["exp_avg_sq"].mul_(b2).addcmul_(rotated, rotated, value=1 - b2)
+        size = (V / (1 - b2**t)).sqrt_().add_(group["eps"])
+        N = Q_L @ ((Q_L.mT @ (M @ Q_R)) / size) @ Q_R.mT
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(N.view(p.shape).to(p.dtype), alpha=-group["lr"] / (1 - b1**t))
+        if p.ndim < 2:
+            return
+        for name, factor in (("L", G @ G.mT), ("R", G.mT @ G)):
+            if len(factor) <= group["largest_factor"]:
+                state[name] = state.get(name, torch.zeros_like(factor)).lerp(factor, 1 - b2)
+        if t == 1 or t % group["basis_every"] == 0:
+            self._turn(state, Q_L, Q_R, G)
+
+    def _turn(self, state: dict[str, Any], Q_L: Basis, Q_R: Basis, G: Tensor) -> None:
+        """New bases, and `V` in them."""
+        old = {"Q_G": matrix_of(Q_L), "Q_A": matrix_of(Q_R)}
+        for name in ("L", "R"):
+            if name in state:
+                # the largest first, as the authors' order is
+                state[f"Q_{name}"] = eigh(state[name], f"SOAP's {name}")[1].flip(1)
+        new_L, new_R = bases(state, G)
+        new = {"Q_G": matrix_of(new_L), "Q_A": matrix_of(new_R)}
+        state["exp_avg_sq"] = carried(state["exp_avg_sq"], old, new)
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A parameter's tensor as SOAP sees it: `[o, rest]`, or one row."""
+    return tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
+def bases(state: dict[str, Any], like: Tensor) -> tuple[Basis, Basis]:
+    """`Q_L` and `Q_R` of a state; a side without one is in its own coordinates."""
+    Q_L, Q_R = state.get("Q_L"), state.get("Q_R")
+    return (
+        Coordinates(like[:, 0]) if Q_L is None else Q_L,
+        Coordinates(like[0]) if Q_R is None else Q_R,
+    )
+
+
+def _check(gradients: Any) -> None:
+    for gradient in gradients:
+        if gradient.is_sparse:
+            raise OptimizerError(
+                f"SOAP takes dense gradients, and that of a parameter of shape "
+                f"{tuple(gradient.shape)} is sparse: make the embedding with sparse=False"
+            )
+        if not bool(torch.isfinite(gradient.sum())) and not bool(torch.isfinite(gradient).all()):
+            raise OptimizerError(
+                f"the gradient of a parameter of shape {tuple(gradient.shape)} has NaN or inf "
+                "entries; no parameter was changed. Lower the learning rate"
+            )
