@@ -290,6 +290,21 @@ def test_every_power_of_every_block(name: str) -> None:
         agree(found(fl.capture(model, nn.CrossEntropyLoss(), x, y, layers=["conv"])), expected)
 
 
+def test_eigenvectors_of_an_accelerator_that_are_none_are_found_again(monkeypatch) -> None:
+    """Its solver says nothing of it: in float32 it fails, in float64 it is right."""
+    S = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    solve = torch.linalg.eigh
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, Q = solve(matrix)
+        return values, Q if Q.dtype == torch.float64 else Q + 0.1
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with Accelerator():
+        values, Q = blocks.numerics.eigh(there(S))
+        torch.testing.assert_close(here(Q * values @ Q.mT), S)
+
+
 # --- optimizers -----------------------------------------------------------------------------------
 
 SHORT = {"statistics_every": 2, "basis_every": 3}
