@@ -152,10 +152,14 @@ def grouped_overlap(X: Block, F: Block, k: int = 10, rtol: float = 1e-3) -> Grou
                 matrix[i, j] = squares[r, c].sum() / min(sizes[0][i], sizes[1][j])
     return GroupedOverlap(
         matrix.sqrt().clamp(max=1),
-        f_values.new_tensor([f_values[s].mean() for s in rows]),
-        x_values.new_tensor([x_values[s].mean() for s in columns]),
+        _group_means(f_values, rows),
+        _group_means(x_values, columns),
         *sizes,
     )
+
+
+def _group_means(values: Tensor, groups: list[slice]) -> Tensor:
+    return torch.stack([values[s].mean() for s in groups]) if groups else values[:0]
 
 
 def _groups(block: Block, k: int, rtol: float) -> tuple[Tensor, list[slice]]:

@@ -67,7 +67,11 @@ class GramStudy:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything as arrays, for a file; the correlations in float32."""
-        values = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {
+            name: np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+            for name, value in values.items()
+        }
         return values | {"correlations": values["correlations"].astype(np.float32)}
 
     @classmethod

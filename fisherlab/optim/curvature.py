@@ -19,6 +19,7 @@ from fisherlab.extract.image import sharing
 from fisherlab.extract.joint import joined
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.state import placed
 from fisherlab.optim.weight import Weight
 
 # What may be due at a step, in this order; `f"{kind}_every"` is the interval.
@@ -238,15 +239,18 @@ class Curvature:
         Raises:
             ValueError: it has other layers, or is of another version.
         """
-        keys = {key for weight in weights.values() for key in weight.keys}
-        unknown = {key for kind in ("running", "blocks", "inverses") for key in state[kind]} - keys
+        device = {key: of.weight.device for of in weights.values() for key in of.keys}
+        kinds = ("running", "blocks", "inverses")
+        unknown = {key for kind in kinds for key in state[kind]} - device.keys()
         if unknown:
             raise ValueError(f"this state has layers that the model lacks: {sorted(unknown)}")
-        running = {key: self._make() for key in state["running"]}
+        # a state may have been read on another device
+        there = {k: {n: placed(x, device[n]) for n, x in state[k].items()} for k in kinds}
+        running = {key: self._make() for key in there["running"]}
         for key, means in running.items():
-            means.load_state_dict(state["running"][key])
-        blocks = {key: from_dict(block) for key, block in state["blocks"].items()}
-        inverses = {key: from_dict(block) for key, block in state["inverses"].items()}
+            means.load_state_dict(there["running"][key])
+        blocks = {key: from_dict(block) for key, block in there["blocks"].items()}
+        inverses = {key: from_dict(block) for key, block in there["inverses"].items()}
 
         def take() -> None:
             for weight in weights.values():

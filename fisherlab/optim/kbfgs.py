@@ -132,8 +132,11 @@ class KBFGSOptimizer(NaturalGradient):
         take_blocks = super()._reading(extra)
 
         def take() -> None:
-            self._mean_gradient = dict(extra["mean_gradient"])
             take_blocks()
+            self._mean_gradient = {
+                name: mean.to(self.weights[name].weight.device)
+                for name, mean in extra["mean_gradient"].items()
+            }
 
         return take
 

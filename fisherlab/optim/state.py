@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Format 1, without a number, kept the running means of an optimizer and of its blocks apart.
 FORMAT = 2
 
@@ -32,3 +35,12 @@ def check_state(state: Mapping[str, Any], kind: str, method: str) -> None:
         )
     if state["method"] != method:
         raise ValueError(f"this state is of {state['method']}, and this {kind} is {method}")
+
+
+def placed(state: Any, device: torch.device) -> Any:
+    """A state whose tensors, at any depth of its dicts and lists, are on the device."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, Mapping):
+        return {key: placed(value, device) for key, value in state.items()}
+    return [placed(value, device) for value in state] if isinstance(state, list) else state

@@ -50,7 +50,7 @@ def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
     """Angles between the leading k-subspaces of `F` and of each approximation, in degrees."""
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(angles).items():
-        degrees = np.rad2deg(angles[name].numpy())
+        degrees = np.rad2deg(theme.array_of(angles[name]))
         ax.plot(np.arange(1, len(degrees) + 1), degrees, **look.line)
     ax.set(xlabel="angle, ascending", ylabel="principal angle [degrees]")
     ax.set(ylim=(-3, 93), yticks=[0, 30, 60, 90])

@@ -119,7 +119,7 @@ def _numbers(ax: Axes, trials: Any) -> None:
 def _run(ax: Axes, trials: Any) -> None:
     """The worst run, and the bound it should stay below."""
     claim = trials.claim
-    left, right = trials.left.numpy(), trials.right.numpy()
+    left, right = theme.array_of(trials.left), theme.array_of(trials.right)
     wrong = min(trials.margins) < -claim.noise
     finite = np.isfinite(left) & (left > 0)
     steps = np.arange(len(left))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherlab.metrics import Convergence, GramStudy
 from fisherlab.plots import theme
 from fisherlab.plots.matrices import SIGNED, heat, multiples, name_axis, write_values
-from fisherlab.plots.theme import BLUE, ORANGE
+from fisherlab.plots.theme import BLUE, ORANGE, array_of
 
 
 @theme.themed
@@ -21,7 +21,7 @@ def layer_masses(study: GramStudy) -> Figure:
 
     The title gives the share of `||F||^2` that a block-diagonal approximation drops.
     """
-    masses = study.masses.numpy()
+    masses = array_of(study.masses)
     figure, (left, right) = multiples(2, 2, 3.2, 0)
     positive = masses[masses > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
@@ -67,7 +67,7 @@ def fisher_types(
     """
     names = list(blocks)
     figure, axes = multiples(len(names) + 1, 4, 1.9)
-    reach = max(float(np.quantile(np.abs(np.asarray(b)), 0.99)) for b in blocks.values())
+    reach = max(float(np.quantile(np.abs(array_of(b)), 0.99)) for b in blocks.values())
     for ax, (name, block) in zip(axes, blocks.items(), strict=False):
         image = heat(ax, block, -reach, reach, SIGNED)
         ax.set_xticks([])
@@ -89,8 +89,8 @@ def mc_convergence(curves: Mapping[str, Convergence]) -> Figure:
     figure, axes = theme.panels(len(curves), columns=4, height=2.1, sharex=True, sharey=True)
     for ax, (name, curve) in zip(axes, curves.items(), strict=True):
         draws = np.arange(1, len(curve.errors) + 1)
-        ax.plot(draws, curve.errors.numpy(), color=BLUE, marker="o", ms=2.5, label="measured")
-        ax.plot(draws, curve.expected.numpy(), color=ORANGE, ls="--", label=r"$c / \sqrt{s}$")
+        ax.plot(draws, array_of(curve.errors), color=BLUE, marker="o", ms=2.5, label="measured")
+        ax.plot(draws, array_of(curve.expected), color=ORANGE, ls="--", label=r"$c / \sqrt{s}$")
         ax.set(xscale="log", yscale="log", title=f"{name}: c = {float(curve.one_draw):.2f}")
     axes[0].legend(frameon=False, loc="lower left")
     figure.supxlabel("draws per example, $s$", fontsize=8)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fisherlab.metrics import GramStudy
 from fisherlab.plots import theme
 from fisherlab.plots.matrices import SIGNED, heat, multiples, name_axis, write_values
-from fisherlab.plots.theme import BLUE, ORANGE
+from fisherlab.plots.theme import BLUE, ORANGE, array_of
 
 
 @theme.themed
@@ -44,7 +44,7 @@ def gram_matrices(
 
 def _classes(ax: Axes, labels: Tensor, names: Sequence[str] | None, named: bool) -> None:
     """Lines between classes and, where there is room, their names at the middle of each."""
-    values = labels.cpu().numpy()
+    values = array_of(labels)
     edges = np.flatnonzero(np.diff(values)) + 0.5
     for edge in edges:
         ax.axhline(edge, color="0.2", lw=0.3)
@@ -119,11 +119,12 @@ def coefficients(
     """
     chosen = [study.layers.index(name) for name in (layers or study.layers)]
     figure, axes = theme.panels(len(chosen), columns=4, height=1.9, sharex=True, sharey=True)
-    loss = losses[study.order].numpy()
-    wrong = np.zeros(len(loss), bool) if mislabelled is None else mislabelled[study.order].numpy()
+    order, loss = array_of(study.order), array_of(losses)
+    changed = np.zeros(len(loss), bool) if mislabelled is None else array_of(mislabelled)
+    loss, wrong = loss[order], changed[order]
     kinds = [(~wrong, "o", BLUE, "label as given"), (wrong, "X", ORANGE, "label changed")]
     for ax, k in zip(axes, chosen, strict=True):
-        weight = study.coefficients[k].numpy()
+        weight = array_of(study.coefficients[k])
         for kind, shape, colour, name in kinds:
             ax.scatter(
                 loss[kind],

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from fisherlab.plots.theme import Picture, rotation
+from fisherlab.plots.theme import Picture, array_of, rotation
 
 # One map for what has a sign, one for what has none; both read in grey and by the colour-blind.
 SIGNED, POSITIVE = "RdBu_r", "viridis"
@@ -35,7 +35,7 @@ def heat(
     """One matrix, every entry a pixel."""
     ax.grid(False)
     ax.tick_params(length=0)
-    return ax.imshow(np.asarray(matrix), cmap, vmin=low, vmax=high, interpolation="nearest")
+    return ax.imshow(array_of(matrix), cmap, vmin=low, vmax=high, interpolation="nearest")
 
 
 def name_axis(ax: Axes, names: Sequence[str], x: bool = True, y: bool = True) -> None:
@@ -53,7 +53,7 @@ def write_values(
     ax: Axes, matrix: object, low: float = 0, high: float = 1, cmap: str = POSITIVE
 ) -> None:
     """The numbers inside the cells, dark on light and light on dark, where there is room."""
-    values = np.asarray(matrix)
+    values = array_of(matrix)
     box = ax.get_position().size * ax.figure.get_size_inches()
     room = min(box[0] / values.shape[1], box[1] / values.shape[0] * 1.6)
     if room < 0.2:

@@ -41,7 +41,7 @@ def _curve(ax: Axes, name: str, look: theme.Look, values: Tensor) -> None:
         return
     index = np.unique(np.geomspace(1, len(values), 400).astype(int))
     ax.plot(
-        index, values.cpu().numpy()[index - 1], **look.line, lw=_width(name),
+        index, theme.array_of(values)[index - 1], **look.line, lw=_width(name),
         markevery=0.12 if len(index) > 8 else 1,
         zorder=2.5 if name == "exact" else 2,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def condition_against_damping(
     """Condition number of `X + lambda I` over lambda, in units of `tr F / N`."""
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(numbers).items():
-        ax.plot(dampings, numbers[name].cpu().numpy(), **look.line, lw=_width(name))
+        ax.plot(dampings, theme.array_of(numbers[name]), **look.line, lw=_width(name))
     ax.set(xscale="log", yscale="log")
     ax.set_xlabel(r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$")
     ax.set_ylabel(r"$(\lambda_{\max} + \lambda) \,/\, (\lambda_{\min} + \lambda)$")

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T", bound=Figure)
@@ -268,6 +270,11 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
         figure.set_layout_engine("none")
         figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths
+
+
+def array_of(values: Any) -> np.ndarray:
+    """The numbers of a tensor, on whatever device, or of anything else."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
 
 
 def frame_of(table: Any) -> pd.DataFrame:
