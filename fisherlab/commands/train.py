@@ -55,12 +55,17 @@ def train(
     hidden: Annotated[str | None, typer.Option(help="Hidden layers of an mlp: 80,80.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
     activation: Annotated[str, typer.Option(help="relu, tanh, ...")] = "relu",
-    batch_norm: Annotated[bool, typer.Option(help="In vgg and resnet.")] = True,
+    batch_norm: Annotated[
+        bool | None, typer.Option(help="By default in vgg and resnet; mlp and lstm can have it.")
+    ] = None,
     compare_every: Annotated[
         int | None,
         typer.Option(help="Epochs between measurements of the blocks against the exact ones."),
     ] = None,
     compare_examples: Annotated[int, typer.Option(help="Examples of such a measurement.")] = 256,
+    target: Annotated[
+        float | None, typer.Option(help="Also tell when each first has this metric.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     out: Annotated[
@@ -100,7 +105,7 @@ def train(
     with CtrlC() as interrupt:
         results = training.train(settings, out, watch=Bars(interrupt))
     _pictures(results, out)
-    _say(results, out)
+    _say(results, out, target)
 
 
 class Bars(training.Watch):
@@ -151,10 +156,12 @@ def _pictures(results: training.Results, out: Path) -> None:
     report.write(RunDir(out))
 
 
-def _say(results: training.Results, out: Path) -> None:
+def _say(results: training.Results, out: Path, target: float | None = None) -> None:
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
     show(_readable(summary), f"{results.metric} on the test set")
+    if target is not None and "final" in summary:
+        show(results.reaching(target), f"to a {results.metric} of {target:g} on the test set")
     if results.untimed:
         typer.echo(results.untimed)
     for line in _shortened(summary):

@@ -66,9 +66,17 @@ Builder = Callable[..., nn.Module]
 _REGISTRY: Registry[Builder] = Registry("model", ModelError)
 
 
-def register(builder: Builder) -> Builder:
-    """Enter a function `(spec, *, options) -> module` under its own name."""
+# By name: whether a model has batch norm unless told otherwise; None: it has none to switch on.
+_NORMED: dict[str, bool | None] = {}
+
+
+def register(builder: Builder, *, batch_norm: bool | None = True) -> Builder:
+    """Enter a function `(spec, *, options) -> module` under its own name.
+
+    `batch_norm` is what `spec.batch_norm` is unless `create` is told; None: the model has none.
+    """
     _REGISTRY.add(builder.__name__, builder)
+    _NORMED[builder.__name__] = batch_norm
     return builder
 
 
@@ -84,7 +92,7 @@ def create(
     in_channels: int = 3,
     input_size: int | tuple[int, ...] | None = None,
     width: float = 1.0,
-    batch_norm: bool = True,
+    batch_norm: bool | None = None,
     activation: str = "relu",
     generator: torch.Generator | None = None,
     **options: Any,
@@ -93,10 +101,11 @@ def create(
 
     `input_size` is the shape of one example: all of it, `(c, h, w)` or `(features,)`, or without
     channels `(h, w)`; an int is the number of features of an mlp or autoencoder and the side of a
-    square image elsewhere. `width` multiplies every hidden layer. `batch_norm` is for the vgg and
-    resnet; the others have none. `generator=None` is a fresh one seeded with 0; the global random
-    state stays as it was. `options` are the model's own: `hidden` (mlp, autoencoder), `code`
-    (autoencoder), `layers` (lstm, transformer), `heads` (transformer).
+    square image elsewhere. `width` multiplies every hidden layer. `batch_norm` None is the model's
+    own: vgg and resnet with, mlp and lstm without; the others have none. `generator=None` is a
+    fresh one seeded with 0; the global random state stays as it was. `options` are the model's own:
+    `hidden` (mlp, autoencoder), `code` (autoencoder), `layers` (lstm, transformer), `heads`
+    (transformer).
 
     Raises `ModelError` for an unknown name, activation or option, and for sizes that make no model.
     """
@@ -110,7 +119,11 @@ def create(
     if activation not in ACTIVATIONS:
         raise ModelError(unknown("activation", activation, sorted(ACTIVATIONS)))
     channels, size = _input_shape(name, in_channels, input_size)
-    spec = Spec(num_classes, channels, size, width, batch_norm, activation)
+    normed = _NORMED[name] if batch_norm is None else batch_norm
+    if normed and _NORMED[name] is None:
+        able = ", ".join(sorted(n for n in _REGISTRY if _NORMED[n] is not None))
+        raise ModelError(f"{name} has no batch norm; leave batch_norm out, or take {able}")
+    spec = Spec(num_classes, channels, size, width, bool(normed), activation)
     return _initialised(lambda: builder(spec, **options), generator)
 
 

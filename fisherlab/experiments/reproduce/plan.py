@@ -53,7 +53,7 @@ def planned(
     cells, arms = experiment.chosen(scale, only)
     found = []
     for cell in cells:
-        groups: dict[tuple[int, bool], list[Arm]] = {}
+        groups: dict[tuple[int, bool | None], list[Arm]] = {}
         for arm in arms:
             if arm.cells is not None and cell.name not in arm.cells:
                 continue

@@ -22,6 +22,8 @@ from fisherlab.optim.presets import PRESETS
 RULES = ("constant", "relative", "geometric", "gram_norm", "trace", "levenberg_marquardt")
 # Options that `make` fills in from the length of the whole run.
 PLANNED = ("total_steps", "switch_step")
+# Beyond those of the optimizer: its preset, and its own number of epochs.
+OF_THE_RUN = ("preset", "epochs")
 # Not a user's to set: the loop passes them.
 _OURS = {"params", "criterion", "generator"}
 
@@ -61,11 +63,11 @@ def entries(
 
 
 def known_options(entry: Entry) -> list[str]:
-    """The options that an entry's optimizer takes, read off its constructors, and its `preset`."""
+    """The options that an entry takes: those of the optimizer's constructors, and `OF_THE_RUN`."""
     preset = entry.options.get("preset", PRESETS[0])
     if preset not in PRESETS:
         raise SettingsError(f"{entry.label}.preset is {' or '.join(PRESETS)}, got {preset!r}")
-    return [*(o for o in option_names(entry.name, preset) if o not in _OURS), "preset"]
+    return [*(o for o in option_names(entry.name, preset) if o not in _OURS), *OF_THE_RUN]
 
 
 def check(entry: Entry) -> None:
@@ -73,7 +75,8 @@ def check(entry: Entry) -> None:
     for option in entry.options:
         check_known(f"{entry.name} option", option, known_options(entry))
     try:
-        make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
+        epochs = entry.epochs(1)
+        make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=epochs)
     except (ValueError, TypeError) as error:
         raise SettingsError(f"{entry}: {error}") from None
 
@@ -89,7 +92,7 @@ def make(
         "switch_step": max(1, total // 2),  # truncated KFAC: the second half is SGD
     }
     options: dict[str, Any] = {k: v for k, v in lengths.items() if k in known}
-    options |= {k: value(v, model) for k, v in entry.options.items()}
+    options |= {k: value(v, model) for k, v in entry.options.items() if k != "epochs"}
     if "criterion" in option_names(entry.name, entry.options.get("preset", PRESETS[0])):
         options["criterion"] = criterion
     return optim.create(entry.name, model, **options)
