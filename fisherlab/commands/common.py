@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from fisherlab.experiments.rundir import TYPED
 from fisherlab.names import unknown
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> Any:
+        told = TYPED.set({"command": command.__name__, "options": options})
         try:
             return command(*args, **options)
         except (typer.Exit, typer.Abort):
@@ -67,6 +69,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             if mistake is None:
                 leave(Code.BUG, _bug(error))
             leave(Code.MISTAKE, f"error: {mistake}")
+        finally:
+            TYPED.reset(told)
 
     return run
 

@@ -101,7 +101,11 @@ def train(
         compare_every=compare_every,
         compare_examples=compare_examples,
     )
-    out = out or Path("runs") / f"train-{data}-{model}"
+    trained(settings, out or Path("runs") / f"train-{data}-{model}", target)
+
+
+def trained(settings: training.Settings, out: Path, target: float | None = None) -> None:
+    """Train, draw, and say what came of it."""
     with CtrlC() as interrupt:
         results = training.train(settings, out, watch=Bars(interrupt))
     _pictures(results, out)
@@ -159,13 +163,13 @@ def _pictures(results: training.Results, out: Path) -> None:
 def _say(results: training.Results, out: Path, target: float | None = None) -> None:
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
+    for line in _shortened(summary, results.settings.entries):
+        typer.echo(line)
     show(_readable(summary), f"{results.metric} on the test set")
     if target is not None and "final" in summary:
         show(results.reaching(target), f"to a {results.metric} of {target:g} on the test set")
     if results.untimed:
         typer.echo(results.untimed)
-    for line in _shortened(summary):
-        typer.echo(line)
     for row in summary[summary["note"] != ""].itertuples():
         typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
     typer.echo(f"rows, curves, checkpoints, pictures and report.html are in {out}")
@@ -200,17 +204,23 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
     return table.assign(status=summary["status"])
 
 
-def _shortened(summary: pd.DataFrame) -> list[str]:
+def _shortened(summary: pd.DataFrame, entries: Sequence[training.Entry]) -> list[str]:
     """A line per optimizer whose steps a bound shortened more often than not."""
     if "clipped_share" not in summary:
         return []
-    return [
-        f"{row.optimizer}: kl_clip or max_norm shortened {_share(row.clipped_share)} of the steps; "
-        "one that kl_clip shortens is as long at any larger lr, whatever --schedule says; "
-        f"--set {row.optimizer}.kl_clip=none frees it"
-        for row in summary.itertuples()
-        if row.clipped_share > OFTEN
-    ]
+    bounds = {entry.label: training.bounds(entry) for entry in entries}
+    lines = []
+    for row in summary[summary["clipped_share"] > OFTEN].itertuples():
+        mine, share = bounds[row.optimizer], _share(row.clipped_share)
+        said = f"{row.optimizer}: {' or '.join(sorted(mine))} shortened {share} of the steps"
+        if "kl_clip" in mine:
+            said = (
+                f"{row.optimizer}: the learning rate had no effect: {said.partition(': ')[2]}, and "
+                "one that kl_clip shortens is as long at any larger lr, whatever --schedule says; "
+                f"--set {row.optimizer}.kl_clip=none frees it"
+            )
+        lines.append(said)
+    return lines
 
 
 def _share(share: float) -> str:

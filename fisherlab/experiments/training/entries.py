@@ -81,6 +81,13 @@ def check(entry: Entry) -> None:
         raise SettingsError(f"{entry}: {error}") from None
 
 
+def bounds(entry: Entry) -> dict[str, float]:
+    """The bounds on the length of an entry's steps, by the name of the option."""
+    made = make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
+    clip = getattr(made, "clip", None)
+    return {} if clip is None else clip.bounds
+
+
 def make(
     entry: Entry, model: nn.Module, criterion: nn.Module, *, steps_per_epoch: int, epochs: int
 ) -> torch.optim.Optimizer:
