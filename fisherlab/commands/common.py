@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -143,6 +144,11 @@ def known(kind: str, given: str, names: Iterable[str]) -> str:
     if given not in names:
         raise UserError(unknown(kind, given, names))
     return given
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file: `folder:/a/b -> folder_a_b`."""
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
 def words(text: str | None) -> list[str]:

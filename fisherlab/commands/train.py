@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 
 from fisherlab import plots
-from fisherlab.commands.common import Code, CtrlC, UserError, bar, leave, numbers, show
+from fisherlab.commands.common import Code, CtrlC, UserError, bar, file_name, leave, numbers, show
 from fisherlab.experiments import training
 from fisherlab.experiments.training.task import AUGMENTED
 
@@ -22,9 +22,15 @@ OFTEN = 0.5
 
 def train(
     data: Annotated[
-        str, typer.Option(help="Data set: `fisherlab data list` names them.")
+        str,
+        typer.Option(
+            help="A name of `fisherlab data list`, folder:PATH[@SIDE] or module:function."
+        ),
     ] = "digits",
-    model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
+    model: Annotated[
+        str,
+        typer.Option(help="mlp, resnet20, lstm, ..., module:function, timm:NAME or hf:FOLDER."),
+    ] = "mlp",
     optimizer: Annotated[
         str, typer.Option(help="Names separated by commas, LABEL=NAME to run one twice, or all.")
     ] = "kfac,tekfac,fngd,sgd",
@@ -101,7 +107,7 @@ def train(
         compare_every=compare_every,
         compare_examples=compare_examples,
     )
-    trained(settings, out or Path("runs") / f"train-{data}-{model}", target)
+    trained(settings, out or Path("runs") / file_name(f"train-{data}-{model}"), target)
 
 
 def trained(settings: training.Settings, out: Path, target: float | None = None) -> None:

@@ -80,6 +80,27 @@ def register(builder: Builder, *, batch_norm: bool | None = True) -> Builder:
     return builder
 
 
+# How `scheme:rest` is built: a function of the whole name, of what follows the colon, and a spec.
+Scheme = Callable[[str, str, Spec], nn.Module]
+_SCHEMES: Registry[Scheme] = Registry("kind of model", ModelError)
+
+
+def scheme(name: str) -> Callable[[Scheme], Scheme]:
+    """Enter a function for models named `name:...`; "" is for every other name with a colon."""
+
+    def enter(build: Scheme) -> Scheme:
+        _SCHEMES.add(name, build)
+        return build
+
+    return enter
+
+
+def check(name: str) -> None:
+    """Refuse a name that is neither registered nor of a user's own model."""
+    if ":" not in name:
+        _REGISTRY.named(name)
+
+
 def names() -> list[str]:
     """The registered names, sorted."""
     return sorted(_REGISTRY)
@@ -107,8 +128,19 @@ def create(
     `hidden` (mlp, autoencoder), `code` (autoencoder), `layers` (lstm, transformer), `heads`
     (transformer).
 
+    A name with a colon is a user's own model: `module:function`, `file.py:function`, `timm:NAME`,
+    `hf:FOLDER`; see `models.own`. It takes neither width, nor batch_norm, nor activation.
+
     Raises `ModelError` for an unknown name, activation or option, and for sizes that make no model.
     """
+    if ":" in name:
+        given = {
+            "width": width != 1.0,
+            "batch_norm": batch_norm,
+            "activation": activation != "relu",
+        }
+        options = {**options, **{option: True for option, is_set in given.items() if is_set}}
+        return _own(name, num_classes, in_channels, input_size, options, generator)
     builder = _REGISTRY.named(name)
     _check_options(name, builder, options)
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
@@ -125,6 +157,26 @@ def create(
         raise ModelError(f"{name} has no batch norm; leave batch_norm out, or take {able}")
     spec = Spec(num_classes, channels, size, width, bool(normed), activation)
     return _initialised(lambda: builder(spec, **options), generator)
+
+
+def _own(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    input_size: int | tuple[int, ...] | None,
+    options: dict[str, Any],
+    generator: torch.Generator | None,
+) -> nn.Module:
+    kind, _, rest = name.partition(":")
+    build = _SCHEMES[kind if kind in _SCHEMES else ""]
+    if options:
+        raise ModelError(f"{name} takes no {', '.join(options)}; its own code decides them")
+    channels, size = _input_shape(name, in_channels, input_size)
+    spec = Spec(num_classes, channels, size, 1.0, False, "relu")
+    model = _initialised(lambda: build(name, rest, spec), generator)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} makes a {type(model).__name__}, which is no torch module")
+    return model
 
 
 def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | None) -> nn.Module:

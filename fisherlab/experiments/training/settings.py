@@ -98,8 +98,8 @@ class Settings:
             raise SettingsError(f"seeds are different numbers, at least one; got {self.seeds}")
         schedule_of(self.schedule)
         check_known("dtype", self.dtype, DTYPES)
-        check_known("data set", self.data, datasets.names())
-        check_known("model", self.model, models.names())
+        _refused(lambda: datasets.check(self.data))
+        _refused(lambda: models.check(self.model))
         check_device(self.device)
         labels = [entry.label for entry in self.entries]
         for label in labels:
@@ -153,6 +153,13 @@ def check_known(kind: str, got: str, known: Iterable[str]) -> None:
     known = list(known)
     if got not in known:
         raise SettingsError(unknown(kind, got, known))
+
+
+def _refused(check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def check_device(name: str) -> torch.device:
