@@ -15,12 +15,14 @@ from fisherlab.commands import (
     data,
     report,
     reproduce,
+    rerun,
     support,
     sweep,
     train,
     verify,
 )
 from fisherlab.commands.common import guarded
+from fisherlab.commands.config import from_file
 from fisherlab.heap import keep_freed_memory
 
 COMMANDS: list[Callable[..., None]] = [
@@ -42,7 +44,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in COMMANDS:
-    app.command()(guarded(command))
+    app.command()(from_file(guarded(command)))
+app.command()(guarded(rerun.rerun))
 app.add_typer(data.app, name="data")
 
 

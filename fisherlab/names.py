@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TypeVar
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -55,3 +60,34 @@ class Registry(dict[str, T]):
         if name not in self:
             raise self.error(unknown(self.what, name, sorted(self)))
         return self[name]
+
+
+def imported(place: str) -> Any:
+    """What `module:name` or `file.py:name` names; modules of the working folder are found.
+
+    Raises:
+        ImportError: there is no such module, or the name is missing from it.
+    """
+    module, _, name = place.rpartition(":")
+    if module.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        if spec is None or spec.loader is None or not Path(module).is_file():
+            raise ImportError(f"no such file: {module}")
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    else:
+        with _working_folder():
+            found = importlib.import_module(module)
+    if not callable(getattr(found, name, None)):
+        raise ImportError(f"{module} has no function {name!r}")
+    return getattr(found, name)
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -28,10 +28,18 @@ def too_large(
     return found
 
 
+# How the past and a batch are blended; TEKFAC (3.6)-(3.8) leave it open.
+EMAS = ("corrected", "averaged", "literal")
+
+
 class Running:
     """Means of an approximation's statistics over time.
 
-    `mean = S / c`, `S <- decay S + s`, `c <- decay c + n`.
+        mean = S / c,   S <- p S + q s,   c <- p c + q n,   from S = s, c = n
+
+    `ema` says what p and q are: "corrected" `(decay, 1)`, "averaged" `(decay, 1 - decay)`,
+    "literal" `(1 - decay, decay)`, which is TEKFAC (3.6)-(3.8) as printed. After ten batches the
+    first one weighs 0.079, 0.630 and next to nothing at a decay of 0.95.
 
     A sum travels with the number of loss terms it covers and both decay together, so the first
     estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
@@ -49,7 +57,10 @@ class Running:
         decay: float = 0.95,
         reduce: Callable[[Sums], Sums] | None = None,
         largest_factor: int = LARGEST_FACTOR,
+        ema: str = "corrected",
     ) -> None:
+        if ema not in EMAS:
+            raise BlockError(f"ema is one of {', '.join(EMAS)}; got {ema!r}")
         if not approximation.additive:
             raise BlockError(
                 f"{type(approximation).__name__} has no memory: its blocks are of the current "
@@ -59,6 +70,11 @@ class Running:
             raise BlockError(f"decay is the weight of the past, in [0, 1]; got {decay}")
         self.approximation, self.decay, self.reduce = approximation, decay, reduce
         self.largest_factor = largest_factor
+        self.weights = {
+            "corrected": (decay, 1.0),
+            "averaged": (decay, 1 - decay),
+            "literal": (1 - decay, decay),
+        }[ema]
         self.statistics = approximation.statistics_by_name
         self.shape = (0, 0)
         self.sums: Sums = {}
@@ -130,12 +146,13 @@ class Running:
             counted = torch.tensor(terms, dtype=torch.float64)
             *reduced, counted = self.reduce({**total, "count": counted}).values()
             total, terms = dict(zip(total, reduced, strict=True)), float(counted)
+        if not count:
+            into |= {key: value.clone() for key, value in total.items()}
+            return terms
+        past, new = self.weights
         for key, value in total.items():
-            if key in into:
-                into[key].mul_(self.decay).add_(value)
-            else:
-                into[key] = value.clone()
-        return self.decay * count + terms
+            into[key].mul_(past).add_(value, alpha=new)
+        return past * count + new * terms
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, as flat named tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from fisherlab.experiments.rundir import TYPED
 from fisherlab.names import unknown
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> Any:
+        told = TYPED.set({"command": command.__name__, "options": options})
         try:
             return command(*args, **options)
         except (typer.Exit, typer.Abort):
@@ -67,6 +70,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             if mistake is None:
                 leave(Code.BUG, _bug(error))
             leave(Code.MISTAKE, f"error: {mistake}")
+        finally:
+            TYPED.reset(told)
 
     return run
 
@@ -139,6 +144,11 @@ def known(kind: str, given: str, names: Iterable[str]) -> str:
     if given not in names:
         raise UserError(unknown(kind, given, names))
     return given
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file: `folder:/a/b -> folder_a_b`."""
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
 def words(text: str | None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fisherlab.commands.common import Code, CtrlC, leave, numbers, show
+from fisherlab.commands.common import Code, CtrlC, file_name, leave, numbers, show
 from fisherlab.commands.train import Bars
 from fisherlab.experiments import training
 from fisherlab.experiments.sweep import grid, points
@@ -63,7 +63,7 @@ def sweep(
         device=device,
     )
     final = {"epochs": final_epochs, "examples": final_examples, "seeds": tuple(range(seeds))}
-    out = out or Path("runs") / f"sweep-{data}-{model}"
+    out = out or Path("runs") / file_name(f"sweep-{data}-{model}")
     with CtrlC() as interrupt:
         watch = Bars(interrupt)
         result = search(settings, optimizer, found, out, final=final, watch=watch)

@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 
 from fisherlab import plots
-from fisherlab.commands.common import Code, CtrlC, UserError, bar, leave, numbers, show
+from fisherlab.commands.common import Code, CtrlC, UserError, bar, file_name, leave, numbers, show
 from fisherlab.experiments import training
 from fisherlab.experiments.training.task import AUGMENTED
 
@@ -22,9 +22,15 @@ OFTEN = 0.5
 
 def train(
     data: Annotated[
-        str, typer.Option(help="Data set: `fisherlab data list` names them.")
+        str,
+        typer.Option(
+            help="A name of `fisherlab data list`, folder:PATH[@SIDE] or module:function."
+        ),
     ] = "digits",
-    model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
+    model: Annotated[
+        str,
+        typer.Option(help="mlp, resnet20, lstm, ..., module:function, timm:NAME or hf:FOLDER."),
+    ] = "mlp",
     optimizer: Annotated[
         str, typer.Option(help="Names separated by commas, LABEL=NAME to run one twice, or all.")
     ] = "kfac,tekfac,fngd,sgd",
@@ -55,12 +61,17 @@ def train(
     hidden: Annotated[str | None, typer.Option(help="Hidden layers of an mlp: 80,80.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
     activation: Annotated[str, typer.Option(help="relu, tanh, ...")] = "relu",
-    batch_norm: Annotated[bool, typer.Option(help="In vgg and resnet.")] = True,
+    batch_norm: Annotated[
+        bool | None, typer.Option(help="By default in vgg and resnet; mlp and lstm can have it.")
+    ] = None,
     compare_every: Annotated[
         int | None,
         typer.Option(help="Epochs between measurements of the blocks against the exact ones."),
     ] = None,
     compare_examples: Annotated[int, typer.Option(help="Examples of such a measurement.")] = 256,
+    target: Annotated[
+        float | None, typer.Option(help="Also tell when each first has this metric.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     out: Annotated[
@@ -96,11 +107,15 @@ def train(
         compare_every=compare_every,
         compare_examples=compare_examples,
     )
-    out = out or Path("runs") / f"train-{data}-{model}"
+    trained(settings, out or Path("runs") / file_name(f"train-{data}-{model}"), target)
+
+
+def trained(settings: training.Settings, out: Path, target: float | None = None) -> None:
+    """Train, draw, and say what came of it."""
     with CtrlC() as interrupt:
         results = training.train(settings, out, watch=Bars(interrupt))
     _pictures(results, out)
-    _say(results, out)
+    _say(results, out, target)
 
 
 class Bars(training.Watch):
@@ -151,14 +166,16 @@ def _pictures(results: training.Results, out: Path) -> None:
     report.write(RunDir(out))
 
 
-def _say(results: training.Results, out: Path) -> None:
+def _say(results: training.Results, out: Path, target: float | None = None) -> None:
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
+    for line in _shortened(summary, results.settings.entries):
+        typer.echo(line)
     show(_readable(summary), f"{results.metric} on the test set")
+    if target is not None and "final" in summary:
+        show(results.reaching(target), f"to a {results.metric} of {target:g} on the test set")
     if results.untimed:
         typer.echo(results.untimed)
-    for line in _shortened(summary):
-        typer.echo(line)
     for row in summary[summary["note"] != ""].itertuples():
         typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
     typer.echo(f"rows, curves, checkpoints, pictures and report.html are in {out}")
@@ -193,17 +210,23 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
     return table.assign(status=summary["status"])
 
 
-def _shortened(summary: pd.DataFrame) -> list[str]:
+def _shortened(summary: pd.DataFrame, entries: Sequence[training.Entry]) -> list[str]:
     """A line per optimizer whose steps a bound shortened more often than not."""
     if "clipped_share" not in summary:
         return []
-    return [
-        f"{row.optimizer}: kl_clip or max_norm shortened {_share(row.clipped_share)} of the steps; "
-        "one that kl_clip shortens is as long at any larger lr, whatever --schedule says; "
-        f"--set {row.optimizer}.kl_clip=none frees it"
-        for row in summary.itertuples()
-        if row.clipped_share > OFTEN
-    ]
+    bounds = {entry.label: training.bounds(entry) for entry in entries}
+    lines = []
+    for row in summary[summary["clipped_share"] > OFTEN].itertuples():
+        mine, share = bounds[row.optimizer], _share(row.clipped_share)
+        said = f"{row.optimizer}: {' or '.join(sorted(mine))} shortened {share} of the steps"
+        if "kl_clip" in mine:
+            said = (
+                f"{row.optimizer}: the learning rate had no effect: {said.partition(': ')[2]}, and "
+                "one that kl_clip shortens is as long at any larger lr, whatever --schedule says; "
+                f"--set {row.optimizer}.kl_clip=none frees it"
+            )
+        lines.append(said)
+    return lines
 
 
 def _share(share: float) -> str:

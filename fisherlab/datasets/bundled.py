@@ -26,6 +26,7 @@ WITH_TARGET = "inputs and target with mean 0 and deviation 1 on the training set
         task="classification",
         num_classes=10,
         input_shape=(1, 8, 8),
+        train_examples=1_442,
         source=f"E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, {UCI}, 1998; "
         "its test set as bundled with scikit-learn (load_digits)",
         licence=CC_BY,
@@ -51,6 +52,7 @@ def digits(card: Card, files: dict[str, Path]) -> Dataset:
         task="classification",
         num_classes=2,
         input_shape=(30,),
+        train_examples=456,
         source=f"W. Wolberg et al., Breast Cancer Wisconsin (Diagnostic), {UCI}, 1995; "
         "bundled with scikit-learn (load_breast_cancer)",
         licence=CC_BY,
@@ -72,6 +74,7 @@ def breast_cancer(card: Card, files: dict[str, Path]) -> Dataset:
         task="regression",
         num_classes=None,
         input_shape=(10,),
+        train_examples=354,
         source="B. Efron, T. Hastie, I. Johnstone, R. Tibshirani, Least Angle Regression, "
         "Annals of Statistics, 2004; bundled with scikit-learn (load_diabetes, unscaled)",
         licence="none stated; distributed with scikit-learn",
@@ -94,6 +97,7 @@ def diabetes(card: Card, files: dict[str, Path]) -> Dataset:
         task="classification",
         num_classes=3,
         input_shape=(4,),
+        train_examples=120,
         source=f"R. A. Fisher, The use of multiple measurements in taxonomic problems, 1936; {UCI};"
         " bundled with scikit-learn (load_iris)",
         licence=CC_BY,
@@ -115,6 +119,7 @@ def iris(card: Card, files: dict[str, Path]) -> Dataset:
         task="classification",
         num_classes=3,
         input_shape=(13,),
+        train_examples=144,
         source=f"S. Aeberhard, M. Forina, Wine, {UCI}, 1992; bundled with scikit-learn (load_wine)",
         licence=CC_BY,
         split=STRATIFIED,
@@ -135,6 +140,7 @@ def wine(card: Card, files: dict[str, Path]) -> Dataset:
         task="classification",
         num_classes=2,
         input_shape=(2,),
+        train_examples=800,
         source="generated (scikit-learn's make_moons, noise 0.2, random_state 0)",
         licence="none needed",
         split=STRATIFIED,

@@ -38,6 +38,7 @@ class Card:
     preparation: str = ""  # what was done to inputs and targets
     notes: str = ""
     obtain: str = ""  # how to get files that no address serves
+    train_examples: int | None = None  # of the training set; None: not known before it is read
     ignore_index: int | None = None  # the label that stands for no label
 
     @property
@@ -58,6 +59,7 @@ class Card:
         rows = {
             "Task": self.task + classes,
             "One example": shape,
+            "Training examples": f"{self.train_examples:,}" if self.train_examples else "",
             "Source": self.source,
             "Licence, as commonly stated": self.licence,
             "Split": self.split,

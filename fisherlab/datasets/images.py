@@ -30,6 +30,7 @@ def _mnist(name: str, sha256: str) -> File:
         task="classification",
         num_classes=10,
         input_shape=(1, 28, 28),
+        train_examples=60_000,
         source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST database of handwritten digits; "
         "LeCun, Bottou, Bengio, Haffner, Proc. IEEE, 1998",
         licence="CC BY-SA 3.0",
@@ -76,6 +77,7 @@ def mnist(card: Card, files: dict[str, Path]) -> Dataset:
         task="classification",
         num_classes=10,
         input_shape=(3, 32, 32),
+        train_examples=9_990,
         source=KRIZHEVSKY,
         licence=CITATION,
         split="9,990 images of data_batch_1 and 9,980 of the official test set",
@@ -95,7 +97,7 @@ def cifar10(card: Card, files: dict[str, Path]) -> Dataset:
     """Images `[n, 3, 32, 32]`, standardised per channel."""
     with np.load(files[card.files[0].path]) as raw:
         train, test = raw["exact_train"], raw["exact_test"]
-        return _standardised(
+        return standardised(
             card,
             raw["x_train"][train],
             raw["y_train"][train],
@@ -111,6 +113,7 @@ def cifar10(card: Card, files: dict[str, Path]) -> Dataset:
         task="classification",
         num_classes=100,
         input_shape=(3, 32, 32),
+        train_examples=8_000,
         source=KRIZHEVSKY,
         licence=CITATION,
         split="NOT the official one: 80 + 20 images of every class, by the sha256 of their pixels",
@@ -128,15 +131,16 @@ def cifar10(card: Card, files: dict[str, Path]) -> Dataset:
 def cifar100(card: Card, files: dict[str, Path]) -> Dataset:
     """Images `[n, 3, 32, 32]`, standardised per channel."""
     with np.load(files[card.files[0].path]) as raw:
-        return _standardised(card, raw["x_train"], raw["y_train"], raw["x_test"], raw["y_test"])
+        return standardised(card, raw["x_train"], raw["y_train"], raw["x_test"], raw["y_test"])
 
 
-def _standardised(
+def standardised(
     card: Card, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
 ) -> Dataset:
+    """Images `[n, c, h, w]` of bytes, each channel with mean 0 and deviation 1 in training."""
     pixels = torch.from_numpy(x).float()
     mean = pixels.mean((0, 2, 3), keepdim=True)
-    std = pixels.std((0, 2, 3), keepdim=True, correction=0)
+    std = pixels.std((0, 2, 3), keepdim=True, correction=0).clamp(min=1e-8)
 
     def part(x: Tensor, y: np.ndarray) -> TensorDataset:
         return TensorDataset((x - mean) / std, torch.from_numpy(y).long())

@@ -42,6 +42,27 @@ def register(card: Card) -> Callable[[Loader], Loader]:
     return enter
 
 
+# How `scheme:rest` is read: a function of the whole name and of what follows the colon.
+Scheme = Callable[[str, str], Dataset]
+_SCHEMES: Registry[Scheme] = Registry("kind of data", DatasetError)
+
+
+def scheme(name: str) -> Callable[[Scheme], Scheme]:
+    """Enter a function for data sets named `name:...`; "" is for every other name with a colon."""
+
+    def enter(read: Scheme) -> Scheme:
+        _SCHEMES.add(name, read)
+        return read
+
+    return enter
+
+
+def check(name: str) -> None:
+    """Refuse a name that is neither registered nor of a user's own data."""
+    if ":" not in name:
+        _REGISTRY.named(name)
+
+
 def names() -> list[str]:
     """The registered names, sorted."""
     return sorted(_REGISTRY)
@@ -49,7 +70,7 @@ def names() -> list[str]:
 
 def card(name: str) -> Card:
     """The card of a data set, which need not be installed. Raises `DatasetError` if unknown."""
-    return _REGISTRY.named(name)[0]
+    return load(name).card if ":" in name else _REGISTRY.named(name)[0]
 
 
 def load(name: str, *, root: str | Path | None = None) -> Dataset:
@@ -58,7 +79,12 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
     `root` is the folder that holds one folder per data set, default `$FISHERLAB_DATA`, else the
     downloads of `fisherlab data fetch`. Bundled data sets need none. Raises `DatasetError` for an
     unknown name, a missing file, or one whose sha256 is not the card's.
+
+    A name with a colon is a user's own data: `folder:PATH`, `module:function`, `file.py:function`.
     """
+    if ":" in name:
+        kind, _, rest = name.partition(":")
+        return _SCHEMES[kind if kind in _SCHEMES else ""](name, rest)
     card, loader = _REGISTRY.named(name)
     folder = data_folder(root) if card.files else Path()
     return loader(card, verified(card, folder))

@@ -29,6 +29,7 @@ WEATHER = [
         task="classification",
         num_classes=8,
         input_shape=(7,),
+        train_examples=271,
         source="P. Horton, K. Nakai, A probabilistic classification system for predicting the "
         f"cellular localization sites of proteins, ISMB 1996; {UCI}",
         licence=CC_BY,
@@ -61,6 +62,7 @@ def ecoli(card: Card, files: dict[str, Path]) -> Dataset:
         task="regression",
         num_classes=None,
         input_shape=(18,),
+        train_examples=17_291,
         source="house sales in King County, Washington, May 2014 to May 2015; "
         "Kaggle harlfoxem/housesalesprediction",
         licence="CC0, public domain",
@@ -93,6 +95,7 @@ def house_prices(card: Card, files: dict[str, Path]) -> Dataset:
         task="regression",
         num_classes=None,
         input_shape=(len(WEATHER),),
+        train_examples=77_163,
         source="history of Szeged, Hungary, 2006 to 2016 (Dark Sky); "
         "Kaggle budincsevity/szeged-weather, muthuj7/weather-dataset",
         licence="CC BY-NC-SA 4.0; treat as non-commercial",

@@ -28,6 +28,7 @@ IGNORE = -100  # what nn.CrossEntropyLoss ignores unless told otherwise
         task="classification",
         num_classes=10_000,
         input_shape=(STEPS,),
+        train_examples=26_559,
         source="M. Marcus, B. Santorini, M. A. Marcinkiewicz, Building a large annotated corpus of "
         "English: the Penn Treebank, 1993; preprocessing by T. Mikolov",
         licence="LDC material (LDC99T42), not freely licensed: do not republish",
@@ -84,6 +85,7 @@ def _multi30k(name: str, sha256: str) -> File:
         task="classification",
         num_classes=7_953,  # the words below, with the four marks
         input_shape=(2 * LENGTH,),
+        train_examples=29_000,
         source="D. Elliott, S. Frank, K. Sima'an, L. Specia, Multi30K: Multilingual English-German "
         "image descriptions, 2016 (task 1)",
         licence="CC BY-NC-SA 4.0 for the text; built on Flickr30k",

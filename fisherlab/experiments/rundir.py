@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ CONFIG = "config.json"
 FIGURES = "figures"
 REPORT = "report.html"
 GRAMS = "grams.npz"
+
+
+# What the command line was told: its command and all options; None in a program.
+TYPED: ContextVar[dict[str, Any] | None] = ContextVar("typed", default=None)
 
 
 class RunDirError(ValueError):
@@ -54,7 +59,8 @@ class RunDir:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """`config.json`: what reruns the run, on what it ran, and how it ended."""
-        content = json.dumps(config | {"versions": versions()}, indent=2, default=str)
+        typed = {} if (told := TYPED.get()) is None else {"typed": told}
+        content = json.dumps(config | typed | {"versions": versions()}, indent=2, default=str)
         checkpoint.write(self.folder / CONFIG, content + "\n")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:

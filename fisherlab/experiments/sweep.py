@@ -82,7 +82,7 @@ class Search:
             for point in points:
                 mine = rows[(rows["optimizer"] == point.label) & (rows["epoch"] > 0)]
                 losses = mine[["train_loss", "test_loss"]].to_numpy()
-                if len(losses) < self.tried.settings.epochs:
+                if len(losses) < point.epochs(self.tried.settings.epochs):
                     continue  # it did not come to its end
                 for theirs, alike in runs:
                     # not bit for bit: lr cancels against the clip but for rounding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import nn
@@ -14,7 +15,7 @@ VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, 
 VGG16 = (64, 64, "pool", 128, 128, "pool", *[256] * 3, "pool", *([512] * 3 + ["pool"]) * 2)
 
 
-@register
+@partial(register, batch_norm=False)
 def mlp(spec: Spec, *, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
     """`features -> hidden ... -> num_classes`; inputs `[n, ...]` are flattened.
 
@@ -26,7 +27,7 @@ def mlp(spec: Spec, *, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
     )
 
 
-@register
+@partial(register, batch_norm=None)
 def autoencoder(
     spec: Spec, *, hidden: Sequence[int] = (1000, 500, 250), code: int = 30
 ) -> nn.Sequential:
@@ -49,7 +50,7 @@ def autoencoder(
     )
 
 
-@register
+@partial(register, batch_norm=None)
 def lenet(spec: Spec) -> nn.Sequential:
     """Two 5 x 5 convolutions of 16 and 32 channels, then 120, 84, num_classes.
 
@@ -118,5 +119,8 @@ def _hidden(spec: Spec, hidden: Sequence[int]) -> list[int]:
 
 def _dense(spec: Spec, features: Sequence[int]) -> Iterator[nn.Module]:
     for i, o in pairwise(features):
-        yield nn.Linear(i, o)
+        # a bias below a batch norm has no effect
+        yield nn.Linear(i, o, bias=not spec.batch_norm)
+        if spec.batch_norm:
+            yield nn.BatchNorm1d(o)
         yield spec.activate()

@@ -66,10 +66,39 @@ Builder = Callable[..., nn.Module]
 _REGISTRY: Registry[Builder] = Registry("model", ModelError)
 
 
-def register(builder: Builder) -> Builder:
-    """Enter a function `(spec, *, options) -> module` under its own name."""
+# By name: whether a model has batch norm unless told otherwise; None: it has none to switch on.
+_NORMED: dict[str, bool | None] = {}
+
+
+def register(builder: Builder, *, batch_norm: bool | None = True) -> Builder:
+    """Enter a function `(spec, *, options) -> module` under its own name.
+
+    `batch_norm` is what `spec.batch_norm` is unless `create` is told; None: the model has none.
+    """
     _REGISTRY.add(builder.__name__, builder)
+    _NORMED[builder.__name__] = batch_norm
     return builder
+
+
+# How `scheme:rest` is built: a function of the whole name, of what follows the colon, and a spec.
+Scheme = Callable[[str, str, Spec], nn.Module]
+_SCHEMES: Registry[Scheme] = Registry("kind of model", ModelError)
+
+
+def scheme(name: str) -> Callable[[Scheme], Scheme]:
+    """Enter a function for models named `name:...`; "" is for every other name with a colon."""
+
+    def enter(build: Scheme) -> Scheme:
+        _SCHEMES.add(name, build)
+        return build
+
+    return enter
+
+
+def check(name: str) -> None:
+    """Refuse a name that is neither registered nor of a user's own model."""
+    if ":" not in name:
+        _REGISTRY.named(name)
 
 
 def names() -> list[str]:
@@ -84,7 +113,7 @@ def create(
     in_channels: int = 3,
     input_size: int | tuple[int, ...] | None = None,
     width: float = 1.0,
-    batch_norm: bool = True,
+    batch_norm: bool | None = None,
     activation: str = "relu",
     generator: torch.Generator | None = None,
     **options: Any,
@@ -93,13 +122,25 @@ def create(
 
     `input_size` is the shape of one example: all of it, `(c, h, w)` or `(features,)`, or without
     channels `(h, w)`; an int is the number of features of an mlp or autoencoder and the side of a
-    square image elsewhere. `width` multiplies every hidden layer. `batch_norm` is for the vgg and
-    resnet; the others have none. `generator=None` is a fresh one seeded with 0; the global random
-    state stays as it was. `options` are the model's own: `hidden` (mlp, autoencoder), `code`
-    (autoencoder), `layers` (lstm, transformer), `heads` (transformer).
+    square image elsewhere. `width` multiplies every hidden layer. `batch_norm` None is the model's
+    own: vgg and resnet with, mlp and lstm without; the others have none. `generator=None` is a
+    fresh one seeded with 0; the global random state stays as it was. `options` are the model's own:
+    `hidden` (mlp, autoencoder), `code` (autoencoder), `layers` (lstm, transformer), `heads`
+    (transformer).
+
+    A name with a colon is a user's own model: `module:function`, `file.py:function`, `timm:NAME`,
+    `hf:FOLDER`; see `models.own`. It takes neither width, nor batch_norm, nor activation.
 
     Raises `ModelError` for an unknown name, activation or option, and for sizes that make no model.
     """
+    if ":" in name:
+        given = {
+            "width": width != 1.0,
+            "batch_norm": batch_norm,
+            "activation": activation != "relu",
+        }
+        options = {**options, **{option: True for option, is_set in given.items() if is_set}}
+        return _own(name, num_classes, in_channels, input_size, options, generator)
     builder = _REGISTRY.named(name)
     _check_options(name, builder, options)
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
@@ -110,8 +151,32 @@ def create(
     if activation not in ACTIVATIONS:
         raise ModelError(unknown("activation", activation, sorted(ACTIVATIONS)))
     channels, size = _input_shape(name, in_channels, input_size)
-    spec = Spec(num_classes, channels, size, width, batch_norm, activation)
+    normed = _NORMED[name] if batch_norm is None else batch_norm
+    if normed and _NORMED[name] is None:
+        able = ", ".join(sorted(n for n in _REGISTRY if _NORMED[n] is not None))
+        raise ModelError(f"{name} has no batch norm; leave batch_norm out, or take {able}")
+    spec = Spec(num_classes, channels, size, width, bool(normed), activation)
     return _initialised(lambda: builder(spec, **options), generator)
+
+
+def _own(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    input_size: int | tuple[int, ...] | None,
+    options: dict[str, Any],
+    generator: torch.Generator | None,
+) -> nn.Module:
+    kind, _, rest = name.partition(":")
+    build = _SCHEMES[kind if kind in _SCHEMES else ""]
+    if options:
+        raise ModelError(f"{name} takes no {', '.join(options)}; its own code decides them")
+    channels, size = _input_shape(name, in_channels, input_size)
+    spec = Spec(num_classes, channels, size, 1.0, False, "relu")
+    model = _initialised(lambda: build(name, rest, spec), generator)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} makes a {type(model).__name__}, which is no torch module")
+    return model
 
 
 def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | None) -> nn.Module:

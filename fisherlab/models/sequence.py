@@ -7,6 +7,7 @@ Tokens are int64 `[n, t]`, the vocabulary has `num_classes` words, and the score
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +19,21 @@ class LSTMLayer(nn.Module):
     """An LSTM of two linear maps, both to the four gates stacked; `nn.LSTM` hides them from hooks.
 
     The input map is called once over all steps, the recurrent one once per step; the bias is the
-    input map's.
+    input map's. Batch norm, if any, is of that map's outputs over examples and steps (Laurent et
+    al. 2016).
     """
 
-    def __init__(self, features: int, hidden: int) -> None:
+    def __init__(self, features: int, hidden: int, batch_norm: bool = False) -> None:
         super().__init__()
-        self.input = nn.Linear(features, 4 * hidden)
+        self.input = nn.Linear(features, 4 * hidden, bias=not batch_norm)
+        self.norm = nn.BatchNorm1d(4 * hidden) if batch_norm else None
         self.recurrent = nn.Linear(hidden, 4 * hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, t, features] -> [n, t, hidden]`, from a state of zeros."""
         driven = self.input(x)
+        if self.norm is not None:
+            driven = self.norm(driven.flatten(0, 1)).view_as(driven)
         h = c = x.new_zeros(len(x), self.recurrent.in_features)
         states = []
         for step in driven.unbind(1):
@@ -42,10 +47,10 @@ class LSTMLayer(nn.Module):
 class LanguageModel(nn.Module):
     """Embedding, LSTM layers, decoder: the scores of the next word at every step."""
 
-    def __init__(self, vocabulary: int, hidden: int, layers: int) -> None:
+    def __init__(self, vocabulary: int, hidden: int, layers: int, batch_norm: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
-        self.layers = nn.Sequential(*[LSTMLayer(hidden, hidden) for _ in range(layers)])
+        self.layers = nn.Sequential(*[LSTMLayer(hidden, hidden, batch_norm) for _ in range(layers)])
         self.decoder = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -53,11 +58,11 @@ class LanguageModel(nn.Module):
         return self.decoder(self.layers(self.embedding(tokens))).transpose(1, 2)
 
 
-@register
+@partial(register, batch_norm=False)
 def lstm(spec: Spec, *, layers: int = 2) -> LanguageModel:
     """A language model with `layers` LSTMs of 200 units."""
     _check_positive(layers=layers)
-    return LanguageModel(spec.num_classes, spec.scaled(200), layers)
+    return LanguageModel(spec.num_classes, spec.scaled(200), layers, spec.batch_norm)
 
 
 class Attention(nn.Module):
@@ -171,7 +176,7 @@ class Transformer(nn.Module):
         return x * math.sqrt(x.shape[-1]) + _positions(x)
 
 
-@register
+@partial(register, batch_norm=None)
 def transformer(spec: Spec, *, layers: int = 6, heads: int = 8) -> Transformer:
     """Encoder and decoder of 512 features, 2048 inside, 8 heads, 6 + 6 layers (Vaswani 2017).
 

@@ -25,6 +25,10 @@ CURVES: dict[str, Curve] = {
 }
 
 
+# How the step gets from one direction to the other: ANG (7), (6), (5).
+PATHS = ("sphere", "chord", "sum")
+
+
 class ANG(NaturalGradient):
     """`W <- W + lr u`, `u` between the natural direction `d = G^{-1} t` and `t = -grad`.
 
@@ -37,6 +41,9 @@ class ANG(NaturalGradient):
     stays `rho` (`"natural"`, the paper): at s = 1 the step is `(|d|/|t|) t`, SGD with a layer-wise
     factor, kept in `factors`; `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
     "global", over all layers together.
+
+    `path` is "sphere", (7); "chord", the linear blend `rho ((1 - s) d/|d| + s t/|t|)` of (6); or
+    "sum", `rho (d/|d| + t/|t|)` of the adaptive lambdas (4), (5), at every `s`.
     """
 
     def __init__(
@@ -48,8 +55,11 @@ class ANG(NaturalGradient):
         curve: str | Curve = "concave",
         scope: str = "layer",
         amplitude: str = "natural",
+        path: str = "sphere",
         **options: Any,
     ) -> None:
+        if path not in PATHS:
+            raise ValueError(f"path is one of {', '.join(PATHS)}; got {path!r}")
         if total_steps < 1:
             raise ValueError(f"total_steps is the length of the run, at least 1; got {total_steps}")
         options = {"curve": curve, **respelled(options)}
@@ -63,6 +73,7 @@ class ANG(NaturalGradient):
             )
         super().__init__(model, approximation, **options)
         self.total_steps, self.scope, self.amplitude = total_steps, scope, amplitude
+        self.path = path
         self.curve = curve if callable(curve) else CURVES[curve]
         self.factors: dict[str, float] = {}
 
@@ -75,7 +86,7 @@ class ANG(NaturalGradient):
     def combine(
         self, gradients: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        s, names = self.blend, list(directions)
+        names = list(directions)
         if self.scope == "layer":
             ours = [directions[name] for name in names]
             theirs = [gradients[name] for name in names]
@@ -83,11 +94,14 @@ class ANG(NaturalGradient):
             pairs = zip(norms[: len(names)], norms[len(names) :], strict=True)
             sizes = [rho / max(size, 1e-30) for rho, size in pairs]
             self.factors |= zip(names, sizes, strict=True)
-            return {n: blended(directions[n], gradients[n], s, self.amplitude) for n in names}
+            return {n: self._blended(directions[n], gradients[n]) for n in names}
         d = torch.cat([directions[name].flatten() for name in names])
         t = torch.cat([gradients[name].flatten() for name in names])
-        pieces = blended(d, t, s, self.amplitude).split([directions[n].numel() for n in names])
+        pieces = self._blended(d, t).split([directions[n].numel() for n in names])
         return {n: piece.view_as(directions[n]) for n, piece in zip(names, pieces, strict=True)}
+
+    def _blended(self, d: Tensor, t: Tensor) -> Tensor:
+        return blended(d, t, self.blend, self.amplitude, self.path)
 
 
 def respelled(options: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +112,13 @@ def respelled(options: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in options.items() if key != "schedule"}, "curve": curve}
 
 
-def blended(d: Tensor, t: Tensor, s: float, amplitude: str = "natural") -> Tensor:
-    """The point between `d` and `t` on the sphere, of the length of `d`.      ANG (6), (7)."""
+def blended(
+    d: Tensor, t: Tensor, s: float, amplitude: str = "natural", path: str = "sphere"
+) -> Tensor:
+    """The point between `d` and `t` on the sphere, of the length of `d`.      ANG (7).
+
+    On the chord for (6), their sum for (5).
+    """
     dd, tt, dt = torch.stack([dot(d, d), dot(t, t), dot(d, t)]).tolist()
     if dd == 0 or tt == 0:
         return d
@@ -107,8 +126,8 @@ def blended(d: Tensor, t: Tensor, s: float, amplitude: str = "natural") -> Tenso
         return t
     rho, size = math.sqrt(dd), math.sqrt(tt)
     omega = math.acos(min(1.0, dt / (rho * size)))
-    toward_d, toward_t = 1 - s, s
-    if omega >= 1e-4:
+    toward_d, toward_t = (1.0, 1.0) if path == "sum" else (1 - s, s)
+    if path == "sphere" and omega >= 1e-4:
         toward_d, toward_t = (math.sin(part * omega) / math.sin(omega) for part in (1 - s, s))
     length = rho if amplitude == "natural" else rho ** (1 - s) * size**s
     return torch.add(toward_d * length / rho * d, t, alpha=toward_t * length / size)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import approximations
+from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.damping import Rule, geometric, relative
 from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
@@ -39,6 +40,7 @@ from fisherlab.optim.presets import PRESETS, paper_options
 from fisherlab.optim.sngd import ReconstructedSGD
 from fisherlab.optim.soap import SOAP
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
+from fisherlab.statistics import Statistic
 
 Maker = Callable[..., torch.optim.Optimizer]
 
@@ -93,19 +95,40 @@ def _with(kind: type[CurvatureOptimizer], *args: Any, **defaults: Any) -> Maker:
     def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         options = respelled(options) if issubclass(kind, ANG) else options
         ours = list(args)
-        if ours and "placement" in options and _placed(ours[0]):
-            ours[0] = dataclasses.replace(ours[0], placement=options.pop("placement"))
+        if ours and (changed := {k: options.pop(k) for k in fields_of(ours[0]) if k in options}):
+            ours[0] = _changed(ours[0], changed)
         return kind(model, *ours, **{**defaults, **options})
 
-    placement = {"placement": args[0].placement} if args else {}
-    make.defaults = {**defaults, **placement}  # type: ignore[attr-defined]
+    make.defaults = {**defaults, **(fields_of(args[0]) if args else {})}  # type: ignore[attr-defined]
     return make
 
 
-def _placed(approximation: Any) -> bool:
-    """Whether a user may choose where the damping of an approximation is placed."""
+def fields_of(approximation: Any) -> dict[str, Any]:
+    """What a user may choose of an approximation by name: its fields that hold no statistics.
+
+    Of an approximation that is a field, the damping is placed elsewhere.
+    """
     known = dataclasses.fields(approximation) if dataclasses.is_dataclass(approximation) else ()
-    return "placement" in {field.name for field in known}
+    found: dict[str, Any] = {}
+    for field in known:
+        value = getattr(approximation, field.name)
+        if isinstance(value, Approximation):
+            found |= {k: v for k, v in fields_of(value).items() if k not in ("placement", "pi")}
+        elif not isinstance(value, Statistic):
+            found[field.name] = value
+    return found
+
+
+def _changed(approximation: Any, options: dict[str, Any]) -> Any:
+    """A new approximation with some of `fields_of`, whose statistics follow from them."""
+    found = {}
+    for field in dataclasses.fields(approximation):
+        value = getattr(approximation, field.name)
+        if isinstance(value, Approximation):
+            found[field.name] = _changed(value, options)
+        elif not isinstance(value, Statistic):
+            found[field.name] = options.get(field.name, value)
+    return type(approximation)(**found)
 
 
 def _natural(
@@ -246,7 +269,7 @@ def create(
         wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if wrong is None:
             raise
-        known = option_names(name)
+        known = option_names(name, preset)
         near = nearest(wrong[1], known)
         hint = f"; nearest: {near}" if near else ""
         raise TypeError(
@@ -254,22 +277,21 @@ def create(
         ) from None
 
 
-def option_names(name: str) -> list[str]:
+def option_names(name: str, preset: str = "stable") -> list[str]:
     """The options that an optimizer takes, read off its constructors and those of its parts."""
-    optimizer = create(name, nn.Sequential(nn.Linear(2, 2)))
+    optimizer = create(name, nn.Sequential(nn.Linear(2, 2)), preset=preset)
     kind = type(optimizer)
     flat = flat_names(kind.parts) if issubclass(kind, CurvatureOptimizer) else []
-    flat += ["placement"] if _placed(getattr(optimizer, "approximation", None)) else []
+    flat += [] if kind is KBFGSOptimizer else fields_of(getattr(optimizer, "approximation", None))
     found = [option for taker in _takers(kind) for option in inspect.signature(taker).parameters]
     return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]
 
 
 def _takers(kind: type[torch.optim.Optimizer]) -> list[Callable[..., Any]]:
     """What takes the options of an optimizer: its constructors, and what they pass them on to."""
-    takers: list[Callable[..., Any]] = list(
-        kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]
-    )
-    return takers + list(kind.takers) if issubclass(kind, CurvatureOptimizer) else takers
+    if not issubclass(kind, CurvatureOptimizer):
+        return [kind]
+    return [*kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)], *kind.takers]
 
 
 def default(name: str, option: str) -> Any:

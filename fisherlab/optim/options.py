@@ -21,6 +21,7 @@ FLAT = {
     "basis_every": {"schedule": "basis"},
     "corrections_every": {"schedule": "corrections"},
     "decay": {"schedule": "decay"},
+    "ema": {"schedule": "ema"},
     "statistics_examples": {"schedule": "examples"},
     "warmup": {"schedule": "warmup", "clip": "warmup"},
     "kl_clip": {"clip": "kl"},

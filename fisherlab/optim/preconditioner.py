@@ -128,7 +128,7 @@ class Preconditioner(Covered):
         # the mean gradient is the joint batch's already
         local = approximation.needs - {"gradient"}
         reduce = self.ranks.sum if self.ranks is not None and local else None
-        make = partial(Running, approximation, schedule.decay, reduce, largest_factor)
+        make = partial(Running, approximation, schedule.decay, reduce, largest_factor, schedule.ema)
         self.curvature = Curvature(self.coverage, approximation, make, self.ranks)
         self.steps = 0
         # a parameter of the last step, the gradient that it left there, and its version

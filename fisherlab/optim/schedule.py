@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fisherlab.approximations.running import EMAS
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,11 +20,12 @@ class Schedule:
         corrections: steps between updates of corrected eigenvalues (T_RE); None: `statistics`.
         warmup: steps at the start that refresh everything.
         decay: weight of the past at each update of the statistics.
+        ema: how past and batch are blended: "corrected", "averaged" or "literal"; see `Running`.
         examples: the first rows of a batch that the statistics take; None: all.
         until: the step from which the gradient is left as it is; None: never.
 
     Raises:
-        ValueError: a count of steps or examples is no whole number, or too small.
+        ValueError: a count of steps or examples is no whole number, or too small; no such `ema`.
     """
 
     statistics: int = 10
@@ -30,6 +33,7 @@ class Schedule:
     corrections: int | None = None
     warmup: int = 0
     decay: float = 0.95
+    ema: str = "corrected"
     examples: int | None = None
     until: int | None = None
 
@@ -39,6 +43,8 @@ class Schedule:
             least = 0 if key == "warmup" else 1
             if value is not None and (int(value) != value or value < least):
                 raise ValueError(f"{key} counts steps and is at least {least}, got {value!r}")
+        if self.ema not in EMAS:
+            raise ValueError(f"ema is one of {', '.join(EMAS)}; got {self.ema!r}")
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"examples (statistics_examples) is at least 1, got {self.examples}")
 

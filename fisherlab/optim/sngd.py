@@ -380,11 +380,12 @@ class ReconstructedSGD(torch.optim.SGD):
         decay: float = 0.995,
         eps: float = 1e-4,
         root: str = "eigh",
+        rank: int = 128,
         criterion: Callable[..., Any] | None = None,
     ) -> None:
         if int(every) != every or every < 1:
             raise ValueError(f"every counts steps and is at least 1, got {every!r}")
-        self.model = reconstruct(model, method=root, decay=decay, eps=eps)
+        self.model = reconstruct(model, method=root, decay=decay, eps=eps, rank=rank)
         super().__init__(model.parameters(), lr, momentum, weight_decay=weight_decay)
         self.every, self.steps = every, 0
 

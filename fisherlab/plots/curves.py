@@ -16,13 +16,15 @@ LABELS = {
     "step": "steps",
     "train_seconds": "seconds in steps",
     "train_loss": "training loss",
+    "test_loss": "test loss",
     "accuracy": "test accuracy",
     "rmse": "test RMSE",
     "perplexity": "test perplexity",
     "bleu": "test BLEU",
     "ratio_to_sgd": "seconds per step, SGD = 1",
 }
-LOGARITHMIC = ("train_loss", "perplexity", "rmse")
+LOGARITHMIC = ("train_loss", "test_loss", "perplexity", "rmse")
+COUNTS = ("accuracy", "bleu")  # the other metrics are functions of the test loss
 AT_MOST = 9  # curves in colour; more cannot be told apart
 OTHERS = "#b5b5b5"  # darker than the grid
 
@@ -31,7 +33,7 @@ OTHERS = "#b5b5b5"  # darker than the grid
 def training_curves(
     rows: pd.DataFrame, curve: pd.DataFrame, metric: str, best: Sequence[str] = ()
 ) -> Figure:
-    """Training loss and a metric against steps (left) and against time (right).
+    """Training loss, a metric and the test loss against steps (left) and against time (right).
 
     A line is the mean over seeds, its band their range. The first of `best` (of all, in the order
     of `rows`, if not given) and SGD have their own colours, the rest are grey. A run of one point
@@ -41,6 +43,8 @@ def training_curves(
     names = present[:AT_MOST]
     names += [name for name in present[AT_MOST:] if name == "sgd"]  # what all are compared with
     measured = [(curve, "train_loss"), (rows, metric)]
+    if metric in COUNTS and "test_loss" in rows:
+        measured.append((rows, "test_loss"))
     if curve["step"].nunique() < 2:  # the loss before the first step, which is one for all
         measured = measured[1:]
     figure, axes = theme.panels(2 * len(measured), columns=2, height=2.2)

@@ -148,7 +148,7 @@ def test_everything_asked_for_is_pinned():
 
 def test_third_party_imports_are_declared():
     declared = {normal(re.split(r"[>\[]", line)[0]) for line in requirements()}
-    distributions = {"sklearn": "scikit-learn", "backpack": "backpack-for-pytorch"}
+    distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "backpack": "backpack-for-pytorch"}
     distributions["curvlinops"] = "curvlinops-for-pytorch"
     for path in PACKAGE.rglob("*.py"):
         for name in {dotted.split(".")[0] for dotted in module_imports(path)}:

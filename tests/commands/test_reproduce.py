@@ -451,9 +451,7 @@ def test_a_schedule_may_step_at_given_shares():
             Settings(**options)
 
 
-def test_lengths_of_training_sets_are_right():
-    for name in ("digits",):
-        assert len(fl.datasets.load(name).train) == plan.TRAINING_SETS[name]
+def test_lengths_of_training_sets_are_of_their_cards():
     limited = Settings(entries=(Entry("sgd", "sgd"),), examples=100, validation=50)
     assert plan.examples_of(limited) == 100
     assert plan.examples_of(replace(limited, examples=None)) == 1_442 - 50

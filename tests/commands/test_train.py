@@ -1,6 +1,7 @@
 """Training side by side: resumed runs, divergence, refusals, the table, what is measured."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -333,6 +334,49 @@ def test_the_cost_in_the_table_is_the_quotient_of_its_row(tmp_path):
         # of all timed steps together, not of an epoch's few
         assert row.seconds_per_step == mine["seconds_per_step"].iloc[-1]
         assert row.sgd_seconds_per_step == mine["sgd_seconds_per_step"].iloc[-1]
+
+
+def test_an_optimizer_may_have_epochs_of_its_own(tmp_path):
+    s = settings("sgd,long=sgd", ["long.epochs=4"], epochs=2, schedule="step")
+    results = train(s, tmp_path)
+    rows = results.rows[results.rows["epoch"] > 0].groupby("optimizer")
+    assert rows["epoch"].max().to_dict() == {"sgd": 2, "long": 4}
+    rates = {name: list(mine["lr"] / mine["lr"].iloc[0]) for name, mine in rows}
+    assert rates["sgd"] == pytest.approx([1, 0.1])
+    assert rates["long"] == pytest.approx([1, 1, 0.1, 0.01])  # a schedule of its own length
+    again = train(s, tmp_path)
+    assert_same(again, results)
+    for wrong in ("0", "1.5e", "none"):
+        with pytest.raises(SettingsError, match="epochs is a whole number >= 1"):
+            settings("sgd", [f"sgd.epochs={wrong}"])
+
+
+def test_when_a_target_is_reached_first(tmp_path):
+    s = settings("sgd,slow=sgd", ["slow.lr=0"], epochs=10, hidden=(16,), seeds=(0, 1))
+    results = train(s, tmp_path)
+    of = results.rows[results.rows["optimizer"] == "sgd"].groupby("seed")
+    target = of["accuracy"].max().min()
+    found = results.reaching(target).set_index("optimizer")
+    first = [next(r.step for r in mine.itertuples() if r.accuracy >= target) for _, mine in of]
+    assert found.loc["sgd", "reached"] == 2 and found.loc["sgd", "step"] == sum(first) / 2
+    assert found.loc["slow", "reached"] == 0 and math.isnan(found.loc["slow", "train_seconds"])
+
+
+def test_seconds_of_a_step_are_split_and_those_of_a_refresh_told(tmp_path):
+    clock = Clock()
+    for k in range(8):
+        part = {"forward": 1.0, "backward": 2.0, "update": 7.0 if k % 2 else 3.0}
+        clock.add(sum(part.values()), "statistics+basis" if k % 2 else "", part)
+    assert [clock.part(name) for name in ("forward", "backward", "update")] == [1.0, 2.0, 5.0]
+    assert clock.refresh_seconds() == 10.0
+    again = Clock()
+    again.load(clock.state())
+    assert again.part("update") == 5.0 and again.refresh_seconds() == 10.0
+    assert math.isnan(Clock().refresh_seconds()) and math.isnan(Clock().part("forward"))
+    summary = train(settings("sgd,kfac", epochs=4), tmp_path).summary().set_index("optimizer")
+    assert (summary[["forward_seconds", "backward_seconds", "update_seconds"]] > 0).all().all()
+    assert math.isnan(summary.loc["sgd", "refresh_seconds"])
+    assert summary.loc["kfac", "refresh_seconds"] > 0
 
 
 def test_sgd_against_itself_costs_1_whatever_interrupts_some_of_its_steps():

@@ -63,9 +63,21 @@ def test_train_prints_the_share_of_shortened_steps(tmp_path):
     assert "100 %" in rows["tight"] and "│ 0 %" in rows["free"]
     said = [line for line in result.stdout.splitlines() if "kl_clip" in line]
     assert said == [
-        "tight: kl_clip or max_norm shortened 100 % of the steps; one that kl_clip shortens is as "
-        "long at any larger lr, whatever --schedule says; --set tight.kl_clip=none frees it"
+        "tight: the learning rate had no effect: kl_clip shortened 100 % of the steps, and one "
+        "that kl_clip shortens is as long at any larger lr, whatever --schedule says; "
+        "--set tight.kl_clip=none frees it"
     ]
+    assert result.stdout.startswith(said[0])
+
+
+def test_a_bound_of_the_norm_is_no_word_against_the_learning_rate(tmp_path):
+    result = run(
+        "train",
+        tmp_path,
+        "--optimizer kfac --set kfac.kl_clip=none --epochs 1",
+        "--set kfac.max_norm=1e-9",
+    )
+    assert result.stdout.startswith("kfac: max_norm shortened 100 % of the steps\n")
 
 
 def test_a_table_without_ratios_says_why_and_has_no_panel_of_them(tmp_path):

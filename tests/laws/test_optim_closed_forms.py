@@ -193,6 +193,18 @@ def test_blend_keeps_the_length_and_turns_by_a_share_of_the_angle() -> None:
     torch.testing.assert_close(blended(d, -t, 0.2), -t)
 
 
+def test_blend_on_the_chord_and_as_a_sum_are_the_papers() -> None:
+    d = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    t = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    unit_d, unit_t, rho = d / 5, t / t.norm(), 5
+    for s in (0.0, 0.3, 1.0):
+        wanted = rho * ((1 - s) * unit_d + s * unit_t)  # ANG (6)
+        torch.testing.assert_close(blended(d, t, s, path="chord"), wanted)
+        # ANG (3) at the lambdas of (4), which is (5)
+        l2 = rho / t.norm()
+        torch.testing.assert_close(blended(d, t, s, path="sum"), d + l2 * t)
+
+
 def test_sngd_step_is_natural_for_the_frozen_local_fisher(batch: tuple[Tensor, Tensor]) -> None:
     """Proposition 1, and its tie: reconstructed network + SGD = `sngd` by name."""
     x, y = batch

@@ -55,6 +55,34 @@ def test_decayed_factors_against_a_loop(decay):
     assert kfac.count == pytest.approx(count)
 
 
+@pytest.mark.parametrize("ema", ["averaged", "literal"])
+def test_averaged_means_against_a_loop(ema):
+    """TEKFAC (3.6)-(3.8): `new <- b old + (1 - b) estimate`, and the letter, b on the estimate."""
+    decay, layers = 0.9, captured(sizes=(5,) * 6)
+    running, corrected = Running(fl.KFAC(), decay, ema=ema), Running(fl.EKFAC(), decay, ema=ema)
+    past = decay if ema == "averaged" else 1 - decay
+    A = G = spectrum = None
+    for layer in layers:
+        p = pair_of(layer)
+        one, two = dense.moment(p.a) / p.M, dense.moment(p.g) / p.M
+        A = one if A is None else past * A + (1 - past) * one
+        G = two if G is None else past * G + (1 - past) * two
+        running.update(layer)
+        assert relative(running.block().dense(), torch.kron(G, A)) < 1e-12
+        corrected.update(layer)
+        if spectrum is None:
+            corrected.refresh_basis()
+            Q_G, Q_A = corrected.basis["Q_G"], corrected.basis["Q_A"]
+        new = (Q_G.mT @ p.D @ Q_A).square().sum(0) / p.M
+        spectrum = new if spectrum is None else past * spectrum + (1 - past) * new
+        corrected.correct(layer)
+        Q = torch.kron(Q_G, Q_A)
+        expected = Q @ torch.diag(spectrum.flatten()) @ Q.mT
+        assert relative(corrected.block().dense(), expected) < 1e-12
+    with pytest.raises(BlockError, match="corrected, averaged, literal"):
+        Running(fl.KFAC(), ema="mean")
+
+
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_the_first_estimate_and_the_ends_of_decay(name):
     layers = captured()

@@ -11,6 +11,7 @@ from fisherlab.extract import capture
 from fisherlab.models import ModelError
 
 SEQUENCES = ("lstm", "transformer")
+UNNORMED = ("autoencoder", "lenet", "transformer")
 # The smallest of each, and one example's shape.
 SMALL = {
     "mlp": ({"input_size": (1, 8, 8), "width": 0.2}, (1, 8, 8)),
@@ -60,7 +61,12 @@ def test_outputs_have_one_score_per_class(name):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_a_capture_sees_every_linear_map(name, batch_norm):
+    if batch_norm and name in UNNORMED:
+        with pytest.raises(ModelError, match=f"{name} has no batch norm.*take lstm, mlp, resnet"):
+            small(name, batch_norm=True)
+        return
     model, x, labels = small(name, batch_norm=batch_norm)
+    assert batch_norm == any("BatchNorm" in type(m).__name__ for m in model.modules())
     criterion = nn.CrossEntropyLoss()
     if name == "autoencoder":
         criterion, labels = nn.MSELoss(), x.flatten(1)

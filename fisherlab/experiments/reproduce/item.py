@@ -18,7 +18,8 @@ class Arm:
 
     `lr` is used at scale minutes, and at every scale where `grid` is empty. `options` go beyond
     the preset. `epochs` replaces the experiment's, as where second-order methods get half of them.
-    `switch_epoch` is where truncated K-FAC turns into SGD. `cells` are those that have the arm.
+    `batch_norm` None is the model's own. `switch_epoch` is where truncated K-FAC turns into SGD.
+    `cells` are those that have the arm.
     """
 
     label: str
@@ -28,7 +29,7 @@ class Arm:
     grid: tuple[float, ...] = ()
     epochs: As | None = None
     switch_epoch: As | None = None
-    batch_norm: bool = True
+    batch_norm: bool | None = None
     preset: str = "paper"
     cells: tuple[str, ...] | None = None
 

@@ -56,7 +56,7 @@ def planned(
     cells, arms = experiment.chosen(scale, only)
     found = []
     for cell in cells:
-        groups: dict[tuple[int, bool], list[Arm]] = {}
+        groups: dict[tuple[int, bool | None], list[Arm]] = {}
         for arm in arms:
             if arm.cells is not None and cell.name not in arm.cells:
                 continue
@@ -101,23 +101,9 @@ def searches(
 
 def examples_of(settings: Settings) -> int:
     """How many examples a run trains on."""
-    whole = TRAINING_SETS.get(settings.data) or len(datasets.load(settings.data).train)
+    whole = datasets.card(settings.data).train_examples or len(datasets.load(settings.data).train)
     left = whole - (settings.validation or 0)
     return min(left, settings.examples or left)
-
-
-# Lengths of the training sets: reading them takes seconds.
-TRAINING_SETS = {
-    "cifar10": 9_990,
-    "cifar100": 8_000,
-    "digits": 1_442,
-    "ecoli": 271,
-    "house_prices": 17_291,
-    "mnist": 60_000,
-    "multi30k": 29_000,
-    "ptb": 26_559,
-    "weather": 77_163,
-}
 
 
 def _of(cell: Cell, arm: Arm) -> tuple[str, str]:

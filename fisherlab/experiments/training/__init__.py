@@ -1,6 +1,6 @@
 """`fisherlab train`: every optimizer on the same model, batches and clock."""
 
-from fisherlab.experiments.training.entries import entries
+from fisherlab.experiments.training.entries import bounds, entries
 from fisherlab.experiments.training.loop import Watch, train
 from fisherlab.experiments.training.record import Record
 from fisherlab.experiments.training.results import CLOCK, COLUMNS, Results
@@ -15,6 +15,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Watch",
+    "bounds",
     "entries",
     "train",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,8 @@ from fisherlab import optim
 WARM_UP = 2
 TURNS, TURN = 5, 4  # times per epoch that the reference takes so many steps
 ENOUGH = 5.0  # seconds of reference per epoch
+PARTS = ("forward", "backward", "update")  # of a step
+REFRESHES = {"basis", "roots", "coefficients"}  # what is due where an inverse is made anew
 FEWEST = 8  # timed steps from which a ratio says something
 
 
@@ -34,10 +37,13 @@ class Clock:
         self.warming = list[float]()  # the first steps of a process
         self.timed: dict[str, list[float]] = {}
         self.reference = list[float]()
+        self.split: dict[str, list[float]] = {}
 
-    def add(self, seconds: float, due: str = "") -> None:
-        """Count a step, with what was due at it."""
+    def add(self, seconds: float, due: str = "", split: Mapping[str, float] | None = None) -> None:
+        """Count a step, with what was due at it, and the seconds of its parts."""
         (self.warming if self.cold else self.timed.setdefault(due, [])).append(seconds)
+        for part, spent in ({} if self.cold or split is None else split).items():
+            self.split.setdefault(part, []).append(spent)
         self.cold = max(0, self.cold - 1)
 
     @property
@@ -50,6 +56,17 @@ class Clock:
         kinds = list(self.timed.values()) or [self.warming]
         return sum(len(kind) * median(kind) for kind in kinds) / sum(map(len, kinds))
 
+    def refresh_seconds(self) -> float:
+        """The median over the steps at which an inverse was made anew; NaN where none was."""
+        kinds = [spent for due, spent in self.timed.items() if REFRESHES & set(due.split("+"))]
+        found = [seconds for spent in kinds for seconds in spent]
+        return median(found) if found else math.nan
+
+    def part(self, name: str) -> float:
+        """Seconds per step of one part: the mean, of which the parts of a step add up."""
+        found = self.split.get(name, [])
+        return sum(found) / len(found) if found else math.nan
+
     def sgd_seconds_per_step(self) -> float:
         """The median of the reference."""
         return median(self.reference)
@@ -61,11 +78,12 @@ class Clock:
 
     def state(self) -> dict[str, Any]:
         """What was timed, as lists of numbers."""
-        return {"timed": self.timed, "reference": self.reference}
+        return {"timed": self.timed, "reference": self.reference, "split": self.split}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what was timed; the first steps of this process are cold again."""
         self.timed, self.reference = dict(state["timed"]), list(state["reference"])
+        self.split = dict(state.get("split", {}))  # not in a checkpoint of an earlier version
 
 
 def due(optimizer: torch.optim.Optimizer) -> str:

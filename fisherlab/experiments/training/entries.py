@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from fisherlab import optim
 from fisherlab.approximations import damping
 from fisherlab.experiments.training.settings import Entry, Settings, SettingsError, check_known
 from fisherlab.optim.create import option_names
+from fisherlab.optim.presets import PRESETS
 
 RULES = ("constant", "relative", "geometric", "gram_norm", "trace", "levenberg_marquardt")
 # Options that `make` fills in from the length of the whole run.
 PLANNED = ("total_steps", "switch_step")
+# Beyond those of the optimizer: its preset, and its own number of epochs.
+OF_THE_RUN = ("preset", "epochs")
 # Not a user's to set: the loop passes them.
 _OURS = {"params", "criterion", "generator"}
 
@@ -57,34 +62,45 @@ def entries(
     return tuple(found)
 
 
-def known_options(name: str) -> list[str]:
-    """The options that an optimizer takes, read off its constructors, and its `preset`."""
-    return [*(option for option in option_names(name) if option not in _OURS), "preset"]
+def known_options(entry: Entry) -> list[str]:
+    """The options that an entry takes: those of the optimizer's constructors, and `OF_THE_RUN`."""
+    preset = entry.options.get("preset", PRESETS[0])
+    if preset not in PRESETS:
+        raise SettingsError(f"{entry.label}.preset is {' or '.join(PRESETS)}, got {preset!r}")
+    return [*(o for o in option_names(entry.name, preset) if o not in _OURS), *OF_THE_RUN]
 
 
 def check(entry: Entry) -> None:
     """Refuse an option or a value that the method does not take, whatever the model."""
     for option in entry.options:
-        check_known(f"{entry.name} option", option, known_options(entry.name))
+        check_known(f"{entry.name} option", option, known_options(entry))
     try:
-        make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
+        epochs = entry.epochs(1)
+        make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=epochs)
     except (ValueError, TypeError) as error:
         raise SettingsError(f"{entry}: {error}") from None
+
+
+def bounds(entry: Entry) -> dict[str, float]:
+    """The bounds on the length of an entry's steps, by the name of the option."""
+    made = make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
+    clip = getattr(made, "clip", None)
+    return {} if clip is None else clip.bounds
 
 
 def make(
     entry: Entry, model: nn.Module, criterion: nn.Module, *, steps_per_epoch: int, epochs: int
 ) -> torch.optim.Optimizer:
     """The optimizer of an entry over a model; what depends on the run's length is filled in."""
-    known, total = known_options(entry.name), steps_per_epoch * epochs
+    known, total = known_options(entry), steps_per_epoch * epochs
     lengths = {
         "coefficient_steps": steps_per_epoch,  # FNGD: one epoch
         "total_steps": total,  # ANG: to the gradient's direction at the end
         "switch_step": max(1, total // 2),  # truncated KFAC: the second half is SGD
     }
     options: dict[str, Any] = {k: v for k, v in lengths.items() if k in known}
-    options |= {k: value(v, model) for k, v in entry.options.items()}
-    if "criterion" in option_names(entry.name):
+    options |= {k: value(v, model) for k, v in entry.options.items() if k != "epochs"}
+    if "criterion" in option_names(entry.name, entry.options.get("preset", PRESETS[0])):
         options["criterion"] = criterion
     return optim.create(entry.name, model, **options)
 
@@ -93,7 +109,7 @@ def lengths_in(settings: Settings) -> str:
     """What in a run is planned for its number of epochs, in words; "" where nothing is."""
     found = [] if settings.schedule == "constant" else [f"schedule {settings.schedule}"]
     for entry in settings.entries:
-        planned = [o for o in PLANNED if o in known_options(entry.name) and o not in entry.options]
+        planned = [o for o in PLANNED if o in known_options(entry) and o not in entry.options]
         found += [f"{entry.label} ({option})" for option in planned]
     return ", ".join(found)
 
@@ -104,20 +120,36 @@ def value(text: Any, model: nn.Module) -> Any:
         return text
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
-    call = re.fullmatch(rf"({'|'.join(RULES)})\(([^()]*)\)", text)
+    call = re.fullmatch(rf"({'|'.join(RULES)})\((.*)\)", text)
     if call:
-        rule, number = call[1], float(call[2])
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{rule} takes a finite number >= 0, got {call[2]}")
-        if rule == "trace":
-            kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-            convolutions = {n for n, m in model.named_modules() if isinstance(m, kinds)}
-            return damping.trace(number, convolutions)
-        return getattr(damping, rule)(number)
+        return _rule(call[1], call[2], model)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _rule(name: str, text: str, model: nn.Module) -> damping.Rule:
+    """A rule with its arguments as typed: `trace(0.01, constant=0.1, fc_expansion=false)`."""
+    rule = getattr(damping, name)
+    if name == "trace":
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        convolutions = {n for n, m in model.named_modules() if isinstance(m, kinds)}
+        rule = partial(rule, convolutions=convolutions)
+    known = [name for name in inspect.signature(rule).parameters if name != "convolutions"]
+    given: dict[str, Any] = {}
+    for place, argument in enumerate(filter(None, map(str.strip, text.split(",")))):
+        option, _, word = argument.rpartition("=")
+        option = option.strip() or (known[place] if place < len(known) else "")
+        if option not in known or option in given:
+            raise ValueError(f"{name} takes {', '.join(known)}, each once; got {name}({text})")
+        got = value(word.strip(), model)
+        if not isinstance(got, int | float) or not 0 <= got < math.inf:
+            raise ValueError(f"{name} takes a finite number >= 0, got {word.strip()}")
+        given[option] = got
+    if not given:
+        raise ValueError(f"{name} takes {', '.join(known)}; got none")
+    return rule(**given)
 
 
 def _tiny() -> nn.Module:
@@ -138,5 +170,4 @@ def _assignment(text: str, named: dict[str, str]) -> tuple[str, str, str]:
         )
     label, option, given = match.groups()
     check_known("optimizer in --set", label, named)
-    check_known(f"{named[label]} option", option, known_options(named[label]))
     return label, option, given

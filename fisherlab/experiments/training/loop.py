@@ -164,8 +164,8 @@ def _train_epochs(
     else:
         run.before()
         record.save(folder, settings, run.state())
-    watch.started(record, run.steps, settings.epochs * task.steps_per_epoch)
-    while run.epoch < settings.epochs:
+    watch.started(record, run.steps, run.epochs * task.steps_per_epoch)
+    while run.epoch < run.epochs:
         try:
             run.train_epoch(reference, watch.stepped)
         except REFUSALS as error:
@@ -181,7 +181,7 @@ def _train_epochs(
             except REFUSALS as error:  # of the exact block, not of the method
                 said.append(f"not compared: {error}")
         record.note = "; ".join(dict.fromkeys(filter(None, said)))
-        if run.epoch == settings.epochs:
+        if run.epoch == run.epochs:
             record.status = "done"
         record.save(folder, settings, run.state())
         watch.measured(record)

@@ -54,6 +54,7 @@ class Record:
         for f in fields(self):
             if f.name != "entry":
                 setattr(self, f.name, state[f.name])
-        if self.status == "done" and there["epochs"] < epochs:
+        mine = self.entry.epochs
+        if self.status == "done" and mine(there["epochs"]) < mine(epochs):
             self.status = "interrupted"  # it goes on to the new number of epochs
         return state["training"]

@@ -16,12 +16,18 @@ from fisherlab.experiments.training.task import HIGHER_IS_BETTER, Task
 # The columns that a resumed run cannot repeat.
 CLOCK = (
     "seconds_per_step",
+    "forward_seconds",
+    "backward_seconds",
+    "update_seconds",
+    "refresh_seconds",
     "timed_steps",
     "sgd_seconds_per_step",
     "ratio_to_sgd",
     "train_seconds",
     "peak_memory_bytes",
 )
+
+SPLIT = ("forward_seconds", "backward_seconds", "update_seconds", "refresh_seconds")
 
 COLUMNS = {
     "optimizer": "label of the run",
@@ -40,6 +46,10 @@ COLUMNS = {
     "kl_clip shortens is as long at any larger lr",
     "seconds_per_step": "forward, backward and step; medians over the timed steps so far of each "
     "kind (ordinary, statistics due, basis due, ...), by the kind's share of them",
+    "forward_seconds": "of a step, with the loss; mean over the timed steps so far",
+    "backward_seconds": "of a step; what an optimizer's hooks record is in it",
+    "update_seconds": "of a step: the optimizer's, inverses included",
+    "refresh_seconds": "of a step that makes an inverse anew; median, empty where none was timed",
     "timed_steps": "steps so far without the first 2 of a process; where none is left, "
     "seconds_per_step is of those",
     "sgd_seconds_per_step": "SGD with momentum on the same model, between the steps so far; median",
@@ -147,6 +157,7 @@ class Results:
             "test_loss": last["test_loss"].mean(),
             "seconds_per_step": per_step,
             "seconds_per_epoch": per_step * self.steps_per_epoch,
+            **{name: last[name].astype(float).median() for name in SPLIT},
             "timed_steps": timed,
             "sgd_seconds_per_step": sgd,
             "ratio_to_sgd": per_step / sgd if timed >= FEWEST else math.nan,
@@ -154,6 +165,28 @@ class Results:
             "peak_memory_bytes": rows["peak_memory_bytes"].max(),
             "state_bytes": rows["state_bytes"].max(),
         }
+
+    def reaching(self, target: float) -> pd.DataFrame:
+        """Where each optimizer first has the metric: epoch, step, seconds; means over the seeds.
+
+        `reached` counts the seeds that came so far; an optimizer with none has NaN.
+        """
+        found = []
+        for label in dict.fromkeys(record.entry.label for record in self.records):
+            mine = self.rows[self.rows["optimizer"] == label]
+            there = (
+                mine[self.metric] >= target
+                if self.higher_is_better
+                else mine[self.metric] <= target
+            )
+            first = mine[there].groupby("seed")[["epoch", "step", "train_seconds"]].first()
+            found.append(
+                {"optimizer": label, "reached": len(first), "of": mine["seed"].nunique()}
+                | first.mean().to_dict()
+            )
+        return pd.DataFrame(found).sort_values(
+            ["reached", "train_seconds"], ascending=[False, True], ignore_index=True
+        )
 
     def write_config(self, folder: Path, status: str) -> None:
         """`config.json`: what reruns it, and what it ran on."""

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fisherlab import comparison, optim
 from fisherlab.approximations.damping import LevenbergMarquardt
 from fisherlab.experiments.training.cost import (
+    PARTS,
     TURNS,
     Clock,
     PeakMemory,
@@ -40,15 +41,16 @@ class Run:
         settings = task.settings
         self.model, self.criterion = task.model(record.seed).train(), task.criterion()
         self.start = weight_norms(self.model)
+        self.epochs = record.entry.epochs(settings.epochs)
         self.optimizer = make(
             record.entry,
             self.model,
             self.criterion,
             steps_per_epoch=task.steps_per_epoch,
-            epochs=settings.epochs,
+            epochs=self.epochs,
         )
         schedule = schedule_of(settings.schedule)
-        self.scheduler = LambdaLR(self.optimizer, lambda epoch: schedule(epoch / settings.epochs))
+        self.scheduler = LambdaLR(self.optimizer, lambda epoch: schedule(epoch / self.epochs))
         # these compare the loss before and after the step, on the same batch
         rules = [group.get("damping") for group in self.optimizer.param_groups]
         adapts = any(isinstance(rule, LevenbergMarquardt) for rule in rules)
@@ -56,6 +58,7 @@ class Run:
         self.epoch = self.steps = 0
         self.seconds = 0.0
         self.clock = Clock()
+        self.split: dict[str, float] = {}
         self.first_loss: float | None = None
 
     # state ----------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ class Run:
             losses.append(self.step(indices, x, y))
             spent = time.perf_counter() - start
             self.seconds += spent
-            self.clock.add(spent, kind)
+            self.clock.add(spent, kind, self.split)
             stepped(losses[-1])
             if len(losses) % every_turn == 0:
                 reference.turn(x, y)
@@ -128,6 +131,8 @@ class Run:
                 **task.evaluate(self.model),
                 "clipped_share": shortened / (self.steps - steps),
                 "seconds_per_step": self.clock.seconds_per_step(),
+                **{f"{part}_seconds": self.clock.part(part) for part in PARTS},
+                "refresh_seconds": self.clock.refresh_seconds(),
                 "timed_steps": self.clock.steps,
                 "sgd_seconds_per_step": self.clock.sgd_seconds_per_step(),
                 "ratio_to_sgd": self.clock.ratio(),
@@ -143,17 +148,30 @@ class Run:
         if isinstance(optimizer, optim.FNGD):
             optimizer.set_batch(indices)
 
+        began, split = time.perf_counter(), {}
+
+        def passed(part: str) -> None:
+            nonlocal began
+            finished(x.device)
+            now = time.perf_counter()
+            split[part], began = now - began, now
+
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = self.criterion(self.model(x), y)
+            passed("forward")
             loss.backward()
+            passed("backward")
             return loss
 
         step: Any = optimizer.step  # torch's types know closures that return a float
         loss = self._checked(step(closure) if self.looks_twice else closure(), x)
         if not self.looks_twice:
             step()
+            passed("update")
         finished(x.device)
+        # two looks at one batch are within the step
+        self.split = {} if self.looks_twice else split
         self.steps += 1
         return loss
 

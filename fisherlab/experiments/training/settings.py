@@ -40,6 +40,17 @@ class Entry:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    def epochs(self, otherwise: int) -> int:
+        """Its own number of epochs; else that of the run."""
+        own = self.options.get("epochs", otherwise)
+        try:
+            number = int(own)
+        except (TypeError, ValueError):
+            number = 0
+        if number < 1:
+            raise SettingsError(f"{self.label}.epochs is a whole number >= 1, got {own!r}")
+        return number
+
     def __str__(self) -> str:
         given = ", ".join(f"{option}={value}" for option, value in self.options.items())
         return f"{self.label} ({given})" if given else self.label
@@ -51,7 +62,8 @@ class Settings:
 
     `examples` limits the training set, `test_examples` the test set; `validation` holds out so many
     training examples and tests on them instead, to choose settings by. `compare_every` counts
-    epochs between measurements of the optimizers' blocks, on `compare_examples`.
+    epochs between measurements of the optimizers' blocks, on `compare_examples`. `batch_norm` None
+    is the model's own.
     """
 
     data: str = "digits"
@@ -64,7 +76,7 @@ class Settings:
     hidden: tuple[int, ...] | None = None
     layers: int | None = None
     activation: str = "relu"
-    batch_norm: bool = True
+    batch_norm: bool | None = None
     schedule: str = "constant"
     examples: int | None = None
     test_examples: int | None = None
@@ -86,8 +98,8 @@ class Settings:
             raise SettingsError(f"seeds are different numbers, at least one; got {self.seeds}")
         schedule_of(self.schedule)
         check_known("dtype", self.dtype, DTYPES)
-        check_known("data set", self.data, datasets.names())
-        check_known("model", self.model, models.names())
+        _refused(lambda: datasets.check(self.data))
+        _refused(lambda: models.check(self.model))
         check_device(self.device)
         labels = [entry.label for entry in self.entries]
         for label in labels:
@@ -141,6 +153,13 @@ def check_known(kind: str, got: str, known: Iterable[str]) -> None:
     known = list(known)
     if got not in known:
         raise SettingsError(unknown(kind, got, known))
+
+
+def _refused(check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def check_device(name: str) -> torch.device:

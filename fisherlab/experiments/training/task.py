@@ -16,7 +16,12 @@ from fisherlab.experiments.training.translation import bleu
 from fisherlab.models.sequence import Transformer
 
 EVALUATION_BATCH = 500
-AUGMENTED = ("cifar10", "cifar100")  # where the papers crop and flip
+AUGMENTED = (
+    "cifar10",
+    "cifar100",
+    "cifar10_official",
+    "cifar100_official",
+)  # where the papers crop and flip
 HIGHER_IS_BETTER = ("accuracy", "bleu")
 OF_WORDS = {"lstm": "ptb", "transformer": "multi30k"}  # models of tokens, and their data sets
 OF_ANY_SHAPE = ("mlp", "autoencoder")
@@ -165,15 +170,18 @@ class Task:
 
 def misfit(model: str, data: str, x: Tensor, error: Exception) -> SettingsError:
     """What to tell the user whose model failed with this error on this data set."""
+    said = (
+        f"model {model!r} does not take {data!r} ({tuple(x.shape[1:])}): "
+        f"{str(error).splitlines()[0]}"
+    )
+    if ":" in model:  # a user's own
+        return SettingsError(said)
     known = [name for name in datasets.names() if name not in OF_WORDS.values()]
     if model in OF_WORDS:
         known = [OF_WORDS[model]]
     elif model not in OF_ANY_SHAPE:
         known = [name for name in known if len(datasets.card(name).input_shape) == 3]
-    return SettingsError(
-        f"model {model!r} does not take {data!r} ({tuple(x.shape[1:])}): "
-        f"{str(error).splitlines()[0]}; it takes --data {', '.join(known)}"
-    )
+    return SettingsError(f"{said}; it takes --data {', '.join(known)}")
 
 
 def augmented(x: Tensor, generator: torch.Generator, border: int = 4) -> Tensor:

@@ -1,0 +1,105 @@
+"""`--config FILE`: the options of a command in a file, TOML or the config.json of a run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fisherlab.names import unknown
+
+NAME = "config"
+
+
+def from_file(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with an option `--config`, whose file has the options that are not typed."""
+    option = Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            callback=_read,
+            is_eager=True,
+            help="Options in a file: TOML, or the config.json of a run; typed ones win.",
+        ),
+    ]
+
+    @wraps(command)
+    def run(**options: Any) -> Any:
+        options.pop(NAME)
+        return command(**options)
+
+    mine = inspect.signature(command, eval_str=True)
+    extra = inspect.Parameter(NAME, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+    every = [p.replace(kind=p.KEYWORD_ONLY) for p in mine.parameters.values()] + [extra]
+    run.__signature__ = mine.replace(parameters=every)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+    return run
+
+
+def _read(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the options of the file the defaults of the command."""
+    if path is not None:
+        try:
+            given = _parsed(path)
+            command = given.pop("command", context.info_name)
+            if command != context.info_name:
+                raise ValueError(f"it is of `fisherlab {command}`, not of {context.info_name}")
+            context.default_map = _defaults(context, given)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"{path}: {error}") from None
+    return path
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".toml":
+        return tomllib.loads(text)
+    content = json.loads(text)
+    if not isinstance(content, dict) or "typed" not in content:
+        raise ValueError(
+            "it is no TOML file (name.toml), and no config.json of a run of the command line"
+        )
+    return {"command": content["typed"]["command"], **content["typed"]["options"]}
+
+
+def _defaults(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`{parameter: value}` of options by their names, with `-` or `_`, or by the parameters'."""
+    places: dict[str, Any] = {}
+    for parameter in context.command.params:
+        words = [*parameter.opts, *parameter.secondary_opts, parameter.name or ""]
+        places |= {word.lstrip("-").replace("-", "_"): parameter for word in words}
+    for name in (NAME, "help", "h", "o"):
+        places.pop(name, None)
+    found = {}
+    for name, value in given.items():
+        if (key := name.replace("-", "_")) not in places:
+            raise ValueError(unknown("option", name, list(places)))
+        parameter = places[key]
+        assert parameter.name is not None
+        many = getattr(parameter, "multiple", False) or parameter.nargs == -1
+        found[parameter.name] = _value(value, many)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _value(value: Any, many: bool) -> Any:
+    """A list of words for an option that may be repeated; else one word, commas between items."""
+    if isinstance(value, Mapping):
+        value = list(_assignments(value))
+    if many:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _assignments(table: Mapping[str, Any], head: str = "") -> Iterator[str]:
+    """`kfac.lr=0.1` of a table `{"kfac": {"lr": 0.1}}`."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _assignments(value, f"{head}{name}.")
+        else:
+            yield f"{head}{name}={_value(value, many=False)}"

@@ -1,0 +1,52 @@
+"""`fisherlab rerun`: a run again, from the options that its folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fisherlab.commands import bench, compare, reproduce, sweep, train, verify
+from fisherlab.commands.common import UserError, exists
+from fisherlab.experiments.rundir import TYPED, RunDir, versions
+
+PATH = Path  # typer reads the annotation
+COMMANDS: dict[str, Callable[..., None]] = {
+    "bench": bench.bench,
+    "compare": compare.compare,
+    "reproduce": reproduce.reproduce,
+    "sweep": sweep.sweep,
+    "train": train.train,
+    "verify": verify.verify,
+}
+
+
+def rerun(
+    folder: Annotated[PATH, typer.Argument(help="The folder of a run.")],
+    out: Annotated[PATH | None, typer.Option(help="Folder; default FOLDER-rerun.")] = None,
+) -> None:
+    """Run again what a folder holds, with the options in its config.json, into another folder.
+
+    Rows are the same on the same machine and versions, times aside; other versions are named.
+    """
+    config = RunDir(exists(folder)).config
+    there = config.get("versions", {})
+    for name, now in versions().items():
+        if there.get(name, now) != now:
+            typer.echo(f"{name}: {now} here, {there[name]} in {folder}")
+    out = out or folder.with_name(f"{folder.name}-rerun")
+    typed = config.get("typed", {})
+    if typed.get("command") == config.get("command") and typed["command"] in COMMANDS:
+        options: dict[str, Any] = {**typed["options"], "out": out}
+        TYPED.set({"command": typed["command"], "options": options})
+        COMMANDS[typed["command"]](**options)
+    elif config.get("command") == "train":
+        TYPED.set(None)
+        train.trained(train.training.Settings.load(folder), out)
+    else:
+        raise UserError(
+            f"{folder} was not written by the command line, so its options are unknown; "
+            f"its config.json has the settings of `{config.get('command')}`"
+        )

@@ -1,0 +1,105 @@
+"""Options in a file, and a run again from its folder."""
+
+import json
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from typer.testing import CliRunner
+
+from fisherlab.cli import app
+from fisherlab.experiments.training import CLOCK, Settings, entries, train
+
+TINY = "--hidden 4,4 --examples 192 --test-examples 50 --batch-size 64 --epochs 2"
+TOML = """
+data = "digits"
+optimizer = ["sgd", "slow=sgd"]
+hidden = [4, 4]
+examples = 192
+test-examples = 50
+batch_size = 64
+epochs = 1
+
+[set.slow]
+lr = 0.001
+[set.sgd]
+nesterov = true
+"""
+
+
+def call(*words):
+    return CliRunner().invoke(app, [part for word in words for part in str(word).split()])
+
+
+def rows(folder, name="rows"):
+    frame = pd.read_parquet(folder / f"{name}.parquet")
+    return frame.drop(columns=[column for column in CLOCK if column in frame])
+
+
+def test_a_run_of_train_again_has_the_same_rows(tmp_path):
+    first = tmp_path / "a"
+    done = call("train --optimizer sgd,kfac --set kfac.lr=0.02", TINY, "--out", first)
+    assert done.exit_code == 0, done.output
+    again = call("rerun", first, "--out", tmp_path / "b")
+    assert again.exit_code == 0, again.output
+    assert_frame_equal(rows(first), rows(tmp_path / "b"), check_exact=True)
+    third = call("rerun", tmp_path / "b")  # the folder of a rerun can be rerun, next to it
+    assert third.exit_code == 0, third.output
+    assert_frame_equal(rows(first), rows(tmp_path / "b-rerun"), check_exact=True)
+
+
+def test_a_run_of_a_program_too(tmp_path):
+    options = {"hidden": (4,), "examples": 64, "test_examples": 20, "batch_size": 32, "epochs": 1}
+    train(Settings(entries=entries("sgd"), **options), tmp_path / "a")
+    assert call("rerun", tmp_path / "a").exit_code == 0
+    assert_frame_equal(rows(tmp_path / "a"), rows(tmp_path / "a-rerun"), check_exact=True)
+
+
+def test_a_comparison_again(tmp_path):
+    words = "--approximations kfac,tkfac --model mlp --hidden 4 --batch-size 32 --epochs 0"
+    done = call("compare --data digits", words, "--out", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    assert call("rerun", tmp_path / "a").exit_code == 0
+    one, two = (rows(tmp_path / name, "comparison") for name in ("a", "a-rerun"))
+    seconds = [name for name in one if "seconds" in name]
+    assert_frame_equal(one.drop(columns=seconds), two.drop(columns=seconds), check_exact=True)
+
+
+def test_what_cannot_be_rerun_says_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"command": "compare", "settings": {}}')
+    refused = call("rerun", tmp_path)
+    assert refused.exit_code == 2 and "not written by the command line" in refused.output
+    nothing = call("rerun", tmp_path / "none")
+    assert nothing.exit_code == 2 and "is not a folder" in nothing.output
+
+
+def test_options_of_a_file_are_those_typed(tmp_path):
+    (tmp_path / "a.toml").write_text(TOML)
+    done = call("train --config", tmp_path / "a.toml", "--epochs 2 --out", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    found = Settings.load(tmp_path / "a")
+    assert (found.hidden, found.examples, found.test_examples) == ((4, 4), 192, 50)
+    assert found.epochs == 2  # typed, so it wins
+    options = {entry.label: entry.options for entry in found.entries}
+    assert options == {"sgd": {"nesterov": "True"}, "slow": {"lr": "0.001"}}
+    told = call("train --config", tmp_path / "a" / "config.json", "--out", tmp_path / "b")
+    assert told.exit_code == 0, told.output
+    assert Settings.load(tmp_path / "b") == found
+
+
+WRONG = [
+    ("a.toml", "epoch = 2", "unknown option 'epoch'; did you mean 'epochs'"),
+    ("a.toml", "config = 'b'", "unknown option 'config'"),
+    ("a.toml", "epochs = ", "Invalid value"),
+    ("a.toml", "epochs = 'two'", "unable to parse string as an integer"),
+    ("a.json", "{}", "no config.json of a run"),
+    ("a.json", json.dumps({"typed": {"command": "compare", "options": {}}}), "fisherlab compare"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said"), WRONG)
+def test_a_wrong_file_is_refused(name, text, said, tmp_path):
+    (tmp_path / name).write_text(text)
+    refused = call("train --config", tmp_path / name, "--out", tmp_path / "x")
+    assert refused.exit_code == 2 and not (tmp_path / "x").exists()
+    assert said in " ".join(refused.output.replace("│", " ").split())
