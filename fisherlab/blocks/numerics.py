@@ -140,7 +140,8 @@ def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Lower `L` with `S = L L^T`; `BlockError` names a matrix that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
-    if not bool((info == 0).all() & torch.isfinite(factor.sum())):
+    fits = bool((info == 0).all() & torch.isfinite(factor.sum()))
+    if not fits and (info.any() or not all_finite(factor)):
         _check_finite(matrix, name, "Cholesky factor")
         raise BlockError(
             f"{name} of shape {tuple(matrix.shape)} is not positive definite; use a larger damping"
