@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
@@ -30,9 +31,8 @@ Rule = Callable[[dict[str, Block]], dict[str, float]]
 
 def trace_ratio_pi(block: Kronecker) -> float:
     """`pi = sqrt((tr A / dim A) / (tr G / dim G))`; 1 where a trace is zero."""
-    ratio_G, ratio_A = (
-        trace.item() / d for trace, d in zip(block.traces, block.shape, strict=True)
-    )
+    traces = torch.stack(block.traces).tolist()
+    ratio_G, ratio_A = (trace / d for trace, d in zip(traces, block.shape, strict=True))
     return math.sqrt(ratio_A / ratio_G) if ratio_A > 0 and ratio_G > 0 else 1.0
 
 
@@ -82,9 +82,14 @@ class Share:
     name: str
 
     def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
+        if not blocks:
+            return {}
+        # one read of the device, whatever the number of layers
+        found = [block.trace() for block in blocks.values()]
+        traces = torch.stack([trace.to(found[0].device) for trace in found]).tolist()
         return {
-            name: max(self.share * block.trace().item() / block.size**self.power, self.floor)
-            for name, block in blocks.items()
+            name: max(self.share * trace / block.size**self.power, self.floor)
+            for (name, block), trace in zip(blocks.items(), traces, strict=True)
         }
 
     def __repr__(self) -> str:

@@ -34,6 +34,5 @@ class Eva(Approximation, name="eva"):
 def direction(vector: Tensor) -> tuple[Tensor, Tensor]:
     """The unit vector and the squared length; any unit vector for zero."""
     energy = vector.square().sum()
-    if energy == 0:
-        return torch.eye(len(vector), dtype=vector.dtype, device=vector.device)[0], energy
-    return vector / energy.sqrt(), energy
+    some = torch.eye(1, len(vector), dtype=vector.dtype, device=vector.device)[0]
+    return torch.where(energy == 0, some, vector / energy.sqrt()), energy

@@ -97,7 +97,7 @@ class Running:
         """
         total = add(self._sums(layer) for layer in one_sample(layers))
         count = sum(layer.examples for layer in layers)
-        if not all(all_finite(value) for value in total.values()):
+        if total and not all_finite(*total.values()):
             raise BlockError(
                 f"the statistics of {layers[0].name!r} have NaN or inf entries, so have its input "
                 "or the gradient at its output; the running means are as before"

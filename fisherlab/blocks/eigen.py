@@ -52,7 +52,7 @@ class Complement:
     @cached_property
     def zero(self) -> bool:
         """Whether nothing but 0 is there."""
-        return self.level is not None and not bool(self.level)
+        return not self.values or (self.level is not None and not bool(self.level))
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Complement:
         """The same of another function of the eigenvalues that are there."""

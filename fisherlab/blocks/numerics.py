@@ -45,7 +45,7 @@ def dot(one: Tensor, two: Tensor) -> Tensor:
         return total
     kind = torch.finfo(one.dtype)
     # below, terms may have been lost that are not small beside the sum
-    if not bool(torch.isfinite(total)) or bool(total.abs() < kind.tiny / kind.eps):
+    if not bool(torch.isfinite(total) & (total.abs() >= kind.tiny / kind.eps)):
         return torch.linalg.vecdot(one.double(), two.double()).sum()
     return total
 
@@ -102,7 +102,7 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
             values, vectors = torch.linalg.eigh(attempt())
         except torch.linalg.LinAlgError:
             continue
-        if all_finite(values) and all_finite(vectors) and _orthonormal(vectors):
+        if all_finite(values, vectors) and _orthonormal(vectors):
             return values.to(matrix), vectors.to(matrix)
     raise BlockError(
         f"eigendecomposition of {name}, shape {tuple(matrix.shape)}, failed in {matrix.dtype}, in "
@@ -122,10 +122,11 @@ def _orthonormal(Q: Tensor) -> bool:
     return not d or bool(away.abs().amax() <= 10 * d * torch.finfo(Q.dtype).eps)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or inf: one pass where the sum is finite, as it nearly always is."""
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no entry is NaN or inf: one pass, and one number read, where the sums are finite."""
+    finite = torch.stack([torch.isfinite(tensor.sum()) for tensor in tensors])
     # half precision overflows in sums of ordinary numbers, and an overflow is looked at closely
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return bool(finite.all()) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
@@ -139,7 +140,8 @@ def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Lower `L` with `S = L L^T`; `BlockError` names a matrix that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
-    if info.any() or not all_finite(factor):
+    fits = bool((info == 0).all() & torch.isfinite(factor.sum()))
+    if not fits and (info.any() or not all_finite(factor)):
         _check_finite(matrix, name, "Cholesky factor")
         raise BlockError(
             f"{name} of shape {tuple(matrix.shape)} is not positive definite; use a larger damping"
@@ -152,13 +154,12 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
 
     None where rounding could exceed the damping: take the eigenvectors then.
     """
-    rounding = RANK_TOLERANCE * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().sum())
-    if not damping > rounding:
-        return None
+    rounding = RANK_TOLERANCE * torch.finfo(matrix.dtype).eps * matrix.diagonal().sum()
     damped = symmetrise(matrix)
     damped.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    return None if info.any() else torch.cholesky_inverse(factor)
+    fits = bool((damping > rounding) & (info == 0).all())
+    return torch.cholesky_inverse(factor) if fits else None
 
 
 def chosen_squares(
@@ -221,10 +222,15 @@ def spectrum_power(
     Raises `BlockError` for a negative power of a zero eigenvalue. `rounded` eigenvalues came out of
     a decomposition of `[..., d]` of them, so one below its rounding counts as zero.
     """
-    _check_finite(values, name, "power")
     shifted = values.clamp(min=0) + damping
-    if exponent < 0 and shifted.numel():
-        smallest, largest = shifted.min().item(), shifted.max().item()
+    if exponent >= 0 or not shifted.numel():
+        _check_finite(values, name, "power")
+    else:
+        smallest, largest, total = torch.stack(
+            [shifted.min(), shifted.max(), values.sum()]
+        ).tolist()
+        if not math.isfinite(total):
+            _check_finite(values, name, "power")
         floor = 0.0
         if rounded and damping == 0:
             # LAPACK: 1 to 3 eps up to d = 500, 13 eps at 1500

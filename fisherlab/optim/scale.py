@@ -73,15 +73,15 @@ def recognised_factor(
             f"{type(criterion).__name__}; call the very `criterion` object given to the optimizer "
             "in the training loop, so that its loss can be followed"
         )
-    if not bool(torch.isfinite(gradient).all()):
-        raise OptimizerError(
-            "the gradient at the model's output has NaN or inf entries: the loss has diverged, or "
-            "the data or the model hold such values"
-        )
     smoothing = 0.0 if criterion is None else cast(nn.CrossEntropyLoss, criterion).label_smoothing
     found = _softmax(output, gradient, smoothing)
     if found is None and last and output.ndim > 2:
         found = _softmax(output.transpose(1, -1), gradient.transpose(1, -1), smoothing)
+    if found is None and not bool(torch.isfinite(gradient).all()):
+        raise OptimizerError(
+            "the gradient at the model's output has NaN or inf entries: the loss has diverged, or "
+            "the data or the model hold such values"
+        )
     if found is None:
         raise OptimizerError(_ASK if last else f"{_ASK}, or take fisher_type='empirical'")
     kappa, arrived, terms = found
@@ -122,15 +122,17 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     sure = 1 - p.amax(1, keepdim=True) < 1e-4
     arrived = (G != 0).any(1, keepdim=True)
     score = (p - target) * arrived
-    size, rounding = G.norm().item(), torch.finfo(gradient.dtype).eps
+    fitted = (G * score).sum() / score.square().sum().clamp(min=1e-300)
+    found = [G.norm(), fitted, (G - fitted * score).norm(), arrived.sum(), (arrived | sure).sum()]
+    # all numbers in one read
+    size, kappa, wrong, seen, terms = torch.stack([x.double() for x in found]).tolist()
+    rounding = torch.finfo(gradient.dtype).eps
     if size == 0:
         return 1.0, 0, 0  # every per-example gradient is zero, at any scale
-    kappa = ((G * score).sum() / score.square().sum().clamp(min=1e-300)).item()
-    wrong = (G - kappa * score).norm().item()
     tolerance = 1e-2 if gradient.dtype.itemsize < 4 else 1e-3
     if not kappa > 0 or not wrong <= tolerance * size + 16 * rounding * kappa * len(f) ** 0.5:
         return None
-    return kappa, int(arrived.sum()), int((arrived | sure).sum())
+    return kappa, round(seen), round(terms)
 
 
 def check_ranks(ranks: Ranks | None, factors: list[float]) -> None:

@@ -128,8 +128,8 @@ class Woodbury(CurvatureOptimizer):
             K = block.gram()
             rows = weights_of(K, damping, self.fold, weight.name)
             weighted = K @ rows
-            change += weighted.sum().item()
-            square += float(rows @ weighted)
+            products = torch.stack([weighted.sum(), rows @ weighted]).tolist()
+            change, square = change + products[0], square + products[1]
             found.append(rows)
         size = sum(block.size for block in blocks)
         grams = [block.core * block.gram() for block in blocks]
@@ -176,13 +176,16 @@ class Woodbury(CurvatureOptimizer):
         # .grad is the direction already, unscaled, clipped or averaged over ranks since: what
         # backward left of direction and gradient, at the scale that the two lengths tell
         total = 0.0
+        every = list(directions)
+        norms = torch._foreach_norm([directions[p].double() for p in every])
+        lengths = dict(zip(every, torch.stack(norms).square().tolist(), strict=True))
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         for name, passes in self._taken.items():
             weight = self.weights[name]
             params = [p for p in (weight.weight, weight.bias) if p is not None]
             lrs = {p: rates[p] for p in params if p in directions}
             change, square = self._products(weight, passes, lrs)
-            length = sum(float(dot(directions[p], directions[p])) for p in lrs)
+            length = sum(lengths[p] for p in lrs)
             total += change * length / square if square else 0.0
         return total
 
@@ -256,7 +259,6 @@ def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Ten
     `(1/M)(1 - (lambda I + K/M)^{-1} K 1/M)` loses all digits in float32.
     """
     M = len(K)
-    damping = torch.as_tensor(damping, dtype=torch.float64, device=K.device)
     if damping == 0:
         # alpha ||K|| of a layer whose gradients are all zero: any weights give the same step
         return torch.ones(M, dtype=torch.float64, device=K.device)
