@@ -4,7 +4,7 @@
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint notebooks bench docs clean
+.PHONY: help demo test lint notebooks notebooks-keep bench docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test       format, lint, types, tests, notebooks"
 	@echo "make lint       format, lint, types"
 	@echo "make notebooks  execute the notebooks"
+	@echo "make notebooks-keep  run them in full and keep their outputs"
 	@echo "make bench      measure speed"
 	@echo "make docs       the documentation, API and notebooks -> site/index.html"
 	@echo "make clean      remove .venv, caches and runs (not data/downloads)"
@@ -27,6 +28,9 @@ lint: $(STAMP)
 
 notebooks: $(STAMP)
 	.ci/run notebooks
+
+notebooks-keep: $(STAMP)
+	$(BIN)/python notebooks/keep.py
 
 bench: $(STAMP)
 	$(BIN)/fisherlab bench

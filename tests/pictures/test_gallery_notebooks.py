@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
 import pytest
 
-PATHS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[2] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+digest = runpy.run_path(str(FOLDER / "keep.py"))["digest"]
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
@@ -52,6 +55,14 @@ def test_every_cell_was_run_once_in_order_without_a_warning_or_an_error(notebook
 
 def test_pictures_are_kept(notebook):
     assert any("image/png" in o.get("data", {}) for o in outputs(notebook))
+
+
+def test_its_outputs_are_those_of_its_code_in_full(notebook):
+    """`make notebooks-keep` stamps them; a cell that was edited since asks for another run."""
+    stamp = notebook.metadata.get("fisherlab")
+    assert stamp is not None, "not kept by `make notebooks-keep`"
+    assert stamp["fast"] is False
+    assert stamp["code"] == digest(notebook)
 
 
 def test_it_names_no_machine(notebook):
