@@ -20,9 +20,9 @@ class Schedule:
         corrections: steps between updates of corrected eigenvalues (T_RE); None: `statistics`.
         warmup: steps at the start that refresh everything.
         decay: weight of the past at each update of the statistics.
-        ema: how past and batch are blended: "corrected", "averaged" or "literal"; see `Running`.
         examples: the first rows of a batch that the statistics take; None: all.
         until: the step from which the gradient is left as it is; None: never.
+        ema: how past and batch are blended: "corrected", "averaged" or "literal"; see `Running`.
 
     Raises:
         ValueError: a count of steps or examples is no whole number, or too small; no such `ema`.
@@ -33,9 +33,9 @@ class Schedule:
     corrections: int | None = None
     warmup: int = 0
     decay: float = 0.95
-    ema: str = "corrected"
     examples: int | None = None
     until: int | None = None
+    ema: str = "corrected"
 
     def __post_init__(self) -> None:
         """Refuse counts that are none."""
