@@ -151,6 +151,8 @@ class Columns:
 
         From the smaller of `U^T U` and `U U^T`: with more columns than parameters `[R, o i]`.
         """
+        if self.known_inside is not None:
+            return self.known_inside.gram_eigen
         o, i = self.shape
         if self.count <= o * i:
             return self._independent_eigen()
@@ -186,7 +188,10 @@ class Columns:
     @property
     def eigen_known(self) -> bool:
         """Whether `gram_eigen`, ten times the work of a Cholesky factor, is there already."""
-        return Columns.gram_eigen.known(self) is not None
+        inside = self.known_inside
+        return Columns.gram_eigen.known(self) is not None or (
+            inside is not None and inside.eigen_known
+        )
 
     @cached
     def energies(self) -> Tensor:
@@ -194,6 +199,8 @@ class Columns:
         gram = Columns.gram.known(self)
         if gram is not None:
             return gram.diagonal().view(self.sizes)
+        if self.known_inside is not None:
+            return self.known_inside.energies
         if self.formed is not None:
             squares = (torch.linalg.vecdot(D, D).double() for D in self._parts())
             return sum_of(squares).view(self.sizes)
@@ -342,6 +349,11 @@ class Columns:
         if self.input_span is None:
             return None
         return Columns(self.input_span[1], self.g, self.room)
+
+    @property
+    def known_inside(self) -> Columns | None:
+        """`inside`, if the space of the inputs is known already: energies and spectra are its."""
+        return None if Columns.input_span.known(self) is None else self.inside
 
     @cached
     def input_products(self) -> Tensor:

@@ -98,10 +98,10 @@ class OfColumns(Block):
     def _range(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues `[r]` of `U C U^T`, and `W` `[R, r]` with eigenvectors `U W`."""
 
-    def _vectors(self, W: Tensor, exact: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    def _vectors(self, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self.columns.combine(W[:, part].mT.reshape(-1, *self.columns.sizes), exact)
+            yield part, self.columns.combine(W[:, part].mT.reshape(-1, *self.columns.sizes), True)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         base = self.shift + check_damping(damping)
@@ -355,6 +355,9 @@ class Outer(OfColumns):
 
     @cached
     def _squared_norm(self) -> Tensor:
+        inside = self._restricted if self.columns.known_inside is not None else None
+        if inside is not None:
+            return inside.squared_norm()
         linear = 2 * self.shift * self._gram_trace() + self.shift**2 * self.size
         return self._outer_inner(self) + linear
 

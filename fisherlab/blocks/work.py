@@ -117,7 +117,3 @@ class cached(Generic[V]):
     def known(self, value: object) -> V | None:
         """What is kept already, without computing it."""
         return vars(value).get(self.key, (None,))[0]
-
-    def keep(self, value: object, found: V) -> None:
-        """Take what was found elsewhere."""
-        vars(value)[self.key] = (found,)

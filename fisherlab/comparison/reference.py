@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
-from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import dot, is_rounding
 from fisherlab.metrics.direction import Step
 
@@ -63,10 +62,8 @@ class ExactReference:
         if not isinstance(F, Outer) or V is None:
             return None
         self._inside = InputSpaceReference(F, self.gradient @ V, V)
-        # what is the same in both; an inverse, which cancels, needs the Gram matrix of its own
-        Columns.energies.keep(self.F.columns, F.energies())
-        Columns.gram_eigen.keep(self.F.columns, F.columns.gram_eigen)
-        Outer._squared_norm.keep(self.F, F.squared_norm())
+        # before any method, whose seconds they would count for
+        _ = F.energies(), F.columns.gram_eigen, F.squared_norm()
         return self._inside
 
     def product(self, P: Block, damping: float, X: Block | None = None) -> tuple[Tensor, float]:

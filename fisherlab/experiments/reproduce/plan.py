@@ -17,7 +17,6 @@ from fisherlab.optim.presets import PAPER
 # Share of the epochs, and of the training examples held out, when learning rates are chosen.
 SEARCH_EPOCHS, HELD_OUT = 0.2, 0.1
 REPEATS = 1
-OWN = ("repeats",)  # settings that are not fields of `training.Settings`
 
 
 class ReproduceError(ValueError):
