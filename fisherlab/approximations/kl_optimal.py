@@ -43,7 +43,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
             up to 1,024 parameters; else 1e-3.
         tolerance: `||G'^{-1} (G - G')|| / sqrt(o)` at which the alternation ends; None: 1e-13 in
             float64, 1e-7 in float32. Sums are float64 whatever the capture is.
-        iterations: the most alternations.
+        iterations: the most alternations. One that still moves by the root of the tolerance is
+            refused.
     """
 
     additive = False
@@ -52,6 +53,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
     iterations: int = 500
 
     def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise BlockError(f"iterations counts alternations, at least 1; got {self.iterations}")
         if self.ridge is not None and not 0 <= self.ridge < float("inf"):
             raise BlockError(f"ridge is a finite number >= 0, got {self.ridge!r}")
 
@@ -94,6 +97,12 @@ class KLOptimal(Approximation, name="kl_optimal"):
             P = _inverse(A, "A")
             if change <= tolerance * math.sqrt(o):
                 break
+        if change > math.sqrt(tolerance * o):
+            raise BlockError(
+                f"the KL-optimal product has not settled after {self.iterations} alternations (the "
+                f"last changed G by {float(change):.1e}); F may have no such optimum: pass a ridge "
+                "such as 1e-3, or more iterations"
+            )
         balance = (A.norm() / G.norm()).sqrt()
         return G * balance, A / balance
 
@@ -131,4 +140,4 @@ def _inverse(S: Tensor, name: str) -> Tensor:
     try:
         return torch.cholesky_inverse(cholesky(S, f"factor {name} of the KL-optimal product"))
     except BlockError as error:
-        raise BlockError(f"{error}; F has no such optimum: pass a ridge, ridge=1e-3") from None
+        raise BlockError(f"{error}; F has no such optimum: pass a ridge such as 1e-3") from None
