@@ -25,11 +25,11 @@ TESTED = 1024
 
 @dataclass(frozen=True)
 class KLOptimal(Approximation, name="kl_optimal"):
-    """`argmin_{G, A} tr((G (x) A)^{-1} F_l) + log det(G (x) A)`,  `F_l = F + lambda I`.
+    """`argmin_{G, A} KL(F + lambda I, G (x) A)`, the optimum of the Stein loss.    Lin et al. 2025.
 
-    It is twice the divergence `KL(N(0, F_l) || N(0, G (x) A))` up to a constant: the Stein loss of
-    the product. KL-Shampoo (Lin et al. 2025) follows its fixed point over time; the alternation is
-    Dutilleul's (1999) for matrix normals:
+    With `F_l = F + lambda I` it is the least `tr((G (x) A)^{-1} F_l) + log det(G (x) A)`: twice the
+    divergence of `N(0, F_l)` from `N(0, G (x) A)` up to a constant. KL-Shampoo follows its fixed
+    point over time; the alternation is Dutilleul's (1999) for matrix normals:
 
         G <- (1/i) ((1/M) sum D A^{-1} D^T + lambda tr(A^{-1}) I)
         A <- (1/o) ((1/M) sum D^T G^{-1} D + lambda tr(G^{-1}) I)
