@@ -33,8 +33,18 @@ __version__ = "0.1.0"
 
 # Parts that `import fisherlab` leaves alone until they are named: pictures need matplotlib's fonts,
 # data sets scikit-learn.
-LAZY = ("adapters", "claims", "datasets", "experiments", "models", "optim", "plots", "testing")
-
+LAZY = (
+    "adapters",
+    "auditing",
+    "claims",
+    "datasets",
+    "experiments",
+    "models",
+    "monitoring",
+    "optim",
+    "plots",
+    "testing",
+)
 
 # Names of modules that import optimizers.
 ELSEWHERE = {"Monitor": "fisherlab.monitoring", "audit": "fisherlab.auditing"}
