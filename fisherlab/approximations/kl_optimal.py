@@ -130,8 +130,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
             if values[0] < EDGE * values[-1]:
                 raise BlockError(
                     f"factor {name} of the KL-optimal product runs into a singular one "
-                    f"(eigenvalues {float(values[0]):.1e} to {float(values[-1]):.1e}): F has no such optimum; "
-                    "pass a ridge such as 1e-3"
+                    f"(eigenvalues {float(values[0]):.1e} to {float(values[-1]):.1e}): F "
+                    "has no such optimum; pass a ridge such as 1e-3"
                 )
 
     def _damping(self, of: Columns, examples: float, dtype: torch.dtype) -> float:
