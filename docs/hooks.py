@@ -24,6 +24,8 @@ PACKAGES = {
     "approximations": "One definition per paper",
     "metrics": "Functions of an approximate and an exact block",
     "optim": "The same definitions as optimizers",
+    "auditing": "The state of a running optimizer as blocks",
+    "monitoring": "The same during a training loop, every so many steps",
     "adapters": "Other libraries' approximations as blocks of ours",
     "testing": "The laws as a kit, for methods of your own",
     "plots": "Tables to figures",

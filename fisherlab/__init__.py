@@ -33,21 +33,35 @@ __version__ = "0.1.0"
 
 # Parts that `import fisherlab` leaves alone until they are named: pictures need matplotlib's fonts,
 # data sets scikit-learn.
-LAZY = ("adapters", "claims", "datasets", "experiments", "models", "optim", "plots", "testing")
+LAZY = (
+    "adapters",
+    "auditing",
+    "claims",
+    "datasets",
+    "experiments",
+    "models",
+    "monitoring",
+    "optim",
+    "plots",
+    "testing",
+)
+
+# Names of modules that import optimizers.
+ELSEWHERE = {"Monitor": "fisherlab.monitoring", "audit": "fisherlab.auditing"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "reproduce":
         return import_module("fisherlab.experiments.reproduce").reproduce
-    if name == "audit":
-        return import_module("fisherlab.auditing").audit
+    if name in ELSEWHERE:
+        return getattr(import_module(ELSEWHERE[name]), name)
     if name in LAZY:
         return import_module(f"fisherlab.{name}")
     raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *LAZY, "audit", "reproduce", "__version__"})
+    return sorted({*__all__, *LAZY, *ELSEWHERE, "reproduce", "__version__"})
 
 
 __all__ = [

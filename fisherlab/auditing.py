@@ -66,14 +66,14 @@ def audit(
     if taken:
         raise ValueError(f"an approximation is named as a reading of the optimizer: {taken}")
     every: dict[str, Candidate] = {**reading.blocks, **others}
-    with _evaluated(model):
+    with evaluated(model):
         table = compare(model, criterion, x, y, approximations=every, **options)
     table.config["readings"], table.config["unread"] = reading.formulas, reading.missing
     return table
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every flag is as it was afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:

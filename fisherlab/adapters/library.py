@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -27,7 +28,10 @@ def library(name: str) -> Any:
         AdapterError: it is not installed; the message has pip's command.
     """
     try:
-        return import_module(name)
+        with warnings.catch_warnings():
+            # the library's own, of what it uses of torch
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return import_module(name)
     except ImportError as error:
         raise AdapterError(
             f"{name} cannot be imported ({error}): pip install {PACKAGES[name.split('.')[0]]}"

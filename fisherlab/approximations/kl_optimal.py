@@ -19,17 +19,19 @@ from fisherlab.extract import LayerCapture
 _TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7}
 # Share of `tr F / N` that takes the place of directions no example has, where F is singular.
 RIDGE = 1e-3
+# Ratio of a factor's eigenvalues below which, without a ridge, it is taken to run off.
+EDGE = 1e-8
 # Parameters up to which a block is tested for full rank by its eigenvalues.
 TESTED = 1024
 
 
 @dataclass(frozen=True)
 class KLOptimal(Approximation, name="kl_optimal"):
-    """`argmin_{G, A} tr((G (x) A)^{-1} F_l) + log det(G (x) A)`,  `F_l = F + lambda I`.
+    """`argmin_{G, A} KL(F + lambda I, G (x) A)`, the optimum of the Stein loss.    Lin et al. 2025.
 
-    It is twice the divergence `KL(N(0, F_l) || N(0, G (x) A))` up to a constant: the Stein loss of
-    the product. KL-Shampoo (Lin et al. 2025) follows its fixed point over time; the alternation is
-    Dutilleul's (1999) for matrix normals:
+    With `F_l = F + lambda I` it is the least `tr((G (x) A)^{-1} F_l) + log det(G (x) A)`: twice the
+    divergence of `N(0, F_l)` from `N(0, G (x) A)` up to a constant. KL-Shampoo follows its fixed
+    point over time; the alternation is Dutilleul's (1999) for matrix normals:
 
         G <- (1/i) ((1/M) sum D A^{-1} D^T + lambda tr(A^{-1}) I)
         A <- (1/o) ((1/M) sum D^T G^{-1} D + lambda tr(G^{-1}) I)
@@ -43,7 +45,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
             up to 1,024 parameters; else 1e-3.
         tolerance: `||G'^{-1} (G - G')|| / sqrt(o)` at which the alternation ends; None: 1e-13 in
             float64, 1e-7 in float32. Sums are float64 whatever the capture is.
-        iterations: the most alternations.
+        iterations: the most alternations. A product is refused that still moves by the root of the
+            tolerance.
     """
 
     additive = False
@@ -52,6 +55,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
     iterations: int = 500
 
     def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise BlockError(f"iterations counts alternations, at least 1; got {self.iterations}")
         if self.ridge is not None and not 0 <= self.ridge < float("inf"):
             raise BlockError(f"ridge is a finite number >= 0, got {self.ridge!r}")
 
@@ -76,26 +81,58 @@ class KLOptimal(Approximation, name="kl_optimal"):
     def _alternated(
         self, of: Columns, examples: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """`G` and `A` in the spans, of columns that were captured in a dtype."""
+        """`G` and `A` in the spans, of columns that were captured in a dtype.
+
+        Every third `G` is extrapolated from the two before (SQUAREM, Varadhan & Roland 2008), where
+        what comes out is positive definite.
+        """
         o, i = of.shape
         damping = self._damping(of, examples, dtype)
         eye_G, eye_A = (torch.eye(d, dtype=of.dtype, device=of.device) for d in (o, i))
         tolerance = self.tolerance or _TOLERANCE.get(dtype, 1e-7)
-        G, Q, P = eye_G, eye_G, eye_A
-        for _ in range(self.iterations):
-            moment = symmetrise(left_moment(of.a, of.g, P)) / examples
-            before, G = G, (moment + damping * P.trace() * eye_G) / i
-            # the scale that both share is put into A
-            G = G * (o / G.trace())
-            change = (Q @ (G - before)).norm()
-            Q = _inverse(G, "G")
+
+        def input_factor(Q: Tensor) -> Tensor:
             moment = symmetrise(right_moment(of.a, of.g, Q)) / examples
-            A = (moment + damping * Q.trace() * eye_A) / o
-            P = _inverse(A, "A")
+            return (moment + damping * Q.trace() * eye_A) / o
+
+        G, recent = eye_G, [eye_G]
+        for _ in range(self.iterations):
+            Q = _inverse(G, "G")
+            P = _inverse(input_factor(Q), "A")
+            moment = symmetrise(left_moment(of.a, of.g, P)) / examples
+            new = (moment + damping * P.trace() * eye_G) / i
+            new = new * (o / new.trace())  # the scale that both share is put into A
+            change = (Q @ (new - G)).norm()
+            G = new
             if change <= tolerance * math.sqrt(o):
                 break
+            recent.append(G)
+            if len(recent) == 3:
+                G = _extrapolated(*recent, Q)
+                recent = [G]
+        if change > math.sqrt(tolerance * o):
+            raise BlockError(
+                f"the KL-optimal product has not settled after {self.iterations} alternations (the "
+                f"last changed G by {float(change):.1e}); F may have no such optimum: pass a ridge "
+                "such as 1e-3, or more iterations"
+            )
+        A = input_factor(_inverse(G, "G"))
+        if self.ridge == 0:
+            self._check_interior(G, A)
         balance = (A.norm() / G.norm()).sqrt()
         return G * balance, A / balance
+
+    @staticmethod
+    def _check_interior(G: Tensor, A: Tensor) -> None:
+        """Refuse a product at the edge of the positive ones, where no optimum is."""
+        for name, S in (("G", G), ("A", A)):
+            values = torch.linalg.eigvalsh(S)
+            if values[0] < EDGE * values[-1]:
+                raise BlockError(
+                    f"factor {name} of the KL-optimal product runs into a singular one "
+                    f"(eigenvalues {float(values[0]):.1e} to {float(values[-1]):.1e}): F "
+                    "has no such optimum; pass a ridge such as 1e-3"
+                )
 
     def _damping(self, of: Columns, examples: float, dtype: torch.dtype) -> float:
         """`lambda`: of the ridge given, or of the rule for None."""
@@ -127,8 +164,23 @@ def _full_rank(of: Columns, dtype: torch.dtype) -> bool:
     return rank_of(Outer.over(of).eigenvalues(), _floor(dtype)) == size
 
 
+def _extrapolated(first: Tensor, second: Tensor, third: Tensor, Q: Tensor) -> Tensor:
+    """`G_0 - 2 a r + a^2 v`, `r = G_1 - G_0`, `v = G_2 - 2 G_1 + G_0`, `a = -||r|| / ||v||`.
+
+    Norms are those of `Q X`, `Q` about the inverse. It is `G_2` where the other is not positive.
+    """
+    r, v = second - first, third - 2 * second + first
+    size = (Q @ v).norm()
+    if not size > 0:
+        return third
+    a = -((Q @ r).norm() / size).clamp(min=1.0)
+    found = symmetrise(first - 2 * a * r + a**2 * v)
+    _, singular = torch.linalg.cholesky_ex(found)
+    return third if bool(singular) else found * (len(found) / found.trace())
+
+
 def _inverse(S: Tensor, name: str) -> Tensor:
     try:
         return torch.cholesky_inverse(cholesky(S, f"factor {name} of the KL-optimal product"))
     except BlockError as error:
-        raise BlockError(f"{error}; F has no such optimum: pass a ridge, ridge=1e-3") from None
+        raise BlockError(f"{error}; F has no such optimum: pass a ridge such as 1e-3") from None

@@ -20,8 +20,10 @@ Case = dict[str, Any]
 PAPERS = {
     "ANG": "ANG: Tang et al. 2021",
     "FNGD": "FNGD: Ou et al.",
+    "KL-Shampoo": "KL-Shampoo: Lin et al. 2025",
     "NGM": "NGM: Shrestha",
     "SNGD": "SNGD: Liu et al.",
+    "SOAP": "SOAP: Vyas et al. 2024",
     "TEKFAC": "TEKFAC: Gao et al. 2021",
 }
 HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided"

@@ -63,14 +63,14 @@ def _adam(p: Tensor, state: State, group: Group) -> Divisor:
 
 
 def _rmsprop(p: Tensor, state: State, group: Group) -> Divisor:
-    square = state["square_avg"]
+    square = state["square_avg"].clone()  # what a step changes in place
     if group["centered"]:
         square = square - state["grad_avg"].square()
     return Divisor(square.sqrt() + group["eps"], square)
 
 
 def _adagrad(p: Tensor, state: State, group: Group) -> Divisor:
-    return Divisor(state["sum"].sqrt() + group["eps"], state["sum"])
+    return Divisor(state["sum"].sqrt() + group["eps"], state["sum"].clone())
 
 
 def _muon(p: Tensor, state: State, group: Group) -> Divisor:

@@ -26,10 +26,15 @@ ROWS = [
     {"statistics"},
     {"approximations", "adapters"},
     {"comparison", "optim"},
-    {"auditing", "claims", "experiments", "plots", "testing"},
+    {"auditing", "claims", "experiments", "monitoring", "plots", "testing"},
     {"cli", "commands"},
 ]
-WITHIN = {("experiments", "plots"), ("experiments", "claims"), ("cli", "commands")}
+WITHIN = {
+    ("monitoring", "auditing"),
+    ("experiments", "plots"),
+    ("experiments", "claims"),
+    ("cli", "commands"),
+}
 
 
 def tracked():

@@ -25,6 +25,7 @@ from fisherlab.claims import (
     names,
     sngd,
     tekfac,
+    today,
     verify,
 )
 from fisherlab.extract import LayerCapture, fisher
@@ -279,6 +280,13 @@ MUTATIONS = {
         EigenCorrected, "corrections", corrections(lambda x, layer: 3 * x)
     ),
     # Kronecker products
+    "shampoo_squared_is_adafactor_in_its_eigenbasis": wrap(
+        EigenCorrected, "corrections", transposed
+    ),
+    "kl_optimal_kronecker_product_is_a_lower_bound": put(today.KLBound, "approximation", KFAC()),
+    "kl_optimal_kronecker_product_is_a_fixed_point": put(
+        today.KLFixedPoint, "approximation", KFAC()
+    ),
     "optimal_kronecker_product_is_a_lower_bound": put(kronecker, "KroneckerOptimal", KFAC),
     "optimal_kronecker_product_is_a_singular_vector": put(kronecker, "KroneckerOptimal", TKFAC),
     "tkfac_is_shampoo_squared": both(

@@ -219,11 +219,59 @@ def test_layers_without_a_state_are_named():
     assert table.config["unread"] == {"2": "the optimizer does not have it"}
 
 
-def test_a_state_in_the_table_is_a_copy_of_nothing_that_moves():
-    """A block read before a step says afterwards what it said."""
-    model, optimizer, _ = trained(lambda model: fl.optim.create("adamw", model), 2)
-    block = read(optimizer, model).blocks["AdamW square"]["0"]
-    before = copy.deepcopy(block.dense())
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_block_read_before_a_step_says_afterwards_what_it_said(kind):
+    model, optimizer, _ = trained(lambda model: kind(model.parameters()), 2)
+    blocks = [found["0"] for found in read(optimizer, model).blocks.values()]
+    before = [copy.deepcopy(block.dense()) for block in blocks]
     CE(model(batch(0)[0]), batch(0)[1]).backward()
     optimizer.step()
-    assert torch.equal(block.dense(), before)
+    assert all(map(torch.equal, [block.dense() for block in blocks], before))
+
+
+def watched(name: str, every: int | None):
+    """A short run with or without a monitor; the parameters, and the monitor."""
+    model = net()
+    optimizer, logged = fl.optim.create(name, model), {}
+    options = {"every": every or 10, "log": lambda values, step: logged.update({step: values})}
+    monitor = fl.Monitor(optimizer, model, CE, fisher_type="empirical", **options)
+    for step in range(6):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+        if every:
+            monitor(x, y)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), monitor, logged, model
+
+
+@pytest.mark.parametrize("name", ["adamw", "soap", "kfac"])
+def test_a_monitor_says_what_the_blocks_say_and_moves_nothing(name):
+    plain, *_ = watched(name, None)
+    weights, monitor, logged, model = watched(name, 3)
+    assert torch.equal(plain, weights) and list(logged) == [3, 6]
+    assert monitor.frame.step.tolist() == [3, 6] and 0 < monitor.share_of_time < 1
+    x, y = batch(5)
+    layer = fl.capture(model, CE, x, y, fisher_type="empirical")["0"]
+    F, g = fl.Exact()(layer).dense(), layer.gradient.flatten()
+    values, eye = logged[6], torch.eye(len(F), dtype=torch.float64)
+    assert values["0/trace"] == pytest.approx(float(F.trace()), rel=1e-9)
+    assert 1 < values["0/effective_rank"] < 20
+    for reading, found in read(monitor.optimizer, model).blocks.items():
+        X = found["0"].dense()
+        ours, exact = (torch.linalg.solve(S + 0.1 * S.trace() / len(S) * eye, g) for S in (X, F))
+        cosine = float(ours @ exact / ours.norm() / exact.norm())
+        assert values[f"0/{reading}/direction_cosine"] == pytest.approx(cosine, rel=1e-8)
+        assert (
+            f"0/{reading}/stale_cosine" in values and f"0/{reading}/stale_cosine" not in logged[3]
+        )
+    assert ("clipped_share" in values) == (name == "kfac")
+
+
+def test_a_monitor_refuses_what_it_cannot_do():
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="every=0"):
+        fl.Monitor(optimizer, model, CE, every=0)
+    with pytest.raises(OptimizerError, match="take a step first"):
+        fl.Monitor(optimizer, model, CE, every=1)(*batch(0))

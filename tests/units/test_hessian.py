@@ -4,20 +4,26 @@ import pytest
 import torch
 from references import randn, relative
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.func import functional_call
 
 import fisherlab as fl
 from fisherlab.extract import CaptureError, hessian_blocks
 from fisherlab.metrics import hessian_split
 from fisherlab.testing import check_block
 
-# torch.func's own, about torch.jit
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CRITERIA = {
     "ce": nn.CrossEntropyLoss(),
     "ce sum": nn.CrossEntropyLoss(reduction="sum"),
     "mse": nn.MSELoss(),
 }
+
+
+def reverse(loss, joint: Tensor) -> Tensor:
+    return torch.autograd.functional.hessian(loss, joint)
+
+
+def forward_over_reverse(loss, joint: Tensor) -> Tensor:
+    return torch.func.hessian(loss)(joint)
 
 
 def problem(kind: str) -> tuple[nn.Sequential, Tensor]:
@@ -34,8 +40,10 @@ def labels(criterion: nn.Module) -> Tensor:
     return randn(6, 3, seed=1) if isinstance(criterion, nn.MSELoss) else torch.arange(6) % 3
 
 
-def dense(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
-    """`torch.func.hessian` of the loss as a function of `[W b]`, of the mean over examples."""
+def dense(
+    model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, name: str, hessian=reverse
+) -> Tensor:
+    """torch's Hessian of the loss as a function of `[W b]`, of the mean over examples."""
     module = model.get_submodule(name)
     parts = [module.weight.flatten(1)]
     parts += [] if module.bias is None else [module.bias[:, None]]
@@ -49,7 +57,7 @@ def dense(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, name: st
         value = criterion(functional_call(model, found, (x,)), y)
         return value / len(x) if criterion.reduction == "sum" else value
 
-    return hessian(loss)(joint).detach().reshape(joint.numel(), -1)
+    return hessian(loss, joint).detach().reshape(joint.numel(), -1)
 
 
 @pytest.mark.parametrize("kind", ["conv", "sequence"])
@@ -67,6 +75,16 @@ def test_the_block_is_that_of_torch(kind, criterion):
     # softmax's curvature at the last layer is the Gauss-Newton matrix itself
     ours = fl.Exact()(fl.capture(model, criterion, x, y)["3"]).dense()
     assert relative(blocks["3"].dense(), ours) < 1e-10
+
+
+@pytest.mark.slow  # forward mode compiles torch's decompositions first
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_block_is_that_of_torch_func():
+    criterion = CRITERIA["ce"]
+    (model, x), y = problem("conv"), labels(criterion)
+    for name, block in hessian_blocks(model, criterion, x, y).items():
+        expected = dense(model, criterion, x, y, name, forward_over_reverse)
+        assert relative(block.dense(), expected) < 1e-9
 
 
 def test_nothing_moves():

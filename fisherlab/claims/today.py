@@ -1,0 +1,148 @@
+"""Central claims of the methods of 2024 and 2025: SOAP and KL-Shampoo."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fisherlab.approximations.base import Approximation
+from fisherlab.approximations.exact import Exact
+from fisherlab.approximations.kl_optimal import KLOptimal
+from fisherlab.approximations.soap import SOAP
+from fisherlab.blocks import Eigen, Kronecker
+from fisherlab.claims import dense
+from fisherlab.claims.base import EXTENSION, AtMost, Case, Identity
+from fisherlab.claims.instances import OfLayer, captured, layer_case
+
+# Above these parameters a dense Stein loss takes too long for a trial.
+LARGEST = 120
+RIDGE = 0.01
+
+
+class ShampooIsAdafactor(OfLayer, Identity, name="shampoo_squared_is_adafactor_in_its_eigenbasis"):
+    """Shampoo's squared preconditioner is Adafactor's of the second moments in its eigenbasis."""
+
+    source = "SOAP claim 1"
+    latex = (
+        r"L \otimes R / \mathrm{tr} L = Q \, \mathrm{diag}(V 1 \, 1^\top V / 1^\top V 1) \, Q^\top"
+    )
+    sides = ("Adafactor in SOAP's basis", "Shampoo squared")
+
+    def left(self, case: Case) -> Tensor:
+        block = SOAP()(captured(case))
+        assert isinstance(block, Eigen)
+        V = block.spectrum
+        values = torch.outer(V.sum(1), V.sum(0)) / V.sum()
+        return Eigen(block.Q_G, block.Q_A, values) @ case["V"]
+
+    def right(self, case: Case) -> Tensor:
+        L, R = dense.moments(case)
+        return L @ case["V"] @ R / L.trace()
+
+
+class _Stein(OfLayer):
+    """What is said of `F + lambda I` in the spans of both partial traces."""
+
+    trials = 6
+    approximation: ClassVar[Approximation] = KLOptimal(ridge=RIDGE)
+
+    def draw(self, generator: torch.Generator, size: float) -> Case:
+        return layer_case(generator, size, examples=(3, 8))
+
+    def assume(self, case: Case) -> bool:
+        return case["V"][0].numel() <= LARGEST and bool(case["g"].any()) and bool(case["a"].any())
+
+    def adapt(self, real: Case, generator: torch.Generator) -> Case | None:
+        return None if real["V"][0].numel() > LARGEST else super().adapt(real, generator)
+
+    def product(self, case: Case) -> tuple[Tensor, Tensor]:
+        """`G` and `A` of the approximation."""
+        block = self.approximation(captured(case))
+        assert isinstance(block, Kronecker)
+        return block.G, block.A
+
+
+class Spans:
+    """`F + lambda I` in the ranges of its partial traces, and products there.
+
+    Args:
+        F: the block.
+        L: its partial trace over the inputs.
+        R: its partial trace over the outputs.
+    """
+
+    def __init__(self, F: Tensor, L: Tensor, R: Tensor) -> None:
+        self.V_G, self.V_A = (_range(S) for S in (L, R))
+        U = torch.kron(self.V_G, self.V_A)
+        F = U.mT @ F @ U
+        self.F = F + RIDGE * F.trace() / len(F) * torch.eye(len(F), dtype=F.dtype)
+
+    def loss(self, G: Tensor, A: Tensor) -> float:
+        """`tr(X^{-1} F) - log det(X^{-1} F) - N`; inf for a singular product."""
+        sides = ((self.V_G, G), (self.V_A, A))
+        factors = [torch.linalg.cholesky_ex(V.mT @ S @ V) for V, S in sides]
+        if any(bool(info) for _, info in factors):
+            return math.inf
+        ratio = torch.cholesky_solve(self.F, torch.kron(*(C for C, _ in factors)))
+        return float(ratio.trace() - torch.linalg.slogdet(ratio)[1]) - len(ratio)
+
+    def fixed_point(self) -> tuple[Tensor, Tensor]:
+        """`G <- tr_A[(I (x) A^{-1}) F] / i` and `A <- tr_G[(G^{-1} (x) I) F] / o`, 500 times."""
+        o, i = self.V_G.shape[1], self.V_A.shape[1]
+        F, A = self.F.view(o, i, o, i), torch.eye(i, dtype=self.F.dtype)
+        for _ in range(500):
+            G = torch.einsum("oipj,ij->op", F, torch.linalg.inv(A)) / i
+            A = torch.einsum("oipj,op->ij", F, torch.linalg.inv(G)) / o
+        return self.V_G @ G @ self.V_G.mT, self.V_A @ A @ self.V_A.mT
+
+
+def _range(S: Tensor) -> Tensor:
+    U, s, _ = torch.linalg.svd(S)
+    return U[:, s > 1e-12 * s[0]]
+
+
+class KLBound(_Stein, AtMost, name="kl_optimal_kronecker_product_is_a_lower_bound"):
+    """No Kronecker product of KFAC, TKFAC or the Frobenius optimum has a smaller Stein loss."""
+
+    source = "KL-Shampoo, Lin et al. 2025"
+    kind = EXTENSION
+    latex = (
+        r"\min_{G, A} \mathrm{KL}(F, G \otimes A) \le \mathrm{KL}(F, X),\ "
+        r"X \in \{\mathrm{KFAC}, \mathrm{TKFAC}, \dots\}"
+    )
+    scale = 1.0
+    sides = ("KL-optimal", "best of the others")
+
+    def left(self, case: Case) -> float:
+        layer = captured(case)
+        spans = Spans(Exact()(layer).dense(), layer.columns.left, layer.columns.right)
+        return spans.loss(*self.product(case))
+
+    def right(self, case: Case) -> float:
+        U, _, Vh = torch.linalg.svd(dense.rearranged(case), full_matrices=False)
+        G, A = (x.view(math.isqrt(len(x)), -1) for x in (U[:, 0], Vh[0]))
+        spans = Spans(dense.block(case), *dense.moments(case))
+        rivals = [dense.kfac(case), dense.tkfac(case), (G * G.trace().sign(), A * A.trace().sign())]
+        return min(spans.loss(*pair) for pair in rivals)
+
+
+class KLFixedPoint(_Stein, Identity, name="kl_optimal_kronecker_product_is_a_fixed_point"):
+    """The KL-optimal product is the fixed point of the alternation between its two factors."""
+
+    source = "KL-Shampoo, Lin et al. 2025"
+    latex = r"G = \frac{1}{i} \mathrm{tr}_A[(I \otimes A^{-1}) F],\quad A = \frac{1}{o} \dots"
+    tolerance = 1e-6
+
+    def left(self, case: Case) -> Tensor:
+        return _normalised(*self.product(case))
+
+    def right(self, case: Case) -> Tensor:
+        return _normalised(*Spans(dense.block(case), *dense.moments(case)).fixed_point())
+
+
+def _normalised(G: Tensor, A: Tensor) -> Tensor:
+    """Both factors at length 1: a scale may go from one into the other."""
+    return torch.cat([(G / G.norm()).flatten(), (A / A.norm()).flatten()])
