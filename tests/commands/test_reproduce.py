@@ -224,10 +224,39 @@ def test_verdict_follows_the_order_and_its_certainty():
 
 def test_nets_that_learned_nothing_have_no_order():
     low = {"a": (0.14, 0.145), "b": (0.05, 0.051)}
-    assert outcome.untaught(item(PAIR), {"c": frame(**low)})
+    assert outcome.untaught(item(PAIR), {"c": frame(**low)}) == ["c"]
     table = outcome.measured(item(PAIR), {"c": frame(**low)})
-    assert outcome.judged(item(PAIR), table, "paper", [], True).verdict == "undecided"
+    assert outcome.judged(item(PAIR), table, "paper", [], ["c"]).verdict == "undecided"
     assert not outcome.untaught(item(PAIR), {"c": frame(a=(0.7,), b=(0.1,))})
+
+
+def test_what_an_untaught_net_says_is_asked_by_the_metric_of_its_cell():
+    def of(quantity, rows):
+        return outcome.untaught(replace(item(PAIR), quantity=quantity), {"c": pd.DataFrame(rows)})
+
+    run = {"optimizer": "a", "seed": 0}
+    low = [run | {"accuracy": a} for a in (0.1, 0.2)]
+    assert of("train_loss", low) == of("seconds_to_target", low) == ["c"]
+    assert of("seconds_per_epoch", low) == []  # a step costs what it costs
+    words = [run | {"accuracy": 0.0, "perplexity": p} for p in (8_000.0, 500.0)]
+    assert of("perplexity", words) == ["c"]
+    assert of("perplexity", [*words, run | {"accuracy": 0.1, "perplexity": 300.0}]) == []
+    sentences = [run | {"bleu": b, "perplexity": 10.0} for b in (math.nan, 1.2)]
+    assert of("bleu", sentences) == ["c"] and of("log_train_loss", [run | {"rmse": 1.0}]) == []
+
+
+def test_cells_that_learned_nothing_are_not_asked():
+    rows = {
+        "c": frame(a=(0.70, 0.71, 0.72), b=(0.50, 0.51, 0.52)),
+        "d": frame(a=(0.10, 0.11, 0.10), b=(0.13, 0.14, 0.13)),  # the other way round
+    }
+    both = replace(item(), orders=(Order("a", "b"),))
+    short = outcome.untaught(both, rows)
+    table = outcome.measured(both, rows)
+    found = outcome.judged(both, table, "paper", [], short)
+    assert short == ["d"] and found.verdict == "reproduced"
+    assert found.because.endswith("too short to judge: d")
+    assert outcome.judged(both, table, "paper", []).verdict == "not reproduced"
 
 
 def test_text_claims_are_pairs_too_and_close_numbers_of_the_paper_are_not():
