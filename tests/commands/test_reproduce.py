@@ -404,51 +404,6 @@ def test_the_papers_ngd_is_the_dense_step_without_clip_and_momentum():
         torch.testing.assert_close(after, wanted, rtol=1e-9, atol=1e-11)
 
 
-def test_the_papers_ang_damps_each_factor():
-    model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
-    options = {"total_steps": 10, "fisher_type": "empirical", "preset": "paper", "momentum": 0.0}
-    optimizer = fl.optim.create("ang", model, **options)
-    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
-    output = model(x)
-    loss = nn.functional.cross_entropy(output, y)
-    g = (output.softmax(1) - nn.functional.one_hot(y, 2)).detach()
-    before, eye = model[0].weight.detach().clone(), torch.eye
-    A = x.T @ x / 5 + 0.03 * eye(3, dtype=x.dtype)
-    G = g.T @ g / 5 + 0.03 * eye(2, dtype=x.dtype)
-    loss.backward()
-    wanted = before - 0.005 * torch.linalg.inv(G) @ model[0].weight.grad @ torch.linalg.inv(A)
-    optimizer.step()
-    torch.testing.assert_close(model[0].weight.detach(), wanted, rtol=1e-9, atol=1e-12)
-
-
-def test_the_papers_sngd_is_sgd_on_the_reconstructed_network():
-    def trained(make):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
-        optimizer = make(model)
-        for _ in range(5):
-            optimizer.zero_grad()
-            x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        return fl.optim.restore(model)[0].weight.detach()
-
-    def by_hand(model):
-        fl.optim.reconstruct(model, method="eigh", decay=0.995, eps=1e-4)
-        sgd = torch.optim.SGD(model.parameters(), 0.1, weight_decay=1e-3)
-        count = iter(range(1, 100))
-
-        def after(*_):
-            if next(count) % 2 == 0:
-                fl.optim.refresh(model, sgd)
-
-        sgd.register_step_post_hook(after)
-        return sgd
-
-    ours = trained(lambda model: fl.optim.create("sngd", model, preset="paper", every=2))
-    torch.testing.assert_close(ours, trained(by_hand), rtol=0, atol=1e-12)
-
-
 def test_a_preset_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="preset is 'stable' or 'paper', got 'papers'"):
         fl.optim.create("kfac", nn.Linear(2, 2), preset="papers")
