@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherlab.approximations.exact import Exact
 from fisherlab.claims import dense
-from fisherlab.claims.base import EXTENSION, Case, Identity
+from fisherlab.claims.base import EXTENSION, AtMost, Case, Identity
 from fisherlab.claims.instances import (
     OfLayer,
     OfNetwork,
@@ -21,7 +21,7 @@ from fisherlab.claims.instances import (
     model_of,
 )
 from fisherlab.extract import capture
-from fisherlab.optim import create
+from fisherlab.optim import NGD, create
 
 
 class Woodbury(OfLayer, Identity, name="woodbury_step_is_dense_step"):
@@ -67,10 +67,7 @@ class Tengrad(OfNetwork, Identity, name="tengrad_step_is_dense_blockwise_step"):
 
     def scores(self, case: Case) -> Tensor:
         """The rows of `U`: minus the gradient of every example's loss."""
-        # a mean over C outputs is 1/C of the log-likelihood
-        c = 1.0 if case["criterion"] == "cross_entropy" else 1.0 / case["y"][0].numel()
-        names = self.names(case)
-        return torch.cat([c * dense.Layered(case, name).scores(case["y"]) for name in names], 1)
+        return _scores(case, self.names(case))
 
     def right(self, case: Case) -> Tensor:
         U = self.scores(case)
@@ -88,6 +85,55 @@ class JointStep(Tengrad, name="joint_ngd_from_summed_gram_matrices"):
     )
     optimizer = "ngd"
     layerwise = False
+
+
+def _stepped(case: Case) -> tuple[Tensor, Tensor]:
+    """The joint natural step at the damping of a case, and the gradient."""
+    model, criterion = model_of(case), criterion_of(case, "mean")
+    options = {"lr": 1.0, "momentum": 0.0, "kl_clip": None, "damping": case["damping"]}
+    optimizer = create("ngd", model, criterion=criterion, **options)
+    names = layer_names(case)
+    old = {name: joint(model, name) for name in names}
+    criterion(model(case["x"]), case["y"]).backward()
+    assert isinstance(optimizer, NGD)
+    gradients = optimizer.gradients()
+    optimizer.step()
+    steps = [(W - joint(model, name)).flatten() for name, W in old.items()]
+    return torch.cat(steps), torch.cat([gradients[name].flatten() for name in names])
+
+
+class LargeBeta(OfNetwork, AtMost, name="large_beta_is_scaled_sgd"):
+    """At a large beta the natural step is SGD's, divided by beta."""
+
+    source = "NGM 4.3"
+    latex = (
+        r"\|\beta (F + \beta I)^{-1} g - g\| \le "
+        r"\tfrac{\lambda_{\max}}{\lambda_{\max} + \beta} \|g\|"
+    )
+
+    def left(self, case: Case) -> Tensor:
+        d, g = _stepped(case)
+        return (case["damping"] * d - g).norm() / g.norm().clamp(min=1e-300)
+
+    def right(self, case: Case) -> Tensor:
+        U = _scores(case, layer_names(case))
+        largest = torch.linalg.svdvals(U).max() ** 2 / len(U)
+        return largest / (largest + case["damping"])
+
+
+class SmallBeta(OfNetwork, AtMost, name="small_beta_lengthens_the_step"):
+    """Halving beta never shortens the natural step: what a small one leaves unbounded."""
+
+    source = "NGM 4.3"
+    kind = EXTENSION
+    latex = r"\|(F + \beta I)^{-1} g\| \le \|(F + \tfrac{\beta}{2} I)^{-1} g\|"
+
+    def left(self, case: Case) -> Tensor:
+        return _stepped(case)[0].norm()
+
+    def right(self, case: Case) -> Tensor:
+        U = _scores(case, layer_names(case))
+        return solve(U, case["damping"] / 2, -U.mean(0)).norm()
 
 
 class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):
@@ -111,6 +157,12 @@ class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):
         U = [dense.Layered(case, name).scores(case["y"]) for name in layer_names(case)]
         F = torch.cat(U, 1).mT @ torch.cat(U, 1)
         return 1 - sum((u.mT @ u).square().sum() for u in U) / F.square().sum()
+
+
+def _scores(case: Case, names: list[str]) -> Tensor:
+    # a mean over C outputs is 1/C of the log-likelihood
+    c = 1.0 if case["criterion"] == "cross_entropy" else 1.0 / case["y"][0].numel()
+    return torch.cat([c * dense.Layered(case, name).scores(case["y"]) for name in names], 1)
 
 
 def solve(U: Tensor, damping: float, v: Tensor) -> Tensor:

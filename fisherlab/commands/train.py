@@ -45,7 +45,7 @@ def train(
         typer.Option("--set", help="OPTIMIZER.OPTION=VALUE: kfac.damping='relative(0.01)'."),
     ] = None,
     control: Annotated[
-        bool, typer.Option("--control", help="Beside FNGD: SGD with its per-layer factors.")
+        bool, typer.Option("--control", help="Beside each: SGD with its per-layer step lengths.")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 128,
     examples: Annotated[int | None, typer.Option(help="Train on this many examples.")] = None,
@@ -199,6 +199,7 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
                 _spread(mean, sd)
                 for mean, sd in zip(summary[name], summary[f"{name}_sd"], strict=True)
             ]
+        table["at equal time"] = summary["at_equal_time"]
         table["train loss"] = summary["train_loss"]
         table["clipped"] = [_share(share) for share in summary["clipped_share"]]
         table["s/step"] = summary["seconds_per_step"]

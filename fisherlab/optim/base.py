@@ -41,6 +41,9 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `Clip`.
     `clipped` counts the steps that `clip` has shortened.
 
+    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`: SGD at the
+    method's own step lengths, which shows what the direction itself is worth.
+
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
     different sizes are refused, since DDP averages ranks, not examples.
@@ -52,6 +55,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         nonfinite: "raise" or "skip" a step whose gradient has NaN or inf.
         layers: names or patterns of the weights that may have a block; None: all trainable ones.
         skip: names or patterns of those that may not.
+        control: keep the method's lengths and take the gradient's directions.
         groups: options that the method adds to a group.
         options: those of `group_options`, and those of `clip` spelled flat.
 
@@ -77,6 +81,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         nonfinite: str = "raise",
         layers: Names = None,
         skip: Names = None,
+        control: bool = False,
         groups: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -97,7 +102,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             )
         self.model = model = unwrapped(model)
         super().__init__(model.parameters() if params is None else params, defaults)
-        self.clip, self.nonfinite = clip, nonfinite
+        self.clip, self.nonfinite, self.control = clip, nonfinite, control
         self.steps = self.clipped = 0
         self.coverage = Coverage(model, self.param_groups, layers, skip, self.takes)
 
@@ -193,9 +198,24 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""
 
+    def _of_gradients(self, directions: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """`(|d|/|g|) g` of each layer that has a direction `d`."""
+        found: dict[nn.Parameter, Tensor] = {}
+        for name, g in self.gradients().items():
+            weight = self.weights[name]
+            own = [p for p in (weight.weight, weight.bias) if p is not None and p in directions]
+            if own:
+                length = torch.stack([directions[p].norm() for p in own]).norm()
+                size = g.norm()
+                scaled = g * torch.where(size > 0, length / size, torch.zeros_like(size))
+                found |= {p: d for p, d in weight.split(scaled).items() if p in directions}
+        return {**directions, **found}
+
     def _clipped(self, directions: dict[nn.Parameter, Tensor]) -> Directions:
         if not directions:
             return directions
+        if self.control:
+            directions = self._of_gradients(directions)
         factor = self.clip.factor(directions, lambda: self._predicted_kl(directions), self.steps)
         if factor == 1.0:
             return directions

@@ -77,6 +77,9 @@ class FNGD(Woodbury):
         """`coefficients` in the first phase."""
         return (*super().due(), *(("coefficients",) if self.collecting else ()))
 
+    # of the second phase alone
+    controls_solve = False
+
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         if self.collecting:
             found = super().rows(weight, calls, factor)

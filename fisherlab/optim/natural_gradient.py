@@ -40,8 +40,9 @@ class NaturalGradient(CurvatureOptimizer):
         fisher_type: "empirical", "mc" or "exact".
         nonfinite: "raise" or "skip" a step whose gradient has NaN or inf.
         options: further ones of `Preconditioner` (`layers`, `skip`, `graft`, `generator`, ...) and
-            of a group (`nesterov`, `weight_decay_placement`, `decoupled`), and fields of `schedule`
-            and `clip` spelled flat, as `create` takes them: `statistics_every=1`, `kl_clip=1e-3`.
+            of a group (`nesterov`, `weight_decay_placement`, `decoupled`), `control`, and fields of
+            `schedule` and `clip` spelled flat, as `create` takes them: `statistics_every=1`,
+            `kl_clip=1e-3`.
 
     Raises:
         ValueError: an option is out of its range.
@@ -74,6 +75,7 @@ class NaturalGradient(CurvatureOptimizer):
         own = ("nesterov", "weight_decay_placement", "decoupled")
         step = {key: options.pop(key) for key in own if key in options}
         names = {key: options.pop(key, None) for key in ("layers", "skip")}
+        control = options.pop("control", False)
         as_rule(damping)
         super().__init__(
             model,
@@ -84,6 +86,7 @@ class NaturalGradient(CurvatureOptimizer):
             clip=clip,
             nonfinite=nonfinite,
             groups={"damping": damping, **schedule.intervals},
+            control=control,
             **names,
             **step,
         )

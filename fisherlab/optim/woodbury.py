@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -50,6 +50,9 @@ class Woodbury(CurvatureOptimizer):
 
     # `P (g + w W)` needs the columns of the whole weight, which no backward pass has
     decay_placements = ("after",)
+
+    # whether `control` makes the coefficients of every batch equal
+    controls_solve: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -131,6 +134,12 @@ class Woodbury(CurvatureOptimizer):
             products = torch.stack([weighted.sum(), rows @ weighted]).tolist()
             change, square = change + products[0], square + products[1]
             found.append(rows)
+        if self.control and self.controls_solve:
+            # M v = c for all examples, as long a step of the layer
+            plain = sum(block.gram().sum().item() for block in blocks)
+            factor = math.sqrt(square / plain) if plain > 0 else 0.0
+            found = [torch.full_like(rows, factor) for rows in found]
+            change, square = factor * plain, factor**2 * plain
         size = sum(block.size for block in blocks)
         grams = [block.core * block.gram() for block in blocks]
         self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
@@ -167,6 +176,9 @@ class Woodbury(CurvatureOptimizer):
             return {}
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
         return {p: p.grad for p in every if p.grad is not None}
+
+    def _of_gradients(self, directions: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        return directions  # the control is in the coefficients
 
     def _apply(self, directions: Directions) -> None:
         self._taken.clear()

@@ -224,10 +224,39 @@ def test_verdict_follows_the_order_and_its_certainty():
 
 def test_nets_that_learned_nothing_have_no_order():
     low = {"a": (0.14, 0.145), "b": (0.05, 0.051)}
-    assert outcome.untaught(item(PAIR), {"c": frame(**low)})
+    assert outcome.untaught(item(PAIR), {"c": frame(**low)}) == ["c"]
     table = outcome.measured(item(PAIR), {"c": frame(**low)})
-    assert outcome.judged(item(PAIR), table, "paper", [], True).verdict == "undecided"
+    assert outcome.judged(item(PAIR), table, "paper", [], ["c"]).verdict == "undecided"
     assert not outcome.untaught(item(PAIR), {"c": frame(a=(0.7,), b=(0.1,))})
+
+
+def test_what_an_untaught_net_says_is_asked_by_the_metric_of_its_cell():
+    def of(quantity, rows):
+        return outcome.untaught(replace(item(PAIR), quantity=quantity), {"c": pd.DataFrame(rows)})
+
+    run = {"optimizer": "a", "seed": 0}
+    low = [run | {"accuracy": a} for a in (0.1, 0.2)]
+    assert of("train_loss", low) == of("seconds_to_target", low) == ["c"]
+    assert of("seconds_per_epoch", low) == []  # a step costs what it costs
+    words = [run | {"accuracy": 0.0, "perplexity": p} for p in (8_000.0, 500.0)]
+    assert of("perplexity", words) == ["c"]
+    assert of("perplexity", [*words, run | {"accuracy": 0.1, "perplexity": 300.0}]) == []
+    sentences = [run | {"bleu": b, "perplexity": 10.0} for b in (math.nan, 1.2)]
+    assert of("bleu", sentences) == ["c"] and of("log_train_loss", [run | {"rmse": 1.0}]) == []
+
+
+def test_cells_that_learned_nothing_are_not_asked():
+    rows = {
+        "c": frame(a=(0.70, 0.71, 0.72), b=(0.50, 0.51, 0.52)),
+        "d": frame(a=(0.10, 0.11, 0.10), b=(0.13, 0.14, 0.13)),  # the other way round
+    }
+    both = replace(item(), orders=(Order("a", "b"),))
+    short = outcome.untaught(both, rows)
+    table = outcome.measured(both, rows)
+    found = outcome.judged(both, table, "paper", [], short)
+    assert short == ["d"] and found.verdict == "reproduced"
+    assert found.because.endswith("too short to judge: d")
+    assert outcome.judged(both, table, "paper", []).verdict == "not reproduced"
 
 
 def test_text_claims_are_pairs_too_and_close_numbers_of_the_paper_are_not():
@@ -373,51 +402,6 @@ def test_the_papers_ngd_is_the_dense_step_without_clip_and_momentum():
         optimizer.step()
         after = torch.cat([p.detach().flatten() for p in model.parameters()])
         torch.testing.assert_close(after, wanted, rtol=1e-9, atol=1e-11)
-
-
-def test_the_papers_ang_damps_each_factor():
-    model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
-    options = {"total_steps": 10, "fisher_type": "empirical", "preset": "paper", "momentum": 0.0}
-    optimizer = fl.optim.create("ang", model, **options)
-    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
-    output = model(x)
-    loss = nn.functional.cross_entropy(output, y)
-    g = (output.softmax(1) - nn.functional.one_hot(y, 2)).detach()
-    before, eye = model[0].weight.detach().clone(), torch.eye
-    A = x.T @ x / 5 + 0.03 * eye(3, dtype=x.dtype)
-    G = g.T @ g / 5 + 0.03 * eye(2, dtype=x.dtype)
-    loss.backward()
-    wanted = before - 0.005 * torch.linalg.inv(G) @ model[0].weight.grad @ torch.linalg.inv(A)
-    optimizer.step()
-    torch.testing.assert_close(model[0].weight.detach(), wanted, rtol=1e-9, atol=1e-12)
-
-
-def test_the_papers_sngd_is_sgd_on_the_reconstructed_network():
-    def trained(make):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
-        optimizer = make(model)
-        for _ in range(5):
-            optimizer.zero_grad()
-            x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        return fl.optim.restore(model)[0].weight.detach()
-
-    def by_hand(model):
-        fl.optim.reconstruct(model, method="eigh", decay=0.995, eps=1e-4)
-        sgd = torch.optim.SGD(model.parameters(), 0.1, weight_decay=1e-3)
-        count = iter(range(1, 100))
-
-        def after(*_):
-            if next(count) % 2 == 0:
-                fl.optim.refresh(model, sgd)
-
-        sgd.register_step_post_hook(after)
-        return sgd
-
-    ours = trained(lambda model: fl.optim.create("sngd", model, preset="paper", every=2))
-    torch.testing.assert_close(ours, trained(by_hand), rtol=0, atol=1e-12)
 
 
 def test_a_preset_that_is_not_there_is_refused():

@@ -351,6 +351,17 @@ def test_an_optimizer_may_have_epochs_of_its_own(tmp_path):
             settings("sgd", [f"sgd.epochs={wrong}"])
 
 
+def test_the_metric_at_equal_time_is_that_of_the_fastest_s_seconds(tmp_path):
+    results = train(settings("sgd,kfac", epochs=3), tmp_path)
+    for record in results.records:  # as if kfac took twice as long as sgd
+        for row in record.rows[1:]:
+            row["train_seconds"] = row["epoch"] * (1.0 if record.entry.name == "sgd" else 2.0)
+    summary = results.summary().set_index("optimizer")
+    rows = results.rows.set_index(["optimizer", "epoch"])["accuracy"]
+    assert summary.loc["sgd", "at_equal_time"] == rows["sgd", 3]
+    assert summary.loc["kfac", "at_equal_time"] == rows["kfac", 1]
+
+
 def test_when_a_target_is_reached_first(tmp_path):
     s = settings("sgd,slow=sgd", ["slow.lr=0"], epochs=10, hidden=(16,), seeds=(0, 1))
     results = train(s, tmp_path)

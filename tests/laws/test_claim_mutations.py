@@ -259,6 +259,16 @@ MUTATIONS = {
         "joint_step",
         lambda f: lambda F, g, damping: f(F, g, {n: 2 * x for n, x in damping.items()}),
     ),
+    "large_beta_is_scaled_sgd": wrap(
+        ngd,
+        "joint_step",
+        lambda f: lambda F, g, damping: f(F, g, {n: x / 10 for n, x in damping.items()}),
+    ),
+    "small_beta_lengthens_the_step": wrap(
+        ngd,
+        "joint_step",
+        lambda f: lambda F, g, damping: f(F, g, {n: x / 4 for n, x in damping.items()}),
+    ),
     "mass_off_the_block_diagonal": wrap(Outer, "gram", lambda f: lambda self: f(self).square() + 1),
     # TEKFAC: one batch
     "corrected_eigenvalues_are_optimal": wrap(EigenCorrected, "corrections", transposed),

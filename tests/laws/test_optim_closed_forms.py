@@ -166,6 +166,18 @@ def test_fngd_control_is_sgd_with_a_factor_per_layer(batch: tuple[Tensor, Tensor
     same(directions(model, optimizer, *batch), plain, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["ngd", "tengrad", "kfac", "shampoo", "ang"])
+def test_a_control_has_the_lengths_of_the_method_and_the_gradient_s_directions(
+    name: str, batch: tuple[Tensor, Tensor]
+) -> None:
+    model = small()
+    gradients = [gradient(a, g) for a, g in pairs(model, *batch)]
+    wanted = [g * d.norm() / g.norm() for g, d in zip(gradients, take(name, batch), strict=True)]
+    same(take(name, batch, control=True), wanted)
+    bounded = take(name, batch, control=True, kl_clip=None, max_norm=1e-3)
+    assert torch.cat([d.flatten() for d in bounded]).norm() == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize("name", ["ang", "ifang"])
 def test_ang_runs_from_natural_to_euclidean(name: str, batch: tuple[Tensor, Tensor]) -> None:
     natural = {"ang": "kfac", "ifang": "ifang"}[name]

@@ -18,8 +18,14 @@ from fisherlab.experiments.bench.machine import footprint
 from fisherlab.experiments.bench.setting import Network, Setting
 from fisherlab.experiments.bench.timing import Work, paired
 
-METHODS = ("ngd", "blockwise_ngd", "tengrad", "kfac", "compare")
-LABELS = {"ngd": "exact NGD", "blockwise_ngd": "blockwise NGD, dense", "compare": "comparison"}
+METHODS = ("sgd", "ngd", "ngd_dense", "blockwise_ngd", "tengrad", "kfac", "compare")
+LABELS = {
+    "ngd": "exact NGD",
+    "ngd_dense": "exact NGD, dense",
+    "blockwise_ngd": "blockwise NGD, dense",
+    "compare": "comparison",
+}
+DENSE = ("ngd_dense", "blockwise_ngd")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ def _wide(size: int, hidden: int) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 10)), (size,)
 
 
+def _deep(size: int, hidden: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """Hidden layers of 20, as many as the size: NGM fig. 5."""
+    layers = [part for _ in range(size) for part in (nn.Linear(20, 20), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(20, 10)), (20,)
+
+
 def _small(size: int, hidden: int) -> tuple[nn.Module, tuple[int, ...]]:
     layers = nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)
     return nn.Sequential(*layers), (hidden,)
@@ -87,11 +99,17 @@ def _parameters(model: nn.Module, size: int) -> float:
 
 AXES = (
     Axis("parameters", _wide, (64, 128, 256, 512, 1024), (12, 16, 24, 32, 44), _parameters),
+    Axis("depth", _deep, (1, 2, 4, 8, 16), (1, 2, 3, 4, 6), _parameters),
     Axis("batch size", _small, (32, 64, 128, 256, 512), (32, 64, 128, 256, 512)),
     Axis("positions", _image, (64, 144, 256, 576, 1024), (64, 144, 256, 576, 1024)),
     Axis("classes", _many, (8, 16, 32, 64), (8, 16, 32, 64)),
 )
-QUICK = {"parameters": (4, 6, 8), "batch size": (4, 8, 16), "positions": (16, 25, 36)}
+QUICK = {
+    "parameters": (4, 6, 8),
+    "depth": (1, 2, 3),
+    "batch size": (4, 8, 16),
+    "positions": (16, 25, 36),
+}
 QUICK_CLASSES = (3, 4, 6)
 
 
@@ -156,7 +174,7 @@ def run(
 def _sizes(axis: Axis, method: str, setting: Setting) -> tuple[int, ...]:
     if setting.quick:
         return QUICK.get(axis.name, QUICK_CLASSES)
-    return axis.dense_sizes if method == "blockwise_ngd" else axis.sizes
+    return axis.dense_sizes if method in DENSE else axis.sizes
 
 
 def _point(axis: Axis, method: str, size: int, setting: Setting) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -26,8 +26,9 @@ UNDECIDED = "undecided"
 LEVEL = 0.975
 # Standard errors by which the paper's own numbers lie apart, and by which ours count as others.
 SURE, FAR = 2.0, 3.0
-# The gain of accuracy over the untrained net from which an order of methods says something.
-TAUGHT = 0.15
+# From where an order of methods says something, by the metric that a cell has: BLEU, the factor by
+# which perplexity fell (counts of words alone reach 15 on Penn Treebank), the gain of accuracy.
+TAUGHT = {"bleu": 5.0, "perplexity": 20.0, "accuracy": 0.15}
 PAPER_REPEATS = {"tekfac": 3}
 
 
@@ -115,22 +116,37 @@ def _apart(one: Number, two: Number, paper: str) -> bool:
     return abs(one.mean - two.mean) > SURE * error
 
 
-def untaught(item: Item, rows: Mapping[str, pd.DataFrame]) -> bool:
-    """Whether no method got far above the untrained net in any cell: orders are then of noise."""
-    if item.quantity != "accuracy":
-        return False
-    gains = []
-    for frame in rows.values():
-        of = frame.groupby(["optimizer", "seed"])["accuracy"]
-        gains.append(float((of.last() - of.first()).groupby("optimizer").mean().max()))
-    return bool(gains) and max(gains) < TAUGHT
+def untaught(item: Item, rows: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The cells in which no method got far above the untrained net: an order there is noise."""
+    if not QUANTITIES[item.quantity].learned:
+        return []
+    return [cell for cell, frame in rows.items() if not _taught(frame)]
+
+
+def _taught(frame: pd.DataFrame) -> bool:
+    """Whether a method of a cell learned something, by its own metric; yes where it has none."""
+    found = [metric for metric in TAUGHT if metric in frame and frame[metric].notna().any()]
+    if not found:
+        return True
+    values = frame.dropna(subset=found[:1]).groupby(["optimizer", "seed"])[found[0]]
+    change, metric = TAUGHT[found[0]], found[0]
+    if metric == "perplexity":
+        gains = frame["perplexity"].iloc[0] / values.last()
+    else:
+        gains = values.last() - (values.first() if metric == "accuracy" else 0.0)
+    return bool(gains.groupby("optimizer").mean().max() >= change)
 
 
 def judged(
-    item: Item, table: pd.DataFrame, scale: str, stand_ins: list[str], untaught: bool = False
+    item: Item,
+    table: pd.DataFrame,
+    scale: str,
+    stand_ins: list[str],
+    short: Collection[str] = (),
 ) -> Outcome:
-    """The verdict on an item from its long table."""
-    orders = expected(item, list(dict.fromkeys(table["cell"])))
+    """The verdict on an item from its long table; orders in the cells of `short` are not asked."""
+    cells = list(dict.fromkeys(table["cell"]))
+    orders = expected(item, [cell for cell in cells if cell not in short])
     higher = QUANTITIES[item.quantity].higher
     rows = {(row.cell, row.arm): row for row in table.itertuples()}
     signs = []
@@ -144,8 +160,8 @@ def judged(
     leaning = sum(sign > 0 for sign, _ in signs)
     far = table["difference_se"].abs() > FAR
     numbers = "" if scale != "paper" else f"; {int(far.sum())} numbers differ by over {FAR:g} s.e."
-    if untaught:
-        verdict, because = UNDECIDED, f"no method gained {TAUGHT:.0%} of accuracy: too short"
+    if set(cells) <= set(short):
+        verdict, because = UNDECIDED, "too short to judge: no method learned enough"
     elif not signs:
         verdict, because = UNDECIDED, "the paper claims no order among the arms run here"
     elif against and against >= agree:
@@ -156,6 +172,8 @@ def judged(
         verdict, because = REPRODUCED, f"the order of all {agree} pairs is the paper's{numbers}"
     else:
         verdict, because = UNDECIDED, _pairs(agree, against, len(signs), leaning)
+    if short and not set(cells) <= set(short):
+        because += f"; too short to judge: {', '.join(short)}"
     verdict += " on a stand-in" if stand_ins else ""
     return Outcome(table, verdict, because + ("" if scale == "paper" else f"; scale {scale}"))
 

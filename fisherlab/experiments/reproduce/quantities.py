@@ -14,12 +14,16 @@ TARGET = 0.98
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number per arm and seed; `of` takes the rows of one run and those of its whole cell."""
+    """A number per arm and seed; `of` takes the rows of one run and those of its whole cell.
+
+    `learned`: whether an untrained net has a bad one; seconds per step are what they are.
+    """
 
     label: str
     higher: bool
     of: Callable[[pd.DataFrame, pd.DataFrame], float]
     digits: int = 2
+    learned: bool = True
 
 
 def _last(column: str, factor: float = 1.0) -> Callable[[pd.DataFrame, pd.DataFrame], float]:
@@ -58,8 +62,12 @@ QUANTITIES = {
     "log_train_loss": Quantity("ln of the training loss", False, _log_loss, 3),
     "perplexity": Quantity("test perplexity", False, _last("perplexity")),
     "bleu": Quantity("test BLEU", True, _last("bleu")),
-    "seconds_per_epoch": Quantity("seconds per epoch", False, _per_epoch, 3),
-    "seconds_per_step": Quantity("seconds per step", False, _last("seconds_per_step"), 5),
-    "ratio_to_sgd": Quantity("seconds per step, SGD = 1", False, _last("ratio_to_sgd")),
+    "seconds_per_epoch": Quantity("seconds per epoch", False, _per_epoch, 3, learned=False),
+    "seconds_per_step": Quantity(
+        "seconds per step", False, _last("seconds_per_step"), 5, learned=False
+    ),
+    "ratio_to_sgd": Quantity(
+        "seconds per step, SGD = 1", False, _last("ratio_to_sgd"), learned=False
+    ),
     "seconds_to_target": Quantity("seconds to the target", False, _to_target("train_seconds")),
 }

@@ -38,7 +38,7 @@ def entries(
     """`kfac,slow=sgd` and `slow.lr=0.01` as entries; every option checked on a tiny model.
 
     `all` is every optimizer there is. `common` holds options of all (a learning rate), which an
-    assignment overrides. `control` adds SGD with FNGD's per-layer factors to each FNGD.
+    assignment overrides. `control` adds SGD with its per-layer step lengths to each that has some.
     """
     items = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     items = [item.strip() for item in items]
@@ -53,10 +53,13 @@ def entries(
         options[label][option] = value
     found = [Entry(label, name, options[label]) for label, name in named.items()]
     if control:
-        fngd = [entry for entry in found if entry.name == "fngd"]
-        if not fngd:
-            raise SettingsError("--control is the control of fngd, which is not among --optimizer")
-        found += [Entry(f"{e.label}_control", "fngd", {**e.options, "control": True}) for e in fngd]
+        able = [entry for entry in found if "control" in known_options(entry)]
+        if not able:
+            raise SettingsError(
+                "--control is SGD with the step lengths of a preconditioner; none of --optimizer "
+                "has them"
+            )
+        found += [Entry(f"{e.label}_control", e.name, {**e.options, "control": True}) for e in able]
     for entry in found:
         check(entry)
     return tuple(found)

@@ -100,18 +100,31 @@ class Results:
         """One row per optimizer, the best first, then those without a result and why.
 
         The metric at the last and at the best epoch, mean and deviation over the seeds that came to
-        their end. The cost of a step is the medians of its kinds, refreshes of the curvature by
-        their share, and its ratio the quotient by the median of the reference SGD in the same row;
-        of SGD itself, the clock's noise. Both are medians over the seeds. No ratio below `FEWEST`
-        timed steps.
+        their end; and at equal time, which is that of the fastest. The cost of a step is the
+        medians of its kinds, refreshes of the curvature by their share, and its ratio the quotient
+        by the median of the reference SGD in the same row; of SGD itself, the clock's noise. Both
+        are medians over the seeds. No ratio below `FEWEST` timed steps.
         """
         found = [self._summary(entry.label) for entry in self.settings.entries]
         frame = pd.DataFrame(found)
+        if "final" in frame:
+            frame["at_equal_time"] = frame["optimizer"].map(self._at_equal_time())
         if "final" not in frame:
             return frame
         return frame.sort_values(
             "final", ascending=not self.higher_is_better, na_position="last", ignore_index=True
         )
+
+    def _at_equal_time(self) -> pd.Series:
+        """The metric of each at the last epoch within the seconds that the fastest took for all."""
+        done = {(r.entry.label, r.seed) for r in self.records if r.status == "done"}
+        rows = self.rows
+        mine = [key in done for key in zip(rows["optimizer"], rows["seed"], strict=True)]
+        rows = rows[mine].fillna({"train_seconds": 0.0})
+        by = rows.groupby(["optimizer", "seed"])
+        least = by["train_seconds"].last().groupby("optimizer").mean().min()
+        there = rows[rows["train_seconds"] <= least].groupby(["optimizer", "seed"])[self.metric]
+        return there.last().groupby("optimizer").mean()
 
     @property
     def untimed(self) -> str:
