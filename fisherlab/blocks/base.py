@@ -370,12 +370,12 @@ class Powered(Dense):
         self._powers = spectrum_power(values, exponent, damping, "dense block")
 
     @cached
-    def matrix(self) -> Tensor:  # type: ignore[override]
+    def matrix(self) -> Tensor:
         """The matrix itself."""
         return symmetrise(self._vectors * self._powers @ self._vectors.mT)
 
     @property
-    def _eigh(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def _eigh(self) -> tuple[Tensor, Tensor]:
         order = self._powers.argsort()
         return self._powers[order], self._vectors[:, order]
 
