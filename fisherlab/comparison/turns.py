@@ -28,10 +28,16 @@ def in_turns(request: Request, layers_at_once: int, progress: Progress | None) -
     given = options["skip"]
     skip = [] if given is None else [given] if isinstance(given, str) else list(given)
     state = end = None if generator is None else generator.get_state()
+    # a bias is captured with its weight, in one block or in two
+    units: dict[str, list[str]] = {}
+    for name in names:
+        owner = name.rpartition(".")[0]
+        units.setdefault(owner if owner in names else name, []).append(name)
+    layers = list(units.values())
     tables: list[Comparison] = []
     refused: dict[str, str] = {}
-    for start in range(0, len(names), layers_at_once):
-        ours = names[start : start + layers_at_once]
+    for start in range(0, len(layers), layers_at_once):
+        ours = {name for unit in layers[start : start + layers_at_once] for name in unit}
         others = [name for name in names if name not in ours]
         turn = replace(request, options={**options, "skip": [*skip, *others] or None})
         if generator is not None:
@@ -40,9 +46,7 @@ def in_turns(request: Request, layers_at_once: int, progress: Progress | None) -
             tables.append(measured(turn, turn.samples(), progress))
             end = None if generator is None else generator.get_state()
         except NoBlock as error:
-            # those of biases whose weights have their own turn are no reasons
-            reasons = error.reasons.items()
-            refused |= {k: v for k, v in reasons if not {k, k.rpartition(".")[0]} & {*others}}
+            refused |= {name: why for name, why in error.reasons.items() if name in ours}
         except Interrupted as stop:
             raise Interrupted(_joined([*tables, stop.comparison], refused)) from None
     if generator is not None:
