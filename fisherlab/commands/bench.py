@@ -31,7 +31,7 @@ TITLES = {
 }
 QUICK = "--quick: sizes too small to measure at, so ratios are rough and fitted exponents are noise"
 KEPT = "freed memory is kept for the next call, of every library alike (fl.keep_freed_memory)"
-# A part may end late by as much as its first row takes.
+# A part may end late by a row that takes longer than those before it.
 MINUTES = 8.0
 PATH = Path  # typer reads the annotation
 

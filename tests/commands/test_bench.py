@@ -283,8 +283,8 @@ def test_rows_that_there_is_no_time_for_are_left_and_named(monkeypatch):
     setting.done = {"fourth"}
     assert not setting.takes("fourth") and setting.left == ["third"]
     setting.part(until=7.0)
-    assert setting.takes("of another part", seconds=100)  # its first row is measured in any case
-    assert not setting.takes("a long one", seconds=100)
+    assert not setting.takes("a long one of another part", seconds=100)
+    assert setting.takes("of unknown length")
 
 
 def test_every_row_is_written_as_it_is_measured(tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def measure(
     *,
     steps: int = 100,
     repeats: int = 3,
-    takes: Callable[[str], bool] = lambda title: True,
+    takes: Callable[[str, float], bool] = lambda title, seconds: True,
     late: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """One dict per row: the ratio to SGD, its spread, the intervals, and how often states changed.
@@ -163,8 +163,10 @@ def measure(
     that `takes` refuses is left out; none is repeated once it is `late`.
     Raises `AssertionError` where a state changed more or less often than the row says.
     """
+    # of one repeat, at least: SGD beside something that is no faster
+    seconds_of_sgd = 2 * steps * Run(build, Row("sgd"), batches).seconds(1)
     for row in rows:
-        if not takes(row.title):
+        if not takes(row.title, seconds_of_sgd):
             continue
         ratios: list[float] = []
         seconds: list[float] = []
@@ -253,8 +255,8 @@ def _placed(build: Callable[[], nn.Module], setting: Setting) -> nn.Module:
     return build().to(setting.device)
 
 
-def _takes(network: str, setting: Setting, work: str) -> bool:
-    return setting.takes(title({"network": network, "work": work, "by": OURS}))
+def _takes(network: str, setting: Setting, work: str, seconds: float) -> bool:
+    return setting.takes(title({"network": network, "work": work, "by": OURS}), seconds)
 
 
 def _tiny() -> nn.Module:

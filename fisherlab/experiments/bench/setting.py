@@ -75,8 +75,8 @@ class Setting:
     def takes(self, title: str, seconds: float = 0.0) -> bool:
         """Whether a row is to be measured: it is not done, and would end in time.
 
-        It is expected to take as long as the slowest row before it, and at least `seconds`; the
-        first row of a part is measured in any case.
+        It is expected to take as long as the slowest row before it, and at least `seconds`. Of the
+        first row of a part nothing is known where no seconds are given: it is measured.
         """
         now = time.monotonic()
         if self._begun is not None:
@@ -84,7 +84,7 @@ class Setting:
         if title in self.done:
             return False
         expected = max(self._slowest, seconds)
-        if self._begun is not None and now + expected > self.until:
+        if expected and now + expected > self.until:
             self.left.append(title)
             return False
         self._begun = now
