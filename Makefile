@@ -4,7 +4,7 @@
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint notebooks notebooks-keep bench docs clean
+.PHONY: help demo test lint notebooks notebooks-keep bench gpu docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make notebooks  execute the notebooks"
 	@echo "make notebooks-keep  run them in full and keep their outputs"
 	@echo "make bench      measure speed"
+	@echo "make gpu        tests and bench on a CUDA device, in eight minutes"
 	@echo "make docs       the documentation, API and notebooks -> site/index.html"
 	@echo "make clean      remove .venv, caches and runs (not data/downloads)"
 
@@ -34,6 +35,9 @@ notebooks-keep: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/fisherlab bench
+
+gpu: $(STAMP)
+	.ci/gpu
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

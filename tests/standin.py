@@ -2,12 +2,13 @@
 
 Torch takes a `There` for a tensor on the device `"meta"`; its numbers are a CPU tensor's. An
 operation that mixes in a tensor of the CPU raises where CUDA raises, and what copies a number to
-the host is counted by line.
+the host is counted by line. With `FISHERLAB_DEVICE=cuda` the same tests run on the device itself.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
-DEVICE = torch.device("meta")
+REAL = os.environ.get("FISHERLAB_DEVICE", "")
+DEVICE = torch.device(REAL or "meta")
 OURS = str(Path(__file__).parent.parent / "fisherlab")
 aten = torch.ops.aten
 
@@ -102,12 +104,15 @@ class Accelerator(TorchDispatchMode):
         self._makers = patch.multiple(torch, **makers)
 
     def __enter__(self):
+        if REAL:
+            return self
         self._makers.start()
         return super().__enter__()
 
     def __exit__(self, *raised):
-        super().__exit__(*raised)
-        self._makers.stop()
+        if not REAL:
+            super().__exit__(*raised)
+            self._makers.stop()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -223,14 +228,23 @@ def there(value: Any) -> Any:
     def moved(x: Any) -> Any:
         if isinstance(x, nn.Module):
             return _module(x)
-        return There(x.detach().clone()) if isinstance(x, Tensor) else x
+        return _placed(x) if isinstance(x, Tensor) else x
 
     return tree_map(moved, value)
 
 
 def here(value: Any) -> Any:
     """Tensors, and those in containers, back on the CPU."""
-    return tree_map(lambda x: _inner(x.detach(), []).clone() if isinstance(x, Tensor) else x, value)
+
+    def moved(x: Any) -> Any:
+        return _inner(x.detach(), []).cpu().clone() if isinstance(x, Tensor) else x
+
+    return tree_map(moved, value)
+
+
+def _placed(x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    return x.to(DEVICE) if REAL else There(x)
 
 
 def _module(module: nn.Module) -> nn.Module:
@@ -238,8 +252,8 @@ def _module(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
-                part._parameters[name] = nn.Parameter(There(p.detach().clone()), p.requires_grad)
+                part._parameters[name] = nn.Parameter(_placed(p), p.requires_grad)
         for name, b in part._buffers.items():
             if b is not None:
-                part._buffers[name] = There(b.detach().clone())
+                part._buffers[name] = _placed(b)
     return module

@@ -26,7 +26,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
     symmetrise,
 )
-from fisherlab.blocks.work import cached
+from fisherlab.blocks.work import cached, once
 
 
 class Block(ABC):
@@ -298,6 +298,8 @@ class Dense(Block):
             )
         self.matrix = symmetrise(matrix)
         self._shape = (int(shape[0]), int(shape[1]))
+        # `diagonal_of` by the id of a block, and that block, which keeps its id
+        self._diagonals: dict[int, tuple[Block, Tensor]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -320,9 +322,11 @@ class Dense(Block):
         return (V.reshape(-1, self.size) @ self.matrix).view(V.shape)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        values, vectors = self._eigh
-        powers = spectrum_power(values, exponent, check_damping(damping), "dense block")
-        return Dense(vectors * powers @ vectors.mT, self.shape)
+        return Powered(self, exponent, check_damping(damping))
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        found = once(self._diagonals, id(other), lambda: (other, Block.diagonal_of(self, other)))
+        return found[1]
 
     def chosen(self, other: Block) -> Tensor:
         values, _ = self.leading(self.size)
@@ -355,3 +359,53 @@ class Dense(Block):
     def clamped(self) -> float:
         values = self._eigh[0].double()
         return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
+
+
+class Powered(Dense):
+    """`(F + damping I)^exponent` by the eigenvectors of `F`, a matrix when somebody asks for it."""
+
+    def __init__(self, base: Dense, exponent: float, damping: float) -> None:
+        self._base, self._shape, self._diagonals = base, base.shape, {}
+        values, self._vectors = base._eigh
+        self._powers = spectrum_power(values, exponent, damping, "dense block")
+
+    @cached
+    def matrix(self) -> Tensor:
+        """The matrix itself."""
+        return symmetrise(self._vectors * self._powers @ self._vectors.mT)
+
+    @property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        order = self._powers.argsort()
+        return self._powers[order], self._vectors[:, order]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._powers.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._powers.device
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self._powers, self._vectors)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        self.check(V)
+        rows = V.reshape(-1, self.size)
+        if len(rows) >= self.size:
+            return super().__matmul__(V)
+        return ((rows @ self._vectors * self._powers) @ self._vectors.mT).view(V.shape)
+
+    def _inner(self, other: Block) -> Tensor | None:
+        # from the largest eigenvalue down
+        return self._base.diagonal_of(other) @ self._powers.double().flip(0)
+
+    def trace(self) -> Tensor:
+        return self._powers.sum(dtype=torch.float64)
+
+    def diagonal(self) -> Tensor:
+        return (self._vectors.square() @ self._powers).reshape(self.shape)
+
+    def squared_norm(self) -> Tensor:
+        return self._powers.double().square().sum()

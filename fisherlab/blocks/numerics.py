@@ -29,7 +29,7 @@ class BlockTooLarge(BlockError):
 
 def symmetrise(matrix: Tensor) -> Tensor:
     """`(S + S^T) / 2`, the nearest symmetric matrix."""
-    return (matrix + matrix.mT) / 2
+    return (matrix + matrix.mT).div_(2)
 
 
 def dot(one: Tensor, two: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.base import Block
+from fisherlab.blocks.base import Block, Powered
 from fisherlab.blocks.basis import Basis
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
@@ -279,7 +279,7 @@ class Outer(OfColumns):
 
     def _inner(self, other: Block) -> Tensor | None:
         shifted = self.shift * other.trace() if self.shift else 0.0
-        if isinstance(other, OuterSum):
+        if isinstance(other, OuterSum | Powered):
             return None  # which knows its product with any block
         if isinstance(other, Outer):
             return shifted + other.shift * self._gram_trace() + self._outer_inner(other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,8 @@ TITLES = {
 }
 QUICK = "--quick: sizes too small to measure at, so ratios are rough and fitted exponents are noise"
 KEPT = "freed memory is kept for the next call, of every library alike (fl.keep_freed_memory)"
+# A part may end late by a row that takes longer than those before it.
+MINUTES = 8.0
 PATH = Path  # typer reads the annotation
 
 
@@ -40,17 +44,26 @@ def bench(
     peers: Annotated[bool, typer.Option(help="Measure other libraries where installed.")] = True,
     repeats: Annotated[int | None, typer.Option(help="Pairs per row; default 7.")] = None,
     quick: Annotated[bool, typer.Option(help="Small models: to try it, not to measure.")] = False,
+    minutes: Annotated[
+        float, typer.Option(help="Time for all parts together, in equal shares of what is left.")
+    ] = MINUTES,
+    resume: Annotated[bool, typer.Option(help="Measure what the folder lacks.")] = False,
     out: Annotated[PATH | None, typer.Option("--out", "-o", help="Folder; runs/bench.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
 ) -> None:
     """Measure time and memory in pairs: each call beside an ordinary step, in one process.
 
-    Prints a table; the folder gets bench.json, tables and pictures. What is faster elsewhere, or
-    short of what was to be reached, stands in the table with what limits it.
+    Prints a table; the folder gets bench.json, tables and pictures, each row as it is measured.
+    What is faster elsewhere, or short of what was to be reached, stands in the table with what
+    limits it. Rows that there is no time for are named; --resume measures them.
     """
     chosen = [known("part", part, PARTS) for part in once(parts or PARTS)]
     if repeats is not None and repeats < 1:
         raise UserError(f"--repeats is at least 1, got {repeats}")
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes is a positive number, got {minutes}")
+    if resume and overwrite:
+        raise UserError("--resume keeps what the folder holds, --overwrite drops it: pass one")
     from fisherlab.experiments.bench import record
     from fisherlab.experiments.bench.setting import Setting
     from fisherlab.experiments.rundir import RunDir
@@ -58,34 +71,55 @@ def bench(
 
     place = check_device(device)
     rundir = RunDir(out or PATH("runs/bench"))
-    rundir.check(overwrite, PARTS)
     settings = {
-        "parts": chosen,
         "device": device,
         "peers": peers,
         "repeats": repeats,
         "quick": quick,
     }
+    if resume:
+        _check_same(rundir.config["settings"], settings)
+    else:
+        rundir.check(overwrite, PARTS)
     notes = [QUICK] if quick else []
     if keep_freed_memory():  # the process is ours
         notes.append(KEPT)
     config: dict[str, Any] = {"command": "bench", "settings": settings, "notes": notes}
-    rundir.begin(config, PARTS)
-    status = "complete"
+    if not resume:
+        rundir.begin(config, PARTS)
+    status, end = "complete", time.monotonic() + 60 * minutes
     with bar(len(chosen), "bench") as progress:
         setting = Setting(place, quick, peers, repeats, progress.set_postfix_str)
         try:
-            for part in chosen:
+            for k, part in enumerate(chosen):
+                now = time.monotonic()
+                setting.part(now + (end - now) / (len(chosen) - k))
                 frame = record.measure(part, setting, rundir)
                 show(_shown(part, frame), TITLES[part], wrap=("work", "note", "limit"))
                 progress.update(1)
         except KeyboardInterrupt:
             status = "interrupted"
+    if setting.left:
+        notes.append(
+            f"no time for {len(setting.left)} rows ({', '.join(setting.left[:3])}"
+            f"{', ...' if len(setting.left) > 3 else ''}): take --resume, or more --minutes"
+        )
     record.finish(rundir, config | {"status": status}, setting)
     for said in [*notes, f"written to {rundir.folder}"]:
         typer.echo(said)
     if status == "interrupted":
-        leave(Code.INTERRUPTED, "interrupted; the parts that were finished are kept")
+        leave(Code.INTERRUPTED, "interrupted; --resume goes on behind the last row")
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to put rows of other settings into one table."""
+    changed = [f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in now]
+    changed = [text for key, text in zip(now, changed, strict=True) if before.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            f"this folder was measured with other settings: {'; '.join(changed)}; "
+            "pass them again, or another --out"
+        )
 
 
 def _shown(part: str, frame: pd.DataFrame) -> pd.DataFrame:

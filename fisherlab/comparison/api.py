@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fisherlab.comparison.request import Candidates, checked
 from fisherlab.comparison.run import Progress, measured
 from fisherlab.comparison.table import Comparison
+from fisherlab.comparison.turns import in_turns
 from fisherlab.extract.api import Forward
 from fisherlab.extract.select import Names
 
@@ -36,6 +37,7 @@ def compare(
     alone: bool = False,
     mask: Tensor | str | None = None,
     loss_scale: str | None = None,
+    layers_at_once: int | None = None,
 ) -> Comparison:
     """How well each approximation matches the exact Fisher block of every layer.
 
@@ -57,6 +59,10 @@ def compare(
     `capture`. `loss_scale`: a loss inside the model, criterion None, as in `capture`; of several
     batches the model returns the losses of all examples.
 
+    `layers_at_once`: how many layers are captured together, by one more forward and backward pass
+    for every so many; their inputs and output gradients are dropped before the next ones, so that
+    memory does not grow with depth. `progress` is then called once per turn. Default: all.
+
     Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
     itself). The layers are shared out: a rank receives the other shards of its layers, their raw
     inputs and output gradients, and every rank returns the table of the joint batch.
@@ -71,6 +77,9 @@ def compare(
     one that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
     `Interrupted` with what was measured.
     """
+    whole = isinstance(layers_at_once, int) and not isinstance(layers_at_once, bool)
+    if layers_at_once is not None and (not whole or layers_at_once < 1):
+        raise ValueError(f"layers_at_once is a number of layers >= 1, got {layers_at_once!r}")
     request = checked(
         model,
         criterion,
@@ -92,4 +101,6 @@ def compare(
         mc_samples=mc_samples,
         mask=mask,
     )
-    return measured(request, request.samples(), progress)
+    if layers_at_once is None:
+        return measured(request, request.samples(), progress)
+    return in_turns(request, layers_at_once, progress)

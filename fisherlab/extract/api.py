@@ -17,7 +17,7 @@ from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
 from fisherlab.extract.collect import collect, coverage
-from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.geometry import CaptureError, NoBlock
 from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
@@ -294,9 +294,7 @@ def _check_captured(
         )
     if captured:
         return
-    reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
-    why = reasons or "it has no trainable weight that a product uses"
-    raise CaptureError(f"no layer of this model has a block: {why}")
+    raise NoBlock(skipped)
 
 
 def _choose(backend: str, tensor: Tensor) -> tuple[str, str]:

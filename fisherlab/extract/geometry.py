@@ -8,6 +8,7 @@ convolution its input pixels, an embedding its tokens. Patches and biases end he
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,16 @@ PAIR = 8e5
 
 class CaptureError(ValueError):
     """A model, criterion or batch that cannot be captured, or a field that was not captured."""
+
+
+class NoBlock(CaptureError):
+    """No layer that was asked for has a block; `reasons` are those of each."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        told = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
+        why = told or "it has no trainable weight that a product uses"
+        super().__init__(f"no layer of this model has a block: {why}")
 
 
 @dataclass(frozen=True)

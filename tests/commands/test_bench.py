@@ -10,9 +10,19 @@ import torch
 from typer.testing import CliRunner
 
 from fisherlab.cli import app
-from fisherlab.experiments.bench import build, capture, compare, machine, optim, peers, scaling
+from fisherlab.experiments.bench import (
+    build,
+    capture,
+    compare,
+    machine,
+    optim,
+    peers,
+    record,
+    scaling,
+)
 from fisherlab.experiments.bench import timing as timings
 from fisherlab.experiments.bench.setting import Row, Setting, measured
+from fisherlab.experiments.rundir import RunDir
 from fisherlab.plots import bench as pictures
 
 QUICK = Setting(quick=True, repeats=1, peers=False)
@@ -132,7 +142,7 @@ def test_a_peer_that_fails_is_a_row_with_the_reason():
     (record,) = measured([Row("x", network, broken, by="other")], QUICK)
     assert record["note"] == "RuntimeError: unsupported layer"
     with pytest.raises(RuntimeError, match="unsupported layer"):
-        measured([Row("x", network, broken)], QUICK)
+        list(measured([Row("x", network, broken)], QUICK))
 
 
 def test_the_gradients_of_a_network_are_those_of_its_loss():
@@ -157,7 +167,7 @@ def test_capture_has_the_rows_of_the_table():
 
 @pytest.mark.slow
 def test_build_has_the_rows_of_the_table():
-    records = build.run(QUICK)
+    records = list(build.run(QUICK))
     found = rows_of(records)
     for model, methods in (("lenet", ("KFAC", "EKFAC")), ("mlp", ("KFAC", "EKFAC", "TEKFAC"))):
         for method in methods:
@@ -180,14 +190,14 @@ def test_full_size_rows_carry_the_reach():
 
 
 def test_compare_says_how_far_float32_is_from_float64():
-    records = compare.run(QUICK)
+    records = list(compare.run(QUICK))
     assert records[-1]["float32_difference"] < 1e-3
     assert all(r["peak_bytes"] is None or r["peak_bytes"] >= 0 for r in records)
 
 
 @pytest.mark.slow
 def test_scaling_fits_every_method_and_every_axis():
-    records = scaling.run(QUICK, scaling.AXES, ("tengrad",))
+    records = list(scaling.run(QUICK, scaling.AXES, ("tengrad",)))
     records += scaling.run(QUICK, scaling.AXES[:1])
     frame = pd.DataFrame(records)
     methods = {scaling.LABELS.get(m, m) for m in scaling.METHODS}
@@ -211,7 +221,7 @@ def test_dense_operations_grow_with_the_cube_of_the_parameters_and_woodburys_lin
 
 
 def test_optim_states_its_intervals():
-    records = optim.run(QUICK)
+    records = list(optim.run(QUICK))
     assert {"sgd (itself)", "kfac", "kfac, 32 examples"} <= {r["work"] for r in records}
     kfac = next(r for r in records if r["work"] == "kfac, 32 examples")
     assert kfac["statistics_examples"] == 32
@@ -245,6 +255,51 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path):
     again = CliRunner().invoke(app, ["bench", "capture", "--quick", "-o", str(tmp_path)])
     assert again.exit_code == 2
     assert "already holds a run" in again.output
+    other = ["bench", "capture", "--quick", "--resume", "-o", str(tmp_path)]
+    refused = CliRunner().invoke(app, other)
+    assert refused.exit_code == 2 and "other settings: peers False there" in refused.output
+    # a killed run: a row that was written stays as it is, the others are measured
+    table = pd.read_parquet(tmp_path / "capture.parquet")
+    table[:2].to_parquet(tmp_path / "capture.parquet")
+    resumed = CliRunner().invoke(app, [*other, "--no-peers", "--repeats", "1"])
+    assert resumed.exit_code == 0, resumed.output
+    after = pd.read_parquet(tmp_path / "capture.parquet")
+    titles = ["network", "work", "fisher_type"]
+    assert after[titles].equals(table[titles])
+    assert after["seconds"][:2].equals(table["seconds"][:2])
+    assert not after["seconds"][2:].equals(table["seconds"][2:])
+
+
+def test_rows_that_there_is_no_time_for_are_left_and_named(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    setting = Setting()
+    setting.part(until=10.0)
+    assert setting.takes("first")
+    now[0] = 4.0
+    assert setting.takes("second")  # which may take 4 as well
+    now[0] = 6.5
+    assert not setting.takes("third") and setting.left == ["third"]
+    setting.done = {"fourth"}
+    assert not setting.takes("fourth") and setting.left == ["third"]
+    setting.part(until=7.0)
+    assert not setting.takes("a long one of another part", seconds=100)
+    assert setting.takes("of unknown length")
+
+
+def test_every_row_is_written_as_it_is_measured(tmp_path, monkeypatch):
+    folder = RunDir(tmp_path)
+    seen = []
+
+    def rows(setting):
+        for k in range(3):
+            seen.append(folder.table("capture"))
+            about = {"network": "n", "work": str(k), "fisher_type": "", "by": "us"}
+            yield {**about, "ratio": 1.0, "lowest": 1.0, "highest": 1.0, "reach": None}
+
+    monkeypatch.setitem(record.PARTS, "capture", rows)
+    record.measure("capture", QUICK, folder)
+    assert seen[0] is None and [len(table) for table in seen[1:]] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +308,8 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path):
         (["captur"], "unknown part 'captur'; did you mean 'capture'?"),
         (["build", "--device", "tpu9"], "unknown device 'tpu9'; take cpu, cuda, cuda:1 or mps"),
         (["build", "--repeats", "0"], "--repeats is at least 1, got 0"),
+        (["build", "--minutes", "0"], "--minutes is a positive number, got 0"),
+        (["build", "--resume"], "holds no run"),
     ],
 )
 def test_a_mistake_is_a_message_and_exit_code_2(arguments, message, tmp_path):

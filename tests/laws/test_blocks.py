@@ -439,3 +439,24 @@ def test_an_inverse_of_dependent_columns_keeps_its_digits(generator: torch.Gener
     assert values[0] > 0
     identity = F.power(-1, damping) @ (F.power(1, damping) @ inside)
     assert (identity - inside).norm() < 1e-4 * inside.norm()
+
+
+def test_a_power_of_a_dense_block_is_never_formed_and_is_that_of_its_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    D, F = psd(15, seed=1), blocks.Outer(randn(4, 1, 5, seed=2), randn(2, 4, 1, 3, seed=3))
+    X, V = blocks.Dense(D, (3, 5)), randn(4, 3, 5, seed=4)
+    for exponent in (-1.0, -0.5, 0.5, 1.0, 2.0):
+        expected = matrix_power(D, exponent, 0.1)
+        P = X.power(exponent, 0.1)
+        assert "matrix" not in vars(P) and P.memory_bytes() == 8 * (15 + 15**2)
+        near(P @ V, (V.view(4, 15) @ expected).view(4, 3, 5), torch.float64)
+        for inner in (P.inner(F), F.inner(P)):
+            number(inner, (expected * F.dense()).sum(), torch.float64)
+        number(P.trace(), expected.trace(), torch.float64)
+        number(P.squared_norm(), expected.square().sum(), torch.float64)
+        near(P.diagonal().flatten(), expected.diagonal(), torch.float64)
+        assert not any("matrix" in key for key in vars(P))
+        near(P.dense(), expected, torch.float64)
+        near(P.power(-1, 0.2).dense(), matrix_power(expected, -1, 0.2), torch.float64)
+        near(P.eigenvalues(), torch.linalg.eigvalsh(expected).flip(0), torch.float64)

@@ -795,3 +795,44 @@ def test_a_bar_has_a_step_per_layer_and_method(monkeypatch):
     compared(approximations=["kfac", "diagonal"])
     last = "condition"  # found of all blocks at once
     assert shown == [f"{k}: {m}" for k in "026" for m in ("kfac", "diagonal", last)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 99])
+def test_layers_a_few_at_a_time_are_those_of_all_together(size, monkeypatch):
+    model, (x, y) = net(), batch()
+    model.append(nn.ReLU()).append(nn.Linear(3, 3).double())
+    options = {"fisher_type": "mc", "approximations": ["kfac", "tekfac"], "mc_samples": 2}
+    draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+    together = fl.compare(model, CE, x, y, generator=draws[0], **options)
+    held, prepare = [], LayerMeasurement._prepare
+
+    def counted(self, samples, memory):
+        held.append({name.split(":")[0] for name in samples.captures[0]})
+        prepare(self, samples, memory)
+
+    monkeypatch.setattr(LayerMeasurement, "_prepare", counted)
+    turns = fl.compare(model, CE, x, y, generator=draws[1], layers_at_once=size, **options)
+    same(turns, together)
+    assert max(map(len, held)) <= size
+    assert torch.equal(draws[0].get_state(), draws[1].get_state())
+    for key in ("parameters", "fisher_type", "approximations"):
+        assert turns.config[key] == together.config[key]
+    # the norm, which is no linear map, has a turn of its own and no block in it
+    assert set(turns.config["skipped"]) == set(together.config["skipped"])
+
+
+def test_turns_keep_what_was_measured_and_refuse_what_has_no_block():
+    with pytest.raises(ValueError, match="layers_at_once is a number of layers >= 1, got 0"):
+        compared(layers_at_once=0)
+    with pytest.raises(fl.CaptureError, match="no layer of this model has a block"):
+        fl.compare(nn.Sequential(nn.LayerNorm(3)), CE, randn(4, 3).float(), batch(4)[1],
+                   layers_at_once=1)  # fmt: skip
+
+    def stopping(layers):
+        if layers == ["6"]:
+            raise KeyboardInterrupt
+        return layers
+
+    with pytest.raises(Interrupted) as stop:
+        compared(layers_at_once=1, progress=stopping, approximations=["kfac"])
+    assert set(stop.value.comparison.frame["layer"]) == {"0", "2"}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from standin import DEVICE, Accelerator, MixedDevices, There, here, there
+from standin import DEVICE, REAL, Accelerator, here, there
 from torch import Tensor, nn
 
 import fisherlab as fl
@@ -16,7 +16,8 @@ from fisherlab import approximations, blocks, metrics, plots
 from fisherlab.approximations.damping import PLACEMENTS
 
 TYPES = ("exact", "mc", "empirical")
-SEEN = {torch.float64: 1e-9, torch.float32: 1e-3}
+# other kernels round otherwise
+SEEN = {torch.float64: 1e-6 if REAL else 1e-9, torch.float32: 1e-2 if REAL else 1e-3}
 
 
 class Net(nn.Module):
@@ -43,7 +44,7 @@ def problem(dtype: torch.dtype = torch.float64, n: int = 12) -> tuple[nn.Module,
     return model, x, torch.randint(3, (n,), generator=generator)
 
 
-def agree(found: object, expected: object, rtol: float = 1e-9) -> None:
+def agree(found: object, expected: object, rtol: float = SEEN[torch.float64]) -> None:
     """The same structure of tensors, those on the accelerator with the numbers of the CPU's."""
     if isinstance(expected, Tensor):
         torch.testing.assert_close(
@@ -98,7 +99,7 @@ ALLOWED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_stand_in_refuses_what_cuda_does(name: str) -> None:
-    with Accelerator(), pytest.raises((MixedDevices, TypeError, IndexError)):
+    with Accelerator(), pytest.raises((RuntimeError, TypeError, IndexError)):
         REFUSED[name](there(HERE))
 
 
@@ -109,6 +110,7 @@ def test_the_stand_in_allows_what_cuda_does(name: str) -> None:
         assert torch.equal(here(found), expected)
 
 
+@pytest.mark.skipif(bool(REAL), reason="the stand-in counts")
 def test_reads_are_counted_by_the_line_of_ours() -> None:
     with Accelerator() as elsewhere:
         blocks.numerics.all_finite(there(HERE))
@@ -130,7 +132,7 @@ def test_capture(fisher_type: str, dtype: torch.dtype) -> None:
         found = fl.capture(model, nn.CrossEntropyLoss(), x, y, fisher_type=fisher_type)
         assert found.keys() == expected.keys()
         for name, layer in found.items():
-            assert layer.device == DEVICE
+            assert layer.device.type == DEVICE.type
             for part in ("inputs", "output_gradients", "gradient", "activation_slope"):
                 agree(getattr(layer, part), getattr(expected[name], part), SEEN[dtype])
 
@@ -350,7 +352,7 @@ def test_an_optimizer_steps_and_resumes(name: str) -> None:
         resumed.load_state_dict(here(saved.state_dict()))
         trained(second, resumed, x, y, 2, 3)
         for found, expected in zip(second.parameters(), model.parameters(), strict=True):
-            assert isinstance(found, There)
+            assert found.device.type == DEVICE.type
             agree(found.detach(), expected)
 
 

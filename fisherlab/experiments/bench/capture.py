@@ -68,7 +68,7 @@ def rows(setting: Setting) -> Iterator[Row]:
             yield Row(f"capture, check {check}", network, run, "empirical")
 
 
-def run(setting: Setting) -> list[dict[str, Any]]:
-    """The records of this part of the bench."""
+def run(setting: Setting) -> Iterator[dict[str, Any]]:
+    """The records of this part of the bench, as they are measured."""
     with torch.random.fork_rng(devices=[]):
-        return measured(rows(setting), setting)
+        yield from measured(rows(setting), setting)

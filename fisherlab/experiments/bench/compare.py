@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from fisherlab.comparison import compare
-from fisherlab.experiments.bench.setting import OURS, Setting
+from fisherlab.experiments.bench.setting import OURS, Setting, title
 from fisherlab.experiments.bench.timing import peak_growth
 from fisherlab.experiments.training.cost import finished
 
@@ -38,6 +38,12 @@ class Case:
         what = f"compare, {len(self.methods)} approximations"
         return what + (", float64" if self.dtype == torch.float64 else "")
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What its row is of."""
+        kind = self.fisher_type
+        return {"network": self.network, "work": self.title, "fisher_type": kind, "by": OURS}
+
 
 CASES = (
     Case("lenet", FIVE),
@@ -51,15 +57,15 @@ CASES = (
 QUICK = (Case("lenet", FIVE), Case("lenet", FIVE, dtype=torch.float64))
 
 
-def run(setting: Setting) -> list[dict[str, Any]]:
+def run(setting: Setting) -> Iterator[dict[str, Any]]:
     """The records of this part; no other library compares without dense blocks.
 
     A float64 case also says how far the float32 relative errors of the same case are from its own.
     """
-    records: list[dict[str, Any]] = []
     errors: dict[tuple[str, int], pd.Series] = {}
     for case in QUICK if setting.quick else CASES:
-        setting.progress(f"{case.network}: {case.title}")
+        if not setting.takes(title(case.about), case.seconds or 0.0):
+            continue
         frame, record = _measured(case, setting)
         key = case.network, len(case.methods)
         error = frame.drop_duplicates(["layer", "approximation"]).set_index(
@@ -70,8 +76,7 @@ def run(setting: Setting) -> list[dict[str, Any]]:
             record["note"] = f"float32 relative errors within {difference:.1e}"
             record["float32_difference"] = float(difference)
         errors.setdefault(key, error)
-        records.append(record)
-    return records
+        yield record
 
 
 def _measured(case: Case, setting: Setting) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -103,16 +108,13 @@ def _measured(case: Case, setting: Setting) -> tuple[pd.DataFrame, dict[str, Any
     steps = [step() for _ in range(3)]
     growth = peak_growth(work, setting.device)
     # what lasts minutes is measured once, with ordinary steps before and after it
-    while clock[0] < 5 and len(clock) < setting.rounds:
+    while clock[0] < 5 and len(clock) < setting.rounds and not setting.late:
         work()
     steps += [step() for _ in range(3)]
     seconds, reach = median(clock), None if setting.quick else case.seconds
     ratios = [s / median(steps) for s in clock]
     record = {
-        "network": case.network,
-        "work": case.title,
-        "fisher_type": case.fisher_type,
-        "by": OURS,
+        **case.about,
         "examples": setting.examples,
         "ratio": median(ratios),
         "lowest": min(ratios),

@@ -12,7 +12,7 @@ turn hide that (an SNGD that kept its gradients: 18,000 page faults a step in sl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import models, optim
-from fisherlab.experiments.bench.setting import OURS, Setting
+from fisherlab.experiments.bench.setting import OURS, Setting, title
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.natural_gradient import NaturalGradient
 
@@ -154,18 +154,23 @@ def measure(
     *,
     steps: int = 100,
     repeats: int = 3,
-    progress: Callable[[str], None] = lambda title: None,
-) -> list[dict[str, Any]]:
+    takes: Callable[[str, float], bool] = lambda title, seconds: True,
+    late: Callable[[], bool] = lambda: False,
+) -> Iterator[dict[str, Any]]:
     """One dict per row: the ratio to SGD, its spread, the intervals, and how often states changed.
 
-    Each repeat is `steps` steps of the optimizer in slices that alternate with slices of SGD.
+    Each repeat is `steps` steps of the optimizer in slices that alternate with slices of SGD. A row
+    that `takes` refuses is left out; none is repeated once it is `late`.
     Raises `AssertionError` where a state changed more or less often than the row says.
     """
-    found = []
+    # of one repeat, at least: SGD beside something that is no faster
+    seconds_of_sgd = 2 * steps * Run(build, Row("sgd"), batches).seconds(1)
     for row in rows:
-        progress(row.title)
-        ratios, seconds = [], []
-        for _ in range(repeats):
+        if not takes(row.title, seconds_of_sgd):
+            continue
+        ratios: list[float] = []
+        seconds: list[float] = []
+        while len(ratios) < repeats and not (ratios and late()):
             sgd, other = Run(build, Row("sgd"), batches), Run(build, row, batches)
             if row.name == "fngd":
                 other.seconds(row.options["coefficient_steps"])
@@ -174,19 +179,16 @@ def measure(
             ratios.append(sum(b for _, b in pairs) / sum(a for a, _ in pairs))
             seconds.append(sum(b for _, b in pairs) / steps)
             check_changes(row, counter, steps)
-        found.append(
-            {
-                "optimizer": row.title,
-                "ratio": median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-                "target": row.target,
-                "seconds_per_step": median(seconds),
-                **{key: row.options.get(key) for key in (*INTERVALS, *FEW)},
-                "threads": torch.get_num_threads(),
-            }
-        )
-    return found
+        yield {
+            "optimizer": row.title,
+            "ratio": median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "target": row.target,
+            "seconds_per_step": median(seconds),
+            **{key: row.options.get(key) for key in (*INTERVALS, *FEW)},
+            "threads": torch.get_num_threads(),
+        }
 
 
 def check_changes(row: Row, counter: Counter, steps: int) -> None:
@@ -218,7 +220,7 @@ def random_batches(shape: tuple[int, ...], size: int = 128, count: int = 8) -> l
     ]
 
 
-def run(setting: Setting) -> list[dict[str, Any]]:
+def run(setting: Setting) -> Iterator[dict[str, Any]]:
     """The records of this part: ratios to SGD with momentum on ResNet-20 and on an MLP.
 
     Raises `AssertionError` where a state of an optimizer changed more or less often than its row
@@ -234,7 +236,6 @@ def run(setting: Setting) -> list[dict[str, Any]]:
             ("mlp", mlp, (784,), MLP_ROWS),
         ]
         size, options = 128, {"steps": 100, "repeats": setting.repeats or 3}
-    records = []
     for network, build, shape, rows in cases:
         batches = [
             (x.to(setting.device), y.to(setting.device)) for x, y in random_batches(shape, size)
@@ -243,19 +244,19 @@ def run(setting: Setting) -> list[dict[str, Any]]:
             partial(_placed, build, setting),
             batches,
             rows,
-            progress=partial(_titled, network, setting),
+            takes=partial(_takes, network, setting),
+            late=lambda: setting.late,
             **options,
         )
-        records += [_record(network, size, row, setting) for row in found]
-    return records
+        yield from (_record(network, size, row, setting) for row in found)
 
 
 def _placed(build: Callable[[], nn.Module], setting: Setting) -> nn.Module:
     return build().to(setting.device)
 
 
-def _titled(network: str, setting: Setting, title: str) -> None:
-    setting.progress(f"{network}: {title}")
+def _takes(network: str, setting: Setting, work: str, seconds: float) -> bool:
+    return setting.takes(title({"network": network, "work": work, "by": OURS}), seconds)
 
 
 def _tiny() -> nn.Module:

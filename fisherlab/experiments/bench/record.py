@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +12,11 @@ import pandas as pd
 from fisherlab.experiments import checkpoint
 from fisherlab.experiments.bench import build, capture, compare, optim, scaling
 from fisherlab.experiments.bench.peers import installed
-from fisherlab.experiments.bench.setting import Setting
+from fisherlab.experiments.bench.setting import Setting, title
 from fisherlab.experiments.rundir import FIGURES, RunDir
 from fisherlab.plots import bench as pictures
 
-PARTS: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "capture": capture.run,
     "build": build.run,
     "compare": compare.run,
@@ -27,9 +27,17 @@ JSON = "bench.json"
 
 
 def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
-    """Measure one part and write its table and picture."""
-    frame = pd.DataFrame(PARTS[part](setting))
-    rundir.write_table(part, frame)
+    """Measure one part, write each row as it is measured, and draw them.
+
+    Rows that the folder holds are kept as they are.
+    """
+    before = rundir.table(part)
+    records = [] if before is None else before.to_dict("records")
+    setting.done = {title(record) for record in records}
+    for record in PARTS[part](setting):
+        records.append(record)
+        rundir.write_table(part, pd.DataFrame(records))
+    frame = pd.DataFrame(records)
     drawn = pictures.scaling(frame) if part == "scaling" else pictures.ratios(frame, part)
     folder = rundir.folder / FIGURES
     folder.mkdir(exist_ok=True)

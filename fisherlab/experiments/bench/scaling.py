@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from fisherlab import optim
 from fisherlab.comparison import compare
 from fisherlab.experiments.bench.compare import FIVE
 from fisherlab.experiments.bench.machine import footprint
-from fisherlab.experiments.bench.setting import Network, Setting
+from fisherlab.experiments.bench.setting import Network, Setting, title
 from fisherlab.experiments.bench.timing import Work, paired
 
 METHODS = ("sgd", "ngd", "ngd_dense", "blockwise_ngd", "tengrad", "kfac", "compare")
@@ -147,16 +147,17 @@ def work(method: str, net: Network) -> Work:
 
 def run(
     setting: Setting, axes: Sequence[Axis] = AXES, methods: Sequence[str] = METHODS
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A record per method, axis and size, with the fitted exponents of the whole series on each.
 
     Operations and memory are counted, so their exponents do not depend on the machine; at small
     sizes the seconds are those of starting an operation.
     """
-    records = []
     for axis in axes:
         for method in methods:
-            setting.progress(f"{LABELS.get(method, method)} against {axis.name}")
+            about = {"method": LABELS.get(method, method), "axis": axis.name}
+            if not setting.takes(title(about)):
+                continue
             series = [_point(axis, method, size, setting) for size in _sizes(axis, method, setting)]
             x = [point["value"] for point in series]
             fits = {
@@ -167,8 +168,7 @@ def run(
                 for key, law in fits.items():
                     point[f"{key}_exponent"] = law.exponent
                     point[f"{key}_exponent_error"] = law.error
-            records += series
-    return records
+            yield from series
 
 
 def _sizes(axis: Axis, method: str, setting: Setting) -> tuple[int, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -58,6 +60,41 @@ class Setting:
     peers: bool = True
     repeats: int | None = None
     progress: Callable[[str], None] = lambda title: None
+    # rows that were measured before, by their titles, and those that there was no time for
+    done: set[str] = field(default_factory=set)
+    left: list[str] = field(default_factory=list)
+    # when the part at hand has to end, by `time.monotonic`
+    until: float = math.inf
+    _begun: float | None = None
+    _slowest: float = 0.0
+
+    def part(self, until: float) -> None:
+        """Begin a part, which has to end by then."""
+        self.until, self._begun, self._slowest = until, None, 0.0
+
+    def takes(self, title: str, seconds: float = 0.0) -> bool:
+        """Whether a row is to be measured: it is not done, and would end in time.
+
+        It is expected to take as long as the slowest row before it, and at least `seconds`. Of the
+        first row of a part nothing is known where no seconds are given: it is measured.
+        """
+        now = time.monotonic()
+        if self._begun is not None:
+            self._slowest = max(self._slowest, now - self._begun)
+        if title in self.done:
+            return False
+        expected = max(self._slowest, seconds)
+        if expected and now + expected > self.until:
+            self.left.append(title)
+            return False
+        self._begun = now
+        self.progress(title)
+        return True
+
+    @property
+    def late(self) -> bool:
+        """Whether the part at hand should have ended."""
+        return time.monotonic() > self.until
 
     @property
     def rounds(self) -> int:
@@ -102,15 +139,28 @@ class Row:
     reach: float | None = None
     count: bool = True
 
+    @property
+    def title(self) -> str:
+        """What no other row is called."""
+        return title(vars(self) | {"network": self.network.name})
 
-def measured(rows: Iterable[Row], setting: Setting) -> list[dict[str, Any]]:
+
+def title(record: Mapping[str, Any]) -> str:
+    """What a record of a table is called: what is measured, of what, and by whom."""
+    if "axis" in record:
+        return f"{record['method']} against {record['axis']}"
+    kind = f", {record['fisher_type']}" if record.get("fisher_type") else ""
+    return f"{record['network']}: {record['work']}{kind} ({record['by']})"
+
+
+def measured(rows: Iterable[Row], setting: Setting) -> Iterator[dict[str, Any]]:
     """A record per row: its ratio to one forward and backward, the spread, and what limits it.
 
     A peer that fails is a record with the reason: the table goes on.
     """
-    records = []
     for row in rows:
-        setting.progress(f"{row.network.name}: {row.work} ({row.by})")
+        if not setting.takes(row.title):
+            continue
         record: dict[str, Any] = {
             "network": row.network.name,
             "work": row.work,
@@ -124,15 +174,14 @@ def measured(rows: Iterable[Row], setting: Setting) -> list[dict[str, Any]]:
         except Exception as error:
             if row.by == OURS:
                 raise
-            records.append({**record, "note": f"{type(error).__name__}: {str(error)[:200]}"})
+            yield {**record, "note": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
         record |= timing.row()
         if record["reach"]:
             record["of_reach"] = record["ratio"] / record["reach"]
         if row.count and row.by == OURS:
             record |= limits(footprint(row.run), setting.machine, timing.seconds)
-        records.append({**record, "note": ""})
-    return records
+        yield {**record, "note": ""}
 
 
 def _timed(row: Row, setting: Setting) -> Timing:
