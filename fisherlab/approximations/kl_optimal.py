@@ -108,7 +108,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
                 break
             recent.append(G)
             if len(recent) == 3:
-                G = _extrapolated(*recent, Q)
+                first, second, third = recent
+                G = _extrapolated(first, second, third, Q)
                 recent = [G]
         if change > math.sqrt(tolerance * o):
             raise BlockError(
