@@ -17,7 +17,6 @@ EQUAL = 1e-6
 LIGHT, DARK = (247, 251, 255), (8, 69, 148)
 STYLE = """<style scoped>
 .fl-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.fl-table caption { text-align: left; padding-bottom: .4em; }
 .fl-table th, .fl-table td { padding: .15em .7em; text-align: right; }
 .fl-table tbody th { text-align: left; font-weight: normal; }
 </style>"""
@@ -54,22 +53,21 @@ def best(name: str, values: pd.Series) -> list[bool]:
 def table_html(caption: str, summary: pd.DataFrame) -> str:
     """The first columns as a table with a caption, and all of them behind a click."""
     first = first_columns(summary)
-    shown = _rows(summary, first, caption)
+    shown = _rows(summary, first)
     every = _rows(summary, [name for name in summary if not name.endswith(" known")])
     more = f"<details><summary>all columns</summary>{every}</details>"
-    return f"{STYLE}{shown}{more}"
+    return f"{STYLE}<p>{caption}</p>{shown}{more}"
 
 
-def _rows(summary: pd.DataFrame, columns: list[str], caption: str = "") -> str:
+def _rows(summary: pd.DataFrame, columns: list[str]) -> str:
     heads = "".join(f"<th>{html.escape(_title(name))}</th>" for name in columns)
     bold = {name: best(name, summary[name]) for name in columns}
     lines = []
     for k, name in enumerate(summary.index):
         cells = [_cell(summary, column, k, bold[column][k]) for column in columns]
         lines.append(f"<tr><th>{html.escape(str(name))}</th>{''.join(cells)}</tr>")
-    said = f"<caption>{caption}</caption>" if caption else ""
     return (
-        f'<table class="fl-table">{said}<thead><tr><th></th>{heads}</tr></thead>'
+        f'<table class="fl-table"><thead><tr><th></th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
 
