@@ -9,7 +9,7 @@ import pandas as pd
 import typer
 
 from fisherlab.commands import options
-from fisherlab.commands.common import Code, UserError, bar, known, leave, once, show
+from fisherlab.commands.common import Code, UserError, bar, known, leave, once, say, show
 from fisherlab.heap import keep_freed_memory
 
 PARTS = ("capture", "build", "compare", "optim", "scaling")
@@ -88,8 +88,11 @@ def bench(
         except KeyboardInterrupt:
             status = "interrupted"
     record.finish(rundir, config | {"status": status}, setting)
-    for said in [*notes, f"written to {rundir.folder}"]:
-        typer.echo(said)
+    from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
+
+    for said in notes:
+        say(said)
+    typer.echo(f"report: {report.write(rundir)}")
     if status == "interrupted":
         leave(Code.INTERRUPTED, "interrupted; the parts that were finished are kept")
 

@@ -9,7 +9,7 @@ import typer
 
 from fisherlab.commands import options
 from fisherlab.commands.common import Code, CtrlC, file_name, leave, numbers, say, seeds_of, show
-from fisherlab.commands.train import Bars
+from fisherlab.commands.train import Bars, pictures
 from fisherlab.experiments import training
 from fisherlab.experiments.sweep import grid, points
 from fisherlab.experiments.sweep import sweep as search
@@ -72,11 +72,17 @@ def sweep(
         watch = Bars(interrupt)
         result = search(settings, optimizer, found, out, final=final, watch=watch)
     if result.chosen:
+        from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
+        from fisherlab.experiments.rundir import RunDir
+
+        if result.final is not None:
+            pictures(result.final, out / "final")
+        page = report.write(RunDir(out))
         metric = result.tried.metric.capitalize()
         show(result.table, f"{metric}: held out, then on the test set", rest="sweep.json")
         for note in result.notes:
             say(note)
-        typer.echo(f"everything tried is in {out}")
+        typer.echo(f"everything tried is in {out}; report: {page}")
     if result.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
     if result.final is None or not result.final.succeeded:

@@ -125,7 +125,7 @@ def trained(settings: training.Settings, out: Path, target: float | None = None)
     """Train, draw, and say what came of it."""
     with CtrlC() as interrupt:
         results = training.train(settings, out, watch=Bars(interrupt))
-    _pictures(results, out)
+    pictures(results, out)
     _say(results, out, target)
 
 
@@ -160,7 +160,7 @@ class Bars(training.Watch):
         return f"{record.entry.label}, seed {record.seed}"
 
 
-def _pictures(results: training.Results, out: Path) -> None:
+def pictures(results: training.Results, out: Path) -> None:
     """The pictures, and the page with them, as soon as there is a result."""
     summary = results.summary()
     if "final" not in summary:

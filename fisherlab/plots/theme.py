@@ -88,8 +88,8 @@ GUIDE: dict[str, Any] = {"color": "#444444", "lw": 0.8, "ls": "--", "zorder": 0}
 # The two hues of pictures that compare no approximations.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
-# Any two differ by at least 8.5 in CIELAB, seen by deuteranopes and protanopes too, and by a marker;
-# each has a contrast of at least 3 on white. A family shares a hue where that leaves room.
+# Any two differ by at least 8.5 in CIELAB, seen by deuteranopes and protanopes too, and most by a
+# marker; each has a contrast of at least 3 on white. A family shares a hue where that leaves room.
 # A name that is not here, a user's, gets a look from its own letters, if no other in the picture
 # has taken it.
 LOOKS = {
