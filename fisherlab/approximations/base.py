@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -95,6 +95,48 @@ class Approximation:
                     taken = found.get(name, statistic) != statistic
                     found[f"{key}.{name}" if taken else name] = statistic
         return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What chooses among the variants of the method, by name: `weight_sharing`, `rank`, ...
+
+        The factors of a corrected eigenbasis lend theirs, without where their own damping goes.
+        """
+        found: dict[str, Any] = {}
+        for key, value in self._fields.items():
+            if isinstance(value, Approximation):
+                lent = {k: v for k, v in value.options.items() if k not in ("placement", "pi")}
+                found = {**lent, **found}
+            elif "Statistic" not in str(self.__dataclass_fields__[key].type):  # type: ignore[attr-defined]
+                found[key] = value
+        return found
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        return {name: getattr(self, name) for name in names}
+
+    def with_options(self, **chosen: Any) -> Approximation:
+        """The method with other `options`; a statistic that follows from one follows.
+
+        Raises:
+            TypeError: The method has no such option.
+            BlockError: An option has no such value.
+        """
+        known = self.options
+        for option in chosen:
+            if option not in known:
+                has = f"It takes {', '.join(known)}" if known else "It has none"
+                raise TypeError(f"{type(self).__name__} has no option {option!r}. {has}")
+        own = {key: value for key, value in self._fields.items() if key in known}
+        usual = type(self)(**own)._fields
+        kept = {k: v for k, v in self._fields.items() if k not in own and v != usual[k]}
+        for key, value in self._fields.items():
+            if isinstance(value, Approximation):
+                kept[key] = value.with_options(
+                    **{k: v for k, v in chosen.items() if k not in own and k in value.options}
+                )
+        return type(self)(**{**own, **kept, **{k: v for k, v in chosen.items() if k in own}})
 
     @property
     def needs(self) -> frozenset[str]:

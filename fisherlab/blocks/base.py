@@ -5,11 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherlab.blocks.basis import Basis, matrix_of
@@ -27,6 +26,9 @@ from fisherlab.blocks.numerics import (
     symmetrise,
 )
 from fisherlab.blocks.work import cached, once
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
 class Block(ABC):
@@ -216,6 +218,7 @@ class Block(ABC):
 
     def as_linear_operator(self) -> LinearOperator:
         """The matrix as a SciPy `LinearOperator` on flat float vectors of length `N`."""
+        from scipy.sparse.linalg import LinearOperator
 
         def matmat(X: np.ndarray) -> np.ndarray:
             V = torch.as_tensor(np.ascontiguousarray(X.T), dtype=self.dtype, device=self.device)

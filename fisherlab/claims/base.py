@@ -84,6 +84,9 @@ class Claim(ABC):
         _REGISTRY.add_class(name, cls)
         cls.name = name
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.statement} {self.source}, on record: {self.expected})"
+
     @property
     def statement(self) -> str:
         """The claim in words."""

@@ -17,6 +17,7 @@ import fisherlab
 from fisherlab import approximations as registry
 from fisherlab.approximations import Approximation
 from fisherlab.blocks import Block, BlockError, Dense
+from fisherlab.comparison.display import described
 from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.distributed import RankError, Ranks, unwrapped
@@ -144,6 +145,7 @@ class Request:
             "skipped": {k: v for batch in captures for k, v in batch.report.skipped.items()},
             "parameters": {"trained": report.trained, "covered": report.covered},
             "model": type(self.model).__name__,
+            "layers": {layer.name: described(layer) for layer in captures[0].values()},
             "criterion": repr(self.criterion),
             "why_empirical": self.why_empirical,
             "mc_samples": self.options["mc_samples"],

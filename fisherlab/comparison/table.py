@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 import fisherlab
+from fisherlab.comparison import display
 from fisherlab.metrics.population import UNKNOWN
 from fisherlab.names import nearest
 
@@ -244,15 +245,33 @@ class Comparison:
         return getattr(plots, kind)(self, **options)
 
     def _repr_html_(self) -> str:
-        styled = self.summary().style.format(precision=4, na_rep="-")
-        styled = styled.background_gradient(subset=[self.leading], cmap="Blues_r")
-        lines = [*self.about.split("\n"), self.note]
+        lines = [f"{self._medians}.", *self.about.split("\n"), self.note]
         said = "<br>".join(html.escape(line) for line in lines if line)
-        return f"<p>{said}</p>{styled.to_html()}"
+        return display.table_html(said, self.summary())
 
     def __repr__(self) -> str:
-        table = self.summary().to_string(float_format=lambda v: f"{v:.4f}")
-        return "\n".join(filter(None, (self.about, self.note, table)))
+        summary = self.summary()
+        first = display.first_columns(summary)[:4]
+        counted = [name for name in (f"{column} known" for column in first) if name in summary]
+        text = summary[[*first, *counted]].to_string(
+            float_format=lambda v: f"{v:.4f}", line_width=80
+        )
+        left = len(summary.columns) - len(first) - len(counted)
+        more = f"{self._medians}; {left} more columns: .summary()" if left else self._medians
+        return "\n".join(filter(None, (self.about, self.note, text, more)))
+
+    @property
+    def _medians(self) -> str:
+        """What a number of the summary is the median of."""
+        frame = self.frame
+        parts = []
+        for column in ("layer", "seed"):
+            count = frame[column].nunique()
+            parts += [f"{count} {column}s"] if count > 1 else []
+        over = f"medians over {' and '.join(parts)}" if parts else "one layer"
+        steps = frame["step"].unique()
+        text = f"{self.config['model']}: {over}" if "model" in self.config else over.capitalize()
+        return f"{text} at step {steps.max()}" if len(steps) and steps.max() else text
 
 
 class Interrupted(KeyboardInterrupt):

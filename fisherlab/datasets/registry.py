@@ -27,6 +27,14 @@ class Dataset:
     target_mean: float = 0.0
     target_std: float = 1.0
 
+    def __repr__(self) -> str:
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part)
+        shape = " x ".join(map(str, self.card.input_shape))
+        classes = self.card.num_classes
+        kind = "regression" if classes is None else f"{classes:,} classes"
+        return f"Dataset({self.card.name!r}: {sizes} examples of {shape}, {kind})"
+
 
 Loader = Callable[[Card, dict[str, Path]], Dataset]
 _REGISTRY: Registry[tuple[Card, Loader]] = Registry("data set", DatasetError)

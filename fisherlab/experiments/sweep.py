@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from fisherlab.experiments import checkpoint
-from fisherlab.experiments.rundir import versions
+from fisherlab.experiments.rundir import RunDir, versions
 from fisherlab.experiments.training import Entry, Results, Settings, SettingsError, Watch, train
 from fisherlab.experiments.training import entries as parse
 
@@ -208,5 +208,14 @@ def _write(search: Search, folder: Path) -> None:
         "notes": search.notes,
         "versions": versions(),
     }
+    search_settings = content["search"]
+    RunDir(folder).write_config(
+        {
+            "command": "sweep",
+            "status": "interrupted" if search.interrupted else "complete",
+            "settings": search_settings,
+            "grid": search.grid,
+        }
+    )
     checkpoint.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
     checkpoint.write(folder / "sweep.md", search.markdown())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +26,9 @@ from fisherlab.extract.select import (
     weights_of,
 )
 from fisherlab.extract.tape import Tape, Use
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = [
     *("layer", "layer_type", "n_parameters", "status", "backend", "reason", "compare", "shape"),
@@ -48,6 +51,8 @@ def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> p
     machine), dense_bytes (of the block nobody should form), diagonal_factors (the Kronecker factors
     too large for an optimizer, which keeps their diagonals).
     """
+    import pandas as pd
+
     model = unwrapped(model)
     check_arrays(x)
     check_initialised(model)

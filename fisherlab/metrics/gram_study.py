@@ -45,6 +45,14 @@ class GramStudy:
     coefficients: Tensor  # [L, M], M v: FNGD's weight of an example, 1 is SGD's
     masses: Tensor  # [L, L], ||F_ij||_F
 
+    def __repr__(self) -> str:
+        within, between = float(self.within.mean()), float(self.between.mean())
+        return (
+            f"GramStudy({len(self.layers)} layers, {len(self.labels)} examples of "
+            f"{len(self.labels.unique())} classes, mean correlation {within:.2f} within a class, "
+            f"{between:.2f} between)"
+        )
+
     @property
     def adjacent(self) -> Tensor:
         """Mean similarity of adjacent layers' matrices."""

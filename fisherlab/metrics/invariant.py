@@ -12,7 +12,6 @@ from itertools import cycle
 from typing import TypeGuard
 
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from fisherlab.blocks import (
@@ -253,6 +252,8 @@ def _lanczos(residual: Tensor) -> Generator[Tensor, Tensor, float]:
 
 def _top(alphas: list[float], betas: list[float]) -> float:
     """The largest eigenvalue of the symmetric tridiagonal matrix."""
+    from scipy.linalg import eigh_tridiagonal
+
     last = len(alphas) - 1
     found = eigh_tridiagonal(
         alphas, betas[:last], eigvals_only=True, select="i", select_range=(last, last)

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,13 +71,31 @@ _REGISTRY: Registry[Builder] = Registry("model", ModelError)
 _NORMED: dict[str, bool | None] = {}
 
 
-def register(builder: Builder, *, batch_norm: bool | None = True) -> Builder:
-    """Enter a function `(spec, *, options) -> module` under its own name.
+def register(builder: Builder | str, *, batch_norm: bool | None = True) -> Any:
+    """Enter a function `(spec, *, options) -> module` under its own name, or under a given one.
 
-    `batch_norm` is what `spec.batch_norm` is unless `create` is told; None: the model has none.
+        @fl.models.register
+        def my_net(spec): ...
+
+        @fl.models.register("my_net")
+        def build(spec): ...
+
+    Args:
+        builder: The function, or the name of the one that is decorated.
+        batch_norm: `spec.batch_norm` unless `create` is told; None: the model has none.
+
+    Returns:
+        The function; of a name, what enters one.
     """
-    _REGISTRY.add(builder.__name__, builder)
-    _NORMED[builder.__name__] = batch_norm
+    if isinstance(builder, str):
+        return partial(_enter, builder, batch_norm=batch_norm)
+    return _enter(builder.__name__, builder, batch_norm)
+
+
+def _enter(name: str, builder: Builder, batch_norm: bool | None) -> Builder:
+    known = getattr(_REGISTRY.get(name), "__qualname__", None)
+    _REGISTRY.add(name, builder, known == builder.__qualname__)  # made anew in a notebook
+    _NORMED[name] = batch_norm
     return builder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import re
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import approximations
-from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.damping import Rule, geometric, relative
 from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
@@ -40,7 +38,6 @@ from fisherlab.optim.presets import PRESETS, paper_options
 from fisherlab.optim.sngd import ReconstructedSGD
 from fisherlab.optim.soap import SOAP
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
-from fisherlab.statistics import Statistic
 
 Maker = Callable[..., torch.optim.Optimizer]
 
@@ -95,40 +92,14 @@ def _with(kind: type[CurvatureOptimizer], *args: Any, **defaults: Any) -> Maker:
     def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         options = respelled(options) if issubclass(kind, ANG) else options
         ours = list(args)
-        if ours and (changed := {k: options.pop(k) for k in fields_of(ours[0]) if k in options}):
-            ours[0] = _changed(ours[0], changed)
+        if ours:
+            chosen = {key: options.pop(key) for key in ours[0].options if key in options}
+            ours[0] = ours[0].with_options(**chosen)
         return kind(model, *ours, **{**defaults, **options})
 
-    make.defaults = {**defaults, **(fields_of(args[0]) if args else {})}  # type: ignore[attr-defined]
+    of_method = args[0].options if args else {}
+    make.defaults = {**defaults, **of_method}  # type: ignore[attr-defined]
     return make
-
-
-def fields_of(approximation: Any) -> dict[str, Any]:
-    """What a user may choose of an approximation by name: its fields that hold no statistics.
-
-    Of an approximation that is a field, the damping is placed elsewhere.
-    """
-    known = dataclasses.fields(approximation) if dataclasses.is_dataclass(approximation) else ()
-    found: dict[str, Any] = {}
-    for field in known:
-        value = getattr(approximation, field.name)
-        if isinstance(value, Approximation):
-            found |= {k: v for k, v in fields_of(value).items() if k not in ("placement", "pi")}
-        elif not isinstance(value, Statistic):
-            found[field.name] = value
-    return found
-
-
-def _changed(approximation: Any, options: dict[str, Any]) -> Any:
-    """A new approximation with some of `fields_of`, whose statistics follow from them."""
-    found = {}
-    for field in dataclasses.fields(approximation):
-        value = getattr(approximation, field.name)
-        if isinstance(value, Approximation):
-            found[field.name] = _changed(value, options)
-        elif not isinstance(value, Statistic):
-            found[field.name] = options.get(field.name, value)
-    return type(approximation)(**found)
 
 
 def _natural(
@@ -282,7 +253,9 @@ def option_names(name: str, preset: str = "stable") -> list[str]:
     optimizer = create(name, nn.Sequential(nn.Linear(2, 2)), preset=preset)
     kind = type(optimizer)
     flat = flat_names(kind.parts) if issubclass(kind, CurvatureOptimizer) else []
-    flat += [] if kind is KBFGSOptimizer else fields_of(getattr(optimizer, "approximation", None))
+    approximation = getattr(optimizer, "approximation", None)
+    if approximation is not None and kind is not KBFGSOptimizer:
+        flat += approximation.options
     found = [option for taker in _takers(kind) for option in inspect.signature(taker).parameters]
     return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]
 

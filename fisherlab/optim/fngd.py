@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,9 @@ from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
 from fisherlab.optim.weighted import Calls
 from fisherlab.optim.woodbury import Taken, Woodbury
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Spread of the shared coefficients below which a run is SGD with a per-layer factor.
 FLAT = 0.05
@@ -183,6 +185,8 @@ class FNGD(Woodbury):
 
         The spread is over slots (or data-set indices); the damping is that of the last solve.
         """
+        import pandas as pd
+
         rows = []
         for name, mean in self.coefficients().items():
             factor = mean.mean().item()

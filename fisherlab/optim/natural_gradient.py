@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,9 @@ from fisherlab.optim.options import gathered
 from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.schedule import USUAL, Schedule
 from fisherlab.optim.step import UNCLIPPED, Clip, group_options
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class NaturalGradient(CurvatureOptimizer):

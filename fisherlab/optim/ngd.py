@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,9 @@ from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError, check_ranks
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import has_gradient, undelivered
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Parameters above which the dense forms are refused: the full matrix, and one layer's block.
 DENSE_JOINT = 5_000

@@ -8,9 +8,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +31,9 @@ from fisherlab.optim.schedule import USUAL, Schedule
 from fisherlab.optim.state import FORMAT, check_state
 from fisherlab.optim.summary import summary_row
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Gradients = dict[str, Tensor]
 
@@ -315,6 +317,8 @@ class Preconditioner(Covered):
         `beta`: the factor of the rule `trace` on the damped block of a fully-connected layer.
         `diagonal_factors`: the sides larger than `largest_factor`.
         """
+        import pandas as pd
+
         curvature = self.curvature
         rows = [
             summary_row(n, F.size, curvature.dampings.get(n, math.nan), F.eigenvalues())

@@ -6,9 +6,8 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,9 @@ from fisherlab.optim.step import Directions
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 from fisherlab.optim.weighted import Calls, WeightedLayers, columns_of, of_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Woodbury(CurvatureOptimizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,21 +21,39 @@ from fisherlab.plots.theme import BLUE, ORANGE, array_of
 
 @theme.themed
 def gram_matrices(
-    study: GramStudy, layers: Sequence[str] | None = None, classes: Sequence[str] | None = None
+    study: GramStudy | Mapping[Any, GramStudy],
+    layers: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Figure:
     """`U^T U` scaled to unit diagonal, layer by layer on one colour scale, examples by class.
 
-    Above each: the mean correlation within a class and between classes. `layers` are those to draw
-    (default: all), `classes` the names of the classes.
+    Above each: the mean correlation within a class and between classes.
+
+    Args:
+        study: One study, or several by epoch or step: a row of panels each.
+        layers: The layers to draw; by default all.
+        classes: The names of the classes.
+
+    Returns:
+        The figure.
     """
-    chosen = [study.layers.index(name) for name in (layers or study.layers)]
-    many = len(chosen) > 8
-    figure, axes = multiples(len(chosen), 7 if many else 4, 1.1 if many else 1.7)
-    for ax, k in zip(axes, chosen, strict=True):
-        image = heat(ax, study.correlations[k], -1, 1, SIGNED)
-        _classes(ax, study.labels, classes, named=ax is axes[0] and not many)
-        means = f"{study.within[k]:.2f} | {study.between[k]:.2f}"
-        ax.set_title(f"{study.layers[k]}\n{means}", fontsize=6 if many else 8)
+    studies = study if isinstance(study, Mapping) else {"": study}
+    wanted = list(layers or next(iter(studies.values())).layers)
+    several = len(studies) > 1
+    many = len(wanted) > 8
+    columns = len(wanted) if several else 7 if many else 4
+    figure, axes = multiples(
+        len(wanted) * len(studies), columns, 1.1 if many else 1.3 if several else 1.7
+    )
+    places = iter(axes)
+    for when, one in studies.items():
+        for name in wanted:
+            ax, k = next(places), one.layers.index(name)
+            image = heat(ax, one.correlations[k], -1, 1, SIGNED)
+            _classes(ax, one.labels, classes, named=ax is axes[0] and not many)
+            means = f"{one.within[k]:.2f} | {one.between[k]:.2f}"
+            head = f"{when}: {name}" if several else name
+            ax.set_title(f"{head}\n{means}", fontsize=6 if many else 8)
     bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30, shrink=0.5 if many else 1)
     bar.outline.set_linewidth(0)
     subject = "Correlation of per-example gradients, by class"

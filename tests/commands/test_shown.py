@@ -19,7 +19,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(patch: pytest.MonkeyPatch, frame: pd.DataFrame, **options: object) -> str:
+def shown(
+    patch: pytest.MonkeyPatch, frame: pd.DataFrame, plain: bool = True, **options: object
+) -> str:
     """What a terminal of 80 columns gets."""
     screen = Terminal()
     with patch.context() as patched:
@@ -27,12 +29,45 @@ def shown(patch: pytest.MonkeyPatch, frame: pd.DataFrame, **options: object) -> 
         patched.setenv("TERM", "xterm")
         patched.setattr(sys, "stdout", screen)
         show(frame, **options)
-    return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()) if plain else screen.getvalue()
 
 
-def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_cuts_no_number_and_names_what_gave_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     frame = pd.DataFrame({f"a_long_column_{k}": [123_456_789] for k in range(9)})
-    assert shown(monkeypatch, frame).count("123,456,789") == 9
+    text = shown(monkeypatch, frame, rest="all.csv")
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert text.count("123,456,789") == 6
+    left = " ".join(text.split()).partition("no room for ")[2]
+    assert left == "a long column 6, a long column 7, a long column 8; all.csv has all columns"
+
+
+def test_long_names_are_broken_and_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"tekfac_error_at_most_tkfac_{end}" for end in ("out_of_sample", "with_memory")]
+    frame = pd.DataFrame({"claim": names, **{f"number_{k}": [1.25] * 2 for k in range(7)}})
+    text = shown(monkeypatch, frame, wrap=["claim"])
+    found = re.sub(r"\s", "", re.sub(r"1\.25", "", text))
+    assert all(name in found for name in names)
+    assert max(map(len, text.splitlines())) <= 80 and text.count("1.25") == 14
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_a_verdict_has_a_colour_unless_nobody_wants_one(
+    colours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    frame = pd.DataFrame({"claim": ["a", "b"], "verdict": ["refuted", "holds"]})
+    text = shown(monkeypatch, frame, plain=False)
+    assert ("\x1b[31mrefuted" in text) is colours and ("\x1b[32mholds" in text) is colours
+    assert "refuted" in text and "holds" in text
+
+
+def test_a_file_gets_every_column(capsys: pytest.CaptureFixture[str]) -> None:
+    show(pd.DataFrame({f"a_long_column_{k}": [123_456_789] for k in range(30)}))
+    assert capsys.readouterr().out.count("123,456,789") == 30
 
 
 def test_columns_of_words_give_way_first(monkeypatch: pytest.MonkeyPatch) -> None:

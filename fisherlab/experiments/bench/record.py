@@ -15,6 +15,7 @@ from fisherlab.experiments.bench.peers import installed
 from fisherlab.experiments.bench.setting import Setting, title
 from fisherlab.experiments.rundir import FIGURES, RunDir
 from fisherlab.plots import bench as pictures
+from fisherlab.plots.theme import DPI
 
 PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "capture": capture.run,
@@ -41,7 +42,7 @@ def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
     drawn = pictures.scaling(frame) if part == "scaling" else pictures.ratios(frame, part)
     folder = rundir.folder / FIGURES
     folder.mkdir(exist_ok=True)
-    (folder / f"{part}.png").write_bytes(drawn.png())
+    (folder / f"{part}.png").write_bytes(drawn.png(DPI))
     return frame
 
 

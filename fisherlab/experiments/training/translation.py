@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sacrebleu
 import torch
 from torch import Tensor
 
@@ -30,6 +29,8 @@ def bleu(model: Transformer, data: Dataset, x: Tensor, batch: int) -> float:
     The references hold the words that the vocabulary lacks, so that `<unk>` never matches. Of use
     between optimizers; published numbers are cased and tokenised otherwise.
     """
+    import sacrebleu
+
     words = data.vocabulary
     begin, end, padding = (words.index(mark) for mark in (BEGIN, END, PADDING))
     sentences = []
