@@ -48,7 +48,11 @@ def _nearest(frame: pd.DataFrame, column: str, where: str) -> str:
     mine = frame[(frame["approximation"] == name) & frame[column].notna()]
     low, high = (f"{column}_{end}" for end in ("low", "high"))
     if low in mine and mine[low].notna().all() and np.isfinite(mine[high]).all():
-        text += f" (95 % intervals: {mine[low].median():.3g} to {mine[high].median():.3g})"
+        ends = mine[low].median(), mine[high].median()
+        text += f" (95 % intervals: {ends[0]:.3g} to {ends[1]:.3g}"
+        medians = wide.median().drop(alike)
+        inside = [str(m) for m in medians[medians.between(*ends)].sort_values().index]
+        text += f", which hold {', '.join(inside[:3])} as well)" if inside else ")"
     return f"{text}."
 
 
@@ -59,7 +63,7 @@ def best_optimizer(summary: pd.DataFrame, metric: str) -> list[str]:
         return ["No optimizer came to its end."]
     first = known.iloc[0]
     spread = f" ± {first['final_sd']:.1g}" if first["final_sd"] == first["final_sd"] else ""
-    text = f"{first['optimizer']} ends best, with a {metric} of {first['final']:.4g}{spread}"
+    text = f"{first['optimizer']} ends best, with {metric} {first['final']:.4g}{spread}"
     if len(known) > 1:
         second = known.iloc[1]
         text += f"; next is {second['optimizer']} with {second['final']:.4g}"

@@ -11,6 +11,7 @@ import pandas as pd
 from fisherlab import plots
 from fisherlab.comparison import Comparison
 from fisherlab.experiments import findings
+from fisherlab.experiments.columns import MEANING
 from fisherlab.experiments.report import Picture, Section, Table, picture, sections
 from fisherlab.experiments.rundir import FIGURES, RunDir, RunDirError
 from fisherlab.experiments.training import COLUMNS
@@ -76,6 +77,8 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     steps += ["condition", "solve_seconds", "placement", "seed"]
     caption = "The damped natural gradient at the last step, per damping."
     yield Section("The damped step", tables=[Table(last[steps], caption)])
+    meaning = pd.DataFrame(MEANING.items(), columns=["column", "meaning"])
+    yield Section("Every column of comparison.csv", tables=[Table(meaning, meaning={})])
 
 
 def _curvature(run: RunDir) -> Iterator[Section]:
@@ -175,6 +178,7 @@ def of_train(run: RunDir) -> Iterator[Section]:
             for name, text in TRAINING.items()
             if (path := run.folder / f"{name}.png").is_file()
         ],
+        found=len(findings.best_optimizer(summary, metric)),
     )
     yield Section("Every epoch", tables=[Table(rows, "All rows are in rows.csv.", COLUMNS)])
 

@@ -27,7 +27,8 @@ class FNGD(Woodbury):
     FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves
     for its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and
     no inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary
-    weight gradient taken, the bias included.
+    weight gradient taken, the bias included. After `backward()`, `p.grad` is that weighted
+    gradient: clip and log it as such.
 
     `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled
     loader they average to a constant, and the run says once that it now is SGD), "example" (one per

@@ -285,11 +285,19 @@ def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Ten
 
 
 class TENGraD(Woodbury):
-    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.    NGM (36)-(43)."""
+    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.    NGM (36)-(43).
+
+    After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
+    gradient is nowhere.
+    """
 
 
 class NGDSMW(Woodbury):
-    """FNGD without sharing: its coefficients recomputed at every step.      FNGD tab. IV."""
+    """FNGD without sharing: its coefficients recomputed at every step.      FNGD tab. IV.
+
+    After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
+    gradient is nowhere.
+    """
 
     def __init__(self, model: nn.Module, *, fold: bool = True, **options: Any) -> None:
         super().__init__(model, fold=fold, **options)

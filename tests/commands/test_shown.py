@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 from fisherlab.commands.common import show
+from fisherlab.comparison import Comparison
+from fisherlab.experiments.findings import best_optimizer, nearest
 from fisherlab.experiments.pages import _counted, _listed
 from fisherlab.experiments.report import cell
 
@@ -94,3 +96,38 @@ def test_one_and_several() -> None:
         "2 layers",
         "1 approximation",
     )
+
+
+def found(errors: dict[str, list[float]]) -> list[str]:
+    """The finding of a table with these errors by method, a layer each."""
+    rows = [
+        {"layer": str(k), "approximation": name, "relative_error": error, "step": 0, "seed": 0}
+        | {"population_error": error, "population_error_low": 0.1, "population_error_high": 0.4}
+        for name, column in errors.items()
+        for k, error in enumerate(column)
+    ]
+    return nearest(Comparison(pd.DataFrame(rows)))
+
+
+def test_a_finding_names_the_nearest_method_its_equals_and_what_its_interval_holds() -> None:
+    errors = {"exact": [0.0] * 3, "tekfac": [0.2, 0.25, 0.9], "kfac": [0.3, 0.3, 0.3]}
+    batch, held_out = found({**errors, "twin": errors["tekfac"]})
+    assert batch == (
+        "On the batch itself, tekfac and twin are nearest in 2 of 3 layers, with a median error "
+        "of 0.25."
+    )
+    assert held_out.startswith("On held-out examples, tekfac and twin are nearest in 2 of 3")
+    assert held_out.endswith("(95 % intervals: 0.1 to 0.4, which hold kfac as well).")
+
+
+def test_the_best_optimizer_is_not_claimed_beyond_the_spread_of_its_seeds() -> None:
+    rows = [("tekfac", 0.96, 0.02, 6.0), ("kfac", 0.95, 0.01, 3.0), ("sgd", 0.6, 0.01, 1.0)]
+    summary = pd.DataFrame(rows, columns=["optimizer", "final", "final_sd", "ratio_to_sgd"])
+    assert best_optimizer(summary, "accuracy") == [
+        "tekfac ends best, with accuracy 0.96 ± 0.02; next is kfac with 0.95, within the spread "
+        "of the seeds.",
+        "Its step takes 6 times as long as SGD's.",
+    ]
+    assert best_optimizer(pd.DataFrame({"optimizer": ["a"]}), "accuracy") == [
+        "No optimizer came to its end."
+    ]
