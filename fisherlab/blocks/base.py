@@ -325,7 +325,9 @@ class Dense(Block):
         return (V.reshape(-1, self.size) @ self.matrix).view(V.shape)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        return Powered(self, exponent, check_damping(damping))
+        values, vectors = self._eigh
+        powers = spectrum_power(values, exponent, check_damping(damping), "dense block")
+        return Powered(powers, vectors, self.shape, self)
 
     def diagonal_of(self, other: Block) -> Tensor:
         found = once(self._diagonals, id(other), lambda: (other, Block.diagonal_of(self, other)))
@@ -365,12 +367,20 @@ class Dense(Block):
 
 
 class Powered(Dense):
-    """`(F + damping I)^exponent` by the eigenvectors of `F`, a matrix when somebody asks for it."""
+    """`(F + damping I)^exponent` by the eigenvectors of `F`, a matrix when somebody asks for it.
 
-    def __init__(self, base: Dense, exponent: float, damping: float) -> None:
-        self._base, self._shape, self._diagonals = base, base.shape, {}
-        values, self._vectors = base._eigh
-        self._powers = spectrum_power(values, exponent, damping, "dense block")
+    Args:
+        powers: `[N]`, of the eigenvalues of F from the lowest up.
+        vectors: `[N, N]`, its eigenvectors as columns.
+        shape: `(o, i)`.
+        base: F itself, if it is at hand: it remembers what it was compared with.
+    """
+
+    def __init__(
+        self, powers: Tensor, vectors: Tensor, shape: tuple[int, int], base: Dense | None = None
+    ) -> None:
+        self._powers, self._vectors, self._base = powers, vectors, base
+        self._shape, self._diagonals = (int(shape[0]), int(shape[1])), {}
 
     @cached
     def matrix(self) -> Tensor:
@@ -401,6 +411,8 @@ class Powered(Dense):
         return ((rows @ self._vectors * self._powers) @ self._vectors.mT).view(V.shape)
 
     def _inner(self, other: Block) -> Tensor | None:
+        if self._base is None:
+            return super()._inner(other)
         # from the largest eigenvalue down
         return self._base.diagonal_of(other) @ self._powers.double().flip(0)
 

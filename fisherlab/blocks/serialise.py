@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.base import Block, Dense
+from fisherlab.blocks.base import Block, Dense, Powered
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen
@@ -28,6 +28,7 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     KroneckerSum: ("G", "A"),
     MiniBlock: ("blocks", "bias"),
     Outer: ("a", "g", "core", "shift"),
+    Powered: ("_powers", "_vectors", "shape"),
     OuterSum: ("a", "g", "core", "shift"),
     RowBlocks: ("a", "g", "scale"),
 }

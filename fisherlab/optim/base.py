@@ -230,12 +230,13 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         take_step(self.param_groups, self.state, directions)
 
     def __repr__(self) -> str:
+        lines = [super().__repr__(), self.coverage.stated]
         stated = ", ".join(f"{key}={bound:g}" for key, bound in self.clip.bounds.items())
-        if not stated:
-            return super().__repr__()
-        many = f"{self.clipped} of {self.steps} steps so far were shortened"
-        moot = "; one that kl_clip shortens is as long at any larger lr"
-        return f"{super().__repr__()}\n{stated} ({many}{moot if self.clip.kl is not None else ''})"
+        if stated:
+            many = f"{self.clipped} of {self.steps} steps so far were shortened"
+            moot = "; one that kl_clip shortens is as long at any larger lr"
+            lines.append(f"{stated} ({many}{moot if self.clip.kl is not None else ''})")
+        return "\n".join(lines)
 
     # state --------------------------------------------------------------------------------------
 

@@ -229,6 +229,43 @@ class Coverage:
         covered = sum(w.size for name, w in self.weights.items() if name not in self.left_out)
         return covered / total if total else 0.0
 
+    @property
+    def plain(self) -> dict[str, str]:
+        """`{name: reason}` of the trainable parameters of its groups that have no block.
+
+        A bias goes without saying where the weight of its module has none.
+        """
+        where = self.where()
+        inside = {
+            id(tensor)
+            for name, w in self.weights.items()
+            if name not in self.left_out
+            for tensor in (w.weight, w.bias)
+        }
+        plain = {
+            name: owner
+            for name, owner in self.owners.items()
+            if owner.tensor in where and owner.tensor.requires_grad
+            if id(owner.tensor) not in inside
+        }
+        weights = {id(owner.module) for owner in plain.values() if owner.local == "weight"}
+        return {
+            name: self._why_plain(name)
+            for name, owner in plain.items()
+            if owner.local != "bias" or id(owner.module) not in weights
+        }
+
+    @property
+    def stated(self) -> str:
+        """The share with a block, and the first of the others, in one line."""
+        plain = list(self.plain)
+        if not plain:
+            return "100% of its trainable parameters have a block"
+        names = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+        # rounded down: 100% is said where nothing is left out
+        share = f"{min(int(100 * self.share), 99)}%"
+        return f"{share} of its trainable parameters have a block; plain gradient: {names}"
+
     def warn_of_share(self, stacklevel: int) -> None:
         """Say that most matrices take their plain gradient, and why, where it is so."""
         where = self.where()
@@ -256,6 +293,13 @@ class Coverage:
     def _why_plain(self, name: str) -> str:
         if name in self.left_out:
             return self.left_out[name]
+        if name not in self._wanted:
+            return "not among the layers that were chosen"
+        owner = self.owners[name]
+        if isinstance(owner.module, nn.Embedding):
+            return "it is looked up; the optimizers have blocks of products with a matrix"
+        if owner.tensor.ndim < 2:
+            return "it is no matrix; the optimizers have blocks of products with a matrix"
         others = self.others.get(name)
         if others:
             return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
@@ -274,8 +318,8 @@ class Covered:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """`{name: reason}` of the weights that turned out to have no block."""
-        return self.coverage.left_out
+        """`{name: reason}` of the trainable parameters that have no block."""
+        return self.coverage.plain
 
     @property
     def covered_share(self) -> float:
