@@ -79,7 +79,7 @@ def compare(
     `Interrupted` with what was measured.
     """
     if layers_at_once is not None:
-        doors.count(layers_at_once, "layers_at_once")
+        layers_at_once = doors.count(layers_at_once, "layers_at_once")
     if progress is not None:
         doors.function(progress, "progress(layers)")
     request = checked(

@@ -822,7 +822,7 @@ def test_layers_a_few_at_a_time_are_those_of_all_together(size, monkeypatch):
 
 
 def test_turns_keep_what_was_measured_and_refuse_what_has_no_block():
-    with pytest.raises(ValueError, match="layers_at_once is a number of layers >= 1, got 0"):
+    with pytest.raises(ValueError, match="layers_at_once must be a whole number >= 1, got 0"):
         compared(layers_at_once=0)
     with pytest.raises(fl.CaptureError, match="no layer of this model has a block"):
         fl.compare(nn.Sequential(nn.LayerNorm(3)), CE, randn(4, 3).float(), batch(4)[1],
