@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -265,6 +265,33 @@ class Outer(OfColumns):
         square = torch.linalg.vecdot(V.double(), V.double()).sum(-1)
         beside = square - torch.linalg.vecdot(inner, w)
         return w if is_rounding(beside, square, V.dtype) else None
+
+    def rounding_of_solves(self, V: Tensor, dampings: Sequence[float]) -> list[float]:
+        """The share of each `(F + damping I)^{-1} V` that may be rounding, `V` a mean of columns.
+
+        Columns of one direction, such as those of equal inputs, have eigenvalues beside it that
+        are rounding; a mean of columns that cancel is no longer than it. 0 in float64.
+        """
+        eps = torch.finfo(V.dtype).eps
+        if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
+            return [0.0] * len(dampings)
+        square = V.double().square().sum()
+        values, W = self._range
+        inside = self.columns.project(V, True).flatten() @ W
+        beside = (square - dot(inside, inside)).clamp(min=0)
+        floor = (RANK_TOLERANCE * eps) ** 2
+        unsure = values <= floor * values.amax() if len(values) else values > 0
+        # `solve` leaves out what is rounding of V alone
+        left = is_rounding(beside, square, V.dtype)
+        cancelled = eps * (self.trace() / square.clamp(min=1e-300)).sqrt()
+        shares = []
+        for damping in dampings:
+            parts = (inside / (values + damping)).square()
+            rest = 0.0 if left or not damping else beside / damping**2
+            noise = parts[unsure].sum() + rest * (beside <= floor * self.trace())
+            whole = (parts.sum() + rest).clamp(min=1e-300)
+            shares.append(torch.maximum((noise / whole).sqrt(), cancelled * (square > 0)))
+        return torch.stack(shares).tolist() if shares else []
 
     def quadratic(self, V: Tensor) -> Tensor:
         value = self.core * self.columns.project(V).double().square().sum((-2, -1))

@@ -46,6 +46,10 @@ CHOSEN = (
 )
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
+# And how the worth of its step does.
+STEP_ROUNDING = (
+    "may be the rounding of a float32 gradient, divided by the damping: measure a float64 model"
+)
 
 
 @dataclass
