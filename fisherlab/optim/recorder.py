@@ -181,6 +181,7 @@ class Recorder:
             self.watch.tape.others.setdefault(use.name, set()).add(use.function)
             return output
         x = use.product.x
+        x = x if x.layout == torch.strided else x.to_dense()
         part = x.detach()[: self.examples]
         # of a linear map over positions, those without a gradient are left out of the sum
         waiting = self.summed and weight.is_linear and part.ndim > 2

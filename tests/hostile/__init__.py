@@ -4,4 +4,4 @@
 the table of outcomes.
 """
 
-KINDS = ("blocks", "metrics", "capture", "optimizers", "scales", "files")
+KINDS = ("blocks", "metrics", "capture", "optimizers", "scales", "files", "around")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
 from collections import Counter
 
@@ -26,6 +27,7 @@ before, and a refused step changes no parameter and no state.
 | --- | {rules} |
 """
 TAIL = """
+Drawn from {each} seeds of each kind on commit {commit}.
 `PYTHONPATH=tests python -m hostile --cases {each} --seed {seed}` repeats it.
 """
 
@@ -72,7 +74,9 @@ def main() -> None:
     print(HEAD.format(cases=total.total(), names=" | ".join(names), rules=rules), end="")
     for kind, counts in {**table, "all": total}.items():
         print(f"| {kind} | {' | '.join(f'{counts[name]:,}' for name in names)} |")
-    print(TAIL.format(seed=asked.seed, each=asked.cases), end="")
+    head = ["git", "rev-parse", "--short=10", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    print(TAIL.format(commit=commit, seed=asked.seed, each=asked.cases), end="")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,25 @@ def direct_sum(draw: random.Random) -> Form:
     return blocks.DirectSum, (parts,), torch.block_diag(*matrices)
 
 
+def column_sum(draw: random.Random) -> Form:
+    o, parts, pieces = draw.randint(1, 4), [], []
+    for _ in range(draw.randint(1, 3)):
+        G, A = psd(draw, o), psd(draw, draw.randint(1, 3))
+        parts.append(blocks.Kronecker(G, A))
+        pieces.append((G, A))
+    # entry (row, column) of the weight: the columns of one part after those of another
+    widths = [len(A) for _, A in pieces]
+    i, whole = sum(widths), torch.zeros(o, sum(widths), o, sum(widths), dtype=torch.float64)
+    for (G, A), width, start in zip(pieces, widths, _starts(widths), strict=True):
+        part = slice(start, start + width)
+        whole[:, part, :, part] = torch.einsum("oq,ij->oiqj", G, A)
+    return blocks.ColumnSum, (parts,), whole.reshape(o * i, o * i)
+
+
+def _starts(widths: list[int]) -> list[int]:
+    return [sum(widths[:k]) for k in range(len(widths))]
+
+
 FORMS: tuple[Callable[[random.Random], Form], ...] = (
     dense,
     diagonal,
@@ -133,6 +152,7 @@ FORMS: tuple[Callable[[random.Random], Form], ...] = (
     mini_block,
     from_inverse,
     direct_sum,
+    column_sum,
 )
 
 

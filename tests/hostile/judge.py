@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import fisherlab as fl
+
 PACKAGE = Path(__file__).parents[2] / "fisherlab"
 HERE = Path(__file__).parent
 GOOD = ("right", "refused by name", "torch's own error")
+NAMED = (ValueError, TypeError, RuntimeError, OSError, KeyError, fl.adapters.AdapterError)
 BAD = ("wrong", "junk accepted", "internal error", "changed world")
 
 
@@ -100,7 +103,7 @@ def _refusal(case: Case, error: BaseException) -> Verdict:
     said, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
     last = frames[-1]
     ours = Path(last.filename).is_relative_to(PACKAGE)
-    named = isinstance(error, ValueError | TypeError | RuntimeError | OSError | KeyError)
+    named = isinstance(error, NAMED)
     if ours and named and last.lineno in raises(last.filename):
         missing = [word for word in case.words if word not in str(error)]
         if missing or len(str(error)) < 15:

@@ -10,7 +10,15 @@ from hostile import KINDS
 from hostile.judge import judged
 
 # about 300 cases in the suite, the share of each kind by what a case costs
-FEW = {"blocks": 80, "metrics": 80, "capture": 70, "optimizers": 50, "scales": 20, "files": 10}
+FEW = {
+    "blocks": 80,
+    "metrics": 80,
+    "capture": 70,
+    "optimizers": 50,
+    "scales": 20,
+    "files": 10,
+    "around": 30,
+}
 
 
 def bad(kind: str, seeds: range) -> list[str]:
