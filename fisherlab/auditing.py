@@ -61,7 +61,8 @@ def audit(
     """
     model = unwrapped(model)
     reading = read(optimizer, model)
-    others = named_makers(approximations, model) if approximations else {}
+    none = isinstance(approximations, list | tuple | dict | None) and not approximations
+    others = {} if none else named_makers(approximations, model)
     taken = sorted(others.keys() & reading.blocks.keys())
     if taken:
         raise ValueError(f"an approximation is named as a reading of the optimizer: {taken}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, check_method, library
 from fisherlab.blocks import Block, ColumnSum, Diagonal, Kronecker
 
@@ -35,8 +36,9 @@ def from_backpack(model: nn.Module, quantity: str = "kflr") -> dict[str, Block]:
 
     Raises:
         AdapterError: BackPACK is not installed, or no parameter has the quantity.
-        ValueError: the quantity is unknown.
+        ValueError, TypeError: the quantity is unknown, or the model no module.
     """
+    doors.module(model)
     check_method(quantity, (*FACTORS, *DIAGONALS), "BackPACK")
     library("backpack")
     found: dict[str, Block] = {}
@@ -75,7 +77,16 @@ def to_backpack(block: Kronecker, bias: bool = True) -> tuple[list[Tensor], list
 
     Returns:
         The lists of the weight and of the bias, the latter empty without one.
+
+    Raises:
+        AdapterError: the block is another.
+        ValueError: `bias` is no flag, or the block has the column of a bias only.
     """
+    if not isinstance(block, Kronecker):
+        raise AdapterError(f"to_backpack takes a Kronecker product, got {doors.said(block)}")
+    doors.flag(bias, "bias")
+    if bias and block.shape[1] < 2:
+        raise ValueError(f"a weight {block.shape} has no bias beside it; pass bias=False")
     if not bias:
         return [block.G, block.A], []
     return [block.G, block.A[:-1, :-1]], [block.G * block.A[-1, -1]]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, check_method, library
 from fisherlab.adapters.replay import drawn_nothing
 from fisherlab.blocks import Block, ColumnSum, Eigen, Kronecker
@@ -159,6 +160,8 @@ def to_curvlinops(blocks: Mapping[str, Kronecker], operator: Any) -> None:
         AdapterError: curvlinops is not installed, the operator treats weight and bias apart, or a
             layer or shape differs; the operator is as it was.
     """
+    if not isinstance(blocks, Mapping):
+        raise AdapterError(f"blocks must be a dict of layer -> block, got {doors.said(blocks)}")
     theirs = library("curvlinops")
     if type(operator) is not theirs.KFACLinearOperator:
         raise AdapterError(f"to_curvlinops takes a KFACLinearOperator, got {type(operator)}")

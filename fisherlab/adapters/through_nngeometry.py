@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, library
 from fisherlab.blocks import Block, Dense, Diagonal, Eigen, Kronecker
 
@@ -28,7 +29,9 @@ def from_nngeometry(matrix: Any, model: nn.Module) -> dict[str, Block]:
 
     Raises:
         AdapterError: NNGeometry is not installed, or the representation is another.
+        TypeError: the model is no module.
     """
+    doors.module(model)
     pspace = library("nngeometry.object")
     kinds = {"PMatKFAC": _kfac, "PMatEKFAC": _ekfac, "PMatDiag": _diagonal, "PMatBlockDiag": _dense}
     make = kinds.get(type(matrix).__name__)

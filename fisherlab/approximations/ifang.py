@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-import torch
 from torch import Tensor
 
 from fisherlab.approximations.base import BY_OPTION
@@ -12,7 +11,7 @@ from fisherlab.approximations.eva import Eva, direction
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block
 from fisherlab.blocks.low_rank import Pair
-from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.numerics import BlockError, svd
 from fisherlab.statistics import MeanGradient, MeanInput, Statistic
 
 
@@ -55,5 +54,5 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     if rows.ndim == 1:
         vector, energy = direction(rows)
         return vector[:, None], energy.reshape(1)
-    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    _, sizes, directions = svd(rows, "rows")
     return directions.mT, sizes.square() / len(rows)

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means, Sums
 from fisherlab.blocks import Block, BlockError, FromInverse, Kronecker
-from fisherlab.blocks.numerics import RANK_TOLERANCE, sum_of, trace_of
+from fisherlab.blocks.numerics import RANK_TOLERANCE, cholesky, sum_of, trace_of
 from fisherlab.extract import LayerCapture
 from fisherlab.statistics import InputMoment, Statistic
 
@@ -98,15 +99,14 @@ class KBFGS(Approximation, name="kbfgs"):
     a: Statistic = Mean()
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise BlockError(f"K-BFGS needs damping > 0, got {self.damping}")
+        doors.number(self.damping, "damping of K-BFGS", above=0.0, error=BlockError)
 
     def basis(self, mean: Means, previous: Sums | None = None) -> Sums:
         root, A = math.sqrt(self.damping), mean(self.A)
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
         A_LM = A + root * eye
         if previous is None:
-            H_a = torch.cholesky_inverse(torch.linalg.cholesky(A_LM))
+            H_a = torch.cholesky_inverse(cholesky(A_LM, "damped input factor"))
             H_g = torch.eye(len(mean(self.s)), dtype=eye.dtype, device=eye.device)
         else:
             H_a, H_g = previous["H_a"], previous["H_g"]

@@ -13,7 +13,7 @@ from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.columns import joined
 from fisherlab.blocks.factor import Subspace
-from fisherlab.blocks.numerics import eigh, length_of, sum_of, symmetrise
+from fisherlab.blocks.numerics import eigh, length_of, qr, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -209,7 +209,7 @@ def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
     for _ in range(2):  # twice is enough
         if against is not None:
             rows = rows - (rows @ against.mT) @ against
-        rows = torch.linalg.qr(rows.mT).Q.mT
+        rows = qr(rows.mT, "rows")[0].mT
     return rows
 
 

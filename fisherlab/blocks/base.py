@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.basis import Basis, matrix_of
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import per_example_chunks, slices
+from fisherlab.blocks.entry import check_shape, guard
 from fisherlab.blocks.numerics import (
     BlockError,
     BlockTooLarge,
-    check_damping,
     check_dense,
     chosen_squares,
     dense_budget,
@@ -38,8 +39,13 @@ class Block(ABC):
     input factor: `(G (x) A) vec(V) = vec(G V A)`. The bias is the last column of the weight.
 
     A form implements `__matmul__`, `shape`, `dtype` and `device`; every other method has a
-    definition here from `dense()` and is overridden only to be cheaper.
+    definition here from `dense()` and is overridden only to be cheaper. `fisherlab.blocks.entry`
+    checks the arguments of every form.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        guard(cls)
 
     @property
     @abstractmethod
@@ -75,7 +81,6 @@ class Block(ABC):
 
     def quadratic(self, V: Tensor) -> Tensor:
         """`<V, F V>` per matrix, `[...]` in float64."""
-        self.check(V)
         return torch.linalg.vecdot(V, (self @ V).to(V)).sum(-1, dtype=torch.float64)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
@@ -104,8 +109,6 @@ class Block(ABC):
         Closed form for two structured forms, through `quadratic` against a low-rank one; any other
         pair goes through `dense()` and raises `BlockTooLarge`, naming both forms, past the budget.
         """
-        if self.shape != other.shape:
-            raise BlockError(f"blocks of shapes {self.shape} and {other.shape} have no product")
         for one, two in ((self, other), (other, self)):
             value = one._inner(two)
             if value is not None:
@@ -187,7 +190,7 @@ class Block(ABC):
 
     def logdet(self, damping: float) -> Tensor:
         """`log det (F + damping I)`, 0-d float64."""
-        return (self.eigenvalues().clamp(min=0) + check_damping(damping)).log().sum()
+        return (self.eigenvalues().clamp(min=0) + damping).log().sum()
 
     def sample(self, damping: float, generator: torch.Generator | None = None) -> Tensor:
         """One draw `[o, i]` from `N(0, (F + damping I)^{-1})`, the Laplace posterior of a layer.
@@ -278,11 +281,17 @@ class Block(ABC):
         return getattr(self, name)
 
     def check(self, V: Tensor) -> None:
-        """Refuse a tensor whose last two axes are not the weight's."""
+        """Refuse what is no tensor of the block's kind, or has other last axes than the weight."""
+        doors.tensor(V, "V", error=BlockError)
         if tuple(V.shape[-2:]) != self.shape:
             raise BlockError(
                 f"this {type(self).__name__} acts on [..., {self.shape[0]}, {self.shape[1]}], got "
-                f"a tensor of shape {tuple(V.shape)}; a bias is the last column of the weight"
+                f"V, {doors.said(V)}; a bias is the last column of the weight"
+            )
+        if V.dtype != self.dtype or V.device != self.device:
+            raise BlockError(
+                f"this {type(self).__name__} is {self.dtype} on {self.device}, got V in {V.dtype} "
+                f"on {V.device}; pass V.to(block.device, block.dtype)"
             )
 
     def __repr__(self) -> str:
@@ -290,17 +299,22 @@ class Block(ABC):
         return f"{type(self).__name__}({o} x {i}, {str(self.dtype).removeprefix('torch.')})"
 
 
+guard(Block)
+
+
 class Dense(Block):
     """`F` as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
 
     def __init__(self, matrix: Tensor, shape: tuple[int, int]) -> None:
+        doors.tensor(matrix, "matrix", full=True, error=BlockError)
+        shape = check_shape(shape)
         if matrix.shape != (shape[0] * shape[1],) * 2:
             raise BlockError(
                 f"a dense block on a weight {shape} is {shape[0] * shape[1]} x "
                 f"{shape[0] * shape[1]}, got {tuple(matrix.shape)}"
             )
         self.matrix = symmetrise(matrix)
-        self._shape = (int(shape[0]), int(shape[1]))
+        self._shape = shape
         # `diagonal_of` by the id of a block, and that block, which keeps its id
         self._diagonals: dict[int, tuple[Block, Tensor]] = {}
 
@@ -321,12 +335,11 @@ class Dense(Block):
         return eigh(self.matrix, "dense block")
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         return (V.reshape(-1, self.size) @ self.matrix).view(V.shape)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         values, vectors = self._eigh
-        powers = spectrum_power(values, exponent, check_damping(damping), "dense block")
+        powers = spectrum_power(values, exponent, damping, "dense block")
         return Powered(powers, vectors, self.shape, self)
 
     def diagonal_of(self, other: Block) -> Tensor:

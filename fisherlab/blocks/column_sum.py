@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis, matrix_of
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
-from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.numerics import BlockError, check_alike
 from fisherlab.blocks.serialise import remembers
 
 
@@ -25,11 +26,14 @@ class ColumnSum(Block):
     """
 
     def __init__(self, parts: Sequence[Block]) -> None:
+        if not isinstance(parts, Sequence) or not all(isinstance(p, Block) for p in parts):
+            raise BlockError(f"parts must be a list of blocks, got {doors.said(parts)}")
         if not parts or len({part.shape[0] for part in parts}) != 1:
             raise BlockError(
                 "a column sum takes at least one block, all with the same number of rows; got "
                 f"shapes {[part.shape for part in parts]}"
             )
+        check_alike(*parts)
         self.parts = tuple(parts)
 
     @property

@@ -12,11 +12,12 @@ from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of
+from fisherlab.blocks.entry import check_columns
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
-    BlockError,
     check_gram,
     eigh,
+    qr,
     sum_of,
     symmetrise,
     trace_of,
@@ -33,11 +34,7 @@ class Columns:
     """
 
     def __init__(self, a: Tensor, g: Tensor, room: int = 0) -> None:
-        if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3] or not len(a):
-            raise BlockError(
-                f"an outer block takes a [n, t, i] and g [m, n, t, o] of n >= 1 examples, got "
-                f"{tuple(a.shape)} and {tuple(g.shape)}"
-            )
+        check_columns(a, g)
         self.a, self.g, self.room = a, g, room
 
     @cached_property
@@ -173,7 +170,7 @@ class Columns:
         """
         m, n = self.sizes
         K = self.gram.view(m, n, m, n)
-        values, Q = torch.linalg.eigh(K.diagonal(0, 1, 3).permute(2, 0, 1))
+        values, Q = eigh(K.diagonal(0, 1, 3).permute(2, 0, 1), "Gram matrix of an example")
         floor = RANK_TOLERANCE * m * torch.finfo(torch.float64).eps
         kept = (values > floor * values.amax()).sum(1)
         k = int(kept.max())
@@ -437,7 +434,7 @@ def span_of(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     flat = rows.reshape(-1, rows.shape[-1])
     if not few(*flat.shape):
         return None
-    Q, R = torch.linalg.qr(flat.mT)
+    Q, R = qr(flat.mT, "rows")
     return Q, R.mT.reshape(*rows.shape[:-1], -1)
 
 

@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of, size_of
+from fisherlab.blocks.basis import Basis, Coordinates, Thin, coordinates, matrix_of, size_of
 from fisherlab.blocks.numerics import (
     BlockError,
-    check_damping,
+    check_alike,
     chosen_squares,
     spectrum_power,
 )
@@ -100,6 +101,12 @@ class Eigen(Block):
         tail_A: Tensor | None = None,
         tail: Tensor | None = None,
     ) -> None:
+        doors.tensor(spectrum, "spectrum", ndim=(2,), error=BlockError)
+        for Q, what in ((Q_G, "Q_G"), (Q_A, "Q_A")):
+            if not isinstance(Q, Thin | Coordinates | None):
+                doors.tensor(Q, what, ndim=(2,), error=BlockError)
+                if not len(Q):
+                    raise BlockError(f"{what} must have rows, got {doors.said(Q)}")
         Q_G = Coordinates(spectrum[:, 0]) if Q_G is None else Q_G
         Q_A = Coordinates(spectrum[0]) if Q_A is None else Q_A
         if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
@@ -107,11 +114,12 @@ class Eigen(Block):
                 f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that "
                 f"shape, got {tuple(spectrum.shape)}"
             )
+        check_alike(Q_G, Q_A, spectrum)
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
         self.complement = Complement(
-            spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G,
-            spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A,
-            spectrum.new_zeros(()) if tail is None else tail,
+            _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],)),
+            _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],)),
+            _tail(tail, "tail", spectrum, ()),
             (len(Q_G) - Q_G.shape[1], len(Q_A) - Q_A.shape[1]),
         )
 
@@ -172,7 +180,6 @@ class Eigen(Block):
         return self.complement.zero
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         return self.times(V, self.in_bases(V))
 
     def in_bases(self, V: Tensor) -> Tensor:
@@ -207,7 +214,6 @@ class Eigen(Block):
         return near if self._factor_values is None else near.of_factors(*self._factor_values)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        damping = check_damping(damping)
         if exponent == 1 and damping == 0:
             return self
         name = type(self).__name__
@@ -219,7 +225,6 @@ class Eigen(Block):
         return Eigen(self.Q_G, self.Q_A, powered(self.spectrum), rest.G, rest.A, rest.both)
 
     def quadratic(self, V: Tensor) -> Tensor:
-        self.check(V)
         rotated = (self.Q_G.mT @ V @ self.Q_A).double().square()
         value = (rotated * self.spectrum).sum((-2, -1))
         if not self.confined:
@@ -272,7 +277,6 @@ class Eigen(Block):
         return self._sum(torch.square)
 
     def logdet(self, damping: float) -> Tensor:
-        damping = check_damping(damping)
         return self._sum(lambda x: (x.clamp(min=0) + damping).log())
 
     def diagonal(self) -> Tensor:
@@ -342,3 +346,14 @@ class Eigen(Block):
     def clamped(self) -> float:
         values = self.eigenvalues()
         return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
+
+
+def _tail(values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Eigenvalues beside a thin basis; None: zeros."""
+    if values is None:
+        return spectrum.new_zeros(shape)
+    doors.tensor(values, what, error=BlockError)
+    if tuple(values.shape) != shape:
+        raise BlockError(f"{what} must have shape {shape}, got {tuple(values.shape)}")
+    check_alike(values, spectrum)
+    return values

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.entry import check_columns
 from fisherlab.blocks.numerics import (
     GIB,
     BlockError,
     BlockTooLarge,
-    check_damping,
+    check_alike,
     dense_budget,
     dot,
     eigh,
@@ -36,6 +38,14 @@ class MiniBlock(Block):
     bias: Tensor | None
 
     def __init__(self, blocks: Tensor, bias: Tensor | None = None) -> None:
+        doors.tensor(blocks, "blocks", ndim=(4,), full=True, error=BlockError)
+        if blocks.shape[-1] != blocks.shape[-2]:
+            raise BlockError(f"mini-blocks are [o, c, k, k], got {tuple(blocks.shape)}")
+        if bias is not None:
+            doors.tensor(bias, "bias", ndim=(1,), error=BlockError)
+            if len(bias) != len(blocks):
+                raise BlockError(f"bias must have {len(blocks)} entries, got {len(bias)}")
+            check_alike(blocks, bias)
         self.blocks, self.bias = blocks, bias
 
     @property
@@ -67,7 +77,6 @@ class MiniBlock(Block):
         return flat if column is None else torch.cat([flat, column[..., None]], -1)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         body, column = self.split(V)
         product = torch.einsum("ockl,...ocl->...ock", self.blocks, body)
         if column is None or self.bias is None:
@@ -75,7 +84,6 @@ class MiniBlock(Block):
         return self.join(product, column * self.bias)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        damping = check_damping(damping)
         values, vectors = self._eigh
         powers = spectrum_power(values, exponent, damping, "a mini-block")
         bias = self.bias
@@ -159,6 +167,8 @@ class RowBlocks(MiniBlock):
     bias = None
 
     def __init__(self, a: Tensor, g: Tensor, scale: float, columns: Columns | None = None) -> None:
+        check_columns(a, g)
+        doors.number(scale, "scale", error=BlockError)
         if a.shape[1] != 1:
             raise BlockError(f"RowBlocks is for one position, got {a.shape[1]}")
         self.columns = Columns(a, g) if columns is None else columns

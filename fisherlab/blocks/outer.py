@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Powered
 from fisherlab.blocks.basis import Basis
@@ -21,7 +22,6 @@ from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
     BlockError,
-    check_damping,
     cholesky,
     dot,
     eigh,
@@ -104,7 +104,7 @@ class OfColumns(Block):
             yield part, self.columns.combine(W[:, part].mT.reshape(-1, *self.columns.sizes), True)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        base = self.shift + check_damping(damping)
+        base = self.shift + damping
         values, W = self._range
         if base == 0 and exponent < 0 and len(values) < self.size:
             raise BlockError(
@@ -154,7 +154,7 @@ class OfColumns(Block):
         return self._range[0].sort(descending=True).values[:k] + self.shift
 
     def logdet(self, damping: float) -> Tensor:
-        base = self.shift + check_damping(damping)
+        base = self.shift + damping
         values = self._range[0]
         missing = self.size - len(values)
         rest = missing * math.log(base) if missing and base else -math.inf if missing else 0.0
@@ -174,7 +174,9 @@ class Outer(OfColumns):
         return super().__new__(cls)
 
     def __init__(self, a: Tensor, g: Tensor, core: float | None = None, shift: float = 0.0) -> None:
-        self._hold(Columns(a, g), core, shift)
+        if core is not None:
+            core = doors.number(core, "core", error=BlockError)
+        self._hold(Columns(a, g), core, doors.number(shift, "shift", error=BlockError))
 
     @classmethod
     def over(cls, columns: Columns, core: float | None = None, shift: float = 0.0) -> Outer:
@@ -205,7 +207,6 @@ class Outer(OfColumns):
         return None if self.shift or inside is None else Outer.over(inside, self.core)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         product = self.core * self.columns.combine(self.columns.project(V))
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
 
@@ -217,7 +218,7 @@ class Outer(OfColumns):
         return self.core * values, Z / values.sqrt()
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        base = self.shift + check_damping(damping)
+        base = self.shift + damping
         if exponent == 1:
             return Outer.over(self.columns, self.core, base)
         if exponent == -1 and base > 0 and self.core > 0 and not self.columns.eigen_known:
@@ -237,8 +238,6 @@ class Outer(OfColumns):
         A gradient in float32 is such a sum up to its rounding, which 1 / damping would blow up: a
         damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
         """
-        self.check(V)
-        damping = check_damping(damping)
         w = self._combination(V) if damping and not self.shift and self.core > 0 else None
         if w is None:
             return super().solve(V, damping)
@@ -267,8 +266,34 @@ class Outer(OfColumns):
         beside = square - torch.linalg.vecdot(inner, w)
         return w if is_rounding(beside, square, V.dtype) else None
 
+    def rounding_of_solves(self, V: Tensor, dampings: Sequence[float]) -> list[float]:
+        """The share of each `(F + damping I)^{-1} V` that may be rounding, `V` a mean of columns.
+
+        Columns of one direction, such as those of equal inputs, have eigenvalues beside it that
+        are rounding; a mean of columns that cancel is no longer than it. 0 in float64.
+        """
+        eps = torch.finfo(V.dtype).eps
+        if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
+            return [0.0] * len(dampings)
+        square = V.double().square().sum()
+        values, W = self._range
+        inside = self.columns.project(V, True).flatten() @ W
+        beside = (square - dot(inside, inside)).clamp(min=0)
+        floor = (RANK_TOLERANCE * eps) ** 2
+        unsure = values <= floor * values.amax() if len(values) else values > 0
+        # `solve` leaves out what is rounding of V alone
+        left = is_rounding(beside, square, V.dtype)
+        cancelled = eps * (self.trace() / square.clamp(min=1e-300)).sqrt()
+        shares = []
+        for damping in dampings:
+            parts = (inside / (values + damping)).square()
+            rest = 0.0 if left or not damping else beside / damping**2
+            noise = parts[unsure].sum() + rest * (beside <= floor * self.trace())
+            whole = (parts.sum() + rest).clamp(min=1e-300)
+            shares.append(torch.maximum((noise / whole).sqrt(), cancelled * (square > 0)))
+        return torch.stack(shares).tolist() if shares else []
+
     def quadratic(self, V: Tensor) -> Tensor:
-        self.check(V)
         value = self.core * self.columns.project(V).double().square().sum((-2, -1))
         return value + self.shift * _squares(V) if self.shift else value
 
@@ -390,8 +415,15 @@ class OuterSum(OfColumns):
     """
 
     def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:
-        d, W = eigh(core, "core of an outer block")
-        self._hold(Columns(a, g), W, d, shift, False)
+        columns = Columns(a, g)
+        doors.tensor(core, "core", ndim=(2,), error=BlockError)
+        if core.shape != (columns.count, columns.count):
+            raise BlockError(
+                f"core must be [R, R] for the R = {columns.count} columns of a and g, got "
+                f"{tuple(core.shape)}"
+            )
+        d, W = eigh(core.double(), "core of an outer block")
+        self._hold(columns, W, d, doors.number(shift, "shift", error=BlockError), False)
 
     @classmethod
     def over(
@@ -426,7 +458,6 @@ class OuterSum(OfColumns):
         return super().operations + 2 * self.W.numel()
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         inner = self._coordinates(V) * self.d
         product = self._combined(inner)
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
@@ -473,11 +504,10 @@ class OuterSum(OfColumns):
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent != 1:
             return super().power(exponent, damping)
-        shift = self.shift + check_damping(damping)
+        shift = self.shift + damping
         return OuterSum.over(self.columns, self.W, self.d, shift, self.orthonormal)
 
     def quadratic(self, V: Tensor) -> Tensor:
-        self.check(V)
         value = self._coordinates(V).square() @ self.d
         return value + self.shift * _squares(V) if self.shift else value
 

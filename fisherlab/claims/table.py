@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fisherlab import whole
 from fisherlab.blocks import BlockError
 from fisherlab.claims import base, real, search
 from fisherlab.claims.base import (
@@ -179,7 +180,8 @@ def _described(claim: Claim) -> dict[str, str]:
 
 def load(path: str | Path) -> Case:
     """A saved counterexample: `fl.claims.get(name).margin(fl.claims.load(path))` is its margin."""
-    return torch.load(path, weights_only=True)
+    read = lambda path: torch.load(path, weights_only=True)  # noqa: E731
+    return whole.read(Path(path), read, "saved counterexample")
 
 
 def chosen(names: str | Iterable[str] | None) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.comparison.request import Candidates, checked
 from fisherlab.comparison.run import Progress, measured
 from fisherlab.comparison.table import Comparison
@@ -77,9 +78,10 @@ def compare(
     one that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
     `Interrupted` with what was measured.
     """
-    whole = isinstance(layers_at_once, int) and not isinstance(layers_at_once, bool)
-    if layers_at_once is not None and (not whole or layers_at_once < 1):
-        raise ValueError(f"layers_at_once is a number of layers >= 1, got {layers_at_once!r}")
+    if layers_at_once is not None:
+        layers_at_once = doors.count(layers_at_once, "layers_at_once")
+    if progress is not None:
+        doors.function(progress, "progress(layers)")
     request = checked(
         model,
         criterion,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.comparison.measurement import LayerMeasurement
 from fisherlab.comparison.pool import LayerPool, Rows, Work
@@ -70,8 +71,16 @@ def _run(pool: LayerPool, methods: list[str], progress: Progress | None) -> None
     # one piece of work per method, and a last one of what is found of all blocks at once
     pieces = [*methods, "condition"]
     if progress is not None:
-        for _ in progress(pool.order):
+        steps = progress(pool.order)
+        if not isinstance(steps, Iterable):
+            raise ValueError(
+                "progress(layers) must return an iterator over the layers, such as tqdm.tqdm, got "
+                f"{doors.said(steps)}"
+            )
+        for _ in steps:
             deque(islice(work, len(pieces)), 0)
+        # one that stops early leaves no layer out
+        deque(work, 0)
         return
     for _ in notebook_bar([f"{name}: {piece}" for name in pool.order for piece in pieces]):
         next(work, None)

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 import fisherlab
+from fisherlab import whole
 from fisherlab.comparison import display
 from fisherlab.metrics.population import UNKNOWN
 from fisherlab.names import nearest
@@ -45,6 +46,10 @@ CHOSEN = (
 )
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
+# And how the worth of its step does.
+STEP_ROUNDING = (
+    "may be the rounding of a float32 gradient, divided by the damping: measure a float64 model"
+)
 
 
 @dataclass
@@ -208,21 +213,36 @@ class Comparison:
                 "behind; save the table into another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.frame.to_csv(folder / "comparison.csv", index=False)
-        self.frame.to_parquet(folder / "comparison.parquet", index=False)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str))
+        config = json.dumps(self.config, indent=2, default=str)
+        whole.write(folder / "comparison.csv", self.frame.to_csv(index=False))
+        whole.write(
+            folder / "comparison.parquet",
+            lambda stream: self.frame.to_parquet(stream, index=False),
+        )
+        whole.write(folder / "config.json", config)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file of it is missing.
+            ValueError: one is damaged.
+        """
         folder = Path(folder)
         if not (folder / "comparison.parquet").is_file():
             raise FileNotFoundError(
                 f"{folder} holds no comparison.parquet, which `save` writes into a folder"
             )
-        frame = pd.read_parquet(folder / "comparison.parquet")
-        return cls(frame, json.loads((folder / "config.json").read_text()))
+        frame = whole.read(folder / "comparison.parquet", pd.read_parquet, "Parquet file")
+        if "approximation" not in frame or "layer" not in frame:
+            raise ValueError(f"{folder / 'comparison.parquet'} is no comparison: it has no layers")
+        read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
+        config = whole.read(folder / "config.json", read, "JSON file")
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder / 'config.json'} is damaged: it holds no dict")
+        return cls(frame, config)
 
     @classmethod
     def concat(cls, tables: Sequence[Comparison]) -> Comparison:

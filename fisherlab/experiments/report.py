@@ -22,11 +22,10 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fisherlab import plots
+from fisherlab import plots, whole
 from fisherlab.comparison import Comparison
-from fisherlab.experiments import checkpoint
 from fisherlab.experiments.columns import MEANING
-from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir
+from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir, RunDirError
 
 ROWS = 400  # of a table on the page; the file has all
 
@@ -81,13 +80,14 @@ def sections(command: str) -> Callable[[Builder], Builder]:
 def write(run: RunDir) -> Path:
     """`report.html` in the folder of a run, its pictures made anew."""
     path = run.folder / REPORT
-    checkpoint.write(path, page([run]))
+    whole.sweep_parts(run.folder)
+    whole.write(path, page([run]))
     return path
 
 
 def write_side_by_side(runs: Sequence[RunDir], path: Path) -> Path:
     """One page of several runs."""
-    checkpoint.write(path, page(runs))
+    whole.write(path, page(runs))
     return path
 
 
@@ -173,7 +173,8 @@ def _sections(run: RunDir) -> Iterator[Section]:
 
 
 def _as_it_lies(run: RunDir) -> Iterator[Section]:
-    tables = [Table(pd.read_csv(path), path.stem) for path in sorted(run.folder.glob("*.csv"))]
+    read = lambda path: whole.read(path, pd.read_csv, "CSV file", RunDirError)  # noqa: E731
+    tables = [Table(read(path), path.stem) for path in sorted(run.folder.glob("*.csv"))]
     yield Section("What was measured", tables=tables, pictures=_pictures(run))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fisherlab.experiments import checkpoint
+from fisherlab import whole
 from fisherlab.experiments.rundir import RunDir, versions
 from fisherlab.experiments.training import Entry, Results, Settings, SettingsError, Watch, train
 from fisherlab.experiments.training import entries as parse
@@ -217,5 +217,5 @@ def _write(search: Search, folder: Path) -> None:
             "grid": search.grid,
         }
     )
-    checkpoint.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
-    checkpoint.write(folder / "sweep.md", search.markdown())
+    whole.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
+    whole.write(folder / "sweep.md", search.markdown())

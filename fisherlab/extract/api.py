@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
@@ -160,8 +161,9 @@ def capture(
     """
     criterion = criterion_of(criterion, loss_scale)
     inside = isinstance(criterion, Inside)
-    fisher_type = fisher_type or ("empirical" if inside else "exact")
-    _check_options(fisher_type, backend, check, kinds, generator)
+    _check_kinds(kinds, examples, forward, ranks)
+    fisher_type = _asked(fisher_type, inside)
+    _check_options(fisher_type, backend, check, generator)
     fisher.check_draws(mc_samples)
     if inside and (fisher_type != "empirical" or backend == "backpack" or mask is not None):
         raise CaptureError(
@@ -255,9 +257,14 @@ def capture(
     return Captures(captured, report, outputs.detach(), labels)
 
 
-def _check_options(
-    fisher_type: str, backend: str, check: str, kinds: Collection[str], generator: object
-) -> None:
+def _asked(fisher_type: str | None, inside: bool) -> str:
+    """The Fisher type, by default the only one of a loss inside the model, else the exact one."""
+    if fisher_type is None:
+        return "empirical" if inside else "exact"
+    return fisher_type
+
+
+def _check_options(fisher_type: str, backend: str, check: str, generator: object) -> None:
     """Refuse an option that is none of its choices."""
     choices = {
         "fisher_type": (fisher_type, fisher.FISHER_TYPES),
@@ -265,14 +272,40 @@ def _check_options(
         "check": (check, CHECKS),
     }
     for option, (value, known) in choices.items():
-        if value not in known:
-            raise CaptureError(f"unknown {option} {value!r}; one of {', '.join(known)}")
-    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {kinds!r}")
+        doors.choice(value, option, known, error=CaptureError)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
             f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"
         )
+
+
+def _check_kinds(kinds: object, examples: object, forward: object, ranks: object) -> None:
+    """Refuse options that are of another type than theirs."""
+    if (
+        not isinstance(kinds, Collection)
+        or isinstance(kinds, str | bytes)
+        or not set(kinds) <= set(KINDS)
+    ):
+        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {doors.said(kinds)}")
+    if examples is not None and not (
+        isinstance(examples, Tensor)
+        and examples.ndim == 1
+        and not (examples.is_floating_point() or examples.is_complex())
+    ):
+        raise CaptureError(
+            f"examples is a tensor [rows] of the example of each row, got {doors.said(examples)}"
+        )
+    check_forward(forward)
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise CaptureError(
+            f"ranks is a fisherlab.distributed.Ranks or None, got {doors.said(ranks)}"
+        )
+
+
+def check_forward(forward: object) -> None:
+    """Refuse what cannot be called as `forward(model, x)`."""
+    if forward is not None:
+        doors.function(forward, "forward(model, x)", error=CaptureError)
 
 
 def _check_captured(
@@ -425,6 +458,8 @@ def _forward(
             f"{who} returned {type(outputs).__name__}; FisherLab needs one tensor of outputs (or "
             "`.logits`): wrap the model, or pass forward=lambda model, x: model(x)[0]"
         )
+    if outputs.is_nested or outputs.is_quantized or outputs.layout != torch.strided:
+        raise CaptureError(f"the outputs are {doors.said(outputs)}; return a dense tensor")
     if outputs.is_complex():
         raise CaptureError(
             f"the outputs are {outputs.dtype}; return real ones, such as outputs.abs()"

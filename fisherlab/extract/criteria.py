@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherlab.blocks.numerics import eigh
 from fisherlab.extract.geometry import CaptureError
 
 # Entries that the Hessians of all examples may have, where they are formed by autograd.
@@ -369,7 +370,7 @@ def _hessian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor
         v[:, k] = 1
         rows.append(_hessian_product(criterion, outputs, y, v.view_as(outputs)).reshape(n, -1))
     H = torch.stack(rows, 1).double()
-    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    values, vectors = eigh(H, f"Hessian of {name_of(criterion)}")
     top = values.abs().max()
     if bool((values < -1e-6 * top).any()):
         raise CaptureError(

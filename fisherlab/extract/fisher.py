@@ -208,7 +208,7 @@ def exact_vectors(
 
 def check_draws(mc_samples: int) -> None:
     """Refuse a number of draws that is none."""
-    if not isinstance(mc_samples, int) or mc_samples < 1:
+    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise CaptureError(f"mc_samples must be a whole number of at least 1, got {mc_samples!r}")
 
 

@@ -136,6 +136,8 @@ def _multiplies(node: Any, saved: str, call: Recorded) -> bool:
     if x._version != call.input_version or getattr(node, f"_raw_saved_{saved}").unpack_hook:
         return False
     own = getattr(node, f"_saved_{saved}")
+    if own.layout != torch.strided or x.layout != torch.strided:
+        return False
     return bool(
         own.data_ptr() == x.data_ptr()
         and own.numel() == x.numel()

@@ -86,6 +86,11 @@ class Call:
     # the example of every row, where the first axis is not the example; -1: no example
     examples: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """A sparse input as the dense one that it means."""
+        if self.raw_input.layout != torch.strided:
+            self.raw_input = self.raw_input.to_dense()
+
     @property
     def is_map(self) -> bool:
         """Whether it is a linear map or a convolution."""

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Outer
+from fisherlab.blocks.numerics import svdvals
+from fisherlab.metrics.entry import entered
 
 
+@entered
 def diagonalisation(X: Block, F: Block) -> Tensor:
     """`||diag(Q^T F Q)||^2 / ||F||^2` in [0, 1] for the eigenvectors `Q` of `X`; 0-d float64.
 
@@ -29,7 +32,7 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
 
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
-    values = F.leading_values(k)
+    values = F.leading_values(k) if k else torch.zeros(0)
     if not len(values) or values[0] <= 0:
         return 0
     return int((values > _noise(F) * values[0]).sum())
@@ -63,6 +66,7 @@ def _products(X: Block, F: Block, k: int) -> Tensor:
     return products
 
 
+@entered
 def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     """`||Q_k^T V_k||_F^2 / k` in [0, 1], the leading k eigenvectors of `X` and of `F`; 0-d float64.
 
@@ -76,6 +80,7 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     return (_products(X, F, k).square().sum() / k).clamp(max=1)
 
 
+@entered
 def spectral_gap(F: Block, k: int = 10) -> Tensor:
     """`(lambda_k - lambda_{k+1}) / lambda_1`; near 0 the leading k-subspace is not defined.
 
@@ -89,15 +94,17 @@ def spectral_gap(F: Block, k: int = 10) -> Tensor:
     return (values[k - 1] - following) / values[0]
 
 
+@entered
 def principal_angles(X: Block, F: Block, k: int = 10) -> Tensor:
     """Angles between the leading k-subspaces of `X` and `F`, radians, ascending, `[k]` float64.
 
     k is lowered to the rank of `F`. To a direction that an `X` of smaller rank misses, the angle
     is `pi / 2`.
     """
-    return torch.linalg.svdvals(_products(X, F, default_rank(F, k))).clamp(max=1).arccos()
+    return svdvals(_products(X, F, default_rank(F, k)), "overlaps").clamp(max=1).arccos()
 
 
+@entered
 def overlap_matrix(X: Block, F: Block, k: int = 10) -> Tensor:
     """`|<v_i, q_j>|`, `[k, k]` float64: leading eigenvectors of `F` down, of `X` across.
 
@@ -106,6 +113,7 @@ def overlap_matrix(X: Block, F: Block, k: int = 10) -> Tensor:
     return _products(X, F, k).abs().clamp(max=1)
 
 
+@entered
 def off_diagonal_mass(X: Block, F: Block) -> Tensor:
     """`1 - ||diag(Q^T F Q)||^2 / ||F||^2`: what no eigenvalues in the basis of `X` can express."""
     return 1 - diagonalisation(X, F)
@@ -122,6 +130,7 @@ class GroupedOverlap:
     sizes: list[int]
 
 
+@entered
 def eigenvalue_groups(values: Tensor, rtol: float = 1e-3) -> list[slice]:
     """Runs of descending eigenvalues whose neighbours differ by less than `rtol`, relatively.
 
@@ -135,6 +144,7 @@ def eigenvalue_groups(values: Tensor, rtol: float = 1e-3) -> list[slice]:
     return [slice(one, two) for one, two in pairwise(starts)]
 
 
+@entered
 def grouped_overlap(X: Block, F: Block, k: int = 10, rtol: float = 1e-3) -> GroupedOverlap:
     """`||V_I^T Q_J||_F / sqrt(min(|I|, |J|))` of the leading eigenspaces of `F` (down) and `X`.
 

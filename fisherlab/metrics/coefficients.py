@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.numerics import cholesky
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import HasGram
 
 
+@entered
 def example_coefficients(F: HasGram, alpha: float = 0.005) -> Tensor:
     """`M v = M lambda (M lambda I + K)^{-1} 1`, `lambda = alpha ||K||_F`, `[M]` float64.
 
     FNGD (9), (14). 1 is the weight that SGD gives an example; an example whose gradient many others
     share is weighted down. `F` is of the empirical Fisher: one column per example.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha!r}")
     K = F.gram().double()
     M = len(K)
     damping = alpha * K.norm()
@@ -28,11 +28,17 @@ def example_coefficients(F: HasGram, alpha: float = 0.005) -> Tensor:
     return M * damping * torch.cholesky_solve(ones, root)[:, 0]
 
 
+@entered
 def coefficient_drift(coefficients: Tensor, shared: Tensor) -> Tensor:
     """`||v - v~|| / ||v - mean v||`, 0-d float64: what sharing `v~` loses of what `v` knows.
 
     0: the shared coefficients are today's; 1: no better than one factor for the whole layer.
     """
+    if coefficients.shape != shared.shape:
+        raise ValueError(
+            f"coefficients and shared must be of the same examples, got {len(coefficients)} and "
+            f"{len(shared)}"
+        )
     v, kept = coefficients.double(), shared.double()
     spread = (v - v.mean()).norm()
     error = (v - kept).norm()

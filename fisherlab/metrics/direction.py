@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block
 from fisherlab.blocks.numerics import dot
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Step:
         return _ratio(self.slope.square(), -self.curvature * self.exact_slope)
 
 
+@entered
 def step(
     X: Block,
     F: Block,
@@ -81,21 +83,25 @@ def step(
     return Step.of(ours, exact, gradient, F.quadratic(ours), damping)
 
 
+@entered
 def direction_cosine(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
     """Cosine of `(X + damping I)^{-1} g` and `(F + damping I)^{-1} g`; 0-d float64."""
     return step(X, F, gradient, damping).cosine
 
 
+@entered
 def direction_error(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
     """`|d - d*| / |d*|` of the two natural-gradient steps; 0-d float64."""
     return step(X, F, gradient, damping).error
 
 
+@entered
 def quadratic_decrease(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
     """`q(d) / q(d*)`: 1 for the exact step, negative where the step overshoots; 0-d float64."""
     return step(X, F, gradient, damping).decrease
 
 
+@entered
 def quadratic_decrease_scaled(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
     """The share of the exact decrease at the best step length, in [0, 1]; 0-d float64."""
     return step(X, F, gradient, damping).decrease_scaled

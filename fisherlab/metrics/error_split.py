@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError, DirectSum, Outer
 from fisherlab.blocks.contractions import kronecker_quadratic, second_moment, slices
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ErrorSplit:
         return self.dependence + self.positions + self.noise
 
 
+@entered
 def kfac_error_split(F: Block) -> ErrorSplit:
     """`||F - G (x) A||^2 / ||F||^2 = dependence + positions + noise` of an exact block.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import BlockError, Outer
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Convergence:
         return self.expected[0]
 
 
+@entered
 def mc_convergence(mc: Outer, exact: Outer) -> Convergence:
     """`||F_s - F|| / ||F||` for the first s of S draws of one capture, and `c / sqrt(s)`.
 
@@ -35,8 +37,6 @@ def mc_convergence(mc: Outer, exact: Outer) -> Convergence:
             f"the blocks are of {n} and {exact.g.shape[1]} examples and of shapes {mc.shape} and "
             f"{exact.shape}: capture the same batch and layer twice"
         )
-    if not isinstance(mc, Outer):
-        raise BlockError("mc_convergence takes blocks as captured, not powers of them")
     # a capture of S draws carries 1/sqrt(S) inside each column: one draw alone is S times as large
     scale = draws * mc.core
     K = mc.gram().view(draws, n, draws, n)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum
+from fisherlab.metrics.entry import entered
 
 # Below this relative error the three-term formula has lost half its digits to cancellation.
 CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -66,6 +67,7 @@ class Pair:
         return squared.clamp(min=0).sqrt()
 
 
+@entered
 def relative_error(X: Block, F: Block) -> Tensor:
     """`||X - F|| / ||F||`, from `||X||^2 - 2 <X, F> + ||F||^2`; 0-d float64.
 
@@ -99,23 +101,27 @@ def _difference(X: Block, F: Block, scale: Tensor | float = 1.0) -> Tensor:
     return total
 
 
+@entered
 def absolute_error(X: Block, F: Block) -> Tensor:
     """`||X - F||_F`, 0-d float64."""
     norm = F.squared_norm()
     return relative_error(X, F) * norm.sqrt() if norm > 0 else X.squared_norm().sqrt()
 
 
+@entered
 def trace_ratio(X: Block, F: Block) -> Tensor:
     """`tr X / tr F`, 0-d float64; 1 where both are zero."""
     ours, exact = X.trace(), F.trace()
     return torch.ones_like(ours) if ours == 0 and exact == 0 else ours / exact
 
 
+@entered
 def cosine(X: Block, F: Block) -> Tensor:
     """`<X, F> / (||X|| ||F||)`, 0-d float64; 0 where a block is zero."""
     return Pair(X, F).cosine
 
 
+@entered
 def scaled_error(X: Block, F: Block) -> Tensor:
     """`min_c ||c X - F|| / ||F|| = sqrt(1 - cosine^2)`: what no scalar can repair; 0-d float64.
 

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import Block, DirectSum, Outer
 from fisherlab.blocks.columns import Columns
+from fisherlab.metrics.entry import entered
 
 
 class HasGram(Protocol):
@@ -29,6 +31,7 @@ class HasColumns(Protocol):
         ...
 
 
+@entered
 def gram_correlation(F: HasGram) -> Tensor:
     """`U^T U` scaled to unit diagonal, `[R, R]` float64.      FNGD fig. 3.
 
@@ -41,20 +44,29 @@ def gram_correlation(F: HasGram) -> Tensor:
     return correlation.fill_diagonal_(1)
 
 
+@entered
 def zero_gradients(F: HasGram) -> int:
     """How many columns of `U` are zero."""
     return int((F.gram().diagonal() == 0).sum())
 
 
+@entered
 def class_means(correlation: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean correlation of distinct examples within a class and between classes, float64."""
+    if len(labels) != len(correlation):
+        raise ValueError(
+            f"labels must be those of the {len(correlation)} examples, got {len(labels)}"
+        )
     same = labels[:, None] == labels
     distinct = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return correlation[same & distinct].mean(), correlation[~same].mean()
 
 
+@entered
 def similarity(one: Tensor, two: Tensor) -> Tensor:
     """Cosine of the centred off-diagonal entries of two correlation matrices; 0-d float64."""
+    if one.shape != two.shape:
+        raise ValueError(f"one and two must have one size, got {len(one)} and {len(two)}")
     keep = ~torch.eye(len(one), dtype=torch.bool, device=one.device)
     a, b = (x[keep] - x[keep].mean() for x in (one, two))
     return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300)
@@ -76,9 +88,10 @@ def _columns(F: Any) -> Columns:
     columns = getattr(F, "columns", None)
     if isinstance(columns, Columns) and (isinstance(F, Outer) or not isinstance(F, Block)):
         return columns
-    raise TypeError(f"the examples' own blocks are known of an exact block or a capture, got {F!r}")
+    raise TypeError(f"F must be an exact block or a capture, got {doors.said(F)}")
 
 
+@entered
 def similarity_matrix(correlations: Sequence[Tensor]) -> Tensor:
     """`similarity` between every two correlation matrices, `[L, L]` float64."""
     keep = ~torch.eye(len(correlations[0]), dtype=torch.bool, device=correlations[0].device)
@@ -88,6 +101,7 @@ def similarity_matrix(correlations: Sequence[Tensor]) -> Tensor:
     return rows @ rows.mT
 
 
+@entered
 def adjacent_similarity(similarities: Tensor) -> tuple[Tensor, Tensor]:
     """Mean similarity of adjacent layers, and of all other pairs (NaN for two layers); float64."""
     distance = torch.arange(len(similarities), device=similarities.device)
@@ -95,6 +109,7 @@ def adjacent_similarity(similarities: Tensor) -> tuple[Tensor, Tensor]:
     return similarities[distance == 1].mean(), similarities[distance > 1].mean()
 
 
+@entered
 def by_class(labels: Tensor) -> Tensor:
     """The order that puts examples of one class side by side, as given within a class."""
     return labels.argsort(stable=True)

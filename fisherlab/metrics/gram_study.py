@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.metrics.coefficients import example_coefficients
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import (
     HasGram,
     adjacent_similarity,
@@ -90,6 +91,7 @@ class GramStudy:
         return cls(layers, **{name: torch.as_tensor(value) for name, value in tensors.items()})
 
 
+@entered
 def gram_study(layers: Mapping[str, HasGram], labels: Tensor, alpha: float = 0.005) -> GramStudy:
     """The study of one batch: every Gram matrix is formed once.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, Dense
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class HessianSplit:
     cosine: Tensor
 
 
+@entered
 def hessian_split(F: Block, G: Block, H: Block) -> HessianSplit:
     """The error of a block against the Hessian, split at the Gauss-Newton matrix.
 

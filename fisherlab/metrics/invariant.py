@@ -25,7 +25,9 @@ from fisherlab.blocks import (
     Outer,
 )
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
+from fisherlab.blocks.numerics import qr, svdvals
 from fisherlab.blocks.serialise import cast
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.frobenius import same
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
@@ -40,6 +42,7 @@ _CHECK = 4  # steps between two looks at the Ritz value
 _TOLERANCE = 1e-8
 
 
+@entered
 def stein_loss(X: Block, F: Block, damping: float, inverse: Block | None = None) -> Tensor:
     """`tr(P F_l) - log det(P F_l) - N`, `P = (X + damping I)^{-1}`, `F_l = F + damping I`; float64.
 
@@ -54,6 +57,7 @@ def stein_loss(X: Block, F: Block, damping: float, inverse: Block | None = None)
     return trace - F.logdet(damping) + X.logdet(damping) - F.size
 
 
+@entered
 def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tensor:
     """Condition number of `(X + damping)^{-1/2} (F + damping) (X + damping)^{-1/2}`; 0-d float64.
 
@@ -64,6 +68,7 @@ def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tenso
     return conditions([X], F, [damping], beside)[0, 0]
 
 
+@entered
 def conditions(
     blocks: Sequence[Block], F: Block, dampings: Sequence[float], beside: bool = False
 ) -> Tensor:
@@ -104,7 +109,9 @@ def _densely(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
         root = F.power(0.5, damping).dense()
     # Rounding is eps of the largest: 1e14 between eigenvalues is 1e7 between singular values.
     products = (root.mT @ X.power(-0.5, damping).dense() for X in Xs)
-    return torch.stack([torch.linalg.svdvals(product).square()[[-1, 0]] for product in products])
+    return torch.stack(
+        [svdvals(product, "preconditioned block").square()[[-1, 0]] for product in products]
+    )
 
 
 def _by_lanczos(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
@@ -130,7 +137,7 @@ def _exactly(block: Block) -> Block:
 
 def _orthonormal(Q: Basis) -> Tensor | None:
     """A basis to the last digit of float64; None for the coordinates themselves."""
-    return None if isinstance(Q, Coordinates) else torch.linalg.qr(matrix_of(Q).double()).Q
+    return None if isinstance(Q, Coordinates) else qr(matrix_of(Q).double(), "eigenvectors")[0]
 
 
 def _parts(block: Block) -> tuple[Block, ...]:

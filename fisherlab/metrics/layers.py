@@ -10,9 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import HasGram
 
 
+@entered
 def layer_masses(layers: Mapping[str, HasGram], examples: int) -> Tensor:
     """`||F_ij||_F = sqrt(<K_i, K_j>) / M` between every two layers, `[L, L]` float64.
 
@@ -29,6 +31,7 @@ def layer_masses(layers: Mapping[str, HasGram], examples: int) -> Tensor:
     return (K @ K.mT).clamp(min=0).sqrt() / examples
 
 
+@entered
 def dropped_mass(masses: Tensor) -> Tensor:
     """`sum_{i != j} ||F_ij||^2 / ||F||^2`: what block-diagonal drops; 0-d float64."""
     squared = masses.double().square()
@@ -37,6 +40,7 @@ def dropped_mass(masses: Tensor) -> Tensor:
     return torch.where(total > 0, dropped / total.clamp(min=1e-300), torch.zeros_like(total))
 
 
+@entered
 def layer_correlation(masses: Tensor) -> Tensor:
     """`||F_ij||^2 / (||F_ii|| ||F_jj||)` in [0, 1], `[L, L]`: the cosine of two Gram matrices.
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Outer
 from fisherlab.metrics import ratio
+from fisherlab.metrics.entry import entered
 
 # Unseen examples below which there is no interval, and no number.
 FEWEST, ENOUGH = 10, 30
@@ -74,6 +75,7 @@ class PopulationEstimate:
         return f"{UNKNOWN}: {ends}"
 
 
+@entered
 def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
     """`||X - E F|| / ||E F||` from unseen examples: number, standard error and 95 % interval.
 
@@ -106,6 +108,7 @@ def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
     return PopulationEstimate(squared, numbers[0], numbers[1], numbers[2], numbers[3], M)
 
 
+@entered
 def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
     """The relative error against the population and its standard error; 0-d float64 each.
 
@@ -116,6 +119,7 @@ def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
     return found.error, found.error_se
 
 
+@entered
 def population_norm(reference: Block) -> Tensor:
     """`||E F_n||`, from the off-diagonal Gram; 0-d float64, NaN where the estimate is negative."""
     rows, own = _pair_sums(reference)

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from fisherlab.blocks import Block
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.frobenius import cosine, relative_error
 
 
+@entered
 def staleness(
     states: Mapping[int, Block], exact: Mapping[int, Block]
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:

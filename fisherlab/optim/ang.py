@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations import Approximation
 from fisherlab.blocks.numerics import dot
 from fisherlab.optim.natural_gradient import NaturalGradient
@@ -58,13 +59,11 @@ class ANG(NaturalGradient):
         path: str = "sphere",
         **options: Any,
     ) -> None:
-        if path not in PATHS:
-            raise ValueError(f"path is one of {', '.join(PATHS)}; got {path!r}")
-        if total_steps < 1:
-            raise ValueError(f"total_steps is the length of the run, at least 1; got {total_steps}")
+        doors.choice(path, "path", PATHS)
+        doors.count(total_steps, "total_steps, the length of the run,")
         options = {"curve": curve, **respelled(options)}
         curve = options.pop("curve")
-        if not callable(curve) and curve not in CURVES:
+        if not callable(curve) and not (isinstance(curve, str) and curve in CURVES):
             raise ValueError(f"curve {curve!r} is none of {', '.join(CURVES)} or a callable")
         if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
             raise ValueError(

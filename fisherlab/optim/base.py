@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
-from fisherlab.optim.state import FORMAT, check_state
+from fisherlab.optim.state import FORMAT, check_state, sealed
 from fisherlab.optim.step import (
     DECAY_PLACEMENTS,
     UNCLIPPED,
@@ -26,6 +26,15 @@ from fisherlab.optim.step import (
     predicted_kl,
     take_step,
 )
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no model, such as its parameters."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a curvature optimizer takes the model, got {type(model).__name__}; a subset of its "
+            "parameters goes into params="
+        )
 
 
 class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
@@ -85,11 +94,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         groups: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"a curvature optimizer takes the model, got {type(model).__name__}; a subset of "
-                "its parameters goes into params="
-            )
+        check_module(model)
         options = gathered({"clip": clip, **options})
         clip = options.pop("clip")
         defaults = {**group_options(**options), **(groups or {})}
@@ -263,7 +268,10 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         ]
         counts = {"steps": self.steps, "clipped": self.clipped}
         about = {"format": FORMAT, "method": self.method}
-        state["fisherlab"] = {**about, **counts, **self._extra_state()}
+        buffers = {"momentum": state["state"]}
+        state["fisherlab"] = sealed({**about, **counts, **self._extra_state(), **buffers})
+        # torch keeps them; here they are known by their form
+        del state["fisherlab"]["momentum"]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -272,8 +280,13 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         Raises:
             ValueError: it is of another format, method or model; nothing was loaded.
         """
-        extra = state_dict.get("fisherlab", {})
+        whole = isinstance(state_dict, Mapping)
+        extra = state_dict.get("fisherlab", {}) if whole else state_dict
+        if isinstance(extra, Mapping) and "form" in extra:
+            extra = {**extra, "momentum": state_dict.get("state")}
         check_state(extra, "optimizer", self.method)
+        if missing := sorted({"state", "param_groups"} - state_dict.keys()):
+            raise ValueError(f"this state lacks {', '.join(missing)}; nothing was loaded")
         rest = {k: v for k, v in state_dict.items() if k != "fisherlab"}
         theirs = rest["param_groups"]
         if len(theirs) != len(self.param_groups):

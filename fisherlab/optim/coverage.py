@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherlab.approximations.damping import Rule, as_rule
+from fisherlab.approximations.damping import Rule, as_rule, lambdas
 from fisherlab.blocks import Block
 from fisherlab.extract import select
 from fisherlab.extract.geometry import Convolution, Geometry
-from fisherlab.extract.select import Names, chosen, on_tape, weights_of
+from fisherlab.extract.select import Names, check_initialised, chosen, on_tape, weights_of
 from fisherlab.extract.tape import Tape, Use
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.watch import Watch
@@ -52,6 +52,7 @@ class Coverage:
         skip: Names = None,
         takes: Callable[[Geometry], bool] = any_geometry,
     ) -> None:
+        check_initialised(model)
         self.groups, self._takes = groups, takes
         self._asked = layers, skip
         self.owners = weights_of(model, computed=False)
@@ -97,12 +98,12 @@ class Coverage:
         found: dict[str, float] = {}
         for k, group in enumerate(self.groups):
             ours = {name: F for name, F in blocks.items() if self.weights[name].group == k}
-            lambdas = rule(group["damping"])(ours) if ours else {}
-            found |= {name: float(value) for name, value in lambdas.items()}
+            if ours:
+                found |= lambdas(rule(group["damping"]), ours)
         return found
 
     def _may_have(self, owner: select.Weight, where: Mapping[Any, int]) -> bool:
-        wanted = owner.name in self._wanted
+        wanted = owner.name in self._wanted and not owner.unfit
         return wanted and owner.tensor in where and owner.tensor.requires_grad
 
     def adopt(self, use: Use) -> Weight | None:
@@ -329,7 +330,7 @@ class Covered:
 
 def check_nonfinite(nonfinite: str) -> None:
     """Refuse what is neither "raise" nor "skip"."""
-    if nonfinite not in ("raise", "skip"):
+    if not isinstance(nonfinite, str) or nonfinite not in ("raise", "skip"):
         raise ValueError(f"nonfinite is 'raise' or 'skip', got {nonfinite!r}")
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fisherlab import approximations
+from fisherlab import approximations, doors
 from fisherlab.approximations.damping import Rule, geometric, relative
 from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
@@ -27,7 +25,7 @@ from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.extract.criteria import is_a
 from fisherlab.names import nearest
 from fisherlab.optim.ang import ANG, TruncatedNaturalGradient, respelled
-from fisherlab.optim.base import CurvatureOptimizer
+from fisherlab.optim.base import CurvatureOptimizer, check_module
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
 from fisherlab.optim.muon import Muon
@@ -79,8 +77,7 @@ KRONECKER_SUM_LAYER = 1_500
 def _plain(kind: type[torch.optim.Optimizer], **defaults: Any) -> Maker:
     def make(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.Optimizer:
         lr = options.get("lr", 0)
-        if not isinstance(lr, Real | Tensor) or not lr < math.inf:  # torch lets a NaN pass
-            raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
+        doors.number(lr, "lr", least=0.0)  # torch lets a NaN pass
         return kind(model.parameters() if params is None else params, **{**defaults, **options})
 
     return make
@@ -225,10 +222,11 @@ def create(
     Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
     and `TypeError` for an option that the method does not have.
     """
-    if name not in names():
+    if not isinstance(name, str) or name not in names():
         near = nearest(name, names(), names())
         raise ValueError(f"no optimizer named {name!r}; nearest: {near}")
-    if preset not in PRESETS:
+    check_module(model)
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {' or '.join(map(repr, PRESETS))}, got {preset!r}")
     make = _MAKERS[name] if name in _MAKERS else _other(name)
     if preset == "paper":
@@ -250,7 +248,7 @@ def create(
 
 def option_names(name: str, preset: str = "stable") -> list[str]:
     """The options that an optimizer takes, read off its constructors and those of its parts."""
-    optimizer = create(name, nn.Sequential(nn.Linear(2, 2)), preset=preset)
+    optimizer = create(name, _tiny(), preset=preset)
     kind = type(optimizer)
     flat = flat_names(kind.parts) if issubclass(kind, CurvatureOptimizer) else []
     approximation = getattr(optimizer, "approximation", None)
@@ -258,6 +256,12 @@ def option_names(name: str, preset: str = "stable") -> list[str]:
         flat += approximation.options
     found = [option for taker in _takers(kind) for option in inspect.signature(taker).parameters]
     return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]
+
+
+def _tiny() -> nn.Module:
+    """A network to ask a constructor with; the global random stream stays where it is."""
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Linear(2, 2))
 
 
 def _takers(kind: type[torch.optim.Optimizer]) -> list[Callable[..., Any]]:
@@ -276,7 +280,7 @@ def default(name: str, option: str) -> Any:
     for part, field in FLAT.get(option, {}).items():
         if part in ours:
             return getattr(ours[part], field)
-    for taker in _takers(type(create(name, nn.Sequential(nn.Linear(2, 2))))):
+    for taker in _takers(type(create(name, _tiny()))):
         if option in (parameters := inspect.signature(taker).parameters):
             return parameters[option].default
     return ABSENT

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.blocks.numerics import sum_of
+from fisherlab.blocks.numerics import cholesky, sum_of
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
@@ -112,7 +112,7 @@ class KBFGSOptimizer(NaturalGradient):
         rows = sum(layer.inputs.shape[0] * layer.positions for layer in layers)
         A = sum_of([second_moment(layer.inputs) for layer in layers]) / rows
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + self.root * eye))
+        H_a = torch.cholesky_inverse(cholesky(A + self.root * eye, "damped input factor"))
         H_g = torch.eye(layers[0].shape[0], dtype=A.dtype, device=A.device)
         part.inverse = Kronecker(H_g, H_a)
         part.block = FromInverse(part.inverse)

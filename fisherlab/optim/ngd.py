@@ -18,6 +18,7 @@ from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError, check_ranks
+from fisherlab.optim.state import generator_state
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import has_gradient, undelivered
 
@@ -88,7 +89,8 @@ class NGD(CurvatureOptimizer):
 
     def _check_size(self) -> None:
         sizes = {name: weight.size for name, weight in self.weights.items()}
-        total, (largest, size) = sum(sizes.values()), max(sizes.items(), key=lambda x: x[1])
+        total = sum(sizes.values())
+        largest, size = max(sizes.items(), key=lambda x: x[1], default=("", 0))
         if self.scope == "joint" and total > DENSE_JOINT:
             raise ValueError(
                 f"dense NGD over {total:,} parameters would need a {total:,} x {total:,} matrix; "
@@ -127,7 +129,7 @@ class NGD(CurvatureOptimizer):
             blocks[name] = parts[0] if len(parts) == 1 else DirectSum(parts)
             gradients[name] = gradient
         lambdas = self.coverage.dampings(blocks, lambda damping: unexpanded(damping, "NGD"))
-        steps = self._solve(blocks, gradients, lambdas)
+        steps = self._solve(blocks, gradients, lambdas) if blocks else {}
         self._last = {
             name: (block.size, lambdas[name], [F.core * F.gram() for F in _parts(block)])
             for name, block in blocks.items()
@@ -151,8 +153,10 @@ class NGD(CurvatureOptimizer):
         return {"generator": self.recorder.generator.get_state()}
 
     def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
+        drawn = generator_state(extra)
+
         def take() -> None:
-            self.recorder.generator.set_state(extra["generator"].cpu())
+            self.recorder.generator.set_state(drawn)
 
         return take
 

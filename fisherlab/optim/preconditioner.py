@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.approximations.running import too_large
@@ -25,10 +26,10 @@ from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
 from fisherlab.optim.passes import delivered
-from fisherlab.optim.recorder import Recorder, check_fisher_type
+from fisherlab.optim.recorder import Recorder, check_draw, check_fisher_type
 from fisherlab.optim.scale import OptimizerError, check_ranks
 from fisherlab.optim.schedule import USUAL, Schedule
-from fisherlab.optim.state import FORMAT, check_state
+from fisherlab.optim.state import FORMAT, check_state, generator_state, sealed
 from fisherlab.optim.summary import summary_row
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 
@@ -108,9 +109,10 @@ class Preconditioner(Covered):
             )
         check_part("schedule", schedule)
         check_fisher_type(fisher_type)
+        check_draw(criterion, mc_samples, generator)
         as_rule(damping)
-        if largest_factor < 0:
-            raise ValueError(f"largest_factor counts rows, at least 0; got {largest_factor}")
+        doors.count(largest_factor, "largest_factor, which counts rows,", 0)
+        doors.flag(graft, "graft")
         check_nonfinite(nonfinite)
         self.ranks = Ranks.of(model)
         self.model = model = unwrapped(model)
@@ -342,7 +344,7 @@ class Preconditioner(Covered):
         state["shares"] = [getattr(g["damping"], "share", None) for g in self.coverage.groups]
         if self.recorder is not None:
             state["generator"] = self.recorder.generator.get_state()
-        return state
+        return sealed(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state.
@@ -363,6 +365,7 @@ class Preconditioner(Covered):
             )
         weights = self.coverage.recognised(state["weights"])
         take_curvature = self.curvature.reading(state, weights)
+        drawn = None if self.recorder is None else generator_state(state)
 
         def take() -> None:
             for weight in weights.values():
@@ -375,8 +378,8 @@ class Preconditioner(Covered):
             for group, share in zip(self.coverage.groups, state["shares"], strict=True):
                 if isinstance(group["damping"], LevenbergMarquardt):
                     group["damping"].share = share
-            if self.recorder is not None:
-                self.recorder.generator.set_state(state["generator"].cpu())
+            if self.recorder is not None and drawn is not None:
+                self.recorder.generator.set_state(drawn)
             self._prepare()
 
         return take

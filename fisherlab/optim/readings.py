@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks import Block, ColumnSum, Diagonal, Eigen, Kronecker
 from fisherlab.blocks.basis import matrix_of
-from fisherlab.blocks.numerics import symmetrise
+from fisherlab.blocks.numerics import svd, symmetrise
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.muon import Muon
@@ -78,7 +78,7 @@ def _muon(p: Tensor, state: State, group: Group) -> Divisor:
     o, i = B.shape
     # the smaller side, as the Newton-Schulz iteration does
     # of B itself: the root of a square of B has half of the digits
-    U, s, Vh = torch.linalg.svd(B, full_matrices=False)
+    U, s, Vh = svd(B, "momentum of Muon")
     Q = U if o <= i else Vh.mT
     root, square = (symmetrise((Q * values) @ Q.mT) for values in (s, s.square()))
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.assemble import Form, capture_of, pieces
@@ -86,6 +87,7 @@ class Recorder:
         ranks: Ranks | None = None,
     ) -> None:
         check_fisher_type(fisher_type)
+        check_draw(criterion, mc_samples, generator)
         self.coverage, self.weights, self.criterion = coverage, coverage.weights, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
@@ -179,6 +181,7 @@ class Recorder:
             self.watch.tape.others.setdefault(use.name, set()).add(use.function)
             return output
         x = use.product.x
+        x = x if x.layout == torch.strided else x.to_dense()
         part = x.detach()[: self.examples]
         # of a linear map over positions, those without a gradient are left out of the sum
         waiting = self.summed and weight.is_linear and part.ndim > 2
@@ -631,8 +634,24 @@ class Recorder:
 
 def check_fisher_type(fisher_type: str) -> None:
     """Refuse an unknown one before anything is hooked."""
-    if fisher_type not in fisher.FISHER_TYPES:
+    if not isinstance(fisher_type, str) or fisher_type not in fisher.FISHER_TYPES:
         raise ValueError(unknown("fisher_type", fisher_type, fisher.FISHER_TYPES))
+
+
+def check_draw(criterion: object, mc_samples: int, generator: object) -> None:
+    """Refuse what is no criterion, no number of draws and no generator, before anything is hooked.
+
+    Raises:
+        ValueError: one of them, by name.
+    """
+    if criterion is not None and (not callable(criterion) or isinstance(criterion, type)):
+        raise ValueError(
+            "criterion is the module or the function that the loop calls, or None; got "
+            f"{doors.said(criterion)}"
+        )
+    fisher.check_draws(mc_samples)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is a torch.Generator or None, got {doors.said(generator)}")
 
 
 def _edges(calls: list[Call]) -> list[GradientEdge]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
+
+from fisherlab import doors
 
 DECAY_PLACEMENTS = ("after", "before", "loss")
 
@@ -44,10 +45,9 @@ class Clip:
     def __post_init__(self) -> None:
         """Refuse bounds that are none."""
         for name, bound in self.bounds.items():
-            if not bound > 0:
-                raise ValueError(f"{name} must be positive or None, got {bound!r}")
-        if int(self.warmup) != self.warmup or self.warmup < 0:
-            raise ValueError(f"warmup counts steps and is at least 0, got {self.warmup!r}")
+            if (found := doors.real(bound)) is None or not found > 0:
+                raise ValueError(f"{name} must be positive or None, got {doors.said(bound)}")
+        doors.count(self.warmup, "warmup, which counts steps,", 0)
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -91,8 +91,9 @@ def group_options(
         ValueError: a number is out of its range.
     """
     for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-        if not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        doors.number(value, name, least=0.0)
+    for name, value in {"nesterov": nesterov, "decoupled": decoupled}.items():
+        doors.flag(value, name)
     if not isinstance(momentum, Tensor) and momentum >= 1:
         raise ValueError(f"momentum must be below 1, where velocity dies out; got {momentum!r}")
     if nesterov and momentum == 0:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fisherlab.approximations.damping import Rule, gram_norm, unexpanded
+from fisherlab.approximations.damping import Rule, gram_norm, lambdas, unexpanded
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky, dot, sum_of
@@ -151,10 +151,10 @@ class Woodbury(CurvatureOptimizer):
         """The damping of every group: the layer's own, or `alpha ||K||` of each."""
         if self.alpha is not None:
             rule = gram_norm(self.alpha)
-            return [rule({weight.name: block})[weight.name] for block in blocks]
+            return [lambdas(rule, {weight.name: block})[weight.name] for block in blocks]
         whole = blocks[0] if len(blocks) == 1 else DirectSum(blocks)
         rule = unexpanded(self.coverage.option(weight, "damping"), type(self).__name__)
-        return [rule({weight.name: whole})[weight.name]] * len(blocks)
+        return [lambdas(rule, {weight.name: whole})[weight.name]] * len(blocks)
 
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last batch: damping, relative too, and the eigenvalues above it."""

@@ -23,6 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation
 from torch import Tensor
 
+from fisherlab import whole
+
 P = ParamSpec("P")
 T = TypeVar("T", bound=Figure)
 
@@ -276,10 +278,11 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     with mpl.rc_context(STYLE):
-        figure.savefig(paths[0], dpi=DPI)
+        whole.write(paths[0], lambda stream: figure.savefig(stream, format="png", dpi=DPI))
         # the layout that was found for the first holds for the second
         figure.set_layout_engine("none")
-        figure.savefig(paths[1], metadata={"CreationDate": None})
+        dated = {"CreationDate": None}
+        whole.write(paths[1], lambda stream: figure.savefig(stream, format="pdf", metadata=dated))
     return paths
 
 

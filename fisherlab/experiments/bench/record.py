@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from fisherlab.experiments import checkpoint
+from fisherlab import whole
 from fisherlab.experiments.bench import build, capture, compare, optim, scaling
 from fisherlab.experiments.bench.peers import installed
 from fisherlab.experiments.bench.setting import Setting, title
@@ -57,4 +57,4 @@ def finish(rundir: RunDir, config: dict[str, Any], setting: Setting) -> None:
             # through pandas: NaN becomes null, which is what JSON has
             parts[part] = json.loads(table.to_json(orient="records"))
     content = {"machine": machine, "settings": config["settings"], "parts": parts}
-    checkpoint.write(rundir.folder / JSON, json.dumps(content, indent=1) + "\n")
+    whole.write(rundir.folder / JSON, json.dumps(content, indent=1) + "\n")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from fisherlab import plots
-from fisherlab.experiments import checkpoint, training
+from fisherlab import plots, whole
+from fisherlab.experiments import training
 from fisherlab.experiments.reproduce import outcome, page
 from fisherlab.experiments.reproduce.catalogue import items
 from fisherlab.experiments.reproduce.item import Experiment, Item
@@ -183,8 +183,8 @@ def _written(item: Item, scale: str, out: Path, found: Outcome) -> dict[str, Any
     }
     if len(found.table):
         RunDir(stem.parent).write_table(stem.name, found.table)
-    checkpoint.write(stem.with_suffix(".md"), markdown(item, scale, found))
-    checkpoint.write(stem.with_suffix(".json"), json.dumps(row, indent=2) + "\n")
+    whole.write(stem.with_suffix(".md"), markdown(item, scale, found))
+    whole.write(stem.with_suffix(".json"), json.dumps(row, indent=2) + "\n")
     return row
 
 

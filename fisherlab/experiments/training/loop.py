@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from fisherlab import optim
+from fisherlab import optim, whole
 from fisherlab.blocks import BlockError
-from fisherlab.experiments import checkpoint
 from fisherlab.experiments.training.cost import SGDReference
 from fisherlab.experiments.training.divergence import Diverged, blame, finite
 from fisherlab.experiments.training.entries import lengths_in
@@ -67,7 +66,7 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     _check_same(settings, folder)
     task = Task(settings)
     records = [Record(entry, seed) for seed in settings.seeds for entry in settings.entries]
-    checkpoint.sweep_parts(folder)
+    whole.sweep_parts(folder)
     for record in records:
         record.restore(folder, settings)
     watch.planned(records)
