@@ -149,7 +149,7 @@ class Ranks:
         return fill(outline[0])
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """A rank for each piece of work, the dearest first to whoever has least to do."""
+        """A rank for each job; greedy: the most expensive job first, to the least loaded rank."""
         load = [0.0] * self.size
         found: dict[str, int] = {}
         for name, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):

@@ -103,12 +103,12 @@ class Columns:
         check_gram(self.count, self.device)
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
-        # of the very gradients that products use: what an inverse cancels must be the same
+        # the same materialised gradients as in products: the inverse relies on exact cancellation
         return formed_gram(self.formed)
 
     @property
     def short(self) -> bool:
-        """Whether an example's gradients have fewer rows than it has positions, so go first."""
+        """Whether to materialise per-example gradients before a contraction (`m o < t`)."""
         m, _, t, o = self.g.shape
         return m * o < t and self.formed is not None
 
@@ -345,7 +345,7 @@ class Columns:
 
     @cached_property
     def inside(self) -> Columns | None:
-        """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
+        """The columns in coordinates of the input space, `D V`; inner products are unchanged."""
         if self.input_span is None:
             return None
         return Columns(self.input_span[1], self.g, self.room)

@@ -209,7 +209,7 @@ class RowBlocks(MiniBlock):
         return self.scale * self.columns.squares
 
     def inner_with_columns(self, columns: Columns) -> Tensor | None:
-        # a projection of what it is the restriction of
+        # <X, F> = ||X||^2, since X is an orthogonal projection of F
         return self.squared_norm() / self.scale if columns is self.columns and self.scale else None
 
     def tensors(self) -> Iterator[Tensor]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 GIB = 1024**3
-# Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
+# A Gram matrix up to this many bytes is always allowed, without querying free memory.
 GRANTED = GIB // 4
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
-# Up to this many eps of its length, what a gradient has beside a space that should hold it is
-# rounding: 40 in the gradient itself, 260 where eigenvectors are rounded as well.
+# A residual of a gradient below this many eps of its length counts as rounding: the gradient
+# itself has 40, and 260 where eigenvectors are rounded as well.
 RESIDUAL_EPS = 400.0
 
 
@@ -61,9 +61,9 @@ def trace_of(matrix: Tensor) -> Tensor:
 
 
 def is_rounding(beside: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what lies beside a space, of square length `beside`, is rounding in a `dtype` vector.
+    """Whether a residual outside a space, of squared norm `beside`, is rounding in `dtype`.
 
-    An inverse divides it by the damping, which may be smaller by far than rounding is.
+    An inverse divides the residual by the damping, which may be far smaller than rounding.
     """
     return bool((beside <= (RESIDUAL_EPS * torch.finfo(dtype).eps) ** 2 * square).all())
 

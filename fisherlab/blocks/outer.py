@@ -228,7 +228,7 @@ class Outer(OfColumns):
                 eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
                 W = torch.linalg.solve_triangular(L.mT, eye, upper=True)
                 return OuterSum.over(self.columns, W, L.new_full((len(L),), -1 / base), 1 / base)
-            # of dependent columns what U cancels would drown the rest of the inverse
+            # linearly dependent columns: cancellation in U would dominate the inverse
         return super().power(exponent, damping)
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
@@ -299,12 +299,12 @@ class Outer(OfColumns):
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
-        """`<c U U^T, other>` from the energies in its basis and, for tails, beside it."""
+        """`<c U U^T, other>` from squared coordinates in its basis; tails take the complement."""
         E = self._rotated_gradients(other.Q_G, other.Q_A)
         value = (other.spectrum * E).sum()
         total = self.core * self.energies().sum()
         noise = RANK_TOLERANCE * torch.finfo(self.dtype).eps * total
-        # what rounding leaves beside a basis that holds all columns, 1 / damping would blow up
+        # 1 / damping would amplify rounding errors in the orthogonal complement
         if other.confined or total - E.sum() <= noise:
             return value
         rows, columns = E.sum(1), E.sum(0)

@@ -88,7 +88,7 @@ class FirstPhase(Tengrad, name="fngd_first_phase_is_folded_natural_gradient"):
 
 
 class _Shared(Claim):
-    """Two epochs of FNGD on a small network at a learning rate of nought: only sampling moves."""
+    """Two epochs of FNGD on a small network with zero learning rate: only the sampling varies."""
 
     batch, batches = 16, 16
     alpha = 0.005

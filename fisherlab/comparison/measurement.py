@@ -64,7 +64,7 @@ class LayerMeasurement:
         self.F = self._exact(other) if other else layer_block(shared)
         self.held_out = self._exact(held_out) if held_out else None
         self.hessian = (samples.hessians or {}).get(self.name)
-        # of the mean loss; a layer in groups has one below the other
+        # gradient of the mean loss; groups are stacked row-wise
         sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
         self.whole = ExactReference(self.F, torch.cat(sums) / self.memos[0].count)
         # every weight that matters is a combination of inputs: of few, in their coordinates
@@ -321,7 +321,7 @@ class LayerMeasurement:
         if not isinstance(maker, Approximation) or maker.exponent != -1:
             return None, "tikhonov"
         if maker.tikhonov:
-            # its inverse is not made of X where X is known in fewer coordinates
+            # do not invert X in the full space where a restricted form is known
             return None, maker.placement
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement

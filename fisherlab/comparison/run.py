@@ -45,7 +45,7 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
         layer = LayerMeasurement(name, samples, request.memory)
         return (yield from layer.rows(request.makers, request.dampings, request.facts, stopped))
 
-    # a stated budget is that of one layer
+    # `memory` bounds one layer at a time, so layers then run one after another
     pool = LayerPool(
         measure, {name: costs[name] for name in mine}, device, request.memory is not None
     )

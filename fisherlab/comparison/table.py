@@ -139,7 +139,7 @@ class Comparison:
 
     @property
     def _unknown(self) -> str:
-        """How many of the population errors the unseen examples are too few for."""
+        """A sentence on the population errors for which the held-out examples are too few."""
         key = ["layer", "approximation", "seed", "step"]
         missing, every = (len(f.drop_duplicates(key)) for f in (self._noted(UNKNOWN), self.frame))
         if not missing:

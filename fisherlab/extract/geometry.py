@@ -20,7 +20,7 @@ from fisherlab.extract.moments import example_sum, patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Multiplications in whose time Python sees to one pair of offsets of `patch_moment`.
+# Python's overhead for one pair of offsets in `patch_moment`, in multiplications.
 PAIR = 8e5
 
 

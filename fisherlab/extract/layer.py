@@ -44,7 +44,7 @@ class LayerCapture:
     # why the map has no `nu`; "" where it has one
     without_slope: str = ""
     fisher_type: str = "empirical"
-    # what both raw gradients count: those of an optimizer are of the loss, 1/M of the `l_n`
+    # scale from both raw gradients to the per-example loss; an optimizer's are 1/M of it
     gradient_scale: float = 1.0
     # the examples that each row of the raw tensors is the sum of; above 1 only sums are known
     summed: int = 1

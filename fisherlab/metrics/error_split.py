@@ -43,9 +43,15 @@ class ErrorSplit:
 def kfac_error_split(F: Block) -> ErrorSplit:
     """`||F - G (x) A||^2 / ||F||^2 = dependence + positions + noise` of an exact block.
 
-    Says what to repair: the eigenvalues or the number of Kronecker terms, the weight sharing
-    (`kfac_reduce`), or the batch. No matrix of the block's size is formed: `n^2 t o i`
-    multiplications.
+    The largest part says what to repair: the eigenvalues or the number of Kronecker terms
+    (dependence), the weight sharing (positions; `kfac_reduce`), or the batch (noise). No matrix of
+    the block's size is formed: it takes `n^2 t o i` multiplications.
+
+    Args:
+        F: an exact block.
+
+    Returns:
+        The three parts, 0-d float64.
     """
     parts = F.parts if isinstance(F, DirectSum) else (F,)
     norm = F.squared_norm().clamp(min=1e-300)

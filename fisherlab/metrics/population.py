@@ -107,17 +107,33 @@ def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
 
 
 def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
-    """The relative error against the population and its standard error; 0-d float64 each.
+    """`||X - E F|| / ||E F||` from held-out examples, and its standard error.
 
-    Both are NaN where the unseen examples are too few: `population_estimate` has the interval, the
-    unbiased squared error and the reason as well.
+    `population_estimate` has the interval, the unbiased squared error and the reason as well.
+
+    Args:
+        X: a block that was not built from the reference's examples.
+        reference: the exact block of the held-out examples.
+
+    Returns:
+        Two 0-d float64 tensors, NaN where the held-out examples are too few.
+
+    Raises:
+        TypeError: the reference is no exact block, or one of the two is in groups.
     """
     found = population_estimate(X, reference)
     return found.error, found.error_se
 
 
 def population_norm(reference: Block) -> Tensor:
-    """`||E F_n||`, from the off-diagonal Gram; 0-d float64, NaN where the estimate is negative."""
+    """`||E F_n||`, from the off-diagonal of the Gram matrix.
+
+    Args:
+        reference: the exact block of the held-out examples.
+
+    Returns:
+        0-d float64, NaN where the estimate of the squared norm is negative.
+    """
     rows, own = _pair_sums(reference)
     M = len(rows)
     return ((rows.sum() - own.sum()) / (M * (M - 1))).sqrt()

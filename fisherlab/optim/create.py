@@ -215,15 +215,30 @@ def create(
 ) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, the defaults of its preset overridden by `options`.
 
-    `preset="paper"` is the method as its paper has it: `optim.presets.PAPER` names every option,
-    its value and who says so. "stable" has the defaults that train six small tasks.
+    The learning rate sets the length of the step. Most curvature methods have a default `kl_clip`,
+    which guards against divergence. Once KL clipping is active, a larger learning rate no longer
+    lengthens the step; `opt.clipped` counts these steps. `kl_clip=None` turns it off.
 
-    The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
-    guard against divergence: a step that it shortens is as long at any larger `lr`. `opt.clipped`
-    counts those steps; with `kl_clip=None` the learning rate alone decides.
+    Args:
+        name: a name of `fl.optim.names()`, such as "kfac", "ekfac" or "sgd".
+        model: the model, in the state to train.
+        preset: "stable" has the defaults that train six small tasks. "paper" has the options of the
+            method's paper: `optim.presets.PAPER` names each option, its value and its source.
+        options: options of the method, such as `lr=0.01`; `option_names(name)` lists them.
 
-    Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
-    and `TypeError` for an option that the method does not have.
+    Returns:
+        The optimizer, ready to step.
+
+    Raises:
+        ValueError: the name or preset is unknown, or the model is too large for the method.
+        TypeError: the method has no such option; the message names the nearest.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> type(fl.optim.create("kfac", model, lr=0.01)).__name__
+        'NaturalGradient'
     """
     if name not in names():
         near = nearest(name, names(), names())

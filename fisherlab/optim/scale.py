@@ -118,7 +118,7 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     labels = torch.where(lowest < 0, labels, p.argmax(1, keepdim=True))
     target = torch.full_like(f, smoothing / f.shape[1])
     target.scatter_add_(1, labels, torch.full_like(labels, 1, dtype=f.dtype) * (1 - smoothing))
-    # a row of zeros is an ignored label, unless the model is so sure that its gradient underflowed
+    # a row of zeros is an ignored label, or a saturated softmax whose gradient underflowed
     sure = 1 - p.amax(1, keepdim=True) < 1e-4
     arrived = (G != 0).any(1, keepdim=True)
     score = (p - target) * arrived

@@ -244,7 +244,7 @@ class Taken:
 
 
 class GramBlock(Outer):
-    """The exact block of columns whose Gram matrix is wanted in any case."""
+    """Exact block that reads its trace from the Gram matrix, which is always needed."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns, self.core, self.shift = columns, 1.0 / columns.count, 0.0

@@ -148,7 +148,7 @@ class Results:
             "status": ", ".join(dict.fromkeys(record.status for record in [*odd, *done])),
             "stopped_at": next((r.stopped_at for r in odd if r.stopped_at is not None), None),
             "layer": next((r.layer for r in odd if r.layer), ""),
-            "note": notes[0] if notes else "",  # other seeds say the like
+            "note": notes[0] if notes else "",  # other seeds have similar notes
         }
         if not done:
             return row
