@@ -50,7 +50,7 @@ def audit(
         x: a batch or a loader, as in `compare`.
         y: its labels.
         approximations: further ones to stand beside, as in `compare`: names, instances, a dict.
-        options: those of `compare`, such as `fisher_type`, `dampings`, `reference`, `layers`.
+        options: options of `compare`, such as `fisher_type`, `dampings`, `reference`, `layers`.
 
     Returns:
         A `Comparison`, with one name per reading.

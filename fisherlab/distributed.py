@@ -51,7 +51,7 @@ class Ranks:
         return cls(group) if dist.get_world_size(group) > 1 else None
 
     def objects(self, value: Any) -> list[Any]:
-        """What every rank passed, in rank order: for small things."""
+        """The objects that the ranks passed, in rank order: for small things."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, self.group)
         return found

@@ -31,7 +31,7 @@ class Registry(dict[str, T]):
     """Things by name, in the order in which they were registered.
 
     Args:
-        what: What they are, for messages: "data set".
+        what: The names as text for messages: "data set".
         error: The type of the errors.
     """
 

@@ -109,7 +109,7 @@ def totals(
 ) -> Iterator[dict[Statistic, Tensor]]:
     """The totals of several statistics, chunk by chunk of at most `memory` bytes.
 
-    Those that are not `columnwise` take whole examples, whatever these cost.
+    Statistics that are not `columnwise` take whole examples, at any cost.
     """
     for columnwise in (True, False):
         group = [S for S in statistics if S.columnwise == columnwise]

@@ -20,7 +20,7 @@ class Convention:
         layer: "convolution" or "sequence", a `nn.Linear` with inputs `[n, s, i]`.
         A: its input factor, or the basis.
         B: its output factor, or the eigenvalues.
-        undone: what the adapter does to it.
+        undone: the change that the adapter makes.
         verdict: whether the block is then ours.
         reason: why it is not.
     """

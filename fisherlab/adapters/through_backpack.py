@@ -21,7 +21,7 @@ DIAGONALS = ("diag_ggn_exact", "diag_ggn_mc", "diag_h", "sum_grad_squared")
 def from_backpack(model: nn.Module, quantity: str = "kflr") -> dict[str, Block]:
     """The blocks that a backward pass inside `backpack(...)` left at the parameters of a model.
 
-    Numbers are BackPACK's own: those of a mean-reduced loss are per example, as ours. Of
+    Numbers are BackPACK's own; for a mean-reduced loss they are per example, like ours. Of
     `sum_grad_squared`, a sum over examples of squared gradients that carry `1/N`, the block is `N`
     times that only to whoever knows `N`.
 
@@ -66,8 +66,8 @@ def _block(value: Any, place: int) -> Block:
 def to_backpack(block: Kronecker, bias: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """`[B, A]` of a weight and `[B]` of its bias, as `p.kflr` has them, of a block on `[W | b]`.
 
-    What couples weight and bias, the last column of `A`, is left out, and `B` of the bias is scaled
-    by its last entry, which is 1 where all positions count.
+    The last column of `A`, which couples weight and bias, is left out, and `B` of the bias is
+    scaled by its last entry, which is 1 where all positions count.
 
     Args:
         block: a Kronecker product.

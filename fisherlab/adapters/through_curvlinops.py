@@ -1,8 +1,8 @@
 """curvlinops: its KFAC and EKFAC as blocks of ours.
 
-Of a mean-reduced loss `B = (1/N) sum_{m,n,s} g g^T` and `A = (1/(N S)) sum a a^T` (expand), or of
-means and sums over positions (reduce): the scale of ours. Of a sum-reduced loss `B` is `N` times
-that. Weight and bias are apart unless `separate_weight_and_bias=False`.
+For a mean-reduced loss `B = (1/N) sum_{m,n,s} g g^T` and `A = (1/(N S)) sum a a^T` (expand), or of
+means and sums over positions (reduce): the scale of ours. For a sum-reduced loss `B` is `N` times
+as large. Weight and bias are apart unless `separate_weight_and_bias=False`.
 """
 
 from __future__ import annotations

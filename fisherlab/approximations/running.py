@@ -45,8 +45,8 @@ class Running:
     estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
     refreshed by separate calls, at whatever intervals the caller keeps. `reduce` adds those of all
     ranks, sums and count together in one call. `sums` and the state go by the names of the fields.
-    Of a factor whose side exceeds `largest_factor` the
-    diagonal is kept: its matrix would not fit, its eigenvectors would take minutes.
+    A factor with a side above `largest_factor` keeps only its diagonal: its matrix would not fit,
+    its eigenvectors would take minutes.
 
     Raises `BlockError` for an approximation whose blocks are of the current batch only.
     """

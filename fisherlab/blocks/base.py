@@ -162,7 +162,7 @@ class Block(ABC):
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for this block's eigenvectors `Q`, float64.
 
-        Of a low-rank form only the eigenvectors that it defines, those of its range, are used.
+        A low-rank form uses only the eigenvectors of its range.
         """
         check_dense(self.size, self.dtype, self.device, type(self).__name__)
         _, vectors = self.leading(self.size)

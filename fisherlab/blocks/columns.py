@@ -79,7 +79,7 @@ class Columns:
         return self.a.device
 
     def tensors(self) -> Iterator[Tensor]:
-        """What they are made of."""
+        """The tensors that the columns are made of."""
         yield from (self.a, self.g)
 
     @cached

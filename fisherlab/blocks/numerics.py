@@ -167,9 +167,9 @@ def chosen_squares(
 ) -> Tensor:
     """How far `sum rotated^2` may move with the basis that an eigensolver picks in null spaces.
 
-    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. Of k directions that are
-    null vectors of a factor only the sum s of the entries is defined: their squares sum to between
-    `s^2 / k` and `s^2`. Energy beside a thin basis lies in such directions as well.
+    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. For k null directions of a
+    factor, only the sum s of the entries is defined: their squares sum to between `s^2 / k` and
+    `s^2`. Energy beside a thin basis lies in such directions as well.
 
     Args:
         rotated: `diag(Q^T F Q)`, `[o', i']`.

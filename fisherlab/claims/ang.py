@@ -305,7 +305,7 @@ class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
         return (old - module.weight.detach()) / self.factor(optimizer, name)
 
     def factor(self, optimizer: ANG, name: str) -> float:
-        """What the step is longer by than the gradient."""
+        """The length of the step over the length of the gradient."""
         assert CURVES["concave"](1.0) == 1.0
         return optimizer.factors[name]
 

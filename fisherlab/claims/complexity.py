@@ -197,7 +197,7 @@ class FngdLikeSGD(_Counts, AtMost, name="fngd_second_phase_costs_like_sgd"):
 
 
 class FngdExtra(_Exponent, name="fngd_second_phase_adds_md_numbers"):
-    """What FNGD's second phase computes beside SGD is O(M D): the scaled rows of a layer."""
+    """The second phase of FNGD computes O(M D) more than SGD: the scaled rows of a layer."""
 
     source = "FNGD IV-C, table I"
     latex = r"\text{numbers written beside SGD's} \propto M"

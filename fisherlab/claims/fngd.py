@@ -52,7 +52,7 @@ class ClosedForm(OfLayer, Identity, name="fngd_coefficients_are_the_natural_step
         return dense.damped_solve(case, case["damping"], self.gradient(case)[None])[0]
 
     def gradient(self, case: Case) -> Tensor:
-        """What the step is taken along, `[o, i]`."""
+        """The direction of the step, `[o, i]`."""
         return dense.gradients(case).mean(0)
 
 

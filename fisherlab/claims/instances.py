@@ -175,7 +175,7 @@ def labels(criterion: str, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def seen(case: Case, fisher_type: str, **options: Any) -> LayerCapture:
-    """What FisherLab captures at the layer of a network case."""
+    """The capture that FisherLab makes at the layer of a network case."""
     name = layer_of(case)
     criterion = options.pop("criterion", None) or criterion_of(case)
     arguments = (model_of(case), criterion, case["x"], case["y"])

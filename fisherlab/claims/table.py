@@ -54,7 +54,7 @@ NOUNS = {CLAIM: "claim{} of the papers", EXTENSION: "extension{}", CONTRAST: "co
 
 @dataclass
 class Trials:
-    """What was seen of one claim: margins, both sides where they are numbers, the worst case."""
+    """The outcome of one claim: margins, both sides where they are numbers, the worst case."""
 
     claim: Claim
     margins: list[float] = field(default_factory=list)

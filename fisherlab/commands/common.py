@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Code(IntEnum):
-    """What the exit code of a command says."""
+    """The meaning of a command's exit code."""
 
     DONE = 0  # rows may say refused or diverged, with the reason
     NOTHING = 1  # nothing succeeded, or a claim's verdict is not the recorded one

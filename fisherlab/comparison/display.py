@@ -1,4 +1,4 @@
-"""What a notebook and `print` show of a comparison: five columns first, all of them on demand."""
+"""Display in a notebook and by `print`: five columns first, all of them on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, checked before anything is computed."""
+"""The request for a comparison, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Request:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every row says."""
+        """The facts that every row repeats."""
         generator = self.options["generator"]
         named = isinstance(self.reference, str)
         return {
@@ -134,7 +134,7 @@ class Request:
         return found
 
     def config(self, captures: list[Captures]) -> dict[str, Any]:
-        """What the table's file keeps beside its rows."""
+        """The facts that the table's file keeps besides its rows."""
         report = captures[0].report
         return {
             **self.facts,

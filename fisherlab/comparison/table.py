@@ -71,7 +71,7 @@ class Comparison:
 
     @property
     def about(self) -> str:
-        """What was measured: Fisher type, draws, examples, layers, parameters, what was skipped."""
+        """Summary: Fisher type, draws, examples, layers, parameters, what was skipped."""
         if not len(self.frame):
             return ""
         return "\n".join(filter(None, (self._fisher, self._coverage, self._skipped)))
@@ -125,7 +125,7 @@ class Comparison:
 
     @property
     def note(self) -> str:
-        """What a reader has to know before the first number."""
+        """The facts that a reader needs before the first number."""
         return " ".join(filter(None, (self._type, self._noise, self._unknown, self._rounding)))
 
     @property

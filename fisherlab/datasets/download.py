@@ -12,7 +12,7 @@ TIMEOUT = 60.0  # seconds without an answer
 
 
 def fetch(name: str, root: str | Path | None = None, progress: bool = True) -> list[Path]:
-    """Download the files of a data set into the data folder; those already there are kept.
+    """Download the files of a data set into the data folder; present files are kept.
 
     A file appears under its name only whole and with the right sha256. Returns all of them, in the
     card's order; none for a bundled data set. Raises `DatasetError` for an unknown name, a data set

@@ -82,7 +82,7 @@ class RunDir:
         checkpoint.write(self.folder / GRAMS, write)
 
     def grams(self) -> dict[int, GramStudy]:
-        """What `write_grams` wrote, by step; nothing where it was not called."""
+        """The studies that `write_grams` wrote, by step; nothing where it was not called."""
         path = self.folder / GRAMS
         if not path.is_file():
             return {}
@@ -95,7 +95,7 @@ class RunDir:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `config.json` says; `RunDirError` where there is none."""
+        """The content of `config.json`; `RunDirError` where there is none."""
         path = self.folder / CONFIG
         try:
             return json.loads(path.read_text(encoding="utf-8"))

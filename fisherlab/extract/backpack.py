@@ -237,7 +237,7 @@ class Follower:
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
-        """Follow every module that computes; those that hold others only call them."""
+        """Follow every module that computes; modules that hold others only call them."""
         try:
             for name, module in model.named_modules():
                 if next(module.children(), None) is None:

@@ -83,7 +83,7 @@ def _no_reason(criterion: Any, outputs: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is known of one kind of criterion, `L = (1/Z) sum_n sum_j l_nj` under a mean.
+    """One kind of criterion, `L = (1/Z) sum_n sum_j l_nj` under a mean.
 
     Every function takes the criterion first, then the outputs `f` and the labels `y`.
 
@@ -151,7 +151,7 @@ def register_criterion(
             It makes "exact" possible.
         sample: labels `[n, ...]` drawn from the distribution that the outputs stand for, by
             `torch` functions with `generator=`, on the CPU. It makes "mc" possible.
-        weights: what each term counts in `Z` under a mean; default 1.
+        weights: weight of each term in `Z` under a mean; default 1.
         check: raises `CaptureError` for labels that do not fit the outputs.
 
     Raises:
@@ -180,7 +180,7 @@ def register_criterion(
 
 
 def rules_of(criterion: Callable[..., Any]) -> Rules | None:
-    """What is known of a criterion by its exact type; None for one that is not known."""
+    """The rules of a criterion by its exact type; None for one that is not known."""
     if isinstance(criterion, WithRules):
         return criterion.rules
     if not isinstance(criterion, nn.Module):
@@ -274,7 +274,7 @@ def terms_at(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def weights_at(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
-    """What each loss term counts in `Z` under a mean."""
+    """The weight of each loss term in `Z` under a mean."""
     rules = rules_of(criterion)
     if rules is None or rules.terms is None:
         return _ones(outputs.shape[:1], outputs)

@@ -103,7 +103,7 @@ class Geometry:
         conv: the hyper-parameters of a convolution, whose inputs are patches.
         group: the group of a convolution that this capture covers, of `groups`.
         transposed: the hyper-parameters of a transposed convolution, whose gradients are patches.
-        lookup: of an embedding the index without gradient (`padding_idx`), or -1.
+        lookup: for an embedding, the index without gradient (`padding_idx`), or -1.
         adds: whether this call adds the bias: 1 in that column, else 0.
         start: the first row of the weight that this call multiplies.
         width: the number of those rows; None for all.

@@ -27,7 +27,7 @@ ROWS_PER_CHANNEL = 8
 def image_gradients(x: Tensor, g: Tensor, conv: Convolution, out: Tensor) -> None:
     """`D[m,n]` of images `x` `[n, c, h, w]` and output gradients `g` `[m, n, o, h', w']`.
 
-    Into `out`, `[m, n, o, c k k]`. Of few rows `m o`, with stride 1, every kernel entry is one
+    Into `out`, `[m, n, o, c k k]`. With few rows `m o` and stride 1, every kernel entry is one
     batched product of the gradients with the images, shifted: laid out with the rows of the images,
     a shift is an offset and nothing is copied.
     """

@@ -104,7 +104,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Known:
-    """What a tensor is on the tape: `factor W + c` of a weight, in the weight's layout."""
+    """The place of a tensor on the tape: `factor W + c` of a weight, in the weight's layout."""
 
     name: str
     root: Tensor
@@ -227,7 +227,7 @@ class Tape(TorchFunctionMode):
         return out
 
     def known(self, tensor: object) -> Known | None:
-        """What a tensor is on this tape, itself or by the tensor that it is a view of."""
+        """The place of a tensor on this tape, directly or through the tensor that it views."""
         if not isinstance(tensor, Tensor):
             return None
         for each in (tensor, tensor._base):

@@ -1,4 +1,4 @@
-"""What an approximate block does to a gradient: direction and quadratic-model decrease.
+"""The effect of an approximate block on a gradient: direction and quadratic-model decrease.
 
 `d = -P g` is the approximate natural-gradient step, `P = (X + lambda I)^{-1}` unless a
 preconditioner with the damping placed elsewhere is given; `d* = -(F + lambda I)^{-1} g` the exact

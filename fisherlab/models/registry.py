@@ -32,7 +32,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Spec:
-    """What every model is told; each uses what it needs."""
+    """The arguments that every model gets; each uses those it needs."""
 
     num_classes: int
     in_channels: int

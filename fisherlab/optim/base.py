@@ -1,4 +1,4 @@
-"""What every curvature optimizer is: parameter groups, a step along directions, a state."""
+"""The base of every curvature optimizer: parameter groups, a step along directions, a state."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return found
 
     def due(self) -> tuple[str, ...]:
-        """What the next step does beyond every step, such as `statistics`: its cost depends on it.
+        """The extra work of the next step, such as `statistics`: the step's cost depends on it.
 
         Nothing here: every step is like the others.
         """
@@ -242,7 +242,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return type(self).__name__
 
     def _extra_state(self) -> dict[str, Any]:

@@ -307,7 +307,7 @@ class Coverage:
 
 
 class Covered:
-    """What has a `Coverage`, and tells what is in it."""
+    """An optimizer with a `Coverage`, which it describes."""
 
     coverage: Coverage
 

@@ -84,7 +84,7 @@ class Curvature:
         self._scale: dict[str, float] = {}
 
     def parts_of(self, weight: Weight) -> list[Part]:
-        """Those of a layer, in the order of its rows."""
+        """The parts of a layer, in the order of its rows."""
         for key in weight.keys:
             if key not in self.parts:
                 self.parts[key] = Part(key, weight, self._fresh())

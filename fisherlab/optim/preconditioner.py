@@ -70,7 +70,7 @@ class Preconditioner(Covered):
         fisher_type: "empirical", "mc" (columns drawn from the model, on the graph of the loop's own
             forward) or "exact".
         mc_samples: draws per example.
-        generator: of the draws; None: a fresh one seeded with 0.
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
         layers: names or patterns of the weights that may have a block; None: all trainable ones.
         skip: names or patterns of those that may not.
         largest_factor: rows of a Kronecker factor above which its diagonal is kept; a warning and
@@ -174,7 +174,7 @@ class Preconditioner(Covered):
         return {kind for kind in self.curvature.kinds if self.steps % group[f"{kind}_every"] == 0}
 
     def due(self) -> tuple[str, ...]:
-        """What the next step refreshes of any layer: `statistics`, `basis`, `corrections`."""
+        """Parts that the next step refreshes in any layer: `statistics`, `basis`, `corrections`."""
         if self.over:
             return ()
         found = set().union(*(self._due(weight) for weight in self.weights.values()))
@@ -332,7 +332,7 @@ class Preconditioner(Covered):
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return f"Preconditioner({type(self.approximation).__name__})"
 
     def state_dict(self) -> dict[str, Any]:

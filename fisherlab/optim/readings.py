@@ -1,4 +1,4 @@
-"""What a running optimizer divides its gradients by, read off its state as blocks."""
+"""The preconditioner of a running optimizer, read off its state as blocks."""
 
 from __future__ import annotations
 

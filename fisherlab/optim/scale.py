@@ -190,7 +190,7 @@ class Loss:
 
     @property
     def factor(self) -> float:
-        """What turns `dL/ds` into the gradient of the per-example loss."""
+        """The factor from `dL/ds` to the gradient of the per-example loss."""
         if self._known is None:
             if self._output is None:
                 raise OptimizerError("a backward pass came without a forward of the model itself")

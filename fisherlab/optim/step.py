@@ -56,7 +56,7 @@ class Clip:
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def factor(self, directions: Directions, change: Callable[[], float], steps: int) -> float:
-        """What the directions are multiplied by.
+        """The factor on all directions.
 
         Args:
             directions: of all parameters that have one.

@@ -221,7 +221,7 @@ class Woodbury(CurvatureOptimizer):
 
 @dataclass(eq=False)
 class Taken:
-    """What one backward pass brought to a layer, and the weights that its examples took."""
+    """The captures of one backward pass at a layer, and the weights of its examples."""
 
     # as the pass multiplied it
     weight: Weight

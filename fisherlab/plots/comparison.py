@@ -55,13 +55,13 @@ def error(
         table: A `Comparison`, or its frame.
         column: The error; by default the one that the table leads with.
         layers: The layers to draw, in this order; by default all.
-        labels: What to call methods: `{"kfac": "K-FAC"}`; they keep their looks.
+        labels: Shown names of methods, `{"kfac": "K-FAC"}`; they keep their looks.
         palette: Colours of methods, by name.
         size: Width and height of the figure in inches.
         ax: Axes of your own to draw the last step into.
 
     Returns:
-        The figure; of `ax`, its own.
+        The figure; if `ax` is given, the figure of `ax`.
 
     Raises:
         ValueError: `layers` names a layer that the table does not have.
@@ -143,7 +143,7 @@ def leading(table: Any) -> str:
 
 
 def label(column: str) -> str:
-    """What an axis of this column says."""
+    """The axis label of this column."""
     return LABELS.get(column, column.replace("_", " "))
 
 

@@ -105,7 +105,7 @@ def _leave_out_explosions(ax: Axes, values: pd.Series) -> None:
 
 @theme.themed
 def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
-    """What each optimizer reaches at the end, and beside it what a step costs; the best on top.
+    """The final result of each optimizer, next to the cost of a step; the best on top.
 
     Without the second where no optimizer took enough steps to be timed.
     """

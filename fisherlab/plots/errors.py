@@ -35,7 +35,7 @@ UNITS = {
 
 
 def label(column: str) -> str:
-    """What an axis of this column says, with its unit."""
+    """The axis label of this column, with its unit."""
     return UNITS.get(column, comparison.label(column))
 
 

@@ -65,7 +65,7 @@ class Explorer:
         return -F.solve(self.captures[layer].gradient.to(F.dtype), damping)
 
     def numbers(self, layer: str, approximation: str, damping: float) -> dict[str, float]:
-        """What the picture's title says; `damping` is relative to `tr F / N`."""
+        """The picture's title; `damping` is relative to `tr F / N`."""
         F, X = self._block(layer, "exact"), self._block(layer, approximation)
         shift = damping * F.trace().item() / F.size
         gradient = self.captures[layer].gradient

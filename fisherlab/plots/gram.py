@@ -167,7 +167,7 @@ def coefficients(
 
 @theme.themed
 def coefficient_drift(frame: pd.DataFrame) -> Figure:
-    """What sharing loses: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
+    """Loss from sharing: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
 
     `frame` has columns epoch, layer, drift, and the standard deviations of `M v`: `spread` of the
     batch's own coefficients, `shared_spread` of the shared ones.

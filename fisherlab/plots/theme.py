@@ -52,7 +52,7 @@ class Picture(Figure):
 
     @property
     def title(self) -> str:
-        """What the picture is of, in one line."""
+        """The picture's subject in one line."""
         return self.get_suptitle().replace("\n", ", ")
 
 
@@ -242,7 +242,7 @@ def rotation(names: Iterable[str]) -> int:
 
 
 def title(figure: Figure, text: str) -> None:
-    """What the picture is about, at its upper left, clear of the legend: call it after `legend`."""
+    """The picture's subject, at its upper left, clear of the legend: call it after `legend`."""
     written = figure.suptitle(text, x=0.01, ha="left")
     left = written.get_window_extent().x0
     widths = [legend.get_window_extent().width for legend in figure.legends]

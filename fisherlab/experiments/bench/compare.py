@@ -1,4 +1,4 @@
-"""What a whole comparison costs, in seconds and GiB."""
+"""The cost of a whole comparison, in seconds and GiB."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What the table calls it."""
+        """The name of this row in the table."""
         what = f"compare, {len(self.methods)} approximations"
         return what + (", float64" if self.dtype == torch.float64 else "")
 
     @property
     def about(self) -> dict[str, str]:
-        """What its row is of."""
+        """The network, work and library of this row."""
         kind = self.fisher_type
         return {"network": self.network, "work": self.title, "fisher_type": kind, "by": OURS}
 

@@ -35,7 +35,7 @@ class Timing:
 
     @property
     def ratios(self) -> list[float]:
-        """Of each pair."""
+        """The ratio of each pair."""
         return [w / r for w, r in zip(self.work, self.reference, strict=True)]
 
     @property
@@ -61,7 +61,7 @@ class Timing:
         return median(self.work)
 
     def row(self) -> dict[str, float]:
-        """What the table shows of it."""
+        """The columns of this timing in the table."""
         low, high = self.spread
         return {
             "ratio": self.ratio,

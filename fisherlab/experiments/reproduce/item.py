@@ -1,4 +1,4 @@
-"""What a table or a figure of a paper is made of, as values."""
+"""The parts of a paper's table or figure, as values."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def reproduce(
 
 
 def announcement(item: Item, scale: str) -> str:
-    """What an item will cost, or why it is not run."""
+    """The expected cost of an item, or why it is not run."""
     if not item.runnable:
         return f"not an experiment: {item.why}" if item.illustration else f"{CANNOT}: {item.why}"
     return f"about {in_words(cost(item, scale))} on one core, less what is done already"

@@ -61,7 +61,7 @@ COLUMNS = {
 
 
 class Results:
-    """What a run has measured so far: `rows`, `curve`, `comparisons` and `summary()`."""
+    """The measurements of a run so far: `rows`, `curve`, `comparisons` and `summary()`."""
 
     def __init__(self, task: Task, records: list[Record]) -> None:
         self.settings, self.records = task.settings, records
