@@ -19,11 +19,14 @@ KEPT = {TRIM_THRESHOLD: -1, TOP_PAD: 64 * MiB, MMAP_MAX: 0}
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory until the process ends; whether that is possible here.
+    """Keep freed memory until the process ends, which saves page faults.
 
-    Not with another C library than glibc, nor where the environment sets `MALLOC_*_` or glibc's
-    malloc tunables: then somebody has decided. The process stays as large as it once was.
-    The library never calls it; the commands do, in their own process.
+    It does nothing with another C library than glibc, nor if the environment sets `MALLOC_*_` or
+    glibc's malloc tunables, which then decide. The process stays as large as it once was. The
+    library never calls this function; the commands call it in their own process.
+
+    Returns:
+        Whether memory is kept from now on.
     """
     library = _glibc()
     if library is None:

@@ -80,7 +80,12 @@ CONVENTIONS: tuple[Convention, ...] = (
 
 
 def conventions() -> pd.DataFrame:
-    """KFAC and EKFAC of every library on a convolution and on a sequence, one row each."""
+    """KFAC and EKFAC of every library on a convolution and on a sequence, one row each.
+
+    Returns:
+        A frame: library, method, layer, formulas of `A` and `B`, the scale that is undone, verdict
+        and reason.
+    """
     names = [field.name for field in fields(Convention)]
     return pd.DataFrame([astuple(row) for row in CONVENTIONS], columns=names)
 

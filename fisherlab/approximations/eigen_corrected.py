@@ -24,6 +24,9 @@ class EigenCorrected(Approximation):
 
     A thin basis spans the batch it came from. Gradients of later batches outside this basis are
     kept as a complement, isotropic for each direction of the other side, so the trace is preserved.
+
+    Args:
+        factors: the approximation whose Kronecker eigenbasis is corrected, such as `fl.KFAC()`.
     """
 
     factors: Approximation

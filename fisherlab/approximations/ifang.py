@@ -27,6 +27,11 @@ class IFANG(Eva, name="ifang"):
     a scalar, and undamped it is Eva's block; with as many rows as examples it is KFAC's, in the
     reduce setting. Over time each row is averaged with its predecessors, which draws them together:
     `decay=0` is the paper's, of one batch.
+
+    Args:
+        rows: s', the number of groups.
+        a: statistic of the group means `a~_k`; None: their default.
+        g: statistic of the group means `g~_k`; None: their default.
     """
 
     placement = "factorwise"

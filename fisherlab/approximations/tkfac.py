@@ -28,6 +28,18 @@ class TKFAC(Approximation, name="tkfac"):
 
     The two are one for T = 1. Partial traces keep the trace for every T; the literal form keeps it
     under the paper's independence assumptions only. Means run over the unnormalised sums.
+
+    Args:
+        weight_sharing: "partial" or "expand".
+        placement: of the damping: "tikhonov", "factored", "factorwise" or "eigenvalue".
+        pi: for "factored", where `Phi` gets `pi sqrt(lambda)` and `Psi` gets `sqrt(lambda) / pi`;
+            None: the trace rule.
+        left: statistic of `Psi` `[o, o]`; default: that of `weight_sharing`.
+        right: statistic of `Phi` `[i, i]`; default: that of `weight_sharing`.
+        trace: statistic of `sigma`; default: that of `weight_sharing`.
+
+    Raises:
+        BlockError: an option is unknown.
     """
 
     weight_sharing: str = "partial"

@@ -291,7 +291,22 @@ class Block(ABC):
 
 
 class Dense(Block):
-    """`F` as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
+    """`F` as a symmetric matrix; negative eigenvalues count as zero in `power`.
+
+    Args:
+        matrix: `[o i, o i]`, symmetric.
+        shape: `(o, i)` of the weight.
+
+    Raises:
+        BlockError: the matrix does not fit the shape.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), (1, 2))
+        >>> (F @ torch.tensor([[1.0, 0.0]])).tolist()
+        [[2.0, 1.0]]
+    """
 
     def __init__(self, matrix: Tensor, shape: tuple[int, int]) -> None:
         if matrix.shape != (shape[0] * shape[1],) * 2:

@@ -28,8 +28,9 @@ from fisherlab.blocks.work import cached
 class MiniBlock(Block):
     """`F = blockdiag(blocks)`: one `[k, k]` matrix per output feature and group of k inputs.
 
-    `blocks` is `[o, c, k, k]` for a weight whose first `c k` columns fall into c groups, `bias`
-    `[o]` the entries of a last column of its own (None where every column is in a group).
+    Args:
+        blocks: `[o, c, k, k]`, for a weight whose first `c k` columns fall into c groups.
+        bias: `[o]`, the entries of one more column; None if every column is in a group.
     """
 
     blocks: Tensor

@@ -164,8 +164,19 @@ class OfColumns(Block):
 class Outer(OfColumns):
     """`F = shift I + c U U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
 
-    `a` is `[n, t, i]`, `g` is `[m, n, t, o]`; `core` is `c`, by default the `1/M` of a Fisher
-    block. A symmetric float64 matrix `[R, R]` as `core` makes an `OuterSum`.
+    Args:
+        a: `[n, t, i]`, the inputs.
+        g: `[m, n, t, o]`, the output gradients.
+        core: `c`; None: the `1/M` of a Fisher block. A symmetric float64 matrix `[R, R]` makes an
+            `OuterSum`.
+        shift: a multiple of the identity.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> a, g = torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 1, 1)
+        >>> blocks.Outer(a, g).dense().tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
     """
 
     def __new__(cls, a: Any = None, g: Any = None, core: Any = None, shift: float = 0.0) -> Any:

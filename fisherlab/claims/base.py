@@ -223,13 +223,27 @@ class Usually(AtMost):
 
 
 def names() -> list[str]:
-    """Every registered claim, grouped by paper, in the order of the files."""
+    """Every registered claim, grouped by paper, in the order of the files.
+
+    Returns:
+        Names for `verify` and `get`.
+    """
     found = list(_REGISTRY)
     return sorted(found, key=lambda name: (get(name).paper, found.index(name)))
 
 
 def get(name: str) -> Claim:
-    """The claim of a name; an unknown one is refused with the nearest names."""
+    """The claim of a name.
+
+    Args:
+        name: a name of `names()`.
+
+    Returns:
+        The claim, ready to draw and compare cases.
+
+    Raises:
+        ClaimError: the name is unknown; the message names the nearest.
+    """
     if name not in _REGISTRY:
         papers = sorted({get(claim).paper.lower() for claim in _REGISTRY})
         containing = [claim for claim in _REGISTRY if name.lower() in claim]

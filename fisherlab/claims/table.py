@@ -178,7 +178,14 @@ def _described(claim: Claim) -> dict[str, str]:
 
 
 def load(path: str | Path) -> Case:
-    """A saved counterexample: `fl.claims.get(name).margin(fl.claims.load(path))` is its margin."""
+    """A saved counterexample: `fl.claims.get(name).margin(fl.claims.load(path))` is its margin.
+
+    Args:
+        path: a file that a run of `fisherlab verify` wrote.
+
+    Returns:
+        The case.
+    """
     return torch.load(path, weights_only=True)
 
 
@@ -203,12 +210,20 @@ def verify(
 ) -> Verdicts:
     """Try claims on random cases, and return their verdicts.
 
-    `names`: claims or papers (`"tekfac"`); None: all. `trials` per claim, None: each claim's own
-    number. A claim's cases depend on `seed` and its name alone, not on what else is tried. `on`:
-    "dataset:model", cases of a real network at several training steps instead of random ones;
-    claims that cannot be asked of it are left out.
+    A claim's cases depend on `seed` and its name alone.
 
-    Raises `ClaimError` for an unknown name.
+    Args:
+        names: claims or papers (`"tekfac"`); None: all.
+        seed: seed of the random cases.
+        trials: cases per claim; None: each claim's own number.
+        on: "dataset:model", for cases of a real network at several training steps instead of random
+            ones. Claims that cannot be asked of it are left out.
+
+    Returns:
+        A row per claim, with the smallest counterexample of each refuted one.
+
+    Raises:
+        ClaimError: the name is unknown, or `trials` is below 1.
     """
     return Verdicts(tried(chosen(names), seed, trials, on), on or "")
 

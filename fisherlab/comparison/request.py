@@ -234,8 +234,17 @@ def default_fisher_type(
 ) -> str:
     """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
 
-    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown. The labels `y`
-    tell where the classes are in the outputs, axis 1 or the last.
+    NLLLoss is cross entropy if the outputs are log-probabilities, else unknown.
+
+    Args:
+        model: the model; it comes back untouched.
+        criterion: the loss.
+        x: one batch, as in `compare`.
+        forward: `forward(model, x)` makes the outputs; None: `model(x)`.
+        y: the labels, which tell whether classes are axis 1 of the outputs or the last.
+
+    Returns:
+        "exact", "mc" or "empirical".
     """
     return _default_type(model, criterion, x, y, forward)[0]
 
@@ -257,7 +266,11 @@ def _default_type(
 
 
 def versions() -> dict[str, str]:
-    """The versions a measurement depends on."""
+    """The versions on which a measurement depends.
+
+    Returns:
+        A version by name of the library.
+    """
     return {
         "fisherlab": fisherlab.__version__,
         "torch": torch.__version__,

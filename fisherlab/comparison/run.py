@@ -83,7 +83,14 @@ def _table(found: Mapping[str, Rows], names: Sequence[str]) -> pd.DataFrame:
 
 
 def notebook_bar(steps: Sequence[str]) -> Iterable[str]:
-    """A bar over layers and methods in a notebook or on a terminal; nothing elsewhere."""
+    """A bar over layers and methods in a notebook or on a terminal; nothing elsewhere.
+
+    Args:
+        steps: the names of the steps, in order.
+
+    Returns:
+        The same names, as they are taken.
+    """
     shell = sys.modules.get("IPython")
     notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
     if not notebook and not sys.stderr.isatty():

@@ -275,7 +275,11 @@ class Comparison:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a comparison; `comparison` holds the layers that were measured before it."""
+    """Ctrl-C during a comparison.
+
+    Args:
+        comparison: the table of the layers that were measured before it.
+    """
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")

@@ -206,7 +206,16 @@ GRADIENT_ONLY = ("sgd", "adam", "adamw", "radam", "muon", "soap")
 
 
 def names() -> list[str]:
-    """Every optimizer that `create` knows: torch's own, the papers', every other approximation."""
+    """Every optimizer that `create` knows: torch's own, the papers', every other approximation.
+
+    Returns:
+        The names, in this order.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> {"sgd", "kfac", "ekfac"} <= set(fl.optim.names())
+        True
+    """
     return [*_MAKERS, *(n for n in approximations.names() if n not in _MAKERS)]
 
 

@@ -347,7 +347,14 @@ def _transform(weight: Tensor, bias: Tensor | None, change: Tensor) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """The plain network again, with the same outputs and the same parameter objects."""
+    """`W = w' G^{-1/2}`: the plain network again, with the same outputs and parameter objects.
+
+    Args:
+        model: a network that `reconstruct` changed, in place.
+
+    Returns:
+        `model`.
+    """
     for module, fisher in local_fishers(model).values():
         for handle in fisher.handles:
             handle.remove()
