@@ -1,8 +1,8 @@
 """Freed memory kept for what comes next, where the C library would hand it back to the system.
 
 glibc gives every tensor above 32 MiB memory of its own and returns it on release. The next tensor
-of that size is then filled page by page, at about 1 GB/s: a third of the time of capturing an exact
-Fisher, a tenth of a whole comparison (ResNet-18, 2 CPU cores).
+of that size is then filled page by page, at about 1 GB/s. This takes a third of the time of an
+exact capture, and a tenth of a whole comparison (ResNet-18, 2 CPU cores).
 """
 
 from __future__ import annotations

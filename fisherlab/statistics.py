@@ -45,7 +45,7 @@ class Statistic(ABC):
 
     # "input" or "output" where the sum is a Kronecker factor of that side of the layer
     side: ClassVar[str | None] = None
-    # what a capture must hold
+    # tensors that a capture must hold
     needs: ClassVar[frozenset[str]] = COLUMNS
     # whether totals add up over output vectors of one example as well
     columnwise: ClassVar[bool] = False

@@ -66,8 +66,8 @@ def _block(value: Any, place: int) -> Block:
 def to_backpack(block: Kronecker, bias: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """`[B, A]` of a weight and `[B]` of its bias, as `p.kflr` has them, of a block on `[W | b]`.
 
-    The last column of `A`, which couples weight and bias, is left out, and `B` of the bias is
-    scaled by its last entry, which is 1 where all positions count.
+    The last column of `A`, which couples weight and bias, is left out. `B` of the bias is scaled by
+    the last entry of `A`, which is 1 where all positions count.
 
     Args:
         block: a Kronecker product.

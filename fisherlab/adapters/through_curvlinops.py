@@ -182,12 +182,12 @@ def to_curvlinops(blocks: Mapping[str, Kronecker], operator: Any) -> None:
         "gradient_covariances": {n: scale * block.G for n, block in blocks.items()},
     }
     with warnings.catch_warnings():
-        # of the model's parameters, which it is given back as they are
+        # parameters of the model, which gets them back as they are
         warnings.simplefilter("ignore", UserWarning)
         operator.load_state_dict({**state, **new, **dict.fromkeys(PROPERTIES)})
 
 
-# what an operator remembers of its factors
+# numbers that an operator remembers of its factors
 PROPERTIES = ("trace", "det", "logdet", "frobenius_norm")
 
 

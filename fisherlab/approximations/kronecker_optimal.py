@@ -93,7 +93,7 @@ class _Rearranged:
         of = self.columns[0] if len(self.columns) == 1 else joined(self.columns)
         values, weights = of.hadamard
         top = min(terms, int((values > 1e-14 * len(values) * values[-1]).sum()))
-        # in float64: of a singular value that is rounding, float32 sums are multiples of the first
+        # in float64: where a singular value is rounding, float32 sums are multiples of the first
         g = of.g[:, :, 0].double()
         flat = g.flatten(0, 1)
         found: list[Tensor] = []

@@ -83,10 +83,10 @@ class Eigen(Block):
     """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus what a thin basis leaves out.
 
     `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
-    basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
-    `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0, and together they are its `complement`. A basis that is
-    None is the side's own coordinates.
+    basis is thin, the tails are eigenvalues on its orthogonal complement: `tail_G[o']` for each
+    output direction (complement of `Q_A`), `tail_A[i']` for each input direction (complement of
+    `Q_G`), `tail` for both complements. They default to 0, and together they are the `complement`.
+    A basis that is None is the side's own coordinates.
     """
 
     _factor_values: tuple[Tensor, Tensor] | None = None

@@ -245,7 +245,7 @@ class Outer(OfColumns):
     def solve(self, V: Tensor, damping: float) -> Tensor:
         """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + c K)^{-1} w`.
 
-        A gradient in float32 is such a sum up to its rounding, which 1 / damping would blow up: a
+        A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify: a
         damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
         """
         self.check(V)
@@ -395,9 +395,9 @@ class Outer(OfColumns):
 class OuterSum(OfColumns):
     """`F = shift I + sum_k d_k v_k v_k^T` with `v_k = U W_k`: `U C U^T` of a full core `C`.
 
-    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`,
-    and everything about them is known of `d`: the Woodbury inverse of TENGraD, FNGD (7)-(9) and
-    NGM (28) costs no more than a product.
+    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`, so
+    `d` determines everything about them. The Woodbury inverse of TENGraD, FNGD (7)-(9) and NGM (28)
+    costs no more than a product.
     """
 
     def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:
@@ -514,7 +514,7 @@ class OuterSum(OfColumns):
         else:
             assert isinstance(other, Outer)
             inside = other.core * (K.square() @ self.d).sum()
-        # what cancels is in float64 throughout
+        # terms that cancel are in float64 throughout
         trace = other._gram_trace() + other.shift * self.size
         return inside + self.shift * trace + other.shift * self._inside_trace()
 

@@ -48,8 +48,8 @@ class Claim(ABC):
     `kind` says whose statement it is: a key of `KINDS`. Only a refuted "claim" is an error of the
     paper.
 
-    `draw` makes a random case; `left` (FisherLab's own code) and `right` (the definition, by code
-    of its own) compute the two sides; `compare` turns them into a margin, positive where the
+    `draw` makes a random case. `left` (FisherLab's own code) and `right` (the definition, by
+    separate code) compute the two sides. `compare` turns them into a margin, positive where the
     statement is true of the case. A margin below `-noise` violates the statement, one within
     `noise` is lost in rounding.
 
@@ -68,7 +68,7 @@ class Claim(ABC):
     clear: ClassVar[float] = 1e-3
     assumption: ClassVar[str] = ""
     outside: ClassVar[str] = ""
-    # what the two sides are, for the picture
+    # names of the two sides, for the picture
     sides: ClassVar[tuple[str, str]] = ("FisherLab", "definition")
     # tensors of a case that the search may move
     free: ClassVar[tuple[str, ...]] = ()

@@ -87,7 +87,7 @@ def training_step(name: str, case: Case, inputs: int, examples: int, **options: 
     model, x, y = network(case, inputs, examples)
     optimizer = create(name, model, lr=0.01, **options)
     with warnings.catch_warnings():
-        # that FNGD's coefficients are flat is another claim's matter
+        # flat coefficients of FNGD are another claim's matter
         warnings.simplefilter("ignore")
         for _ in range(options.get("coefficient_steps", 0)):
             _step(optimizer, model, x, y)

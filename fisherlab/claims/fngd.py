@@ -114,7 +114,7 @@ class _Shared(Claim):
         options: dict[str, Any] = {"lr": 0.0, "alpha": self.alpha, "momentum": 0.0}
         optimizer = FNGD(model, criterion=criterion, coefficient_steps=self.batches, **options)
         with warnings.catch_warnings():
-            # that the coefficients are flat is what is measured here
+            # this claim measures whether the coefficients are flat
             warnings.simplefilter("ignore")
             for rows in case["epochs"][0].split(self.batch):
                 optimizer.zero_grad()

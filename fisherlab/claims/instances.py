@@ -1,7 +1,7 @@
 """Random cases: small networks, data, criteria, Fisher types, positions, dampings.
 
-A case is plain data, so that it can be saved and looked at. What the two sides of a claim share is
-here and nowhere else: the case itself, the network it describes, and the labels of its model.
+A case is plain data, so that it can be saved and looked at. The shared parts of a claim's two sides
+are here and nowhere else: the case itself, the network it describes, and the labels of its model.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class LayerMeasurement:
         self.first = self.parts[0][0]
         self.memos = [Memo(part, memory) for part in self.parts]
         other = samples.target
-        # of the captures themselves, the columns that all methods are made of
+        # the columns of the captures themselves, which all methods are made of
         shared = [] if other else [_exact(memo) for memo in self.memos]
         self.F = self._exact(other) if other else layer_block(shared)
         self.held_out = self._exact(held_out) if held_out else None
@@ -138,7 +138,7 @@ class LayerMeasurement:
         share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
-            # of the Hessian another product is the best
+            # for the Hessian another product is the best
             known = bool(best) and self.hessian is None
             row["optimality_gap"] = row["relative_error"] - best[0] if known else math.nan
         return rows

@@ -33,7 +33,7 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
     names = list(by_layer(samples.captures[0]))
     examples = len(samples.captures[0].labels)
     device = next(iter(samples.captures[0].values())).device
-    # of all ranks, so that each comes to the same owners whatever its shard
+    # costs of all ranks, so that each finds the same owners whatever its shard
     costs = _costs(samples.captures[0], sum(ranks.objects(examples)) if ranks else examples)
     mine = names
     if ranks:

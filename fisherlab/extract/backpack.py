@@ -5,8 +5,8 @@
 A first-order extension leaves the gradient at each layer's output (empirical), a second-order one
 the back-propagated columns (exact, mc). Both stop there: nothing of a parameter's size is formed.
 
-The last column is the gradient of the loss, and must arrive at every layer as autograd delivers it:
-BackPACK follows modules only and keys what it sends by `data_ptr()`, so that it is silently wrong
+The last column is the gradient of the loss, and must arrive at every layer as autograd delivers it.
+BackPACK follows modules only and keys its tensors by `data_ptr()`. It is therefore silently wrong
 behind functional transposes, in-place operations and paddings other than zeros.
 """
 

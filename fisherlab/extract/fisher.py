@@ -222,8 +222,8 @@ def mc_vectors(
 ) -> Iterator[Tensor]:
     """Scores at drawn labels, one `[n, ...]` per draw; drawn on the CPU from `generator`.
 
-    Every one of `ranks` draws for the joint batch and keeps its own rows: two ranks never share a
-    draw, their generators stay in step, and the draws are those of a single process.
+    Every one of `ranks` draws for the joint batch and keeps its own rows. Two ranks never share a
+    draw, their generators stay in step, and the draws equal those of a single process.
     """
     check_draws(draws)
     terms = terms_of(criterion, outputs, y, "mc", ranks)

@@ -39,7 +39,7 @@ _ATTENTION = FunctionType(
 _ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
-# What lets a user put a hook on a tensor or on the node behind it.
+# Calls by which a user puts a hook on a tensor or on the node behind it.
 _HOOKS = frozenset({Tensor.register_hook, Tensor.grad_fn.__get__})
 # Kinds of products: linear maps and convolutions, embeddings, factors and terms per feature
 # (normalisations, biases that no map has, positions).
@@ -455,7 +455,7 @@ class Record:
         if product.scale is not None:
             with torch.no_grad():
                 scale = product.scale().detach()
-            # what is read of x is in the factor
+            # the part read of x is in the factor
             x, shape = kept, product.weight.shape
         call = Recorded(
             use.geometry,

@@ -7,7 +7,7 @@ positions, and `L_n = G_n (x) A + G (x) A_n - G (x) A`, whose mean is KFAC,
     D_n = S_n - L_n      dependence of a and g
 
 and their means add up to `E = F - G (x) A`. Of `||E||^2` the part
-`(mean ||E_n||^2 - mean_{n != k} <E_n, E_k>) / M` is the noise that a mean of M examples keeps; the
+`(mean ||E_n||^2 - mean_{n != k} <E_n, E_k>) / M` is the noise that a mean of M examples keeps. The
 rest, a U-statistic, is `<D, E> + <P, E>` without their terms of one example.
 """
 

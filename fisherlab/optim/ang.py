@@ -38,8 +38,8 @@ class ANG(NaturalGradient):
     ANG (5)-(7), Alg. 2; linear blending where Omega vanishes, `t` where `d.t < 0`. `s` follows
     `curve` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`;
     an option `schedule` that is no `Schedule` is taken for it, as it was called. The amplitude
-    stays `rho` (`"natural"`, the paper): at s = 1 the step is `(|d|/|t|) t`, SGD with a layer-wise
-    factor, kept in `factors`; `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
+    stays `rho` (`"natural"`, the paper). At s = 1 the step is `(|d|/|t|) t`: SGD with a layer-wise
+    factor, kept in `factors`. `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
     "global", over all layers together.
 
     `path` is "sphere", (7); "chord", the linear blend `rho ((1 - s) d/|d| + s t/|t|)` of (6); or

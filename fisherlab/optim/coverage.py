@@ -58,7 +58,7 @@ class Coverage:
         self._wanted = _meant(self.owners, layers, skip)
         self.weights: dict[str, Weight] = {}
         self.left_out: dict[str, str] = {}
-        # what sees the products of the weights
+        # the tape that sees the products of the weights
         self.tape: Tape | None = None
         # shape and dtype of each matrix as it was first seen
         self._shapes: dict[str, torch.Size] = {}
@@ -339,7 +339,7 @@ def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> s
         return set(owners)
     names, _ = chosen(owners, layers, skip)
     if layers is None:
-        # of the weights that are frozen now some may be trained later
+        # some weights that are frozen now may be trained later
         return set(names) | {n for n, owner in owners.items() if not owner.tensor.requires_grad}
     return set(names)
 

@@ -48,7 +48,7 @@ Maker = Callable[..., torch.optim.Optimizer]
 LR, MOMENTUM, KL_CLIP = 0.015, 0.6, 0.1
 # of running means; a share inside both factors damps the larger eigenvalues as well
 SHARE, FACTORED_SHARE = 0.03, 0.02
-# of the block of a single batch, which the gradient of that batch overfits, and of all layers'
+# shares for a single batch's block, which that batch's gradient overfits, and for all layers'
 BATCH_SHARE, EXACT_SHARE, JOINT_SHARE = 0.1, 0.3, 1.0
 # An exact block holds that gradient: `lr^2 <direction, gradient>` is at most lr^2, per block.
 EXACT_LR = 0.08
@@ -68,7 +68,7 @@ SQUARED_EXACT = {"lr": 0.1, "damping": geometric(0.1), **UNMOVED}
 SQUARED_RANK_ONE = {"lr": 0.01}
 # No running mean to save on.
 _OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
-# What `create` passes itself, and what constructors pass on.
+# Options that `create` passes itself, or that constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs", "groups"}
 # An option that only one of the presets has.
 ABSENT = "–"
@@ -201,7 +201,7 @@ _MAKERS: dict[str, Maker] = {
     "mini_block": _natural(MiniBlock()),
 }
 
-# Those that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
+# Optimizers that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
 GRADIENT_ONLY = ("sgd", "adam", "adamw", "radam", "muon", "soap")
 
 

@@ -22,7 +22,7 @@ from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.state import placed
 from fisherlab.optim.weight import Weight
 
-# What may be due at a step, in this order; `f"{kind}_every"` is the interval.
+# Parts that may be due at a step, in this order; `f"{kind}_every"` is the interval.
 KINDS = ("statistics", "basis", "corrections")
 
 

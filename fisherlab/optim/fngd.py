@@ -24,10 +24,10 @@ FLAT = 0.05
 class FNGD(Woodbury):
     """Phase 1: `W <- W - lr U v`;  phase 2: `W <- W - lr U v~`, `v~` the mean of phase 1's `v`.
 
-    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves
-    for its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and
-    no inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary
-    weight gradient taken, the bias included. After `backward()`, `p.grad` is that weighted
+    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves for its own
+    coefficients, `lambda = alpha ||U^T U||_F`. Afterwards no per-example gradient and no inverse is
+    formed: row n of the output gradient is scaled by `M v~_n`, and the ordinary gradient of weight
+        and bias is taken. After `backward()`, `p.grad` is that weighted
     gradient: clip and log it as such.
 
     `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled

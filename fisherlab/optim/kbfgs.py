@@ -27,7 +27,7 @@ class KBFGSOptimizer(NaturalGradient):
     """`W <- W - lr H_g m H_a`, `m` the EMA (`gradient_decay`) of the gradient.  Goldfarb 2020.
 
     `step(closure)` needs a closure that zeroes the gradients, computes the loss on the *same* batch
-    and calls `backward()`: it is run before the step and once more after it, for the pair
+    and calls `backward()`. It runs before the step and once more after it, for the pair
     `s = change of the mean pre-activation`, `y = change of its gradient`.
     """
 

@@ -32,9 +32,9 @@ DENSE_LAYER = 5_000
 class NGD(CurvatureOptimizer):
     """`W <- W - lr (F + lambda I)^{-1} dW` with the exact Fisher matrix of the batch.
 
-    `scope="joint"`: `F` over all layers together; its Gram matrix is the sum of the layers', so the
-    step is one `R x R` solve at any number of parameters. With one lambda per layer,
-    as a relative damping rule gives,
+    `scope="joint"`: `F` over all layers together. Its Gram matrix is the sum of the layers' Gram
+    matrices, so the step is one `R x R` solve at any number of parameters. With one lambda per
+    layer, as a relative damping rule gives,
 
         d_l = (g_l - U_l c) / lambda_l,
         c = (M I + sum_k K_k / lambda_k)^{-1} sum_k U_k^T g_k / lambda_k

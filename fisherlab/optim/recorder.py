@@ -6,8 +6,8 @@ between two steps disturbs nothing. A pass counts only if its gradient is in `.g
 (`AdditiveLaw`).
 
 The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
-recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would give a
-Fisher matrix that is c^2 off without any error.
+recognised from (output, its gradient) for softmax cross entropy. A wrong factor c would silently
+scale the Fisher matrix by c^2.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Recorder:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.ranks = examples, ranks
         self.needs = frozenset(needs)
-        # what an approximation does not need is not kept: memory that backward then reuses
+        # tensors that no approximation needs are not kept: memory that backward then reuses
         self.summed = SUMS.issuperset(needs)
         self.gradients = not {"inputs", "outputs", "activation_slope"}.issuperset(needs)
         self.outputs, self.slopes = "outputs" in needs, "activation_slope" in needs

@@ -91,7 +91,7 @@ def recognised_factor(
     if criterion is not None:
         mean = fisher.reduction_of(criterion) == "mean"
     elif own_scale is not None:
-        # of a sum over the examples and their terms, each counts once
+        # in a sum over the examples and their terms, each counts once
         Z = float(own_scale) / kappa
         mean = not math.isclose(Z, 1, rel_tol=1e-3)
         # terms whose gradient underflowed are told from ignored ones

@@ -1,7 +1,7 @@
 """Layers whose own backward returns a weighted gradient: what TENGraD, NGD-SMW and FNGD need.
 
 `p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's input
-is scaled by `M v_n` before the ordinary weight gradient is taken; what is propagated further back
+is scaled by `M v_n` before the ordinary weight gradient is taken. The gradient sent further back
 does not depend on the input. The plain weight gradient is never computed.
 """
 

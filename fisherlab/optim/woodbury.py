@@ -110,7 +110,7 @@ class Woodbury(CurvatureOptimizer):
     def _take(self, weight: Weight, taken: Taken) -> None:
         passes = self._taken.setdefault(weight.name, [])
         if passes and not has_gradient(weight):
-            # what an earlier backward pass left was dropped with its gradient
+            # the captures of an earlier backward pass were dropped with its gradient
             passes.clear()
         if self.clip.kl is None:
             taken.calls = []

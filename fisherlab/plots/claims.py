@@ -22,7 +22,7 @@ HEADINGS = {
     "extension": "extensions of ours",
     "contrast": "denied by the paper",
 }
-# What matplotlib's formulas lack.
+# Commands that matplotlib's formulas lack.
 _FORMULAS = (
     (r"\\tfrac|\\dfrac", r"\\frac"),
     (r"\\textstyle", ""),

@@ -92,7 +92,7 @@ def gram_similarity(study: GramStudy) -> Figure:
     write_values(ax, study.similarities, low)
     figure.colorbar(image, ax=ax, label="cosine of the centred matrices", shrink=0.85)
     numbers = f"adjacent layers {study.adjacent:.2f}"
-    if len(study.layers) > 2:  # of two layers there is no other pair
+    if len(study.layers) > 2:  # two layers have no other pair
         numbers += f", other pairs {study.apart:.2f}"
     theme.title(figure, f"Similarity of the layers' Gram correlations\n{numbers}")
     return figure

@@ -107,7 +107,7 @@ def _measured(case: Case, setting: Setting) -> tuple[pd.DataFrame, dict[str, Any
     step()
     steps = [step() for _ in range(3)]
     growth = peak_growth(work, setting.device)
-    # what lasts minutes is measured once, with ordinary steps before and after it
+    # calls of minutes are measured once, with ordinary steps before and after
     while clock[0] < 5 and len(clock) < setting.rounds and not setting.late:
         work()
     steps += [step() for _ in range(3)]

@@ -187,6 +187,6 @@ def measured(rows: Iterable[Row], setting: Setting) -> Iterator[dict[str, Any]]:
 def _timed(row: Row, setting: Setting) -> Timing:
     with warnings.catch_warnings():
         if row.by != OURS:
-            # what other libraries deprecate is not this table's matter
+            # deprecations of other libraries are not this table's matter
             warnings.simplefilter("ignore")
         return paired(row.run, row.network.step, repeats=setting.rounds, device=setting.device)

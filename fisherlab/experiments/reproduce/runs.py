@@ -53,9 +53,9 @@ def reproduce(
 ) -> pd.DataFrame:
     """Run tables and figures of the papers, and set ours beside the papers' numbers.
 
-    Everything lies in `out/SCALE`: run folders by paper and experiment, which several items share
-    and an interrupted call goes on from; per item a table (csv, Parquet, Markdown) and a picture;
-    `out/report.html` has all items run so far.
+    The folder `out/SCALE` has run folders by paper and experiment, which several items share. An
+    interrupted call goes on from them. Each item has a table (csv, Parquet, Markdown) and a
+    picture; `out/report.html` has all items run so far.
 
     Args:
         paper: `ang`, `tekfac`, `sngd`, `fngd` or `ngm`; all five without it.
