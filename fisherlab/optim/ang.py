@@ -44,6 +44,16 @@ class ANG(NaturalGradient):
 
     `path` is "sphere", (7); "chord", the linear blend `rho ((1 - s) d/|d| + s t/|t|)` of (6); or
     "sum", `rho (d/|d| + t/|t|)` of the adaptive lambdas (4), (5), at every `s`.
+
+    Args:
+        model: the model.
+        approximation: of the natural direction, such as `fl.KFAC()`.
+        total_steps: steps over which `s` goes from 0 to 1.
+        curve: of `s`: "linear", "concave", "convex", or a callable of progress in [0, 1].
+        scope: "layer" or "global".
+        amplitude: "natural" or "blended".
+        path: "sphere", "chord" or "sum".
+        options: further arguments of `NaturalGradient`.
     """
 
     def __init__(
@@ -138,6 +148,12 @@ class TruncatedNaturalGradient(NaturalGradient):
 
     The paper states neither learning rate nor buffer after the switch: the schedule goes on and
     the buffer, whose velocity has another scale, is emptied.
+
+    Args:
+        model: the model.
+        approximation: an instance such as `fl.KFAC()`.
+        switch_step: the step from which it is SGD.
+        options: further arguments of `NaturalGradient`.
     """
 
     def __init__(

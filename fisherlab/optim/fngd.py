@@ -34,6 +34,18 @@ class FNGD(Woodbury):
     loader they average to a constant, and the run says once that it now is SGD), "example" (one per
     data-set index, given by `set_batch(indices)` before each forward), "none" (NGD-SMW).
     `control=True` is the run to compare with: SGD with FNGD's per-layer factor `c_l = sum_n v~_n`.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        alpha: lambda relative to `||U^T U||_F`.
+        fold: whether the coefficients are multiplied by lambda.
+        coefficient_steps: steps of phase 1.
+        share: "position", "example" or "none".
+        control: whether to run SGD with FNGD's per-layer factors instead.
+        options: further options of the step and its groups.
     """
 
     def __init__(

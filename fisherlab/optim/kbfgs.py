@@ -29,6 +29,14 @@ class KBFGSOptimizer(NaturalGradient):
     `step(closure)` needs a closure that zeroes the gradients, computes the loss on the *same* batch
     and calls `backward()`. It runs before the step and once more after it, for the pair
     `s = change of the mean pre-activation`, `y = change of its gradient`.
+
+    Args:
+        model: the model.
+        approximation: `fl.KBFGS(...)`; None: one with `damping`.
+        lr: learning rate.
+        damping: lambda, absolute; used if `approximation` is None.
+        gradient_decay: weight of the past in `m`.
+        options: further arguments of `NaturalGradient`.
     """
 
     data_parallel = False

@@ -41,6 +41,19 @@ class NGD(CurvatureOptimizer):
 
     `scope="layer"`: one block per layer. `form="dense"` builds the matrices as NGM measures them,
     and refuses more than 5,000 parameters; both forms agree.      NGM (28), A.5.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        fisher_type: "empirical", "mc" or "exact".
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        damping: lambda, absolute, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
+        scope: "joint" or "layer".
+        form: "gram" or "dense".
+        mc_samples: draws per example for "mc".
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
+        options: further options of the step and its groups.
     """
 
     data_parallel = True

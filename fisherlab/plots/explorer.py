@@ -137,7 +137,18 @@ def explore(
     y: Tensor,
     **options: Any,
 ) -> Explorer:
-    """Look at the blocks of a model by hand; see `Explorer` for the options."""
+    """Look at the blocks of a model by hand; see `Explorer` for the options.
+
+    Args:
+        model: the model.
+        criterion: the loss.
+        x: the inputs of one batch.
+        y: its labels.
+        options: further arguments of `Explorer`.
+
+    Returns:
+        The explorer, which shows itself in a notebook.
+    """
     return Explorer(model, criterion, x, y, **options)
 
 

@@ -84,7 +84,14 @@ def _classes(ax: Axes, labels: Tensor, names: Sequence[str] | None, named: bool)
 
 @theme.themed
 def gram_similarity(study: GramStudy) -> Figure:
-    """Which layers' correlation matrices are alike; the title says whether adjacent ones are."""
+    """Which layers' correlation matrices are alike; the title says whether adjacent ones are.
+
+    Args:
+        study: from `metrics.gram_study`.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = multiples(1, 1, 3.8)
     low = min(0.0, float(study.similarities.min()))
     image = heat(ax, study.similarities, low)
@@ -100,7 +107,14 @@ def gram_similarity(study: GramStudy) -> Figure:
 
 @theme.themed
 def gram_over_training(studies: Mapping[int, GramStudy]) -> Figure:
-    """Correlation within and between classes, and similarity of layers, by training step."""
+    """Correlation within and between classes, and similarity of layers, by training step.
+
+    Args:
+        studies: studies by training step.
+
+    Returns:
+        The figure.
+    """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     rows = [
         {"step": step, "layer": name, "pairs": pairs, "correlation": float(value)}
@@ -135,6 +149,15 @@ def coefficients(
     """FNGD's weight `M v` of each example against its loss: who is weighted up.
 
     `losses`, and `mislabelled`, which marks changed labels, are in the order of the batch.
+
+    Args:
+        study: from `metrics.gram_study`.
+        losses: `[M]` in the order of the batch.
+        layers: the layers to draw; None: all.
+        mislabelled: `[M]` booleans in the order of the batch, True for changed labels.
+
+    Returns:
+        The figure.
     """
     chosen = [study.layers.index(name) for name in (layers or study.layers)]
     figure, axes = theme.panels(len(chosen), columns=4, height=1.9, sharex=True, sharey=True)
@@ -171,6 +194,12 @@ def coefficient_drift(frame: pd.DataFrame) -> Figure:
 
     `frame` has columns epoch, layer, drift, and the standard deviations of `M v`: `spread` of the
     batch's own coefficients, `shared_spread` of the shared ones.
+
+    Args:
+        frame: the columns epoch, layer, drift, spread and shared_spread.
+
+    Returns:
+        The figure.
     """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     sns.lineplot(frame, x="epoch", y="drift", hue="layer", marker="o", palette="viridis", ax=left)

@@ -178,7 +178,14 @@ def look(name: str) -> Look:
 
 
 def colour(name: str) -> str:
-    """The colour of a name that is the only user's name in its picture."""
+    """The colour of a name that is the only user's name in its picture.
+
+    Args:
+        name: the name.
+
+    Returns:
+        A colour of matplotlib, such as "#0072b2".
+    """
     return look(name).colour
 
 
@@ -271,7 +278,15 @@ def legend(
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write `stem.png` and, for print, `stem.pdf`; returns both paths."""
+    """Write `stem.png` and, for print, `stem.pdf`; returns both paths.
+
+    Args:
+        figure: the figure.
+        stem: the path without its ending.
+
+    Returns:
+        Both paths.
+    """
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
