@@ -63,7 +63,7 @@ class Registry(dict[str, T]):
 
 
 def imported(place: str) -> Any:
-    """What `module:name` or `file.py:name` names; modules of the working folder are found.
+    """The object behind `module:name` or `file.py:name`; modules of the working folder are found.
 
     Raises:
         ImportError: there is no such module, or the name is missing from it.

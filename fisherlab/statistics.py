@@ -128,7 +128,7 @@ def _rows(layer: LayerCapture) -> tuple[Tensor, Tensor]:
 
 
 def _mean(layer: LayerCapture) -> float:
-    """What makes a sum over `weighed` positions a mean over those that count."""
+    """The factor from a sum over `weighed` positions to a mean over counted positions."""
     return layer.column_share / layer.positions
 
 

@@ -1,7 +1,7 @@
 """BackPACK: the factors and diagonals that it leaves at the parameters, as blocks of ours.
 
 `p.kflr = [B, A]` of a `nn.Linear` with inputs `[n, i]` has the scale of ours; weight and bias are
-apart. Of a convolution it is `A = (1/N) sum_n sum_s a a^T`, `S` times KFAC-expand's, beside
+apart. For a convolution it is `A = (1/N) sum_n sum_s a a^T`, `S` times KFAC-expand's, beside
 KFAC-reduce's `B`: neither KFC nor KFAC-reduce.
 """
 
@@ -21,9 +21,9 @@ DIAGONALS = ("diag_ggn_exact", "diag_ggn_mc", "diag_h", "sum_grad_squared")
 def from_backpack(model: nn.Module, quantity: str = "kflr") -> dict[str, Block]:
     """The blocks that a backward pass inside `backpack(...)` left at the parameters of a model.
 
-    Numbers are BackPACK's own; for a mean-reduced loss they are per example, like ours. Of
-    `sum_grad_squared`, a sum over examples of squared gradients that carry `1/N`, the block is `N`
-    times that only to whoever knows `N`.
+    Numbers are BackPACK's own; for a mean-reduced loss they are per example, like ours.
+    `sum_grad_squared` is a sum over examples of squared gradients that carry `1/N`. A caller who
+    knows `N` multiplies by `N` for the scale of ours.
 
     Args:
         model: the extended model.

@@ -29,6 +29,9 @@ def from_kronfluence(factors: Factors, examples: int | None = None) -> dict[str,
         factors: tensors that the analyzer loads, or that its files hold.
         examples: `N`, which covariances alone do not say.
 
+    Returns:
+        Blocks on `[W | b]` by layer.
+
     Raises:
         AdapterError: the factors are of neither kind.
         ValueError: they are covariances, and `examples` is missing.
@@ -66,6 +69,9 @@ def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
     Args:
         block: a Kronecker product, or a block in a Kronecker eigenbasis.
         positions: `S`, by which its gradient covariance is divided.
+
+    Returns:
+        Tensors by Kronfluence's names.
 
     Raises:
         AdapterError: the block is neither.

@@ -33,11 +33,11 @@ class KFAC(Approximation, name="kfac"):
 
     Args:
         weight_sharing: "expand" or "reduce".
-        placement: of the damping: "tikhonov", "factored", "factorwise" or "eigenvalue".
+        placement: where the damping goes: "tikhonov", "factored", "factorwise" or "eigenvalue".
         pi: for "factored", where `A` gets `pi sqrt(lambda)` and `G` gets `sqrt(lambda) / pi`; None:
             the trace rule; TEKFAC describes KFAC with 1.
-        A: statistic of the input factor `[i, i]`; default: that of `weight_sharing`.
-        G: statistic of the output factor `[o, o]`; default: that of `weight_sharing`.
+        A: statistic of the input factor `[i, i]`; default: given by `weight_sharing`.
+        G: statistic of the output factor `[o, o]`; default: given by `weight_sharing`.
 
     Raises:
         BlockError: an option is unknown.

@@ -30,8 +30,8 @@ class Shampoo(Approximation, name="shampoo"):
             partial traces.
         statistics: "per_example": second moments of per-example gradients. "gradient": second
             moments of a batch's mean gradient at the observed labels, as the optimizer does.
-        left: statistic of `L` `[o, o]`; default: that of `statistics`.
-        right: statistic of `R` `[i, i]`; default: that of `statistics`.
+        left: statistic of `L` `[o, o]`; default: given by `statistics`.
+        right: statistic of `R` `[i, i]`; default: given by `statistics`.
 
     Raises:
         BlockError: an option is unknown.

@@ -31,12 +31,12 @@ class TKFAC(Approximation, name="tkfac"):
 
     Args:
         weight_sharing: "partial" or "expand".
-        placement: of the damping: "tikhonov", "factored", "factorwise" or "eigenvalue".
+        placement: where the damping goes: "tikhonov", "factored", "factorwise" or "eigenvalue".
         pi: for "factored", where `Phi` gets `pi sqrt(lambda)` and `Psi` gets `sqrt(lambda) / pi`;
             None: the trace rule.
-        left: statistic of `Psi` `[o, o]`; default: that of `weight_sharing`.
-        right: statistic of `Phi` `[i, i]`; default: that of `weight_sharing`.
-        trace: statistic of `sigma`; default: that of `weight_sharing`.
+        left: statistic of `Psi` `[o, o]`; default: given by `weight_sharing`.
+        right: statistic of `Phi` `[i, i]`; default: given by `weight_sharing`.
+        trace: statistic of `sigma`; default: given by `weight_sharing`.
 
     Raises:
         BlockError: an option is unknown.

@@ -92,9 +92,9 @@ class Block(ABC):
     def restricted_to(self, V: Tensor) -> Block | None:
         """`(I (x) V)^T F (I (x) V)`, where `F` is known to be zero beside the columns of `V`.
 
-        `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: of such
-        weights and of blocks within the same `V`, everything is measured there, by products with
-        r features instead of i. None where that is not known.
+        `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: for such
+        weights and blocks within the same `V`, everything is measured there, by products with r
+        features instead of i. None where that is not known.
         """
         return None
 

@@ -88,7 +88,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 def symmetric_product(X: Tensor, Y: Tensor) -> Tensor:
-    """`X^T Y` `[d, d]` that is known to be symmetric: of wide ones 5/8 of the n d d products."""
+    """`X^T Y` `[d, d]` that is known to be symmetric: wide ones take 5/8 of the n d d products."""
     d = X.shape[1]
     if d < 512 or X.is_cuda:
         return X.mT @ Y

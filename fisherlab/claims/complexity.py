@@ -1,4 +1,4 @@
-"""What the methods cost: fitted exponents of counted operations and of the largest tensor.
+"""The cost of the methods: fitted exponents of counted operations and of the largest tensor.
 
 Counted, not timed: a count does not depend on the machine, nor on what else it is doing.
 """
@@ -123,7 +123,7 @@ class _Exponent(_Counts, Order):
 
     @abstractmethod
     def count(self, case: Case, size: int) -> float:
-        """What is counted at a size."""
+        """The count at a size."""
 
     def left(self, case: Case) -> Tensor:
         return torch.tensor([self.count(case, n) for n in self.sizes], dtype=torch.float64)

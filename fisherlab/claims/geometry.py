@@ -1,4 +1,4 @@
-"""What the natural gradient is: small steps in KL divergence, in any coordinates (NGM)."""
+"""Statements on the natural gradient: small steps in KL divergence, in any coordinates (NGM)."""
 
 from __future__ import annotations
 

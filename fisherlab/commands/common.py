@@ -1,4 +1,4 @@
-"""What commands share: exit codes, errors without tracebacks, lists of names, progress, tables."""
+"""Shared by commands: exit codes, errors without tracebacks, lists of names, progress, tables."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def leave(code: Code, message: str) -> NoReturn:
 
 
 def _mistake(error: Exception) -> str | None:
-    """What to tell the user if the error is theirs, else None."""
+    """The message for the user if the error is theirs, else None."""
     if type(error).__module__.split(".")[0] == "fisherlab":
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -204,7 +204,7 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
 
 
 def _trained(results: training.Results) -> str:
-    """What every row was trained on."""
+    """The setting in which every row was trained."""
     of, card = results.settings, results.card
     seeds, epochs = len(of.seeds), of.epochs
     return (

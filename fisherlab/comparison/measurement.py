@@ -225,7 +225,7 @@ class LayerMeasurement:
                     row["condition"] = values[dampings.index(row["damping"])]
 
     def _seconds(self, building: Piece, decomposing: Piece) -> dict[str, Any]:
-        """What a method takes alone; the pieces, of which some are another's as well, for later."""
+        """The time of a method alone; its pieces, some shared with others, are for later."""
         block = building.closure()
         more = decomposing.closure() - block
         return {
@@ -269,7 +269,7 @@ class LayerMeasurement:
         return (X, self.whole) if near is None else (near, self.inside)
 
     def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
-        """What does not depend on the damping, and why measures of it are missing."""
+        """Measures that do not depend on the damping, and the reason for missing ones."""
         population, few = population_columns(X, self.held_out)
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
         reason = ""
@@ -294,7 +294,7 @@ class LayerMeasurement:
     def _damped(
         self, maker: Candidate, X: Block, near: Block, reference: ExactReference, damping: float
     ) -> tuple[dict[str, Any], ExactReference, Tensor]:
-        """What is known of one damping, and the step with the reference that it is measured in."""
+        """Measures at one damping, and the step with the reference in which it is measured."""
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         start = time.perf_counter()

@@ -164,7 +164,7 @@ class Comparison:
 
     @property
     def _noise(self) -> str:
-        """What a batch of few examples says of its own errors."""
+        """A warning on in-sample errors of a batch of few examples."""
         if not self.noisy:
             return ""
         share = self.frame["diagonal_share"].median()
@@ -262,7 +262,7 @@ class Comparison:
 
     @property
     def _medians(self) -> str:
-        """What a number of the summary is the median of."""
+        """Over what a number of the summary is the median."""
         frame = self.frame
         parts = []
         for column in ("layer", "seed"):

@@ -41,7 +41,14 @@ _REGISTRY: Registry[tuple[Card, Loader]] = Registry("data set", DatasetError)
 
 
 def register(card: Card) -> Callable[[Loader], Loader]:
-    """Enter a loader under its card's name; it gets the card and `{path: verified file}`."""
+    """Enter a loader under its card's name; it gets the card and `{path: verified file}`.
+
+    Args:
+        card: the card, with the files that the loader reads.
+
+    Returns:
+        A decorator that gives the loader back.
+    """
 
     def enter(loader: Loader) -> Loader:
         _REGISTRY.add(card.name, (card, loader))

@@ -74,7 +74,14 @@ class Report:
 
 
 class Captures(dict[str, LayerCapture]):
-    """`{layer name: LayerCapture}`, with the outputs, labels and `report` of the pass."""
+    """`{layer name: LayerCapture}`, with the outputs, labels and `report` of the pass.
+
+    Args:
+        layers: captures by layer name.
+        report: the backend, and the layers without a block.
+        outputs: the model's outputs, classes in axis 1.
+        labels: the labels of the batch.
+    """
 
     def __init__(
         self, layers: dict[str, LayerCapture], report: Report, outputs: Tensor, labels: Tensor

@@ -456,7 +456,7 @@ def _class_shares(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _class_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | None:
-    """What multiplies `diag(p) - p p^T` in the Hessian of each term; None for 1 everywhere.
+    """The factor on `diag(p) - p p^T` in the Hessian of each term; None for 1 everywhere.
 
     A term is `-sum_c w_c q_c log p_c` with `q` the smoothed label, so the factor is
     `sum_c w_c q_c`.
@@ -689,7 +689,7 @@ def _of_classes(**more: Any) -> Rules:
 
 
 def _of_single(entries: Terms, sample: Sampler, check: Check, **more: Any) -> Rules:
-    """Of one output a term, whose Hessian or expected `s s^T` has the root `entries`."""
+    """Rules for one output per term; its Hessian or expected `s s^T` has the root `entries`."""
     found: dict[str, Any] = {"score": _autograd_score} | more
     root = partial(_diagonal, entries=entries)
     return _built_in(weights=_label_ones, root=root, sample=sample, check=check, **found)

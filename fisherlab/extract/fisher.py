@@ -11,7 +11,7 @@ a sum. The Fisher type chooses the vectors v at the model's output that are sent
 
 so `exact` is the Gauss-Newton matrix of `l_n`, and `mc` is unbiased for it for any number of terms.
 A term with a weight (class weights, soft labels) has its Hessian times that weight, and its drawn
-score times the root of it. What a criterion's terms, roots and draws are stands in `criteria`.
+score times the root of it. The terms, roots and draws of each criterion are defined in `criteria`.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class Geometry:
         return found, positions
 
     def input_moment(self, raw: Tensor) -> Tensor:
-        """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
+        """`sum_{n,t} a a^T`, `[i, i]`; for plain convolutions without unfolding their inputs."""
         whole = self.adds or not self.bias
         if self.conv is None or not whole or not self.conv.plain or not self._correlated(raw):
             return contractions.second_moment(self.inputs(raw))

@@ -67,7 +67,7 @@ class ImageColumns(Columns):
 
     @staticmethod
     def of(layer: LayerCapture) -> ImageColumns | None:
-        """Those of a capture; None where they would not be cheaper."""
+        """The columns of a capture; None where they would not be cheaper."""
         conv = layer.geometry.conv
         if conv is None or len(conv.kernel) != 2 or len(layer.raw_inputs) > 1:
             return None

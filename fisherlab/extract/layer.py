@@ -236,7 +236,7 @@ class LayerCapture:
     def _in_cache(self) -> Iterator[LayerCapture]:
         """A few examples at a time, whose inputs stay in the cache.
 
-        Those of a convolution are laid out anew, and are many times larger than its image.
+        The inputs of a convolution are unfolded anew, and are many times larger than its image.
         """
         size = self.positions * self.shape[1] * self.raw_inputs[0].element_size()
         n = self.raw_inputs[0].shape[0]

@@ -6,9 +6,9 @@ positions, and `L_n = G_n (x) A + G (x) A_n - G (x) A`, whose mean is KFAC,
     P_n = F_n - S_n      correlation between positions
     D_n = S_n - L_n      dependence of a and g
 
-and their means add up to `E = F - G (x) A`. Of `||E||^2` the part
-`(mean ||E_n||^2 - mean_{n != k} <E_n, E_k>) / M` is the noise that a mean of M examples keeps. The
-rest, a U-statistic, is `<D, E> + <P, E>` without their terms of one example.
+and their means add up to `E = F - G (x) A`. The part
+`(mean ||E_n||^2 - mean_{n != k} <E_n, E_k>) / M` of `||E||^2` is the noise that a mean of M
+examples keeps. The rest, a U-statistic, is `<D, E> + <P, E>` without their terms of one example.
 """
 
 from __future__ import annotations

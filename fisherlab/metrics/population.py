@@ -81,6 +81,9 @@ def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
         X: a block that was not built from the reference's examples.
         reference: the exact block (`Outer`, or a `DirectSum` of them) of the unseen examples.
 
+    Returns:
+        The estimate, its standard error and interval, 0-d float64 each.
+
     Raises:
         TypeError: the reference is no exact block, or one of the two is in groups.
     """

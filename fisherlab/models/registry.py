@@ -233,7 +233,7 @@ def _own(
 
 
 def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | None) -> nn.Module:
-    """What `build` makes when torch's initialisation draws from a stream of the generator's."""
+    """The model of `build`, while torch's initialisation draws from the generator's stream."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()

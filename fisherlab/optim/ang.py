@@ -47,9 +47,10 @@ class ANG(NaturalGradient):
 
     Args:
         model: the model.
-        approximation: of the natural direction, such as `fl.KFAC()`.
+        approximation: makes the natural direction, such as `fl.KFAC()`.
         total_steps: steps over which `s` goes from 0 to 1.
-        curve: of `s`: "linear", "concave", "convex", or a callable of progress in [0, 1].
+        curve: the course of `s`: "linear", "concave", "convex", or a callable of progress in [0,
+            1].
         scope: "layer" or "global".
         amplitude: "natural" or "blended".
         path: "sphere", "chord" or "sum".

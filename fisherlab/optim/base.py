@@ -57,7 +57,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         skip: names or patterns of those that may not.
         control: keep the method's lengths and take the gradient's directions.
         groups: options that the method adds to a group.
-        options: those of `group_options`, and those of `clip` spelled flat.
+        options: options of `group_options`, and fields of `clip` spelled flat.
 
     Raises:
         ValueError: an option is out of its range, or the method is not data-parallel.
@@ -246,7 +246,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return type(self).__name__
 
     def _extra_state(self) -> dict[str, Any]:
-        """What a subclass remembers, as nested dicts of tensors and numbers."""
+        """The state of a subclass, as nested dicts of tensors and numbers."""
         return {}
 
     def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:

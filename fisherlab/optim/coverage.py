@@ -29,7 +29,7 @@ def any_geometry(geometry: Geometry) -> bool:
 class Coverage:
     """The matrices that an optimizer preconditions.
 
-    `weights` holds the matrices by name. Those of modules that torch itself calls are known from
+    `weights` holds the matrices by name. Weights of modules that torch itself calls are known from
     the start; the first call shows the others, which join by `adopt`. `left_out` holds the weights
     that turned out to have no block, each with its reason.
 

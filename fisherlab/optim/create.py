@@ -285,7 +285,7 @@ def option_names(name: str, preset: str = "stable") -> list[str]:
 
 
 def _takers(kind: type[torch.optim.Optimizer]) -> list[Callable[..., Any]]:
-    """What takes the options of an optimizer: its constructors, and what they pass them on to."""
+    """Functions that take an optimizer's options: its constructors, and those they pass them to."""
     if not issubclass(kind, CurvatureOptimizer):
         return [kind]
     return [*kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)], *kind.takers]

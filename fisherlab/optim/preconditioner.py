@@ -167,7 +167,7 @@ class Preconditioner(Covered):
         return self.schedule.until is not None and self.steps >= self.schedule.until
 
     def _due(self, weight: Weight) -> set[str]:
-        """What is refreshed of a layer at this step."""
+        """The parts of a layer that are refreshed at this step."""
         if self.steps < self.schedule.warmup:
             return set(self.curvature.kinds)
         group = self.coverage.groups[weight.group]
@@ -264,7 +264,7 @@ class Preconditioner(Covered):
     def _captures(
         self, due: Mapping[str, set[str]], gradients: Gradients
     ) -> dict[str, list[LayerCapture]]:
-        """What the passes of this step brought, of the layers that are due."""
+        """The captures of this step's passes, for the layers that are due."""
         names = [name for name, what in due.items() if what & {"statistics", "corrections"}]
         weights = [self.weights[name] for name in names]
         if self.recorder is None:

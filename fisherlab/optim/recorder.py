@@ -66,7 +66,7 @@ class Recorder:
         criterion: what the training loop calls, if it was given.
         fisher_type: "empirical", "mc" or "exact".
         mc_samples: draws per example.
-        generator: of the draws; None: a fresh one seeded with 0.
+        generator: source of the draws; None: a fresh one seeded with 0.
         examples: the first rows of a batch that count; None: all.
         needs: what of a capture the approximation reads.
         ranks: the processes that hold the other shards, if any.
@@ -215,7 +215,7 @@ class Recorder:
         return output.clone() if output._is_view() else output
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        """What is kept of the examples: they, or their sum, taken while they are at hand."""
+        """The kept part of the examples: they, or their sum, taken while they are at hand."""
         return example_sum(widened(tensor)) if self.summed else tensor
 
     def _end(self, output: Tensor | None) -> None:
@@ -608,7 +608,7 @@ class Recorder:
         return {key: replace(layer, counted=counts) for key, layer in layers.items()}
 
     def _factor(self, one: Pass) -> float:
-        """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
+        """The factor from `dL/ds` to the gradient of the per-example loss `l_n`."""
         if one.output is None:
             raise OptimizerError(
                 "the model returned no tensor with a graph, so the examples of its batch are not "

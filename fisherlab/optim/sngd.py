@@ -160,13 +160,13 @@ def reconstruct(
     Args:
         model: the whole network; it is changed.
         optimizer: after every `every` of its steps `G` is refreshed; None: call `refresh`.
-        method: of the root: "newton_schulz", "denman_beavers", "eigh" or "nystroem".
+        method: makes the root: "newton_schulz", "denman_beavers", "eigh" or "nystroem".
         every: steps from one refresh to the next.
         decay: weight of the past in the running mean of `nu A`.
         eps: added to the diagonal of `G`, relative to `tr(nu A)`.
-        rank: of "nystroem".
-        activations: by layer name, the activation with its derivative at the layer's own output, in
-            place of the measured `nu`; None stands for 1.
+        rank: rank for "nystroem".
+        activations: the activation of a layer by its name, with its derivative at the layer's own
+            output, in place of the measured `nu`; None stands for 1.
 
     Returns:
         `model`.

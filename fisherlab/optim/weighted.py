@@ -40,7 +40,7 @@ Rows = Callable[[Weight, Calls, float], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class _State:
-    """What all layers of an optimizer share."""
+    """The parts that all layers of an optimizer share."""
 
     # layers whose backward came through since the last step
     reached: set[str] = field(default_factory=set)

@@ -289,6 +289,16 @@ class TENGraD(Woodbury):
 
     After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
     gradient is nowhere.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        damping: lambda, absolute, or a rule; exclusive with `alpha`.
+        alpha: lambda relative to `||K||_F`, per layer and batch; exclusive with `damping`.
+        fold: whether the direction is multiplied by lambda, so that `lr` is of SGD's size.
+        options: further options of the step and its groups.
     """
 
 
@@ -297,6 +307,11 @@ class NGDSMW(Woodbury):
 
     After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
     gradient is nowhere.
+
+    Args:
+        model: the model.
+        fold: whether the direction is multiplied by lambda, so that `lr` is of SGD's size.
+        options: further arguments of `TENGraD`.
     """
 
     def __init__(self, model: nn.Module, *, fold: bool = True, **options: Any) -> None:

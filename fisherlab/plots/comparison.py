@@ -53,8 +53,8 @@ def error(
 
     Args:
         table: A `Comparison`, or its frame.
-        column: The error; by default the one that the table leads with.
-        layers: The layers to draw, in this order; by default all.
+        column: The error; default: the one that the table leads with.
+        layers: The layers to draw, in this order; default: all.
         labels: Shown names of methods, `{"kfac": "K-FAC"}`; they keep their looks.
         palette: Colours of methods, by name.
         size: Width and height of the figure in inches.
@@ -190,7 +190,7 @@ def ranked(frame: pd.DataFrame, column: str) -> list[str]:
 
 
 def known(table: Any) -> dict[str, str]:
-    """What each layer is, `{"0": "Conv2d 3->16 3x3"}`, where the table says so."""
+    """A name for each layer, `{"0": "Conv2d 3->16 3x3"}`, where the table says so."""
     return dict(getattr(table, "config", {}).get("layers") or {})
 
 

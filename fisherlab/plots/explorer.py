@@ -31,6 +31,18 @@ class Explorer:
     Everything is computed when it is first looked at and kept. In a notebook the object shows
     itself: with widgets where they are installed and a kernel answers, else as the static picture
     of its first choice.
+
+    Args:
+        model: the model.
+        criterion: the loss.
+        x: the inputs of one batch.
+        y: its labels.
+        approximations: names; None: all that one capture can build.
+        fisher_type: as in `compare`; None: its default.
+        dampings: values of lambda relative to `tr F / N`.
+
+    Raises:
+        ValueError: an approximation is unknown.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def gram_matrices(
 
     Args:
         study: One study, or several by epoch or step: a row of panels each.
-        layers: The layers to draw; by default all.
+        layers: The layers to draw; default: all.
         classes: The names of the classes.
 
     Returns:

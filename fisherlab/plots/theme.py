@@ -243,7 +243,7 @@ def panels(
 
 
 def rotation(names: Iterable[str]) -> int:
-    """Of names along an axis, in degrees: upright where there are many or long ones."""
+    """Rotation of names along an axis, in degrees: upright where there are many or long ones."""
     lengths = [len(name) for name in names]
     return 90 if len(lengths) > 8 or max(lengths) > 6 else 0
 

@@ -1,4 +1,4 @@
-"""What the machine can do, and what a call asks of it: why a row is not faster."""
+"""The rates of the machine, and the work of a call: why a row is not faster."""
 
 from __future__ import annotations
 

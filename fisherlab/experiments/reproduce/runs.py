@@ -30,7 +30,7 @@ from fisherlab.experiments.training.results import Results
 
 
 class Listener:
-    """What a caller may want to know while it waits; every method may be overridden."""
+    """A listener for a caller that waits; every method may be overridden."""
 
     def item(self, item: Item, said: str) -> None:
         """An item begins; `said` is what it will cost, or why it cannot be run."""

@@ -36,7 +36,7 @@ REFUSALS: tuple[type[Exception], ...] = (
 
 
 class Watch:
-    """What a caller may want to know while it waits; every method may be overridden."""
+    """A listener for a caller that waits; every method may be overridden."""
 
     def planned(self, records: Sequence[Record]) -> None:
         """These are the runs, some of them perhaps done already."""
