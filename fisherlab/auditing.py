@@ -35,10 +35,10 @@ def audit(
     root it takes. For FisherLab's curvature optimizers and `Preconditioner` it is `opt.blocks()`.
 
     A second moment of batches' mean gradients is about `F / batch size`, and a root is no multiple
-    of `F` at all. Errors and trace ratios of a state are those of its numbers as they stand;
-    `cosine`, `scaled_error` (after the best scale), `diagonalisation` and `subspace_overlap` do not
-    change with its scale. `config["readings"]` has each formula, `config["unread"]` the layers
-    without a reading and why.
+    of `F` at all. Errors and trace ratios take the numbers of a state as they stand. `cosine`,
+    `scaled_error` (after the best scale), `diagonalisation` and `subspace_overlap` do not change
+    with its scale. `config["readings"]` has each formula, `config["unread"]` the layers without a
+    reading and why.
 
     The model is measured in evaluation mode. The training is as it was: parameters, gradients,
     buffers, modes, hooks, random streams and the state of the optimizer.

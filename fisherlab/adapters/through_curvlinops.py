@@ -27,7 +27,7 @@ def curvlinops(method: str) -> Callable[[LayerCapture], Block]:
     """A function of a capture whose block curvlinops computes, from the capture's `a` and `g`.
 
     Its `KFACLinearOperator` or `EKFACLinearOperator` runs on a linear layer that has the inputs and
-    output gradients of the capture (`Replay`); its `B` is then `2/C` times ours, which is undone.
+    output gradients of the capture (`Replay`). Its `B` is then `2/C` times ours, which is undone.
 
     Args:
         method: "kfac" (expand), "kfac_reduce" or "ekfac".

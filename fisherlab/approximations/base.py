@@ -34,8 +34,8 @@ class Approximation:
     `class X(Approximation, name="x")` registers; the comparison, the optimizers, the command line
     and the law tests read the registry.
 
-    A statistic, or another value of an inherited field, that a class body names is a field of its
-    own, with or without an annotation and `@dataclass(frozen=True)`.
+    If a class body names a statistic, or another value of an inherited field, it is a field of the
+    class. It needs neither an annotation nor `@dataclass(frozen=True)`.
     """
 
     name: ClassVar[str] = ""

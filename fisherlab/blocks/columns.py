@@ -27,8 +27,8 @@ from fisherlab.blocks.work import cached, once
 class Columns:
     """`U = [vec(D[m,n])]`, `D[m,n] = sum_t g[m,n,t] a[n,t]^T`; `a` `[n, t, i]`, `g` `[m, n, t, o]`.
 
-    Everything here is a sum over columns, without any `1/M`, computed once and shared by whoever
-    holds the same object: the exact block, the approximations of a layer, the metrics. `room` is
+    Everything here is a sum over columns, without any `1/M`, and is computed once. All holders of
+    the same object share it: the exact block, the approximations of a layer, the metrics. `room` is
     how many bytes the gradients may take to be kept, where many products are to come.
     """
 

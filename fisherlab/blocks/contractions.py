@@ -73,8 +73,8 @@ def _sizes(a: Tensor, g: Tensor) -> tuple[int, int, int, int, int]:
 def second_moment(x: Tensor) -> Tensor:
     """`sum x x^T` over all leading axes, `[..., d] -> [d, d]`: one flat matmul.
 
-    A convolution's gradients lie in memory as `[..., d, t]`: there one small product per example,
-    whose `d d` numbers are no more than the `t d` that laying out rows anew would write.
+    A convolution's gradients lie in memory as `[..., d, t]`. There each example takes one small
+    product; its `d d` numbers are no more than the `t d` that a new layout would write.
     """
     t, d = x.shape[-2:]
     if d <= t and x.stride(-2) == 1 and x.stride(-1) == t:

@@ -245,8 +245,8 @@ class Outer(OfColumns):
     def solve(self, V: Tensor, damping: float) -> Tensor:
         """`(F + damping I)^{-1} V`;  for `V = U w` it is `U (damping I + c K)^{-1} w`.
 
-        A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify: a
-        damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
+        A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify. In
+        a layer of 10^6 parameters, a damping of 1e-3 tr F / N is 1e-8 of the eigenvalues.
         """
         self.check(V)
         damping = check_damping(damping)

@@ -1,7 +1,7 @@
 """Layers measured side by side, each by one thread of Python.
 
-An eigendecomposition gains little from a second core where memory is slow (2304 rows: 1.4 s on one,
-0.7 to 1.1 s on two), and most of what is around it still less; two layers at once do.
+If memory is slow, an eigendecomposition gains little from a second core (2304 rows: 1.4 s on one,
+0.7 to 1.1 s on two), and most other work gains less. Two layers at once do gain.
 """
 
 from __future__ import annotations

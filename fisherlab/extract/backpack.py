@@ -224,8 +224,8 @@ def _compare(name: str, probe: Tensor, expected: Tensor, modules: int) -> None:
 class Follower:
     """Runs an extension on each module at the moment the gradient of that module's output arrives.
 
-    As `backpack.extend` does, with two differences: a call's input and output are bound to the call
-    and shown to BackPACK only while it looks at them, and every hook is gone afterwards. Nothing
+    It works as `backpack.extend`, with two differences. A call's input and output are bound to the
+    call and shown to BackPACK only while it looks at them. Every hook is gone afterwards. Nothing
     can be left on the model, and no output is wrapped.
     """
 

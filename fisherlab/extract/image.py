@@ -28,8 +28,8 @@ def image_gradients(x: Tensor, g: Tensor, conv: Convolution, out: Tensor) -> Non
     """`D[m,n]` of images `x` `[n, c, h, w]` and output gradients `g` `[m, n, o, h', w']`.
 
     Into `out`, `[m, n, o, c k k]`. With few rows `m o` and stride 1, every kernel entry is one
-    batched product of the gradients with the images, shifted: laid out with the rows of the images,
-    a shift is an offset and nothing is copied.
+    batched product of the gradients with the shifted images. In the layout of the images' rows a
+    shift is an offset, and nothing is copied.
     """
     m, n, o = g.shape[:3]
     if any(conv.padding):

@@ -28,7 +28,7 @@ class LayerCapture:
 
     One entry of each `raw_*` list per call of the module. `raw_output_gradients` are `[m, n, ...]`,
     of the per-example loss `l_n`, never divided by `M`, with each column's scale inside, so that
-    `F = (1/M) sum_{m,n} vec(D) vec(D)^T`; `raw_label_gradients` are `[n, ...]`, at the observed
+    `F = (1/M) sum_{m,n} vec(D) vec(D)^T`. `raw_label_gradients` are `[n, ...]`, at the observed
     labels, whatever the Fisher type.
     """
 

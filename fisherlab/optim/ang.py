@@ -36,8 +36,8 @@ class ANG(NaturalGradient):
         rho = |d|,   Omega = arccos(d.t / (|d| |t|)),   s from 0 (natural) to 1 (Euclidean)
 
     ANG (5)-(7), Alg. 2; linear blending where Omega vanishes, `t` where `d.t < 0`. `s` follows
-    `curve` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`;
-    an option `schedule` that is no `Schedule` is taken for it, as it was called. The amplitude
+    `curve` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`.
+    An option `schedule` that is no `Schedule` is taken as `curve`, its earlier name. The amplitude
     stays `rho` (`"natural"`, the paper). At s = 1 the step is `(|d|/|t|) t`: SGD with a layer-wise
     factor, kept in `factors`. `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
     "global", over all layers together.

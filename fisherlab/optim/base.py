@@ -41,8 +41,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `Clip`.
     `clipped` counts the steps that `clip` has shortened.
 
-    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`: SGD at the
-    method's own step lengths, which shows what the direction itself is worth.
+    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`. This is SGD at the
+    method's own step lengths, and shows the value of the direction itself.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class NaturalGradient(CurvatureOptimizer):
     """`W <- W - lr (F~ + lambda I)^{exponent} dW`, for any approximation `F~` of the Fisher blocks.
 
-    It is a `Preconditioner`, which says when and of what the blocks are made, and a step, in which
-    `clip` bounds the directions before weight decay and momentum. `p.grad` is read, never changed.
+    It is a `Preconditioner`, which makes the blocks, and a step. In the step `clip` bounds the
+    directions before weight decay and momentum. `p.grad` is read, never changed.
 
     Args:
         model: the model.

@@ -54,8 +54,8 @@ class Preconditioner(Covered):
     embeddings) keep the plain gradient. On networks with batch norm in training mode `g = M dL/ds`
     holds cross-example terms, as in every hook-based K-FAC.
 
-    Under DDP the sums are added by one `all_reduce` per layer and eigendecompositions are shared
-    out over the ranks; methods without sums gather a layer's raw inputs and output gradients.
+    Under DDP the sums are added by one `all_reduce` per layer, and eigendecompositions are shared
+    out over the ranks. Methods without sums gather a layer's raw inputs and output gradients.
 
     Args:
         model: the model.

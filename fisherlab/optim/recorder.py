@@ -1,9 +1,9 @@
 """The pair (a, g) of every layer, taken in the user's own forward and backward.
 
 A tape sees the products of the weights (`Watch`). A hook on each product's *output tensor* closes
-over that call's input, so a forward without a backward leaves nothing behind and an evaluation pass
-between two steps disturbs nothing. A pass counts only if its gradient is in `.grad` at the step
-(`AdditiveLaw`).
+over that call's input. A forward without a backward therefore leaves nothing behind, and an
+evaluation pass between two steps disturbs nothing. A pass counts only if its gradient is in `.grad`
+at the step (`AdditiveLaw`).
 
 The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
 recognised from (output, its gradient) for softmax cross entropy. A wrong factor c would silently

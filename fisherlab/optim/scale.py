@@ -1,7 +1,7 @@
 """The factor between `dL/ds` and the gradient of the per-example loss: followed or recognised.
 
-Mean or sum, gradient accumulation and loss scaling all hide in it, and a wrong factor c gives a
-Fisher matrix that is c^2 off without any error.
+Mean or sum, gradient accumulation and loss scaling all hide in it. A wrong factor c would silently
+scale the Fisher matrix by c^2.
 """
 
 from __future__ import annotations

@@ -270,8 +270,8 @@ def _by_autograd(
 class WeightedLayers:
     """Puts `_Weighted` behind every product of an optimizer's weights.
 
-    Rows must be the examples. The first forward pass asks autograd; a layer whose rows are in
-    another order, or whose weight is used in another way as well, keeps its plain gradient.
+    Rows must be the examples. The first forward pass asks autograd. A layer keeps its plain
+    gradient if its rows are in another order, or if its weight has another use.
     """
 
     def __init__(

@@ -151,8 +151,8 @@ class Look(NamedTuple):
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
     """The look of each name in one picture; no two names share one.
 
-    A known name has the same look in every picture. A user's name has the one of its own letters,
-    or the next free one: colours repeat only where there are more such names than `SPARE`.
+    A known name has the same look in every picture. A user's name has the colour of its own
+    letters, or the next free one. Colours repeat only if there are more such names than `SPARE`.
     """
     names = list(names)
     found = {name: Look(*LOOKS[name]) for name in names if name in LOOKS}

@@ -99,11 +99,11 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """One row per optimizer, the best first, then those without a result and why.
 
-        The metric at the last and at the best epoch, mean and deviation over the seeds that came to
-        their end; and at equal time, which is that of the fastest. The cost of a step is the median
-        over each kind of step, weighted by the kind's share. Its ratio divides by the median of the
-        reference SGD in the same row; for SGD itself it shows the clock's noise. Both are medians
-        over the seeds. No ratio below `FEWEST` timed steps.
+        The metric at the last and at the best epoch, mean and deviation over the finished seeds. It
+        is also given at equal time, the time of the fastest optimizer. The cost of a step is the
+        median over each kind of step, weighted by the kind's share. Its ratio divides by the median
+        of the reference SGD in the same row; for SGD itself it shows the clock's noise. Both are
+        medians over the seeds. No ratio below `FEWEST` timed steps.
         """
         found = [self._summary(entry.label) for entry in self.settings.entries]
         frame = pd.DataFrame(found)

@@ -30,8 +30,8 @@ OF_ANY_SHAPE = ("mlp", "autoencoder")
 class Task:
     """The parts that all optimizers of a run share, made from the settings.
 
-    Every draw has a generator of its own, named by seed and epoch, so that an epoch's batches do
-    not depend on what was run before it.
+    Every draw has its own generator, named by seed and epoch. An epoch's batches do not depend on
+    earlier runs.
     """
 
     def __init__(self, settings: Settings) -> None:
