@@ -85,8 +85,20 @@ class KBFGS(Approximation, name="kbfgs"):
     gradient, doubly damped. The change comes from a second pass on the same batch
     (`LayerCapture.after`). `H_g` tracks a Hessian of signed means, not `E[g g^T]`, so it cannot be
     built from one capture, and the damping is part of the inverse. A mean that cancels counts as
-    zero, not as the direction of its
-    rounding: the mean gradient in front of a batch norm or of attention's keys is one.
+    zero, not as the direction of its rounding: the mean gradient in front of a batch norm or of
+    attention's keys is one.
+
+    Args:
+        damping: lambda, absolute, positive.
+        s: statistic of the change of the mean pre-activation.
+        y: statistic of the change of its gradient.
+        g: statistic of the sum of the gradients.
+        length: statistic of the gradients' length.
+        A: statistic of the input factor.
+        a: statistic of the mean input.
+
+    Raises:
+        BlockError: `damping` is not positive.
     """
 
     placement = "factorwise"

@@ -19,6 +19,10 @@ class SNGD(Approximation, name="sngd"):
     It has no output gradients in it, so it is not on the scale of `F`: read its cosine and its
     scaled error only. A layer that feeds no element-wise function has no `nu` and no block. In a
     comparison it is a row of NaN; in an optimizer it takes its plain gradient, with a warning.
+
+    Args:
+        slope: statistic of `nu`.
+        A: statistic of the input factor `[i, i]`.
     """
 
     slope: Statistic = Slope()

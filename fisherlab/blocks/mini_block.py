@@ -153,8 +153,17 @@ class MiniBlock(Block):
 class RowBlocks(MiniBlock):
     """The exact restriction of `scale U U^T` to the rows of the weight, for columns of T = 1.
 
-    `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks are made
-    when they are needed; norm, trace and inner product with `U U^T` are not what needs them.
+    It is `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks
+    are made on demand; norm, trace and inner product with `U U^T` do not need them.
+
+    Args:
+        a: `[n, 1, i]`, the inputs.
+        g: `[m, n, 1, o]`, the output gradients.
+        scale: the multiple of `U U^T`.
+        columns: `U`, if it is known.
+
+    Raises:
+        BlockError: there is more than one position.
     """
 
     bias = None

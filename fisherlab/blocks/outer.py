@@ -398,6 +398,12 @@ class OuterSum(OfColumns):
     `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`, so
     `d` determines everything about them. The Woodbury inverse of TENGraD, FNGD (7)-(9) and NGM (28)
     costs no more than a product.
+
+    Args:
+        a: `[n, t, i]`, the inputs.
+        g: `[m, n, t, o]`, the output gradients.
+        core: `C` `[R, R]`, symmetric, float64.
+        shift: a multiple of the identity.
     """
 
     def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:

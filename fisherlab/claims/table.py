@@ -94,6 +94,10 @@ class Verdicts:
     """The table of a `verify`: a row per claim, the smallest counterexample of each refuted.
 
     Its `repr` counts by kind: only a refuted "claim" is an error of a paper.
+
+    Args:
+        verdicts: the rows and trials.
+        on: "dataset:model", if the cases are of a real network.
     """
 
     def __init__(self, verdicts: Iterable[Verdict], on: str = "") -> None:

@@ -49,10 +49,14 @@ ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 
 @dataclass
 class Comparison:
-    """A table of measurements: `frame` has one row per layer x approximation x damping.
+    """A table of measurements: one row per layer x approximation x damping.
 
-    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` against examples the
-    approximation has not seen. `config` says what was measured and reruns it; `note` what to mind.
+    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` is against held-out
+    examples.
+
+    Args:
+        frame: the rows; `note` has the warnings.
+        config: states what was measured, and reruns it.
     """
 
     frame: pd.DataFrame
