@@ -22,7 +22,7 @@ COMMANDS = {
     "reproduce": "Reproduce tables and figures of the five papers, beside the papers' numbers.",
     "bench": "Measure time and memory in pairs, each call beside an ordinary step.",
     "rerun": "Run again what a folder holds, with its options, into another folder.",
-    "report": "Make the page of a run anew, or one page of several runs.",
+    "report": "Rebuild the report of a run, or make one report of several runs.",
     "support": "Say for every layer of a model whether it has an exact block.",
     "approximations": "List the registered approximations with equation and source.",
     "data": "List data sets, or fetch one.",

@@ -21,7 +21,7 @@ from fisherlab.extract.fisher import FISHER_TYPES
 from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.readings import read
 
-# What takes the numbers of a step, by names such as "1/AdamW square/direction_cosine".
+# A function that takes the numbers of a step, by names such as "1/AdamW square/direction_cosine".
 Log = Callable[[Mapping[str, float], int], None]
 
 

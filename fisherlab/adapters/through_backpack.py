@@ -1,7 +1,7 @@
 """BackPACK: the factors and diagonals that it leaves at the parameters, as blocks of ours.
 
 `p.kflr = [B, A]` of a `nn.Linear` with inputs `[n, i]` has the scale of ours; weight and bias are
-apart. Of a convolution it is `A = (1/N) sum_n sum_s a a^T`, `S` times KFAC-expand's, beside
+apart. For a convolution it is `A = (1/N) sum_n sum_s a a^T`, `S` times KFAC-expand's, beside
 KFAC-reduce's `B`: neither KFC nor KFAC-reduce.
 """
 
@@ -22,9 +22,9 @@ DIAGONALS = ("diag_ggn_exact", "diag_ggn_mc", "diag_h", "sum_grad_squared")
 def from_backpack(model: nn.Module, quantity: str = "kflr") -> dict[str, Block]:
     """The blocks that a backward pass inside `backpack(...)` left at the parameters of a model.
 
-    Numbers are BackPACK's own: those of a mean-reduced loss are per example, as ours. Of
-    `sum_grad_squared`, a sum over examples of squared gradients that carry `1/N`, the block is `N`
-    times that only to whoever knows `N`.
+    Numbers are BackPACK's own; for a mean-reduced loss they are per example, like ours.
+    `sum_grad_squared` is a sum over examples of squared gradients that carry `1/N`. A caller who
+    knows `N` multiplies by `N` for the scale of ours.
 
     Args:
         model: the extended model.
@@ -68,8 +68,8 @@ def _block(value: Any, place: int) -> Block:
 def to_backpack(block: Kronecker, bias: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """`[B, A]` of a weight and `[B]` of its bias, as `p.kflr` has them, of a block on `[W | b]`.
 
-    What couples weight and bias, the last column of `A`, is left out, and `B` of the bias is scaled
-    by its last entry, which is 1 where all positions count.
+    The last column of `A`, which couples weight and bias, is left out. `B` of the bias is scaled by
+    the last entry of `A`, which is 1 where all positions count.
 
     Args:
         block: a Kronecker product.

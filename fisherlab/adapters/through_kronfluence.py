@@ -22,13 +22,16 @@ Factors = Mapping[str, Mapping[str, Tensor]]
 def from_kronfluence(factors: Factors, examples: int | None = None) -> dict[str, Block]:
     """The blocks of factors that an `Analyzer` has fitted, by layer, in the scale of ours.
 
-    Of `load_all_factors` of the strategies "ekfac" and "kfac" it is EKFAC,
-    `Q_G, Q_A` and `Lambda / N`. Of `load_covariance_matrices` it is KFAC, `sum g g^T / N` and
-    `sum a a^T / (N S)`; the `1/S` that Kronfluence has in the former is undone.
+    The result of `load_all_factors` (strategies "ekfac" and "kfac") gives EKFAC,
+    `Q_G, Q_A` and `Lambda / N`. The result of `load_covariance_matrices` gives KFAC,
+    `sum g g^T / N` and `sum a a^T / (N S)`; the `1/S` that Kronfluence has in the former is undone.
 
     Args:
-        factors: what the analyzer loads, or its files hold.
+        factors: tensors that the analyzer loads, or that its files hold.
         examples: `N`, which covariances alone do not say.
+
+    Returns:
+        Blocks on `[W | b]` by layer.
 
     Raises:
         AdapterError: the factors are of neither kind.
@@ -70,6 +73,9 @@ def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
     Args:
         block: a Kronecker product, or a block in a Kronecker eigenbasis.
         positions: `S`, by which its gradient covariance is divided.
+
+    Returns:
+        Tensors by Kronfluence's names.
 
     Raises:
         AdapterError: the block is neither.

@@ -27,6 +27,9 @@ def from_nngeometry(matrix: Any, model: nn.Module) -> dict[str, Block]:
         matrix: the matrix; an EKFAC whose diagonal was updated, which `update_diag` does.
         model: the model that it is of.
 
+    Returns:
+        Blocks on `[W | b]` by layer.
+
     Raises:
         AdapterError: NNGeometry is not installed, or the representation is another.
         TypeError: the model is no module.

@@ -34,8 +34,8 @@ class Approximation:
     `class X(Approximation, name="x")` registers; the comparison, the optimizers, the command line
     and the law tests read the registry.
 
-    A statistic, or another value of an inherited field, that a class body names is a field of its
-    own, with or without an annotation and `@dataclass(frozen=True)`.
+    If a class body names a statistic, or another value of an inherited field, it is a field of the
+    class. It needs neither an annotation nor `@dataclass(frozen=True)`.
     """
 
     name: ClassVar[str] = ""
@@ -98,7 +98,7 @@ class Approximation:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What chooses among the variants of the method, by name: `weight_sharing`, `rank`, ...
+        """Options that choose among the method's variants, by name: `weight_sharing`, `rank`, ...
 
         The factors of a corrected eigenbasis lend theirs, without where their own damping goes.
         """
@@ -228,7 +228,7 @@ def names() -> list[str]:
 
 
 def of_one_batch() -> list[str]:
-    """Those that one capture can build; K-BFGS needs a pair of them."""
+    """The methods that one capture can build; K-BFGS needs a pair of them."""
     return [name for name in names() if "pair" not in _REGISTRY[name]().needs]
 
 

@@ -44,7 +44,7 @@ def check_placement(placement: str) -> None:
 def place(
     block: Block, exponent: float, damping: float, placement: str, pi: float | None = None
 ) -> Block:
-    """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: by traces."""
+    """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: from traces."""
     check_placement(placement)
     if not isinstance(block, Kronecker):
         raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")

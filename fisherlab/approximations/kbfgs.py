@@ -81,12 +81,25 @@ class GradientLength(OfPair):
 class KBFGS(Approximation, name="kbfgs"):
     """`F^{-1} ~ H_g (x) H_a`, each kept by BFGS.      NGM section 3; Goldfarb et al. 2020.
 
-    `H_a` starts at `(A + sqrt(lambda) I)^{-1}`, takes the pair `s = H_a E[a]`, `y = A_LM s`; `H_g`
-    starts at I and takes the change of the mean pre-activation and of its gradient over a step,
-    from a second pass on the same batch (`LayerCapture.after`), doubly damped. `H_g` tracks a
-    Hessian of signed means, not `E[g g^T]`, so it cannot be built from one capture, and the damping
-    is part of the inverse. A mean that cancels counts as zero, not as the direction of its
-    rounding: the mean gradient in front of a batch norm or of attention's keys is one.
+    `H_a` starts at `(A + sqrt(lambda) I)^{-1}` and takes the pair `s = H_a E[a]`, `y = A_LM s`.
+    `H_g` starts at I and takes the change over a step of the mean pre-activation and of its
+    gradient, doubly damped. The change comes from a second pass on the same batch
+    (`LayerCapture.after`). `H_g` tracks a Hessian of signed means, not `E[g g^T]`, so it cannot be
+    built from one capture, and the damping is part of the inverse. A mean that cancels counts as
+    zero, not as the direction of its rounding: the mean gradient in front of a batch norm or of
+    attention's keys is one.
+
+    Args:
+        damping: lambda, absolute, positive.
+        s: statistic of the change of the mean pre-activation.
+        y: statistic of the change of its gradient.
+        g: statistic of the sum of the gradients.
+        length: statistic of the gradients' length.
+        A: statistic of the input factor.
+        a: statistic of the mean input.
+
+    Raises:
+        BlockError: `damping` is not positive.
     """
 
     placement = "factorwise"

@@ -97,9 +97,9 @@ class Block(ABC):
     def restricted_to(self, V: Tensor) -> Block | None:
         """`(I (x) V)^T F (I (x) V)`, where `F` is known to be zero beside the columns of `V`.
 
-        `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: of such
-        weights and of blocks within the same `V`, everything is measured there, by products with
-        r features instead of i. None where that is not known.
+        `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: for such
+        weights and blocks within the same `V`, everything is measured there, by products with r
+        features instead of i. None where that is not known.
         """
         return None
 
@@ -165,7 +165,7 @@ class Block(ABC):
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for this block's eigenvectors `Q`, float64.
 
-        Of a low-rank form only the eigenvectors that it defines, those of its range, are used.
+        A low-rank form uses only the eigenvectors of its range.
         """
         check_dense(self.size, self.dtype, self.device, type(self).__name__)
         _, vectors = self.leading(self.size)
@@ -303,7 +303,22 @@ guard(Block)
 
 
 class Dense(Block):
-    """`F` as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
+    """`F` as a symmetric matrix; negative eigenvalues count as zero in `power`.
+
+    Args:
+        matrix: `[o i, o i]`, symmetric.
+        shape: `(o, i)` of the weight.
+
+    Raises:
+        BlockError: the matrix does not fit the shape.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), (1, 2))
+        >>> (F @ torch.tensor([[1.0, 0.0]])).tolist()
+        [[2.0, 1.0]]
+    """
 
     def __init__(self, matrix: Tensor, shape: tuple[int, int]) -> None:
         doors.tensor(matrix, "matrix", full=True, error=BlockError)

@@ -19,10 +19,13 @@ from fisherlab.blocks.serialise import remembers
 
 @remembers("parts")
 class ColumnSum(Block):
-    """`F vec([V_1 | V_2 ...]) = vec([F_1 V_1 | F_2 V_2 ...])`: part k acts on columns of its own.
+    """`F vec([V_1 | V_2 ...]) = vec([F_1 V_1 | F_2 V_2 ...])`: part k acts on its own columns.
 
     An optimizer that treats a weight and its bias apart has one part for each. Sums, spectra and
-    powers are those of the parts; nothing couples two of them.
+    powers are those of the parts; nothing couples two parts.
+
+    Args:
+        parts: blocks on `[o, i_k]`.
     """
 
     def __init__(self, parts: Sequence[Block]) -> None:

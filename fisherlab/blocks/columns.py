@@ -28,8 +28,8 @@ from fisherlab.blocks.work import cached, once
 class Columns:
     """`U = [vec(D[m,n])]`, `D[m,n] = sum_t g[m,n,t] a[n,t]^T`; `a` `[n, t, i]`, `g` `[m, n, t, o]`.
 
-    Everything here is a sum over columns, without any `1/M`, computed once and shared by whoever
-    holds the same object: the exact block, the approximations of a layer, the metrics. `room` is
+    Everything here is a sum over columns, without any `1/M`, and is computed once. All holders of
+    the same object share it: the exact block, the approximations of a layer, the metrics. `room` is
     how many bytes the gradients may take to be kept, where many products are to come.
     """
 
@@ -76,7 +76,7 @@ class Columns:
         return self.a.device
 
     def tensors(self) -> Iterator[Tensor]:
-        """What they are made of."""
+        """The tensors that the columns are made of."""
         yield from (self.a, self.g)
 
     @cached
@@ -100,12 +100,12 @@ class Columns:
         check_gram(self.count, self.device)
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
-        # of the very gradients that products use: what an inverse cancels must be the same
+        # the same materialised gradients as in products: the inverse relies on exact cancellation
         return formed_gram(self.formed)
 
     @property
     def short(self) -> bool:
-        """Whether an example's gradients have fewer rows than it has positions, so go first."""
+        """Whether to materialise per-example gradients before a contraction (`m o < t`)."""
         m, _, t, o = self.g.shape
         return m * o < t and self.formed is not None
 
@@ -342,7 +342,7 @@ class Columns:
 
     @cached_property
     def inside(self) -> Columns | None:
-        """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
+        """The columns in coordinates of the input space, `D V`; inner products are unchanged."""
         if self.input_span is None:
             return None
         return Columns(self.input_span[1], self.g, self.room)

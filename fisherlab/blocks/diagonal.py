@@ -13,7 +13,18 @@ from fisherlab.blocks.numerics import BlockError, dot, spectrum_power
 
 
 class Diagonal(Block):
-    """`F = diag(vec(entries))`, with `entries` `[o, i]`."""
+    """`F = diag(vec(entries))`.
+
+    Args:
+        entries: `[o, i]`, not negative.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Diagonal(torch.tensor([[2.0, 3.0]]))
+        >>> F.solve(torch.tensor([[6.0, 8.0]]), damping=1.0).tolist()
+        [[2.0, 2.0]]
+    """
 
     def __init__(self, entries: Tensor) -> None:
         self.entries = doors.tensor(entries, "entries", ndim=(2,), full=True, error=BlockError)

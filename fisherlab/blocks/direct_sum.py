@@ -21,8 +21,11 @@ AnyBlock = TypeVar("AnyBlock", bound=Block)
 class DirectSum(Block):
     """`F = blockdiag(parts)`; part k acts on its own rows of the weight `[sum_k o_k, i]`.
 
-    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices, so
-    the exact block of the layer is the direct sum of one block per group.
+    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices. The
+    exact block of the layer is the direct sum of one block per group.
+
+    Args:
+        parts: blocks on `[o_k, i]`.
     """
 
     def __init__(self, parts: Sequence[Block]) -> None:

@@ -81,13 +81,21 @@ class Complement:
 
 
 class Eigen(Block):
-    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus what a thin basis leaves out.
+    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus the complement of thin bases.
 
-    `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
-    basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
-    `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0, and together they are its `complement`. A basis that is
-    None is the side's own coordinates.
+    Where a basis is thin, the tails are eigenvalues on its orthogonal complement. They default to
+    0, and together they are the `complement`.
+
+    Args:
+        Q_G: `[o, o']` with orthonormal columns; None: the coordinates of the outputs.
+        Q_A: `[i, i']` with orthonormal columns; None: the coordinates of the inputs.
+        spectrum: `[o', i']`.
+        tail_G: `[o']`, for each output direction, on the complement of `Q_A`.
+        tail_A: `[i']`, for each input direction, on the complement of `Q_G`.
+        tail: 0-d, on both complements.
+
+    Raises:
+        BlockError: the spectrum does not fit the bases.
     """
 
     _factor_values: tuple[Tensor, Tensor] | None = None

@@ -57,7 +57,7 @@ class Factor(ABC):
         return self.parts[0].device
 
     def tensors(self) -> Iterator[Tensor]:
-        """What it is made of."""
+        """The tensors that the factor is made of."""
         yield from self.parts
 
     def sizes(self) -> dict[int, int]:
@@ -127,7 +127,7 @@ class Factor(ABC):
         return self.shape[0] ** 2 * self.dtype.itemsize
 
     def saved(self) -> Tensor:
-        """What another one like it is made of."""
+        """The tensors from which another factor like this is made."""
         return self.matrix
 
     def mapped(self, function: Callable[[Tensor], Tensor], name: str = "factor") -> Factor:

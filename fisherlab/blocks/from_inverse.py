@@ -13,7 +13,11 @@ from fisherlab.blocks.work import cached
 
 
 class FromInverse(Block):
-    """`F = P^{-1}` for a positive definite block `P`; `power(-1, 0)` is `P` itself, untouched."""
+    """`F = P^{-1}`; `power(-1, 0)` is `P` itself, untouched.
+
+    Args:
+        inverse: `P`, a positive definite block.
+    """
 
     def __init__(self, inverse: Block) -> None:
         if not isinstance(inverse, Block):

@@ -20,10 +20,19 @@ from fisherlab.blocks.work import cached
 
 
 class Kronecker(Block):
-    """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs.
+    """`F = G (x) A`, `F vec(V) = vec(G V A)`.
 
-    A factor may be a matrix, a vector `[d]`, the entries of a diagonal one, or a `Factor`, which
-    is formed when somebody asks for the matrix.
+    Args:
+        G: the factor of outputs: a matrix `[o, o]`, the entries `[o]` of a diagonal one, or a
+            `Factor`, which is formed on demand.
+        A: the factor of inputs: `[i, i]`, `[i]` or a `Factor`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Kronecker(torch.tensor([[2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> (F @ torch.tensor([[1.0, 1.0]])).tolist()
+        [[2.0, 6.0]]
     """
 
     def __init__(self, G: Tensor | Factor, A: Tensor | Factor) -> None:
@@ -165,12 +174,19 @@ DENSE_SPECTRUM = 3000
 
 
 class KroneckerSum(Block):
-    """`F = sum_k G_k (x) A_k`, with `G` `[k, o, o]` and `A` `[k, i, i]`.
+    """`F = sum_k G_k (x) A_k`.
 
-    `G_k` and `A_k` of a term are both symmetric or both antisymmetric, and the term is symmetric.
-    A sum of two or more need not be positive semi-definite; `power` goes through the dense
-    form (refused past `DENSE_SPECTRUM`), takes negative eigenvalues as zero, and `clamped` says
-    how much.
+    `G_k` and `A_k` of a term are both symmetric or both antisymmetric, and the term is symmetric. A
+    sum of two or more terms need not be positive semi-definite. `power` goes through the dense form
+    (refused past `DENSE_SPECTRUM`) and takes negative eigenvalues as zero; `clamped` states their
+    share.
+
+    Args:
+        G: `[k, o, o]`, the factors of outputs.
+        A: `[k, i, i]`, the factors of inputs.
+
+    Raises:
+        BlockError: the factors do not fit together.
     """
 
     def __init__(self, G: Tensor, A: Tensor) -> None:

@@ -30,8 +30,9 @@ from fisherlab.blocks.work import cached
 class MiniBlock(Block):
     """`F = blockdiag(blocks)`: one `[k, k]` matrix per output feature and group of k inputs.
 
-    `blocks` is `[o, c, k, k]` for a weight whose first `c k` columns fall into c groups, `bias`
-    `[o]` the entries of a last column of its own (None where every column is in a group).
+    Args:
+        blocks: `[o, c, k, k]`, for a weight whose first `c k` columns fall into c groups.
+        bias: `[o]`, the entries of one more column; None if every column is in a group.
     """
 
     blocks: Tensor
@@ -160,8 +161,17 @@ class MiniBlock(Block):
 class RowBlocks(MiniBlock):
     """The exact restriction of `scale U U^T` to the rows of the weight, for columns of T = 1.
 
-    `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks are made
-    when they are needed; norm, trace and inner product with `U U^T` are not what needs them.
+    It is `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks
+    are made on demand; norm, trace and inner product with `U U^T` do not need them.
+
+    Args:
+        a: `[n, 1, i]`, the inputs.
+        g: `[m, n, 1, o]`, the output gradients.
+        scale: the multiple of `U U^T`.
+        columns: `U`, if it is known.
+
+    Raises:
+        BlockError: there is more than one position.
     """
 
     bias = None
@@ -219,7 +229,7 @@ class RowBlocks(MiniBlock):
         return self.scale * self.columns.squares
 
     def inner_with_columns(self, columns: Columns) -> Tensor | None:
-        # a projection of what it is the restriction of
+        # <X, F> = ||X||^2, since X is an orthogonal projection of F
         return self.squared_norm() / self.scale if columns is self.columns and self.scale else None
 
     def tensors(self) -> Iterator[Tensor]:

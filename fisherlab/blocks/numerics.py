@@ -13,12 +13,12 @@ from torch import Tensor
 from fisherlab import doors
 
 GIB = 1024**3
-# Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
+# A Gram matrix up to this many bytes is always allowed, without querying free memory.
 GRANTED = GIB // 4
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
-# Up to this many eps of its length, what a gradient has beside a space that should hold it is
-# rounding: 40 in the gradient itself, 260 where eigenvectors are rounded as well.
+# A residual of a gradient below this many eps of its length counts as rounding: the gradient
+# itself has 40, and 260 where eigenvectors are rounded as well.
 RESIDUAL_EPS = 400.0
 
 
@@ -72,9 +72,9 @@ def trace_of(matrix: Tensor) -> Tensor:
 
 
 def is_rounding(beside: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what lies beside a space, of square length `beside`, is rounding in a `dtype` vector.
+    """Whether a residual outside a space, of squared norm `beside`, is rounding in `dtype`.
 
-    An inverse divides it by the damping, which may be smaller by far than rounding is.
+    An inverse divides the residual by the damping, which may be far smaller than rounding.
     """
     return bool((beside <= (RESIDUAL_EPS * torch.finfo(dtype).eps) ** 2 * square).all())
 
@@ -243,9 +243,9 @@ def chosen_squares(
 ) -> Tensor:
     """How far `sum rotated^2` may move with the basis that an eigensolver picks in null spaces.
 
-    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. Of k directions that are
-    null vectors of a factor only the sum s of the entries is defined: their squares sum to between
-    `s^2 / k` and `s^2`. Energy beside a thin basis lies in such directions as well.
+    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. For k null directions of a
+    factor, only the sum s of the entries is defined: their squares sum to between `s^2 / k` and
+    `s^2`. Energy beside a thin basis lies in such directions as well.
 
     Args:
         rotated: `diag(Q^T F Q)`, `[o', i']`.

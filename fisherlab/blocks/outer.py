@@ -164,8 +164,19 @@ class OfColumns(Block):
 class Outer(OfColumns):
     """`F = shift I + c U U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
 
-    `a` is `[n, t, i]`, `g` is `[m, n, t, o]`; `core` is `c`, by default the `1/M` of a Fisher
-    block. A symmetric float64 matrix `[R, R]` as `core` makes an `OuterSum`.
+    Args:
+        a: `[n, t, i]`, the inputs.
+        g: `[m, n, t, o]`, the output gradients.
+        core: `c`; None: the `1/M` of a Fisher block. A symmetric float64 matrix `[R, R]` makes an
+            `OuterSum`.
+        shift: a multiple of the identity.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> a, g = torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 1, 1)
+        >>> blocks.Outer(a, g).dense().tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
     """
 
     def __new__(cls, a: Any = None, g: Any = None, core: Any = None, shift: float = 0.0) -> Any:
@@ -229,14 +240,14 @@ class Outer(OfColumns):
                 eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
                 W = torch.linalg.solve_triangular(L.mT, eye, upper=True)
                 return OuterSum.over(self.columns, W, L.new_full((len(L),), -1 / base), 1 / base)
-            # of dependent columns what U cancels would drown the rest of the inverse
+            # linearly dependent columns: cancellation in U would dominate the inverse
         return super().power(exponent, damping)
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
-        """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + c K)^{-1} w`.
+        """`(F + damping I)^{-1} V`;  for `V = U w` it is `U (damping I + c K)^{-1} w`.
 
-        A gradient in float32 is such a sum up to its rounding, which 1 / damping would blow up: a
-        damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
+        A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify. In
+        a layer of 10^6 parameters, a damping of 1e-3 tr F / N is 1e-8 of the eigenvalues.
         """
         w = self._combination(V) if damping and not self.shift and self.core > 0 else None
         if w is None:
@@ -324,12 +335,12 @@ class Outer(OfColumns):
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
-        """`<c U U^T, other>` from the energies in its basis and, for tails, beside it."""
+        """`<c U U^T, other>` from squared coordinates in its basis; tails take the complement."""
         E = self._rotated_gradients(other.Q_G, other.Q_A)
         value = (other.spectrum * E).sum()
         total = self.core * self.energies().sum()
         noise = RANK_TOLERANCE * torch.finfo(self.dtype).eps * total
-        # what rounding leaves beside a basis that holds all columns, 1 / damping would blow up
+        # 1 / damping would amplify rounding errors in the orthogonal complement
         if other.confined or total - E.sum() <= noise:
             return value
         rows, columns = E.sum(1), E.sum(0)
@@ -409,9 +420,15 @@ class Outer(OfColumns):
 class OuterSum(OfColumns):
     """`F = shift I + sum_k d_k v_k v_k^T` with `v_k = U W_k`: `U C U^T` of a full core `C`.
 
-    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`,
-    and everything about them is known of `d`: the Woodbury inverse of TENGraD, FNGD (7)-(9) and
-    NGM (28) costs no more than a product.
+    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`, so
+    `d` determines everything about them. The Woodbury inverse of TENGraD, FNGD (7)-(9) and NGM (28)
+    costs no more than a product.
+
+    Args:
+        a: `[n, t, i]`, the inputs.
+        g: `[m, n, t, o]`, the output gradients.
+        core: `C` `[R, R]`, symmetric, float64.
+        shift: a multiple of the identity.
     """
 
     def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:
@@ -533,7 +550,7 @@ class OuterSum(OfColumns):
         else:
             assert isinstance(other, Outer)
             inside = other.core * (K.square() @ self.d).sum()
-        # what cancels is in float64 throughout
+        # terms that cancel are in float64 throughout
         trace = other._gram_trace() + other.shift * self.size
         return inside + self.shift * trace + other.shift * self._inside_trace()
 

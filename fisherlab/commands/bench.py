@@ -55,8 +55,8 @@ def bench(
     """Measure time and memory in pairs, each call beside an ordinary step.
 
     Prints a table; the folder gets bench.json, tables and pictures, each row as it is measured.
-    What is faster elsewhere, or short of what was to be reached, stands in the table with what
-    limits it. Rows that there is no time for are named; --resume measures them.
+    The table also lists faster peers, missed targets, and the limiting resource. If time runs
+    out, the missing rows are named; --resume measures them.
 
     Examples:
 

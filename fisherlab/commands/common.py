@@ -1,4 +1,4 @@
-"""What commands share: exit codes, errors without tracebacks, lists of names, progress, tables."""
+"""Shared by commands: exit codes, errors without tracebacks, lists of names, progress, tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Code(IntEnum):
-    """What the exit code of a command says."""
+    """The meaning of a command's exit code."""
 
     DONE = 0  # rows may say refused or diverged, with the reason
     NOTHING = 1  # nothing succeeded, or a claim's verdict is not the recorded one
@@ -84,7 +84,7 @@ def leave(code: Code, message: str) -> NoReturn:
 
 
 def _mistake(error: Exception) -> str | None:
-    """What to tell the user if the error is theirs, else None."""
+    """The message for the user if the error is theirs, else None."""
     if type(error).__module__.split(".")[0] == "fisherlab":
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -223,7 +223,7 @@ def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
 
 
 def refusals(table: Comparison) -> list[str]:
-    """Of every approximation that was refused at all layers, the reason."""
+    """The reason for every approximation that was refused at all layers."""
     nothing = table.frame.groupby("approximation")["relative_error"].transform("count") == 0
     refused = table.frame[nothing & (table.frame["note"] != "")]
     first = refused.drop_duplicates("approximation")

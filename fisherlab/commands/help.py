@@ -1,4 +1,4 @@
-"""What `--help` shows of a command: its docstring, its examples, its options in groups."""
+"""The `--help` of a command: its docstring, its examples, its options in groups."""
 
 from __future__ import annotations
 

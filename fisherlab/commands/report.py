@@ -19,7 +19,7 @@ def report(
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make the page of a run anew, or one page of several runs.
+    """Rebuild the report of a run, or make one report of several runs.
 
     Examples:
 

@@ -67,7 +67,7 @@ def reproduce(
 
 
 def _listing(chosen: list[papers.Item]) -> pd.DataFrame:
-    """What there is: kind, title, costs, and whether it runs."""
+    """The list of items: kind, title, costs, and whether it runs."""
     rows = []
     for one in chosen:
         costs = {

@@ -59,7 +59,7 @@ def support(
 
 
 def _compared(net: torch.nn.Module, frame: pd.DataFrame) -> str:
-    """What `fisherlab compare` does with the model, in a sentence."""
+    """The treatment of the model by `fisherlab compare`, in a sentence."""
     measured = frame[frame["compare"] != "skipped"]
     if not len(measured):
         return "compare refuses this model: no layer has a block"

@@ -87,8 +87,8 @@ def train(
 
     Leaves a table, curves against steps and against time, checkpoints and report.html.
 
-    The same command on the same folder goes on where it was stopped, or shows what is there; with
-    more --epochs it goes on to those, unless a schedule was planned for the earlier number.
+    The same command on the same folder goes on where it was stopped, or shows the results. With
+    more --epochs it trains further, unless a schedule was planned for the earlier number.
 
     Examples:
 
@@ -204,7 +204,7 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
 
 
 def _trained(results: training.Results) -> str:
-    """What every row was trained on."""
+    """The setting in which every row was trained."""
     of, card = results.settings, results.card
     seeds, epochs = len(of.seeds), of.epochs
     return (

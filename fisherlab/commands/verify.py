@@ -21,7 +21,7 @@ def verify(
     trials: Annotated[
         int | None, typer.Option(help="Cases per claim; default each claim's own number.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random cases.")] = 0,
     on: Annotated[
         str | None,
         typer.Option(metavar="DATASET:MODEL", help="A real network at several training steps."),

@@ -1,4 +1,4 @@
-"""What a notebook and `print` show of a comparison: five columns first, all of them on demand."""
+"""Display in a notebook and by `print`: five columns first, all of them on demand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def first_columns(summary: pd.DataFrame) -> list[str]:
 
 
 def best(name: str, values: pd.Series) -> list[bool]:
-    """Which values of a column are the best: of errors the least, else the nearest to 1."""
+    """Which values of a column are the best: the least for errors, else the nearest to 1."""
     apart = values if "error" in name or "seconds" in name or "gap" in name else (values - 1).abs()
     apart = apart.where(apart.index != "exact")  # what all are compared with
     return [bool(far <= apart.min() + EQUAL) for far in apart]

@@ -1,4 +1,4 @@
-"""What every approximation of a layer is measured against: the exact block, gradient, steps."""
+"""The reference for every approximation of a layer: the exact block, gradient, steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RotatedGradient:
         return cls(block, rotated, holds, time.perf_counter() - start)
 
     def product(self, P: Eigen, gradient: Tensor, damping: float) -> Tensor:
-        """`P g`. What of `g` lies where `P` is 1 / damping, if it is rounding, counts as zero."""
+        """`P g`. If the part of `g` where `P` is 1 / damping is rounding, it counts as zero."""
         if not self.holds:
             return P.times(gradient, self.rotated)
         spectrum, rotated = P.spectrum.to(P.dtype), self.rotated

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, checked before anything is computed."""
+"""The request for a comparison, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Request:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every row says."""
+        """The facts that every row repeats."""
         generator = self.options["generator"]
         named = isinstance(self.reference, str)
         return {
@@ -136,7 +136,7 @@ class Request:
         return found
 
     def config(self, captures: list[Captures]) -> dict[str, Any]:
-        """What the table's file keeps beside its rows."""
+        """The facts that the table's file keeps besides its rows."""
         report = captures[0].report
         return {
             **self.facts,
@@ -248,8 +248,17 @@ def default_fisher_type(
 ) -> str:
     """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
 
-    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown. The labels `y`
-    tell where the classes are in the outputs, axis 1 or the last.
+    NLLLoss is cross entropy if the outputs are log-probabilities, else unknown.
+
+    Args:
+        model: the model; it comes back untouched.
+        criterion: the loss.
+        x: one batch, as in `compare`.
+        forward: `forward(model, x)` makes the outputs; None: `model(x)`.
+        y: the labels, which tell whether classes are axis 1 of the outputs or the last.
+
+    Returns:
+        "exact", "mc" or "empirical".
     """
     return _default_type(model, criterion, x, y, forward)[0]
 
@@ -271,7 +280,11 @@ def _default_type(
 
 
 def versions() -> dict[str, str]:
-    """The versions a measurement depends on."""
+    """The versions on which a measurement depends.
+
+    Returns:
+        A version by name of the library.
+    """
     return {
         "fisherlab": fisherlab.__version__,
         "torch": torch.__version__,

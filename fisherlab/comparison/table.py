@@ -54,10 +54,14 @@ STEP_ROUNDING = (
 
 @dataclass
 class Comparison:
-    """A table of measurements: `frame` has one row per layer x approximation x damping.
+    """A table of measurements: one row per layer x approximation x damping.
 
-    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` against examples the
-    approximation has not seen. `config` says what was measured and reruns it; `note` what to mind.
+    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` is against held-out
+    examples.
+
+    Args:
+        frame: the rows; `note` has the warnings.
+        config: states what was measured, and reruns it.
     """
 
     frame: pd.DataFrame
@@ -76,7 +80,7 @@ class Comparison:
 
     @property
     def about(self) -> str:
-        """What was measured: Fisher type, draws, examples, layers, parameters, what was skipped."""
+        """Summary: Fisher type, draws, examples, layers, parameters, what was skipped."""
         if not len(self.frame):
             return ""
         return "\n".join(filter(None, (self._fisher, self._coverage, self._skipped)))
@@ -130,7 +134,7 @@ class Comparison:
 
     @property
     def note(self) -> str:
-        """What a reader has to know before the first number."""
+        """The facts that a reader needs before the first number."""
         return " ".join(filter(None, (self._type, self._noise, self._unknown, self._rounding)))
 
     @property
@@ -144,7 +148,7 @@ class Comparison:
 
     @property
     def _unknown(self) -> str:
-        """How many of the population errors the unseen examples are too few for."""
+        """A sentence on the population errors for which the held-out examples are too few."""
         key = ["layer", "approximation", "seed", "step"]
         missing, every = (len(f.drop_duplicates(key)) for f in (self._noted(UNKNOWN), self.frame))
         if not missing:
@@ -169,7 +173,7 @@ class Comparison:
 
     @property
     def _noise(self) -> str:
-        """What a batch of few examples says of its own errors."""
+        """A warning on in-sample errors of a batch of few examples."""
         if not self.noisy:
             return ""
         share = self.frame["diagonal_share"].median()
@@ -282,7 +286,7 @@ class Comparison:
 
     @property
     def _medians(self) -> str:
-        """What a number of the summary is the median of."""
+        """Over what a number of the summary is the median."""
         frame = self.frame
         parts = []
         for column in ("layer", "seed"):
@@ -295,7 +299,11 @@ class Comparison:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a comparison; `comparison` holds the layers that were measured before it."""
+    """Ctrl-C during a comparison.
+
+    Args:
+        comparison: the table of the layers that were measured before it.
+    """
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")

@@ -1,4 +1,4 @@
-"""What a run found, in a sentence or two: the first lines of its page."""
+"""The finding of a run, in a sentence or two: the first lines of its page."""
 
 from __future__ import annotations
 

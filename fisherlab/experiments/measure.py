@@ -144,7 +144,7 @@ class Study:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What reruns it, with every default filled in."""
+        """The configuration that reruns it, with every default filled in."""
         filled = {
             "approximations": self.names,
             "batch_size": self.batch_size,
@@ -165,7 +165,7 @@ class Study:
 
     @property
     def title(self) -> str:
-        """What was measured, in a line."""
+        """The measurement in one line."""
         return f"{self.settings.model} on {self.settings.data}, {self.fisher_type} Fisher"
 
     def run(

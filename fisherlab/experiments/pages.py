@@ -1,4 +1,4 @@
-"""What the page of a comparison and of a training run shows."""
+"""The pages of a comparison and of a training run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CURVATURE = {
 
 @sections("compare")
 def of_compare(run: RunDir) -> Iterator[Section]:
-    """What was found, the pictures, the layers."""
+    """The finding, the pictures, the layers."""
     frame = run.table("comparison")
     if frame is None or not len(frame):
         raise RunDirError(f"{run.folder} holds a comparison without rows; run it again")
@@ -185,7 +185,7 @@ def of_train(run: RunDir) -> Iterator[Section]:
 
 @sections("sweep")
 def of_sweep(run: RunDir) -> Iterator[Section]:
-    """What was chosen from the grids, what it reached on the test set, and every point tried."""
+    """The choice from the grids, its result on the test set, and every point tried."""
     path = run.folder / "sweep.json"
     if not path.is_file():
         raise RunDirError(f"{run.folder} holds a search without a choice; run it again")

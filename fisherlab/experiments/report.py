@@ -184,7 +184,7 @@ def _pictures(run: RunDir) -> list[Picture]:
 
 
 def _made_with(run: RunDir) -> Section:
-    """What reruns it: settings, data, versions."""
+    """The command that reruns it: settings, data, versions."""
     config = run.config
     rows = [
         (key, value)

@@ -81,7 +81,7 @@ class RunDir:
         whole.write(self.folder / GRAMS, write)
 
     def grams(self) -> dict[int, GramStudy]:
-        """What `write_grams` wrote, by step; nothing where it was not called."""
+        """The studies that `write_grams` wrote, by step; nothing where it was not called."""
         path = self.folder / GRAMS
         if not path.is_file():
             return {}
@@ -89,7 +89,7 @@ class RunDir:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `config.json` says; `RunDirError` where there is none."""
+        """The content of `config.json`; `RunDirError` where there is none."""
         path = self.folder / CONFIG
         if not path.is_file():
             raise RunDirError(f"{self.folder} holds no run: there is no {CONFIG} in it")

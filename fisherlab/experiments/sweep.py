@@ -23,7 +23,7 @@ Grid = dict[str, dict[str, list[str]]]  # optimizer -> option -> the values to t
 
 @dataclass
 class Search:
-    """What was tried, what was chosen from it, and how far the choice went on the test set."""
+    """The settings tried, the choice among them, and its result on the test set."""
 
     grid: Grid
     tried: Results

@@ -161,7 +161,7 @@ def _fits(node: Any, geometry: Geometry) -> bool:
 
 
 def _in_parts(outputs: Tensor, edges: Collection[Edge], n: int) -> set[Edge]:
-    """Those edges whose n-th part, in the order of elements, has the gradient of example n alone.
+    """The edges whose n-th part, in the order of elements, has the gradient of example n alone.
 
     Args:
         outputs: `[n, ...]`, with their graph.

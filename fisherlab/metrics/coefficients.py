@@ -12,10 +12,17 @@ from fisherlab.metrics.gram import HasGram
 
 @entered
 def example_coefficients(F: HasGram, alpha: float = 0.005) -> Tensor:
-    """`M v = M lambda (M lambda I + K)^{-1} 1`, `lambda = alpha ||K||_F`, `[M]` float64.
+    """`M v = M lambda (M lambda I + K)^{-1} 1`, `lambda = alpha ||K||_F`.      FNGD (9), (14).
 
-    FNGD (9), (14). 1 is the weight that SGD gives an example; an example whose gradient many others
-    share is weighted down. `F` is of the empirical Fisher: one column per example.
+    SGD gives each example the weight 1. An example is weighted down if its gradient resembles many
+    others.
+
+    Args:
+        F: a capture or exact block of the empirical Fisher: one column per example.
+        alpha: the damping relative to the norm of the Gram matrix `K`.
+
+    Returns:
+        `[M]` float64.
     """
     K = F.gram().double()
     M = len(K)
@@ -30,9 +37,15 @@ def example_coefficients(F: HasGram, alpha: float = 0.005) -> Tensor:
 
 @entered
 def coefficient_drift(coefficients: Tensor, shared: Tensor) -> Tensor:
-    """`||v - v~|| / ||v - mean v||`, 0-d float64: what sharing `v~` loses of what `v` knows.
+    """`||v - v~|| / ||v - mean v||`: the loss from sharing `v~`, relative to what `v` knows.
 
-    0: the shared coefficients are today's; 1: no better than one factor for the whole layer.
+    Args:
+        coefficients: `v` `[M]` of the current batch.
+        shared: `v~` `[M]`, the shared coefficients.
+
+    Returns:
+        0-d float64. 0: the shared coefficients equal the current ones. 1: they are no better than
+        one factor for the whole layer.
     """
     if coefficients.shape != shared.shape:
         raise ValueError(

@@ -28,8 +28,15 @@ class Convergence:
 def mc_convergence(mc: Outer, exact: Outer) -> Convergence:
     """`||F_s - F|| / ||F||` for the first s of S draws of one capture, and `c / sqrt(s)`.
 
-    `F_s = (1/s) sum_{r <= s} F^(r)`; all S distances from one Gram matrix. `c^2` is the mean of
-    `||F^(r) - F||^2 / ||F||^2` over the draws, which are unbiased and independent.
+    `F_s = (1/s) sum_{r <= s} F^(r)`; all S distances come from one Gram matrix. `c^2` is the mean
+    of `||F^(r) - F||^2 / ||F||^2` over the draws, which are unbiased and independent.
+
+    Args:
+        mc: the exact block of an "mc" capture with S draws per example.
+        exact: the block of an "exact" capture of the same batch.
+
+    Returns:
+        Distances and their law, `[S]` each.
     """
     draws, n = mc.g.shape[:2]
     if exact.shape != mc.shape or exact.g.shape[1] != n:

@@ -93,10 +93,15 @@ class GramStudy:
 
 @entered
 def gram_study(layers: Mapping[str, HasGram], labels: Tensor, alpha: float = 0.005) -> GramStudy:
-    """The study of one batch: every Gram matrix is formed once.
+    """The study of one batch; each Gram matrix is formed once.
 
-    `layers` are captures or exact blocks of the empirical Fisher, one column per example; `alpha`
-    is that of FNGD's damping.
+    Args:
+        layers: captures or exact blocks of the empirical Fisher by layer: one column per example.
+        labels: `[M]`, the class of each example.
+        alpha: FNGD's damping relative to the norm of the Gram matrix.
+
+    Returns:
+        The study, with the examples in the order of their classes.
     """
     order = by_class(labels)
     grams = {}

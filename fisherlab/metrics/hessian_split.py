@@ -37,6 +37,9 @@ def hessian_split(F: Block, G: Block, H: Block) -> HessianSplit:
         G: the block of `fisher_type="exact"`, `J^T H_f J`.
         H: the Hessian's block.
 
+    Returns:
+        The parts over `||H||` and their cosine, 0-d float64.
+
     Raises:
         BlockTooLarge: the matrices are past the memory budget.
     """

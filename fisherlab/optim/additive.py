@@ -126,7 +126,7 @@ class AdditiveLaw:
         captures: Sequence[Mapping[str, LayerCapture]],
         factors: Sequence[float],
     ) -> tuple[Tensor, Tensor]:
-        """What each pass adds to `.grad v`, a column each, and what was added in all."""
+        """The addend of each pass to `.grad v`, a column each, and their sum."""
         rows, left = [], []
         for name in known:
             found = [self._of_pass(name, *pair) for pair in zip(captures, factors, strict=True)]

@@ -1,4 +1,4 @@
-"""What every curvature optimizer is: parameter groups, a step along directions, a state."""
+"""The base of every curvature optimizer: parameter groups, a step along directions, a state."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `Clip`.
     `clipped` counts the steps that `clip` has shortened.
 
-    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`: SGD at the
-    method's own step lengths, which shows what the direction itself is worth.
+    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`. This is SGD at the
+    method's own step lengths, and shows the value of the direction itself.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
@@ -66,7 +66,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         skip: names or patterns of those that may not.
         control: keep the method's lengths and take the gradient's directions.
         groups: options that the method adds to a group.
-        options: those of `group_options`, and those of `clip` spelled flat.
+        options: options of `group_options`, and fields of `clip` spelled flat.
 
     Raises:
         ValueError: an option is out of its range, or the method is not data-parallel.
@@ -164,7 +164,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return found
 
     def due(self) -> tuple[str, ...]:
-        """What the next step does beyond every step, such as `statistics`: its cost depends on it.
+        """The extra work of the next step, such as `statistics`: the step's cost depends on it.
 
         Nothing here: every step is like the others.
         """
@@ -247,11 +247,11 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return type(self).__name__
 
     def _extra_state(self) -> dict[str, Any]:
-        """What a subclass remembers, as nested dicts of tensors and numbers."""
+        """The state of a subclass, as nested dicts of tensors and numbers."""
         return {}
 
     def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:

@@ -29,7 +29,7 @@ def any_geometry(geometry: Geometry) -> bool:
 class Coverage:
     """The matrices that an optimizer preconditions.
 
-    `weights` holds the matrices by name. Those of modules that torch itself calls are known from
+    `weights` holds the matrices by name. Weights of modules that torch itself calls are known from
     the start; the first call shows the others, which join by `adopt`. `left_out` holds the weights
     that turned out to have no block, each with its reason.
 
@@ -59,7 +59,7 @@ class Coverage:
         self._wanted = _meant(self.owners, layers, skip)
         self.weights: dict[str, Weight] = {}
         self.left_out: dict[str, str] = {}
-        # what sees the products of the weights
+        # the tape that sees the products of the weights
         self.tape: Tape | None = None
         # shape and dtype of each matrix as it was first seen
         self._shapes: dict[str, torch.Size] = {}
@@ -308,7 +308,7 @@ class Coverage:
 
 
 class Covered:
-    """What has a `Coverage`, and tells what is in it."""
+    """An optimizer with a `Coverage`, which it describes."""
 
     coverage: Coverage
 
@@ -340,7 +340,7 @@ def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> s
         return set(owners)
     names, _ = chosen(owners, layers, skip)
     if layers is None:
-        # of the weights that are frozen now some may be trained later
+        # some weights that are frozen now may be trained later
         return set(names) | {n for n, owner in owners.items() if not owner.tensor.requires_grad}
     return set(names)
 

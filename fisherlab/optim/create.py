@@ -46,7 +46,7 @@ Maker = Callable[..., torch.optim.Optimizer]
 LR, MOMENTUM, KL_CLIP = 0.015, 0.6, 0.1
 # of running means; a share inside both factors damps the larger eigenvalues as well
 SHARE, FACTORED_SHARE = 0.03, 0.02
-# of the block of a single batch, which the gradient of that batch overfits, and of all layers'
+# shares for a single batch's block, which that batch's gradient overfits, and for all layers'
 BATCH_SHARE, EXACT_SHARE, JOINT_SHARE = 0.1, 0.3, 1.0
 # An exact block holds that gradient: `lr^2 <direction, gradient>` is at most lr^2, per block.
 EXACT_LR = 0.08
@@ -66,7 +66,7 @@ SQUARED_EXACT = {"lr": 0.1, "damping": geometric(0.1), **UNMOVED}
 SQUARED_RANK_ONE = {"lr": 0.01}
 # No running mean to save on.
 _OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
-# What `create` passes itself, and what constructors pass on.
+# Options that `create` passes itself, or that constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs", "groups"}
 # An option that only one of the presets has.
 ABSENT = "–"
@@ -198,12 +198,21 @@ _MAKERS: dict[str, Maker] = {
     "mini_block": _natural(MiniBlock()),
 }
 
-# Those that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
+# Optimizers that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
 GRADIENT_ONLY = ("sgd", "adam", "adamw", "radam", "muon", "soap")
 
 
 def names() -> list[str]:
-    """Every optimizer that `create` knows: torch's own, the papers', every other approximation."""
+    """Every optimizer that `create` knows: torch's own, the papers', every other approximation.
+
+    Returns:
+        The names, in this order.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> {"sgd", "kfac", "ekfac"} <= set(fl.optim.names())
+        True
+    """
     return [*_MAKERS, *(n for n in approximations.names() if n not in _MAKERS)]
 
 
@@ -212,15 +221,30 @@ def create(
 ) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, the defaults of its preset overridden by `options`.
 
-    `preset="paper"` is the method as its paper has it: `optim.presets.PAPER` names every option,
-    its value and who says so. "stable" has the defaults that train six small tasks.
+    The learning rate sets the length of the step. Most curvature methods have a default `kl_clip`,
+    which guards against divergence. Once KL clipping is active, a larger learning rate no longer
+    lengthens the step; `opt.clipped` counts these steps. `kl_clip=None` turns it off.
 
-    The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
-    guard against divergence: a step that it shortens is as long at any larger `lr`. `opt.clipped`
-    counts those steps; with `kl_clip=None` the learning rate alone decides.
+    Args:
+        name: a name of `fl.optim.names()`, such as "kfac", "ekfac" or "sgd".
+        model: the model, in the state to train.
+        preset: "stable" has the defaults that train six small tasks. "paper" has the options of the
+            method's paper: `optim.presets.PAPER` names each option, its value and its source.
+        options: options of the method, such as `lr=0.01`; `option_names(name)` lists them.
 
-    Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
-    and `TypeError` for an option that the method does not have.
+    Returns:
+        The optimizer, ready to step.
+
+    Raises:
+        ValueError: the name or preset is unknown, or the model is too large for the method.
+        TypeError: the method has no such option; the message names the nearest.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> type(fl.optim.create("kfac", model, lr=0.01)).__name__
+        'NaturalGradient'
     """
     if not isinstance(name, str) or name not in names():
         near = nearest(name, names(), names())
@@ -265,7 +289,7 @@ def _tiny() -> nn.Module:
 
 
 def _takers(kind: type[torch.optim.Optimizer]) -> list[Callable[..., Any]]:
-    """What takes the options of an optimizer: its constructors, and what they pass them on to."""
+    """Functions that take an optimizer's options: its constructors, and those they pass them to."""
     if not issubclass(kind, CurvatureOptimizer):
         return [kind]
     return [*kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)], *kind.takers]

@@ -24,16 +24,28 @@ FLAT = 0.05
 class FNGD(Woodbury):
     """Phase 1: `W <- W - lr U v`;  phase 2: `W <- W - lr U v~`, `v~` the mean of phase 1's `v`.
 
-    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves
-    for its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and
-    no inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary
-    weight gradient taken, the bias included. After `backward()`, `p.grad` is that weighted
+    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves for its own
+    coefficients, `lambda = alpha ||U^T U||_F`. Afterwards no per-example gradient and no inverse is
+    formed: row n of the output gradient is scaled by `M v~_n`, and the ordinary gradient of weight
+        and bias is taken. After `backward()`, `p.grad` is that weighted
     gradient: clip and log it as such.
 
     `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled
     loader they average to a constant, and the run says once that it now is SGD), "example" (one per
     data-set index, given by `set_batch(indices)` before each forward), "none" (NGD-SMW).
     `control=True` is the run to compare with: SGD with FNGD's per-layer factor `c_l = sum_n v~_n`.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        alpha: lambda relative to `||U^T U||_F`.
+        fold: whether the coefficients are multiplied by lambda.
+        coefficient_steps: steps of phase 1.
+        share: "position", "example" or "none".
+        control: whether to run SGD with FNGD's per-layer factors instead.
+        options: further options of the step and its groups.
     """
 
     def __init__(

@@ -27,8 +27,16 @@ class KBFGSOptimizer(NaturalGradient):
     """`W <- W - lr H_g m H_a`, `m` the EMA (`gradient_decay`) of the gradient.  Goldfarb 2020.
 
     `step(closure)` needs a closure that zeroes the gradients, computes the loss on the *same* batch
-    and calls `backward()`: it is run before the step and once more after it, for the pair
+    and calls `backward()`. It runs before the step and once more after it, for the pair
     `s = change of the mean pre-activation`, `y = change of its gradient`.
+
+    Args:
+        model: the model.
+        approximation: `fl.KBFGS(...)`; None: one with `damping`.
+        lr: learning rate.
+        damping: lambda, absolute; used if `approximation` is None.
+        gradient_decay: weight of the past in `m`.
+        options: further arguments of `NaturalGradient`.
     """
 
     data_parallel = False

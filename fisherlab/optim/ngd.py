@@ -33,15 +33,28 @@ DENSE_LAYER = 5_000
 class NGD(CurvatureOptimizer):
     """`W <- W - lr (F + lambda I)^{-1} dW` with the exact Fisher matrix of the batch.
 
-    `scope="joint"`: `F` over all layers together; its Gram matrix is the sum of the layers', so the
-    step is one `R x R` solve at any number of parameters. With one lambda per layer,
-    as a relative damping rule gives,
+    `scope="joint"`: `F` over all layers together. Its Gram matrix is the sum of the layers' Gram
+    matrices, so the step is one `R x R` solve at any number of parameters. With one lambda per
+    layer, as a relative damping rule gives,
 
         d_l = (g_l - U_l c) / lambda_l,
         c = (M I + sum_k K_k / lambda_k)^{-1} sum_k U_k^T g_k / lambda_k
 
     `scope="layer"`: one block per layer. `form="dense"` builds the matrices as NGM measures them,
     and refuses more than 5,000 parameters; both forms agree.      NGM (28), A.5.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        fisher_type: "empirical", "mc" or "exact".
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        damping: lambda, absolute, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
+        scope: "joint" or "layer".
+        form: "gram" or "dense".
+        mc_samples: draws per example for "mc".
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
+        options: further options of the step and its groups.
     """
 
     data_parallel = True

@@ -55,8 +55,8 @@ class Preconditioner(Covered):
     embeddings) keep the plain gradient. On networks with batch norm in training mode `g = M dL/ds`
     holds cross-example terms, as in every hook-based K-FAC.
 
-    Under DDP the sums are added by one `all_reduce` per layer and eigendecompositions are shared
-    out over the ranks; methods without sums gather a layer's raw inputs and output gradients.
+    Under DDP the sums are added by one `all_reduce` per layer, and eigendecompositions are shared
+    out over the ranks. Methods without sums gather a layer's raw inputs and output gradients.
 
     Args:
         model: the model.
@@ -71,7 +71,7 @@ class Preconditioner(Covered):
         fisher_type: "empirical", "mc" (columns drawn from the model, on the graph of the loop's own
             forward) or "exact".
         mc_samples: draws per example.
-        generator: of the draws; None: a fresh one seeded with 0.
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
         layers: names or patterns of the weights that may have a block; None: all trainable ones.
         skip: names or patterns of those that may not.
         largest_factor: rows of a Kronecker factor above which its diagonal is kept; a warning and
@@ -169,14 +169,14 @@ class Preconditioner(Covered):
         return self.schedule.until is not None and self.steps >= self.schedule.until
 
     def _due(self, weight: Weight) -> set[str]:
-        """What is refreshed of a layer at this step."""
+        """The parts of a layer that are refreshed at this step."""
         if self.steps < self.schedule.warmup:
             return set(self.curvature.kinds)
         group = self.coverage.groups[weight.group]
         return {kind for kind in self.curvature.kinds if self.steps % group[f"{kind}_every"] == 0}
 
     def due(self) -> tuple[str, ...]:
-        """What the next step refreshes of any layer: `statistics`, `basis`, `corrections`."""
+        """Parts that the next step refreshes in any layer: `statistics`, `basis`, `corrections`."""
         if self.over:
             return ()
         found = set().union(*(self._due(weight) for weight in self.weights.values()))
@@ -266,7 +266,7 @@ class Preconditioner(Covered):
     def _captures(
         self, due: Mapping[str, set[str]], gradients: Gradients
     ) -> dict[str, list[LayerCapture]]:
-        """What the passes of this step brought, of the layers that are due."""
+        """The captures of this step's passes, for the layers that are due."""
         names = [name for name, what in due.items() if what & {"statistics", "corrections"}]
         weights = [self.weights[name] for name in names]
         if self.recorder is None:
@@ -334,7 +334,7 @@ class Preconditioner(Covered):
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return f"Preconditioner({type(self.approximation).__name__})"
 
     def state_dict(self) -> dict[str, Any]:

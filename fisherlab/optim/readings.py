@@ -1,4 +1,4 @@
-"""What a running optimizer divides its gradients by, read off its state as blocks."""
+"""The preconditioner of a running optimizer, read off its state as blocks."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ if hasattr(torch.optim, "Muon"):
 def read(optimizer: torch.optim.Optimizer | Preconditioner, model: nn.Module) -> Reading:
     """The blocks of a running optimizer, by name of the layer.
 
-    Of FisherLab's own, those of `opt.blocks()`, whose inverse damped, or its root, a step takes. Of
-    another, two readings: "root" is `P^{-1}` of its step `-lr P m`, "square" what `P^{-2}`
+    FisherLab's own optimizers give `opt.blocks()`; a step takes their damped inverse, or its root.
+    Any other has two readings: "root" is `P^{-1}` of its step `-lr P m`, "square" what `P^{-2}`
     estimates, the second moment that a Fisher block is.
 
     Raises:

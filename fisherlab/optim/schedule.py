@@ -12,8 +12,8 @@ from fisherlab.approximations.running import EMAS
 class Schedule:
     """`S <- decay S + s` every `statistics` steps, an inverse of `S` every `basis` steps.
 
-    All are refreshed at step 0 and at each of the first `warmup` steps: an inverse made of one
-    batch is wrong outside that batch's span, where the gradients of the next ones lie.
+    All are refreshed at step 0 and at each of the first `warmup` steps. The inverse of one batch is
+    wrong outside that batch's span, and the next gradients lie there.
 
     Args:
         statistics: steps from one update of the statistics to the next (T_FIM).

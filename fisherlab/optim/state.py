@@ -1,4 +1,4 @@
-"""What a `state_dict` says of itself, and which ones are read."""
+"""The format that a `state_dict` states, and which formats are read."""
 
 from __future__ import annotations
 

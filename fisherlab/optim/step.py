@@ -25,9 +25,9 @@ class Clip:
         min(1, sqrt(r kl / q), norm / |direction|),   q = sum lr^2 <direction, gradient>,
         r = min(1, (steps taken + 1) / warmup)
 
-    `kl` guards against the step that curvature of few batches misjudges. Where it binds, the step
-    is `sqrt(r kl)` long in the metric of the blocks, and no longer at any larger learning rate: a
-    schedule then has no effect.
+    `kl` guards against the step that curvature of few batches misjudges. Once `kl` is active, the
+    step has length `sqrt(r kl)` in the metric of the blocks. A larger learning rate no longer
+    lengthens it, and a schedule has no effect.
 
     Args:
         kl: bound of `q`, to second order twice the KL divergence of the step; None: none.
@@ -56,7 +56,7 @@ class Clip:
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def factor(self, directions: Directions, change: Callable[[], float], steps: int) -> float:
-        """What the directions are multiplied by.
+        """The factor on all directions.
 
         Args:
             directions: of all parameters that have one.

@@ -1,4 +1,4 @@
-"""What `summary()` of an optimizer tells of its damping."""
+"""The lines of an optimizer's `summary()` on its damping."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Woodbury(CurvatureOptimizer):
     def _take(self, weight: Weight, taken: Taken) -> None:
         passes = self._taken.setdefault(weight.name, [])
         if passes and not has_gradient(weight):
-            # what an earlier backward pass left was dropped with its gradient
+            # the captures of an earlier backward pass were dropped with its gradient
             passes.clear()
         if self.clip.kl is None:
             taken.calls = []
@@ -221,7 +221,7 @@ class Woodbury(CurvatureOptimizer):
 
 @dataclass(eq=False)
 class Taken:
-    """What one backward pass brought to a layer, and the weights that its examples took."""
+    """The captures of one backward pass at a layer, and the weights of its examples."""
 
     # as the pass multiplied it
     weight: Weight
@@ -244,7 +244,7 @@ class Taken:
 
 
 class GramBlock(Outer):
-    """The exact block of columns whose Gram matrix is wanted in any case."""
+    """Exact block that reads its trace from the Gram matrix, which is always needed."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns, self.core, self.shift = columns, 1.0 / columns.count, 0.0
@@ -289,6 +289,16 @@ class TENGraD(Woodbury):
 
     After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
     gradient is nowhere.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        damping: lambda, absolute, or a rule; exclusive with `alpha`.
+        alpha: lambda relative to `||K||_F`, per layer and batch; exclusive with `damping`.
+        fold: whether the direction is multiplied by lambda, so that `lr` is of SGD's size.
+        options: further options of the step and its groups.
     """
 
 
@@ -297,6 +307,11 @@ class NGDSMW(Woodbury):
 
     After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
     gradient is nowhere.
+
+    Args:
+        model: the model.
+        fold: whether the direction is multiplied by lambda, so that `lr` is of SGD's size.
+        options: further arguments of `TENGraD`.
     """
 
     def __init__(self, model: nn.Module, *, fold: bool = True, **options: Any) -> None:

@@ -53,15 +53,15 @@ def error(
 
     Args:
         table: A `Comparison`, or its frame.
-        column: The error; by default the one that the table leads with.
-        layers: The layers to draw, in this order; by default all.
-        labels: What to call methods: `{"kfac": "K-FAC"}`; they keep their looks.
+        column: The error; default: the one that the table leads with.
+        layers: The layers to draw, in this order; default: all.
+        labels: Shown names of methods, `{"kfac": "K-FAC"}`; they keep their looks.
         palette: Colours of methods, by name.
         size: Width and height of the figure in inches.
         ax: Axes of your own to draw the last step into.
 
     Returns:
-        The figure; of `ax`, its own.
+        The figure; if `ax` is given, the figure of `ax`.
 
     Raises:
         ValueError: `layers` names a layer that the table does not have.
@@ -80,7 +80,14 @@ def error(
 
 @theme.themed
 def trace_ratio(table: Any) -> Figure:
-    """The trace of every approximation over that of the exact block; 1 keeps the trace."""
+    """The trace of every approximation over that of the exact block; 1 keeps the trace.
+
+    Args:
+        table: a `Comparison`, or its frame.
+
+    Returns:
+        The figure.
+    """
     frame = once(theme.frame_of(table))
     frame = frame[(frame["trace_ratio"] > ZERO) & (frame["approximation"] != "exact")]
     figure = _over_layers(frame, "trace_ratio", known(table))
@@ -92,7 +99,15 @@ def trace_ratio(table: Any) -> Figure:
 
 @theme.themed
 def direction(table: Any, layers: Sequence[str] | None = None) -> Figure:
-    """Cosine between the damped natural gradients over the damping; one panel per layer."""
+    """Cosine between the damped natural gradients over the damping; one panel per layer.
+
+    Args:
+        table: a `Comparison`, or its frame.
+        layers: the layers to draw, in this order; None: all.
+
+    Returns:
+        The figure.
+    """
     frame = theme.frame_of(table)
     frame = frame[(frame["step"] == frame["step"].max()) & (frame["approximation"] != "exact")]
     figure = _per_layer(frame, "damping_relative", "direction_cosine", layers, known(table))
@@ -105,7 +120,16 @@ def direction(table: Any, layers: Sequence[str] | None = None) -> Figure:
 
 @theme.themed
 def training(table: Any, column: str | None = None, layers: Sequence[str] | None = None) -> Figure:
-    """The error over the training step; one panel per layer."""
+    """The error over the training step; one panel per layer.
+
+    Args:
+        table: a `Comparison`, or its frame.
+        column: the error; None: the one that the table leads with.
+        layers: the layers to draw, in this order; None: all.
+
+    Returns:
+        The figure.
+    """
     column = column or leading(table)
     frame = once(theme.frame_of(table))
     figure = _per_layer(frame[frame[column] > ZERO], "step", column, layers, known(table))
@@ -117,7 +141,15 @@ def training(table: Any, column: str | None = None, layers: Sequence[str] | None
 
 @theme.themed
 def cost(table: Any, column: str | None = None) -> Figure:
-    """Error against the time to build the block and solve with it; one point per layer."""
+    """Error against the time to build the block and solve with it; one point per layer.
+
+    Args:
+        table: a `Comparison`, or its frame.
+        column: the error; None: the one that the table leads with.
+
+    Returns:
+        The figure.
+    """
     column = column or leading(table)
     frame = once(theme.frame_of(table))
     frame = frame[(frame["step"] == frame["step"].max()) & (frame[column] > ZERO)]
@@ -143,7 +175,7 @@ def leading(table: Any) -> str:
 
 
 def label(column: str) -> str:
-    """What an axis of this column says."""
+    """The axis label of this column."""
     return LABELS.get(column, column.replace("_", " "))
 
 
@@ -158,7 +190,7 @@ def ranked(frame: pd.DataFrame, column: str) -> list[str]:
 
 
 def known(table: Any) -> dict[str, str]:
-    """What each layer is, `{"0": "Conv2d 3->16 3x3"}`, where the table says so."""
+    """A name for each layer, `{"0": "Conv2d 3->16 3x3"}`, where the table says so."""
     return dict(getattr(table, "config", {}).get("layers") or {})
 
 

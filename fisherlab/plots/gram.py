@@ -31,7 +31,7 @@ def gram_matrices(
 
     Args:
         study: One study, or several by epoch or step: a row of panels each.
-        layers: The layers to draw; by default all.
+        layers: The layers to draw; default: all.
         classes: The names of the classes.
 
     Returns:
@@ -84,7 +84,14 @@ def _classes(ax: Axes, labels: Tensor, names: Sequence[str] | None, named: bool)
 
 @theme.themed
 def gram_similarity(study: GramStudy) -> Figure:
-    """Which layers' correlation matrices are alike; the title says whether adjacent ones are."""
+    """Which layers' correlation matrices are alike; the title says whether adjacent ones are.
+
+    Args:
+        study: from `metrics.gram_study`.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = multiples(1, 1, 3.8)
     low = min(0.0, float(study.similarities.min()))
     image = heat(ax, study.similarities, low)
@@ -92,7 +99,7 @@ def gram_similarity(study: GramStudy) -> Figure:
     write_values(ax, study.similarities, low)
     figure.colorbar(image, ax=ax, label="cosine of the centred matrices", shrink=0.85)
     numbers = f"adjacent layers {study.adjacent:.2f}"
-    if len(study.layers) > 2:  # of two layers there is no other pair
+    if len(study.layers) > 2:  # two layers have no other pair
         numbers += f", other pairs {study.apart:.2f}"
     theme.title(figure, f"Similarity of the layers' Gram correlations\n{numbers}")
     return figure
@@ -100,7 +107,14 @@ def gram_similarity(study: GramStudy) -> Figure:
 
 @theme.themed
 def gram_over_training(studies: Mapping[int, GramStudy]) -> Figure:
-    """Correlation within and between classes, and similarity of layers, by training step."""
+    """Correlation within and between classes, and similarity of layers, by training step.
+
+    Args:
+        studies: studies by training step.
+
+    Returns:
+        The figure.
+    """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     rows = [
         {"step": step, "layer": name, "pairs": pairs, "correlation": float(value)}
@@ -135,6 +149,15 @@ def coefficients(
     """FNGD's weight `M v` of each example against its loss: who is weighted up.
 
     `losses`, and `mislabelled`, which marks changed labels, are in the order of the batch.
+
+    Args:
+        study: from `metrics.gram_study`.
+        losses: `[M]` in the order of the batch.
+        layers: the layers to draw; None: all.
+        mislabelled: `[M]` booleans in the order of the batch, True for changed labels.
+
+    Returns:
+        The figure.
     """
     chosen = [study.layers.index(name) for name in (layers or study.layers)]
     figure, axes = theme.panels(len(chosen), columns=4, height=1.9, sharex=True, sharey=True)
@@ -167,10 +190,16 @@ def coefficients(
 
 @theme.themed
 def coefficient_drift(frame: pd.DataFrame) -> Figure:
-    """What sharing loses: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
+    """Loss from sharing: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
 
     `frame` has columns epoch, layer, drift, and the standard deviations of `M v`: `spread` of the
     batch's own coefficients, `shared_spread` of the shared ones.
+
+    Args:
+        frame: the columns epoch, layer, drift, spread and shared_spread.
+
+    Returns:
+        The figure.
     """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     sns.lineplot(frame, x="epoch", y="drift", hue="layer", marker="o", palette="viridis", ax=left)

@@ -54,7 +54,7 @@ class Picture(Figure):
 
     @property
     def title(self) -> str:
-        """What the picture is of, in one line."""
+        """The picture's subject in one line."""
         return self.get_suptitle().replace("\n", ", ")
 
 
@@ -153,8 +153,8 @@ class Look(NamedTuple):
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
     """The look of each name in one picture; no two names share one.
 
-    A known name has the same look in every picture. A user's name has the one of its own letters,
-    or the next free one: colours repeat only where there are more such names than `SPARE`.
+    A known name has the same look in every picture. A user's name has the colour of its own
+    letters, or the next free one. Colours repeat only if there are more such names than `SPARE`.
     """
     names = list(names)
     found = {name: Look(*LOOKS[name]) for name in names if name in LOOKS}
@@ -180,7 +180,14 @@ def look(name: str) -> Look:
 
 
 def colour(name: str) -> str:
-    """The colour of a name that is the only user's name in its picture."""
+    """The colour of a name that is the only user's name in its picture.
+
+    Args:
+        name: the name.
+
+    Returns:
+        A colour of matplotlib, such as "#0072b2".
+    """
     return look(name).colour
 
 
@@ -238,13 +245,13 @@ def panels(
 
 
 def rotation(names: Iterable[str]) -> int:
-    """Of names along an axis, in degrees: upright where there are many or long ones."""
+    """Rotation of names along an axis, in degrees: upright where there are many or long ones."""
     lengths = [len(name) for name in names]
     return 90 if len(lengths) > 8 or max(lengths) > 6 else 0
 
 
 def title(figure: Figure, text: str) -> None:
-    """What the picture is about, at its upper left, clear of the legend: call it after `legend`."""
+    """The picture's subject, at its upper left, clear of the legend: call it after `legend`."""
     written = figure.suptitle(text, x=0.01, ha="left")
     left = written.get_window_extent().x0
     widths = [legend.get_window_extent().width for legend in figure.legends]
@@ -273,7 +280,15 @@ def legend(
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write `stem.png` and, for print, `stem.pdf`; returns both paths."""
+    """Write `stem.png` and, for print, `stem.pdf`; returns both paths.
+
+    Args:
+        figure: the figure.
+        stem: the path without its ending.
+
+    Returns:
+        Both paths.
+    """
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]

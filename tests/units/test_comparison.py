@@ -582,7 +582,7 @@ def test_layers_side_by_side_give_the_same_table(two_threads, monkeypatch):
     one_by_one = compared()
     same(together, one_by_one)
     assert list(together.frame["layer"].unique()) == ["0", "2", "6"]
-    # a stated budget is that of one layer at a time
+    # `memory` bounds one layer at a time
     torch.set_num_threads(2)
     threads.clear()
     compared(memory=2**30)
