@@ -35,7 +35,8 @@ def error(table: Any, column: str | None = None) -> Figure:
     frame = once(theme.frame_of(table))
     frame = frame[frame[column] > ZERO]
     figure = _over_layers(frame, column, "log")
-    theme.title(figure, "How far each approximation is from the exact Fisher block, by layer")
+    block = "block of unseen examples" if column == "population_error" else "exact Fisher block"
+    theme.title(figure, f"How far each approximation is from the {block}, by layer")
     return figure
 
 
@@ -122,7 +123,8 @@ def _over_layers(frame: pd.DataFrame, column: str, scale: str) -> Figure:
     steps = sorted(frame["step"].unique())
     names = ranked(frame, column)
     columns = 3 if frame["layer"].nunique() <= 8 else 1
-    figure, axes = theme.panels(len(steps) or 1, columns=columns, height=2.9, sharey=True)
+    height = 2.9 + theme.room(frame["layer"].unique())
+    figure, axes = theme.panels(len(steps) or 1, columns=columns, height=height, sharey=True)
     for ax, step in zip(axes, steps, strict=False):
         _lines(frame[frame["step"] == step], "layer", column, names, ax)
         ax.set(yscale=scale, title=f"step {step}", xlabel="layer", ylabel=label(column))
