@@ -69,7 +69,8 @@ def error(
     column = column or leading(table)
     frame = _of_layers(once(theme.frame_of(table)), layers)
     frame = frame[frame[column] > ZERO]
-    subject = "How far each approximation is from the exact Fisher block, by layer"
+    block = "block of unseen examples" if column == "population_error" else "exact Fisher block"
+    subject = f"How far each approximation is from the {block}, by layer"
     if ax is None and frame["layer"].nunique() > MANY:
         return _heat_maps(_merged(frame, column, labels)[0], column, subject, known(table), size)
     figure = _over_layers(frame, column, known(table), labels, palette, size, ax)
