@@ -208,8 +208,10 @@ class Comparison:
             name = f"direction_cosine @ {damping:g}"
             renamed = rows.rename(columns={"direction_cosine": name})
             table = table.join(_medians(renamed, [name]))
-        if len(self.unseen):
-            table = table.join(order_counts(self.orders(), int(last["step"].max())))
+        orders = self.orders()
+        if len(orders):
+            counts = order_counts(orders, int(last["step"].max()))
+            table.insert(min(2, len(table.columns)), "order", counts.reindex(table.index))
         # where everything was refused there is no error to sort by
         return table.sort_values(self.leading) if self.leading in table else table
 
@@ -340,7 +342,9 @@ class Comparison:
 
     def __repr__(self) -> str:
         summary = self.summary()
-        first = display.first_columns(summary)[:4]
+        columns = display.first_columns(summary)
+        first = [name for name in columns if name != display.ORDER][:4]
+        first += [name for name in columns if name == display.ORDER]
         counted = [name for name in (f"{column} known" for column in first) if name in summary]
         text = summary[[*first, *counted]].to_string(
             float_format=lambda v: f"{v:.4f}", line_width=80

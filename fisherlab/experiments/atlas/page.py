@@ -34,8 +34,8 @@ the sign test; of n fewer it is their range, which holds the median with probabi
 **Networks are few and small: no interval speaks of larger ones.**
 
 `fisherlab atlas` measures the rows in `data/results/atlas/`, and goes on where it was stopped.
-`fisherlab --import my.py atlas -a NAME` adds an approximation of your own. `fisherlab atlas --page docs/atlas.md`
-writes this page.
+`fisherlab --import my.py atlas -a NAME` adds an approximation of your own.
+`fisherlab atlas --page docs/atlas.md` writes this page.
 """
 
 
