@@ -20,10 +20,10 @@ STEPS, BATCH, RATE = 40, 32, 0.5
 
 
 class TkfacWhenPooled(Usually, name="tkfac_beats_kfac_when_pooled_out_of_sample"):
-    """On unseen examples TKFAC is usually nearer than KFAC at the maps of a pooled transformer.
+    """Early in training TKFAC is usually nearer than KFAC at a pooled transformer's maps, unseen.
 
-    KFAC's A weighs all positions alike, TKFAC's each by `|g_t|^2`: a pooled loss sends large
-    gradients to few positions, and those positions' inputs are what the block is made of.
+    KFAC takes inputs and gradients of positions as independent. TKFAC's partial traces keep each
+    `a_t` with its own `g_t`: A is weighed by `|g_t|^2`, and summed over positions.
     """
 
     source = "TEKFAC section 2.4"

@@ -86,6 +86,13 @@ def test_a_file_is_written_once_and_grows_by_a_method(tmp_path, monkeypatch):
     assert "| token | digits |" in text and "tkfac" in text
 
 
+def test_the_page_is_made_of_the_rows_in_the_repository(tmp_path):
+    out = tmp_path / "atlas.md"
+    done = CliRunner().invoke(cli.app, ["atlas", "--out", str(ROWS), "--page", str(out)])
+    assert done.exit_code == 0, done.output
+    assert out.read_text() == (ROOT / "docs" / "atlas.md").read_text()
+
+
 def test_a_median_is_over_networks_and_its_interval_over_them_too():
     frame = pd.DataFrame(
         {

@@ -162,7 +162,9 @@ def _verdict(group: pd.DataFrame) -> list[str]:
 
 def _number(rows: pd.DataFrame) -> str:
     value, low, high, count = median_interval(rows)
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})" if count else "–"
+    if count < 2:
+        return f"{value:+.2f}, one network" if count else "–"
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _axis(rows: pd.DataFrame, column: str, title: str, which: pd.Series) -> Iterator[str]:
@@ -185,9 +187,9 @@ def _finding(rows: pd.DataFrame) -> Iterator[str]:
         return
     yield "## TKFAC and KFAC on pooled transformer classifiers\n"
     yield (
-        "KFAC's A is the mean of `a_t a_t^T` over all positions alike; TKFAC's weighs each by "
-        "`|g_t|^2`.\nA pooled loss sends large gradients to few positions, so only the weighted A "
-        "is that of the inputs which the block has.\n"
+        "KFAC takes inputs and gradients of positions as independent; TKFAC's partial traces keep "
+        "each `a_t` with its own `g_t`.\nSo A is weighed by `|g_t|^2`, which a class token needs, "
+        "and summed over positions, which mean pooling needs: there `kfac_reduce` gains as well.\n"
     )
     lines = []
     for (model, data, stage), group in main.groupby(["model", "data", "stage"]):
@@ -206,13 +208,24 @@ def _finding(rows: pd.DataFrame) -> Iterator[str]:
             ]
         )
     lines.sort(key=lambda line: (line[0], list(STAGES).index(line[1])))
+    yield (
+        "Layers are nearer, not resolved or further by the 95 % interval of their own unseen "
+        "examples.\n"
+    )
     head = ["network", "stage", "KFAC's error", "TKFAC's error", "difference and interval"]
     head += ["layers nearer", "not resolved", "further", "seeds"]
     yield from _table(head, lines)
+    yield ""
     for stage in STAGES:
-        for name in ("tkfac", "tekfac", "ekfac"):
+        for name in ("tkfac", "tekfac", "ekfac", "kfac_reduce"):
             part = main[(main["stage"] == stage) & (main["approximation"] == name)]
-            yield f"* {stage}, {name} over all pooled networks: difference {_number(part)}"
+            _, low, high, count = median_interval(part)
+            resolved = count >= ENOUGH and low * high > 0
+            verdict = "resolved" if resolved else "not resolved"
+            yield (
+                f"* {stage}, {name}, over {count} pooled networks: difference {_number(part)}, "
+                f"order to KFAC {verdict}"
+            )
     yield (
         "\nThe networks have one attention block of 12 features and at most 28 positions; the "
         "intervals are over their seeds and data, and speak of no larger network.\n"
