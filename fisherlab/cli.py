@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": "Search settings on held-out training examples, then train the best and test them.",
     "verify": "Try the papers' claims on random cases, or on a real network.",
     "reproduce": "Reproduce tables and figures of the five papers, beside the papers' numbers.",
+    "atlas": "Measure which approximation is nearest, by layer, model, stage and Fisher type.",
     "bench": "Measure time and memory in pairs, each call beside an ordinary step.",
     "rerun": "Run again what a folder holds, with its options, into another folder.",
     "report": "Rebuild the report of a run, or make one report of several runs.",

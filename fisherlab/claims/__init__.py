@@ -7,7 +7,7 @@ A *claim* is the paper's. An *extension* is ours: a correction, or a theorem tak
 # Importing a module registers its claims; the order is that of the table.
 from fisherlab.claims import foundations, geometry, steps  # isort: skip
 from fisherlab.claims import tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
-from fisherlab.claims import convergence, complexity, today  # isort: skip
+from fisherlab.claims import convergence, complexity, pooled, today  # isort: skip
 from fisherlab.claims.base import KINDS, PAPERS, Claim, ClaimError, get, names
 from fisherlab.claims.table import Verdicts, load, verify
 
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "memory",
     "names",
+    "pooled",
     "sngd",
     "steps",
     "tekfac",

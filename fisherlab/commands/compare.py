@@ -38,7 +38,7 @@ GROUPS = {  # what --help puts together
     "Training": "epochs at optimizer lr batch_size seeds seed hidden width activation",
 }
 SHOWN = 6  # layers that a terminal has room for
-OVERVIEW = ["population_error", "trace_ratio", "cosine"]  # the most telling first
+OVERVIEW = ["population_error", "order", "trace_ratio", "cosine"]  # the most telling first
 DETAILS = ["subspace_overlap", "diagonalisation", "build_seconds"]
 
 

@@ -12,6 +12,7 @@ from fisherlab.extract import LayerCapture
 
 ERRORS = ("relative_error", "population_error")  # 0 is best; of the others 1
 FIRST = (*ERRORS, "trace_ratio", "cosine", "direction_cosine")
+ORDER = "order"  # in words
 # Of a column's best value the margin within which another is as good.
 EQUAL = 1e-6
 LIGHT, DARK = (247, 251, 255), (8, 69, 148)
@@ -38,13 +39,15 @@ def first_columns(summary: pd.DataFrame) -> list[str]:
     """Five columns that are read first, the leading error in front."""
     measures = [name for name in summary if not name.endswith(" known")]
     errors = [name for name in measures if name in ERRORS]
-    others = [n for n in measures if n in FIRST and n not in ERRORS]
+    others = [n for n in measures if n == ORDER or (n in FIRST and n not in ERRORS)]
     steps = [name for name in measures if name.startswith("direction_cosine")]
     return [*errors, *others, *steps[len(steps) // 2 :][:1]]
 
 
 def best(name: str, values: pd.Series) -> list[bool]:
     """Which values of a column are the best: the least for errors, else the nearest to 1."""
+    if name == ORDER:
+        return [value == "nearest" for value in values]
     apart = values if "error" in name or "seconds" in name or "gap" in name else (values - 1).abs()
     apart = apart.where(apart.index != "exact")  # what all are compared with
     return [bool(far <= apart.min() + EQUAL) for far in apart]
@@ -77,6 +80,9 @@ def _title(name: str) -> str:
 
 
 def _cell(summary: pd.DataFrame, column: str, row: int, bold: bool) -> str:
+    if column == ORDER:
+        text = html.escape(str(summary[column].iloc[row]))
+        return f"<td>{f'<b>{text}</b>' if bold else text}</td>"
     value = float(summary[column].iloc[row])
     text = "–" if math.isnan(value) else f"{value:.3g}"
     if bold:

@@ -27,6 +27,7 @@ from fisherlab.blocks import (
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
+from fisherlab.comparison.orders import NORMS, VALUES
 from fisherlab.comparison.pool import Stopped, Work
 from fisherlab.comparison.reference import ExactReference
 from fisherlab.comparison.samples import Samples, by_layer
@@ -268,7 +269,7 @@ class LayerMeasurement:
         near = self.inside.F if X is self.F else X.restricted_to(self.inside.V)
         return (X, self.whole) if near is None else (near, self.inside)
 
-    def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
+    def _static(self, X: Block, F: Block) -> tuple[dict[str, Any], tuple[str, str]]:
         """Measures that do not depend on the damping, and the reason for missing ones."""
         population, few = population_columns(X, self.held_out)
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
@@ -335,14 +336,23 @@ def _exact(memo: Memo) -> Outer:
     return block
 
 
-def population_columns(X: Block, held_out: Block | None) -> tuple[dict[str, float], str]:
-    """The columns of the population error, and why it is NaN; all NaN without held-out examples."""
+def population_columns(X: Block, held_out: Block | None) -> tuple[dict[str, Any], str]:
+    """The columns against the population, and why the error is NaN; NaN without such examples."""
     names = {"population_error": "error", "population_error_se": "error_se"}
     names |= {"population_error_low": "low", "population_error_high": "high"}
+    kinds = ("cosine", "trace_ratio")
+    ends = {"": "value", "_low": "low", "_high": "high"}
     if held_out is None:
-        return dict.fromkeys(names, math.nan), ""
+        columns = [*names, *(f"population_{kind}{end}" for kind in kinds for end in ends)]
+        return dict.fromkeys(columns, math.nan), ""
     found = metrics.population_estimate(X, held_out)
-    return {column: getattr(found, name).item() for column, name in names.items()}, found.reason
+    row: dict[str, Any] = {column: getattr(found, name).item() for column, name in names.items()}
+    for kind in kinds:
+        interval = getattr(found, kind)
+        row |= {f"population_{kind}{end}": getattr(interval, name) for end, name in ends.items()}
+    # no column of the table: the orders of two rows are made of them
+    row |= {VALUES: found.values.tolist(), NORMS: found.norms.tolist()}
+    return row, found.reason
 
 
 def share_out(rows: Sequence[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.comparison.measurement import LayerMeasurement
+from fisherlab.comparison.orders import unseen_values
 from fisherlab.comparison.pool import LayerPool, Rows, Work
 from fisherlab.comparison.request import Request
 from fisherlab.comparison.samples import Samples, by_layer
@@ -58,11 +59,11 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
         ):
             _run(pool, list(request.makers), progress)
     except KeyboardInterrupt:
-        raise Interrupted(Comparison(_table(pool.found, names), config)) from None
+        raise Interrupted(_table(pool.found, names, config)) from None
     found = pool.found
     if ranks:
         found = {name: rows for part in ranks.objects(found) for name, rows in part.items()}
-    return Comparison(_table(found, names), config)
+    return _table(found, names, config)
 
 
 def _run(pool: LayerPool, methods: list[str], progress: Progress | None) -> None:
@@ -86,9 +87,10 @@ def _run(pool: LayerPool, methods: list[str], progress: Progress | None) -> None
         next(work, None)
 
 
-def _table(found: Mapping[str, Rows], names: Sequence[str]) -> pd.DataFrame:
+def _table(found: Mapping[str, Rows], names: Sequence[str], config: dict[str, Any]) -> Comparison:
     """The rows, by layer in the order of the model."""
-    return pd.DataFrame([row for name in names for row in found.get(name, [])], columns=COLUMNS)
+    rows = [row for name in names for row in found.get(name, [])]
+    return Comparison(pd.DataFrame(rows, columns=COLUMNS), config, unseen_values(rows))
 
 
 def notebook_bar(steps: Sequence[str]) -> Iterable[str]:

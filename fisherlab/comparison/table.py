@@ -15,8 +15,9 @@ import pandas as pd
 import fisherlab
 from fisherlab import whole
 from fisherlab.comparison import display
+from fisherlab.comparison.orders import order_counts, paired, unseen_values
 from fisherlab.metrics.population import UNKNOWN
-from fisherlab.names import nearest
+from fisherlab.names import nearest, unknown
 
 # Share of ||F||^2 that is sampling noise, above which the in-sample error misleads.
 NOISY = 0.2
@@ -25,7 +26,10 @@ IDENTITY = ["layer", "layer_type", "n_parameters", "approximation", "fisher_type
 IDENTITY += ["reference_examples", "reference_fisher_type", "seed", "step", "dtype"]
 IDENTITY += ["damping", "damping_relative", "placement"]
 MEASURES = ["relative_error", "population_error", "population_error_se"]
-MEASURES += ["population_error_low", "population_error_high", "diagonal_share", "optimality_gap"]
+MEASURES += ["population_error_low", "population_error_high"]
+MEASURES += [f"population_cosine{end}" for end in ("", "_low", "_high")]
+MEASURES += [f"population_trace_ratio{end}" for end in ("", "_low", "_high")]
+MEASURES += ["diagonal_share", "optimality_gap"]
 MEASURES += ["trace_ratio", "cosine", "scaled_error", "diagonalisation"]
 MEASURES += ["subspace_overlap", "direction_cosine", "direction_error", "quadratic_decrease"]
 MEASURES += ["quadratic_decrease_scaled", "stein_loss", "condition", "build_seconds"]
@@ -66,6 +70,8 @@ class Comparison:
 
     frame: pd.DataFrame
     config: dict[str, Any] = field(default_factory=dict)
+    # what each unseen example says of each approximation: `order` and `orders` are made of it
+    unseen: pd.DataFrame = field(default_factory=lambda: unseen_values([]), repr=False)
 
     @property
     def noisy(self) -> bool:
@@ -202,11 +208,61 @@ class Comparison:
             name = f"direction_cosine @ {damping:g}"
             renamed = rows.rename(columns={"direction_cosine": name})
             table = table.join(_medians(renamed, [name]))
+        orders = self.orders()
+        if len(orders):
+            counts = order_counts(orders, int(last["step"].max()))
+            table.insert(min(2, len(table.columns)), "order", counts.reindex(table.index))
         # where everything was refused there is no error to sort by
         return table.sort_values(self.leading) if self.leading in table else table
 
+    def orders(self, nearest: str | None = None) -> pd.DataFrame:
+        """Whether each approximation is told apart from the nearest one by the unseen examples.
+
+        A row per layer, seed, step and approximation against `nearest`, by default the one with the
+        smallest median population error: `difference` is that of the two squared population errors,
+        from the same examples, `low` and `high` its 95 % interval, `verdict` that of `order`.
+        Without unseen examples the frame has no rows.
+
+        Raises:
+            ValueError: `nearest` was not measured against unseen examples.
+        """
+        names = list(self.unseen["approximation"].unique())
+        if nearest is None:
+            last = self.frame[self.frame["step"] == self.frame["step"].max()]
+            medians = last.groupby("approximation")["population_error"].median().dropna()
+            if medians.empty:
+                return paired(self.unseen, [])
+            nearest = str(medians.idxmin())
+        self._check_unseen(nearest)
+        return paired(self.unseen, [(name, nearest) for name in names if name != nearest])
+
+    def order(self, first: str, second: str) -> pd.DataFrame:
+        """Which of two approximations is nearer to the population's block, layer by layer.
+
+        `difference = (||X - E F||^2 - ||Y - E F||^2) / ||E F||^2`, X the first, Y the second,
+        paired by example. `verdict` says of the first that it is "nearer", "further", the "same"
+        block, or that the order is "not resolved", where the 95 % interval holds 0.
+
+        Raises:
+            ValueError: one of them was not measured against unseen examples.
+        """
+        for name in (first, second):
+            self._check_unseen(name)
+        return paired(self.unseen, [(first, second)])
+
+    def _check_unseen(self, name: str) -> None:
+        names = list(self.unseen["approximation"].unique())
+        if not names:
+            raise ValueError(
+                "an order is told by unseen examples, and the table has none: pass `reference=`"
+            )
+        if name not in names:
+            raise ValueError(unknown("approximation", name, names))
+
     def save(self, folder: str | Path) -> Path:
         """Write `comparison.csv`, `comparison.parquet` and `config.json` into a folder.
+
+        `unseen.parquet` holds what `orders` is made of, where there are unseen examples.
 
         A folder that a command wrote is refused: its figures and page would be of another table.
         """
@@ -223,6 +279,12 @@ class Comparison:
             folder / "comparison.parquet",
             lambda stream: self.frame.to_parquet(stream, index=False),
         )
+        (folder / "unseen.parquet").unlink(missing_ok=True)
+        if len(self.unseen):
+            whole.write(
+                folder / "unseen.parquet",
+                lambda stream: self.unseen.to_parquet(stream, index=False),
+            )
         whole.write(folder / "config.json", config)
         return folder
 
@@ -246,7 +308,10 @@ class Comparison:
         config = whole.read(folder / "config.json", read, "JSON file")
         if not isinstance(config, dict):
             raise ValueError(f"{folder / 'config.json'} is damaged: it holds no dict")
-        return cls(frame, config)
+        values = unseen_values([])
+        if (unseen := folder / "unseen.parquet").is_file():
+            values = whole.read(unseen, pd.read_parquet, "Parquet file")
+        return cls(frame, config, values)
 
     @classmethod
     def concat(cls, tables: Sequence[Comparison]) -> Comparison:
@@ -255,7 +320,9 @@ class Comparison:
         In `config` a value that differs is a list of them all.
         """
         frame = pd.concat([table.frame for table in tables], ignore_index=True)
-        return cls(frame, _merged([table.config for table in tables]))
+        unseen = [table.unseen for table in tables if len(table.unseen)]
+        values = pd.concat(unseen, ignore_index=True) if unseen else unseen_values([])
+        return cls(frame, _merged([table.config for table in tables]), values)
 
     def plot(self, kind: str = "error", **options: Any) -> Any:
         """A figure by name: any function of `fl.plots` whose first argument is a `table`."""
@@ -275,7 +342,9 @@ class Comparison:
 
     def __repr__(self) -> str:
         summary = self.summary()
-        first = display.first_columns(summary)[:4]
+        columns = display.first_columns(summary)
+        first = [name for name in columns if name != display.ORDER][:4]
+        first += [name for name in columns if name == display.ORDER]
         counted = [name for name in (f"{column} known" for column in first) if name in summary]
         text = summary[[*first, *counted]].to_string(
             float_format=lambda v: f"{v:.4f}", line_width=80

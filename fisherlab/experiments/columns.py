@@ -22,6 +22,12 @@ MEANING = {
     "population_error_se": "its standard error",
     "population_error_low": "lower end of its 95 % interval, from 10 unseen examples on",
     "population_error_high": "upper end; infinite where the population's norm may be 0",
+    "population_cosine": "cosine of X and the whole distribution's block, from unseen examples",
+    "population_cosine_low": "lower end of its 95 % interval",
+    "population_cosine_high": "upper end",
+    "population_trace_ratio": "tr X / tr F of the whole distribution, from unseen examples",
+    "population_trace_ratio_low": "lower end of its 95 % interval",
+    "population_trace_ratio_high": "upper end",
     "diagonal_share": "share of ||F||^2 that the examples' own blocks hold: sampling noise of the "
     "batch",
     "optimality_gap": "relative error minus that of the best Kronecker product; negative for "

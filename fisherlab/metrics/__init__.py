@@ -48,6 +48,7 @@ from fisherlab.metrics.population import (
     population_error,
     population_estimate,
     population_norm,
+    population_order,
 )
 from fisherlab.metrics.spectrum import (
     condition_curve,
@@ -99,6 +100,7 @@ __all__ = [
     "population_error",
     "population_estimate",
     "population_norm",
+    "population_order",
     "principal_angles",
     "quadratic_decrease",
     "quadratic_decrease_scaled",

@@ -52,6 +52,38 @@ def interval(top: Tensor, bottom: Tensor) -> tuple[float, float]:
     NaN where no `theta >= 0` is in it. The search is over the angle `theta = tan`, in units of the
     two standard deviations, from 0 to infinity.
     """
+    low, high = _ends(top, bottom, 0.0)
+    return math.sqrt(low), math.sqrt(high)
+
+
+def signed(top: Tensor, bottom: Tensor) -> tuple[float, float, float]:
+    """`E t / E w` of any sign, without its bias to second order, and the ends of its interval.
+
+    Zero is in the interval exactly where the mean of `t` alone may be zero. All three are NaN where
+    the mean of `w` is not positive; an end may be infinite.
+    """
+    t, w, M = top.mean().item(), bottom.mean().item(), len(top)
+    if not w > 0:
+        return math.nan, math.nan, math.nan
+    rest = (top - t) - t / w * (bottom - w)
+    bias = -float((rest * (bottom - w)).sum()) / (M * (M - 1)) / w**2
+    return t / w - bias, *_ends(top, bottom, -np.pi / 2)
+
+
+def mean(values: Tensor) -> tuple[float, float]:
+    """The 95 % interval of a mean: every `m` with `|T| <= 1.96` or `|T'| <= 1.96` of `v - m`."""
+    M, deviation = len(values), float(values.std())
+    if deviation == 0:
+        return float(values[0]), float(values[0])
+    rest = (values - values.mean()) / values.std(correction=0)
+    skewness = float(rest.pow(3).mean()) * math.sqrt(M * (M - 1)) / (M - 2)
+    left, right = (float(end) for end in quantiles(np.array(skewness), M))
+    spread, middle = deviation / math.sqrt(M), float(values.mean())
+    return middle - right * spread, middle - left * spread
+
+
+def _ends(top: Tensor, bottom: Tensor, start: float) -> tuple[float, float]:
+    """The ends of the interval of `E t / E w`, searched from the angle `start` up to infinity."""
     values = np.stack([top.double().cpu().numpy(), bottom.double().cpu().numpy()])
     unit = values.std(axis=1)
     unit[unit == 0] = np.abs(values).max(axis=1)[unit == 0]
@@ -59,9 +91,9 @@ def interval(top: Tensor, bottom: Tensor) -> tuple[float, float]:
         return math.nan, math.nan
     t, w = values / unit[:, None]
     inside = _Inside(t, w)
-    angles = np.linspace(0, np.pi / 2, _POINTS)
+    angles = np.linspace(start, np.pi / 2, _POINTS)
     held = inside(angles)
-    if t.mean() >= 0 and w.mean() > 0:
+    if w.mean() > 0 and (t.mean() >= 0 or start < 0):
         # the estimate itself, which the steps may miss where the interval is short
         estimate = math.atan2(t.mean(), w.mean())
         place = int(np.searchsorted(angles, estimate))
@@ -69,11 +101,13 @@ def interval(top: Tensor, bottom: Tensor) -> tuple[float, float]:
     if not held.any():
         return math.nan, math.nan
     first, last = int(held.argmax()), len(held) - 1 - int(held[::-1].argmax())
-    low = inside.edge(angles[first - 1], angles[first]) if first else 0.0
-    high = inside.edge(angles[last + 1], angles[last]) if last < len(held) - 1 else math.pi / 2
     scale = unit[0] / unit[1]
-    upper = math.inf if high == math.pi / 2 else math.sqrt(scale * math.tan(high))
-    return math.sqrt(scale * math.tan(low)), upper
+    low, high = (0.0 if start == 0 else -math.inf), math.inf
+    if first:
+        low = scale * math.tan(inside.edge(angles[first - 1], angles[first]))
+    if last < len(held) - 1:
+        high = scale * math.tan(inside.edge(angles[last + 1], angles[last]))
+    return low, high
 
 
 class _Inside:

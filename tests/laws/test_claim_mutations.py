@@ -7,7 +7,7 @@ import torch
 
 from fisherlab import optim
 from fisherlab.approximations import eigen_corrected, exact, ifang, kronecker_optimal
-from fisherlab.approximations.kfac import KFAC
+from fisherlab.approximations.kfac import KFAC, KFACReduce
 from fisherlab.approximations.running import Running
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Outer, contractions
@@ -23,6 +23,7 @@ from fisherlab.claims import (
     kronecker,
     memory,
     names,
+    pooled,
     sngd,
     tekfac,
     today,
@@ -285,6 +286,7 @@ MUTATIONS = {
     "kfac_keeps_the_trace": put(tekfac.KfacTrace, "approximation", TKFAC()),
     "kfac_trace_error_is_a_covariance": total(OutputMoment, lambda x, layer: x * layer.examples),
     "tkfac_beats_kfac_usually": total(Energy, lambda x, layer: x / 9),
+    "tkfac_beats_kfac_when_pooled_out_of_sample": put(pooled, "TKFAC", KFACReduce),
     "tkfac_error_at_most_kfac": put(tekfac, "TKFAC", kronecker_optimal.KroneckerOptimal),
     "tekfac_beats_ekfac_usually": wrap(
         EigenCorrected, "corrections", corrections(lambda x, layer: 3 * x)

@@ -280,3 +280,103 @@ def test_a_picture_counts_what_is_missing(table):
     assert texts == {"1/2"}
     facets = fl.plots.error_facets(table, over="examples", measure="population_error")
     assert facets.axes[0].texts
+
+
+# --- the order of two -----------------------------------------------------------------------------
+
+
+def orders_of(law: Law, M: int, draws: int) -> tuple[list[float], list[float]]:
+    """Shares of the paired intervals that hold the truth, and of wrong verdicts, by pair."""
+    makers = law.approximations()
+    square = float(law.block.dense().square().sum())
+    right = [law.error(X) ** 2 for X in makers]
+    pairs = [(0, 1), (1, 2), (3, 4), (4, 5), (4, 6), (1, 4)]
+    held, wrong = [0] * len(pairs), [0] * len(pairs)
+    assert square > 0
+    for _ in range(draws):
+        reference = blocks.Outer(*law.draw(M))
+        each = [metrics.population_estimate(X, reference) for X in makers]
+        for k, (i, j) in enumerate(pairs):
+            found = metrics.population.order(each[i].values, each[j].values, each[i].norms, 1e-16)
+            truth = right[i] - right[j]
+            held[k] += found.low <= truth <= found.high
+            wrong[k] += found.verdict == ("further" if truth < 0 else "nearer")
+    return [h / draws for h in held], [w / draws for w in wrong]
+
+
+def test_paired_intervals_cover_in_a_few_draws():
+    held, wrong = orders_of(Law("student"), 40, 40)
+    assert sum(held) / len(held) >= binom.ppf(1e-4, 40, 0.93) / 40, held
+    assert max(wrong) <= binom.ppf(1 - 1e-4, 40, 0.03) / 40, wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("M", [10, 30, 100, 256])
+@pytest.mark.parametrize("kind", ["gaussian", "student", "lognormal"])
+def test_paired_intervals_cover_in_many_draws(kind, M):
+    held, wrong = orders_of(Law(kind, seed=2), M, 600)
+    assert 0.93 <= sum(held) / len(held) <= 0.985, held
+    assert min(held) >= binom.ppf(1e-4, 600, 0.90) / 600, held
+    assert max(wrong) <= binom.ppf(1 - 1e-4, 600, 0.03) / 600, wrong
+
+
+def test_the_paired_difference_is_that_of_the_pseudo_values():
+    law = Law("lognormal", seed=4)
+    X, Y = (
+        blocks.Kronecker(3 * law.block.G, law.block.A),
+        blocks.Diagonal(torch.ones(O, I).double()),
+    )
+    a, g = law.draw(40)
+    reference = blocks.Outer(a, g)
+    (x, u), (y, _) = dense_pairs(X, a, g), dense_pairs(Y, a, g)
+    found = metrics.population_order(X, Y, reference)
+    z = x - y
+    (zz, zu), (_, uu) = (torch.cov(torch.stack([z, u])) / 40).tolist()
+    ratio_ = float(z.mean() / u.mean())
+    bias = (ratio_ * uu - zu) / float(u.mean()) ** 2
+    assert found.value == pytest.approx(ratio_ - bias, rel=1e-9)
+    back = metrics.population_order(Y, X, reference)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low), rel=1e-5)
+    assert {found.verdict, back.verdict} == {"nearer", "further"}
+    assert metrics.population_order(X, X, reference).verdict == "same"
+    few = metrics.population_order(X, Y, blocks.Outer(a[:9], g[:, :9]))
+    assert few.verdict == "not resolved" and math.isnan(few.value)
+
+
+def test_cosine_and_trace_ratio_against_the_population_cover():
+    law, draws = Law("student", seed=6), 40
+    makers, F = law.approximations()[1:5:3], law.block
+    held = []
+    for _ in range(draws):
+        reference = blocks.Outer(*law.draw(60))
+        for X in makers:
+            found = metrics.population_estimate(X, reference)
+            cosine = float(X.inner(F) / (X.squared_norm() * F.squared_norm()).sqrt())
+            ratio_ = float(X.trace() / F.trace())
+            held.append([i.low <= v <= i.high for i, v in [(found.cosine, cosine)]])
+            held[-1].append(found.trace_ratio.low <= ratio_ <= found.trace_ratio.high)
+            assert found.cosine.low < found.cosine.value < found.cosine.high
+    shares = torch.tensor(held).double().mean(0)
+    assert float(shares.min()) >= binom.ppf(1e-4, draws, 0.93) / draws, shares
+
+
+def test_a_table_tells_the_order_of_its_methods(table, tmp_path):
+    orders = table.orders()
+    nearest = orders["against"].unique().item()
+    others = table.frame["approximation"].nunique() - 1
+    assert len(orders) == others * table.frame["layer"].nunique()
+    summary = table.summary()
+    assert summary["order"][nearest] == "nearest" and "order" in repr(table)
+    for name, rows in orders.groupby("approximation"):
+        left = int((rows["verdict"] == "not resolved").sum())
+        assert ("not resolved" in summary["order"][name]) == (left > 0)
+    one = table.order("kfac", "diagonal")
+    assert list(one["approximation"]) == ["kfac"] * 2 and set(one["against"]) == {"diagonal"}
+    back = fl.Comparison.load(table.save(tmp_path)).order("kfac", "diagonal")
+    assert back.equals(one)
+    both = fl.Comparison.concat([table, table])
+    assert len(both.orders()) == len(orders) and "order" in both.summary()
+    with pytest.raises(ValueError, match="unknown approximation 'kfacc'"):
+        table.order("kfacc", "kfac")
+    with pytest.raises(ValueError, match="pass `reference=`"):
+        fl.Comparison(table.frame).order("kfac", "tkfac")

@@ -22,7 +22,9 @@ CE = nn.CrossEntropyLoss()
 COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
 reference_fisher_type seed step dtype damping damping_relative placement relative_error
 population_error population_error_se population_error_low population_error_high
- diagonal_share optimality_gap trace_ratio cosine scaled_error
+population_cosine population_cosine_low population_cosine_high population_trace_ratio
+population_trace_ratio_low population_trace_ratio_high diagonal_share
+optimality_gap trace_ratio cosine scaled_error
 diagonalisation subspace_overlap direction_cosine direction_error quadratic_decrease
 quadratic_decrease_scaled stein_loss condition build_seconds decompose_seconds shared_seconds
 solve_seconds memory_bytes formed_bytes clamped"""
