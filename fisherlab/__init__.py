@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a n
         capture,
         register_criterion,
         register_product,
-        support,
     )
+    from fisherlab.extract.support import support
     from fisherlab.heap import keep_freed_memory
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ HOMES = {
     "register_criterion": "extract",
     "register_product": "extract",
     "reproduce": "experiments.reproduce",
-    "support": "extract",
+    "support": "extract.support",
 }
 
 
