@@ -69,7 +69,7 @@ HOMES = {
     "register_criterion": "extract",
     "register_product": "extract",
     "reproduce": "experiments.reproduce",
-    "support": "extract",
+    "support": "extract.support",
 }
 
 

@@ -27,7 +27,7 @@ before, and a refused step changes no parameter and no state.
 | --- | {rules} |
 """
 TAIL = """
-Drawn from {each} seeds of each kind on commit {commit}.
+Each kind ran {each} seeds, from {seed} on, on commit {commit};
 `PYTHONPATH=tests python -m hostile --cases {each} --seed {seed}` repeats it.
 """
 

@@ -271,7 +271,7 @@ def test_a_monitor_says_what_the_blocks_say_and_moves_nothing(name):
 def test_a_monitor_refuses_what_it_cannot_do():
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match="every=0"):
+    with pytest.raises(ValueError, match="every must be a whole number >= 1, got 0"):
         fl.Monitor(optimizer, model, CE, every=0)
     with pytest.raises(OptimizerError, match="take a step first"):
         fl.Monitor(optimizer, model, CE, every=1)(*batch(0))
