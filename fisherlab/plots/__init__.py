@@ -4,7 +4,7 @@ Every function takes a table (a `Comparison`, or its frame) and returns a `matpl
 belongs to nobody: no global state, nothing to close.
 """
 
-from fisherlab.plots import theme
+from fisherlab.plots import claims, theme
 from fisherlab.plots.alignment import eigenbasis_overlap, off_diagonal_mass, principal_angles
 from fisherlab.plots.comparison import cost, direction, error, trace_ratio, training
 from fisherlab.plots.curves import training_cost, training_curves
@@ -41,6 +41,7 @@ from fisherlab.plots.theme import colour, save
 
 __all__ = [
     "Explorer",
+    "claims",
     "coefficient_drift",
     "coefficients",
     "colour",

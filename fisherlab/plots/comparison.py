@@ -69,7 +69,8 @@ def error(
     column = column or leading(table)
     frame = _of_layers(once(theme.frame_of(table)), layers)
     frame = frame[frame[column] > ZERO]
-    subject = "How far each approximation is from the exact Fisher block, by layer"
+    block = "block of unseen examples" if column == "population_error" else "exact Fisher block"
+    subject = f"How far each approximation is from the {block}, by layer"
     if ax is None and frame["layer"].nunique() > MANY:
         return _heat_maps(_merged(frame, column, labels)[0], column, subject, known(table), size)
     figure = _over_layers(frame, column, known(table), labels, palette, size, ax)
@@ -221,7 +222,8 @@ def _over_layers(
     layers = list(frame["layer"].unique())
     if ax is None:
         columns = 3 if len(layers) <= MANY else 1
-        figure, axes = theme.panels(len(steps) or 1, columns=columns, height=2.9, sharey=True)
+        height = 2.9 + theme.room(layers)
+        figure, axes = theme.panels(len(steps) or 1, columns=columns, height=height, sharey=True)
     else:
         axes, steps = [ax], steps[-1:]
         whole: Any = ax.figure

@@ -53,7 +53,8 @@ def error_facets(
     names = comparison.ranked(frame, measure)
     numeric = pd.api.types.is_numeric_dtype(frame[over])
     across = 3 if numeric or frame[over].nunique() <= 8 else 1
-    figure, axes = theme.panels(len(groups), columns=across, height=2.3, sharey=True)
+    height = 2.3 + (0 if numeric else theme.room(map(str, frame[over].unique())))
+    figure, axes = theme.panels(len(groups), columns=across, height=height, sharey=True)
     for ax, (value, part) in zip(axes, groups, strict=True):
         sns.lineplot(
             part, x=over, y=measure, hue="approximation", style="approximation", legend=False,

@@ -243,6 +243,14 @@ def rotation(names: Iterable[str]) -> int:
     return 90 if len(lengths) > 8 or max(lengths) > 6 else 0
 
 
+def room(names: Iterable[str]) -> float:
+    """Inches that long names along an axis need beyond the height of a panel."""
+    names = list(names)
+    if not names or not rotation(names):
+        return 0.0
+    return max(0.0, 0.055 * max(map(len, names)) - 0.4)
+
+
 def title(figure: Figure, text: str) -> None:
     """What the picture is about, at its upper left, clear of the legend: call it after `legend`."""
     written = figure.suptitle(text, x=0.01, ha="left")
