@@ -33,6 +33,8 @@ PACKAGES = {
     "datasets": "Data sets by name",
     "claims": "The papers' claims as executable checks",
 }
+# By subject, filled by `on_files`: the notebook's page and the picture's file.
+PICTURES: dict[str, tuple[str, str]] = {}
 MATH = re.compile(
     r'<(span|div) class="arithmatex">\s*\\([\(\[])(.*?)\\[\)\]]\s*</(?:span|div)>', re.DOTALL
 )
@@ -40,7 +42,8 @@ MATH = re.compile(
 
 def on_files(files: Files, config: Any) -> Files:
     """Add one page per notebook, with its kept pictures, and one per package."""
-    gallery = ["# Notebooks", "", "Each asks a question; its last cell asserts the title."]
+    PICTURES.clear()
+    gallery = ["# Notebooks", "", "Each asks a question; its last cell asserts the answer."]
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         body, resources = MarkdownExporter().from_notebook_node(
@@ -50,7 +53,11 @@ def on_files(files: Files, config: Any) -> Files:
         for name, picture in resources["outputs"].items():
             add(files, config, f"notebooks/{name}", picture)
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
-        gallery.append(f"\n* [{title}]({path.stem}.md)")
+        shown = [(drawn(notebook, name), name) for name in sorted(resources["outputs"], key=place)]
+        for subject, name in shown:
+            PICTURES.setdefault(subject.split(":")[0], (f"{path.stem}.md", name))
+        first = thumbnail(*shown[0], f"{path.stem}.md")
+        gallery.append(f"\n## [{title}]({path.stem}.md)\n\n{first}")
     add(files, config, "notebooks/index.md", "\n".join(gallery) + "\n")
     add(files, config, "glossary.md", glossary())
     add(files, config, "cli.md", command_line())
@@ -58,6 +65,35 @@ def on_files(files: Files, config: Any) -> Files:
         page = f"# fisherlab.{name}\n\n{subject}.\n\n::: fisherlab.{name}\n"
         add(files, config, f"api/{name}.md", page)
     return files
+
+
+def place(name: str) -> tuple[int, int]:
+    """Cell and output that nbconvert took a picture from, which it says in the file's name."""
+    cell, output = name.rsplit(".", 1)[0].split("_")[-2:]
+    return int(cell), int(output)
+
+
+def drawn(notebook: Any, name: str) -> str:
+    """The title of a picture, which stands beside it as its text."""
+    cell, output = place(name)
+    return str(notebook.cells[cell].outputs[output].data["text/plain"])
+
+
+def thumbnail(subject: str, picture: str, page: str) -> str:
+    """A small picture that leads to the notebook that draws it."""
+    alt = subject.replace("[", "(").replace("]", ")").replace("$", "").replace("\\", "")
+    return f"[![{alt}]({picture}){{ width=320 loading=lazy }}]({page})"
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Below docs/pictures.md: every kind of picture that a notebook has kept, with its link."""
+    if page.file.src_uri != "pictures.md":
+        return markdown
+    parts = ["## Gallery", "Each picture leads to the notebook that draws it."]
+    for subject, (where, picture) in sorted(PICTURES.items()):
+        small = thumbnail(subject, f"notebooks/{picture}", f"notebooks/{where}")
+        parts += [f"**{subject}**", small]
+    return "\n\n".join([markdown, *parts, ""])
 
 
 def glossary() -> str:
