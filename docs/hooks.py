@@ -55,7 +55,7 @@ def on_files(files: Files, config: Any) -> Files:
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
         shown = [(drawn(notebook, name), name) for name in sorted(resources["outputs"], key=place)]
         for subject, name in shown:
-            PICTURES.setdefault(subject.split(":")[0], (f"{path.stem}.md", name))
+            PICTURES.setdefault(re.split(r",? \(|: ", subject)[0], (f"{path.stem}.md", name))
         first = thumbnail(*shown[0], f"{path.stem}.md")
         gallery.append(f"\n## [{title}]({path.stem}.md)\n\n{first}")
     add(files, config, "notebooks/index.md", "\n".join(gallery) + "\n")
