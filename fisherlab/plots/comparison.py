@@ -254,7 +254,8 @@ def _over_layers(
     layers = list(frame["layer"].unique())
     if ax is None:
         columns = 3 if len(layers) <= MANY else 1
-        figure, axes = theme.panels(len(steps) or 1, columns=columns, height=2.9, sharey=True)
+        height = 2.9 + theme.room(layers)
+        figure, axes = theme.panels(len(steps) or 1, columns=columns, height=height, sharey=True)
     else:
         axes, steps = [ax], steps[-1:]
         whole: Any = ax.figure
