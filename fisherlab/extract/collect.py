@@ -225,7 +225,9 @@ def _skipped(
         elif name in record.tape.without_graph:
             found[name] = NO_GRAPH
         elif others:
-            found[name] = f"it is used by {', '.join(sorted(others))}, not by a product of `kinds`"
+            asked = name in record.other_kinds
+            because = "left out unless `layers` names it" if asked else "no product FisherLab knows"
+            found[name] = f"it is used by {', '.join(sorted(others))}, {because}"
         elif name in record.tape.added:
             owner = record.tape.added[name]
             found[name] = f"it is a bias of {owner!r} and has no block of its own"

@@ -436,6 +436,8 @@ class Record:
         self, weights: Mapping[str, Tensor], wanted: Collection[str], kinds: Collection[str]
     ) -> None:
         self.kinds = kinds
+        # the weights that have a product of another kind
+        self.other_kinds: set[str] = set()
         self.calls: dict[str, list[Recorded]] = {name: [] for name in wanted}
         self.tape = Tape(weights, self._add)
         # the gradient of the summed per-example loss at the outputs
@@ -451,6 +453,7 @@ class Record:
         if use.name not in self.calls:
             return output
         if use.kind not in self.kinds:
+            self.other_kinds.add(use.name)
             self.tape.others.setdefault(use.name, set()).add(use.function)
             return output
         # both are taken here, before an in-place activation can rewire and overwrite the output

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherlab import doors
 from fisherlab.distributed import Ranks
@@ -104,6 +105,8 @@ class Recorder:
         # those that a backward pass has reached; the graph alone keeps the others
         self.passes: list[Pass] = []
         self._latest: weakref.ref[Pass] | None = None
+        # the pass of every output that is still alive: a loss may be taken of an earlier one
+        self._of_output = WeakTensorKeyDictionary()
         self._open: Pass | None = None
         # their gradient is not `g a^T` of their calls, their rows are no examples, or they have no
         # slope; known after the first pass
@@ -142,6 +145,7 @@ class Recorder:
         """Forget the passes since the last step."""
         self.passes.clear()
         self._open = self._latest = None
+        self._of_output.clear()
         if self.law is not None:
             self.law.clear()
 
@@ -246,6 +250,7 @@ class Recorder:
 
             self.watch.loss.register_hook(arrive_own)
         self._latest = weakref.ref(current)
+        self._of_output[output] = current
         with own_pass(self.watch.model()):
             self._ask(current, output)
 
@@ -319,12 +324,14 @@ class Recorder:
     def _loss(
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
     ) -> None:
+        saw = args[0] if args else kwargs["input"]
         current = None if self._latest is None else self._latest()
+        if isinstance(saw, Tensor):
+            current = self._of_output.get(saw, current)
         if current is None or is_isolated():
             return
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        saw = args[0] if args else kwargs["input"]
         labels = args[1] if len(args) > 1 else kwargs.get("target")
         current.labels = labels.detach() if isinstance(labels, Tensor) else None
 

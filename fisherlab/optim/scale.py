@@ -71,7 +71,8 @@ def recognised_factor(
         raise OptimizerError(
             "the scale of the loss cannot be read off its gradient for "
             f"{type(criterion).__name__}; call the very `criterion` object given to the optimizer "
-            "in the training loop, so that its loss can be followed"
+            "in the training loop, on the output of the model's last call, so that its loss can be "
+            "followed"
         )
     smoothing = 0.0 if criterion is None else cast(nn.CrossEntropyLoss, criterion).label_smoothing
     found = _softmax(output, gradient, smoothing)

@@ -235,6 +235,11 @@ def _merged(
     return renamed, {shown: name for name, shown in joined.items()}
 
 
+def heading(step: int, steps: Sequence[int]) -> str:
+    """`step 50`; nothing where the only step is 0, which is also that of a table without one."""
+    return "" if list(steps) == [0] else f"step {step}"
+
+
 def _over_layers(
     frame: pd.DataFrame,
     column: str,
@@ -266,7 +271,7 @@ def _over_layers(
     cut = frame.assign(**{column: frame[column].clip(upper=most)})
     for place, step in zip(axes, steps, strict=False):
         _lines(cut[cut["step"] == step], "layer", column, names, place, found)
-        place.set(yscale="log", title=f"step {step}", xlabel="layer", ylabel=label(column))
+        place.set(yscale="log", title=heading(step, steps), xlabel="layer", ylabel=label(column))
         if ax is None:
             place.label_outer()
         _arrows(place, frame[frame["step"] == step], column, layers, most, found)
@@ -327,7 +332,7 @@ def _heat_maps(
         name_axis(ax, names, y=False)
         name_axis(ax, texts if k % across == 0 else [""] * len(texts), x=False)
         write_values(ax, values, 0, 1, "Blues")
-        ax.set_title(f"step {step}")
+        ax.set_title(heading(step, steps))
     if image is not None:
         figure.colorbar(image, ax=axes, label=label(column), extend="max", shrink=0.6)
     theme.title(figure, subject)

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fisherlab.metrics import GramStudy
@@ -30,8 +31,8 @@ def gram_matrices(
     Above each: the mean correlation within a class and between classes.
 
     Args:
-        study: One study, or several by epoch or step: a row of panels each.
-        layers: The layers to draw; default: all.
+        study: One study, or several by what tells them apart, `{"epoch 0": study}`: a row each.
+        layers: The layers to draw; by default all.
         classes: The names of the classes.
 
     Returns:
@@ -52,7 +53,7 @@ def gram_matrices(
             image = heat(ax, one.correlations[k], -1, 1, SIGNED)
             _classes(ax, one.labels, classes, named=ax is axes[0] and not many)
             means = f"{one.within[k]:.2f} | {one.between[k]:.2f}"
-            head = f"{when}: {name}" if several else name
+            head = (f"{when}: {name}" if many else f"{when}, layer {name}") if several else name
             ax.set_title(f"{head}\n{means}", fontsize=6 if many else 8)
     bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30, shrink=0.5 if many else 1)
     bar.outline.set_linewidth(0)
@@ -129,6 +130,8 @@ def gram_over_training(studies: Mapping[int, GramStudy]) -> Figure:
     )  # fmt: skip
     left.set(title="correlation (line: mean, band: range over layers)", xlabel="training step")
     left.legend(title="two examples of", loc="best", frameon=False)
+    for ax in (left, right):  # there is no half a step
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, shape, colour in (("adjacent", "o", BLUE), ("apart", "s", ORANGE)):
         values = [float(getattr(study, name)) for study in studies.values()]
         right.plot(list(studies), values, marker=shape, color=colour, label=name)

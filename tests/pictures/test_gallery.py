@@ -121,6 +121,8 @@ def test_22_layers_of_128_examples_stay_readable(deep, draw):
 @pytest.mark.parametrize("draw", [plots.gram_over_training, plots.dropped_over_training])
 def test_training_pictures_take_studies_by_step(study, deep, draw):
     assert not complaints(draw({0: study, 10: study, 20: study}))
+    for ax in plots.gram_over_training({0: study, 1: study, 2: study}).axes[:2]:
+        assert all(float(tick).is_integer() for tick in ax.get_xticks())
 
 
 def test_coefficients_mark_the_changed_labels(study, net):
@@ -344,6 +346,6 @@ def test_gram_matrices_of_several_epochs_stand_in_one_figure(study):
     figure = plots.gram_matrices({"epoch 0": study, "epoch 1": study})
     assert len(images(figure)) == 2 * len(study.layers) + 1  # and the colours' bar
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[0].startswith(f"epoch 0: {study.layers[0]}\n")
-    assert titles[len(study.layers)].startswith(f"epoch 1: {study.layers[0]}\n")
+    assert titles[0].startswith(f"epoch 0, layer {study.layers[0]}\n")
+    assert titles[len(study.layers)].startswith(f"epoch 1, layer {study.layers[0]}\n")
     assert not complaints(figure) and len(repr(study)) < 200

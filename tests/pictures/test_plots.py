@@ -222,6 +222,13 @@ def test_cost_has_no_empty_panel(ratio, panels):
     assert len(plots.training_cost(summary, "accuracy").axes) == panels
 
 
+def test_a_table_without_steps_has_no_step_in_its_picture():
+    # a model that was trained by hand is not at step 0; `compare(..., step=50)` says where it is
+    one = frame()[lambda rows: rows["step"] == 0]
+    assert [ax.get_title() for ax in plots.error(one).axes] == [""]
+    assert [ax.get_title() for ax in plots.error(one.assign(step=50)).axes] == ["step 50"]
+
+
 def test_error_takes_layers_labels_palette_size_and_axes():
     from matplotlib.figure import Figure
 

@@ -386,7 +386,8 @@ def test_the_first_lines_say_what_was_measured():
     assert first == "Fisher type exact, 4 examples, float64."
     share = f"({covered / trained:.0%})"
     assert second == f"3 layers with {covered} of {trained} trainable parameters {share}."
-    assert third.startswith("Skipped: embedding (it is used by embedding")
+    asked = "left out unless `layers` names it"
+    assert third.startswith(f"Skipped: embedding (it is used by embedding, {asked})")
     assert "; norms.0, norms.1, norms.2, norms.3 and 2 more (it is used by layer_norm" in third
     assert third.endswith("; frozen (its weight is frozen).")
     assert repr(table).startswith(table.about)

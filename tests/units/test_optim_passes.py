@@ -267,3 +267,34 @@ def test_a_layer_whose_gradient_is_not_its_product_is_plain_and_says_so(name):
     assert len(said) == needs_inputs
     if needs_inputs:
         assert "takes its plain gradient" in said[0] and "used by mul" in said[0]
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss()])
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+@pytest.mark.parametrize("unused", [False, True], ids=["both", "unused"])
+def test_a_loss_of_an_earlier_output_counts_for_that_forward_pass(criterion, kind, unused):
+    # `f = model(a); g = model(b); criterion(f, ya) + criterion(g, yb)` is the loop that takes each
+    # loss at once, and a later forward pass without a loss counts for nothing
+    torch.manual_seed(0)
+    x, y = torch.randn(10, 3), torch.randn(10, 2)
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        y = y.argmax(1)
+    parts = [(x[:6], y[:6])] if unused else [(x[:6], y[:6]), (x[6:], y[6:])]
+    made = []
+    for late in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        optimizer = fl.optim.NaturalGradient(
+            model, fl.KFAC(), lr=0.1, damping=1e-2, criterion=criterion, fisher_type=kind
+        )
+        if late:
+            outputs = [model(a.double()) for a, _ in parts]
+            model(x.double())
+        else:
+            outputs = (model(a.double()) for a, _ in parts)
+        y_of = [b if b.dtype == torch.long else b.double() for _, b in parts]
+        losses = [criterion(f, b) / 3 for f, b in zip(outputs, y_of, strict=True)]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        made.append([block.trace() for block in optimizer.blocks().values()])
+    assert torch.stack(made[0]).equal(torch.stack(made[1])) and made[0][0] > 0
