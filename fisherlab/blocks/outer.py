@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Powered
-from fisherlab.blocks.basis import Basis
+from fisherlab.blocks.basis import Basis, Space
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
@@ -196,8 +196,8 @@ class Outer(OfColumns):
     def _double(self) -> Outer:
         return Outer.over(self.columns.double, self.core, self.shift)
 
-    def restricted_to(self, V: Tensor) -> Outer | None:
-        return self._restricted if V is self.columns.input_space else None
+    def restricted_to(self, space: Space) -> Outer | None:
+        return self._restricted if space is self.columns.space else None
 
     @cached_property
     def _restricted(self) -> Outer | None:
