@@ -67,7 +67,7 @@ def test_a_vocabulary_against_dense_matrices(tied, fisher_type):
     for name in names:
         layer = captures[name]
         space = layer.columns.space
-        assert space is not None and (name == "words" and not tied or space.G is not None)
+        assert space is not None and ((name == "words" and not tied) or space.G is not None)
         F, blocks = products(layer)
         damping = DAMPING * F.trace() / len(F)
         eye = damping * torch.eye(len(F), dtype=F.dtype)
