@@ -226,6 +226,18 @@ class Columns:
             return contractions.right_moment(self.a, self.g)
         return contractions.second_moment(self.matrices.reshape(-1, self.shape[1]))
 
+    def left_diagonal(self, Q: Basis) -> Tensor:
+        """`diag(Q^T left Q)`, `[o']` float64; of a thin basis without `left`, `[o, o]`."""
+        if Q.shape[1] < len(Q):
+            return contractions.left_moment(self.a, self.g @ Q).diagonal().double()
+        return ((self.left @ Q) * Q).sum(0, dtype=torch.float64)
+
+    def right_diagonal(self, Q: Basis) -> Tensor:
+        """`diag(Q^T right Q)`, `[i']` float64; of a thin basis without `right`, `[i, i]`."""
+        if Q.shape[1] < len(Q):
+            return contractions.right_moment(self.a @ Q, self.g).diagonal().double()
+        return ((self.right @ Q) * Q).sum(0, dtype=torch.float64)
+
     @property
     def trace(self) -> Tensor:
         """`sum ||D||^2`, 0-d float64; from `left` where that is known."""
@@ -469,7 +481,8 @@ def span_of(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     entries = flat.count_nonzero(1)
     sparse = entries <= SPARSE * flat.shape[1]
     features = flat[sparse].any(0).nonzero()[:, 0]
-    if len(features) >= sparse.sum():
+    # a basis has at least one vector, of rows that are all zero as well
+    if len(features) >= sparse.sum() or not entries.any():
         Q, R = torch.linalg.qr(flat.mT)
         return Q, R.mT.reshape(*rows.shape[:-1], -1)
     # sparse rows lie in the coordinates of their few features, the others beside these

@@ -309,11 +309,9 @@ class Outer(OfColumns):
             return value
         rows, columns = E.sum(1), E.sum(0)
         if other.Q_A.shape[1] < self.shape[1]:
-            L = self.columns.left
-            rows = self.core * ((L @ other.Q_G) * other.Q_G).sum(0, dtype=torch.float64)
+            rows = self.core * self.columns.left_diagonal(other.Q_G)
         if other.Q_G.shape[1] < self.shape[0]:
-            R = self.columns.right
-            columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
+            columns = self.core * self.columns.right_diagonal(other.Q_A)
         rest = total - rows.sum() - columns.sum() + E.sum()
         return value + other.complement.weighed(rows - E.sum(1), columns - E.sum(0), rest)
 

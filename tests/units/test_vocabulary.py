@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fisherlab as fl
+from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns, span_of
 
 CE = nn.CrossEntropyLoss()
@@ -96,6 +97,32 @@ def test_a_vocabulary_against_dense_matrices(tied, fisher_type):
                 assert row[key] == pytest.approx(value.item(), rel=1e-6, abs=1e-8), (method, key)
 
 
+def test_unseen_examples_form_no_matrix_of_two_vocabularies(monkeypatch):
+    """Energies beside a thin basis are found in the basis."""
+    torch.manual_seed(0)
+    model = Language(False).double()
+    (x, y), unseen = torch.randint(WORDS, (2, 2, 3)), torch.randint(WORDS, (2, 4, 3))
+    shapes = []
+    for side in ("left_moment", "right_moment"):
+        of = getattr(contractions, side)
+        seen = lambda *args, of=of: shapes.append((found := of(*args)).shape) or found  # noqa: E731
+        monkeypatch.setattr(contractions, side, seen)
+    methods = ["kfac", "ekfac", "tekfac"]
+    fl.compare(
+        model, CE, x, y, reference=[tuple(unseen)], approximations=methods, layers=["head"],
+        fisher_type="empirical", dampings=[DAMPING],
+    )  # fmt: skip
+    assert shapes and (WORDS, WORDS) not in shapes
+    captures = [fl.capture(model, CE, *batch)["head"] for batch in ((x, y), unseen)]
+    _, blocks = products(captures[0])
+    F = fl.Exact()(captures[1])
+    for method in methods:
+        X = fl.approximations.get(method)()(captures[0])
+        damped = torch.linalg.inv(blocks[method] + DAMPING * torch.eye(F.size, dtype=F.dtype))
+        expected = (damped * products(captures[1])[0]).sum()
+        torch.testing.assert_close(F.inner(X.power(-1, DAMPING)), expected)
+
+
 def test_sparse_rows_are_spanned_by_their_features(generator):
     rows = torch.zeros(2, 20, 100, dtype=torch.float64)
     rows[0, :, [3, 50]] = torch.randn(20, 2, generator=generator, dtype=torch.float64)
@@ -104,6 +131,16 @@ def test_sparse_rows_are_spanned_by_their_features(generator):
     assert V.shape == (100, 6)  # two features, four dense rows, and none of the zero ones
     torch.testing.assert_close(V.mT @ V, torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(inside @ V.mT, rows)
+    V, inside = span_of(torch.zeros_like(rows))
+    assert V.shape == (100, 40) and not inside.any()
+
+
+def test_a_wide_layer_without_gradients_is_measured():
+    """A residual branch whose last factor is 0, as deep nets begin, gets no gradient at all."""
+    model = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2))
+    nn.init.zeros_(model[2].weight)
+    table = fl.compare(model, CE, torch.ones(4, 3), torch.arange(4) % 2, layers=["0"])
+    assert len(table.frame) and (table.frame["note"].str.contains("the exact block is zero")).all()
 
 
 def test_blocks_within_the_space_of_their_outputs(generator):
