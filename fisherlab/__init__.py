@@ -1,67 +1,90 @@
 """FisherLab: how good is an approximation of a layer's Fisher block, and what does it buy?"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fisherlab import approximations, blocks, distributed, metrics
-from fisherlab.approximations.diagonal import Diagonal
-from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
-from fisherlab.approximations.eva import Eva
-from fisherlab.approximations.exact import Exact
-from fisherlab.approximations.ifang import IFANG
-from fisherlab.approximations.kbfgs import KBFGS
-from fisherlab.approximations.kfac import KFAC, KFACReduce
-from fisherlab.approximations.kl_optimal import KLOptimal
-from fisherlab.approximations.kronecker_optimal import KroneckerOptimal, KroneckerSum
-from fisherlab.approximations.mini_block import MiniBlock
-from fisherlab.approximations.shampoo import Shampoo
-from fisherlab.approximations.sngd import SNGD
-from fisherlab.approximations.soap import SOAP
-from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
-from fisherlab.comparison import Comparison, compare
-from fisherlab.extract import (
-    CaptureError,
-    LayerCapture,
-    capture,
-    register_criterion,
-    register_product,
-    support,
-)
-from fisherlab.heap import keep_freed_memory
+if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a name is first used
+    from fisherlab import approximations, blocks, distributed, metrics
+    from fisherlab.approximations.diagonal import Diagonal
+    from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
+    from fisherlab.approximations.eva import Eva
+    from fisherlab.approximations.exact import Exact
+    from fisherlab.approximations.ifang import IFANG
+    from fisherlab.approximations.kbfgs import KBFGS
+    from fisherlab.approximations.kfac import KFAC, KFACReduce
+    from fisherlab.approximations.kl_optimal import KLOptimal
+    from fisherlab.approximations.kronecker_optimal import KroneckerOptimal, KroneckerSum
+    from fisherlab.approximations.mini_block import MiniBlock
+    from fisherlab.approximations.shampoo import Shampoo
+    from fisherlab.approximations.sngd import SNGD
+    from fisherlab.approximations.soap import SOAP
+    from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
+    from fisherlab.comparison import Comparison, compare
+    from fisherlab.extract import (
+        CaptureError,
+        LayerCapture,
+        capture,
+        register_criterion,
+        register_product,
+    )
+    from fisherlab.extract.support import support
+    from fisherlab.heap import keep_freed_memory
 
 __version__ = "0.1.0"
 
-# Parts that `import fisherlab` leaves alone until they are named: pictures need matplotlib's fonts,
-# data sets scikit-learn.
-LAZY = (
-    "adapters",
-    "auditing",
-    "claims",
-    "datasets",
-    "experiments",
-    "models",
-    "monitoring",
-    "optim",
-    "plots",
-    "testing",
-)
-
-# Names of modules that import optimizers.
-ELSEWHERE = {"Monitor": "fisherlab.monitoring", "audit": "fisherlab.auditing"}
+PARTS = (
+    "adapters", "approximations", "auditing", "blocks", "claims", "comparison", "datasets",
+    "distributed", "experiments", "extract", "metrics", "models", "monitoring", "optim", "plots",
+    "statistics", "testing",
+)  # fmt: skip
+# `import fisherlab` imports nothing else, not even torch: `fisherlab --version` answers at once.
+HOMES = {
+    "EKFAC": "approximations.eigen_corrected",
+    "IFANG": "approximations.ifang",
+    "KBFGS": "approximations.kbfgs",
+    "KFAC": "approximations.kfac",
+    "KLOptimal": "approximations.kl_optimal",
+    "SNGD": "approximations.sngd",
+    "SOAP": "approximations.soap",
+    "TEKFAC": "approximations.eigen_corrected",
+    "TKFAC": "approximations.tkfac",
+    "CaptureError": "extract",
+    "Comparison": "comparison",
+    "Diagonal": "approximations.diagonal",
+    "EigenCorrected": "approximations.eigen_corrected",
+    "Eva": "approximations.eva",
+    "Exact": "approximations.exact",
+    "KFACReduce": "approximations.kfac",
+    "KroneckerOptimal": "approximations.kronecker_optimal",
+    "KroneckerSum": "approximations.kronecker_optimal",
+    "LayerCapture": "extract",
+    "MiniBlock": "approximations.mini_block",
+    "Monitor": "monitoring",
+    "Shampoo": "approximations.shampoo",
+    "TKFACExpand": "approximations.tkfac",
+    "audit": "auditing",
+    "capture": "extract",
+    "compare": "comparison",
+    "keep_freed_memory": "heap",
+    "register_criterion": "extract",
+    "register_product": "extract",
+    "reproduce": "experiments.reproduce",
+    "support": "extract.support",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "reproduce":
-        return import_module("fisherlab.experiments.reproduce").reproduce
-    if name in ELSEWHERE:
-        return getattr(import_module(ELSEWHERE[name]), name)
-    if name in LAZY:
+    if name in PARTS:
         return import_module(f"fisherlab.{name}")
-    raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
+    found = getattr(import_module(f"fisherlab.{HOMES[name]}"), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *LAZY, *ELSEWHERE, "reproduce", "__version__"})
+    return sorted({*PARTS, *HOMES, "__version__"})
 
 
 __all__ = [

@@ -29,16 +29,16 @@ def audit(
 ) -> Comparison:
     """The blocks that a running optimizer preconditions with, in the table of `compare`.
 
-    Of torch's SGD, Adam(W), NAdam, RMSprop, Adagrad and Muon, and of `fl.optim.SOAP` and
-    `fl.optim.Muon`, there are two readings of a step `-lr P m`: "AdamW root" is
+    There are two readings of a step `-lr P m` for torch's SGD, Adam(W), NAdam, RMSprop, Adagrad and
+    Muon, and for `fl.optim.SOAP` and `fl.optim.Muon`: "AdamW root" is
     `P^{-1} = diag(sqrt(v_hat) + eps)`, "AdamW square" is `diag(v_hat)`, the second moment whose
-    root it takes. Of FisherLab's curvature optimizers and of `Preconditioner` it is `opt.blocks()`.
+    root it takes. For FisherLab's curvature optimizers and `Preconditioner` it is `opt.blocks()`.
 
     A second moment of batches' mean gradients is about `F / batch size`, and a root is no multiple
-    of `F` at all. Errors and trace ratios of a state are those of its numbers as they stand;
-    `cosine`, `scaled_error` (after the best scale), `diagonalisation` and `subspace_overlap` do not
-    change with its scale. `config["readings"]` has each formula, `config["unread"]` the layers
-    without a reading and why.
+    of `F` at all. Errors and trace ratios take the numbers of a state as they stand. `cosine`,
+    `scaled_error` (after the best scale), `diagonalisation` and `subspace_overlap` do not change
+    with its scale. `config["readings"]` has each formula, `config["unread"]` the layers without a
+    reading and why.
 
     The model is measured in evaluation mode. The training is as it was: parameters, gradients,
     buffers, modes, hooks, random streams and the state of the optimizer.
@@ -50,7 +50,7 @@ def audit(
         x: a batch or a loader, as in `compare`.
         y: its labels.
         approximations: further ones to stand beside, as in `compare`: names, instances, a dict.
-        options: those of `compare`, such as `fisher_type`, `dampings`, `reference`, `layers`.
+        options: options of `compare`, such as `fisher_type`, `dampings`, `reference`, `layers`.
 
     Returns:
         A `Comparison`, with one name per reading.
@@ -61,7 +61,8 @@ def audit(
     """
     model = unwrapped(model)
     reading = read(optimizer, model)
-    others = named_makers(approximations, model) if approximations else {}
+    none = isinstance(approximations, list | tuple | dict | None) and not approximations
+    others = {} if none else named_makers(approximations, model)
     taken = sorted(others.keys() & reading.blocks.keys())
     if taken:
         raise ValueError(f"an approximation is named as a reading of the optimizer: {taken}")

@@ -51,7 +51,7 @@ class Ranks:
         return cls(group) if dist.get_world_size(group) > 1 else None
 
     def objects(self, value: Any) -> list[Any]:
-        """What every rank passed, in rank order: for small things."""
+        """The objects that the ranks passed, in rank order: for small things."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, self.group)
         return found
@@ -149,7 +149,7 @@ class Ranks:
         return fill(outline[0])
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """A rank for each piece of work, the dearest first to whoever has least to do."""
+        """A rank for each job; greedy: the most expensive job first, to the least loaded rank."""
         load = [0.0] * self.size
         found: dict[str, int] = {}
         for name, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):

@@ -1,8 +1,8 @@
 """Freed memory kept for what comes next, where the C library would hand it back to the system.
 
 glibc gives every tensor above 32 MiB memory of its own and returns it on release. The next tensor
-of that size is then filled page by page, at about 1 GB/s: a third of the time of capturing an exact
-Fisher, a tenth of a whole comparison (ResNet-18, 2 CPU cores).
+of that size is then filled page by page, at about 1 GB/s. This takes a third of the time of an
+exact capture, and a tenth of a whole comparison (ResNet-18, 2 CPU cores).
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ KEPT = {TRIM_THRESHOLD: -1, TOP_PAD: 64 * MiB, MMAP_MAX: 0}
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory until the process ends; whether that is possible here.
+    """Keep freed memory until the process ends, which saves page faults.
 
-    Not with another C library than glibc, nor where the environment sets `MALLOC_*_` or glibc's
-    malloc tunables: then somebody has decided. The process stays as large as it once was.
-    The library never calls it; the commands do, in their own process.
+    It does nothing with another C library than glibc, nor if the environment sets `MALLOC_*_` or
+    glibc's malloc tunables, which then decide. The process stays as large as it once was. The
+    library never calls this function; the commands call it in their own process.
+
+    Returns:
+        Whether memory is kept from now on.
     """
     library = _glibc()
     if library is None:

@@ -10,17 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab import metrics
+from fisherlab import doors, metrics
 from fisherlab.approximations.exact import Exact
 from fisherlab.auditing import evaluated
 from fisherlab.blocks import Block, DirectSum
 from fisherlab.blocks.direct_sum import layer_block
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import capture
+from fisherlab.extract.fisher import FISHER_TYPES
 from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.readings import read
 
-# What takes the numbers of a step, by names such as "1/AdamW square/direction_cosine".
+# A function that takes the numbers of a step, by names such as "1/AdamW square/direction_cosine".
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -55,6 +56,9 @@ class Monitor:
         examples: the most that a look captures.
         damping: the share of the mean eigenvalue that is added to both blocks.
         fisher_type: of `F`; None: the default of `capture`.
+
+    Raises:
+        ValueError, TypeError: an argument is not what its name says.
     """
 
     def __init__(
@@ -69,11 +73,18 @@ class Monitor:
         damping: float = 0.1,
         fisher_type: str | None = None,
     ) -> None:
-        if every < 1 or examples < 1 or not 0 < damping < float("inf"):
-            raise ValueError(
-                f"every and examples are at least 1 and damping positive, got every={every}, "
-                f"examples={examples}, damping={damping}"
+        if not isinstance(optimizer, torch.optim.Optimizer | Preconditioner):
+            raise TypeError(
+                f"optimizer must be one that fl.audit reads, got {doors.said(optimizer)}"
             )
+        if criterion is not None:
+            doors.function(criterion, "criterion(outputs, y)")
+        if log is not None:
+            doors.function(log, "log(values, step)")
+        if fisher_type is not None:
+            doors.choice(fisher_type, "fisher_type", FISHER_TYPES)
+        every, examples = doors.count(every, "every"), doors.count(examples, "examples")
+        damping = doors.number(damping, "damping", above=0.0)
         self.optimizer, self.model, self.criterion = optimizer, unwrapped(model), criterion
         self.every, self.log, self.examples = every, log, examples
         self.damping, self.fisher_type = damping, fisher_type
@@ -95,6 +106,9 @@ class Monitor:
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """To be called after each `optimizer.step()`, with its batch."""
+        for batch, what in ((x, "x"), (y, "y")):
+            if not isinstance(batch, Tensor) or not batch.ndim:
+                raise ValueError(f"{what} must be a tensor of a batch, got {doors.said(batch)}")
         start = time.perf_counter()
         self._started = self._started or start
         self.steps += 1

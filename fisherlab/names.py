@@ -31,7 +31,7 @@ class Registry(dict[str, T]):
     """Things by name, in the order in which they were registered.
 
     Args:
-        what: What they are, for messages: "data set".
+        what: The names as text for messages: "data set".
         error: The type of the errors.
     """
 
@@ -63,7 +63,7 @@ class Registry(dict[str, T]):
 
 
 def imported(place: str) -> Any:
-    """What `module:name` or `file.py:name` names; modules of the working folder are found.
+    """The object behind `module:name` or `file.py:name`; modules of the working folder are found.
 
     Raises:
         ImportError: there is no such module, or the name is missing from it.

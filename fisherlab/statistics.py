@@ -45,7 +45,7 @@ class Statistic(ABC):
 
     # "input" or "output" where the sum is a Kronecker factor of that side of the layer
     side: ClassVar[str | None] = None
-    # what a capture must hold
+    # tensors that a capture must hold
     needs: ClassVar[frozenset[str]] = COLUMNS
     # whether totals add up over output vectors of one example as well
     columnwise: ClassVar[bool] = False
@@ -109,7 +109,7 @@ def totals(
 ) -> Iterator[dict[Statistic, Tensor]]:
     """The totals of several statistics, chunk by chunk of at most `memory` bytes.
 
-    Those that are not `columnwise` take whole examples, whatever these cost.
+    Statistics that are not `columnwise` take whole examples, at any cost.
     """
     for columnwise in (True, False):
         group = [S for S in statistics if S.columnwise == columnwise]
@@ -128,7 +128,7 @@ def _rows(layer: LayerCapture) -> tuple[Tensor, Tensor]:
 
 
 def _mean(layer: LayerCapture) -> float:
-    """What makes a sum over `weighed` positions a mean over those that count."""
+    """The factor from a sum over `weighed` positions to a mean over counted positions."""
     return layer.column_share / layer.positions
 
 

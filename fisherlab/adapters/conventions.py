@@ -20,7 +20,7 @@ class Convention:
         layer: "convolution" or "sequence", a `nn.Linear` with inputs `[n, s, i]`.
         A: its input factor, or the basis.
         B: its output factor, or the eigenvalues.
-        undone: what the adapter does to it.
+        undone: the change that the adapter makes.
         verdict: whether the block is then ours.
         reason: why it is not.
     """
@@ -80,7 +80,12 @@ CONVENTIONS: tuple[Convention, ...] = (
 
 
 def conventions() -> pd.DataFrame:
-    """KFAC and EKFAC of every library on a convolution and on a sequence, one row each."""
+    """KFAC and EKFAC of every library on a convolution and on a sequence, one row each.
+
+    Returns:
+        A frame: library, method, layer, formulas of `A` and `B`, the scale that is undone, verdict
+        and reason.
+    """
     names = [field.name for field in fields(Convention)]
     return pd.DataFrame([astuple(row) for row in CONVENTIONS], columns=names)
 

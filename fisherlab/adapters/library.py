@@ -6,6 +6,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+from fisherlab import doors
 from fisherlab.names import unknown
 
 
@@ -44,5 +45,9 @@ def check_method(method: str, known: tuple[str, ...], name: str) -> None:
     Raises:
         ValueError: the method is unknown; the message has the nearest.
     """
+    if not isinstance(method, str):
+        raise ValueError(
+            f"method of {name} must be one of {', '.join(known)}; got {doors.said(method)}"
+        )
     if method not in known:
         raise ValueError(unknown(f"method of {name}", method, known))

@@ -15,9 +15,9 @@ class Replay(nn.Module):
     """`z[n, m] = sum_t <g[m, n, t], W a[n, t]>`.
 
     Its Jacobian is the capture's per-example gradients. The squared error of `z` has a constant
-    Hessian, `(2/C) I` of `C` outputs under a mean. With it a library that makes its factors of a
-    `nn.Linear` finds at that layer the inputs `a` and the output gradients `sqrt(2/C) g`: its own
-    sums, over what was captured.
+    Hessian, `(2/C) I` of `C` outputs under a mean. A library that makes its factors from a
+    `nn.Linear` then finds the inputs `a` and the output gradients `sqrt(2/C) g` at that layer. It
+    computes its own sums over the capture.
 
     Args:
         layer: a capture of all output vectors of its examples.

@@ -1,7 +1,7 @@
 """BackPACK: the factors and diagonals that it leaves at the parameters, as blocks of ours.
 
 `p.kflr = [B, A]` of a `nn.Linear` with inputs `[n, i]` has the scale of ours; weight and bias are
-apart. Of a convolution it is `A = (1/N) sum_n sum_s a a^T`, `S` times KFAC-expand's, beside
+apart. For a convolution it is `A = (1/N) sum_n sum_s a a^T`, `S` times KFAC-expand's, beside
 KFAC-reduce's `B`: neither KFC nor KFAC-reduce.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, check_method, library
 from fisherlab.blocks import Block, ColumnSum, Diagonal, Kronecker
 
@@ -21,9 +22,9 @@ DIAGONALS = ("diag_ggn_exact", "diag_ggn_mc", "diag_h", "sum_grad_squared")
 def from_backpack(model: nn.Module, quantity: str = "kflr") -> dict[str, Block]:
     """The blocks that a backward pass inside `backpack(...)` left at the parameters of a model.
 
-    Numbers are BackPACK's own: those of a mean-reduced loss are per example, as ours. Of
-    `sum_grad_squared`, a sum over examples of squared gradients that carry `1/N`, the block is `N`
-    times that only to whoever knows `N`.
+    Numbers are BackPACK's own; for a mean-reduced loss they are per example, like ours.
+    `sum_grad_squared` is a sum over examples of squared gradients that carry `1/N`. A caller who
+    knows `N` multiplies by `N` for the scale of ours.
 
     Args:
         model: the extended model.
@@ -35,8 +36,9 @@ def from_backpack(model: nn.Module, quantity: str = "kflr") -> dict[str, Block]:
 
     Raises:
         AdapterError: BackPACK is not installed, or no parameter has the quantity.
-        ValueError: the quantity is unknown.
+        ValueError, TypeError: the quantity is unknown, or the model no module.
     """
+    doors.module(model)
     check_method(quantity, (*FACTORS, *DIAGONALS), "BackPACK")
     library("backpack")
     found: dict[str, Block] = {}
@@ -66,8 +68,8 @@ def _block(value: Any, place: int) -> Block:
 def to_backpack(block: Kronecker, bias: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """`[B, A]` of a weight and `[B]` of its bias, as `p.kflr` has them, of a block on `[W | b]`.
 
-    What couples weight and bias, the last column of `A`, is left out, and `B` of the bias is scaled
-    by its last entry, which is 1 where all positions count.
+    The last column of `A`, which couples weight and bias, is left out. `B` of the bias is scaled by
+    the last entry of `A`, which is 1 where all positions count.
 
     Args:
         block: a Kronecker product.
@@ -75,7 +77,16 @@ def to_backpack(block: Kronecker, bias: bool = True) -> tuple[list[Tensor], list
 
     Returns:
         The lists of the weight and of the bias, the latter empty without one.
+
+    Raises:
+        AdapterError: the block is another.
+        ValueError: `bias` is no flag, or the block has the column of a bias only.
     """
+    if not isinstance(block, Kronecker):
+        raise AdapterError(f"to_backpack takes a Kronecker product, got {doors.said(block)}")
+    doors.flag(bias, "bias")
+    if bias and block.shape[1] < 2:
+        raise ValueError(f"a weight {block.shape} has no bias beside it; pass bias=False")
     if not bias:
         return [block.G, block.A], []
     return [block.G, block.A[:-1, :-1]], [block.G * block.A[-1, -1]]

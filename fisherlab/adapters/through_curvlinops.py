@@ -1,8 +1,8 @@
 """curvlinops: its KFAC and EKFAC as blocks of ours.
 
-Of a mean-reduced loss `B = (1/N) sum_{m,n,s} g g^T` and `A = (1/(N S)) sum a a^T` (expand), or of
-means and sums over positions (reduce): the scale of ours. Of a sum-reduced loss `B` is `N` times
-that. Weight and bias are apart unless `separate_weight_and_bias=False`.
+For a mean-reduced loss `B = (1/N) sum_{m,n,s} g g^T` and `A = (1/(N S)) sum a a^T` (expand), or of
+means and sums over positions (reduce): the scale of ours. For a sum-reduced loss `B` is `N` times
+as large. Weight and bias are apart unless `separate_weight_and_bias=False`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, check_method, library
 from fisherlab.adapters.replay import drawn_nothing
 from fisherlab.blocks import Block, ColumnSum, Eigen, Kronecker
@@ -27,7 +28,7 @@ def curvlinops(method: str) -> Callable[[LayerCapture], Block]:
     """A function of a capture whose block curvlinops computes, from the capture's `a` and `g`.
 
     Its `KFACLinearOperator` or `EKFACLinearOperator` runs on a linear layer that has the inputs and
-    output gradients of the capture (`Replay`); its `B` is then `2/C` times ours, which is undone.
+    output gradients of the capture (`Replay`). Its `B` is then `2/C` times ours, which is undone.
 
     Args:
         method: "kfac" (expand), "kfac_reduce" or "ekfac".
@@ -159,6 +160,8 @@ def to_curvlinops(blocks: Mapping[str, Kronecker], operator: Any) -> None:
         AdapterError: curvlinops is not installed, the operator treats weight and bias apart, or a
             layer or shape differs; the operator is as it was.
     """
+    if not isinstance(blocks, Mapping):
+        raise AdapterError(f"blocks must be a dict of layer -> block, got {doors.said(blocks)}")
     theirs = library("curvlinops")
     if type(operator) is not theirs.KFACLinearOperator:
         raise AdapterError(f"to_curvlinops takes a KFACLinearOperator, got {type(operator)}")
@@ -182,12 +185,12 @@ def to_curvlinops(blocks: Mapping[str, Kronecker], operator: Any) -> None:
         "gradient_covariances": {n: scale * block.G for n, block in blocks.items()},
     }
     with warnings.catch_warnings():
-        # of the model's parameters, which it is given back as they are
+        # parameters of the model, which gets them back as they are
         warnings.simplefilter("ignore", UserWarning)
         operator.load_state_dict({**state, **new, **dict.fromkeys(PROPERTIES)})
 
 
-# what an operator remembers of its factors
+# numbers that an operator remembers of its factors
 PROPERTIES = ("trace", "det", "logdet", "frobenius_norm")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError
 from fisherlab.blocks import Block, Eigen, Kronecker
 
@@ -21,29 +22,35 @@ Factors = Mapping[str, Mapping[str, Tensor]]
 def from_kronfluence(factors: Factors, examples: int | None = None) -> dict[str, Block]:
     """The blocks of factors that an `Analyzer` has fitted, by layer, in the scale of ours.
 
-    Of `load_all_factors` of the strategies "ekfac" and "kfac" it is EKFAC,
-    `Q_G, Q_A` and `Lambda / N`. Of `load_covariance_matrices` it is KFAC, `sum g g^T / N` and
-    `sum a a^T / (N S)`; the `1/S` that Kronfluence has in the former is undone.
+    The result of `load_all_factors` (strategies "ekfac" and "kfac") gives EKFAC,
+    `Q_G, Q_A` and `Lambda / N`. The result of `load_covariance_matrices` gives KFAC,
+    `sum g g^T / N` and `sum a a^T / (N S)`; the `1/S` that Kronfluence has in the former is undone.
 
     Args:
-        factors: what the analyzer loads, or its files hold.
+        factors: tensors that the analyzer loads, or that its files hold.
         examples: `N`, which covariances alone do not say.
+
+    Returns:
+        Blocks on `[W | b]` by layer.
 
     Raises:
         AdapterError: the factors are of neither kind.
         ValueError: they are covariances, and `examples` is missing.
     """
+    if not isinstance(factors, Mapping):
+        raise AdapterError(f"factors must be a dict of dicts, got {doors.said(factors)}")
     if "lambda_matrix" in factors:
         return {name: _eigen(factors, name) for name in factors["lambda_matrix"]}
     if "gradient_covariance" not in factors:
         raise AdapterError(
             f"from_kronfluence takes load_all_factors(name) or load_covariance_matrices(name), got "
-            f"{sorted(factors)}"
+            f"a dict of {sorted(map(str, factors))}"
         )
-    if examples is None or examples < 1:
+    if examples is None:
         raise ValueError(
             "covariances count positions, not examples: pass examples=, the number of examples"
         )
+    doors.count(examples, "examples")
     return {
         name: Kronecker(
             factors["gradient_covariance"][name] / examples,
@@ -67,9 +74,14 @@ def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
         block: a Kronecker product, or a block in a Kronecker eigenbasis.
         positions: `S`, by which its gradient covariance is divided.
 
+    Returns:
+        Tensors by Kronfluence's names.
+
     Raises:
         AdapterError: the block is neither.
+        ValueError: `positions` is no count.
     """
+    doors.count(positions, "positions")
     one = torch.ones(1, dtype=torch.int64)
     if isinstance(block, Kronecker):
         return {
@@ -88,5 +100,6 @@ def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
                 vectors[key] = torch.eye(block.shape[side], dtype=block.dtype)
         return {**vectors, "lambda_matrix": block.spectrum, "num_lambda_processed": one}
     raise AdapterError(
-        f"Kronfluence keeps Kronecker products and full Kronecker eigenbases, got {block!r}"
+        f"Kronfluence keeps Kronecker products and full Kronecker eigenbases, got "
+        f"{doors.said(block)}"
     )

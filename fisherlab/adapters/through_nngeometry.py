@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, library
 from fisherlab.blocks import Block, Dense, Diagonal, Eigen, Kronecker
 
@@ -26,9 +27,14 @@ def from_nngeometry(matrix: Any, model: nn.Module) -> dict[str, Block]:
         matrix: the matrix; an EKFAC whose diagonal was updated, which `update_diag` does.
         model: the model that it is of.
 
+    Returns:
+        Blocks on `[W | b]` by layer.
+
     Raises:
         AdapterError: NNGeometry is not installed, or the representation is another.
+        TypeError: the model is no module.
     """
+    doors.module(model)
     pspace = library("nngeometry.object")
     kinds = {"PMatKFAC": _kfac, "PMatEKFAC": _ekfac, "PMatDiag": _diagonal, "PMatBlockDiag": _dense}
     make = kinds.get(type(matrix).__name__)

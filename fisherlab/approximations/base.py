@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -34,8 +34,8 @@ class Approximation:
     `class X(Approximation, name="x")` registers; the comparison, the optimizers, the command line
     and the law tests read the registry.
 
-    A statistic, or another value of an inherited field, that a class body names is a field of its
-    own, with or without an annotation and `@dataclass(frozen=True)`.
+    If a class body names a statistic, or another value of an inherited field, it is a field of the
+    class. It needs neither an annotation nor `@dataclass(frozen=True)`.
     """
 
     name: ClassVar[str] = ""
@@ -95,6 +95,48 @@ class Approximation:
                     taken = found.get(name, statistic) != statistic
                     found[f"{key}.{name}" if taken else name] = statistic
         return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that choose among the method's variants, by name: `weight_sharing`, `rank`, ...
+
+        The factors of a corrected eigenbasis lend theirs, without where their own damping goes.
+        """
+        found: dict[str, Any] = {}
+        for key, value in self._fields.items():
+            if isinstance(value, Approximation):
+                lent = {k: v for k, v in value.options.items() if k not in ("placement", "pi")}
+                found = {**lent, **found}
+            elif "Statistic" not in str(self.__dataclass_fields__[key].type):  # type: ignore[attr-defined]
+                found[key] = value
+        return found
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        return {name: getattr(self, name) for name in names}
+
+    def with_options(self, **chosen: Any) -> Approximation:
+        """The method with other `options`; a statistic that follows from one follows.
+
+        Raises:
+            TypeError: The method has no such option.
+            BlockError: An option has no such value.
+        """
+        known = self.options
+        for option in chosen:
+            if option not in known:
+                has = f"It takes {', '.join(known)}" if known else "It has none"
+                raise TypeError(f"{type(self).__name__} has no option {option!r}. {has}")
+        own = {key: value for key, value in self._fields.items() if key in known}
+        usual = type(self)(**own)._fields
+        kept = {k: v for k, v in self._fields.items() if k not in own and v != usual[k]}
+        for key, value in self._fields.items():
+            if isinstance(value, Approximation):
+                kept[key] = value.with_options(
+                    **{k: v for k, v in chosen.items() if k not in own and k in value.options}
+                )
+        return type(self)(**{**own, **kept, **{k: v for k, v in chosen.items() if k in own}})
 
     @property
     def needs(self) -> frozenset[str]:
@@ -186,7 +228,7 @@ def names() -> list[str]:
 
 
 def of_one_batch() -> list[str]:
-    """Those that one capture can build; K-BFGS needs a pair of them."""
+    """The methods that one capture can build; K-BFGS needs a pair of them."""
     return [name for name in names() if "pair" not in _REGISTRY[name]().needs]
 
 

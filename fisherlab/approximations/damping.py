@@ -14,14 +14,14 @@ How much: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
-from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
+from fisherlab.blocks.numerics import check_damping
 
 PLACEMENTS = ("tikhonov", "factored", "factorwise", "eigenvalue")
 # Placements whose damped block is `(F + lambda I)^p`.
@@ -38,19 +38,19 @@ def trace_ratio_pi(block: Kronecker) -> float:
 
 def check_placement(placement: str) -> None:
     """Refuse an unknown placement by name."""
-    if placement not in PLACEMENTS:
-        raise BlockError(f"unknown placement {placement!r}; one of {', '.join(PLACEMENTS)}")
+    doors.choice(placement, "placement", PLACEMENTS, error=BlockError)
 
 
 def place(
     block: Block, exponent: float, damping: float, placement: str, pi: float | None = None
 ) -> Block:
-    """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: by traces."""
+    """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: from traces."""
     check_placement(placement)
     if not isinstance(block, Kronecker):
         raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")
+    damping = check_damping(damping, block.dtype)
     if placement == "factored":
-        ratio = trace_ratio_pi(block) if pi is None else pi
+        ratio = trace_ratio_pi(block) if pi is None else doors.number(pi, "pi", above=0.0)
         root = math.sqrt(damping)
         return block.factored_power(exponent, root / ratio, root * ratio)
     if placement == "factorwise":
@@ -62,9 +62,47 @@ def as_rule(damping: float | Rule) -> Rule:
     """A rule as it is; a finite number >= 0 as the constant rule."""
     if callable(damping):
         return damping
-    if not isinstance(damping, Real | Tensor) or not 0 <= damping < math.inf:
-        raise ValueError(f"damping is a finite number >= 0 or a rule, got {damping!r}")
-    return constant(damping)
+    return constant(doors.number(damping, "damping, if it is no rule,", least=0.0))
+
+
+def lambdas(rule: Rule, blocks: Mapping[str, Block]) -> dict[str, float]:
+    """What a rule says of the blocks of some layers, checked: a rule may be a user's own.
+
+    Raises:
+        BlockError: the rule returned no dict, left a layer out, or gave one no number >= 0.
+    """
+    found = rule(dict(blocks))
+    if not isinstance(found, Mapping):
+        raise BlockError(
+            f"a damping rule returns a dict of layer -> lambda, got {doors.said(found)}"
+        )
+    missing = [name for name in blocks if name not in found]
+    if missing:
+        raise BlockError(
+            f"the damping rule returned no lambda for {', '.join(map(repr, missing))}; it has to "
+            "return one for every layer that it is given"
+        )
+    return {name: _returned(found[name], name) for name in blocks}
+
+
+def _returned(value: object, name: str) -> float:
+    if (found := doors.real(value)) is not None and math.isnan(found):
+        raise BlockError(
+            f"the damping of layer {name!r} is NaN: its block has NaN or inf entries, or the rule "
+            "divides by zero; check the data, the model's weights and the loss"
+        )
+    what = f"the damping of layer {name!r}, as the rule returned it,"
+    return doors.number(value, what, least=0.0, error=BlockError)
+
+
+def _checked(blocks: object) -> dict[str, Block]:
+    """The argument of a rule: a dict of blocks."""
+    if not isinstance(blocks, Mapping):
+        raise BlockError(f"a damping rule takes a dict of layer -> block, got {doors.said(blocks)}")
+    for name, block in blocks.items():
+        if not isinstance(block, Block):
+            raise BlockError(f"blocks[{name!r}] must be a block, got {doors.said(block)}")
+    return dict(blocks)
 
 
 def constant(damping: float) -> Rule:
@@ -81,7 +119,13 @@ class Share:
     floor: float
     name: str
 
+    def __post_init__(self) -> None:
+        """Refuse what is no share and no floor."""
+        for key in ("share", "floor"):
+            doors.number(getattr(self, key), key, least=0.0)
+
     def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
+        blocks = _checked(blocks)
         if not blocks:
             return {}
         # one read of the device, whatever the number of layers
@@ -121,14 +165,25 @@ def trace(
     A fully-connected block is `beta (Theta + lambda I)` with `beta` the largest lambda of the
     convolutions and lambda the `constant`; the rule returns lambda, the caller reads `beta` from
     `fully_connected_scale`. Without `fc_expansion`, or without convolutions, beta is 1.
+
+    Raises:
+        ValueError: a number is negative or not finite, or `convolutions` are no names.
     """
+    doors.number(vartheta, "vartheta", least=0.0)
+    doors.number(constant, "constant", least=0.0)
+    doors.flag(fc_expansion, "fc_expansion")
+    names = isinstance(convolutions, Collection) and not isinstance(convolutions, str | bytes)
+    if not names or not all(isinstance(name, str) for name in convolutions):
+        raise ValueError(
+            f"convolutions must be a set of layers' names, got {doors.said(convolutions)}"
+        )
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
         return {
             name: max(block.trace().item(), vartheta) / block.size
             if name in convolutions
             else constant
-            for name, block in blocks.items()
+            for name, block in _checked(blocks).items()
         }
 
     rule.expands = fc_expansion and bool(convolutions)  # type: ignore[attr-defined]
@@ -162,10 +217,11 @@ def unexpanded(damping: float | Rule, method: str) -> Rule:
 
 def gram_norm(alpha: float) -> Rule:
     """`lambda_l = alpha ||U_l^T U_l||_F`, of exact blocks only.      FNGD (14)."""
+    doors.number(alpha, "alpha", least=0.0)
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
         dampings = {}
-        for name, block in blocks.items():
+        for name, block in _checked(blocks).items():
             if not isinstance(block, Outer):
                 raise BlockError(
                     f"gram_norm needs the exact block of each layer; {name!r} is a "
@@ -196,8 +252,11 @@ class LevenbergMarquardt:
     largest: float = 1e6
 
     def __post_init__(self) -> None:
-        if not 0 < self.omega < 1 or self.every < 1 or not self.share > 0:
-            raise ValueError(f"share > 0, every >= 1 and 0 < omega < 1 are needed, got {self}")
+        """Refuse what is out of its range."""
+        doors.number(self.omega, "omega", above=0.0, below=1.0)
+        doors.count(self.every, "every")
+        for key in ("share", "smallest", "largest"):
+            doors.number(getattr(self, key), key, above=0.0)
 
     def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
         return relative(self.share)(blocks)

@@ -13,7 +13,11 @@ from fisherlab.statistics import Squares, Statistic
 
 @dataclass(frozen=True)
 class Diagonal(Approximation, name="diagonal"):
-    """`F ~ diag((1/M) sum_r D_r^2)`, the exact diagonal of the block."""
+    """`F ~ diag((1/M) sum_r D_r^2)`, the exact diagonal of the block.
+
+    Args:
+        squares: statistic of the diagonal `[o, i]`.
+    """
 
     squares: Statistic = Squares()
 

@@ -22,8 +22,11 @@ class EigenCorrected(Approximation):
     basis are carried over by `Lambda <- (Q_G'^T Q_G)^2 Lambda ((Q_A'^T Q_A)^2)^T`, entrywise
     squares, which keeps the trace; blending them as they stand mixes two bases.
 
-    A thin basis is that of the batch it came from. What another batch has beside it counts as well,
-    isotropic for each direction of the other side, so that the trace is kept whichever batch it is.
+    A thin basis spans the batch it came from. Gradients of later batches outside this basis are
+    kept as a complement, isotropic for each direction of the other side, so the trace is preserved.
+
+    Args:
+        factors: the approximation whose Kronecker eigenbasis is corrected, such as `fl.KFAC()`.
     """
 
     factors: Approximation

@@ -20,6 +20,10 @@ class Eva(Approximation, name="eva"):
 
     `abar = mean_{n,t} a`, `gbar = mean_n sum_t g` at the *observed* labels for every Fisher type:
     under mc the mean gradient has expectation 0, under exact its columns have no sign.
+
+    Args:
+        a: statistic of `abar` `[i]`.
+        g: statistic of `gbar` `[o]`.
     """
 
     _: KW_ONLY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-import torch
 from torch import Tensor
 
 from fisherlab.approximations.base import BY_OPTION
@@ -12,7 +11,7 @@ from fisherlab.approximations.eva import Eva, direction
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block
 from fisherlab.blocks.low_rank import Pair
-from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.numerics import BlockError, svd
 from fisherlab.statistics import MeanGradient, MeanInput, Statistic
 
 
@@ -23,10 +22,15 @@ class IFANG(Eva, name="ifang"):
         G = (1/s') sum_k g~_k g~_k^T,   A = (1/s') sum_k a~_k a~_k^T
 
     `rows` is s': the batch in s' contiguous groups, `a~_k = mean_{n,t} a` and
-    `g~_k = mean_n sum_t g` those of group k. With one row, Alg. 1, the inverse needs no more than
-    a scalar, and undamped it is Eva's block; with as many rows as examples it is KFAC's, in the
-    reduce setting. Over time each row is averaged with its predecessors, which draws them together:
+    `g~_k = mean_n sum_t g` those of group k. With one row (Alg. 1) the inverse needs one scalar,
+    and undamped it is Eva's block. With as many rows as examples it is KFAC's block in the reduce
+    setting. Over time each row is averaged with its predecessors, which draws them together:
     `decay=0` is the paper's, of one batch.
+
+    Args:
+        rows: s', the number of groups.
+        a: statistic of the group means `a~_k`; None: their default.
+        g: statistic of the group means `g~_k`; None: their default.
     """
 
     placement = "factorwise"
@@ -55,5 +59,5 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     if rows.ndim == 1:
         vector, energy = direction(rows)
         return vector[:, None], energy.reshape(1)
-    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    _, sizes, directions = svd(rows, "rows")
     return directions.mT, sizes.square() / len(rows)

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means, Sums
 from fisherlab.blocks import Block, BlockError, FromInverse, Kronecker
-from fisherlab.blocks.numerics import RANK_TOLERANCE, sum_of, trace_of
+from fisherlab.blocks.numerics import RANK_TOLERANCE, cholesky, sum_of, trace_of
 from fisherlab.extract import LayerCapture
 from fisherlab.statistics import InputMoment, Statistic
 
@@ -80,12 +81,25 @@ class GradientLength(OfPair):
 class KBFGS(Approximation, name="kbfgs"):
     """`F^{-1} ~ H_g (x) H_a`, each kept by BFGS.      NGM section 3; Goldfarb et al. 2020.
 
-    `H_a` starts at `(A + sqrt(lambda) I)^{-1}`, takes the pair `s = H_a E[a]`, `y = A_LM s`; `H_g`
-    starts at I and takes the change of the mean pre-activation and of its gradient over a step,
-    from a second pass on the same batch (`LayerCapture.after`), doubly damped. `H_g` tracks a
-    Hessian of signed means, not `E[g g^T]`, so it cannot be built from one capture, and the damping
-    is part of the inverse. A mean that cancels counts as zero, not as the direction of its
-    rounding: the mean gradient in front of a batch norm or of attention's keys is one.
+    `H_a` starts at `(A + sqrt(lambda) I)^{-1}` and takes the pair `s = H_a E[a]`, `y = A_LM s`.
+    `H_g` starts at I and takes the change over a step of the mean pre-activation and of its
+    gradient, doubly damped. The change comes from a second pass on the same batch
+    (`LayerCapture.after`). `H_g` tracks a Hessian of signed means, not `E[g g^T]`, so it cannot be
+    built from one capture, and the damping is part of the inverse. A mean that cancels counts as
+    zero, not as the direction of its rounding: the mean gradient in front of a batch norm or of
+    attention's keys is one.
+
+    Args:
+        damping: lambda, absolute, positive.
+        s: statistic of the change of the mean pre-activation.
+        y: statistic of the change of its gradient.
+        g: statistic of the sum of the gradients.
+        length: statistic of the gradients' length.
+        A: statistic of the input factor.
+        a: statistic of the mean input.
+
+    Raises:
+        BlockError: `damping` is not positive.
     """
 
     placement = "factorwise"
@@ -98,15 +112,14 @@ class KBFGS(Approximation, name="kbfgs"):
     a: Statistic = Mean()
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise BlockError(f"K-BFGS needs damping > 0, got {self.damping}")
+        doors.number(self.damping, "damping of K-BFGS", above=0.0, error=BlockError)
 
     def basis(self, mean: Means, previous: Sums | None = None) -> Sums:
         root, A = math.sqrt(self.damping), mean(self.A)
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
         A_LM = A + root * eye
         if previous is None:
-            H_a = torch.cholesky_inverse(torch.linalg.cholesky(A_LM))
+            H_a = torch.cholesky_inverse(cholesky(A_LM, "damped input factor"))
             H_g = torch.eye(len(mean(self.s)), dtype=eye.dtype, device=eye.device)
         else:
             H_a, H_g = previous["H_a"], previous["H_g"]

@@ -28,11 +28,26 @@ class KFAC(Approximation, name="kfac"):
     reduce:  `A = (1/M) sum_n abar abar^T`,  `abar = mean_t a`,
              `G = (1/M) sum_{m,n} ghat ghat^T`,  `ghat = sum_t g`
 
-    Means over positions are those over the `T_n` positions of each example that count: padding,
-    without a gradient for any column, does not.
+    Means run over the `T_n` positions of each example that count. Padding, which has no gradient
+    for any column, does not count.
 
-    `placement` of the damping: "tikhonov", "factored" (with `pi` None the trace rule, 1 as TEKFAC
-    describes KFAC), "factorwise" or "eigenvalue".
+    Args:
+        weight_sharing: "expand" or "reduce".
+        placement: where the damping goes: "tikhonov", "factored", "factorwise" or "eigenvalue".
+        pi: for "factored", where `A` gets `pi sqrt(lambda)` and `G` gets `sqrt(lambda) / pi`; None:
+            the trace rule; TEKFAC describes KFAC with 1.
+        A: statistic of the input factor `[i, i]`; default: given by `weight_sharing`.
+        G: statistic of the output factor `[o, o]`; default: given by `weight_sharing`.
+
+    Raises:
+        BlockError: an option is unknown.
+
+    Example:
+        >>> import torch, fisherlab as fl
+        >>> model, x = torch.nn.Linear(4, 3), torch.ones(8, 4)
+        >>> layer = fl.capture(model, torch.nn.MSELoss(), x, torch.zeros(8, 3))["linear"]
+        >>> fl.KFAC()(layer).A.shape
+        torch.Size([5, 5])
     """
 
     weight_sharing: str = "expand"

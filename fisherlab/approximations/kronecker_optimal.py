@@ -13,7 +13,7 @@ from fisherlab.approximations.base import Approximation
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.columns import joined
 from fisherlab.blocks.factor import Subspace
-from fisherlab.blocks.numerics import eigh, length_of, sum_of, symmetrise
+from fisherlab.blocks.numerics import eigh, length_of, qr, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -95,7 +95,7 @@ class _Rearranged:
         of = self.columns[0] if len(self.columns) == 1 else joined(self.columns)
         values, weights = of.hadamard
         top = min(terms, int((values > 1e-14 * len(values) * values[-1]).sum()))
-        # in float64: of a singular value that is rounding, float32 sums are multiples of the first
+        # in float64: where a singular value is rounding, float32 sums are multiples of the first
         g = of.g[:, :, 0].double()
         flat = g.flatten(0, 1)
         found: list[Tensor] = []
@@ -128,9 +128,13 @@ class _Rearranged:
 class KroneckerOptimal(Approximation, name="kronecker_optimal"):
     """`argmin_{G, A} ||F - G (x) A||_F`: the lower bound of KFAC, TKFAC and Shampoo.
 
-    Van Loan & Pitsianis 1993; Koroko et al. 2022. One position: exact, from two M x M Hadamard
-    squares. More: a Krylov iteration from the identity, until the residual is below `tolerance`
-    (relative; None: 1e-12 in float64, 1e-5 in float32) or after `iterations`.
+    Van Loan & Pitsianis 1993; Koroko et al. 2022. With one position the result is exact, from two
+    M x M Hadamard squares. With more, a Krylov iteration starts from the identity.
+
+    Args:
+        tolerance: relative residual at which the iteration ends; None: 1e-12 in float64, 1e-5 in
+            float32.
+        iterations: the most iterations.
     """
 
     additive = False
@@ -158,6 +162,15 @@ class KroneckerSum(Approximation, name="kronecker_sum"):
     Its leading term is the optimal product; a later one may be a product of two antisymmetric
     factors. A sum of two or more need not be positive semi-definite, and the block says how much of
     it was clamped.
+
+    Args:
+        rank: number of terms, at least 1.
+        tolerance: relative residual at which the iteration ends; None: 1e-12 in float64, 1e-5 in
+            float32.
+        iterations: the most iterations.
+
+    Raises:
+        BlockError: `rank` is below 1.
     """
 
     additive = False
@@ -211,7 +224,7 @@ def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
     for _ in range(2):  # twice is enough
         if against is not None:
             rows = rows - (rows @ against.mT) @ against
-        rows = torch.linalg.qr(rows.mT).Q.mT
+        rows = qr(rows.mT, "rows")[0].mT
     return rows
 
 

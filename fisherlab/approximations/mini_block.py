@@ -15,11 +15,16 @@ from fisherlab.statistics import GroupedMoment, RowMoments, Statistic, Ungrouped
 class MiniBlock(Approximation, name="mini_block"):
     """`F ~ blockdiag`, the exact restriction of `F`.      FNGD fig. 2; Bahamou et al. 2022 (MBF).
 
-    Linear: one `[i, i]` block per output row. Convolution: one `[k, k]` per pair of output and
-    input channel, k the kernel's size, the bias a block of its own. `shared=True` gives every row
-    (every pair) of the layer the mean of its blocks.
+    A Linear layer has one `[i, i]` block per output row. A convolution has one `[k, k]` block per
+    pair of output and input channel, k the kernel's size, and its bias a block of its own.
 
-    Raises `BlockTooLarge` where the blocks exceed the memory budget.
+    Args:
+        shared: whether all rows (all pairs) of the layer get the mean of their blocks.
+        blocks: statistic of the blocks.
+        bias: statistic of the bias.
+
+    Raises:
+        BlockTooLarge: the blocks exceed the memory budget.
     """
 
     shared: bool = False

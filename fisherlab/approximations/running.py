@@ -41,12 +41,12 @@ class Running:
     "literal" `(1 - decay, decay)`, which is TEKFAC (3.6)-(3.8) as printed. After ten batches the
     first one weighs 0.079, 0.630 and next to nothing at a decay of 0.95.
 
-    A sum travels with the number of loss terms it covers and both decay together, so the first
-    estimate is the first estimate and a short batch counts less. Sums, basis and corrections are
-    refreshed by separate calls, at whatever intervals the caller keeps. `reduce` adds those of all
-    ranks, sums and count together in one call. `sums` and the state go by the names of the fields.
-    Of a factor whose side exceeds `largest_factor` the
-    diagonal is kept: its matrix would not fit, its eigenvectors would take minutes.
+    A sum travels with the number of loss terms it covers, and both decay together. The first
+    estimate is therefore the first batch's own mean, and a short batch counts less. Sums, basis and
+    corrections are refreshed by separate calls, at whatever intervals the caller keeps. `reduce`
+    adds those of all ranks, sums and count together in one call. `sums` and the state go by the
+    names of the fields. A factor with a side above `largest_factor` keeps only its diagonal: its
+    matrix would not fit, its eigenvectors would take minutes.
 
     Raises `BlockError` for an approximation whose blocks are of the current batch only.
     """

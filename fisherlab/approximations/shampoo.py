@@ -21,11 +21,20 @@ GRADIENT = {"left": of.GradientLeft(), "right": of.GradientRight()}
 class Shampoo(Approximation, name="shampoo"):
     """`F ~ L^{1/2} (x) R^{1/2}`,  `L = (1/M) sum D D^T`, `R = (1/M) sum D^T D`.  Gupta et al. 2018.
 
-    form="squared": `L (x) R / tr L` (Morwani et al. 2024), which is TKFAC with partial traces.
-    statistics="per_example" takes the second moments of per-example gradients;
-    statistics="gradient" those of the mean gradient of a batch at the observed labels, as the
-    optimizer does. That applies the power -1/2: `(L + lambda)^{-1/4} V (R + lambda)^{-1/4}`,
-    the damping inside `L` and `R`.
+    With `statistics="gradient"` it applies the power -1/2,
+    `(L + lambda)^{-1/4} V (R + lambda)^{-1/4}`, with the damping inside `L` and `R`, as the
+    optimizer does.
+
+    Args:
+        form: "root", or "squared": `L (x) R / tr L` (Morwani et al. 2024), which is TKFAC with
+            partial traces.
+        statistics: "per_example": second moments of per-example gradients. "gradient": second
+            moments of a batch's mean gradient at the observed labels, as the optimizer does.
+        left: statistic of `L` `[o, o]`; default: given by `statistics`.
+        right: statistic of `R` `[i, i]`; default: given by `statistics`.
+
+    Raises:
+        BlockError: an option is unknown.
     """
 
     exponent = -0.5

@@ -17,8 +17,12 @@ class SNGD(Approximation, name="sngd"):
     """`F ~ I (x) nu A`,  `A = E[a a^T]`,  `nu = E f'(s)` of the activation fed.      SNGD (12).
 
     It has no output gradients in it, so it is not on the scale of `F`: read its cosine and its
-    scaled error only. A layer that feeds no element-wise function has no `nu` and no block: it is a
-    row of NaN in a comparison, and takes its plain gradient in an optimizer, which says so.
+    scaled error only. A layer that feeds no element-wise function has no `nu` and no block. In a
+    comparison it is a row of NaN; in an optimizer it takes its plain gradient, with a warning.
+
+    Args:
+        slope: statistic of `nu`.
+        A: statistic of the input factor `[i, i]`.
     """
 
     slope: Statistic = Slope()

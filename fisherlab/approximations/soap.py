@@ -20,9 +20,9 @@ class SOAP(EigenCorrected, name="soap"):
 
     `L = (1/M) sum D D^T`, `R = (1/M) sum D^T D`,  `V = (1/M) sum (Q_L^T D Q_R)^2` entrywise.
 
-    Of per-example gradients it is TEKFAC with partial traces: the factors of TKFAC are multiples of
-    `L` and `R`. `SOAP(Shampoo(statistics="gradient"))` has the moments of the mean gradient `D` of
-    each batch at the observed labels, as the optimizer does; its `V` is `(Q_L^T D Q_R)^2`. It
+    With per-example gradients it is TEKFAC with partial traces: the factors of TKFAC are multiples
+    of `L` and `R`. `SOAP(Shampoo(statistics="gradient"))` has the moments of the mean gradient `D`
+    of each batch at the observed labels, as the optimizer does; its `V` is `(Q_L^T D Q_R)^2`. It
     applies the power -1/2.
     """
 

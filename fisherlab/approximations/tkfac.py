@@ -28,6 +28,18 @@ class TKFAC(Approximation, name="tkfac"):
 
     The two are one for T = 1. Partial traces keep the trace for every T; the literal form keeps it
     under the paper's independence assumptions only. Means run over the unnormalised sums.
+
+    Args:
+        weight_sharing: "partial" or "expand".
+        placement: where the damping goes: "tikhonov", "factored", "factorwise" or "eigenvalue".
+        pi: for "factored", where `Phi` gets `pi sqrt(lambda)` and `Psi` gets `sqrt(lambda) / pi`;
+            None: the trace rule.
+        left: statistic of `Psi` `[o, o]`; default: given by `weight_sharing`.
+        right: statistic of `Phi` `[i, i]`; default: given by `weight_sharing`.
+        trace: statistic of `sigma`; default: given by `weight_sharing`.
+
+    Raises:
+        BlockError: an option is unknown.
     """
 
     weight_sharing: str = "partial"

@@ -5,20 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.basis import Basis, Space, matrix_of
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import per_example_chunks, slices
+from fisherlab.blocks.entry import check_shape, guard
 from fisherlab.blocks.numerics import (
     BlockError,
     BlockTooLarge,
-    check_damping,
     check_dense,
     chosen_squares,
     dense_budget,
@@ -28,6 +28,9 @@ from fisherlab.blocks.numerics import (
 )
 from fisherlab.blocks.work import cached, once
 
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
 
 class Block(ABC):
     """A symmetric positive semi-definite matrix on one layer's weight; acts on `[..., o, i]`.
@@ -36,8 +39,13 @@ class Block(ABC):
     input factor: `(G (x) A) vec(V) = vec(G V A)`. The bias is the last column of the weight.
 
     A form implements `__matmul__`, `shape`, `dtype` and `device`; every other method has a
-    definition here from `dense()` and is overridden only to be cheaper.
+    definition here from `dense()` and is overridden only to be cheaper. `fisherlab.blocks.entry`
+    checks the arguments of every form.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        guard(cls)
 
     @property
     @abstractmethod
@@ -73,7 +81,6 @@ class Block(ABC):
 
     def quadratic(self, V: Tensor) -> Tensor:
         """`<V, F V>` per matrix, `[...]` in float64."""
-        self.check(V)
         return torch.linalg.vecdot(V, (self @ V).to(V)).sum(-1, dtype=torch.float64)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
@@ -102,8 +109,6 @@ class Block(ABC):
         Closed form for two structured forms, through `quadratic` against a low-rank one; any other
         pair goes through `dense()` and raises `BlockTooLarge`, naming both forms, past the budget.
         """
-        if self.shape != other.shape:
-            raise BlockError(f"blocks of shapes {self.shape} and {other.shape} have no product")
         for one, two in ((self, other), (other, self)):
             value = one._inner(two)
             if value is not None:
@@ -160,7 +165,7 @@ class Block(ABC):
     def diagonal_of(self, other: Block) -> Tensor:
         """`diag(Q^T other Q)` for this block's eigenvectors `Q`, float64.
 
-        Of a low-rank form only the eigenvectors that it defines, those of its range, are used.
+        A low-rank form uses only the eigenvectors of its range.
         """
         check_dense(self.size, self.dtype, self.device, type(self).__name__)
         _, vectors = self.leading(self.size)
@@ -185,7 +190,7 @@ class Block(ABC):
 
     def logdet(self, damping: float) -> Tensor:
         """`log det (F + damping I)`, 0-d float64."""
-        return (self.eigenvalues().clamp(min=0) + check_damping(damping)).log().sum()
+        return (self.eigenvalues().clamp(min=0) + damping).log().sum()
 
     def sample(self, damping: float, generator: torch.Generator | None = None) -> Tensor:
         """One draw `[o, i]` from `N(0, (F + damping I)^{-1})`, the Laplace posterior of a layer.
@@ -216,6 +221,7 @@ class Block(ABC):
 
     def as_linear_operator(self) -> LinearOperator:
         """The matrix as a SciPy `LinearOperator` on flat float vectors of length `N`."""
+        from scipy.sparse.linalg import LinearOperator
 
         def matmat(X: np.ndarray) -> np.ndarray:
             V = torch.as_tensor(np.ascontiguousarray(X.T), dtype=self.dtype, device=self.device)
@@ -275,11 +281,17 @@ class Block(ABC):
         return getattr(self, name)
 
     def check(self, V: Tensor) -> None:
-        """Refuse a tensor whose last two axes are not the weight's."""
+        """Refuse what is no tensor of the block's kind, or has other last axes than the weight."""
+        doors.tensor(V, "V", error=BlockError)
         if tuple(V.shape[-2:]) != self.shape:
             raise BlockError(
                 f"this {type(self).__name__} acts on [..., {self.shape[0]}, {self.shape[1]}], got "
-                f"a tensor of shape {tuple(V.shape)}; a bias is the last column of the weight"
+                f"V, {doors.said(V)}; a bias is the last column of the weight"
+            )
+        if V.dtype != self.dtype or V.device != self.device:
+            raise BlockError(
+                f"this {type(self).__name__} is {self.dtype} on {self.device}, got V in {V.dtype} "
+                f"on {V.device}; pass V.to(block.device, block.dtype)"
             )
 
     def __repr__(self) -> str:
@@ -287,17 +299,37 @@ class Block(ABC):
         return f"{type(self).__name__}({o} x {i}, {str(self.dtype).removeprefix('torch.')})"
 
 
+guard(Block)
+
+
 class Dense(Block):
-    """`F` as a symmetric `[o i, o i]` matrix; negative eigenvalues count as zero in `power`."""
+    """`F` as a symmetric matrix; negative eigenvalues count as zero in `power`.
+
+    Args:
+        matrix: `[o i, o i]`, symmetric.
+        shape: `(o, i)` of the weight.
+
+    Raises:
+        BlockError: the matrix does not fit the shape.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), (1, 2))
+        >>> (F @ torch.tensor([[1.0, 0.0]])).tolist()
+        [[2.0, 1.0]]
+    """
 
     def __init__(self, matrix: Tensor, shape: tuple[int, int]) -> None:
+        doors.tensor(matrix, "matrix", full=True, error=BlockError)
+        shape = check_shape(shape)
         if matrix.shape != (shape[0] * shape[1],) * 2:
             raise BlockError(
                 f"a dense block on a weight {shape} is {shape[0] * shape[1]} x "
                 f"{shape[0] * shape[1]}, got {tuple(matrix.shape)}"
             )
         self.matrix = symmetrise(matrix)
-        self._shape = (int(shape[0]), int(shape[1]))
+        self._shape = shape
         # `diagonal_of` by the id of a block, and that block, which keeps its id
         self._diagonals: dict[int, tuple[Block, Tensor]] = {}
 
@@ -318,11 +350,12 @@ class Dense(Block):
         return eigh(self.matrix, "dense block")
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         return (V.reshape(-1, self.size) @ self.matrix).view(V.shape)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        return Powered(self, exponent, check_damping(damping))
+        values, vectors = self._eigh
+        powers = spectrum_power(values, exponent, damping, "dense block")
+        return Powered(powers, vectors, self.shape, self)
 
     def diagonal_of(self, other: Block) -> Tensor:
         found = once(self._diagonals, id(other), lambda: (other, Block.diagonal_of(self, other)))
@@ -362,12 +395,20 @@ class Dense(Block):
 
 
 class Powered(Dense):
-    """`(F + damping I)^exponent` by the eigenvectors of `F`, a matrix when somebody asks for it."""
+    """`(F + damping I)^exponent` by the eigenvectors of `F`, a matrix when somebody asks for it.
 
-    def __init__(self, base: Dense, exponent: float, damping: float) -> None:
-        self._base, self._shape, self._diagonals = base, base.shape, {}
-        values, self._vectors = base._eigh
-        self._powers = spectrum_power(values, exponent, damping, "dense block")
+    Args:
+        powers: `[N]`, of the eigenvalues of F from the lowest up.
+        vectors: `[N, N]`, its eigenvectors as columns.
+        shape: `(o, i)`.
+        base: F itself, if it is at hand: it remembers what it was compared with.
+    """
+
+    def __init__(
+        self, powers: Tensor, vectors: Tensor, shape: tuple[int, int], base: Dense | None = None
+    ) -> None:
+        self._powers, self._vectors, self._base = powers, vectors, base
+        self._shape, self._diagonals = (int(shape[0]), int(shape[1])), {}
 
     @cached
     def matrix(self) -> Tensor:
@@ -398,6 +439,8 @@ class Powered(Dense):
         return ((rows @ self._vectors * self._powers) @ self._vectors.mT).view(V.shape)
 
     def _inner(self, other: Block) -> Tensor | None:
+        if self._base is None:
+            return super()._inner(other)
         # from the largest eigenvalue down
         return self._base.diagonal_of(other) @ self._powers.double().flip(0)
 

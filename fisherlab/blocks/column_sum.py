@@ -7,29 +7,36 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis, matrix_of
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
-from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.numerics import BlockError, check_alike
 from fisherlab.blocks.serialise import remembers
 
 
 @remembers("parts")
 class ColumnSum(Block):
-    """`F vec([V_1 | V_2 ...]) = vec([F_1 V_1 | F_2 V_2 ...])`: part k acts on columns of its own.
+    """`F vec([V_1 | V_2 ...]) = vec([F_1 V_1 | F_2 V_2 ...])`: part k acts on its own columns.
 
     An optimizer that treats a weight and its bias apart has one part for each. Sums, spectra and
-    powers are those of the parts; nothing couples two of them.
+    powers are those of the parts; nothing couples two parts.
+
+    Args:
+        parts: blocks on `[o, i_k]`.
     """
 
     def __init__(self, parts: Sequence[Block]) -> None:
+        if not isinstance(parts, Sequence) or not all(isinstance(p, Block) for p in parts):
+            raise BlockError(f"parts must be a list of blocks, got {doors.said(parts)}")
         if not parts or len({part.shape[0] for part in parts}) != 1:
             raise BlockError(
                 "a column sum takes at least one block, all with the same number of rows; got "
                 f"shapes {[part.shape for part in parts]}"
             )
+        check_alike(*parts)
         self.parts = tuple(parts)
 
     @property

@@ -12,11 +12,12 @@ from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
 from fisherlab.blocks.basis import Basis, Coordinates, Space, matrix_of
+from fisherlab.blocks.entry import check_columns
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
-    BlockError,
     check_gram,
     eigh,
+    qr,
     sum_of,
     symmetrise,
     trace_of,
@@ -32,17 +33,13 @@ SPARSE = 0.05
 class Columns:
     """`U = [vec(D[m,n])]`, `D[m,n] = sum_t g[m,n,t] a[n,t]^T`; `a` `[n, t, i]`, `g` `[m, n, t, o]`.
 
-    Everything here is a sum over columns, without any `1/M`, computed once and shared by whoever
-    holds the same object: the exact block, the approximations of a layer, the metrics. `room` is
+    Everything here is a sum over columns, without any `1/M`, and is computed once. All holders of
+    the same object share it: the exact block, the approximations of a layer, the metrics. `room` is
     how many bytes the gradients may take to be kept, where many products are to come.
     """
 
     def __init__(self, a: Tensor, g: Tensor, room: int = 0) -> None:
-        if a.ndim != 3 or g.ndim != 4 or a.shape[:2] != g.shape[1:3] or not len(a):
-            raise BlockError(
-                f"an outer block takes a [n, t, i] and g [m, n, t, o] of n >= 1 examples, got "
-                f"{tuple(a.shape)} and {tuple(g.shape)}"
-            )
+        check_columns(a, g)
         self.a, self.g, self.room = a, g, room
 
     @cached_property
@@ -84,7 +81,7 @@ class Columns:
         return self.a.device
 
     def tensors(self) -> Iterator[Tensor]:
-        """What they are made of."""
+        """The tensors that the columns are made of."""
         yield from (self.a, self.g)
 
     @cached
@@ -108,12 +105,12 @@ class Columns:
         check_gram(self.count, self.device)
         if self.formed is None:
             return symmetrise(contractions.gram(self.a, self.g))
-        # of the very gradients that products use: what an inverse cancels must be the same
+        # the same materialised gradients as in products: the inverse relies on exact cancellation
         return formed_gram(self.formed)
 
     @property
     def short(self) -> bool:
-        """Whether an example's gradients have fewer rows than it has positions, so go first."""
+        """Whether to materialise per-example gradients before a contraction (`m o < t`)."""
         m, _, t, o = self.g.shape
         return m * o < t and self.formed is not None
 
@@ -178,7 +175,7 @@ class Columns:
         """
         m, n = self.sizes
         K = self.gram.view(m, n, m, n)
-        values, Q = torch.linalg.eigh(K.diagonal(0, 1, 3).permute(2, 0, 1))
+        values, Q = eigh(K.diagonal(0, 1, 3).permute(2, 0, 1), "Gram matrix of an example")
         floor = RANK_TOLERANCE * m * torch.finfo(torch.float64).eps
         kept = (values > floor * values.amax()).sum(1)
         k = int(kept.max())
@@ -483,11 +480,11 @@ def span_of(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     features = flat[sparse].any(0).nonzero()[:, 0]
     # a basis has at least one vector, of rows that are all zero as well
     if len(features) >= sparse.sum() or not entries.any():
-        Q, R = torch.linalg.qr(flat.mT)
+        Q, R = qr(flat.mT, "rows")
         return Q, R.mT.reshape(*rows.shape[:-1], -1)
     # sparse rows lie in the coordinates of their few features, the others beside these
     dense = flat[~sparse]
-    Q, R = torch.linalg.qr(dense.index_fill(1, features, 0).mT)
+    Q, R = qr(dense.index_fill(1, features, 0).mT, "rows")
     V = flat.new_zeros(flat.shape[1], len(features) + Q.shape[1])
     V[features, torch.arange(len(features), device=V.device)] = 1
     V[:, len(features) :] = Q

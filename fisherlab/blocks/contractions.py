@@ -73,8 +73,8 @@ def _sizes(a: Tensor, g: Tensor) -> tuple[int, int, int, int, int]:
 def second_moment(x: Tensor) -> Tensor:
     """`sum x x^T` over all leading axes, `[..., d] -> [d, d]`: one flat matmul.
 
-    A convolution's gradients lie in memory as `[..., d, t]`: there one small product per example,
-    whose `d d` numbers are no more than the `t d` that laying out rows anew would write.
+    A convolution's gradients lie in memory as `[..., d, t]`. There each example takes one small
+    product; its `d d` numbers are no more than the `t d` that a new layout would write.
     """
     t, d = x.shape[-2:]
     if d <= t and x.stride(-2) == 1 and x.stride(-1) == t:
@@ -88,7 +88,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 def symmetric_product(X: Tensor, Y: Tensor) -> Tensor:
-    """`X^T Y` `[d, d]` that is known to be symmetric: of wide ones 5/8 of the n d d products."""
+    """`X^T Y` `[d, d]` that is known to be symmetric: wide ones take 5/8 of the n d d products."""
     d = X.shape[1]
     if d < 512 or X.is_cuda:
         return X.mT @ Y
@@ -138,8 +138,8 @@ def gram(a: Tensor, g: Tensor) -> Tensor:
 def cross_gram(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """`U^T W` for the columns `U` of `a, g` and `W` of `b, h`, `[m n, p q]` in float64.
 
-    Its products are made in float64 whatever the dtype: the damping of a wide layer lies 1e-9 below
-    the largest eigenvalue, where a float32 Gram matrix is noise and not positive semi-definite.
+    Its products are made in float64 whatever the dtype. The damping of a wide layer lies 1e-9 below
+    the largest eigenvalue; there a float32 Gram matrix is noise and not positive semi-definite.
 
     Position pairs `sum_{t,s} (g_t . h_s)(a_t . b_s)`: (n t)(q s) i + (m n t)(p q s)(o + 1).
     Per-example gradients: (m n t + p q s) o i + (m n)(p q) o i.
@@ -429,7 +429,7 @@ def right_moment(a: Tensor, g: Tensor, G: Tensor | None = None) -> Tensor:
         for part in slices(n, ((m + 1) * t * t + t * i) * a.element_size()):
             S = (g[:, part] @ weight[:, part].mT).sum(0)
             weighted, rows = torch.bmm(S, a[part]).reshape(-1, i), a[part].reshape(-1, i)
-            # of an antisymmetric G the product is antisymmetric
+            # an antisymmetric G gives an antisymmetric product
             result += symmetric_product(weighted, rows) if G is None else weighted.mT @ rows
         return symmetrise(result) if G is None else result
     for _, D in per_example_chunks(a, g):

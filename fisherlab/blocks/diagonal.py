@@ -6,16 +6,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis
-from fisherlab.blocks.numerics import check_damping, dot, spectrum_power
+from fisherlab.blocks.numerics import BlockError, dot, spectrum_power
 
 
 class Diagonal(Block):
-    """`F = diag(vec(entries))`, with `entries` `[o, i]`."""
+    """`F = diag(vec(entries))`.
+
+    Args:
+        entries: `[o, i]`, not negative.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Diagonal(torch.tensor([[2.0, 3.0]]))
+        >>> F.solve(torch.tensor([[6.0, 8.0]]), damping=1.0).tolist()
+        [[2.0, 2.0]]
+    """
 
     def __init__(self, entries: Tensor) -> None:
-        self.entries = entries
+        self.entries = doors.tensor(entries, "entries", ndim=(2,), full=True, error=BlockError)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -30,11 +42,9 @@ class Diagonal(Block):
         return self.entries.device
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         return self.entries * V
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        damping = check_damping(damping)
         powers = spectrum_power(self.entries, exponent, damping, "diagonal block", rounded=False)
         return Diagonal(powers)
 
@@ -58,7 +68,7 @@ class Diagonal(Block):
 
     def logdet(self, damping: float) -> Tensor:
         values = self.entries.clamp(min=0).double()
-        return values.add_(check_damping(damping)).log_().sum()
+        return values.add_(damping).log_().sum()
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, flat = self.entries.double().flatten().topk(min(k, self.size))

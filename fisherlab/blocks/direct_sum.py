@@ -9,9 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis, matrix_of
-from fisherlab.blocks.numerics import BlockError
+from fisherlab.blocks.numerics import BlockError, check_alike
 from fisherlab.blocks.outer import Outer
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
@@ -20,16 +21,22 @@ AnyBlock = TypeVar("AnyBlock", bound=Block)
 class DirectSum(Block):
     """`F = blockdiag(parts)`; part k acts on its own rows of the weight `[sum_k o_k, i]`.
 
-    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices, so
-    the exact block of the layer is the direct sum of one block per group.
+    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices. The
+    exact block of the layer is the direct sum of one block per group.
+
+    Args:
+        parts: blocks on `[o_k, i]`.
     """
 
     def __init__(self, parts: Sequence[Block]) -> None:
+        if not isinstance(parts, Sequence) or not all(isinstance(p, Block) for p in parts):
+            raise BlockError(f"parts must be a list of blocks, got {doors.said(parts)}")
         if not parts or len({part.shape[1] for part in parts}) != 1:
             raise BlockError(
                 "a direct sum takes at least one block, all with the same number of columns; got "
                 f"shapes {[part.shape for part in parts]}"
             )
+        check_alike(*parts)
         self.parts = tuple(parts)
 
     @property

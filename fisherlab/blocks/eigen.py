@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.basis import Basis, Coordinates, Space, matrix_of, size_of
+from fisherlab.blocks.basis import Basis, Coordinates, Space, Thin, matrix_of, size_of
 from fisherlab.blocks.numerics import (
     BlockError,
-    check_damping,
+    check_alike,
     chosen_squares,
     spectrum_power,
 )
@@ -80,13 +81,21 @@ class Complement:
 
 
 class Eigen(Block):
-    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus what a thin basis leaves out.
+    """`F = (Q_G (x) Q_A) diag(spectrum) (Q_G (x) Q_A)^T`, plus the complement of thin bases.
 
-    `Q_G` `[o, o']` and `Q_A` `[i, i']` have orthonormal columns, `spectrum` is `[o', i']`. Where a
-    basis is thin, `tail_G[o']` is the eigenvalue of each output direction on the complement of
-    `Q_A`, `tail_A[i']` that of each input direction on the complement of `Q_G`, and `tail` that of
-    both complements; they default to 0, and together they are its `complement`. A basis that is
-    None is the side's own coordinates.
+    Where a basis is thin, the tails are eigenvalues on its orthogonal complement. They default to
+    0, and together they are the `complement`.
+
+    Args:
+        Q_G: `[o, o']` with orthonormal columns; None: the coordinates of the outputs.
+        Q_A: `[i, i']` with orthonormal columns; None: the coordinates of the inputs.
+        spectrum: `[o', i']`.
+        tail_G: `[o']`, for each output direction, on the complement of `Q_A`.
+        tail_A: `[i']`, for each input direction, on the complement of `Q_G`.
+        tail: 0-d, on both complements.
+
+    Raises:
+        BlockError: the spectrum does not fit the bases.
     """
 
     _factor_values: tuple[Tensor, Tensor] | None = None
@@ -100,6 +109,12 @@ class Eigen(Block):
         tail_A: Tensor | None = None,
         tail: Tensor | None = None,
     ) -> None:
+        doors.tensor(spectrum, "spectrum", ndim=(2,), error=BlockError)
+        for Q, what in ((Q_G, "Q_G"), (Q_A, "Q_A")):
+            if not isinstance(Q, Thin | Coordinates | None):
+                doors.tensor(Q, what, ndim=(2,), error=BlockError)
+                if not len(Q):
+                    raise BlockError(f"{what} must have rows, got {doors.said(Q)}")
         Q_G = Coordinates(spectrum[:, 0]) if Q_G is None else Q_G
         Q_A = Coordinates(spectrum[0]) if Q_A is None else Q_A
         if tuple(spectrum.shape) != (Q_G.shape[1], Q_A.shape[1]):
@@ -107,11 +122,12 @@ class Eigen(Block):
                 f"bases of {Q_G.shape[1]} and {Q_A.shape[1]} vectors need a spectrum of that "
                 f"shape, got {tuple(spectrum.shape)}"
             )
+        check_alike(Q_G, Q_A, spectrum)
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
         self.complement = Complement(
-            spectrum.new_zeros(Q_G.shape[1]) if tail_G is None else tail_G,
-            spectrum.new_zeros(Q_A.shape[1]) if tail_A is None else tail_A,
-            spectrum.new_zeros(()) if tail is None else tail,
+            _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],)),
+            _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],)),
+            _tail(tail, "tail", spectrum, ()),
             (len(Q_G) - Q_G.shape[1], len(Q_A) - Q_A.shape[1]),
         )
 
@@ -172,7 +188,6 @@ class Eigen(Block):
         return self.complement.zero
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         return self.times(V, self.in_bases(V))
 
     def in_bases(self, V: Tensor) -> Tensor:
@@ -209,7 +224,6 @@ class Eigen(Block):
         return near if self._factor_values is None else near.of_factors(*self._factor_values)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        damping = check_damping(damping)
         if exponent == 1 and damping == 0:
             return self
         name = type(self).__name__
@@ -221,7 +235,6 @@ class Eigen(Block):
         return Eigen(self.Q_G, self.Q_A, powered(self.spectrum), rest.G, rest.A, rest.both)
 
     def quadratic(self, V: Tensor) -> Tensor:
-        self.check(V)
         rotated = (self.Q_G.mT @ V @ self.Q_A).double().square()
         value = (rotated * self.spectrum).sum((-2, -1))
         if not self.confined:
@@ -274,7 +287,6 @@ class Eigen(Block):
         return self._sum(torch.square)
 
     def logdet(self, damping: float) -> Tensor:
-        damping = check_damping(damping)
         return self._sum(lambda x: (x.clamp(min=0) + damping).log())
 
     def diagonal(self) -> Tensor:
@@ -344,3 +356,14 @@ class Eigen(Block):
     def clamped(self) -> float:
         negative = -self._sum(lambda x: x.clamp(max=0))
         return float(negative / self._sum(torch.abs).clamp(min=1e-300))
+
+
+def _tail(values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Eigenvalues beside a thin basis; None: zeros."""
+    if values is None:
+        return spectrum.new_zeros(shape)
+    doors.tensor(values, what, error=BlockError)
+    if tuple(values.shape) != shape:
+        raise BlockError(f"{what} must have shape {shape}, got {tuple(values.shape)}")
+    check_alike(values, spectrum)
+    return values

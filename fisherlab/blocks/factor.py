@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.basis import Basis, Coordinates, Thin, matrix_of, size_of
 from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.numerics import (
@@ -56,7 +57,7 @@ class Factor(ABC):
         return self.parts[0].device
 
     def tensors(self) -> Iterator[Tensor]:
-        """What it is made of."""
+        """The tensors that the factor is made of."""
         yield from self.parts
 
     def sizes(self) -> dict[int, int]:
@@ -126,7 +127,7 @@ class Factor(ABC):
         return self.shape[0] ** 2 * self.dtype.itemsize
 
     def saved(self) -> Tensor:
-        """What another one like it is made of."""
+        """The tensors from which another factor like this is made."""
         return self.matrix
 
     def mapped(self, function: Callable[[Tensor], Tensor], name: str = "factor") -> Factor:
@@ -332,10 +333,11 @@ def factor_of(S: Tensor | Factor, role: str = "") -> Factor:
     """A side as a factor: a matrix, or a vector `[d]`, the entries of a diagonal one.
 
     Raises:
-        BlockError: the matrix is not square.
+        BlockError: it is no tensor of real numbers, or no square matrix.
     """
     if isinstance(S, Factor):
         return S
+    doors.tensor(S, f"the {role} factor", ndim=(1, 2), full=True, error=BlockError)
     if S.ndim == 1:
         return Diagonal(S)
     if S.shape[-1] != S.shape[-2]:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis
+from fisherlab.blocks.numerics import BlockError
 from fisherlab.blocks.work import cached
 
 
 class FromInverse(Block):
-    """`F = P^{-1}` for a positive definite block `P`; `power(-1, 0)` is `P` itself, untouched."""
+    """`F = P^{-1}`; `power(-1, 0)` is `P` itself, untouched.
+
+    Args:
+        inverse: `P`, a positive definite block.
+    """
 
     def __init__(self, inverse: Block) -> None:
+        if not isinstance(inverse, Block):
+            raise BlockError(f"inverse must be a block of fl.blocks, got {doors.said(inverse)}")
         self.inverse = inverse
 
     @property

@@ -9,24 +9,35 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Dense
 from fisherlab.blocks.basis import Basis, Space, coordinates
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of
-from fisherlab.blocks.numerics import BlockError, check_damping, check_dense, dot, sum_of
+from fisherlab.blocks.numerics import BlockError, check_alike, check_dense, dot, sum_of
 from fisherlab.blocks.work import cached
 
 
 class Kronecker(Block):
-    """`F = G (x) A`, `F vec(V) = vec(G V A)`: `G` `[o, o]` of outputs, `A` `[i, i]` of inputs.
+    """`F = G (x) A`, `F vec(V) = vec(G V A)`.
 
-    A factor may be a matrix, a vector `[d]`, the entries of a diagonal one, or a `Factor`, which
-    is formed when somebody asks for the matrix.
+    Args:
+        G: the factor of outputs: a matrix `[o, o]`, the entries `[o]` of a diagonal one, or a
+            `Factor`, which is formed on demand.
+        A: the factor of inputs: `[i, i]`, `[i]` or a `Factor`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Kronecker(torch.tensor([[2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> (F @ torch.tensor([[1.0, 1.0]])).tolist()
+        [[2.0, 6.0]]
     """
 
     def __init__(self, G: Tensor | Factor, A: Tensor | Factor) -> None:
         self.factors = factor_of(G, "output"), factor_of(A, "input")
+        check_alike(*self.factors)
 
     @property
     def G(self) -> Tensor:
@@ -71,7 +82,6 @@ class Kronecker(Block):
         return sum(F.formed_bytes() for F in {id(F): F for F in self.factors}.values())
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         G, A = self.factors
         return G.apply(A.apply(V).mT).mT
 
@@ -90,7 +100,7 @@ class Kronecker(Block):
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent == 1 and damping == 0:
             return self
-        if check_damping(damping) > 0:
+        if damping > 0:
             return self.eigen.power(exponent, damping)
         return self.factored_power(exponent, 0.0, 0.0)
 
@@ -168,22 +178,32 @@ DENSE_SPECTRUM = 3000
 
 
 class KroneckerSum(Block):
-    """`F = sum_k G_k (x) A_k`, with `G` `[k, o, o]` and `A` `[k, i, i]`.
+    """`F = sum_k G_k (x) A_k`.
 
-    `G_k` and `A_k` of a term are both symmetric or both antisymmetric, and the term is symmetric.
-    A sum of two or more need not be positive semi-definite; `power` goes through the dense
-    form (refused past `DENSE_SPECTRUM`), takes negative eigenvalues as zero, and `clamped` says
-    how much.
+    `G_k` and `A_k` of a term are both symmetric or both antisymmetric, and the term is symmetric. A
+    sum of two or more terms need not be positive semi-definite. `power` goes through the dense form
+    (refused past `DENSE_SPECTRUM`) and takes negative eigenvalues as zero; `clamped` states their
+    share.
+
+    Args:
+        G: `[k, o, o]`, the factors of outputs.
+        A: `[k, i, i]`, the factors of inputs.
+
+    Raises:
+        BlockError: the factors do not fit together.
     """
 
     def __init__(self, G: Tensor, A: Tensor) -> None:
-        if G.ndim != 3 or A.ndim != 3 or G.shape[0] != A.shape[0]:
+        doors.tensor(G, "G", full=True, error=BlockError)
+        doors.tensor(A, "A", full=True, error=BlockError)
+        if G.ndim != 3 or A.ndim != 3 or G.shape[0] != A.shape[0] or not len(G):
             raise BlockError(
-                f"a Kronecker sum takes [k, o, o] and [k, i, i] factors, got {tuple(G.shape)} and "
-                f"{tuple(A.shape)}"
+                "a Kronecker sum takes [k, o, o] and [k, i, i] factors of k >= 1, got "
+                f"{tuple(G.shape)} and {tuple(A.shape)}"
             )
         for factors, role in ((G, "output"), (A, "input")):
-            factor_of(factors[0] if len(factors) else factors.new_zeros(0, 0), role)
+            factor_of(factors[0], role)
+        check_alike(G, A)
         self.G, self.A = G, A
 
     @cached_property
@@ -218,7 +238,6 @@ class KroneckerSum(Block):
         return Dense(self.dense(), self.shape)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         result = torch.zeros_like(V)
         for G, A in zip(self.G, self.A, strict=True):
             result += G @ V @ A.mT

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.entry import check_columns
 from fisherlab.blocks.numerics import (
     GIB,
     BlockError,
     BlockTooLarge,
-    check_damping,
+    check_alike,
     dense_budget,
     dot,
     eigh,
@@ -29,14 +31,23 @@ from fisherlab.blocks.work import cached
 class MiniBlock(Block):
     """`F = blockdiag(blocks)`: one `[k, k]` matrix per output feature and group of k inputs.
 
-    `blocks` is `[o, c, k, k]` for a weight whose first `c k` columns fall into c groups, `bias`
-    `[o]` the entries of a last column of its own (None where every column is in a group).
+    Args:
+        blocks: `[o, c, k, k]`, for a weight whose first `c k` columns fall into c groups.
+        bias: `[o]`, the entries of one more column; None if every column is in a group.
     """
 
     blocks: Tensor
     bias: Tensor | None
 
     def __init__(self, blocks: Tensor, bias: Tensor | None = None) -> None:
+        doors.tensor(blocks, "blocks", ndim=(4,), full=True, error=BlockError)
+        if blocks.shape[-1] != blocks.shape[-2]:
+            raise BlockError(f"mini-blocks are [o, c, k, k], got {tuple(blocks.shape)}")
+        if bias is not None:
+            doors.tensor(bias, "bias", ndim=(1,), error=BlockError)
+            if len(bias) != len(blocks):
+                raise BlockError(f"bias must have {len(blocks)} entries, got {len(bias)}")
+            check_alike(blocks, bias)
         self.blocks, self.bias = blocks, bias
 
     @property
@@ -68,7 +79,6 @@ class MiniBlock(Block):
         return flat if column is None else torch.cat([flat, column[..., None]], -1)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         body, column = self.split(V)
         product = torch.einsum("ockl,...ocl->...ock", self.blocks, body)
         if column is None or self.bias is None:
@@ -76,7 +86,6 @@ class MiniBlock(Block):
         return self.join(product, column * self.bias)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        damping = check_damping(damping)
         values, vectors = self._eigh
         powers = spectrum_power(values, exponent, damping, "a mini-block")
         bias = self.bias
@@ -153,13 +162,24 @@ class MiniBlock(Block):
 class RowBlocks(MiniBlock):
     """The exact restriction of `scale U U^T` to the rows of the weight, for columns of T = 1.
 
-    `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks are made
-    when they are needed; norm, trace and inner product with `U U^T` are not what needs them.
+    It is `scale sum_n w[o, n] a_n a_n^T` with `w = sum_m g^2`. The `o i^2` numbers of its blocks
+    are made on demand; norm, trace and inner product with `U U^T` do not need them.
+
+    Args:
+        a: `[n, 1, i]`, the inputs.
+        g: `[m, n, 1, o]`, the output gradients.
+        scale: the multiple of `U U^T`.
+        columns: `U`, if it is known.
+
+    Raises:
+        BlockError: there is more than one position.
     """
 
     bias = None
 
     def __init__(self, a: Tensor, g: Tensor, scale: float, columns: Columns | None = None) -> None:
+        check_columns(a, g)
+        doors.number(scale, "scale", error=BlockError)
         if a.shape[1] != 1:
             raise BlockError(f"RowBlocks is for one position, got {a.shape[1]}")
         self.columns = Columns(a, g) if columns is None else columns
@@ -211,7 +231,7 @@ class RowBlocks(MiniBlock):
         return self.scale * self.columns.squares
 
     def inner_with_columns(self, columns: Columns) -> Tensor | None:
-        # a projection of what it is the restriction of
+        # <X, F> = ||X||^2, since X is an orthogonal projection of F
         return self.squared_norm() / self.scale if columns is self.columns and self.scale else None
 
     def tensors(self) -> Iterator[Tensor]:

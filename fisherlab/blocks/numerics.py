@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from fisherlab import doors
+
 GIB = 1024**3
-# Bytes that a Gram matrix may take in any case: nobody asks the system what is free.
+# A Gram matrix up to this many bytes is always allowed, without querying free memory.
 GRANTED = GIB // 4
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
-# Up to this many eps of its length, what a gradient has beside a space that should hold it is
-# rounding: 40 in the gradient itself, 260 where eigenvectors are rounded as well.
+# A residual of a gradient below this many eps of its length counts as rounding: the gradient
+# itself has 40, and 260 where eigenvectors are rounded as well.
 RESIDUAL_EPS = 400.0
 
 
@@ -25,6 +28,14 @@ class BlockError(ValueError):
 
 class BlockTooLarge(BlockError):
     """A dense form would exceed the memory budget."""
+
+
+def check_alike(*parts: Any) -> None:
+    """Refuse parts of one block in several dtypes or on several devices."""
+    kinds = {(part.dtype, part.device) for part in parts}
+    if len(kinds) > 1:
+        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise BlockError(f"the parts of a block must have one dtype and device, got {found}")
 
 
 def symmetrise(matrix: Tensor) -> Tensor:
@@ -61,9 +72,9 @@ def trace_of(matrix: Tensor) -> Tensor:
 
 
 def is_rounding(beside: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what lies beside a space, of square length `beside`, is rounding in a `dtype` vector.
+    """Whether a residual outside a space, of squared norm `beside`, is rounding in `dtype`.
 
-    An inverse divides it by the damping, which may be smaller by far than rounding is.
+    An inverse divides the residual by the damping, which may be far smaller than rounding.
     """
     return bool((beside <= (RESIDUAL_EPS * torch.finfo(dtype).eps) ** 2 * square).all())
 
@@ -122,6 +133,71 @@ def _orthonormal(Q: Tensor) -> bool:
     return not d or bool(away.abs().amax() <= 10 * d * torch.finfo(Q.dtype).eps)
 
 
+def decomposed(
+    function: Callable[[Tensor], Any], matrix: Tensor, name: str, wanted: str
+) -> tuple[Tensor, ...]:
+    """`function(matrix)`, in float64 and on the CPU where LAPACK fails.
+
+    Args:
+        function: one of `torch.linalg`.
+        matrix: what it takes.
+        name: what the matrix is, for messages.
+        wanted: what it returns, for messages.
+
+    Raises:
+        BlockError: the matrix is not finite, or every attempt failed.
+    """
+    _check_finite(matrix, name, wanted)
+    for attempt in (lambda: matrix, matrix.double, lambda: matrix.double().cpu()):
+        try:
+            found = function(attempt())
+        except torch.linalg.LinAlgError:
+            continue
+        parts = (found,) if isinstance(found, Tensor) else tuple(found)
+        if all_finite(*parts):
+            return tuple(part.to(matrix) for part in parts)
+    raise BlockError(
+        f"the {wanted} of {name}, shape {tuple(matrix.shape)}, failed in {matrix.dtype}, in "
+        "float64 and on the CPU; the matrix is finite but LAPACK did not converge"
+    )
+
+
+def svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`X = U diag(s) V^T`, thin: `U` `[..., m, r]`, `s` `[..., r]`, `V^T` `[..., r, n]`."""
+    U, sizes, V = decomposed(
+        lambda X: torch.linalg.svd(X, full_matrices=False), matrix, name, "singular values"
+    )
+    return U, sizes, V
+
+
+def svdvals(matrix: Tensor, name: str) -> Tensor:
+    """The singular values of a matrix, descending."""
+    return decomposed(torch.linalg.svdvals, matrix, name, "singular values")[0]
+
+
+def qr(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """`X = Q R` with orthonormal columns `Q`."""
+    # a reflection after another: it converges, and no number is read of a device
+    try:
+        Q, R = torch.linalg.qr(matrix)
+    except torch.linalg.LinAlgError:
+        Q, R = decomposed(torch.linalg.qr, matrix, name, "orthonormal basis")
+    return Q, R
+
+
+def least_norm(matrix: Tensor, b: Tensor, name: str) -> Tensor:
+    """The `x` `[n]` of least norm among those with the least `|X x - b|`, of any rank."""
+    U, sizes, V = svd(matrix, name)
+    floor = torch.finfo(sizes.dtype).eps * max(matrix.shape) * sizes.amax()
+    inverse = torch.where(sizes > floor, 1 / sizes, torch.zeros_like(sizes))
+    return V.mT @ (inverse * (U.mT @ b))
+
+
+def inverse(matrix: Tensor, name: str) -> Tensor:
+    """`X^{-1}`; `BlockError` names a matrix that has none."""
+    return decomposed(torch.linalg.inv, matrix, name, "inverse")[0]
+
+
 def all_finite(*tensors: Tensor) -> bool:
     """Whether no entry is NaN or inf: one pass, and one number read, where the sums are finite."""
     finite = torch.stack([torch.isfinite(tensor.sum()) for tensor in tensors])
@@ -167,9 +243,9 @@ def chosen_squares(
 ) -> Tensor:
     """How far `sum rotated^2` may move with the basis that an eigensolver picks in null spaces.
 
-    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. Of k directions that are
-    null vectors of a factor only the sum s of the entries is defined: their squares sum to between
-    `s^2 / k` and `s^2`. Energy beside a thin basis lies in such directions as well.
+    `rotated` is the diagonal of a matrix `F` in the basis `Q_G (x) Q_A`. For k null directions of a
+    factor, only the sum s of the entries is defined: their squares sum to between `s^2 / k` and
+    `s^2`. Energy beside a thin basis lies in such directions as well.
 
     Args:
         rotated: `diag(Q^T F Q)`, `[o', i']`.
@@ -244,12 +320,24 @@ def spectrum_power(
     return shifted.pow(exponent)
 
 
-def check_damping(damping: float) -> float:
-    """The damping as a float; negative, NaN or infinite ones are refused."""
-    value = float(damping)
-    if not math.isfinite(value) or value < 0:
-        raise BlockError(f"damping must be a finite number >= 0, got {damping!r}")
-    return value
+def check_damping(damping: float, dtype: torch.dtype = torch.float64) -> float:
+    """The damping as a float that the dtype can hold.
+
+    Raises:
+        BlockError: it is no finite number >= 0, or overflows.
+    """
+    most = math.inf if dtype == torch.float64 else torch.finfo(dtype).max
+    return doors.number(damping, "damping", least=0.0, most=most, error=BlockError)
+
+
+def check_exponent(exponent: float) -> float:
+    """The exponent of a power, as it is.
+
+    Raises:
+        BlockError: it is no finite number.
+    """
+    doors.number(exponent, "exponent", error=BlockError)
+    return exponent
 
 
 def rank_of(values: Tensor, eps: float) -> int:

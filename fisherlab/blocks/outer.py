@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Powered
 from fisherlab.blocks.basis import Basis, Space
@@ -21,7 +22,6 @@ from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
     BlockError,
-    check_damping,
     cholesky,
     dot,
     eigh,
@@ -104,7 +104,7 @@ class OfColumns(Block):
             yield part, self.columns.combine(W[:, part].mT.reshape(-1, *self.columns.sizes), True)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        base = self.shift + check_damping(damping)
+        base = self.shift + damping
         values, W = self._range
         if base == 0 and exponent < 0 and len(values) < self.size:
             raise BlockError(
@@ -154,7 +154,7 @@ class OfColumns(Block):
         return self._range[0].sort(descending=True).values[:k] + self.shift
 
     def logdet(self, damping: float) -> Tensor:
-        base = self.shift + check_damping(damping)
+        base = self.shift + damping
         values = self._range[0]
         missing = self.size - len(values)
         rest = missing * math.log(base) if missing and base else -math.inf if missing else 0.0
@@ -164,8 +164,19 @@ class OfColumns(Block):
 class Outer(OfColumns):
     """`F = shift I + c U U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
 
-    `a` is `[n, t, i]`, `g` is `[m, n, t, o]`; `core` is `c`, by default the `1/M` of a Fisher
-    block. A symmetric float64 matrix `[R, R]` as `core` makes an `OuterSum`.
+    Args:
+        a: `[n, t, i]`, the inputs.
+        g: `[m, n, t, o]`, the output gradients.
+        core: `c`; None: the `1/M` of a Fisher block. A symmetric float64 matrix `[R, R]` makes an
+            `OuterSum`.
+        shift: a multiple of the identity.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> a, g = torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 1, 1)
+        >>> blocks.Outer(a, g).dense().tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
     """
 
     def __new__(cls, a: Any = None, g: Any = None, core: Any = None, shift: float = 0.0) -> Any:
@@ -174,7 +185,9 @@ class Outer(OfColumns):
         return super().__new__(cls)
 
     def __init__(self, a: Tensor, g: Tensor, core: float | None = None, shift: float = 0.0) -> None:
-        self._hold(Columns(a, g), core, shift)
+        if core is not None:
+            core = doors.number(core, "core", error=BlockError)
+        self._hold(Columns(a, g), core, doors.number(shift, "shift", error=BlockError))
 
     @classmethod
     def over(cls, columns: Columns, core: float | None = None, shift: float = 0.0) -> Outer:
@@ -205,7 +218,6 @@ class Outer(OfColumns):
         return None if self.shift or inside is None else Outer.over(inside, self.core)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         product = self.core * self.columns.combine(self.columns.project(V))
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
 
@@ -217,7 +229,7 @@ class Outer(OfColumns):
         return self.core * values, Z / values.sqrt()
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        base = self.shift + check_damping(damping)
+        base = self.shift + damping
         if exponent == 1:
             return Outer.over(self.columns, self.core, base)
         if exponent == -1 and base > 0 and self.core > 0 and not self.columns.eigen_known:
@@ -228,17 +240,15 @@ class Outer(OfColumns):
                 eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
                 W = torch.linalg.solve_triangular(L.mT, eye, upper=True)
                 return OuterSum.over(self.columns, W, L.new_full((len(L),), -1 / base), 1 / base)
-            # of dependent columns what U cancels would drown the rest of the inverse
+            # linearly dependent columns: cancellation in U would dominate the inverse
         return super().power(exponent, damping)
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
-        """`(F + damping I)^{-1} V`;  of `V = U w` it is `U (damping I + c K)^{-1} w`.
+        """`(F + damping I)^{-1} V`;  for `V = U w` it is `U (damping I + c K)^{-1} w`.
 
-        A gradient in float32 is such a sum up to its rounding, which 1 / damping would blow up: a
-        damping of 1e-3 tr F / N is 1e-8 of the eigenvalues of a layer of 10^6 parameters.
+        A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify. In
+        a layer of 10^6 parameters, a damping of 1e-3 tr F / N is 1e-8 of the eigenvalues.
         """
-        self.check(V)
-        damping = check_damping(damping)
         w = self._combination(V) if damping and not self.shift and self.core > 0 else None
         if w is None:
             return super().solve(V, damping)
@@ -267,8 +277,34 @@ class Outer(OfColumns):
         beside = square - torch.linalg.vecdot(inner, w)
         return w if is_rounding(beside, square, V.dtype) else None
 
+    def rounding_of_solves(self, V: Tensor, dampings: Sequence[float]) -> list[float]:
+        """The share of each `(F + damping I)^{-1} V` that may be rounding, `V` a mean of columns.
+
+        Columns of one direction, such as those of equal inputs, have eigenvalues beside it that
+        are rounding; a mean of columns that cancel is no longer than it. 0 in float64.
+        """
+        eps = torch.finfo(V.dtype).eps
+        if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
+            return [0.0] * len(dampings)
+        square = V.double().square().sum()
+        values, W = self._range
+        inside = self.columns.project(V, True).flatten() @ W
+        beside = (square - dot(inside, inside)).clamp(min=0)
+        floor = (RANK_TOLERANCE * eps) ** 2
+        unsure = values <= floor * values.amax() if len(values) else values > 0
+        # `solve` leaves out what is rounding of V alone
+        left = is_rounding(beside, square, V.dtype)
+        cancelled = eps * (self.trace() / square.clamp(min=1e-300)).sqrt()
+        shares = []
+        for damping in dampings:
+            parts = (inside / (values + damping)).square()
+            rest = 0.0 if left or not damping else beside / damping**2
+            noise = parts[unsure].sum() + rest * (beside <= floor * self.trace())
+            whole = (parts.sum() + rest).clamp(min=1e-300)
+            shares.append(torch.maximum((noise / whole).sqrt(), cancelled * (square > 0)))
+        return torch.stack(shares).tolist() if shares else []
+
     def quadratic(self, V: Tensor) -> Tensor:
-        self.check(V)
         value = self.core * self.columns.project(V).double().square().sum((-2, -1))
         return value + self.shift * _squares(V) if self.shift else value
 
@@ -299,12 +335,12 @@ class Outer(OfColumns):
         return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
-        """`<c U U^T, other>` from the energies in its basis and, for tails, beside it."""
+        """`<c U U^T, other>` from squared coordinates in its basis; tails take the complement."""
         E = self._rotated_gradients(other.Q_G, other.Q_A)
         value = (other.spectrum * E).sum()
         total = self.core * self.energies().sum()
         noise = RANK_TOLERANCE * torch.finfo(self.dtype).eps * total
-        # what rounding leaves beside a basis that holds all columns, 1 / damping would blow up
+        # 1 / damping would amplify rounding errors in the orthogonal complement
         if other.confined or total - E.sum() <= noise:
             return value
         rows, columns = E.sum(1), E.sum(0)
@@ -382,14 +418,27 @@ class Outer(OfColumns):
 class OuterSum(OfColumns):
     """`F = shift I + sum_k d_k v_k v_k^T` with `v_k = U W_k`: `U C U^T` of a full core `C`.
 
-    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`,
-    and everything about them is known of `d`: the Woodbury inverse of TENGraD, FNGD (7)-(9) and
-    NGM (28) costs no more than a product.
+    `W` is `[R, r]`, `d` is `[r]`, both float64. Powers of an exact block have orthonormal `v_k`, so
+    `d` determines everything about them. The Woodbury inverse of TENGraD, FNGD (7)-(9) and NGM (28)
+    costs no more than a product.
+
+    Args:
+        a: `[n, t, i]`, the inputs.
+        g: `[m, n, t, o]`, the output gradients.
+        core: `C` `[R, R]`, symmetric, float64.
+        shift: a multiple of the identity.
     """
 
     def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:
-        d, W = eigh(core, "core of an outer block")
-        self._hold(Columns(a, g), W, d, shift, False)
+        columns = Columns(a, g)
+        doors.tensor(core, "core", ndim=(2,), error=BlockError)
+        if core.shape != (columns.count, columns.count):
+            raise BlockError(
+                f"core must be [R, R] for the R = {columns.count} columns of a and g, got "
+                f"{tuple(core.shape)}"
+            )
+        d, W = eigh(core.double(), "core of an outer block")
+        self._hold(columns, W, d, doors.number(shift, "shift", error=BlockError), False)
 
     @classmethod
     def over(
@@ -424,7 +473,6 @@ class OuterSum(OfColumns):
         return super().operations + 2 * self.W.numel()
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        self.check(V)
         inner = self._coordinates(V) * self.d
         product = self._combined(inner)
         return (product + self.shift * V.to(product) if self.shift else product).to(V.dtype)
@@ -471,11 +519,10 @@ class OuterSum(OfColumns):
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent != 1:
             return super().power(exponent, damping)
-        shift = self.shift + check_damping(damping)
+        shift = self.shift + damping
         return OuterSum.over(self.columns, self.W, self.d, shift, self.orthonormal)
 
     def quadratic(self, V: Tensor) -> Tensor:
-        self.check(V)
         value = self._coordinates(V).square() @ self.d
         return value + self.shift * _squares(V) if self.shift else value
 
@@ -501,7 +548,7 @@ class OuterSum(OfColumns):
         else:
             assert isinstance(other, Outer)
             inside = other.core * (K.square() @ self.d).sum()
-        # what cancels is in float64 throughout
+        # terms that cancel are in float64 throughout
         trace = other._gram_trace() + other.shift * self.size
         return inside + self.shift * trace + other.shift * self._inside_trace()
 

@@ -81,7 +81,7 @@ def _noise(values: Tensor) -> Tensor:
 
 def _raised(values: Tensor, exponent: float, damping: float) -> Tensor:
     # a root makes rounding of a rank-deficient moment visible (1e-16 becomes 1e-8), and what is
-    # cut for it as well: of a float32 moment of 2304 rows a cut at eps times rows took 3/4 of tr X
+    # cut for it as well: in a float32 moment of 2304 rows, a cut at eps times rows took 3/4 of tr X
     values = torch.where(values > _noise(values), values, torch.zeros_like(values))
     return spectrum_power(values, exponent, damping, NAME)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.base import Block, Dense
+from fisherlab.blocks.base import Block, Dense, Powered
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen
@@ -28,6 +28,7 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     KroneckerSum: ("G", "A"),
     MiniBlock: ("blocks", "bias"),
     Outer: ("a", "g", "core", "shift"),
+    Powered: ("_powers", "_vectors", "shape"),
     OuterSum: ("a", "g", "core", "shift"),
     RowBlocks: ("a", "g", "scale"),
 }
@@ -46,7 +47,21 @@ def remembers(*fields: str) -> Callable[[type[Block]], type[Block]]:
 
 
 def to_dict(block: Block) -> dict[str, Any]:
-    """The form's name and its tensors; a subclass that `remembers` nothing is saved as its base."""
+    """The form's name and its tensors.
+
+    Args:
+        block: a block; a subclass that `remembers` nothing is saved as its base.
+
+    Returns:
+        A dict of tensors, numbers and strings for `torch.save` and `from_dict`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks
+        >>> F = blocks.Diagonal(torch.tensor([[2.0, 3.0]]))
+        >>> blocks.from_dict(blocks.to_dict(F)).dense().tolist()
+        [[2.0, 0.0], [0.0, 3.0]]
+    """
     form = next(form for form in type(block).__mro__ if form in _FIELDS)
     state: dict[str, Any] = {"form": form.__name__}
     for name in _FIELDS[form]:
@@ -73,7 +88,17 @@ def cast(block: Block, dtype: torch.dtype) -> Block:
 
 
 def from_dict(state: dict[str, Any]) -> Block:
-    """The block that `to_dict` described."""
+    """The block that `to_dict` described.
+
+    Args:
+        state: a result of `to_dict`.
+
+    Returns:
+        A block of the same form with equal tensors.
+
+    Raises:
+        BlockError: the form is unknown.
+    """
     if state.get("form") not in _FORMS:
         raise BlockError(f"unknown block form {state.get('form')!r}; known: {', '.join(_FORMS)}")
     form = _FORMS[state["form"]]

@@ -115,5 +115,5 @@ class cached(Generic[V]):
         return once(kept, self.key, lambda: (self.function(value),))[0]
 
     def known(self, value: object) -> V | None:
-        """What is kept already, without computing it."""
+        """The kept value, without computing it."""
         return vars(value).get(self.key, (None,))[0]

@@ -295,7 +295,7 @@ class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
             model, KFAC(), total_steps=2, criterion=criterion, lr=0.0, damping=0.1, momentum=0.0
         )
         for _ in range(2):
-            # the first step, of length nought, leaves the network where it is
+            # the first step has length zero and leaves the network as it is
             optimizer.zero_grad()
             criterion(model(case["x"]), case["y"]).backward()
             old = module.weight.detach().clone()
@@ -305,7 +305,7 @@ class AngEnd(OfNetwork, Identity, name="ang_ends_as_sgd_up_to_a_layer_factor"):
         return (old - module.weight.detach()) / self.factor(optimizer, name)
 
     def factor(self, optimizer: ANG, name: str) -> float:
-        """What the step is longer by than the gradient."""
+        """The length of the step over the length of the gradient."""
         assert CURVES["concave"](1.0) == 1.0
         return optimizer.factors[name]
 

@@ -48,8 +48,8 @@ class Claim(ABC):
     `kind` says whose statement it is: a key of `KINDS`. Only a refuted "claim" is an error of the
     paper.
 
-    `draw` makes a random case; `left` (FisherLab's own code) and `right` (the definition, by code
-    of its own) compute the two sides; `compare` turns them into a margin, positive where the
+    `draw` makes a random case. `left` (FisherLab's own code) and `right` (the definition, by
+    separate code) compute the two sides. `compare` turns them into a margin, positive where the
     statement is true of the case. A margin below `-noise` violates the statement, one within
     `noise` is lost in rounding.
 
@@ -68,7 +68,7 @@ class Claim(ABC):
     clear: ClassVar[float] = 1e-3
     assumption: ClassVar[str] = ""
     outside: ClassVar[str] = ""
-    # what the two sides are, for the picture
+    # names of the two sides, for the picture
     sides: ClassVar[tuple[str, str]] = ("FisherLab", "definition")
     # tensors of a case that the search may move
     free: ClassVar[tuple[str, ...]] = ()
@@ -83,6 +83,9 @@ class Claim(ABC):
             raise ClaimError(f"claim {name!r} has kind {cls.kind!r}; kinds: {', '.join(KINDS)}")
         _REGISTRY.add_class(name, cls)
         cls.name = name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.statement} {self.source}, on record: {self.expected})"
 
     @property
     def statement(self) -> str:
@@ -220,13 +223,27 @@ class Usually(AtMost):
 
 
 def names() -> list[str]:
-    """Every registered claim, grouped by paper, in the order of the files."""
+    """Every registered claim, grouped by paper, in the order of the files.
+
+    Returns:
+        Names for `verify` and `get`.
+    """
     found = list(_REGISTRY)
     return sorted(found, key=lambda name: (get(name).paper, found.index(name)))
 
 
 def get(name: str) -> Claim:
-    """The claim of a name; an unknown one is refused with the nearest names."""
+    """The claim of a name.
+
+    Args:
+        name: a name of `names()`.
+
+    Returns:
+        The claim, ready to draw and compare cases.
+
+    Raises:
+        ClaimError: the name is unknown; the message names the nearest.
+    """
     if name not in _REGISTRY:
         papers = sorted({get(claim).paper.lower() for claim in _REGISTRY})
         containing = [claim for claim in _REGISTRY if name.lower() in claim]

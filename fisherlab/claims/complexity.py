@@ -1,4 +1,4 @@
-"""What the methods cost: fitted exponents of counted operations and of the largest tensor.
+"""The cost of the methods: fitted exponents of counted operations and of the largest tensor.
 
 Counted, not timed: a count does not depend on the machine, nor on what else it is doing.
 """
@@ -87,7 +87,7 @@ def training_step(name: str, case: Case, inputs: int, examples: int, **options: 
     model, x, y = network(case, inputs, examples)
     optimizer = create(name, model, lr=0.01, **options)
     with warnings.catch_warnings():
-        # that FNGD's coefficients are flat is another claim's matter
+        # flat coefficients of FNGD are another claim's matter
         warnings.simplefilter("ignore")
         for _ in range(options.get("coefficient_steps", 0)):
             _step(optimizer, model, x, y)
@@ -123,7 +123,7 @@ class _Exponent(_Counts, Order):
 
     @abstractmethod
     def count(self, case: Case, size: int) -> float:
-        """What is counted at a size."""
+        """The count at a size."""
 
     def left(self, case: Case) -> Tensor:
         return torch.tensor([self.count(case, n) for n in self.sizes], dtype=torch.float64)
@@ -197,7 +197,7 @@ class FngdLikeSGD(_Counts, AtMost, name="fngd_second_phase_costs_like_sgd"):
 
 
 class FngdExtra(_Exponent, name="fngd_second_phase_adds_md_numbers"):
-    """What FNGD's second phase computes beside SGD is O(M D): the scaled rows of a layer."""
+    """The second phase of FNGD computes O(M D) more than SGD: the scaled rows of a layer."""
 
     source = "FNGD IV-C, table I"
     latex = r"\text{numbers written beside SGD's} \propto M"

@@ -46,7 +46,7 @@ class Layered:
         return log_likelihood(self.criterion, self.outputs(theta), y)
 
     def gradient(self) -> Tensor:
-        """Of the mean negative log-likelihood at the observed labels, `[o, i]`."""
+        """Gradient of the mean negative log-likelihood at the observed labels, `[o, i]`."""
         return -grad(lambda t: self.log_likelihood(t, self.y).mean())(self.theta).view(self.shape)
 
     def scores(self, y: Tensor) -> Tensor:

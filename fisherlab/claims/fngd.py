@@ -52,7 +52,7 @@ class ClosedForm(OfLayer, Identity, name="fngd_coefficients_are_the_natural_step
         return dense.damped_solve(case, case["damping"], self.gradient(case)[None])[0]
 
     def gradient(self, case: Case) -> Tensor:
-        """What the step is taken along, `[o, i]`."""
+        """The direction of the step, `[o, i]`."""
         return dense.gradients(case).mean(0)
 
 
@@ -88,7 +88,7 @@ class FirstPhase(Tengrad, name="fngd_first_phase_is_folded_natural_gradient"):
 
 
 class _Shared(Claim):
-    """Two epochs of FNGD on a small network at a learning rate of nought: only sampling moves."""
+    """Two epochs of FNGD on a small network with zero learning rate: only the sampling varies."""
 
     batch, batches = 16, 16
     alpha = 0.005
@@ -114,7 +114,7 @@ class _Shared(Claim):
         options: dict[str, Any] = {"lr": 0.0, "alpha": self.alpha, "momentum": 0.0}
         optimizer = FNGD(model, criterion=criterion, coefficient_steps=self.batches, **options)
         with warnings.catch_warnings():
-            # that the coefficients are flat is what is measured here
+            # this claim measures whether the coefficients are flat
             warnings.simplefilter("ignore")
             for rows in case["epochs"][0].split(self.batch):
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What the Fisher matrix is (NGM, and the precise readings)."""
+"""Statements on the Fisher matrix (NGM, and the precise readings)."""
 
 from __future__ import annotations
 

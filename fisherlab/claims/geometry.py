@@ -1,4 +1,4 @@
-"""What the natural gradient is: small steps in KL divergence, in any coordinates (NGM)."""
+"""Statements on the natural gradient: small steps in KL divergence, in any coordinates (NGM)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SecondOrderKL(OfNetwork, Order, name="kl_is_quadratic_to_second_order"):
 
 
 class SteepestDescent(OfNetwork, AtMost, name="natural_gradient_is_steepest_in_kl"):
-    """Of all small steps of equal KL divergence the natural one lowers the linearised loss most."""
+    """The natural step lowers the linearised loss most among small steps of equal KL divergence."""
 
     source = "NGM (15)-(18)"
     latex = (

@@ -1,7 +1,7 @@
 """Random cases: small networks, data, criteria, Fisher types, positions, dampings.
 
-A case is plain data, so that it can be saved and looked at. What the two sides of a claim share is
-here and nowhere else: the case itself, the network it describes, and the labels of its model.
+A case is plain data, so that it can be saved and looked at. The shared parts of a claim's two sides
+are here and nowhere else: the case itself, the network it describes, and the labels of its model.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def labels(criterion: str, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def seen(case: Case, fisher_type: str, **options: Any) -> LayerCapture:
-    """What FisherLab captures at the layer of a network case."""
+    """The capture that FisherLab makes at the layer of a network case."""
     name = layer_of(case)
     criterion = options.pop("criterion", None) or criterion_of(case)
     arguments = (model_of(case), criterion, case["x"], case["y"])

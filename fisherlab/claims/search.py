@@ -34,9 +34,9 @@ def hunt(
 ) -> tuple[Case, float]:
     """The case with its free tensors moved at random, every move towards a violation kept.
 
-    What is followed is the difference of the sides relative to the larger, so that the way does
-    not lead to where both vanish. The size of the moves follows their success, as in a (1 + 1)
-    evolution strategy. Returns the last case and its margin.
+    The search follows the difference of the sides relative to the larger side, so it does not end
+    where both vanish. The size of the moves follows their success, as in a (1 + 1) evolution
+    strategy. Returns the last case and its margin.
     """
     size, lowest = 0.3, _relative(claim, case)
     for _ in range(evaluations or claim.effort):

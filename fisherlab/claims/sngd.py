@@ -153,7 +153,7 @@ class _Roots(Claim):
         return {"S": self.units(generator) * S}
 
     def units(self, generator: torch.Generator) -> float:
-        """What all eigenvalues are multiplied by: a matter of the data's units."""
+        """The factor on all eigenvalues: a matter of the data's units."""
         return log_uniform(generator, 1e-3, 1e3)
 
     def adapt(self, real: Case, generator: torch.Generator) -> Case | None:

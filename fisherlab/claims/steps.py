@@ -48,7 +48,7 @@ class Tengrad(OfNetwork, Identity, name="tengrad_step_is_dense_blockwise_step"):
     layerwise = True
 
     def options(self, case: Case) -> dict[str, Any]:
-        """What the optimizer is told."""
+        """The options of the optimizer."""
         return {"damping": case["damping"]}
 
     def names(self, case: Case) -> list[str]:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fisherlab import whole
 from fisherlab.blocks import BlockError
 from fisherlab.claims import base, real, search
 from fisherlab.claims.base import (
@@ -54,7 +55,7 @@ NOUNS = {CLAIM: "claim{} of the papers", EXTENSION: "extension{}", CONTRAST: "co
 
 @dataclass
 class Trials:
-    """What was seen of one claim: margins, both sides where they are numbers, the worst case."""
+    """The outcome of one claim: margins, both sides where they are numbers, the worst case."""
 
     claim: Claim
     margins: list[float] = field(default_factory=list)
@@ -94,6 +95,10 @@ class Verdicts:
     """The table of a `verify`: a row per claim, the smallest counterexample of each refuted.
 
     Its `repr` counts by kind: only a refuted "claim" is an error of a paper.
+
+    Args:
+        verdicts: the rows and trials.
+        on: "dataset:model", if the cases are of a real network.
     """
 
     def __init__(self, verdicts: Iterable[Verdict], on: str = "") -> None:
@@ -178,8 +183,16 @@ def _described(claim: Claim) -> dict[str, str]:
 
 
 def load(path: str | Path) -> Case:
-    """A saved counterexample: `fl.claims.get(name).margin(fl.claims.load(path))` is its margin."""
-    return torch.load(path, weights_only=True)
+    """A saved counterexample: `fl.claims.get(name).margin(fl.claims.load(path))` is its margin.
+
+    Args:
+        path: a file that a run of `fisherlab verify` wrote.
+
+    Returns:
+        The case.
+    """
+    read = lambda path: torch.load(path, weights_only=True)  # noqa: E731
+    return whole.read(Path(path), read, "saved counterexample")
 
 
 def chosen(names: str | Iterable[str] | None) -> list[str]:
@@ -203,12 +216,20 @@ def verify(
 ) -> Verdicts:
     """Try claims on random cases, and return their verdicts.
 
-    `names`: claims or papers (`"tekfac"`); None: all. `trials` per claim, None: each claim's own
-    number. A claim's cases depend on `seed` and its name alone, not on what else is tried. `on`:
-    "dataset:model", cases of a real network at several training steps instead of random ones;
-    claims that cannot be asked of it are left out.
+    A claim's cases depend on `seed` and its name alone.
 
-    Raises `ClaimError` for an unknown name.
+    Args:
+        names: claims or papers (`"tekfac"`); None: all.
+        seed: seed of the random cases.
+        trials: cases per claim; None: each claim's own number.
+        on: "dataset:model", for cases of a real network at several training steps instead of random
+            ones. Claims that cannot be asked of it are left out.
+
+    Returns:
+        A row per claim, with the smallest counterexample of each refuted one.
+
+    Raises:
+        ClaimError: the name is unknown, or `trials` is below 1.
     """
     return Verdicts(tried(chosen(names), seed, trials, on), on or "")
 

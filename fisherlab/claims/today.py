@@ -44,7 +44,7 @@ class ShampooIsAdafactor(OfLayer, Identity, name="shampoo_squared_is_adafactor_i
 
 
 class _Stein(OfLayer):
-    """What is said of `F + lambda I` in the spans of both partial traces."""
+    """The statement on `F + lambda I` in the spans of both partial traces."""
 
     trials = 6
     approximation: ClassVar[Approximation] = KLOptimal(ridge=RIDGE)

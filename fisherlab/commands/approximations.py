@@ -11,7 +11,13 @@ from fisherlab.commands.common import show
 
 
 def approximations() -> None:
-    """List the registered approximations: the equation, its source, the exponent, what it needs."""
+    """List the registered approximations with equation and source.
+
+    Examples:
+
+        fisherlab approximations
+        fisherlab --import my.py approximations
+    """
     show(table(), wrap=["equation", "source", "needs"])
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from fisherlab.commands.common import Code, UserError, bar, known, leave, once, show
+from fisherlab.commands import options
+from fisherlab.commands.common import Code, UserError, bar, known, leave, once, say, show
 from fisherlab.heap import keep_freed_memory
 
 DEFAULT = ("capture", "build", "compare", "optim", "scaling")
@@ -45,7 +46,7 @@ def bench(
         list[str] | None,
         typer.Argument(help="capture, build, compare, optim, scaling: all; or sizes."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: options.Device = "cpu",
     peers: Annotated[bool, typer.Option(help="Measure other libraries where installed.")] = True,
     repeats: Annotated[int | None, typer.Option(help="Pairs per row; default 7.")] = None,
     quick: Annotated[bool, typer.Option(help="Small models: to try it, not to measure.")] = False,
@@ -54,13 +55,18 @@ def bench(
     ] = MINUTES,
     resume: Annotated[bool, typer.Option(help="Measure what the folder lacks.")] = False,
     out: Annotated[PATH | None, typer.Option("--out", "-o", help="Folder; runs/bench.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Measure time and memory in pairs: each call beside an ordinary step, in one process.
+    """Measure time and memory in pairs, each call beside an ordinary step.
 
     Prints a table; the folder gets bench.json, tables and pictures, each row as it is measured.
-    What is faster elsewhere, or short of what was to be reached, stands in the table with what
-    limits it. Rows that there is no time for are named; --resume measures them.
+    The table also lists faster peers, missed targets, and the limiting resource. If time runs
+    out, the missing rows are named; --resume measures them.
+
+    Examples:
+
+        fisherlab bench --quick
+        fisherlab bench optim --device cuda --out runs/bench-gpu
     """
     chosen = [known("part", part, PARTS) for part in once(parts or DEFAULT)]
     if repeats is not None and repeats < 1:
@@ -112,8 +118,11 @@ def bench(
             f"{', ...' if len(setting.left) > 3 else ''}): take --resume, or more --minutes"
         )
     record.finish(rundir, config | {"status": status}, setting)
-    for said in [*notes, f"written to {rundir.folder}"]:
-        typer.echo(said)
+    from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
+
+    for said in notes:
+        say(said)
+    typer.echo(f"report: {report.write(rundir)}")
     if status == "interrupted":
         leave(Code.INTERRUPTED, "interrupted; --resume goes on behind the last row")
 

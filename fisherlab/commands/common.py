@@ -1,4 +1,4 @@
-"""What commands share: exit codes, errors without tracebacks, lists of names, progress, tables."""
+"""Shared by commands: exit codes, errors without tracebacks, lists of names, progress, tables."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import pandas as pd
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 
 class Code(IntEnum):
-    """What the exit code of a command says."""
+    """The meaning of a command's exit code."""
 
     DONE = 0  # rows may say refused or diverged, with the reason
     NOTHING = 1  # nothing succeeded, or a claim's verdict is not the recorded one
@@ -83,11 +84,11 @@ def leave(code: Code, message: str) -> NoReturn:
 
 
 def _mistake(error: Exception) -> str | None:
-    """What to tell the user if the error is theirs, else None."""
+    """The message for the user if the error is theirs, else None."""
     if type(error).__module__.split(".")[0] == "fisherlab":
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory: {_line(error)}; take a smaller --batch-size, model or --memory"
+        return f"out of memory: {_line(error)}; take a smaller batch, model or --memory"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -182,6 +183,16 @@ def numbers(option: str, text: str, number: Callable[[str], T]) -> list[T]:
     return found
 
 
+def seeds_of(text: str, first: int = 0) -> tuple[int, ...]:
+    """`--seeds 3` counts them from the first one, `--seeds 0,4,7` names them."""
+    found = once(numbers("--seeds", text, int))
+    if "," in text:
+        return tuple(found)
+    if found[0] < 1:
+        raise UserError(f"--seeds is a count of at least 1, or a list such as 0,4,7; got {text!r}")
+    return tuple(range(first, first + found[0]))
+
+
 def size(text: str | None) -> int | None:
     """`"512M" -> 536870912`: a number of bytes with K, M, G or nothing behind it."""
     if text is None:
@@ -210,31 +221,92 @@ def bar(total: int, description: str = "") -> Any:
     return tqdm(total=total, desc=description, leave=False, disable=None, file=sys.stderr)
 
 
-WRAPPED = 36  # columns of a cell that may take several lines
+NARROW, WRAPPED = 16, 36  # least and most columns of a cell that may take several lines
+STYLES = {"refuted": "red", "holds": "green", "undecided": "yellow", "diverged": "red"}
 
 
-def show(frame: pd.DataFrame, title: str = "", digits: int = 3, wrap: Sequence[str] = ()) -> None:
-    """A frame as a table on the terminal; numbers to the right with `digits` significant digits."""
-    table = Table(title=escape(title) or None, title_justify="left", title_style="bold")
-    cells = [[_cell(value, digits) for value in row] for row in frame.itertuples(index=False)]
-    for k, name in enumerate(frame.columns):
-        heading = _heading(str(name))
-        whole = max(map(len, [*heading.split("\n"), *(row[k] for row in cells)]))
+def show(
+    frame: pd.DataFrame,
+    title: str = "",
+    digits: int = 3,
+    wrap: Sequence[str] = (),
+    rest: str = "",
+) -> None:
+    """A frame as a table that fits the terminal; a file gets all of it.
+
+    Args:
+        frame: Its columns in the order of their importance: the last ones give way.
+        title: Stands above the table.
+        digits: Significant digits of a number.
+        wrap: Columns whose cells may take several lines; no cell is ever cut.
+        rest: The file that has every column, named where some gave way.
+    """
+    cells = {
+        str(name): [_cell(value, digits) for value in frame.iloc[:, k]]
+        for k, name in enumerate(frame.columns)
+    }
+    console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
+    whole = {name: _width(name, column) for name, column in cells.items()}
+    least = {n: min(w, NARROW) if n in wrap else w for n, w in whole.items()}
+    shown = _fitting(least, console.width)
+    room = console.width - sum(least[name] + 2 for name in shown)
+    widths: dict[str, int] = {}
+    for name in shown:
+        more = max(0, min(whole[name], WRAPPED) - least[name]) if name in wrap else 0
+        widths[name] = least[name] + min(more, max(0, room))
+        room -= widths[name] - least[name]
+    if sys.stdout.isatty() and wrap and room > 0:  # the last text takes what is left
+        last = [name for name in shown if name in wrap][-1:]
+        widths |= {name: min(whole[name], widths[name] + room) for name in last}
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in shown:
+        numeric = pd.api.types.is_numeric_dtype(frame[name])
         table.add_column(
-            escape(heading),
-            justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left",
-            no_wrap=name not in wrap,
-            min_width=None if name in wrap else whole,
-            max_width=WRAPPED if name in wrap else None,
+            escape(_heading(name)), justify="right" if numeric else "left", no_wrap=True
         )
-    for row in cells:
-        table.add_row(*map(escape, row))
-    console, needs = Console(), Console(width=10_000).measure(table)
-    if not sys.stdout.isatty():  # a file has no width
-        console = Console(width=needs.maximum + 1, color_system=None)
-    elif console.width < needs.minimum:  # broken lines rather than numbers without their end
-        console = Console(width=needs.minimum, soft_wrap=True)
+    for row in range(len(frame)):
+        table.add_row(*(_styled(_lines(cells[name][row], widths[name])) for name in shown))
+    console.print(f"\n[bold]{escape(title)}[/]" if title else "")
     console.print(table)
+    left = [" ".join(_heading(name).split()) for name in cells if name not in shown]
+    if left:
+        where = f"; {rest} has all columns" if rest else "; a wider terminal shows them"
+        say(f"no room for {', '.join(left)}{where}")
+
+
+def say(text: str) -> None:
+    """A sentence, broken between words where the terminal ends."""
+    if sys.stdout.isatty():
+        Console(highlight=False, markup=False, emoji=False).print(text)
+    else:
+        typer.echo(text)
+
+
+def _fitting(widths: dict[str, int], room: int) -> list[str]:
+    """The leading columns that have room together, the first in any case."""
+    shown = list(widths)
+    while len(shown) > 1 and sum(widths[name] + 2 for name in shown) > room:
+        shown.pop()
+    return shown
+
+
+def _width(name: str, column: Sequence[str]) -> int:
+    return max(map(len, [*_heading(name).split("\n"), *column]))
+
+
+def _lines(text: str, width: int) -> str:
+    """The text in lines of at most `width`: broken between words, in a long name after a `_`."""
+    lines = [""]
+    for word in re.findall(r"\S+?(?:_|(?=\s)|$)|\s+", text) if len(text) > width else [text]:
+        if len(lines[-1]) + len(word) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += word if lines[-1] else word.lstrip()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _styled(text: str) -> str:
+    style = STYLES.get(text.split(" ")[0])
+    return f"[{style}]{escape(text)}[/]" if style else escape(text)
 
 
 def _heading(name: str) -> str:

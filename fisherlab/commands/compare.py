@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import pandas as pd
 import typer
 
-from fisherlab import approximations, datasets, distributed, models
+from fisherlab import approximations, distributed
+from fisherlab.commands import options
 from fisherlab.commands.common import (
     Code,
     known,
@@ -16,6 +17,8 @@ from fisherlab.commands.common import (
     numbers,
     once,
     progress,
+    say,
+    seeds_of,
     several,
     show,
     size,
@@ -29,38 +32,42 @@ if TYPE_CHECKING:
     from fisherlab.experiments.rundir import RunDir
 
 TABLE = "comparison"
-SHOWN = 8  # layers that a terminal has room for
-OVERVIEW = {  # columns of the summary, and what the terminal calls them
-    "population_error": "unseen error",
-    "trace_ratio": "trace ratio",
-    "cosine": "cosine",
-    "diagonalisation": "on the diagonal",
-    "subspace_overlap": "top 10",
-    "build_seconds": "build ms",
+GROUPS = {  # what --help puts together
+    "What is measured": "data model names assign layers fisher_type mc_samples dtype device memory",
+    "On which examples": "compare_examples reference dampings",
+    "Training": "epochs at optimizer lr batch_size seeds seed hidden width activation",
 }
+SHOWN = 6  # layers that a terminal has room for
+OVERVIEW = ["population_error", "trace_ratio", "cosine"]  # the most telling first
+DETAILS = ["subspace_overlap", "diagonalisation", "build_seconds"]
 
 
 def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
-    data: Annotated[str, typer.Option(help=f"One of {', '.join(datasets.names())}.")] = "digits",
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.names())}.")] = "mlp",
+    data: options.Data = "digits",
+    model: options.Model = "mlp",
     names: Annotated[
         str,
         typer.Option(
             "--approximations", "-a", help=f"Comma list of {', '.join(approximations.names())}."
         ),
     ] = "all",
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="METHOD.OPTION=VALUE: kfac.weight_sharing=reduce."),
+    ] = None,
     fisher_type: Annotated[
         str | None,
         typer.Option(help="exact, mc or empirical; by default exact up to 20 outputs, else mc."),
     ] = None,
     mc_samples: Annotated[int, typer.Option(help="Labels drawn per example (mc).")] = 1,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples measured on; by default up to 64.")
+    compare_examples: Annotated[
+        int | None,
+        typer.Option(help="Examples that blocks are measured on.", show_default="up to 64"),
     ] = None,
     reference: Annotated[
         int | None,
-        typer.Option(help="Unseen examples for the population error; 0 none; default up to 128."),
+        typer.Option(help="Unseen examples for the population error; 0: none."),
     ] = None,
     dampings: Annotated[
         str, typer.Option(help="Comma list, in units of each block's mean eigenvalue.")
@@ -68,27 +75,35 @@ def compare(
     layers: Annotated[str | None, typer.Option(help="Comma list of layers; default all.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of training; 0 measures at the start.")] = 3,
     at: Annotated[
-        str, typer.Option(help="Comma list of training steps, start, middle, end.")
+        str, typer.Option(help="Training steps, start, middle, end.")
     ] = "start,middle,end",
     optimizer: Annotated[str, typer.Option(help="What trains the model.")] = "sgd",
-    lr: Annotated[float | None, typer.Option(help="Learning rate; the optimizer's own.")] = None,
-    train_batch: Annotated[int, typer.Option(help="Examples per training step.")] = 64,
-    seeds: Annotated[str, typer.Option(help="Comma list: 0,1,2 (`train` takes a count).")] = "0",
-    hidden: Annotated[str | None, typer.Option(help="Widths of hidden layers (mlp).")] = None,
-    width: Annotated[float, typer.Option(help="Multiplies every hidden width.")] = 1.0,
-    activation: Annotated[str, typer.Option(help="relu, tanh, sigmoid, ...")] = "relu",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
+    lr: options.LearningRate = None,
+    batch_size: options.BatchSize = 64,
+    seeds: options.Seeds = "1",
+    seed: options.Seed = 0,
+    hidden: options.Hidden = None,
+    width: options.Width = 1.0,
+    activation: options.Activation = "relu",
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float64",
     memory: Annotated[
-        str | None, typer.Option(help="Bound on the columns of one layer, such as 800M.")
+        str | None, typer.Option(help="Bound on the columns of one layer: 800M.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Train a model and compare every approximation with the exact Fisher block of every layer.
+    """Train a model and compare every approximation with the exact Fisher block.
 
     Prints a table and leaves config.json, comparison.csv, comparison.parquet, figures and a
     self-contained report.html in the folder. Ctrl-C keeps what was measured so far. Under torchrun
     (`torchrun --nproc-per-node 2 -m fisherlab compare ...`) the work is shared out over the ranks.
+
+    Examples:
+
+        fisherlab compare -o runs/first
+        fisherlab compare --model lenet --data mnist -a kfac,tekfac -o runs/b
+        fisherlab compare --set kfac.weight_sharing=reduce --seeds 3 -o runs/c
+        fisherlab --import my.py compare --model my_net -o runs/mine
     """
     chosen = (
         None if names == "all" else tuple(several("approximation", names, approximations.names()))
@@ -108,18 +123,19 @@ def compare(
             data=data,
             model=model,
             approximations=chosen,
+            assign=tuple(assign or ()),
             layers=tuple(once(words(layers))) or None,
             fisher_type=fisher_type,
             mc_samples=mc_samples,
-            batch_size=batch_size,
+            batch_size=compare_examples,
             reference=reference,
             dampings=tuple(once(numbers("--dampings", dampings, float))),
             epochs=epochs,
             at=tuple(once(words(at))),
             optimizer=optimizer,
             lr=lr,
-            train_batch=train_batch,
-            seeds=tuple(once(numbers("--seeds", seeds, int))),
+            train_batch=batch_size,
+            seeds=seeds_of(seeds, seed),
             hidden=tuple(numbers("--hidden", hidden, int)) if hidden else None,
             width=width,
             activation=activation,
@@ -168,15 +184,14 @@ def _say(table: Comparison, study: Study, rundir: RunDir) -> None:
             typer.echo(line)
         leave(Code.NOTHING, "nothing could be measured, so there is no report")
     path = _report(rundir)
-    for said in filter(None, (table.about, table.note)):
-        typer.echo(said)
-    show(*by_layer(table))
-    show(*overview(table))
-    for line in refusals(table):
-        typer.echo(line)
+    for said in filter(None, (*table.about.split("\n"), table.note)):
+        say(said)
+    rest = f"{TABLE}.csv"
+    show(*by_layer(table), rest=rest)
+    show(*overview(table), rest=rest)
+    for line in [*refusals(table), *study.notes]:
+        say(line)
     typer.echo(f"report: {path}")
-    for note in study.notes:
-        typer.echo(note)
 
 
 def _report(rundir: RunDir) -> Path:
@@ -203,12 +218,12 @@ def by_layer(table: Comparison) -> tuple[pd.DataFrame, str]:
         errors = pd.DataFrame(parts | {"worst is": worst})
     if (known < every).any():
         errors["known"] = known.astype(str) + " of " + every.astype(str)
-    title = f"{column.replace('_', ' ')} of every layer at step {frame['step'].max()}"
+    title = f"{column.replace('_', ' ').capitalize()} of each layer at step {frame['step'].max()}"
     return errors.loc[order].reset_index(), title
 
 
 def refusals(table: Comparison) -> list[str]:
-    """Of every approximation that was refused at all layers, the reason."""
+    """The reason for every approximation that was refused at all layers."""
     nothing = table.frame.groupby("approximation")["relative_error"].transform("count") == 0
     refused = table.frame[nothing & (table.frame["note"] != "")]
     first = refused.drop_duplicates("approximation")
@@ -218,12 +233,15 @@ def refusals(table: Comparison) -> list[str]:
 def overview(table: Comparison) -> tuple[pd.DataFrame, str]:
     """The rest of the summary, as printed."""
     summary = table.summary().reset_index()
-    summary["build_seconds"] *= 1e3
-    steps = {name: name.replace("direction_cosine", "step") for name in summary}
-    steps = {name: step for name, step in steps.items() if step.startswith("step @")}
-    wanted = {"approximation": "approximation"}
-    for name, text in {**OVERVIEW, **steps}.items():
-        wanted |= {name: text, f"{name} known": f"{text} known"}
-    title = "medians over the layers (step: cosine of the damped step with the exact one)"
-    shown = summary[[name for name in wanted if name in summary]]
-    return shown.rename(columns=wanted), title
+    steps = [
+        name for name in summary if name.startswith("direction_cosine") and "known" not in name
+    ]
+    wanted = ["approximation", *OVERVIEW, *steps[-1:], *DETAILS, *steps[:-1]]
+    wanted += [f"{name} known" for name in wanted]
+    title = f"Medians over {_layers(table)}: 1 is exact, of an error 0"
+    return summary[[name for name in wanted if name in summary]], title
+
+
+def _layers(table: Comparison) -> str:
+    count = table.frame["layer"].nunique()
+    return f"{count} layers" if count > 1 else "the only layer"

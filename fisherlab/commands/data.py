@@ -9,44 +9,51 @@ import pandas as pd
 import typer
 
 from fisherlab import datasets
-from fisherlab.commands.common import guarded, show
+from fisherlab.commands.common import say, show
 from fisherlab.datasets.files import VARIABLE, data_folder
 
-app = typer.Typer(help="List data sets, or fetch one.", no_args_is_help=True)
 
-
-@app.command("list")
-@guarded
 def list_() -> None:
-    """List every data set, what it is, and whether it is here."""
+    """List every data set, what it is, and whether it is here.
+
+    Examples:
+
+        fisherlab data list
+    """
     cards = [datasets.card(name) for name in datasets.names()]
     rows = [
         {
             "name": card.name,
+            "title": card.title,
             "here": _here(card),
             "classes": "regression" if card.num_classes is None else f"{card.num_classes:,}",
             "example": " x ".join(map(str, card.input_shape)),
-            "title": card.title,
             "licence": card.licence,
         }
         for card in cards
     ]
     show(pd.DataFrame(rows), wrap=["title", "licence"])
-    typer.echo(f"files are looked for in {data_folder()} ({VARIABLE} names another folder)")
+    say(f"files are looked for in {data_folder()} ({VARIABLE} names another folder)")
 
 
-@app.command()
-@guarded
 def fetch(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(datasets.names())}.")],
     root: Annotated[Path | None, typer.Option(help="Folder of data sets.")] = None,
 ) -> None:
-    """Download the files of a data set; each is kept only with the checksum of its card."""
+    """Download the files of a data set; each is kept only with the checksum of its card.
+
+    Examples:
+
+        fisherlab data fetch mnist --root data
+    """
     paths = datasets.fetch(name, root)
     if not paths:
         typer.echo(f"{name} comes with the package: nothing to fetch")
     for path in paths:
         typer.echo(path)
+
+
+COMMANDS = (list_, fetch)
 
 
 def _here(card: datasets.Card) -> str:

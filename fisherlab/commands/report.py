@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fisherlab.commands import options
 from fisherlab.commands.common import UserError, exists
 
 
@@ -16,9 +17,15 @@ def report(
         Path | None,
         typer.Option("--out", "-o", help="The page of several runs; default report.html here."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the page that is there.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Make the report of a run anew, in its folder, or one page of several runs."""
+    """Rebuild the report of a run, or make one report of several runs.
+
+    Examples:
+
+        fisherlab report runs/first
+        fisherlab report runs/first runs/second --out both.html
+    """
     # what each kind of run shows
     from fisherlab.experiments import pages, verification  # noqa: F401
     from fisherlab.experiments.report import write, write_side_by_side

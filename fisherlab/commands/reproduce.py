@@ -25,20 +25,23 @@ def reproduce(
     scale: Annotated[
         str, typer.Option(help="minutes, hours, or paper: the paper's own sizes.")
     ] = "minutes",
-    out: Annotated[PATH, typer.Option(help="The folder of all results.")] = Path("runs/reproduce"),
+    out: Annotated[PATH, typer.Option("--out", "-o", help="Folder of all results.")] = Path(
+        "runs/reproduce"
+    ),
     listed: Annotated[
         bool, typer.Option("--list", help="Name the items and their costs, and run nothing.")
     ] = False,
 ) -> None:
-    """Reproduce tables and figures of the five papers, with the papers' numbers beside ours.
-
-    \b
-    fisherlab reproduce --list
-    fisherlab reproduce ngm table1
-    fisherlab reproduce sngd --scale hours --out results
+    """Reproduce tables and figures of the five papers, beside the papers' numbers.
 
     The same command goes on where it was stopped. Items of one experiment share its runs. At scale
     minutes everything is small and no learning rate is chosen; verdicts say so.
+
+    Examples:
+
+        fisherlab reproduce --list
+        fisherlab reproduce ngm table1
+        fisherlab reproduce sngd --scale hours --out results
     """
     papers.check_scale(scale)
     chosen = papers.items(paper, item)
@@ -64,7 +67,7 @@ def reproduce(
 
 
 def _listing(chosen: list[papers.Item]) -> pd.DataFrame:
-    """What there is: kind, title, costs, and whether it runs."""
+    """The list of items: kind, title, costs, and whether it runs."""
     rows = []
     for one in chosen:
         costs = {

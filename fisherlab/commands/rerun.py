@@ -25,11 +25,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def rerun(
     folder: Annotated[PATH, typer.Argument(help="The folder of a run.")],
-    out: Annotated[PATH | None, typer.Option(help="Folder; default FOLDER-rerun.")] = None,
+    out: Annotated[PATH | None, typer.Option("--out", "-o", help="Folder; FOLDER-rerun.")] = None,
 ) -> None:
-    """Run again what a folder holds, with the options in its config.json, into another folder.
+    """Run again what a folder holds, with its options, into another folder.
 
-    Rows are the same on the same machine and versions, times aside; other versions are named.
+    The options are those in its config.json. Rows are the same on the same machine and versions,
+    times aside; other versions are named.
+
+    Examples:
+
+        fisherlab rerun runs/first
+        fisherlab rerun runs/first --out runs/again
     """
     config = RunDir(exists(folder)).config
     there = config.get("versions", {})

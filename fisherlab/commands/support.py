@@ -9,25 +9,36 @@ import torch
 import typer
 
 from fisherlab import datasets, models
-from fisherlab.commands.common import show
+from fisherlab.commands import options
+from fisherlab.commands.common import say, show
 from fisherlab.experiments.training.task import misfit
 from fisherlab.extract import support as supported
 
 
 def support(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.names())}.")],
-    data: Annotated[str, typer.Option(help=f"One of {', '.join(datasets.names())}.")] = "digits",
-    examples: Annotated[int, typer.Option(min=1, help="Examples in the batch.")] = 32,
-    width: Annotated[float, typer.Option(help="Multiplies every hidden width.")] = 1.0,
+    model: options.Model,
+    data: options.Data = "digits",
+    compare_examples: Annotated[
+        int, typer.Option(min=1, help="Examples that blocks are measured on.")
+    ] = 32,
+    width: options.Width = 1.0,
 ) -> None:
-    """Say for every layer of a model whether it has an exact block, why not, and what it costs."""
+    """Say for every layer of a model whether it has an exact block.
+
+    The table has the reason where it has none, what `compare` does, and what the block costs.
+
+    Examples:
+
+        fisherlab support --model resnet20 --data cifar10
+        fisherlab --import my.py support --model my_net
+    """
     dataset = datasets.load(data)
     card = dataset.card
     net = models.create(
         model, num_classes=card.num_outputs, input_size=card.input_shape, width=width
     )
     net.eval()  # as `fisherlab compare` measures it
-    x = dataset.train.tensors[0][:examples]
+    x = dataset.train.tensors[0][:compare_examples]
     try:
         frame = supported(net, x)
     except (RuntimeError, IndexError, ValueError) as error:
@@ -38,15 +49,17 @@ def support(
         frame[column] = frame[column].map(_bytes)
     said = _compared(net, frame)
     frame["shape"] = [shape if isinstance(shape, tuple) else "-" for shape in frame["shape"]]
-    frame = frame.drop(columns=["gram_multiplications", "compare"])
+    frame = frame.drop(columns=["gram_multiplications"])
     empty = [c for c in ("reason", "diagonal_factors") if not frame[c].any()]
     frame = frame.drop(columns=empty)
+    wanted = ["layer", "layer_type", "compare", "status", "reason", "n_parameters", "shape"]
+    frame = frame[[*(c for c in wanted if c in frame), *(c for c in frame if c not in wanted)]]
     show(frame, f"{model} on {data}, {len(x)} examples", wrap=["reason"])
-    typer.echo(said)
+    say(said)
 
 
 def _compared(net: torch.nn.Module, frame: pd.DataFrame) -> str:
-    """What `fisherlab compare` does with the model, in a sentence."""
+    """The treatment of the model by `fisherlab compare`, in a sentence."""
     measured = frame[frame["compare"] != "skipped"]
     if not len(measured):
         return "compare refuses this model: no layer has a block"

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fisherlab.commands.common import Code, CtrlC, file_name, leave, numbers, show
-from fisherlab.commands.train import Bars
+from fisherlab.commands import options
+from fisherlab.commands.common import Code, CtrlC, file_name, leave, numbers, say, seeds_of, show
+from fisherlab.commands.train import Bars, pictures
 from fisherlab.experiments import training
 from fisherlab.experiments.sweep import grid, points
 from fisherlab.experiments.sweep import sweep as search
@@ -21,10 +22,8 @@ def sweep(
     choices: Annotated[
         list[str], typer.Option("--grid", help="OPTIMIZER.OPTION=VALUE,VALUE: kfac.lr=0.03,0.1.")
     ],
-    data: Annotated[
-        str, typer.Option(help="Data set: `fisherlab data list` names them.")
-    ] = "digits",
-    model: Annotated[str, typer.Option(help="mlp, resnet20, lstm, transformer, ...")] = "mlp",
+    data: options.Data = "digits",
+    model: options.Model = "mlp",
     optimizer: Annotated[str, typer.Option(help="Names separated by commas.")] = "kfac,sgd",
     epochs: Annotated[int, typer.Option(help="Epochs of each point.")] = 3,
     examples: Annotated[int | None, typer.Option(help="Training examples of each point.")] = None,
@@ -33,19 +32,24 @@ def sweep(
     final_examples: Annotated[
         int | None, typer.Option(help="Training examples of the chosen points; default all.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds of the chosen points.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 128,
-    schedule: Annotated[str, typer.Option(help="constant, cosine or step; in both.")] = "constant",
-    width: Annotated[float, typer.Option(help="Factor on every hidden layer.")] = 1.0,
-    hidden: Annotated[str | None, typer.Option(help="Hidden layers of an mlp: 80,80.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    seeds: options.Seeds = "3",
+    batch_size: options.BatchSize = 128,
+    schedule: options.Schedule = "constant",
+    width: options.Width = 1.0,
+    hidden: options.Hidden = None,
+    device: options.Device = "cpu",
     out: Annotated[
-        PATH | None, typer.Option(help="Run folder; default runs/sweep-DATA-MODEL.")
+        PATH | None, typer.Option("--out", "-o", help="Run folder; runs/sweep-DATA-MODEL.")
     ] = None,
 ) -> None:
     """Search settings on held-out training examples, then train the best and test them.
 
     The same command on the same folder goes on where it was stopped.
+
+    Examples:
+
+        fisherlab sweep --optimizer kfac --grid kfac.lr=0.03,0.1
+        fisherlab sweep --grid kfac.lr=0.03,0.1 --grid sgd.lr=0.05,0.1,0.2
     """
     found = grid(choices, optimizer)
     settings = training.Settings(
@@ -62,16 +66,23 @@ def sweep(
         augment=data in AUGMENTED,
         device=device,
     )
-    final = {"epochs": final_epochs, "examples": final_examples, "seeds": tuple(range(seeds))}
+    final = {"epochs": final_epochs, "examples": final_examples, "seeds": seeds_of(seeds)}
     out = out or Path("runs") / file_name(f"sweep-{data}-{model}")
     with CtrlC() as interrupt:
         watch = Bars(interrupt)
         result = search(settings, optimizer, found, out, final=final, watch=watch)
     if result.chosen:
-        show(result.table, f"{result.tried.metric}: held out, then on the test set")
+        from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
+        from fisherlab.experiments.rundir import RunDir
+
+        if result.final is not None:
+            pictures(result.final, out / "final")
+        page = report.write(RunDir(out))
+        metric = result.tried.metric.capitalize()
+        show(result.table, f"{metric}: held out, then on the test set", rest="sweep.json")
         for note in result.notes:
-            typer.echo(note)
-        typer.echo(f"everything tried is in {out}")
+            say(note)
+        typer.echo(f"everything tried is in {out}; report: {page}")
     if result.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
     if result.final is None or not result.final.succeeded:

@@ -10,36 +10,42 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from fisherlab import plots
-from fisherlab.commands.common import Code, CtrlC, UserError, bar, file_name, leave, numbers, show
+from fisherlab.commands import options
+from fisherlab.commands.common import (
+    Code,
+    CtrlC,
+    bar,
+    file_name,
+    leave,
+    numbers,
+    say,
+    seeds_of,
+    show,
+)
 from fisherlab.experiments import training
 from fisherlab.experiments.training.task import AUGMENTED
 
 PATH = Path  # typer reads the annotation
+GROUPS = {  # what --help puts together
+    "Network and data": "data model examples test_examples augment width hidden depth activation"
+    " batch_norm device dtype",
+    "Training": "optimizer epochs seeds seed lr assign control batch_size schedule",
+    "Blocks against the exact ones": "compare_every compare_examples",
+}
 # Share of shortened steps above which the learning rate says little.
 OFTEN = 0.5
 
 
 def train(
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A name of `fisherlab data list`, folder:PATH[@SIDE] or module:function."
-        ),
-    ] = "digits",
-    model: Annotated[
-        str,
-        typer.Option(help="mlp, resnet20, lstm, ..., module:function, timm:NAME or hf:FOLDER."),
-    ] = "mlp",
+    data: options.Data = "digits",
+    model: options.Model = "mlp",
     optimizer: Annotated[
         str, typer.Option(help="Names separated by commas, LABEL=NAME to run one twice, or all.")
     ] = "kfac,tekfac,fngd,sgd",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 5,
-    seeds: Annotated[int, typer.Option(help="How many (`compare` a list: 0,1,2).")] = 1,
-    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate of all; else its own each.")
-    ] = None,
+    seeds: options.Seeds = "1",
+    seed: options.Seed = 0,
+    lr: options.LearningRate = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", help="OPTIMIZER.OPTION=VALUE: kfac.damping='relative(0.01)'."),
@@ -47,20 +53,17 @@ def train(
     control: Annotated[
         bool, typer.Option("--control", help="Beside each: SGD with its per-layer step lengths.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 128,
+    batch_size: options.BatchSize = 128,
     examples: Annotated[int | None, typer.Option(help="Train on this many examples.")] = None,
     test_examples: Annotated[int | None, typer.Option(help="Test on this many.")] = None,
-    schedule: Annotated[
-        str,
-        typer.Option(help="constant, cosine, step (x 0.1 at 50 % and 75 %) or steps(0.4,0.8)."),
-    ] = "constant",
+    schedule: options.Schedule = "constant",
     augment: Annotated[
         bool | None, typer.Option(help="Crop and flip images; by default on CIFAR.")
     ] = None,
-    width: Annotated[float, typer.Option(help="Factor on every hidden layer.")] = 1.0,
-    hidden: Annotated[str | None, typer.Option(help="Hidden layers of an mlp: 80,80.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
-    activation: Annotated[str, typer.Option(help="relu, tanh, ...")] = "relu",
+    width: options.Width = 1.0,
+    hidden: options.Hidden = None,
+    depth: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
+    activation: options.Activation = "relu",
     batch_norm: Annotated[
         bool | None, typer.Option(help="By default in vgg and resnet; mlp and lstm can have it.")
     ] = None,
@@ -68,23 +71,31 @@ def train(
         int | None,
         typer.Option(help="Epochs between measurements of the blocks against the exact ones."),
     ] = None,
-    compare_examples: Annotated[int, typer.Option(help="Examples of such a measurement.")] = 256,
+    compare_examples: Annotated[
+        int, typer.Option(help="Examples that blocks are measured on.")
+    ] = 256,
     target: Annotated[
         float | None, typer.Option(help="Also tell when each first has this metric.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
     out: Annotated[
-        PATH | None, typer.Option(help="Run folder; default runs/train-DATA-MODEL.")
+        PATH | None, typer.Option("--out", "-o", help="Run folder; runs/train-DATA-MODEL.")
     ] = None,
 ) -> None:
-    """Train a model with several optimizers: a table, and curves against steps and against time.
+    """Train a model with several optimizers, and compare them.
 
-    The same command on the same folder goes on where it was stopped, or shows what is there; with
-    more --epochs it goes on to those, unless a schedule was planned for the earlier number.
+    Leaves a table, curves against steps and against time, checkpoints and report.html.
+
+    The same command on the same folder goes on where it was stopped, or shows the results. With
+    more --epochs it trains further, unless a schedule was planned for the earlier number.
+
+    Examples:
+
+        fisherlab train --optimizer kfac,tekfac,sgd --epochs 5 --seeds 3
+        fisherlab train --optimizer a=kfac,b=kfac --set b.weight_sharing=reduce
+        fisherlab --import my.py train --model my_net --optimizer kfac,adam
     """
-    if seeds < 1:
-        raise UserError(f"--seeds counts seeds and is at least 1, got {seeds}")
     common = {} if lr is None else {"lr": lr}
     settings = training.Settings(
         data=data,
@@ -92,10 +103,10 @@ def train(
         entries=training.entries(optimizer, assign or (), control=control, common=common),
         epochs=epochs,
         batch_size=batch_size,
-        seeds=tuple(range(seed, seed + seeds)),
+        seeds=seeds_of(seeds, seed),
         width=width,
         hidden=None if hidden is None else tuple(numbers("--hidden", hidden, int)),
-        layers=layers,
+        layers=depth,
         activation=activation,
         batch_norm=batch_norm,
         schedule=schedule,
@@ -114,7 +125,7 @@ def trained(settings: training.Settings, out: Path, target: float | None = None)
     """Train, draw, and say what came of it."""
     with CtrlC() as interrupt:
         results = training.train(settings, out, watch=Bars(interrupt))
-    _pictures(results, out)
+    pictures(results, out)
     _say(results, out, target)
 
 
@@ -149,11 +160,12 @@ class Bars(training.Watch):
         return f"{record.entry.label}, seed {record.seed}"
 
 
-def _pictures(results: training.Results, out: Path) -> None:
+def pictures(results: training.Results, out: Path) -> None:
     """The pictures, and the page with them, as soon as there is a result."""
     summary = results.summary()
     if "final" not in summary:
         return
+    from fisherlab import plots
     from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows
     from fisherlab.experiments.rundir import RunDir
 
@@ -170,14 +182,15 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
     """The table, where everything lies, and the exit code."""
     summary = results.summary()
     for line in _shortened(summary, results.settings.entries):
-        typer.echo(line)
-    show(_readable(summary), f"{results.metric} on the test set")
+        say(line)
+    say(_trained(results))
+    show(_readable(summary), f"{results.metric.capitalize()} on the test set", rest="summary.csv")
     if target is not None and "final" in summary:
-        show(results.reaching(target), f"to a {results.metric} of {target:g} on the test set")
+        show(results.reaching(target), f"To a {results.metric} of {target:g} on the test set")
     if results.untimed:
-        typer.echo(results.untimed)
+        say(results.untimed)
     for row in summary[summary["note"] != ""].itertuples():
-        typer.echo(f"{row.optimizer} ({row.status}): {row.note}")
+        say(f"{row.optimizer} ({row.status}): {row.note}")
     typer.echo(f"rows, curves, checkpoints, pictures and report.html are in {out}")
     if results.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
@@ -190,9 +203,22 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
         leave(Code.NOTHING, "no optimizer came to its end")
 
 
+def _trained(results: training.Results) -> str:
+    """The setting in which every row was trained."""
+    of, card = results.settings, results.card
+    seeds, epochs = len(of.seeds), of.epochs
+    return (
+        f"{of.model} on {card.name}: {epochs} epoch{'s' * (epochs != 1)} of "
+        f"{results.steps_per_epoch:,} steps with {of.batch_size} examples, "
+        f"{seeds} seed{'s' * (seeds != 1)}, {of.dtype}."
+    )
+
+
 def _readable(summary: pd.DataFrame) -> pd.DataFrame:
     """The summary as people read it."""
     table = pd.DataFrame({"optimizer": summary["optimizer"]})
+    if (summary["status"] != "done").any():
+        table["status"] = summary["status"]
     if "final" in summary:
         for name in ("final", "best"):
             table[name] = [
@@ -202,13 +228,13 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
         table["at equal time"] = summary["at_equal_time"]
         table["train loss"] = summary["train_loss"]
         table["clipped"] = [_share(share) for share in summary["clipped_share"]]
-        table["s/step"] = summary["seconds_per_step"]
-        table["s/epoch"] = summary["seconds_per_epoch"]
-        table["SGD's s/step"] = summary["sgd_seconds_per_step"]
         table["×SGD"] = summary["ratio_to_sgd"]
+        table["s/step"] = summary["seconds_per_step"]
         table["peak MB"] = summary["peak_memory_bytes"] / 1e6
         table["state MB"] = summary["state_bytes"] / 1e6
-    return table.assign(status=summary["status"])
+        table["s/epoch"] = summary["seconds_per_epoch"]
+        table["SGD's s/step"] = summary["sgd_seconds_per_step"]
+    return table
 
 
 def _shortened(summary: pd.DataFrame, entries: Sequence[training.Entry]) -> list[str]:

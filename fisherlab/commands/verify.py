@@ -8,9 +8,10 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from fisherlab.commands.common import Code, UserError, bar, leave, show
+from fisherlab.commands import options
+from fisherlab.commands.common import Code, UserError, bar, leave, say, show
 
-COLUMNS = ["claim", "kind", "source", "verdict", "margin", "trials", "seconds"]
+COLUMNS = ["claim", "verdict", "kind", "margin", "source", "trials", "seconds"]
 
 
 def verify(
@@ -20,7 +21,7 @@ def verify(
     trials: Annotated[
         int | None, typer.Option(help="Cases per claim; default each claim's own number.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random cases.")] = 0,
     on: Annotated[
         str | None,
         typer.Option(metavar="DATASET:MODEL", help="A real network at several training steps."),
@@ -28,16 +29,22 @@ def verify(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for tables, page, counterexamples.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that --out holds.")] = False,
+    overwrite: options.Overwrite = False,
     only_list: Annotated[
         bool, typer.Option("--list", help="Name the claims, try none of them.")
     ] = False,
 ) -> None:
-    """Try the papers' claims on random cases, or on a real network, and print their verdicts.
+    """Try the papers' claims on random cases, or on a real network.
 
     A claim is the paper's, an extension ours, a contrast what the paper itself denies.
     With --out: claims.json, claims.parquet, counterexamples, pictures and report.html.
     The exit code is 1 if a verdict contradicts the one on record; undecided contradicts none.
+
+    Examples:
+
+        fisherlab verify tekfac
+        fisherlab verify tekfac_error_at_most_tkfac --trials 100 -o runs/t
+        fisherlab verify tekfac --on digits:mlp
     """
     from fisherlab import claims
     from fisherlab.claims.table import chosen, tried
@@ -49,9 +56,9 @@ def verify(
     wanted = chosen(names or None)
     if only_list:
         rows = [claims.get(name) for name in wanted]
-        facts = [(c.name, c.kind, c.source, c.expected, c.statement) for c in rows]
-        columns = ["claim", "kind", "source", "on_record", "statement"]
-        show(pd.DataFrame(facts, columns=columns), wrap=("statement",))
+        facts = [(c.name, c.statement, c.expected, c.kind, c.source) for c in rows]
+        columns = ["claim", "statement", "on_record", "kind", "source"]
+        show(pd.DataFrame(facts, columns=columns), wrap=("claim", "statement", "source"))
         return
     rundir = None if out is None else RunDir(out)
     settings = {"names": names or "all", "trials": trials, "seed": seed, "on": on}
@@ -68,6 +75,7 @@ def verify(
         except KeyboardInterrupt:
             status = "interrupted"
     table = claims.Verdicts(found, on or "")
+    rest = "" if rundir is None else "claims.json"
     for paper, rows in table.frame.groupby("paper", sort=False):
         shown = rows[COLUMNS].copy()
         shown["verdict"] = [
@@ -76,8 +84,8 @@ def verify(
             else row.verdict
             for row in rows.itertuples()
         ]
-        show(shown, claims.PAPERS.get(paper, paper), digits=2, wrap=("claim", "source"))
-    typer.echo(repr(table))
+        show(shown, claims.PAPERS.get(paper, paper), 2, ("claim", "source"), rest)
+    say(repr(table))
     if rundir is not None and len(table.frame):
         rundir.write_config({**config, "status": status})
         verification.write(rundir, table)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.comparison.request import Candidates, checked
 from fisherlab.comparison.run import Progress, measured
 from fisherlab.comparison.table import Comparison
@@ -39,47 +40,77 @@ def compare(
     loss_scale: str | None = None,
     layers_at_once: int | None = None,
 ) -> Comparison:
-    """How well each approximation matches the exact Fisher block of every layer.
+    """`||X - F|| / ||F||` of every approximation `X` and exact Fisher block `F`, layer by layer.
 
-    `x, y` is one batch, or `x` a loader of batches (y None), which are one sample under one mean; a
-    batch may be a dict with its labels inside, and `forward(model, x)` calls the model in its way.
-    `approximations`: names or instances, or a dict name -> approximation, block or
-    callable(layer) -> block; a dict layer -> block, as `opt.blocks()` hands out, is one
-    preconditioner. Default: everything registered that one capture can build.
-    `fisher_type`: default exact up to 20 outputs, else mc (empirical for a criterion without a
-    known distribution). `dampings` are relative to `tr F / N` of each layer.
-    `reference`: unseen examples `(x, y)` or a loader for the population error, or what to measure
-    against on the same batch: a Fisher type, "ggn" (the exact type's block) or "hessian", the block
-    of the loss's Hessian, against which errors, cosine and trace ratio are known.
-    `memory` bounds, in bytes, the chunks that approximations are built of and the intermediates of
-    a product (the exact block keeps its `a` and `g`); on a device that runs out of memory both are
-    halved until they fit.
+    Under `torchrun` every rank calls it with its own shard, of any size. The layers are shared out
+    over the ranks: each rank receives the other shards of its layers. Every rank returns the table
+    of the joint batch.
 
-    `mask`: the real positions of one batch, or the name of an entry of dict batches, as in
-    `capture`. `loss_scale`: a loss inside the model, criterion None, as in `capture`; of several
-    batches the model returns the losses of all examples.
+    On a CPU with several threads, expensive layers are measured in parallel unless `memory` is
+    given. The seconds of a row then refer to a share of the threads. If a method must refuse a
+    layer, its row is NaN with the reason in `note`.
 
-    `layers_at_once`: how many layers are captured together, by one more forward and backward pass
-    for every so many; their inputs and output gradients are dropped before the next ones, so that
-    memory does not grow with depth. `progress` is then called once per turn. Default: all.
+    Args:
+        model: the model, in the mode to be measured; it comes back untouched.
+        criterion: a loss with `reduction` "mean" or "sum"; None for a loss inside the model
+            (`loss_scale`).
+        x: one batch of inputs `[n, ...]`, a dict with labels inside, or a loader of batches, which
+            count as one sample.
+        y: the labels of one batch; None for a loader or a dict.
+        approximations: names or instances, or a dict from name to approximation, block or
+            callable(layer) -> block. A dict layer -> block, such as `opt.blocks()`, is one
+            preconditioner. None: all registered methods that one capture can build.
+        fisher_type: "exact", "mc" or "empirical". None: exact up to 20 outputs, else mc; empirical
+            if the criterion has no known distribution.
+        dampings: lambda relative to the mean eigenvalue `tr F / N` of each layer.
+        reference: held-out examples `(x, y)` or a loader, for the population error; or another
+            block of the same batch: a Fisher type, "ggn" (the exact type), or "hessian". Errors,
+            cosine and trace ratio are known against the Hessian.
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
+        memory: bytes for the chunks that build approximations and for the intermediates of a
+            product; the exact block keeps its `a` and `g` besides. If a device runs out of memory,
+            both are halved until they fit.
+        layers: names or patterns such as "encoder.*"; None: all layers with a block.
+        skip: names or patterns of layers to leave out.
+        backend: "auto", "hooks" or "backpack".
+        mc_samples: draws per example for "mc".
+        step: the training step that the table records.
+        progress: `progress(layers)` iterates over names of layers; each is measured when its name
+            is taken. None: a bar in a notebook or terminal.
+        forward: `forward(model, x)` makes the outputs; None: `model(x)`.
+        alone: whether this process ignores the other ranks.
+        mask: the real positions of one batch `[n, positions]`, or the name of an entry of dict
+            batches; see `capture`.
+        loss_scale: "mean" or "sum" of a loss inside the model; see `capture`. For several batches
+            the model returns the losses `[n]` of the examples.
+        layers_at_once: layers captured together, by one more forward and backward pass for each
+            such group. Memory then does not grow with depth, and `progress` is called once per
+            group. None: all.
 
-    Under `torchrun` every rank calls it with its own shard, of any size (`alone`: this process by
-    itself). The layers are shared out: a rank receives the other shards of its layers, their raw
-    inputs and output gradients, and every rank returns the table of the joint batch.
+    Returns:
+        A `Comparison`, one row per layer, approximation and damping.
 
-    On a CPU with several threads heavy layers are measured side by side, unless `memory` is stated;
-    the seconds of a row are then those of a share of the threads.
+    Raises:
+        CaptureError: the model, criterion or batch has no capture; nothing is computed.
+        BlockError: an approximation given as a block does not fit its layer.
+        ValueError: an argument is out of its range; nothing is computed.
+        Interrupted: Ctrl-C was pressed; the exception holds the layers measured before it.
 
-    `progress(layers)` iterates over the names of layers, each of which is measured then. Without
-    it a notebook or a terminal shows a bar of one step per layer and method.
-
-    Raises `CaptureError`, `BlockError` or `ValueError` before anything is computed for bad input;
-    one that must refuse a layer is a row of NaN with the reason in `note`. Ctrl-C raises
-    `Interrupted` with what was measured.
+    Example:
+        >>> import torch, fisherlab as fl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> table = fl.compare(model, nn.CrossEntropyLoss(), x, y, approximations=["kfac", "exact"],
+        ...                    dampings=0.1, layers="0")
+        >>> table.frame[["layer", "approximation"]].values.tolist()
+        [['0', 'kfac'], ['0', 'exact']]
     """
-    whole = isinstance(layers_at_once, int) and not isinstance(layers_at_once, bool)
-    if layers_at_once is not None and (not whole or layers_at_once < 1):
-        raise ValueError(f"layers_at_once is a number of layers >= 1, got {layers_at_once!r}")
+    if layers_at_once is not None:
+        layers_at_once = doors.count(layers_at_once, "layers_at_once")
+    if progress is not None:
+        doors.function(progress, "progress(layers)")
     request = checked(
         model,
         criterion,

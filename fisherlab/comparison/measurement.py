@@ -59,12 +59,12 @@ class LayerMeasurement:
         self.first = self.parts[0][0]
         self.memos = [Memo(part, memory) for part in self.parts]
         other = samples.target
-        # of the captures themselves, the columns that all methods are made of
+        # the columns of the captures themselves, which all methods are made of
         shared = [] if other else [_exact(memo) for memo in self.memos]
         self.F = self._exact(other) if other else layer_block(shared)
         self.held_out = self._exact(held_out) if held_out else None
         self.hessian = (samples.hessians or {}).get(self.name)
-        # of the mean loss; a layer in groups has one below the other
+        # gradient of the mean loss; groups are stacked row-wise
         sums = [sum_of(c.gradient * c.examples for c in memo.layers) for memo in self.memos]
         self.whole = ExactReference(self.F, torch.cat(sums) / self.memos[0].count)
         # every weight that matters is a combination of inputs: of few, in their coordinates
@@ -138,7 +138,7 @@ class LayerMeasurement:
         share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]
         for row in rows:
-            # of the Hessian another product is the best
+            # for the Hessian another product is the best
             known = bool(best) and self.hessian is None
             row["optimality_gap"] = row["relative_error"] - best[0] if known else math.nan
         return rows
@@ -225,7 +225,7 @@ class LayerMeasurement:
                     row["condition"] = values[dampings.index(row["damping"])]
 
     def _seconds(self, building: Piece, decomposing: Piece) -> dict[str, Any]:
-        """What a method takes alone; the pieces, of which some are another's as well, for later."""
+        """The time of a method alone; its pieces, some shared with others, are for later."""
         block = building.closure()
         more = decomposing.closure() - block
         return {
@@ -269,7 +269,7 @@ class LayerMeasurement:
         return (X, self.whole) if near is None else (near, self.inside)
 
     def _static(self, X: Block, F: Block) -> tuple[dict[str, float], tuple[str, str]]:
-        """What does not depend on the damping, and why measures of it are missing."""
+        """Measures that do not depend on the damping, and the reason for missing ones."""
         population, few = population_columns(X, self.held_out)
         spectral = {"diagonalisation": math.nan, "subspace_overlap": math.nan}
         reason = ""
@@ -294,7 +294,7 @@ class LayerMeasurement:
     def _damped(
         self, maker: Candidate, X: Block, near: Block, reference: ExactReference, damping: float
     ) -> tuple[dict[str, Any], ExactReference, Tensor]:
-        """What is known of one damping, and the step with the reference that it is measured in."""
+        """Measures at one damping, and the step with the reference in which it is measured."""
         if damping == 0:
             raise BlockError("the exact block is zero, so a damping relative to its trace is zero")
         start = time.perf_counter()
@@ -321,7 +321,7 @@ class LayerMeasurement:
         if not isinstance(maker, Approximation) or maker.exponent != -1:
             return None, "tikhonov"
         if maker.tikhonov:
-            # its inverse is not made of X where X is known in fewer coordinates
+            # do not invert X in the full space where a restricted form is known
             return None, maker.placement
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement

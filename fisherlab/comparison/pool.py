@@ -1,7 +1,7 @@
 """Layers measured side by side, each by one thread of Python.
 
-An eigendecomposition gains little from a second core where memory is slow (2304 rows: 1.4 s on one,
-0.7 to 1.1 s on two), and most of what is around it still less; two layers at once do.
+If memory is slow, an eigendecomposition gains little from a second core (2304 rows: 1.4 s on one,
+0.7 to 1.1 s on two), and most other work gains less. Two layers at once do gain.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class LayerPool:
     """`measure(name, stopped)` for every name, several at once where more than one is heavy.
 
     `measure` is a generator: it yields between its pieces of work and returns the rows, which are
-    in `found` then. `costs` are multiplications by name. The heaviest come first, so that no thread
-    ends up with a heavy one when the others have finished; between them the light ones, two of
-    which would wait for each other. `order` is that order. Leaving the context early makes
-    `stopped` set, and waits for what is running to notice.
+    in `found` then. `costs` are multiplications by name. The most expensive layers come first, so
+    that no thread is left with one when the others have finished. Cheap layers go between them,
+    since two cheap ones would wait for each other. `order` is that order. Leaving the context early
+    makes `stopped` set, and waits for what is running to notice.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LayerPool:
             mixed = (name for pair in zip_longest(light, rest) for name in pair if name is not None)
             self.order = [*first, *mixed]
         self._pool: ThreadPoolExecutor | None = None
-        # what a thread has to say: None after a piece of work, or which layer ended and how
+        # messages of a thread: None after a piece of work, or which layer ended and how
         self._said: SimpleQueue[dict[str, Exception | None] | None] = SimpleQueue()
 
     def __enter__(self) -> LayerPool:
@@ -92,7 +92,7 @@ class LayerPool:
             return
         ended: dict[str, Exception | None] = {}
         for name in self.order:
-            # of two that fail, the first in order is what is told
+            # if two fail, the first in order is reported
             while name not in ended:
                 said = self._said.get()
                 if said is None:

@@ -1,4 +1,4 @@
-"""What every approximation of a layer is measured against: the exact block, gradient, steps."""
+"""The reference for every approximation of a layer: the exact block, gradient, steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from torch import Tensor
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.numerics import dot, is_rounding
+from fisherlab.comparison.table import STEP_ROUNDING
 from fisherlab.metrics.direction import Step
+
+# The share of the exact step that rounding may make before a row says so.
+STEP_BELOW_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class RotatedGradient:
         return cls(block, rotated, holds, time.perf_counter() - start)
 
     def product(self, P: Eigen, gradient: Tensor, damping: float) -> Tensor:
-        """`P g`. What of `g` lies where `P` is 1 / damping, if it is rounding, counts as zero."""
+        """`P g`. If the part of `g` where `P` is 1 / damping is rounding, it counts as zero."""
         if not self.holds:
             return P.times(gradient, self.rotated)
         spectrum, rotated = P.spectrum.to(P.dtype), self.rotated
@@ -111,6 +115,7 @@ class ExactReference:
         if not self._added:
             return
         quadratics = self.F.quadratic(torch.stack([ours for _, ours, _ in self._added]))
+        doubts = self._doubts(sorted({damping for *_, damping in self._added}))
         for (row, ours, damping), quadratic in zip(self._added, quadratics, strict=True):
             step = Step.of(ours, self.step(damping), self.gradient, quadratic, damping, self.beside)
             row |= {
@@ -119,7 +124,24 @@ class ExactReference:
                 "quadratic_decrease": step.decrease.item(),
                 "quadratic_decrease_scaled": step.decrease_scaled.item(),
             }
+            if doubts[damping] > STEP_BELOW_ROUNDING:
+                doubt = f"up to {min(doubts[damping], 1.0):.1%} of the exact step {STEP_ROUNDING}"
+                row["note"] = "; ".join(filter(None, (row.get("note"), doubt)))
         self._added.clear()
+
+    def _doubts(self, dampings: list[float]) -> dict[float, float]:
+        """The share of each step that may be rounding."""
+        F, gradient = self.F, self.gradient
+        pairs = zip(F.parts, F.split(gradient), strict=True) if isinstance(F, DirectSum) else None
+        shares = [
+            part.rounding_of_solves(g, dampings)
+            for part, g in (pairs or [(F, gradient)])
+            if isinstance(part, Outer)
+        ]
+        return {
+            damping: max((share[k] for share in shares), default=0.0)
+            for k, damping in enumerate(dampings)
+        }
 
     def step(self, damping: float) -> Tensor:
         """`-(F + damping I)^{-1} g`, which every approximation is compared with."""

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, checked before anything is computed."""
+"""The request for a comparison, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 import fisherlab
 from fisherlab import approximations as registry
+from fisherlab import doors
 from fisherlab.approximations import Approximation
 from fisherlab.blocks import Block, BlockError, Dense
+from fisherlab.comparison.display import described
 from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.distributed import RankError, Ranks, unwrapped
-from fisherlab.extract import Captures
-from fisherlab.extract.api import Forward, _forward, split_batches
+from fisherlab.extract import CaptureError, Captures
+from fisherlab.extract.api import Forward, _forward, check_forward, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
 from fisherlab.extract.fisher import FISHER_TYPES, default_type
 from fisherlab.extract.hessian import mean_hessians
 from fisherlab.extract.inside import Inside, criterion_of
+from fisherlab.extract.isolation import isolated
 from fisherlab.extract.memory import captures_in_parts, check_memory
 from fisherlab.extract.select import Names, check_batch, check_model
 from fisherlab.extract.tape import KINDS
@@ -65,7 +68,7 @@ class Request:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every row says."""
+        """The facts that every row repeats."""
         generator = self.options["generator"]
         named = isinstance(self.reference, str)
         return {
@@ -133,7 +136,7 @@ class Request:
         return found
 
     def config(self, captures: list[Captures]) -> dict[str, Any]:
-        """What the table's file keeps beside its rows."""
+        """The facts that the table's file keeps besides its rows."""
         report = captures[0].report
         return {
             **self.facts,
@@ -144,6 +147,7 @@ class Request:
             "skipped": {k: v for batch in captures for k, v in batch.report.skipped.items()},
             "parameters": {"trained": report.trained, "covered": report.covered},
             "model": type(self.model).__name__,
+            "layers": {layer.name: described(layer) for layer in captures[0].values()},
             "criterion": repr(self.criterion),
             "why_empirical": self.why_empirical,
             "mc_samples": self.options["mc_samples"],
@@ -175,6 +179,11 @@ def checked(
     Raises:
         CaptureError, RankError, ValueError: an argument that no comparison can take, by name.
     """
+    doors.flag(alone, "alone")
+    doors.count(step, "step", 0)
+    check_forward(forward)
+    if fisher_type is not None:
+        doors.choice(fisher_type, "fisher_type", FISHER_TYPES, error=CaptureError)
     ranks = None if alone else Ranks.current()
     model = unwrapped(model)
     with ranks.together("checking its batch") if ranks else nullcontext():
@@ -186,10 +195,8 @@ def checked(
     if ranks:
         ranks.check_model(model)
         _check_counts(ranks, batches)
-    shares = [dampings] if isinstance(dampings, int | float) else list(dampings)
-    if not shares or any(not isinstance(d, int | float) or not 0 < d < math.inf for d in shares):
-        raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
-    if memory is not None and (not isinstance(memory, int) or memory < 1):
+    shares = _shares(dampings)
+    if memory is not None and (not isinstance(memory, int) or memory < 1 or memory is True):
         raise ValueError(f"memory is a number of bytes, such as 800_000_000; got {memory!r}")
     makers = named_makers(approximations, model)
     if not makers:
@@ -223,6 +230,15 @@ def checked(
     )
 
 
+def _shares(dampings: object) -> list[float]:
+    """The dampings as a list of positive numbers."""
+    listed = isinstance(dampings, Iterable) and not isinstance(dampings, str | bytes)
+    shares: list[Any] = list(dampings) if listed else [dampings]  # type: ignore[call-overload]
+    if not shares or any((d := doors.real(s)) is None or not 0 < d < math.inf for s in shares):
+        raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
+    return [float(share) for share in shares]
+
+
 def default_fisher_type(
     model: nn.Module,
     criterion: Callable[..., Any],
@@ -232,8 +248,17 @@ def default_fisher_type(
 ) -> str:
     """exact up to 20 output elements per example, else mc; empirical for an unknown criterion.
 
-    NLLLoss is cross entropy where the outputs are log-probabilities, else unknown. The labels `y`
-    tell where the classes are in the outputs, axis 1 or the last.
+    NLLLoss is cross entropy if the outputs are log-probabilities, else unknown.
+
+    Args:
+        model: the model; it comes back untouched.
+        criterion: the loss.
+        x: one batch, as in `compare`.
+        forward: `forward(model, x)` makes the outputs; None: `model(x)`.
+        y: the labels, which tell whether classes are axis 1 of the outputs or the last.
+
+    Returns:
+        "exact", "mc" or "empirical".
     """
     return _default_type(model, criterion, x, y, forward)[0]
 
@@ -249,13 +274,17 @@ def _default_type(
     criterion = as_module(criterion)
     if rules_of(criterion) is None:  # no forward pass is needed to know
         return default_type(criterion, torch.empty(0))
-    with torch.no_grad():
+    with isolated(model, x), torch.no_grad():
         outputs = _forward(model, x, forward)
         return default_type(criterion, outputs if y is None else arranged(criterion, outputs, y))
 
 
 def versions() -> dict[str, str]:
-    """The versions a measurement depends on."""
+    """The versions on which a measurement depends.
+
+    Returns:
+        A version by name of the library.
+    """
     return {
         "fisherlab": fisherlab.__version__,
         "torch": torch.__version__,
@@ -297,6 +326,14 @@ def named_makers(approximations: Candidates, model: nn.Module) -> dict[str, Cand
     if approximations is None:
         return {name: registry.get(name)() for name in registry.of_one_batch()}
     if isinstance(approximations, Mapping):
+        for name, maker in approximations.items():
+            if not isinstance(name, str) or not (
+                isinstance(maker, Block | Approximation | Mapping) or callable(maker)
+            ):
+                raise ValueError(
+                    "a dict of approximations has names, and approximations, blocks or functions "
+                    f"of a layer; got {doors.said(name)}: {doors.said(maker)}"
+                )
         blocks = {k: v for k, v in approximations.items() if isinstance(v, Block)}
         layers = {name for name, _ in model.named_modules()}
         if len(blocks) == len(approximations) and any(k.split(":")[0] in layers for k in blocks):
@@ -304,6 +341,11 @@ def named_makers(approximations: Candidates, model: nn.Module) -> dict[str, Cand
         return dict(approximations)
     if isinstance(approximations, str):
         approximations = [approximations]
+    if not isinstance(approximations, Iterable):
+        raise ValueError(
+            "approximations are names, instances, or a dict of name -> approximation; got "
+            f"{doors.said(approximations)}"
+        )
     makers: dict[str, Candidate] = {}
     for item in approximations:
         maker = registry.get(item)() if isinstance(item, str) else item

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.comparison.measurement import LayerMeasurement
 from fisherlab.comparison.pool import LayerPool, Rows, Work
@@ -33,7 +34,7 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
     names = list(by_layer(samples.captures[0]))
     examples = len(samples.captures[0].labels)
     device = next(iter(samples.captures[0].values())).device
-    # of all ranks, so that each comes to the same owners whatever its shard
+    # costs of all ranks, so that each finds the same owners whatever its shard
     costs = _costs(samples.captures[0], sum(ranks.objects(examples)) if ranks else examples)
     mine = names
     if ranks:
@@ -45,7 +46,7 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
         layer = LayerMeasurement(name, samples, request.memory)
         return (yield from layer.rows(request.makers, request.dampings, request.facts, stopped))
 
-    # a stated budget is that of one layer
+    # `memory` bounds one layer at a time, so layers then run one after another
     pool = LayerPool(
         measure, {name: costs[name] for name in mine}, device, request.memory is not None
     )
@@ -70,8 +71,16 @@ def _run(pool: LayerPool, methods: list[str], progress: Progress | None) -> None
     # one piece of work per method, and a last one of what is found of all blocks at once
     pieces = [*methods, "condition"]
     if progress is not None:
-        for _ in progress(pool.order):
+        steps = progress(pool.order)
+        if not isinstance(steps, Iterable):
+            raise ValueError(
+                "progress(layers) must return an iterator over the layers, such as tqdm.tqdm, got "
+                f"{doors.said(steps)}"
+            )
+        for _ in steps:
             deque(islice(work, len(pieces)), 0)
+        # one that stops early leaves no layer out
+        deque(work, 0)
         return
     for _ in notebook_bar([f"{name}: {piece}" for name in pool.order for piece in pieces]):
         next(work, None)
@@ -83,7 +92,14 @@ def _table(found: Mapping[str, Rows], names: Sequence[str]) -> pd.DataFrame:
 
 
 def notebook_bar(steps: Sequence[str]) -> Iterable[str]:
-    """A bar over layers and methods in a notebook or on a terminal; nothing elsewhere."""
+    """A bar over layers and methods in a notebook or on a terminal; nothing elsewhere.
+
+    Args:
+        steps: the names of the steps, in order.
+
+    Returns:
+        The same names, as they are taken.
+    """
     shell = sys.modules.get("IPython")
     notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
     if not notebook and not sys.stderr.isatty():

@@ -15,8 +15,8 @@ from fisherlab.extract.joint import shared_out
 class Samples:
     """Captures, one per batch.
 
-    `captures` are what methods are made of; `target` what they are measured against, None for the
-    same; `held_out` are other examples, or None; `hessians` by layer, in place of a target.
+    Methods are made of `captures` and measured against `target` (None: the same). `held_out` are
+    other examples, or None. `hessians` by layer replace a target.
     """
 
     captures: list[Captures]

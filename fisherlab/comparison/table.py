@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 
 import fisherlab
+from fisherlab import whole
+from fisherlab.comparison import display
 from fisherlab.metrics.population import UNKNOWN
 from fisherlab.names import nearest
 
@@ -44,14 +46,22 @@ CHOSEN = (
 )
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
+# And how the worth of its step does.
+STEP_ROUNDING = (
+    "may be the rounding of a float32 gradient, divided by the damping: measure a float64 model"
+)
 
 
 @dataclass
 class Comparison:
-    """A table of measurements: `frame` has one row per layer x approximation x damping.
+    """A table of measurements: one row per layer x approximation x damping.
 
-    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` against examples the
-    approximation has not seen. `config` says what was measured and reruns it; `note` what to mind.
+    `relative_error = ||X - F|| / ||F||` is in sample; `population_error` is against held-out
+    examples.
+
+    Args:
+        frame: the rows; `note` has the warnings.
+        config: states what was measured, and reruns it.
     """
 
     frame: pd.DataFrame
@@ -70,7 +80,7 @@ class Comparison:
 
     @property
     def about(self) -> str:
-        """What was measured: Fisher type, draws, examples, layers, parameters, what was skipped."""
+        """Summary: Fisher type, draws, examples, layers, parameters, what was skipped."""
         if not len(self.frame):
             return ""
         return "\n".join(filter(None, (self._fisher, self._coverage, self._skipped)))
@@ -124,7 +134,7 @@ class Comparison:
 
     @property
     def note(self) -> str:
-        """What a reader has to know before the first number."""
+        """The facts that a reader needs before the first number."""
         return " ".join(filter(None, (self._type, self._noise, self._unknown, self._rounding)))
 
     @property
@@ -138,7 +148,7 @@ class Comparison:
 
     @property
     def _unknown(self) -> str:
-        """How many of the population errors the unseen examples are too few for."""
+        """A sentence on the population errors for which the held-out examples are too few."""
         key = ["layer", "approximation", "seed", "step"]
         missing, every = (len(f.drop_duplicates(key)) for f in (self._noted(UNKNOWN), self.frame))
         if not missing:
@@ -163,7 +173,7 @@ class Comparison:
 
     @property
     def _noise(self) -> str:
-        """What a batch of few examples says of its own errors."""
+        """A warning on in-sample errors of a batch of few examples."""
         if not self.noisy:
             return ""
         share = self.frame["diagonal_share"].median()
@@ -207,21 +217,36 @@ class Comparison:
                 "behind; save the table into another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.frame.to_csv(folder / "comparison.csv", index=False)
-        self.frame.to_parquet(folder / "comparison.parquet", index=False)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str))
+        config = json.dumps(self.config, indent=2, default=str)
+        whole.write(folder / "comparison.csv", self.frame.to_csv(index=False))
+        whole.write(
+            folder / "comparison.parquet",
+            lambda stream: self.frame.to_parquet(stream, index=False),
+        )
+        whole.write(folder / "config.json", config)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file of it is missing.
+            ValueError: one is damaged.
+        """
         folder = Path(folder)
         if not (folder / "comparison.parquet").is_file():
             raise FileNotFoundError(
                 f"{folder} holds no comparison.parquet, which `save` writes into a folder"
             )
-        frame = pd.read_parquet(folder / "comparison.parquet")
-        return cls(frame, json.loads((folder / "config.json").read_text()))
+        frame = whole.read(folder / "comparison.parquet", pd.read_parquet, "Parquet file")
+        if "approximation" not in frame or "layer" not in frame:
+            raise ValueError(f"{folder / 'comparison.parquet'} is no comparison: it has no layers")
+        read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
+        config = whole.read(folder / "config.json", read, "JSON file")
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder / 'config.json'} is damaged: it holds no dict")
+        return cls(frame, config)
 
     @classmethod
     def concat(cls, tables: Sequence[Comparison]) -> Comparison:
@@ -244,19 +269,41 @@ class Comparison:
         return getattr(plots, kind)(self, **options)
 
     def _repr_html_(self) -> str:
-        styled = self.summary().style.format(precision=4, na_rep="-")
-        styled = styled.background_gradient(subset=[self.leading], cmap="Blues_r")
-        lines = [*self.about.split("\n"), self.note]
+        lines = [f"{self._medians}.", *self.about.split("\n"), self.note]
         said = "<br>".join(html.escape(line) for line in lines if line)
-        return f"<p>{said}</p>{styled.to_html()}"
+        return display.table_html(said, self.summary())
 
     def __repr__(self) -> str:
-        table = self.summary().to_string(float_format=lambda v: f"{v:.4f}")
-        return "\n".join(filter(None, (self.about, self.note, table)))
+        summary = self.summary()
+        first = display.first_columns(summary)[:4]
+        counted = [name for name in (f"{column} known" for column in first) if name in summary]
+        text = summary[[*first, *counted]].to_string(
+            float_format=lambda v: f"{v:.4f}", line_width=80
+        )
+        left = len(summary.columns) - len(first) - len(counted)
+        more = f"{self._medians}; {left} more columns: .summary()" if left else self._medians
+        return "\n".join(filter(None, (self.about, self.note, text, more)))
+
+    @property
+    def _medians(self) -> str:
+        """Over what a number of the summary is the median."""
+        frame = self.frame
+        parts = []
+        for column in ("layer", "seed"):
+            count = frame[column].nunique()
+            parts += [f"{count} {column}s"] if count > 1 else []
+        over = f"medians over {' and '.join(parts)}" if parts else "one layer"
+        steps = frame["step"].unique()
+        text = f"{self.config['model']}: {over}" if "model" in self.config else over.capitalize()
+        return f"{text} at step {steps.max()}" if len(steps) and steps.max() else text
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a comparison; `comparison` holds the layers that were measured before it."""
+    """Ctrl-C during a comparison.
+
+    Args:
+        comparison: the table of the layers that were measured before it.
+    """
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__("interrupted; `.comparison` holds the layers measured so far")

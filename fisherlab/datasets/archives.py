@@ -36,7 +36,7 @@ class _Arrays(pickle.Unpickler):
 
 
 def unpickled(content: bytes, origin: str) -> Any:
-    """What a pickle of arrays holds, without running any code in it.
+    """The arrays in a pickle, read without running any code in it.
 
     Raises:
         DatasetError: the pickle names anything but numpy's arrays, or is damaged.

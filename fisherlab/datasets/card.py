@@ -24,7 +24,7 @@ class File:
 
 @dataclass(frozen=True)
 class Card:
-    """What a data set is; `markdown` is the page in data/cards."""
+    """The description of a data set; `markdown` is the page in data/cards."""
 
     name: str
     title: str

@@ -12,11 +12,21 @@ TIMEOUT = 60.0  # seconds without an answer
 
 
 def fetch(name: str, root: str | Path | None = None, progress: bool = True) -> list[Path]:
-    """Download the files of a data set into the data folder; those already there are kept.
+    """Download the files of a data set into the data folder; present files are kept.
 
-    A file appears under its name only whole and with the right sha256. Returns all of them, in the
-    card's order; none for a bundled data set. Raises `DatasetError` for an unknown name, a data set
-    that no public address serves byte for byte, a failed download or a wrong checksum.
+    A file appears under its name only whole and with the right sha256.
+
+    Args:
+        name: a name of `names()`.
+        root: the folder with one folder per data set; None as in `load`.
+        progress: whether to show a bar.
+
+    Returns:
+        All files, in the card's order; none for a bundled data set.
+
+    Raises:
+        DatasetError: the name is unknown, no public address serves the data set byte for byte, a
+            download failed, or a checksum is wrong.
     """
     card = card_of(name)
     if not card.files:

@@ -130,8 +130,8 @@ def _opened(path: Path, side: int | None, Image: Any) -> np.ndarray:
 def function(name: str, rest: str) -> Dataset:
     """`module:function` or `file.py:function`: what the function returns without arguments.
 
-    That is a `datasets.Dataset`, or `(x, y, x_test, y_test)` as tensors or arrays: labels whole
-    numbers `[n]`, targets of a regression floats `[n]` or `[n, 1]`.
+    The result is a `datasets.Dataset`, or `(x, y, x_test, y_test)` as tensors or arrays: labels
+    whole numbers `[n]`, targets of a regression floats `[n]` or `[n, 1]`.
 
     Raises:
         DatasetError: there is no such function, or it returns something else.

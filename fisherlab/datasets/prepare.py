@@ -1,4 +1,4 @@
-"""What loaders share: splits by a local generator, and scales read off the training set alone."""
+"""Loaders share splits by a local generator, and scales read off the training set alone."""
 
 from __future__ import annotations
 

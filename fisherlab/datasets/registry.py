@@ -27,13 +27,28 @@ class Dataset:
     target_mean: float = 0.0
     target_std: float = 1.0
 
+    def __repr__(self) -> str:
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part)
+        shape = " x ".join(map(str, self.card.input_shape))
+        classes = self.card.num_classes
+        kind = "regression" if classes is None else f"{classes:,} classes"
+        return f"Dataset({self.card.name!r}: {sizes} examples of {shape}, {kind})"
+
 
 Loader = Callable[[Card, dict[str, Path]], Dataset]
 _REGISTRY: Registry[tuple[Card, Loader]] = Registry("data set", DatasetError)
 
 
 def register(card: Card) -> Callable[[Loader], Loader]:
-    """Enter a loader under its card's name; it gets the card and `{path: verified file}`."""
+    """Enter a loader under its card's name; it gets the card and `{path: verified file}`.
+
+    Args:
+        card: the card, with the files that the loader reads.
+
+    Returns:
+        A decorator that gives the loader back.
+    """
 
     def enter(loader: Loader) -> Loader:
         _REGISTRY.add(card.name, (card, loader))
@@ -58,29 +73,66 @@ def scheme(name: str) -> Callable[[Scheme], Scheme]:
 
 
 def check(name: str) -> None:
-    """Refuse a name that is neither registered nor of a user's own data."""
+    """Refuse a name that is neither registered nor a user's own data.
+
+    Args:
+        name: a name of `names()`, or one with a colon.
+
+    Raises:
+        DatasetError: the name is unknown.
+    """
     if ":" not in name:
         _REGISTRY.named(name)
 
 
 def names() -> list[str]:
-    """The registered names, sorted."""
+    """The registered names, sorted.
+
+    Returns:
+        Names for `load`, `card` and `fetch`.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> "digits" in fl.datasets.names()
+        True
+    """
     return sorted(_REGISTRY)
 
 
 def card(name: str) -> Card:
-    """The card of a data set, which need not be installed. Raises `DatasetError` if unknown."""
+    """The card of a data set, which need not be installed.
+
+    Args:
+        name: a name of `names()`.
+
+    Returns:
+        Its title, licence, files and shapes.
+
+    Raises:
+        DatasetError: the name is unknown.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> fl.datasets.card("digits").num_classes
+        10
+    """
     return load(name).card if ":" in name else _REGISTRY.named(name)[0]
 
 
 def load(name: str, *, root: str | Path | None = None) -> Dataset:
     """Read a data set; deterministic, offline, and the global random state stays as it was.
 
-    `root` is the folder that holds one folder per data set, default `$FISHERLAB_DATA`, else the
-    downloads of `fisherlab data fetch`. Bundled data sets need none. Raises `DatasetError` for an
-    unknown name, a missing file, or one whose sha256 is not the card's.
+    Args:
+        name: a name of `names()`; or with a colon a user's own data: `folder:PATH`,
+            `module:function`, `file.py:function`.
+        root: the folder with one folder per data set; None: `$FISHERLAB_DATA`, else the downloads
+            of `fisherlab data fetch`. Bundled data sets need none.
 
-    A name with a colon is a user's own data: `folder:PATH`, `module:function`, `file.py:function`.
+    Returns:
+        Inputs `[n, ...]` and labels `[n]` of training and test, and the card.
+
+    Raises:
+        DatasetError: the name is unknown, a file is missing, or its sha256 is not the card's.
     """
     if ":" in name:
         kind, _, rest = name.partition(":")

@@ -18,7 +18,7 @@ STEPS = 35  # tokens of one Penn Treebank sequence
 LENGTH = 32  # tokens of one Multi30K sentence with its marks
 MIN_FREQUENCY = 4  # in the training sentences of both languages
 PADDING, UNKNOWN, BEGIN, END = MARKS = ("<pad>", "<unk>", "<bos>", "<eos>")
-IGNORE = -100  # what nn.CrossEntropyLoss ignores unless told otherwise
+IGNORE = -100  # the index that nn.CrossEntropyLoss ignores by default
 
 
 @register(

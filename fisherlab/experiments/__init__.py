@@ -1,1 +1,1 @@
-"""What the command line runs: comparisons, training, sweeps, claims, and their pages."""
+"""The runs behind the command line: comparisons, training, sweeps, claims, and their pages."""

@@ -1,4 +1,4 @@
-"""What every column of a comparison means, in the words of the report."""
+"""The meaning of every column of a comparison, in the words of the report."""
 
 MEANING = {
     "layer": "name of the module whose weight (bias as last column) the block is of",

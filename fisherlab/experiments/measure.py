@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,16 +17,18 @@ from fisherlab.comparison import Comparison, Interrupted, compare, default_fishe
 from fisherlab.distributed import Ranks
 from fisherlab.experiments import training
 from fisherlab.experiments.training.divergence import Diverged
+from fisherlab.experiments.training.entries import value
 from fisherlab.experiments.training.run import Run
 from fisherlab.experiments.training.task import Task
 from fisherlab.extract import capture
 from fisherlab.extract.select import check_batch
 from fisherlab.metrics import GramStudy, gram_study
+from fisherlab.names import unknown
 
 PHASES = ("start", "middle", "end")
 SMALL_MODEL = 50_000  # parameters
 # Of the config of a comparison, what its first lines are made of.
-ABOUT = ("mc_samples", "fisher_type_asked", "parameters", "skipped")
+ABOUT = ("mc_samples", "fisher_type_asked", "parameters", "skipped", "layers")
 LARGEST_GRAM = 256  # examples: beyond it the picture of a Gram matrix is grey
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -40,12 +43,14 @@ class Settings:
 
     `batch_size` examples make X and F, `reference` further ones the population error (0: none);
     None takes up to 64 and 128 of the training set. `at` holds training steps, or the words start,
-    middle and end. `dampings` are relative to `tr F / N` of each layer.
+    middle and end. `dampings` are relative to `tr F / N` of each layer. `assign` gives methods
+    options: `kfac.weight_sharing=reduce`.
     """
 
     data: str = "digits"
     model: str = "mlp"
     approximations: tuple[str, ...] | None = None
+    assign: tuple[str, ...] = ()
     layers: tuple[str, ...] | None = None
     fisher_type: str | None = None
     mc_samples: int = 1
@@ -92,6 +97,7 @@ class Study:
         self.grams: dict[int, GramStudy] = {}  # by step, of the first seed
         self.names = list(s.approximations or approximations.of_one_batch())
         self.makers = {name: approximations.get(name)() for name in self.names}
+        self._assign()
         if not s.dampings or any(not math.isfinite(d) or d <= 0 for d in s.dampings):
             raise MeasureError(f"dampings are positive and finite, got {s.dampings}")
         if s.epochs < 0 or s.mc_samples < 1:
@@ -118,9 +124,27 @@ class Study:
         self.batch_size, self.reference = self._sizes()
         self._check_capture()
 
+    def _assign(self) -> None:
+        """Give the methods the options that were assigned."""
+        for text in self.settings.assign:
+            match = re.fullmatch(r"([^=.]+)\.(\w+)=(.+)", text)
+            if not match:
+                raise MeasureError(
+                    f"--set takes METHOD.OPTION=VALUE, such as kfac.weight_sharing=reduce; "
+                    f"got {text!r}"
+                )
+            name, option, given = match.groups()
+            if name not in self.makers:
+                raise MeasureError(unknown("approximation in --set", name, self.makers))
+            known = self.makers[name].options
+            if option not in known:
+                raise MeasureError(unknown(f"{name} option", option, known))
+            chosen = {option: value(given, nn.Identity())}
+            self.makers[name] = self.makers[name].with_options(**chosen)
+
     @property
     def config(self) -> dict[str, Any]:
-        """What reruns it, with every default filled in."""
+        """The configuration that reruns it, with every default filled in."""
         filled = {
             "approximations": self.names,
             "batch_size": self.batch_size,
@@ -141,7 +165,7 @@ class Study:
 
     @property
     def title(self) -> str:
-        """What was measured, in a line."""
+        """The measurement in one line."""
         return f"{self.settings.model} on {self.settings.data}, {self.fisher_type} Fisher"
 
     def run(

@@ -1,7 +1,8 @@
-"""What the page of a comparison and of a training run shows."""
+"""The pages of a comparison and of a training run."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,12 @@ import pandas as pd
 
 from fisherlab import plots
 from fisherlab.comparison import Comparison
+from fisherlab.experiments import findings
 from fisherlab.experiments.columns import MEANING
 from fisherlab.experiments.report import Picture, Section, Table, picture, sections
-from fisherlab.experiments.rundir import RunDir, RunDirError
+from fisherlab.experiments.rundir import FIGURES, RunDir, RunDirError
 from fisherlab.experiments.training import COLUMNS
+from fisherlab.experiments.training.task import HIGHER_IS_BETTER
 
 PICTURES = {
     "error": "Error of every approximation over the layers, from input to output.",
@@ -32,7 +35,7 @@ CURVATURE = {
 
 @sections("compare")
 def of_compare(run: RunDir) -> Iterator[Section]:
-    """The summary, the pictures, the layers, and what the columns mean."""
+    """The finding, the pictures, the layers."""
     frame = run.table("comparison")
     if frame is None or not len(frame):
         raise RunDirError(f"{run.folder} holds a comparison without rows; run it again")
@@ -41,32 +44,41 @@ def of_compare(run: RunDir) -> Iterator[Section]:
     last = frame[frame["step"] == frame["step"].max()]
     yield Section(
         "Which approximation is nearest",
-        [_what(frame, run.config), *table.about.split("\n"), *filter(None, [table.note])],
+        [
+            *findings.nearest(table),
+            _what(frame, run.config),
+            *table.about.split("\n"),
+            *filter(None, [table.note]),
+        ],
         [Table(summary, "Median over layers and seeds at the last step, the nearest first.")],
+        [picture(run, "error", table.plot("error"), PICTURES["error"])],
+        found=len(findings.nearest(table)),
     )
     shown = {name: text for name, text in PICTURES.items() if _drawable(name, frame)}
+    del shown["error"]
     yield Section(
         "Pictures",
         ["Each is also in the folder as PNG and PDF."],
         pictures=[picture(run, n, table.plot(n), text) for n, text in shown.items()],
     )
     yield from _curvature(run)
-    columns = ["layer", "layer_type", "n_parameters", "approximation", table.leading]
+    columns = ["layer", "approximation", table.leading]
     columns += [c for c in ("relative_error", "population_error") if c != table.leading]
     columns += ["population_error_se", "population_error_low", "population_error_high"]
     columns += ["optimality_gap", "trace_ratio", "cosine", "diagonalisation", "subspace_overlap"]
+    columns += ["layer_type", "n_parameters"]
     columns += ["build_seconds", "decompose_seconds", "shared_seconds", "memory_bytes"]
     columns += ["formed_bytes", "note"]
     by_layer = last.drop_duplicates(["layer", "approximation", "seed"])[columns]
     caption = "Every layer at the last step (first seed first); all rows are in comparison.csv."
     yield Section("Layer by layer", tables=[Table(by_layer.dropna(axis=1, how="all"), caption)])
-    steps = ["layer", "approximation", "seed", "damping_relative", "placement", "direction_cosine"]
+    steps = ["layer", "approximation", "damping_relative", "direction_cosine"]
     steps += ["direction_error", "quadratic_decrease", "quadratic_decrease_scaled", "stein_loss"]
-    steps += ["condition", "solve_seconds"]
+    steps += ["condition", "solve_seconds", "placement", "seed"]
     caption = "The damped natural gradient at the last step, per damping."
     yield Section("The damped step", tables=[Table(last[steps], caption)])
     meaning = pd.DataFrame(MEANING.items(), columns=["column", "meaning"])
-    yield Section("What the columns mean", tables=[Table(meaning)])
+    yield Section("Every column of comparison.csv", tables=[Table(meaning, meaning={})])
 
 
 def _curvature(run: RunDir) -> Iterator[Section]:
@@ -121,6 +133,25 @@ def _counted(column: str, frame: pd.DataFrame) -> str:
     return f"{count} {column}{'s' if count != 1 else ''}"
 
 
+RESULTS = ["optimizer", "final", "final_sd", "best", "best_sd", "train_loss", "test_loss"]
+RESULTS += ["ratio_to_sgd", "clipped_share", "seconds_per_step", "seeds", "status"]
+SUMMARY = {
+    **COLUMNS,
+    "final": "the metric at the last epoch, mean over seeds",
+    "final_sd": "its standard deviation over seeds; empty for one",
+    "best": "the metric at each seed's best epoch, mean over seeds",
+    "best_sd": "its standard deviation over seeds",
+    "seeds": "runs that came to their end",
+    "status": "done, diverged, failed, ...: the worst of the seeds first",
+}
+
+
+def _results_first(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary, results in front, without columns that hold nothing."""
+    filled = summary.loc[:, ~(summary.isna() | (summary == "")).all()]
+    return filled[[*(c for c in RESULTS if c in filled), *(c for c in filled if c not in RESULTS)]]
+
+
 TRAINING = {
     "curves": "Training loss and test metric against steps (left) and against time (right).",
     "cost": "What each optimizer reaches at the end, and what a step costs.",
@@ -137,12 +168,73 @@ def of_train(run: RunDir) -> Iterator[Section]:
     metric = run.config.get("metric", "metric")
     yield Section(
         "Which optimizer is best",
-        [f"“final” and “best” are {metric} on the test set, at the last and at the best epoch."],
-        [Table(summary, "Mean over seeds, the best first.", {})],
+        [
+            *findings.best_optimizer(summary, metric),
+            f"“final” and “best” are {metric} on the test set, at the last and at the best epoch.",
+        ],
+        [Table(_results_first(summary), "Mean over seeds, the best first.", SUMMARY)],
         [
             Picture(path, text)
             for name, text in TRAINING.items()
             if (path := run.folder / f"{name}.png").is_file()
         ],
+        found=len(findings.best_optimizer(summary, metric)),
     )
     yield Section("Every epoch", tables=[Table(rows, "All rows are in rows.csv.", COLUMNS)])
+
+
+@sections("sweep")
+def of_sweep(run: RunDir) -> Iterator[Section]:
+    """The choice from the grids, its result on the test set, and every point tried."""
+    path = run.folder / "sweep.json"
+    if not path.is_file():
+        raise RunDirError(f"{run.folder} holds a search without a choice; run it again")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    table, metric = pd.DataFrame(found["table"]), found["metric"]
+    chosen = [f"{row['optimizer']}: {row['options']}" for row in found["table"]]
+    text = [f"Chosen by the {metric} on held-out training examples: {'; '.join(chosen)}."]
+    if "final" in table:
+        ended = table.sort_values("final", ascending=metric not in HIGHER_IS_BETTER)
+        text = [*findings.best_optimizer(ended, metric), *text]
+    curves = run.folder / "final" / "curves.png"
+    yield Section(
+        "Which settings are best",
+        [*text, *found["notes"]],
+        [Table(table, f"{metric.capitalize()}: held out, then on the test set.", CHOSEN)],
+        [Picture(curves, TRAINING["curves"])] if curves.is_file() else [],
+    )
+    tried = pd.DataFrame(found["tried"])
+    yield Section("Every point", tables=[Table(tried, f"The {metric} on held-out examples.", {})])
+
+
+CHOSEN = {
+    **SUMMARY,
+    "options": "the chosen point of the grid",
+    "at_the_edge": "options chosen at an end of their grid: a wider one may find better",
+    "points": "points of the grid",
+    "validation": "the metric on held-out training examples, by which the point was chosen",
+}
+
+
+@sections("bench")
+def of_bench(run: RunDir) -> Iterator[Section]:
+    """Each part: its picture and its table."""
+    for name, title in BENCH.items():
+        frame = run.table(name)
+        if frame is None:
+            continue
+        path = run.folder / FIGURES / f"{name}.png"
+        text = []
+        if "of_reach" in frame and (known := frame["of_reach"].dropna()).size:
+            text = [f"{int((known <= 1).sum())} of {known.size} rows reach what was to be reached."]
+        shown = [Picture(path, title)] if path.is_file() else []
+        yield Section(title, text, [Table(frame.dropna(axis=1, how="all"), title, {})], shown)
+
+
+BENCH = {
+    "capture": "Capture and Gram matrices, multiples of one forward and backward",
+    "build": "Approximations of one batch, multiples of one forward and backward",
+    "compare": "Whole comparisons",
+    "optim": "Training steps, multiples of SGD's",
+    "scaling": "Fitted exponents of time and memory",
+}

@@ -22,11 +22,10 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fisherlab import plots
+from fisherlab import plots, whole
 from fisherlab.comparison import Comparison
-from fisherlab.experiments import checkpoint
 from fisherlab.experiments.columns import MEANING
-from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir
+from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir, RunDirError
 
 ROWS = 400  # of a table on the page; the file has all
 
@@ -42,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file on the page, and what it shows in words."""
+    """A PNG file on the page, twice as fine as it is shown, and what it shows in words."""
 
     path: Path
     caption: str
@@ -55,12 +54,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a few sentences, tables and pictures below it."""
+    """A heading with a few sentences, a picture, tables, and further pictures below it."""
 
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    found: int = 0  # leading sentences that are the finding
 
 
 Builder = Callable[[RunDir], Iterator[Section]]
@@ -80,13 +80,14 @@ def sections(command: str) -> Callable[[Builder], Builder]:
 def write(run: RunDir) -> Path:
     """`report.html` in the folder of a run, its pictures made anew."""
     path = run.folder / REPORT
-    checkpoint.write(path, page([run]))
+    whole.sweep_parts(run.folder)
+    whole.write(path, page([run]))
     return path
 
 
 def write_side_by_side(runs: Sequence[RunDir], path: Path) -> Path:
     """One page of several runs."""
-    checkpoint.write(path, page(runs))
+    whole.write(path, page(runs))
     return path
 
 
@@ -102,7 +103,7 @@ def page(runs: Sequence[RunDir]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": cell, "key": sort_key}
+    environment.filters |= {"cell": cell, "key": sort_key, "base": base}
     title = parts[0][0] if len(runs) == 1 else f"{len(runs)} runs side by side"
     return environment.get_template("report.html.j2").render(title=title, parts=parts, rows=ROWS)
 
@@ -111,6 +112,17 @@ def picture(run: RunDir, name: str, figure: Figure, caption: str) -> Picture:
     """A figure as PNG and PDF in the folder of the run, and on the page."""
     png, _ = plots.save(figure, run.folder / FIGURES / name)
     return Picture(png, caption)
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """`a, b, c and 5 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def base(column: str) -> str:
+    """The name by which a column's meaning is known."""
+    return column.split(":")[0].split(" @")[0].removesuffix(" known")
 
 
 def cell(value: Any) -> str:
@@ -131,23 +143,38 @@ def sort_key(value: Any) -> str:
 
 def _title(run: RunDir) -> str:
     config, settings = run.config, run.config.get("settings", {})
-    what = config.get("command", "run")
-    if "model" in settings and "data" in settings:
-        return config.get("title") or f"{settings['model']} on {settings['data']}, {what}"
-    return config.get("title") or f"{what} in {run.folder.name}"
+    what, name = config.get("command", "run"), run.folder.name
+    on = f"{settings.get('model')} on {settings.get('data')}"
+    if what == "train":
+        entries = [entry["label"] for entry in settings.get("entries", ())]
+        return f"Training {on}: {few(entries)}"
+    if what == "sweep":
+        return f"Settings of {few(list(config.get('grid', {})))} for {on}"
+    if what == "verify":
+        names = settings.get("names") or "all"
+        claims = "all papers" if names == "all" else few(names)
+        return f"Claims of {claims}" + (f" on {settings['on']}" if settings.get("on") else "")
+    if what == "bench":
+        return f"Time and memory on {settings.get('device')}: {few(settings.get('parts', []))}"
+    title = config.get("title")
+    return f"Approximations of {title}" if what == "compare" and title else title or f"Run {name}"
 
 
 def _sections(run: RunDir) -> Iterator[Section]:
     status = run.config.get("status", "complete")
     notes = list(run.config.get("notes", []))
-    if status != "complete" or notes:
-        said = f"This run is {status}: the page shows what was measured so far."
-        yield Section("Mind", ([said] if status != "complete" else []) + notes)
+    said = [f"This run is {status}: the page shows what was measured so far."]
+    if status != "complete" and run.config.get("command") != "train":
+        yield Section("Notes", [*said, *notes])
+        notes = []
     yield from BUILDERS.get(run.config.get("command", ""), _as_it_lies)(run)
+    if notes:
+        yield Section("Notes", notes)
 
 
 def _as_it_lies(run: RunDir) -> Iterator[Section]:
-    tables = [Table(pd.read_csv(path), path.stem) for path in sorted(run.folder.glob("*.csv"))]
+    read = lambda path: whole.read(path, pd.read_csv, "CSV file", RunDirError)  # noqa: E731
+    tables = [Table(read(path), path.stem) for path in sorted(run.folder.glob("*.csv"))]
     yield Section("What was measured", tables=tables, pictures=_pictures(run))
 
 
@@ -157,7 +184,7 @@ def _pictures(run: RunDir) -> list[Picture]:
 
 
 def _made_with(run: RunDir) -> Section:
-    """What reruns it: settings, data, versions."""
+    """The command that reruns it: settings, data, versions."""
     config = run.config
     rows = [
         (key, value)

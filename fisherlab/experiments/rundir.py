@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fisherlab import comparison
-from fisherlab.experiments import checkpoint
+from fisherlab import comparison, whole
 from fisherlab.metrics import GramStudy
 
 CONFIG = "config.json"
@@ -52,7 +51,7 @@ class RunDir:
     def begin(self, config: dict[str, Any], tables: tuple[str, ...] = ()) -> None:
         """Clear what an earlier run left, and write down what this one is before it starts."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep_parts(self.folder)
+        whole.sweep_parts(self.folder)
         for path in self._files(tables):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.write_config({**config, "status": "running"})
@@ -61,12 +60,12 @@ class RunDir:
         """`config.json`: what reruns the run, on what it ran, and how it ended."""
         typed = {} if (told := TYPED.get()) is None else {"typed": told}
         content = json.dumps(config | typed | {"versions": versions()}, indent=2, default=str)
-        checkpoint.write(self.folder / CONFIG, content + "\n")
+        whole.write(self.folder / CONFIG, content + "\n")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """`name.csv` and `name.parquet`."""
-        checkpoint.write(self.folder / f"{name}.csv", frame.to_csv(index=False))
-        checkpoint.write(
+        whole.write(self.folder / f"{name}.csv", frame.to_csv(index=False))
+        whole.write(
             self.folder / f"{name}.parquet",
             lambda stream: frame.to_parquet(stream, index=False),
         )
@@ -79,39 +78,46 @@ class RunDir:
             for name, array in study.arrays().items()
         }
         write = lambda stream: np.savez_compressed(stream, **arrays)  # noqa: E731
-        checkpoint.write(self.folder / GRAMS, write)
+        whole.write(self.folder / GRAMS, write)
 
     def grams(self) -> dict[int, GramStudy]:
-        """What `write_grams` wrote, by step; nothing where it was not called."""
+        """The studies that `write_grams` wrote, by step; nothing where it was not called."""
         path = self.folder / GRAMS
         if not path.is_file():
             return {}
-        steps: dict[int, dict[str, np.ndarray]] = {}
-        with np.load(path) as arrays:
-            for key in arrays:
-                step, name = key.split("/")
-                steps.setdefault(int(step), {})[name] = arrays[key]
-        return {step: GramStudy.of_arrays(steps[step]) for step in sorted(steps)}
+        return whole.read(path, _studies, "file of Gram matrices", RunDirError)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `config.json` says; `RunDirError` where there is none."""
+        """The content of `config.json`; `RunDirError` where there is none."""
         path = self.folder / CONFIG
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunDirError(f"{self.folder} holds no run: there is no {CONFIG} in it") from None
-        except json.JSONDecodeError as error:
-            raise RunDirError(f"{path} is damaged ({error}); run it again") from None
+        if not path.is_file():
+            raise RunDirError(f"{self.folder} holds no run: there is no {CONFIG} in it")
+        read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
+        found = whole.read(path, read, "JSON file", RunDirError)
+        if not isinstance(found, dict):
+            raise RunDirError(f"{path} is damaged: it holds a {type(found).__name__}; run it again")
+        return found
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A table of the run; None if it has not been written."""
         path = self.folder / f"{name}.parquet"
-        return pd.read_parquet(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return whole.read(path, pd.read_parquet, "Parquet file", RunDirError)
 
     def _files(self, tables: tuple[str, ...]) -> list[Path]:
         names = [f"{name}{suffix}" for name in tables for suffix in (".csv", ".parquet")]
         return [self.folder / name for name in (CONFIG, *names, GRAMS, REPORT, FIGURES)]
+
+
+def _studies(path: Path) -> dict[int, GramStudy]:
+    steps: dict[int, dict[str, np.ndarray]] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for key in arrays:
+            step, name = key.split("/")
+            steps.setdefault(int(step), {})[name] = arrays[key]
+    return {step: GramStudy.of_arrays(steps[step]) for step in sorted(steps)}
 
 
 def versions() -> dict[str, str]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fisherlab.experiments import checkpoint
-from fisherlab.experiments.rundir import versions
+from fisherlab import whole
+from fisherlab.experiments.rundir import RunDir, versions
 from fisherlab.experiments.training import Entry, Results, Settings, SettingsError, Watch, train
 from fisherlab.experiments.training import entries as parse
 
@@ -23,7 +23,7 @@ Grid = dict[str, dict[str, list[str]]]  # optimizer -> option -> the values to t
 
 @dataclass
 class Search:
-    """What was tried, what was chosen from it, and how far the choice went on the test set."""
+    """The settings tried, the choice among them, and its result on the test set."""
 
     grid: Grid
     tried: Results
@@ -208,5 +208,14 @@ def _write(search: Search, folder: Path) -> None:
         "notes": search.notes,
         "versions": versions(),
     }
-    checkpoint.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
-    checkpoint.write(folder / "sweep.md", search.markdown())
+    search_settings = content["search"]
+    RunDir(folder).write_config(
+        {
+            "command": "sweep",
+            "status": "interrupted" if search.interrupted else "complete",
+            "settings": search_settings,
+            "grid": search.grid,
+        }
+    )
+    whole.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
+    whole.write(folder / "sweep.md", search.markdown())

@@ -14,6 +14,7 @@ from fisherlab.claims.table import summary
 from fisherlab.experiments.report import Picture, Section, Table, sections
 from fisherlab.experiments.rundir import FIGURES, RunDir, RunDirError
 from fisherlab.plots import claims as pictures
+from fisherlab.plots import theme
 
 SHOWN = ["claim", "kind", "source", "verdict", "expected", "margin", "trials", "seconds", "note"]
 MEANING = {
@@ -34,9 +35,9 @@ def write(run: RunDir, table: Verdicts) -> None:
     table.save(run.folder)
     folder = run.folder / FIGURES
     folder.mkdir(exist_ok=True)
-    (folder / "verdicts.png").write_bytes(pictures.verdicts(table).png())
+    (folder / "verdicts.png").write_bytes(pictures.verdicts(table).png(theme.DPI))
     for name in pictures.worth_drawing(table):
-        (folder / f"{name}.png").write_bytes(pictures.claim(table, name).png())
+        (folder / f"{name}.png").write_bytes(pictures.claim(table, name).png(theme.DPI))
 
 
 @sections("verify")

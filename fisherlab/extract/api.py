@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
@@ -74,7 +75,14 @@ class Report:
 
 
 class Captures(dict[str, LayerCapture]):
-    """`{layer name: LayerCapture}`, with the outputs, labels and `report` of the pass."""
+    """`{layer name: LayerCapture}`, with the outputs, labels and `report` of the pass.
+
+    Args:
+        layers: captures by layer name.
+        report: the backend, and the layers without a block.
+        outputs: the model's outputs, classes in axis 1.
+        labels: the labels of the batch.
+    """
 
     def __init__(
         self, layers: dict[str, LayerCapture], report: Report, outputs: Tensor, labels: Tensor
@@ -113,55 +121,75 @@ def capture(
 ) -> Captures:
     """`F = (1/M) sum_{m,n} vec(D) vec(D)^T`, `D = sum_t g[m,n,t] a[n,t]^T`: a and g of every layer.
 
-    `x` is a tensor, a tuple or a dict of the model's arguments; `y` the labels, or None where `x`
-    is a pair (x, y) or a dict that holds them under "labels". `forward(model, x)` makes the outputs
-    where the model is to be called in another way. `fisher_type` is
-    "exact" (a root of the loss Hessian; the default), "mc" (labels drawn from the model with
-    `generator`, None a fresh one seeded with 0) or "empirical" (the observed labels). The model
-    comes back untouched: no hooks, `.grad`, buffers, mode and global random streams as they were.
+    The model comes back untouched: no hooks, and `.grad`, buffers, mode and global random streams
+    are as they were. A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
 
-    `layers` and `skip` are names or patterns such as `"encoder.*"`. A layer that is named in full
-    is captured or refused; any other is left out with its reason where it has no block.
-    `kinds`: which products have a block, of "map" (linear maps, convolutions), "embedding" and
-    "factors" (what is multiplied or added element by element: normalisations, scales, positions,
-    biases that no map's block holds).
-    `examples` `[rows]` gives the example of each row, for rows that are in another order than the
-    batch's; None: autograd is asked (time-first sequences, windows, packed sequences).
+    `check` proves the capture from the graph where the graph states it, without arithmetic.
+    Elsewhere autograd forms the gradients, as a training step does, and weighted loss terms go back
+    once more. A layer that fails is left out, with its reason in `report.skipped`.
 
-    `ranks`: the processes that hold the other shards of this batch, if any; they capture together,
-    each its own rows of what a single process would capture.
-
-    `check` proves the capture. "full": each row belongs to its example, and `sum g a^T` is
-    autograd's gradient of weight and bias. "gradient": the second only. "off": neither. Both are
-    read off the graph where it states them, without arithmetic. Else autograd forms the gradients,
-    as a training step does, and sends weighted loss terms back once more. A layer that fails is
-    left out, with its reason in `report.skipped`. "full" refuses a model whose outputs change from
-    one forward pass to the next.
-
-    Classes are axis 1 of the outputs, or the last if the shape of the class indices shows it; the
-    captured `outputs` have them in axis 1. `register_criterion` adds a criterion of your own.
-
-    `mask` `[n, positions]`, True for real, or the name of an entry of a dict batch: padding is left
-    out of the loss and of means over positions, in every layer with these position axes. Positions
-    of a Linear without any gradient (padding that the loss ignores) are left out of these means
-    anyway. A layer whose masked positions have a gradient is left out: the model uses them.
-
-    `loss_scale` "mean" or "sum" states how a loss inside the model is made of its examples' losses:
-    criterion None, `x` the whole batch, labels included, `forward(model, x)` the loss or the losses
-    `[n]` of the examples (default: `.loss`). The Fisher is the empirical one. "full" proves the
-    statement on half of the batch.
+    Classes are axis 1 of the outputs, or the last axis if the shape of the class indices shows it.
+    The captured `outputs` have classes in axis 1.
 
     Trainable weights of half precision are captured in float32: the pass runs with float32 copies
-    of all half-precision tensors. A model that does not run so has no block for these weights.
+    of all half-precision tensors. If a model does not run in float32, these weights have no block.
 
-    A convolution with groups gives one capture per group, `name:0`, `name:1`, ...
+    Args:
+        model: the model, in the mode to be captured.
+        criterion: a loss with `reduction` "mean" or "sum"; `register_criterion` adds your own. None
+            for a loss inside the model (`loss_scale`).
+        x: a tensor `[n, ...]`, or a tuple or dict of the model's arguments.
+        y: the labels; None if `x` is a pair `(x, y)` or a dict that holds them under "labels".
+        fisher_type: "exact" (a root of the loss Hessian), "mc" (labels drawn from the model) or
+            "empirical" (the observed labels). None: "exact", or "empirical" with `loss_scale`.
+        backend: "auto", "hooks" or "backpack".
+        mc_samples: draws per example for "mc".
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
+        layers: names or patterns such as "encoder.*". A layer named in full is captured or refused;
+            any other without a block is left out with its reason.
+        skip: names or patterns of layers to leave out.
+        kinds: products that have a block: "map" (linear maps, convolutions), "embedding" and
+            "factors". Factors are multiplied or added element by element: normalisations, scales,
+            positions, and biases outside the blocks of maps.
+        examples: `[rows]`, the example of each row, for rows in another order than the batch. None:
+            autograd is asked (time-first sequences, windows, packed sequences).
+        forward: `forward(model, x)` makes the outputs; None: `model(x)`.
+        ranks: the processes that hold the other shards of this batch. They capture together; each
+            gets its own rows of the capture that a single process would make.
+        check: "full": each row belongs to its example, and `sum g a^T` is autograd's gradient of
+            weight and bias. "gradient": the second only. "off": neither. "full" refuses a model
+            whose outputs change from one forward pass to the next.
+        mask: `[n, positions]`, True for real, or the name of an entry of a dict batch. Padding is
+            left out of the loss and of means over positions, in every layer with these axes. A
+            layer that gives masked positions a gradient is left out: the model uses them. Positions
+            of a Linear without any gradient are left out of these means anyway.
+        loss_scale: "mean" or "sum" states how a loss inside the model combines the losses of its
+            examples. `criterion` is then None, `x` the whole batch with its labels, and
+            `forward(model, x)` the loss or the losses `[n]` (default: `.loss`). The Fisher is the
+            empirical one; `check="full"` proves the statement on half of the batch.
 
-    Raises `CaptureError` naming the layer, tensor or criterion that cannot be captured, and why.
+    Returns:
+        `Captures`, a dict from layer name to `LayerCapture` with the outputs, labels and `report`.
+
+    Raises:
+        CaptureError: a layer, tensor or criterion cannot be captured; the message names it and says
+            why.
+
+    Example:
+        >>> import torch, fisherlab as fl
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> captures = fl.capture(model, nn.CrossEntropyLoss(), torch.randn(16, 4),
+        ...                       torch.randint(3, (16,)), fisher_type="exact")
+        >>> {name: tuple(layer.inputs.shape) for name, layer in captures.items()}
+        {'0': (16, 1, 5), '2': (16, 1, 9)}
     """
     criterion = criterion_of(criterion, loss_scale)
     inside = isinstance(criterion, Inside)
-    fisher_type = fisher_type or ("empirical" if inside else "exact")
-    _check_options(fisher_type, backend, check, kinds, generator)
+    _check_kinds(kinds, examples, forward, ranks)
+    fisher_type = _asked(fisher_type, inside)
+    _check_options(fisher_type, backend, check, generator)
     fisher.check_draws(mc_samples)
     if inside and (fisher_type != "empirical" or backend == "backpack" or mask is not None):
         raise CaptureError(
@@ -255,9 +283,14 @@ def capture(
     return Captures(captured, report, outputs.detach(), labels)
 
 
-def _check_options(
-    fisher_type: str, backend: str, check: str, kinds: Collection[str], generator: object
-) -> None:
+def _asked(fisher_type: str | None, inside: bool) -> str:
+    """The Fisher type, by default the only one of a loss inside the model, else the exact one."""
+    if fisher_type is None:
+        return "empirical" if inside else "exact"
+    return fisher_type
+
+
+def _check_options(fisher_type: str, backend: str, check: str, generator: object) -> None:
     """Refuse an option that is none of its choices."""
     choices = {
         "fisher_type": (fisher_type, fisher.FISHER_TYPES),
@@ -265,14 +298,40 @@ def _check_options(
         "check": (check, CHECKS),
     }
     for option, (value, known) in choices.items():
-        if value not in known:
-            raise CaptureError(f"unknown {option} {value!r}; one of {', '.join(known)}")
-    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {kinds!r}")
+        doors.choice(value, option, known, error=CaptureError)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
             f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"
         )
+
+
+def _check_kinds(kinds: object, examples: object, forward: object, ranks: object) -> None:
+    """Refuse options that are of another type than theirs."""
+    if (
+        not isinstance(kinds, Collection)
+        or isinstance(kinds, str | bytes)
+        or not set(kinds) <= set(KINDS)
+    ):
+        raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {doors.said(kinds)}")
+    if examples is not None and not (
+        isinstance(examples, Tensor)
+        and examples.ndim == 1
+        and not (examples.is_floating_point() or examples.is_complex())
+    ):
+        raise CaptureError(
+            f"examples is a tensor [rows] of the example of each row, got {doors.said(examples)}"
+        )
+    check_forward(forward)
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise CaptureError(
+            f"ranks is a fisherlab.distributed.Ranks or None, got {doors.said(ranks)}"
+        )
+
+
+def check_forward(forward: object) -> None:
+    """Refuse what cannot be called as `forward(model, x)`."""
+    if forward is not None:
+        doors.function(forward, "forward(model, x)", error=CaptureError)
 
 
 def _check_captured(
@@ -425,6 +484,8 @@ def _forward(
             f"{who} returned {type(outputs).__name__}; FisherLab needs one tensor of outputs (or "
             "`.logits`): wrap the model, or pass forward=lambda model, x: model(x)[0]"
         )
+    if outputs.is_nested or outputs.is_quantized or outputs.layout != torch.strided:
+        raise CaptureError(f"the outputs are {doors.said(outputs)}; return a dense tensor")
     if outputs.is_complex():
         raise CaptureError(
             f"the outputs are {outputs.dtype}; return real ones, such as outputs.abs()"

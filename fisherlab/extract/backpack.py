@@ -5,8 +5,8 @@
 A first-order extension leaves the gradient at each layer's output (empirical), a second-order one
 the back-propagated columns (exact, mc). Both stop there: nothing of a parameter's size is formed.
 
-The last column is the gradient of the loss, and must arrive at every layer as autograd delivers it:
-BackPACK follows modules only and keys what it sends by `data_ptr()`, so that it is silently wrong
+The last column is the gradient of the loss, and must arrive at every layer as autograd delivers it.
+BackPACK follows modules only and keys its tensors by `data_ptr()`. It is therefore silently wrong
 behind functional transposes, in-place operations and paddings other than zeros.
 """
 
@@ -224,8 +224,8 @@ def _compare(name: str, probe: Tensor, expected: Tensor, modules: int) -> None:
 class Follower:
     """Runs an extension on each module at the moment the gradient of that module's output arrives.
 
-    As `backpack.extend` does, with two differences: a call's input and output are bound to the call
-    and shown to BackPACK only while it looks at them, and every hook is gone afterwards. Nothing
+    It works as `backpack.extend`, with two differences. A call's input and output are bound to the
+    call and shown to BackPACK only while it looks at them. Every hook is gone afterwards. Nothing
     can be left on the model, and no output is wrapped.
     """
 
@@ -237,7 +237,7 @@ class Follower:
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
-        """Follow every module that computes; those that hold others only call them."""
+        """Follow every module that computes; modules that hold others only call them."""
         try:
             for name, module in model.named_modules():
                 if next(module.children(), None) is None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherlab.extract.geometry import CaptureError
+
 
 def pulled_back(
     outputs: Tensor, vector: Tensor, sources: Sequence[GradientEdge | Tensor]
@@ -25,6 +27,10 @@ def pulled_back(
     """
     if not sources:
         return ()
+    if outputs.is_complex():
+        raise CaptureError(
+            f"the outputs are {outputs.dtype}; return real ones, such as outputs.abs()"
+        )
     # of the number <f, v>: given v itself, autograd loads a package for symbolic shapes, 2 s once
     with torch.enable_grad():
         product = (outputs * vector).sum()

@@ -168,6 +168,11 @@ def _find_rows(
             doubtful.append((name, call))
         elif weighted is not None and not call.own_rows and not weighted.belong(call):
             doubtful.append((name, call))
+    if examples is not None and not any(c.examples is not None for f in calls.values() for c in f):
+        raise CaptureError(
+            f"examples has {len(examples)} entries, and no layer has as many rows; pass one entry "
+            "for each row of a layer's outputs"
+        )
     if doubtful and not outputs.ndim:
         failures |= {name: f"{SEVERAL}; return the loss of every example" for name, _ in doubtful}
     elif doubtful:

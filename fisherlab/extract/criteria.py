@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherlab.blocks.numerics import eigh
 from fisherlab.extract.geometry import CaptureError
 
 # Entries that the Hessians of all examples may have, where they are formed by autograd.
@@ -83,7 +84,7 @@ def _no_reason(criterion: Any, outputs: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is known of one kind of criterion, `L = (1/Z) sum_n sum_j l_nj` under a mean.
+    """One kind of criterion, `L = (1/Z) sum_n sum_j l_nj` under a mean.
 
     Every function takes the criterion first, then the outputs `f` and the labels `y`.
 
@@ -151,7 +152,7 @@ def register_criterion(
             It makes "exact" possible.
         sample: labels `[n, ...]` drawn from the distribution that the outputs stand for, by
             `torch` functions with `generator=`, on the CPU. It makes "mc" possible.
-        weights: what each term counts in `Z` under a mean; default 1.
+        weights: weight of each term in `Z` under a mean; default 1.
         check: raises `CaptureError` for labels that do not fit the outputs.
 
     Raises:
@@ -180,7 +181,7 @@ def register_criterion(
 
 
 def rules_of(criterion: Callable[..., Any]) -> Rules | None:
-    """What is known of a criterion by its exact type; None for one that is not known."""
+    """The rules of a criterion by its exact type; None for one that is not known."""
     if isinstance(criterion, WithRules):
         return criterion.rules
     if not isinstance(criterion, nn.Module):
@@ -274,7 +275,7 @@ def terms_at(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def weights_at(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
-    """What each loss term counts in `Z` under a mean."""
+    """The weight of each loss term in `Z` under a mean."""
     rules = rules_of(criterion)
     if rules is None or rules.terms is None:
         return _ones(outputs.shape[:1], outputs)
@@ -369,7 +370,7 @@ def _hessian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor
         v[:, k] = 1
         rows.append(_hessian_product(criterion, outputs, y, v.view_as(outputs)).reshape(n, -1))
     H = torch.stack(rows, 1).double()
-    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    values, vectors = eigh(H, f"Hessian of {name_of(criterion)}")
     top = values.abs().max()
     if bool((values < -1e-6 * top).any()):
         raise CaptureError(
@@ -456,7 +457,7 @@ def _class_shares(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _class_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | None:
-    """What multiplies `diag(p) - p p^T` in the Hessian of each term; None for 1 everywhere.
+    """The factor on `diag(p) - p p^T` in the Hessian of each term; None for 1 everywhere.
 
     A term is `-sum_c w_c q_c log p_c` with `q` the smoothed label, so the factor is
     `sum_c w_c q_c`.
@@ -689,7 +690,7 @@ def _of_classes(**more: Any) -> Rules:
 
 
 def _of_single(entries: Terms, sample: Sampler, check: Check, **more: Any) -> Rules:
-    """Of one output a term, whose Hessian or expected `s s^T` has the root `entries`."""
+    """Rules for one output per term; its Hessian or expected `s s^T` has the root `entries`."""
     found: dict[str, Any] = {"score": _autograd_score} | more
     root = partial(_diagonal, entries=entries)
     return _built_in(weights=_label_ones, root=root, sample=sample, check=check, **found)

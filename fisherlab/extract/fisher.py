@@ -11,7 +11,7 @@ a sum. The Fisher type chooses the vectors v at the model's output that are sent
 
 so `exact` is the Gauss-Newton matrix of `l_n`, and `mc` is unbiased for it for any number of terms.
 A term with a weight (class weights, soft labels) has its Hessian times that weight, and its drawn
-score times the root of it. What a criterion's terms, roots and draws are stands in `criteria`.
+score times the root of it. The terms, roots and draws of each criterion are defined in `criteria`.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def exact_vectors(
 
 def check_draws(mc_samples: int) -> None:
     """Refuse a number of draws that is none."""
-    if not isinstance(mc_samples, int) or mc_samples < 1:
+    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise CaptureError(f"mc_samples must be a whole number of at least 1, got {mc_samples!r}")
 
 
@@ -222,8 +222,8 @@ def mc_vectors(
 ) -> Iterator[Tensor]:
     """Scores at drawn labels, one `[n, ...]` per draw; drawn on the CPU from `generator`.
 
-    Every one of `ranks` draws for the joint batch and keeps its own rows: two ranks never share a
-    draw, their generators stay in step, and the draws are those of a single process.
+    Every one of `ranks` draws for the joint batch and keeps its own rows. Two ranks never share a
+    draw, their generators stay in step, and the draws equal those of a single process.
     """
     check_draws(draws)
     terms = terms_of(criterion, outputs, y, "mc", ranks)

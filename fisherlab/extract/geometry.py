@@ -1,8 +1,9 @@
 """`Geometry`: how the input and the output gradient of one call become rows of an affine map.
 
-Every product with a weight is an affine map with shared weights, `s[n,t] = W a[n,t]`: a `Linear`
-over `[n, ..., i]` has its middle axes as positions, a convolution its output pixels, a transposed
-convolution its input pixels, an embedding its tokens. Patches and biases end here.
+Every product with a weight is an affine map with shared weights, `s[n,t] = W a[n,t]`. The positions
+of a `Linear` over `[n, ..., i]` are its middle axes; the positions of a convolution are its output
+pixels, of a transposed convolution its input pixels, of an embedding its tokens. Patches and biases
+end here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fisherlab.extract.moments import example_sum, patch_moment, with_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Multiplications in whose time Python sees to one pair of offsets of `patch_moment`.
+# Python's overhead for one pair of offsets in `patch_moment`, in multiplications.
 PAIR = 8e5
 
 
@@ -103,7 +104,7 @@ class Geometry:
         conv: the hyper-parameters of a convolution, whose inputs are patches.
         group: the group of a convolution that this capture covers, of `groups`.
         transposed: the hyper-parameters of a transposed convolution, whose gradients are patches.
-        lookup: of an embedding the index without gradient (`padding_idx`), or -1.
+        lookup: for an embedding, the index without gradient (`padding_idx`), or -1.
         adds: whether this call adds the bias: 1 in that column, else 0.
         start: the first row of the weight that this call multiplies.
         width: the number of those rows; None for all.
@@ -220,7 +221,7 @@ class Geometry:
         return found, positions
 
     def input_moment(self, raw: Tensor) -> Tensor:
-        """`sum_{n,t} a a^T`, `[i, i]`; of plain convolutions without forming their patches."""
+        """`sum_{n,t} a a^T`, `[i, i]`; for plain convolutions without unfolding their inputs."""
         whole = self.adds or not self.bias
         if self.conv is None or not whole or not self.conv.plain or not self._correlated(raw):
             return contractions.second_moment(self.inputs(raw))

@@ -136,6 +136,8 @@ def _multiplies(node: Any, saved: str, call: Recorded) -> bool:
     if x._version != call.input_version or getattr(node, f"_raw_saved_{saved}").unpack_hook:
         return False
     own = getattr(node, f"_saved_{saved}")
+    if own.layout != torch.strided or x.layout != torch.strided:
+        return False
     return bool(
         own.data_ptr() == x.data_ptr()
         and own.numel() == x.numel()
@@ -159,7 +161,7 @@ def _fits(node: Any, geometry: Geometry) -> bool:
 
 
 def _in_parts(outputs: Tensor, edges: Collection[Edge], n: int) -> set[Edge]:
-    """Those edges whose n-th part, in the order of elements, has the gradient of example n alone.
+    """The edges whose n-th part, in the order of elements, has the gradient of example n alone.
 
     Args:
         outputs: `[n, ...]`, with their graph.

@@ -26,9 +26,9 @@ class HessianBlock(Block):
     the graph of the gradient, which the block keeps: the weights must stay as they were.
 
     Args:
-        gradients: of `L`, of the weight and the bias, with a graph.
+        gradients: gradients of `L` for the weight and the bias, with a graph.
         leaves: the weight and, if it has one, the bias.
-        scale: what `L` is times the loss that the gradients are of.
+        scale: `L` over the loss of which the gradients are.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ def hessian_blocks(
         forward: how the model is called, as in `capture`.
 
     Returns:
-        Blocks by name of the layer, the bias as last column. Of a convolution with groups it is
-        that of the whole weight, what lies between groups included.
+        Blocks by name of the layer, the bias as last column. A convolution with groups has one
+        block for the whole weight, entries between groups included.
 
     Raises:
         CaptureError: a layer named in full is no such module, or the batch is none.

@@ -27,9 +27,9 @@ ROWS_PER_CHANNEL = 8
 def image_gradients(x: Tensor, g: Tensor, conv: Convolution, out: Tensor) -> None:
     """`D[m,n]` of images `x` `[n, c, h, w]` and output gradients `g` `[m, n, o, h', w']`.
 
-    Into `out`, `[m, n, o, c k k]`. Of few rows `m o`, with stride 1, every kernel entry is one
-    batched product of the gradients with the images, shifted: laid out with the rows of the images,
-    a shift is an offset and nothing is copied.
+    Into `out`, `[m, n, o, c k k]`. With few rows `m o` and stride 1, every kernel entry is one
+    batched product of the gradients with the shifted images. In the layout of the images' rows a
+    shift is an offset, and nothing is copied.
     """
     m, n, o = g.shape[:3]
     if any(conv.padding):
@@ -67,7 +67,7 @@ class ImageColumns(Columns):
 
     @staticmethod
     def of(layer: LayerCapture) -> ImageColumns | None:
-        """Those of a capture; None where they would not be cheaper."""
+        """The columns of a capture; None where they would not be cheaper."""
         conv = layer.geometry.conv
         if conv is None or len(conv.kernel) != 2 or len(layer.raw_inputs) > 1:
             return None

@@ -16,9 +16,9 @@ from fisherlab.extract.layer import LayerCapture, Raw
 def one_sample(layers: Sequence[LayerCapture]) -> tuple[LayerCapture, ...]:
     """Captures of one layer with the loss terms of all of them under one mean, `c = M / Z`.
 
-    Each batch was captured under its own mean, which divides by its own loss terms. Where padding
-    or class weights make these differ per example, the gradients take the factor of the whole:
-    `c / c_b`, its root in the vectors of a Hessian.
+    Each batch was captured under its own mean, which divides by its own loss terms. If padding or
+    class weights make these differ per example, the gradients take the factor of the whole,
+    `c / c_b`. The vectors of a Hessian take its root.
     """
     scales = {layer.term_scale for layer in layers}
     if len(scales) == 1:

@@ -28,7 +28,7 @@ class LayerCapture:
 
     One entry of each `raw_*` list per call of the module. `raw_output_gradients` are `[m, n, ...]`,
     of the per-example loss `l_n`, never divided by `M`, with each column's scale inside, so that
-    `F = (1/M) sum_{m,n} vec(D) vec(D)^T`; `raw_label_gradients` are `[n, ...]`, at the observed
+    `F = (1/M) sum_{m,n} vec(D) vec(D)^T`. `raw_label_gradients` are `[n, ...]`, at the observed
     labels, whatever the Fisher type.
     """
 
@@ -44,7 +44,7 @@ class LayerCapture:
     # why the map has no `nu`; "" where it has one
     without_slope: str = ""
     fisher_type: str = "empirical"
-    # what both raw gradients count: those of an optimizer are of the loss, 1/M of the `l_n`
+    # scale from both raw gradients to the per-example loss; an optimizer's are 1/M of it
     gradient_scale: float = 1.0
     # the examples that each row of the raw tensors is the sum of; above 1 only sums are known
     summed: int = 1
@@ -236,7 +236,7 @@ class LayerCapture:
     def _in_cache(self) -> Iterator[LayerCapture]:
         """A few examples at a time, whose inputs stay in the cache.
 
-        Those of a convolution are laid out anew, and are many times larger than its image.
+        The inputs of a convolution are unfolded anew, and are many times larger than its image.
         """
         size = self.positions * self.shape[1] * self.raw_inputs[0].element_size()
         n = self.raw_inputs[0].shape[0]

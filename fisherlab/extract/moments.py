@@ -18,9 +18,9 @@ def patch_moment(x: Tensor, kernel: int = 3) -> Tensor:
     """`sum a a^T` over the k x k patches `a` of `x` `[n, c, h, w]`, `[k^2 c, k^2 c]`, k odd.
 
     Two entries of a patch, at offsets i and j, are correlated at lag `l = j - i`: half of
-    (2 k - 1)^2 lags instead of k^4 pairs of offsets. A patch at the border sees zeros, so the pairs
-    of pixels whose patch would lie outside the image are taken off again; there both offsets point
-    back into it, and few pixels take part.
+    (2 k - 1)^2 lags instead of k^4 pairs of offsets. A patch at the border sees zeros, so pairs of
+    pixels with a patch outside the image are subtracted again. There both offsets point back into
+    the image, and few pixels take part.
     """
     n, c, h, w = x.shape
     r = kernel // 2

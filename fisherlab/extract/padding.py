@@ -1,8 +1,8 @@
 """Padding: which positions of an example count, in the loss and in means over positions.
 
-A position counts in a layer's input factor if any backpropagated vector is non-zero there, for some
-column or for the observed labels, at the layer's output or behind the rectifier that follows (see
-`dead`). An example without any gradient counts with all its positions.
+A position counts in a layer's input factor if any backpropagated vector is non-zero there. The
+vector may belong to a column or to the observed labels, at the layer's output or behind the
+rectifier that follows (see `dead`). An example without any gradient counts with all its positions.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def _embedding(
 
 
 def _norm(function: Callable[..., Tensor], names: str, axis: int | None) -> Parser:
-    """Of a normalisation with some arguments; the weight's factor is its result without weight."""
+    """A normalisation with some arguments; the weight's factor is its result without weight."""
 
     def parse(*args: Any, **given: Any) -> Product | None:
         given |= dict(zip(names.split(), args, strict=False))

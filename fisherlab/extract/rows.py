@@ -55,6 +55,8 @@ def find_examples(
         shapes: the shapes of their outputs.
     """
     n = outputs.shape[0]
+    if not n:
+        return ["the outputs have no rows"] * len(calls)
     base = max(2, math.isqrt(n - 1) + 1)
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(outputs.shape, generator=generator).to(outputs) + 0.1

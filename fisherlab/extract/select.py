@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.names import nearest
@@ -146,6 +147,8 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def _patterns(given: Iterable[str] | str, role: str) -> list[str]:
+    if not isinstance(given, Iterable):
+        raise CaptureError(f"{role}= takes names or patterns of layers; got {doors.said(given)}")
     patterns = [given] if isinstance(given, str) else list(given)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -172,6 +175,12 @@ def check_initialised(model: nn.Module) -> None:
 def check_model(model: nn.Module) -> None:
     """Refuse lazy layers, training-mode normalisation and dropout, and non-finite parameters."""
     check_initialised(model)
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.is_meta:
+            raise CaptureError(
+                f"parameter {name!r} is on the device 'meta', which holds no numbers; load the "
+                "weights first"
+            )
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):
@@ -206,7 +215,16 @@ def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
     check_arrays(x)
     if not isinstance(y, Tensor):
         raise CaptureError(f"y is no tensor but {type(y).__name__}; pass torch.as_tensor(y)")
+    if nn.parameter.is_lazy(y) or y.layout != torch.strided:
+        raise CaptureError(f"y is {doors.said(y)}; pass y.to_dense()")
     for tensor, role in (*tensors_of(x), (y, "y")):
+        if tensor.is_nested or tensor.is_quantized or nn.parameter.is_lazy(tensor):
+            raise CaptureError(
+                f"{role} is {doors.said(tensor)}; pass a plain tensor of numbers, dense or padded "
+                "with a mask"
+            )
+        if type(tensor) is Tensor and tensor.is_meta:
+            raise CaptureError(f"{role} is on the device 'meta', which holds no numbers")
         if tensor.ndim == 0 or tensor.shape[0] == 0:
             raise CaptureError(f"{role} is an empty batch, shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not all_finite(tensor):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +27,9 @@ from fisherlab.extract.select import (
 )
 from fisherlab.extract.tape import Tape, Use
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLUMNS = [
     *("layer", "layer_type", "n_parameters", "status", "backend", "reason", "compare", "shape"),
     *("positions", "capture_bytes", "gram_multiplications", "estimated_seconds", "dense_bytes"),
@@ -35,19 +38,41 @@ COLUMNS = [
 
 
 def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> pd.DataFrame:
-    """One row per weight: its status, the reason, and what its block would cost.
+    """One row per weight: its status, the reason, and the cost of its block.
 
-    The model is called as `capture` calls it, by `forward(model, x)` if given, and may return
-    anything.
+    Args:
+        model: the model; it comes back untouched.
+        x: one batch, as in `capture`.
+        forward: `forward(model, x)` calls the model and may return anything; None: `model(x)`.
 
-    Columns: layer, layer_type, n_parameters, status ("exact", "tied", "plain gradient"), backend,
-    reason, compare (what `compare` does with it by default: the Fisher type it takes for a
-    criterion of known likelihood, or why it refuses the model as it stands), shape (o, i),
-    positions, capture_bytes (raw input and one column of output gradients), gram_multiplications
-    (of the Gram matrix with one column per example), estimated_seconds (those at the rate of this
-    machine), dense_bytes (of the block nobody should form), diagonal_factors (the Kronecker factors
-    too large for an optimizer, which keeps their diagonals).
+    Returns:
+        A frame with the columns
+
+        - layer, layer_type, n_parameters, backend, reason;
+        - status: "exact", "tied" or "plain gradient";
+        - compare: the Fisher type that `compare` takes by default for a criterion of known
+          likelihood, or why it refuses the model as it stands;
+        - shape `(o, i)` and positions;
+        - capture_bytes: raw input and one backpropagated vector per example;
+        - gram_multiplications: of the Gram matrix with one column per example;
+        - estimated_seconds: the same at the rate of this machine;
+        - dense_bytes: of the dense block, which is never formed;
+        - diagonal_factors: the Kronecker factors too large for an optimizer, which keeps their
+          diagonals.
+
+    Raises:
+        CaptureError: the model has uninitialised parameters, or the batch holds no tensor.
+
+    Example:
+        >>> import torch, fisherlab as fl
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> table = fl.support(model, torch.randn(16, 4))
+        >>> table[["layer", "status", "n_parameters"]].values.tolist()
+        [['0', 'exact', 40], ['2', 'exact', 27]]
     """
+    import pandas as pd
+
     model = unwrapped(model)
     check_arrays(x)
     check_initialised(model)

@@ -39,7 +39,7 @@ _ATTENTION = FunctionType(
 _ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
-# What lets a user put a hook on a tensor or on the node behind it.
+# Calls by which a user puts a hook on a tensor or on the node behind it.
 _HOOKS = frozenset({Tensor.register_hook, Tensor.grad_fn.__get__})
 # Kinds of products: linear maps and convolutions, embeddings, factors and terms per feature
 # (normalisations, biases that no map has, positions).
@@ -86,6 +86,11 @@ class Call:
     # the example of every row, where the first axis is not the example; -1: no example
     examples: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """A sparse input as the dense one that it means."""
+        if self.raw_input.layout != torch.strided:
+            self.raw_input = self.raw_input.to_dense()
+
     @property
     def is_map(self) -> bool:
         """Whether it is a linear map or a convolution."""
@@ -104,7 +109,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Known:
-    """What a tensor is on the tape: `factor W + c` of a weight, in the weight's layout."""
+    """The place of a tensor on the tape: `factor W + c` of a weight, in the weight's layout."""
 
     name: str
     root: Tensor
@@ -227,7 +232,7 @@ class Tape(TorchFunctionMode):
         return out
 
     def known(self, tensor: object) -> Known | None:
-        """What a tensor is on this tape, itself or by the tensor that it is a view of."""
+        """The place of a tensor on this tape, directly or through the tensor that it views."""
         if not isinstance(tensor, Tensor):
             return None
         for each in (tensor, tensor._base):
@@ -455,7 +460,7 @@ class Record:
         if product.scale is not None:
             with torch.no_grad():
                 scale = product.scale().detach()
-            # what is read of x is in the factor
+            # the part read of x is in the factor
             x, shape = kept, product.weight.shape
         call = Recorded(
             use.geometry,

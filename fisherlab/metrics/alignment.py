@@ -10,15 +10,32 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Outer
+from fisherlab.blocks.numerics import svdvals
+from fisherlab.metrics.entry import entered
 
 
+@entered
 def diagonalisation(X: Block, F: Block) -> Tensor:
-    """`||diag(Q^T F Q)||^2 / ||F||^2` in [0, 1] for the eigenvectors `Q` of `X`; 0-d float64.
+    """`||diag(Q^T F Q)||^2 / ||F||^2` in [0, 1] for the eigenvectors `Q` of `X`.
 
-    Kronecker eigenvectors for KFAC, TKFAC and their corrected forms, the identity for a diagonal;
-    of a low-rank form those of its range. 1 means that only the eigenvalues of `X` can be wrong.
-    NaN where `F` has energy in a null space of `X`: an eigensolver picks its basis there, and the
-    value would be of that choice.
+    `Q` are Kronecker eigenvectors for KFAC, TKFAC and their corrected forms, the identity for a
+    diagonal block, and the range of a low-rank block.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64. 1: only the eigenvalues of `X` can be wrong. NaN if `F` has energy in a null
+        space of `X`: the value would depend on the eigensolver's choice of a basis there.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), (1, 2))
+        >>> X = blocks.Diagonal(torch.tensor([[2.0, 2.0]]))
+        >>> round(float(metrics.diagonalisation(X, F)), 3)
+        0.8
     """
     norm = F.squared_norm()
     energy = X.diagonal_of(F).double().square().sum()
@@ -29,7 +46,7 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
 
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
-    values = F.leading_values(k)
+    values = F.leading_values(k) if k else torch.zeros(0)
     if not len(values) or values[0] <= 0:
         return 0
     return int((values > _noise(F) * values[0]).sum())
@@ -63,11 +80,27 @@ def _products(X: Block, F: Block, k: int) -> Tensor:
     return products
 
 
+@entered
 def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
-    """`||Q_k^T V_k||_F^2 / k` in [0, 1], the leading k eigenvectors of `X` and of `F`; 0-d float64.
+    """`||Q_k^T V_k||_F^2 / k` in [0, 1] for the leading k eigenvectors of `X` and of `F`.
 
-    k is lowered to the rank of `F`; an `X` of smaller rank misses the rest. Undefined where the
-    k-th gap closes: see `spectral_gap`.
+    It is undefined where the k-th gap closes: see `spectral_gap`.
+
+    Args:
+        X: the approximation; directions that a smaller rank misses count as 0.
+        F: the exact block, in the shape of `X`.
+        k: number of eigenvectors, lowered to the rank of `F`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 2.0, 1.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[4.0, 1.0, 2.0]]))
+        >>> round(float(metrics.subspace_overlap(X, F, k=2)), 3)
+        0.5
     """
     k = default_rank(F, k)
     if k == 0:
@@ -76,10 +109,23 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     return (_products(X, F, k).square().sum() / k).clamp(max=1)
 
 
+@entered
 def spectral_gap(F: Block, k: int = 10) -> Tensor:
     """`(lambda_k - lambda_{k+1}) / lambda_1`; near 0 the leading k-subspace is not defined.
 
-    k is lowered to the rank of `F`, as in `subspace_overlap`.
+    Args:
+        F: a block.
+        k: index of the eigenvalue, lowered to the rank of `F` as in `subspace_overlap`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 3.0, 1.0]]))
+        >>> round(float(metrics.spectral_gap(F, k=2)), 3)
+        0.5
     """
     values = F.leading_values(k + 1)
     k = default_rank(F, k)
@@ -89,25 +135,56 @@ def spectral_gap(F: Block, k: int = 10) -> Tensor:
     return (values[k - 1] - following) / values[0]
 
 
+@entered
 def principal_angles(X: Block, F: Block, k: int = 10) -> Tensor:
-    """Angles between the leading k-subspaces of `X` and `F`, radians, ascending, `[k]` float64.
+    """Angles between the leading k-subspaces of `X` and `F`.
 
-    k is lowered to the rank of `F`. To a direction that an `X` of smaller rank misses, the angle
-    is `pi / 2`.
+    Args:
+        X: the approximation; the angle to a direction that a smaller rank misses is `pi / 2`.
+        F: the exact block, in the shape of `X`.
+        k: number of eigenvectors, lowered to the rank of `F`.
+
+    Returns:
+        `[k]` float64, radians, ascending.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 2.0, 1.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[4.0, 1.0, 2.0]]))
+        >>> metrics.principal_angles(X, F, k=2).round(decimals=3).tolist()
+        [0.0, 1.571]
     """
-    return torch.linalg.svdvals(_products(X, F, default_rank(F, k))).clamp(max=1).arccos()
+    return svdvals(_products(X, F, default_rank(F, k)), "overlaps").clamp(max=1).arccos()
 
 
+@entered
 def overlap_matrix(X: Block, F: Block, k: int = 10) -> Tensor:
-    """`|<v_i, q_j>|`, `[k, k]` float64: leading eigenvectors of `F` down, of `X` across.
+    """`|<v_i, q_j>|`: leading eigenvectors of `F` down, of `X` across.
 
-    A row or a column is zero where the rank of its block is smaller than its index.
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        k: number of eigenvectors.
+
+    Returns:
+        `[k, k]` float64. A row or column is zero if the rank of its block is smaller than its
+        index.
     """
     return _products(X, F, k).abs().clamp(max=1)
 
 
+@entered
 def off_diagonal_mass(X: Block, F: Block) -> Tensor:
-    """`1 - ||diag(Q^T F Q)||^2 / ||F||^2`: what no eigenvalues in the basis of `X` can express."""
+    """`1 - ||diag(Q^T F Q)||^2 / ||F||^2`: the share that no eigenvalues in `X`'s basis express.
+
+    Args:
+        X: the approximation, with eigenvectors `Q`.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64 in [0, 1]; NaN as in `diagonalisation`.
+    """
     return 1 - diagonalisation(X, F)
 
 
@@ -122,11 +199,25 @@ class GroupedOverlap:
     sizes: list[int]
 
 
+@entered
 def eigenvalue_groups(values: Tensor, rtol: float = 1e-3) -> list[slice]:
     """Runs of descending eigenvalues whose neighbours differ by less than `rtol`, relatively.
 
-    Within a run the eigenvectors are any orthonormal basis of one space: LAPACK's choice, not the
-    matrix's.
+    Within a run the eigenvectors are any orthonormal basis of one space. LAPACK chooses it, not the
+    matrix.
+
+    Args:
+        values: `[N]`, descending.
+        rtol: the largest relative difference of neighbours in a run.
+
+    Returns:
+        The runs as slices of `values`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import metrics
+        >>> metrics.alignment.eigenvalue_groups(torch.tensor([2.0, 2.0, 1.0]))
+        [slice(0, 2, None), slice(2, 3, None)]
     """
     if not len(values):
         return []
@@ -135,12 +226,22 @@ def eigenvalue_groups(values: Tensor, rtol: float = 1e-3) -> list[slice]:
     return [slice(one, two) for one, two in pairwise(starts)]
 
 
+@entered
 def grouped_overlap(X: Block, F: Block, k: int = 10, rtol: float = 1e-3) -> GroupedOverlap:
     """`||V_I^T Q_J||_F / sqrt(min(|I|, |J|))` of the leading eigenspaces of `F` (down) and `X`.
 
-    Groups of equal eigenvalues count as one space, whole: the result does not depend on the basis
-    that an eigensolver picks in it. The null space of either is no group. 1: the smaller space lies
-    in the larger. Of single eigenvectors it is `|<v_i, q_j>|`.
+    Groups of equal eigenvalues count as one whole space, so the result does not depend on the
+    eigensolver's basis. The null space of either block is no group. For single eigenvectors it is
+    `|<v_i, q_j>|`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        k: number of leading eigenvectors.
+        rtol: the largest relative difference of neighbours in a group.
+
+    Returns:
+        The overlaps; 1: the smaller space lies in the larger.
     """
     (x_values, columns), (f_values, rows) = (_groups(B, k, rtol) for B in (X, F))
     sizes = [[s.stop - s.start for s in groups] for groups in (rows, columns)]

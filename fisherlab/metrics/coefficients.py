@@ -6,17 +6,24 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.numerics import cholesky
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import HasGram
 
 
+@entered
 def example_coefficients(F: HasGram, alpha: float = 0.005) -> Tensor:
-    """`M v = M lambda (M lambda I + K)^{-1} 1`, `lambda = alpha ||K||_F`, `[M]` float64.
+    """`M v = M lambda (M lambda I + K)^{-1} 1`, `lambda = alpha ||K||_F`.      FNGD (9), (14).
 
-    FNGD (9), (14). 1 is the weight that SGD gives an example; an example whose gradient many others
-    share is weighted down. `F` is of the empirical Fisher: one column per example.
+    SGD gives each example the weight 1. An example is weighted down if its gradient resembles many
+    others.
+
+    Args:
+        F: a capture or exact block of the empirical Fisher: one column per example.
+        alpha: the damping relative to the norm of the Gram matrix `K`.
+
+    Returns:
+        `[M]` float64.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha!r}")
     K = F.gram().double()
     M = len(K)
     damping = alpha * K.norm()
@@ -28,11 +35,23 @@ def example_coefficients(F: HasGram, alpha: float = 0.005) -> Tensor:
     return M * damping * torch.cholesky_solve(ones, root)[:, 0]
 
 
+@entered
 def coefficient_drift(coefficients: Tensor, shared: Tensor) -> Tensor:
-    """`||v - v~|| / ||v - mean v||`, 0-d float64: what sharing `v~` loses of what `v` knows.
+    """`||v - v~|| / ||v - mean v||`: the loss from sharing `v~`, relative to what `v` knows.
 
-    0: the shared coefficients are today's; 1: no better than one factor for the whole layer.
+    Args:
+        coefficients: `v` `[M]` of the current batch.
+        shared: `v~` `[M]`, the shared coefficients.
+
+    Returns:
+        0-d float64. 0: the shared coefficients equal the current ones. 1: they are no better than
+        one factor for the whole layer.
     """
+    if coefficients.shape != shared.shape:
+        raise ValueError(
+            f"coefficients and shared must be of the same examples, got {len(coefficients)} and "
+            f"{len(shared)}"
+        )
     v, kept = coefficients.double(), shared.double()
     spread = (v - v.mean()).norm()
     error = (v - kept).norm()

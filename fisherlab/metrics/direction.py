@@ -1,4 +1,4 @@
-"""What an approximate block does to a gradient: direction and quadratic-model decrease.
+"""The effect of an approximate block on a gradient: direction and quadratic-model decrease.
 
 `d = -P g` is the approximate natural-gradient step, `P = (X + lambda I)^{-1}` unless a
 preconditioner with the damping placed elsewhere is given; `d* = -(F + lambda I)^{-1} g` the exact
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block
 from fisherlab.blocks.numerics import dot
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Step:
         return _ratio(self.slope.square(), -self.curvature * self.exact_slope)
 
 
+@entered
 def step(
     X: Block,
     F: Block,
@@ -86,9 +88,20 @@ def step(
     preconditioner: Block | None = None,
     exact: Tensor | None = None,
 ) -> Step:
-    """Both steps, `exact` if known; ours of `preconditioner`, by default `(X + damping I)^{-1}`.
+    """`d = P g` and `d* = (F + damping I)^{-1} g`.
 
     `P g` divides the rounding of a float32 gradient by the damping; `fl.compare` keeps it out.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        gradient: `g` `[o, i]`, of the mean loss.
+        damping: lambda, absolute, on the scale of `F`.
+        preconditioner: `P`; None: `(X + damping I)^{-1}`.
+        exact: `d*` `[o, i]`, if it is known.
+
+    Returns:
+        Both steps.
     """
     gradient = gradient.to(F.dtype)
     P = X.power(-1, damping) if preconditioner is None else preconditioner
@@ -97,23 +110,85 @@ def step(
     return Step.of(ours, exact, gradient, F.quadratic(ours), damping)
 
 
+@entered
 def direction_cosine(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
-    """Cosine of `(X + damping I)^{-1} g` and `(F + damping I)^{-1} g`; 0-d float64."""
+    """Cosine of `d = (X + damping I)^{-1} g` and `d* = (F + damping I)^{-1} g`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        gradient: `g` `[o, i]`, of the mean loss.
+        damping: lambda, absolute, on the scale of `F`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 0.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[0.0, 0.0]]))
+        >>> g = torch.tensor([[4.0, 1.0]])
+        >>> round(float(metrics.direction_cosine(X, F, g, damping=1.0)), 3)
+        0.857
+    """
     return step(X, F, gradient, damping).cosine
 
 
+@entered
 def direction_error(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
-    """`|d - d*| / |d*|` of the two natural-gradient steps; 0-d float64."""
+    """`|d - d*| / |d*|` of the natural-gradient steps of `X` and `F`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        gradient: `g` `[o, i]`, of the mean loss.
+        damping: lambda, absolute, on the scale of `F`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 0.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[0.0, 0.0]]))
+        >>> g = torch.tensor([[4.0, 0.0]])
+        >>> round(float(metrics.direction_error(X, F, g, damping=1.0)), 3)
+        3.0
+    """
     return step(X, F, gradient, damping).error
 
 
+@entered
 def quadratic_decrease(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
-    """`q(d) / q(d*)`: 1 for the exact step, negative where the step overshoots; 0-d float64."""
+    """`q(d) / q(d*)`: 1 for the exact step, negative if the step overshoots.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        gradient: `g` `[o, i]`, of the mean loss.
+        damping: lambda, absolute, on the scale of `F`.
+
+    Returns:
+        0-d float64.
+    """
     return step(X, F, gradient, damping).decrease
 
 
+@entered
 def quadratic_decrease_scaled(X: Block, F: Block, gradient: Tensor, damping: float) -> Tensor:
-    """The share of the exact decrease at the best step length, in [0, 1]; 0-d float64."""
+    """The share of the exact decrease `q(d*)` at the best step length along `d`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        gradient: `g` `[o, i]`, of the mean loss.
+        damping: lambda, absolute, on the scale of `F`.
+
+    Returns:
+        0-d float64 in [0, 1].
+    """
     return step(X, F, gradient, damping).decrease_scaled
 
 

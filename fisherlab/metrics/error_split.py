@@ -6,9 +6,9 @@ positions, and `L_n = G_n (x) A + G (x) A_n - G (x) A`, whose mean is KFAC,
     P_n = F_n - S_n      correlation between positions
     D_n = S_n - L_n      dependence of a and g
 
-and their means add up to `E = F - G (x) A`. Of `||E||^2` the part
-`(mean ||E_n||^2 - mean_{n != k} <E_n, E_k>) / M` is the noise that a mean of M examples keeps; the
-rest, a U-statistic, is `<D, E> + <P, E>` without their terms of one example.
+and their means add up to `E = F - G (x) A`. The part
+`(mean ||E_n||^2 - mean_{n != k} <E_n, E_k>) / M` of `||E||^2` is the noise that a mean of M
+examples keeps. The rest, a U-statistic, is `<D, E> + <P, E>` without their terms of one example.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, BlockError, DirectSum, Outer
 from fisherlab.blocks.contractions import kronecker_quadratic, second_moment, slices
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,19 @@ class ErrorSplit:
         return self.dependence + self.positions + self.noise
 
 
+@entered
 def kfac_error_split(F: Block) -> ErrorSplit:
     """`||F - G (x) A||^2 / ||F||^2 = dependence + positions + noise` of an exact block.
 
-    Says what to repair: the eigenvalues or the number of Kronecker terms, the weight sharing
-    (`kfac_reduce`), or the batch. No matrix of the block's size is formed: `n^2 t o i`
-    multiplications.
+    The largest part says what to repair: the eigenvalues or the number of Kronecker terms
+    (dependence), the weight sharing (positions; `kfac_reduce`), or the batch (noise). No matrix of
+    the block's size is formed: it takes `n^2 t o i` multiplications.
+
+    Args:
+        F: an exact block.
+
+    Returns:
+        The three parts, 0-d float64.
     """
     parts = F.parts if isinstance(F, DirectSum) else (F,)
     norm = F.squared_norm().clamp(min=1e-300)

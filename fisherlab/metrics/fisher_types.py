@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import BlockError, Outer
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,19 @@ class Convergence:
         return self.expected[0]
 
 
+@entered
 def mc_convergence(mc: Outer, exact: Outer) -> Convergence:
     """`||F_s - F|| / ||F||` for the first s of S draws of one capture, and `c / sqrt(s)`.
 
-    `F_s = (1/s) sum_{r <= s} F^(r)`; all S distances from one Gram matrix. `c^2` is the mean of
-    `||F^(r) - F||^2 / ||F||^2` over the draws, which are unbiased and independent.
+    `F_s = (1/s) sum_{r <= s} F^(r)`; all S distances come from one Gram matrix. `c^2` is the mean
+    of `||F^(r) - F||^2 / ||F||^2` over the draws, which are unbiased and independent.
+
+    Args:
+        mc: the exact block of an "mc" capture with S draws per example.
+        exact: the block of an "exact" capture of the same batch.
+
+    Returns:
+        Distances and their law, `[S]` each.
     """
     draws, n = mc.g.shape[:2]
     if exact.shape != mc.shape or exact.g.shape[1] != n:
@@ -35,8 +44,6 @@ def mc_convergence(mc: Outer, exact: Outer) -> Convergence:
             f"the blocks are of {n} and {exact.g.shape[1]} examples and of shapes {mc.shape} and "
             f"{exact.shape}: capture the same batch and layer twice"
         )
-    if not isinstance(mc, Outer):
-        raise BlockError("mc_convergence takes blocks as captured, not powers of them")
     # a capture of S draws carries 1/sqrt(S) inside each column: one draw alone is S times as large
     scale = draws * mc.core
     K = mc.gram().view(draws, n, draws, n)

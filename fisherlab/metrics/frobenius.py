@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum
+from fisherlab.metrics.entry import entered
 
 # Below this relative error the three-term formula has lost half its digits to cancellation.
 CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -66,12 +67,27 @@ class Pair:
         return squared.clamp(min=0).sqrt()
 
 
+@entered
 def relative_error(X: Block, F: Block) -> Tensor:
-    """`||X - F|| / ||F||`, from `||X||^2 - 2 <X, F> + ||F||^2`; 0-d float64.
+    """`||X - F|| / ||F||`, from `||X||^2 - 2 <X, F> + ||F||^2`.
 
-    A result below 1e-4 (1e-2 of float32 blocks) is recomputed from the difference itself, row by
-    row, where that is affordable; elsewhere its noise is about 1e-8 in float64. A zero `F` gives 0
-    for a zero `X`, else inf.
+    A result below 1e-4 (1e-2 for float32 blocks) is recomputed row by row from the difference
+    itself, where that is affordable. Elsewhere its noise is about 1e-8 in float64.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64. If `F` is zero: 0 for a zero `X`, else inf.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 3.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[4.0, 0.0]]))
+        >>> round(float(metrics.relative_error(X, F)), 3)
+        0.6
     """
     return Pair(X, F).relative_error
 
@@ -99,26 +115,93 @@ def _difference(X: Block, F: Block, scale: Tensor | float = 1.0) -> Tensor:
     return total
 
 
+@entered
 def absolute_error(X: Block, F: Block) -> Tensor:
-    """`||X - F||_F`, 0-d float64."""
+    """`||X - F||_F`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64, on the scale of `F`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 1.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[1.0, 1.0]]))
+        >>> round(float(metrics.absolute_error(X, F)), 3)
+        3.0
+    """
     norm = F.squared_norm()
     return relative_error(X, F) * norm.sqrt() if norm > 0 else X.squared_norm().sqrt()
 
 
+@entered
 def trace_ratio(X: Block, F: Block) -> Tensor:
-    """`tr X / tr F`, 0-d float64; 1 where both are zero."""
+    """`tr X / tr F`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64; 1 if both traces are zero.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 1.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[1.0, 1.0]]))
+        >>> float(metrics.trace_ratio(X, F))
+        0.5
+    """
     ours, exact = X.trace(), F.trace()
     return torch.ones_like(ours) if ours == 0 and exact == 0 else ours / exact
 
 
+@entered
 def cosine(X: Block, F: Block) -> Tensor:
-    """`<X, F> / (||X|| ||F||)`, 0-d float64; 0 where a block is zero."""
+    """`<X, F> / (||X|| ||F||)`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64; 0 if a block is zero.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 3.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[4.0, 0.0]]))
+        >>> round(float(metrics.cosine(X, F)), 3)
+        0.8
+    """
     return Pair(X, F).cosine
 
 
+@entered
 def scaled_error(X: Block, F: Block) -> Tensor:
-    """`min_c ||c X - F|| / ||F|| = sqrt(1 - cosine^2)`: what no scalar can repair; 0-d float64.
+    """`min_c ||c X - F|| / ||F|| = sqrt(1 - cosine^2)`: the error that no scalar repairs.
 
-    Recomputed from the difference where `relative_error` would be.
+    It is recomputed from the difference where `relative_error` would be.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[4.0, 3.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[40.0, 0.0]]))
+        >>> round(float(metrics.scaled_error(X, F)), 3)
+        0.6
     """
     return Pair(X, F).scaled_error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.metrics.coefficients import example_coefficients
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import (
     HasGram,
     adjacent_similarity,
@@ -44,6 +45,14 @@ class GramStudy:
     similarities: Tensor  # [L, L]
     coefficients: Tensor  # [L, M], M v: FNGD's weight of an example, 1 is SGD's
     masses: Tensor  # [L, L], ||F_ij||_F
+
+    def __repr__(self) -> str:
+        within, between = float(self.within.mean()), float(self.between.mean())
+        return (
+            f"GramStudy({len(self.layers)} layers, {len(self.labels)} examples of "
+            f"{len(self.labels.unique())} classes, mean correlation {within:.2f} within a class, "
+            f"{between:.2f} between)"
+        )
 
     @property
     def adjacent(self) -> Tensor:
@@ -82,11 +91,17 @@ class GramStudy:
         return cls(layers, **{name: torch.as_tensor(value) for name, value in tensors.items()})
 
 
+@entered
 def gram_study(layers: Mapping[str, HasGram], labels: Tensor, alpha: float = 0.005) -> GramStudy:
-    """The study of one batch: every Gram matrix is formed once.
+    """The study of one batch; each Gram matrix is formed once.
 
-    `layers` are captures or exact blocks of the empirical Fisher, one column per example; `alpha`
-    is that of FNGD's damping.
+    Args:
+        layers: captures or exact blocks of the empirical Fisher by layer: one column per example.
+        labels: `[M]`, the class of each example.
+        alpha: FNGD's damping relative to the norm of the Gram matrix.
+
+    Returns:
+        The study, with the examples in the order of their classes.
     """
     order = by_class(labels)
     grams = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, Dense
+from fisherlab.metrics.entry import entered
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class HessianSplit:
     cosine: Tensor
 
 
+@entered
 def hessian_split(F: Block, G: Block, H: Block) -> HessianSplit:
     """The error of a block against the Hessian, split at the Gauss-Newton matrix.
 
@@ -34,6 +36,9 @@ def hessian_split(F: Block, G: Block, H: Block) -> HessianSplit:
         F: an approximation, or the empirical block.
         G: the block of `fisher_type="exact"`, `J^T H_f J`.
         H: the Hessian's block.
+
+    Returns:
+        The parts over `||H||` and their cosine, 0-d float64.
 
     Raises:
         BlockTooLarge: the matrices are past the memory budget.

@@ -12,7 +12,6 @@ from itertools import cycle
 from typing import TypeGuard
 
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from fisherlab.blocks import (
@@ -26,7 +25,9 @@ from fisherlab.blocks import (
     Outer,
 )
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
+from fisherlab.blocks.numerics import qr, svdvals
 from fisherlab.blocks.serialise import cast
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.frobenius import same
 
 # Up to this many parameters the generalised eigenproblem is solved densely.
@@ -41,12 +42,29 @@ _CHECK = 4  # steps between two looks at the Ritz value
 _TOLERANCE = 1e-8
 
 
+@entered
 def stein_loss(X: Block, F: Block, damping: float, inverse: Block | None = None) -> Tensor:
-    """`tr(P F_l) - log det(P F_l) - N`, `P = (X + damping I)^{-1}`, `F_l = F + damping I`; float64.
+    """`tr(P F_l) - log det(P F_l) - N`, `P = (X + damping I)^{-1}`, `F_l = F + damping I`.
 
-    Twice the Kullback-Leibler divergence between `N(0, F_l)` and `N(0, X + damping I)`: 0 if they
-    agree. `tr(P F) + damping tr P - log det F_l + log det (X + damping I) - N`, all in closed form.
-    `inverse` is `P`, if it is known.
+    It is twice the Kullback-Leibler divergence between `N(0, F_l)` and `N(0, X + damping I)`, in
+    closed form: `tr(P F) + damping tr P - log det F_l + log det (X + damping I) - N`.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        damping: lambda, absolute, on the scale of `F`.
+        inverse: `P`, if it is known.
+
+    Returns:
+        0-d float64; 0 if the blocks agree.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 1.0]]))
+        >>> X = blocks.Diagonal(torch.tensor([[1.0, 1.0]]))
+        >>> round(float(metrics.stein_loss(X, F, damping=1.0)), 3)
+        0.307
     """
     if same(X, F):
         return torch.zeros((), dtype=torch.float64, device=F.device)
@@ -55,23 +73,41 @@ def stein_loss(X: Block, F: Block, damping: float, inverse: Block | None = None)
     return trace - F.logdet(damping) + X.logdet(damping) - F.size
 
 
+@entered
 def condition(X: Block, F: Block, damping: float, beside: bool = False) -> Tensor:
     """Condition number of `(X + damping)^{-1/2} (F + damping) (X + damping)^{-1/2}`; 0-d float64.
 
-    Dense up to 512 parameters, beyond it by Lanczos to about 1e-5, since it may rest on a plateau;
-    NaN where even that costs more than its budget. `beside`: there are further dimensions in which
-    both blocks are zero.
+    Dense up to 512 parameters, beyond it by Lanczos to about 1e-5, which may rest on a plateau.
+
+    Args:
+        X: the approximation.
+        F: the exact block, in the shape of `X`.
+        damping: lambda, absolute, on the scale of `F`.
+        beside: whether both blocks are zero in further dimensions (a null complement).
+
+    Returns:
+        The largest generalised eigenvalue over the smallest; NaN where Lanczos exceeds its budget.
     """
     return conditions([X], F, [damping], beside)[0, 0]
 
 
+@entered
 def conditions(
     blocks: Sequence[Block], F: Block, dampings: Sequence[float], beside: bool = False
 ) -> Tensor:
-    """`condition` of every block at every damping, `[dampings, blocks]` float64.
+    """`condition` of every block at every damping.
 
-    Together they cost a fraction of what they cost one by one: `F` and its inverse, which read far
-    more numbers than a vector has, meet the vectors of all blocks at once.
+    Together they cost a fraction of the single calls: `F` and its inverse are read once for the
+    vectors of all blocks.
+
+    Args:
+        blocks: the approximations.
+        F: the exact block, in their shape.
+        dampings: values of lambda, absolute, on the scale of `F`.
+        beside: whether all blocks are zero in further dimensions (a null complement).
+
+    Returns:
+        `[dampings, blocks]` float64; NaN as in `condition`.
     """
     by_part = [isinstance(X, DirectSum) and isinstance(F, DirectSum) for X in blocks]
     if len(set(by_part)) > 1:
@@ -105,7 +141,9 @@ def _densely(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
         root = F.power(0.5, damping).dense()
     # Rounding is eps of the largest: 1e14 between eigenvalues is 1e7 between singular values.
     products = (root.mT @ X.power(-0.5, damping).dense() for X in Xs)
-    return torch.stack([torch.linalg.svdvals(product).square()[[-1, 0]] for product in products])
+    return torch.stack(
+        [svdvals(product, "preconditioned block").square()[[-1, 0]] for product in products]
+    )
 
 
 def _by_lanczos(Xs: Sequence[Block], F: Block, damping: float) -> Tensor:
@@ -131,7 +169,7 @@ def _exactly(block: Block) -> Block:
 
 def _orthonormal(Q: Basis) -> Tensor | None:
     """A basis to the last digit of float64; None for the coordinates themselves."""
-    return None if isinstance(Q, Coordinates) else torch.linalg.qr(matrix_of(Q).double()).Q
+    return None if isinstance(Q, Coordinates) else qr(matrix_of(Q).double(), "eigenvectors")[0]
 
 
 def _parts(block: Block) -> tuple[Block, ...]:
@@ -253,6 +291,8 @@ def _lanczos(residual: Tensor) -> Generator[Tensor, Tensor, float]:
 
 def _top(alphas: list[float], betas: list[float]) -> float:
     """The largest eigenvalue of the symmetric tridiagonal matrix."""
+    from scipy.linalg import eigh_tridiagonal
+
     last = len(alphas) - 1
     found = eigh_tridiagonal(
         alphas, betas[:last], eigvals_only=True, select="i", select_range=(last, last)

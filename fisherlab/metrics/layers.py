@@ -10,14 +10,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import HasGram
 
 
+@entered
 def layer_masses(layers: Mapping[str, HasGram], examples: int) -> Tensor:
-    """`||F_ij||_F = sqrt(<K_i, K_j>) / M` between every two layers, `[L, L]` float64.
+    """`||F_ij||_F = sqrt(<K_i, K_j>) / M` between every two layers.
 
-    `layers` are captures or exact blocks of the same columns (examples and output vectors, in the
-    same order); `examples` is M. No block between two layers is ever formed.
+    No block between two layers is ever formed.
+
+    Args:
+        layers: captures or exact blocks of the same columns: examples and backpropagated vectors
+            in the same order.
+        examples: M.
+
+    Returns:
+        `[L, L]` float64, on the scale of the Fisher.
     """
     if not layers:
         raise ValueError("layer_masses needs at least one layer")
@@ -29,19 +38,39 @@ def layer_masses(layers: Mapping[str, HasGram], examples: int) -> Tensor:
     return (K @ K.mT).clamp(min=0).sqrt() / examples
 
 
+@entered
 def dropped_mass(masses: Tensor) -> Tensor:
-    """`sum_{i != j} ||F_ij||^2 / ||F||^2`: what block-diagonal drops; 0-d float64."""
+    """`sum_{i != j} ||F_ij||^2 / ||F||^2`: the share that a block-diagonal approximation drops.
+
+    Args:
+        masses: `[L, L]`, from `layer_masses`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import metrics
+        >>> round(float(metrics.dropped_mass(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))), 3)
+        0.2
+    """
     squared = masses.double().square()
     total = squared.sum()
     dropped = total - squared.diagonal().sum()
     return torch.where(total > 0, dropped / total.clamp(min=1e-300), torch.zeros_like(total))
 
 
+@entered
 def layer_correlation(masses: Tensor) -> Tensor:
-    """`||F_ij||^2 / (||F_ii|| ||F_jj||)` in [0, 1], `[L, L]`: the cosine of two Gram matrices.
+    """`||F_ij||^2 / (||F_ii|| ||F_jj||)` in [0, 1]: the cosine of two Gram matrices.
 
-    Layers differ by orders of magnitude in scale; this does not. A layer with zero gradient has
-    row 0 and diagonal 1.
+    Layers differ in scale by orders of magnitude; this measure does not.
+
+    Args:
+        masses: `[L, L]`, from `layer_masses`.
+
+    Returns:
+        `[L, L]`. A layer with zero gradient has row 0 and diagonal 1.
     """
     squared = masses.double().square()
     scale = squared.diagonal().sqrt()

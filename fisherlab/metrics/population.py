@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Outer
 from fisherlab.metrics import ratio
+from fisherlab.metrics.entry import entered
 
 # Unseen examples below which there is no interval, and no number.
 FEWEST, ENOUGH = 10, 30
@@ -74,12 +75,16 @@ class PopulationEstimate:
         return f"{UNKNOWN}: {ends}"
 
 
+@entered
 def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
     """`||X - E F|| / ||E F||` from unseen examples: number, standard error and 95 % interval.
 
     Args:
         X: a block that was not built from the reference's examples.
         reference: the exact block (`Outer`, or a `DirectSum` of them) of the unseen examples.
+
+    Returns:
+        The estimate, its standard error and interval, 0-d float64 each.
 
     Raises:
         TypeError: the reference is no exact block, or one of the two is in groups.
@@ -106,18 +111,36 @@ def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
     return PopulationEstimate(squared, numbers[0], numbers[1], numbers[2], numbers[3], M)
 
 
+@entered
 def population_error(X: Block, reference: Block) -> tuple[Tensor, Tensor]:
-    """The relative error against the population and its standard error; 0-d float64 each.
+    """`||X - E F|| / ||E F||` from held-out examples, and its standard error.
 
-    Both are NaN where the unseen examples are too few: `population_estimate` has the interval, the
-    unbiased squared error and the reason as well.
+    `population_estimate` has the interval, the unbiased squared error and the reason as well.
+
+    Args:
+        X: a block that was not built from the reference's examples.
+        reference: the exact block of the held-out examples.
+
+    Returns:
+        Two 0-d float64 tensors, NaN where the held-out examples are too few.
+
+    Raises:
+        TypeError: the reference is no exact block, or one of the two is in groups.
     """
     found = population_estimate(X, reference)
     return found.error, found.error_se
 
 
+@entered
 def population_norm(reference: Block) -> Tensor:
-    """`||E F_n||`, from the off-diagonal Gram; 0-d float64, NaN where the estimate is negative."""
+    """`||E F_n||`, from the off-diagonal of the Gram matrix.
+
+    Args:
+        reference: the exact block of the held-out examples.
+
+    Returns:
+        0-d float64, NaN where the estimate of the squared norm is negative.
+    """
     rows, own = _pair_sums(reference)
     M = len(rows)
     return ((rows.sum() - own.sum()) / (M * (M - 1))).sqrt()

@@ -8,10 +8,26 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block
+from fisherlab.metrics.entry import entered
 
 
+@entered
 def effective_rank(F: Block) -> Tensor:
-    """`exp(entropy of eigenvalues / tr F)`, between 1 and the rank; 0-d float64, 0 if `F = 0`."""
+    """`exp(entropy of eigenvalues / tr F)`, between 1 and the rank.
+
+    Args:
+        F: a block.
+
+    Returns:
+        0-d float64; 0 if `F = 0`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[2.0, 2.0, 0.0]]))
+        >>> round(float(metrics.effective_rank(F)), 3)
+        2.0
+    """
     values = F.eigenvalues().clamp(min=0)
     total = values.sum()
     if total == 0:
@@ -20,28 +36,90 @@ def effective_rank(F: Block) -> Tensor:
     return (-(p * p.log()).sum()).exp()
 
 
+@entered
 def participation_ratio(F: Block) -> Tensor:
-    """`(tr F)^2 / ||F||^2`, between 1 and the rank; 0-d float64, 0 for a zero block."""
+    """`(tr F)^2 / ||F||^2`, between 1 and the rank.
+
+    Args:
+        F: a block.
+
+    Returns:
+        0-d float64; 0 if `F = 0`.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 1.0]]))
+        >>> round(float(metrics.participation_ratio(F)), 3)
+        1.6
+    """
     norm = F.squared_norm()
     return torch.where(
         norm > 0, F.trace().square() / norm.clamp(min=1e-300), torch.zeros_like(norm)
     )
 
 
+@entered
 def condition_number(F: Block, damping: float) -> Tensor:
-    """`(max + damping) / (min + damping)` of the eigenvalues; 0-d float64."""
+    """`(max + damping) / (min + damping)` of the eigenvalues.
+
+    Args:
+        F: a block.
+        damping: lambda, absolute, on the scale of `F`.
+
+    Returns:
+        0-d float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 0.0]]))
+        >>> round(float(metrics.condition_number(F, damping=1.0)), 3)
+        4.0
+    """
     values = F.eigenvalues().clamp(min=0)
     return (values[0] + damping) / (values[-1] + damping)
 
 
+@entered
 def condition_curve(F: Block, dampings: Sequence[float]) -> Tensor:
-    """`condition_number` at each damping, `[len(dampings)]` float64, from one spectrum."""
+    """`condition_number` at each damping, from one spectrum.
+
+    Args:
+        F: a block.
+        dampings: values of lambda, absolute, on the scale of `F`.
+
+    Returns:
+        `[len(dampings)]` float64.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 0.0]]))
+        >>> metrics.condition_curve(F, [1.0, 3.0]).tolist()
+        [4.0, 2.0]
+    """
     values = F.eigenvalues().clamp(min=0)
     shifts = torch.as_tensor(dampings, dtype=torch.float64, device=values.device)
     return (values[0] + shifts) / (values[-1] + shifts)
 
 
+@entered
 def cumulative_trace(F: Block) -> Tensor:
-    """Share of the trace in the k largest eigenvalues, `[N]` float64."""
+    """Share of the trace in the k largest eigenvalues.
+
+    Args:
+        F: a block.
+
+    Returns:
+        `[N]` float64, for k = 1 .. N.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[3.0, 1.0]]))
+        >>> metrics.cumulative_trace(F).tolist()
+        [0.75, 1.0]
+    """
     values = F.eigenvalues().clamp(min=0)
     return values.cumsum(0) / values.sum().clamp(min=1e-300)

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Spec:
-    """What every model is told; each uses what it needs."""
+    """The arguments that every model gets; each uses those it needs."""
 
     num_classes: int
     in_channels: int
@@ -70,13 +71,31 @@ _REGISTRY: Registry[Builder] = Registry("model", ModelError)
 _NORMED: dict[str, bool | None] = {}
 
 
-def register(builder: Builder, *, batch_norm: bool | None = True) -> Builder:
-    """Enter a function `(spec, *, options) -> module` under its own name.
+def register(builder: Builder | str, *, batch_norm: bool | None = True) -> Any:
+    """Enter a function `(spec, *, options) -> module` under its own name, or under a given one.
 
-    `batch_norm` is what `spec.batch_norm` is unless `create` is told; None: the model has none.
+        @fl.models.register
+        def my_net(spec): ...
+
+        @fl.models.register("my_net")
+        def build(spec): ...
+
+    Args:
+        builder: The function, or the name of the one that is decorated.
+        batch_norm: `spec.batch_norm` unless `create` is told; None: the model has none.
+
+    Returns:
+        The function; of a name, what enters one.
     """
-    _REGISTRY.add(builder.__name__, builder)
-    _NORMED[builder.__name__] = batch_norm
+    if isinstance(builder, str):
+        return partial(_enter, builder, batch_norm=batch_norm)
+    return _enter(builder.__name__, builder, batch_norm)
+
+
+def _enter(name: str, builder: Builder, batch_norm: bool | None) -> Builder:
+    known = getattr(_REGISTRY.get(name), "__qualname__", None)
+    _REGISTRY.add(name, builder, known == builder.__qualname__)  # made anew in a notebook
+    _NORMED[name] = batch_norm
     return builder
 
 
@@ -96,13 +115,29 @@ def scheme(name: str) -> Callable[[Scheme], Scheme]:
 
 
 def check(name: str) -> None:
-    """Refuse a name that is neither registered nor of a user's own model."""
+    """Refuse a name that is neither registered nor a user's own model.
+
+    Args:
+        name: a name of `names()`, or one with a colon.
+
+    Raises:
+        ModelError: the name is unknown.
+    """
     if ":" not in name:
         _REGISTRY.named(name)
 
 
 def names() -> list[str]:
-    """The registered names, sorted."""
+    """The registered names, sorted.
+
+    Returns:
+        Names for `create`.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> {"mlp", "resnet18"} <= set(fl.models.names())
+        True
+    """
     return sorted(_REGISTRY)
 
 
@@ -120,18 +155,36 @@ def create(
 ) -> nn.Module:
     """A model by name, on the CPU, with torch's own initialisation drawn from `generator`.
 
-    `input_size` is the shape of one example: all of it, `(c, h, w)` or `(features,)`, or without
-    channels `(h, w)`; an int is the number of features of an mlp or autoencoder and the side of a
-    square image elsewhere. `width` multiplies every hidden layer. `batch_norm` None is the model's
-    own: vgg and resnet with, mlp and lstm without; the others have none. `generator=None` is a
-    fresh one seeded with 0; the global random state stays as it was. `options` are the model's own:
-    `hidden` (mlp, autoencoder), `code` (autoencoder), `layers` (lstm, transformer), `heads`
-    (transformer).
+    The global random state stays as it was.
 
-    A name with a colon is a user's own model: `module:function`, `file.py:function`, `timm:NAME`,
-    `hf:FOLDER`; see `models.own`. It takes neither width, nor batch_norm, nor activation.
+    Args:
+        name: a name of `names()`; or with a colon a user's own model: `module:function`,
+            `file.py:function`, `timm:NAME`, `hf:FOLDER`; see `models.own`. It takes neither
+            `width`, nor `batch_norm`, nor `activation`.
+        num_classes: number of outputs.
+        in_channels: channels of an image.
+        input_size: the shape of one example: `(c, h, w)`, `(features,)`, or `(h, w)` without
+            channels. An int is the number of features of an mlp or autoencoder, elsewhere the side
+            of a square image.
+        width: multiplies every hidden layer.
+        batch_norm: whether the model has batch norm. None: vgg and resnet have it, mlp and lstm do
+            not; the others have none.
+        activation: the function between layers, such as "relu".
+        generator: draws the initial weights; None: a fresh one seeded with 0.
+        options: the model's own: `hidden` (mlp, autoencoder), `code` (autoencoder), `layers` (lstm,
+            transformer), `heads` (transformer).
 
-    Raises `ModelError` for an unknown name, activation or option, and for sizes that make no model.
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ModelError: the name, activation or option is unknown, or the sizes make no model.
+
+    Example:
+        >>> import torch, fisherlab as fl
+        >>> model = fl.models.create("mlp", num_classes=3, input_size=4, hidden=[8])
+        >>> model(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
     """
     if ":" in name:
         given = {
@@ -180,7 +233,7 @@ def _own(
 
 
 def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | None) -> nn.Module:
-    """What `build` makes when torch's initialisation draws from a stream of the generator's."""
+    """The model of `build`, while torch's initialisation draws from the generator's stream."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()

@@ -125,14 +125,14 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """Encoder and decoder with one vocabulary; one tensor holds the source and then the target.
 
-    Both have the same length, so that `model(x)` is all a training loop or a capture needs:
-    `x [n, 2 t]` is the source and then the target from its first mark on, token 0 is padding.
+    Both have the same length, so a training loop or a capture needs only `model(x)`. `x [n, 2 t]`
+    is the source and then the target from its first mark on; token 0 is padding.
     """
 
     def __init__(self, spec: Spec, features: int, heads: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(spec.num_classes, features)
-        # Of this size the scaled embeddings weigh as much as the positions.
+        # At this size the scaled embeddings weigh as much as the positions.
         nn.init.normal_(self.embedding.weight, std=features**-0.5)
         self.encoder = nn.ModuleList(
             TransformerLayer(spec, features, heads, cross=False) for _ in range(layers)

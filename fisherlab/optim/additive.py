@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherlab.blocks.numerics import least_norm
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.proof import projected_gradient
 from fisherlab.optim.weight import Weight
@@ -96,7 +97,7 @@ class AdditiveLaw:
         if len(every) == 1 or not known:
             return every
         sums, total = self._sides(known, captures, factors)
-        share = torch.linalg.lstsq(sums, total[:, None], driver="gelsd").solution[:, 0]
+        share = least_norm(sums, total, "the sums of the passes")
         kept = [k for k in every if float(share[k]) > 0.5]
         unexplained, rest = ((total - sums[:, part].sum(1)).norm() for part in (every, kept))
         # a penalty on the weights leaves a rest in both
@@ -110,8 +111,8 @@ class AdditiveLaw:
         if not known:
             return 0.0
         sums, total = self._sides(known, captures, factors)
-        share = torch.linalg.lstsq(sums, total[:, None], driver="gelsd").solution
-        return float((total - (sums @ share)[:, 0]).norm() / total.norm().clamp(min=1e-300))
+        share = least_norm(sums, total, "the sums of the passes")
+        return float((total - sums @ share).norm() / total.norm().clamp(min=1e-300))
 
     def _known(self, captures: Sequence[Mapping[str, LayerCapture]]) -> list[str]:
         """The layers that were captured and left a gradient."""
@@ -125,7 +126,7 @@ class AdditiveLaw:
         captures: Sequence[Mapping[str, LayerCapture]],
         factors: Sequence[float],
     ) -> tuple[Tensor, Tensor]:
-        """What each pass adds to `.grad v`, a column each, and what was added in all."""
+        """The addend of each pass to `.grad v`, a column each, and their sum."""
         rows, left = [], []
         for name in known:
             found = [self._of_pass(name, *pair) for pair in zip(captures, factors, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations import Approximation
 from fisherlab.blocks.numerics import dot
 from fisherlab.optim.natural_gradient import NaturalGradient
@@ -36,14 +37,25 @@ class ANG(NaturalGradient):
         rho = |d|,   Omega = arccos(d.t / (|d| |t|)),   s from 0 (natural) to 1 (Euclidean)
 
     ANG (5)-(7), Alg. 2; linear blending where Omega vanishes, `t` where `d.t < 0`. `s` follows
-    `curve` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`;
-    an option `schedule` that is no `Schedule` is taken for it, as it was called. The amplitude
-    stays `rho` (`"natural"`, the paper): at s = 1 the step is `(|d|/|t|) t`, SGD with a layer-wise
-    factor, kept in `factors`; `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
+    `curve` ("linear", "concave", "convex" or a callable of progress in [0, 1]) over `total_steps`.
+    An option `schedule` that is no `Schedule` is taken as `curve`, its earlier name. The amplitude
+    stays `rho` (`"natural"`, the paper). At s = 1 the step is `(|d|/|t|) t`: SGD with a layer-wise
+    factor, kept in `factors`. `"blended"` takes `rho^{1-s} |t|^s`. `scope`: per "layer" (Alg. 2) or
     "global", over all layers together.
 
     `path` is "sphere", (7); "chord", the linear blend `rho ((1 - s) d/|d| + s t/|t|)` of (6); or
     "sum", `rho (d/|d| + t/|t|)` of the adaptive lambdas (4), (5), at every `s`.
+
+    Args:
+        model: the model.
+        approximation: makes the natural direction, such as `fl.KFAC()`.
+        total_steps: steps over which `s` goes from 0 to 1.
+        curve: the course of `s`: "linear", "concave", "convex", or a callable of progress in [0,
+            1].
+        scope: "layer" or "global".
+        amplitude: "natural" or "blended".
+        path: "sphere", "chord" or "sum".
+        options: further arguments of `NaturalGradient`.
     """
 
     def __init__(
@@ -58,13 +70,11 @@ class ANG(NaturalGradient):
         path: str = "sphere",
         **options: Any,
     ) -> None:
-        if path not in PATHS:
-            raise ValueError(f"path is one of {', '.join(PATHS)}; got {path!r}")
-        if total_steps < 1:
-            raise ValueError(f"total_steps is the length of the run, at least 1; got {total_steps}")
+        doors.choice(path, "path", PATHS)
+        doors.count(total_steps, "total_steps, the length of the run,")
         options = {"curve": curve, **respelled(options)}
         curve = options.pop("curve")
-        if not callable(curve) and curve not in CURVES:
+        if not callable(curve) and not (isinstance(curve, str) and curve in CURVES):
             raise ValueError(f"curve {curve!r} is none of {', '.join(CURVES)} or a callable")
         if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
             raise ValueError(
@@ -138,6 +148,12 @@ class TruncatedNaturalGradient(NaturalGradient):
 
     The paper states neither learning rate nor buffer after the switch: the schedule goes on and
     the buffer, whose velocity has another scale, is emptied.
+
+    Args:
+        model: the model.
+        approximation: an instance such as `fl.KFAC()`.
+        switch_step: the step from which it is SGD.
+        options: further arguments of `NaturalGradient`.
     """
 
     def __init__(

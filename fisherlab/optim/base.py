@@ -1,10 +1,10 @@
-"""What every curvature optimizer is: parameter groups, a step along directions, a state."""
+"""The base of every curvature optimizer: parameter groups, a step along directions, a state."""
 
 from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
-from fisherlab.optim.state import FORMAT, check_state
+from fisherlab.optim.state import FORMAT, check_state, sealed
 from fisherlab.optim.step import (
     DECAY_PLACEMENTS,
     UNCLIPPED,
@@ -26,6 +26,15 @@ from fisherlab.optim.step import (
     predicted_kl,
     take_step,
 )
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no model, such as its parameters."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a curvature optimizer takes the model, got {type(model).__name__}; a subset of its "
+            "parameters goes into params="
+        )
 
 
 class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
@@ -41,8 +50,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     gradient wherever a gradient is meant: in Shampoo's statistics, ANG's blend and `Clip`.
     `clipped` counts the steps that `clip` has shortened.
 
-    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`: SGD at the
-    method's own step lengths, which shows what the direction itself is worth.
+    With `control` a layer takes `(|d|/|g|) g` in the place of its direction `d`. This is SGD at the
+    method's own step lengths, and shows the value of the direction itself.
 
     A model wrapped in DistributedDataParallel takes the step of the joint batch on every rank, if
     the method is `data_parallel`: its statistics are summed or gathered over the ranks. Batches of
@@ -57,7 +66,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         skip: names or patterns of those that may not.
         control: keep the method's lengths and take the gradient's directions.
         groups: options that the method adds to a group.
-        options: those of `group_options`, and those of `clip` spelled flat.
+        options: options of `group_options`, and fields of `clip` spelled flat.
 
     Raises:
         ValueError: an option is out of its range, or the method is not data-parallel.
@@ -85,11 +94,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         groups: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"a curvature optimizer takes the model, got {type(model).__name__}; a subset of "
-                "its parameters goes into params="
-            )
+        check_module(model)
         options = gathered({"clip": clip, **options})
         clip = options.pop("clip")
         defaults = {**group_options(**options), **(groups or {})}
@@ -159,7 +164,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return found
 
     def due(self) -> tuple[str, ...]:
-        """What the next step does beyond every step, such as `statistics`: its cost depends on it.
+        """The extra work of the next step, such as `statistics`: the step's cost depends on it.
 
         Nothing here: every step is like the others.
         """
@@ -230,22 +235,23 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         take_step(self.param_groups, self.state, directions)
 
     def __repr__(self) -> str:
+        lines = [super().__repr__(), self.coverage.stated]
         stated = ", ".join(f"{key}={bound:g}" for key, bound in self.clip.bounds.items())
-        if not stated:
-            return super().__repr__()
-        many = f"{self.clipped} of {self.steps} steps so far were shortened"
-        moot = "; one that kl_clip shortens is as long at any larger lr"
-        return f"{super().__repr__()}\n{stated} ({many}{moot if self.clip.kl is not None else ''})"
+        if stated:
+            many = f"{self.clipped} of {self.steps} steps so far were shortened"
+            moot = "; one that kl_clip shortens is as long at any larger lr"
+            lines.append(f"{stated} ({many}{moot if self.clip.kl is not None else ''})")
+        return "\n".join(lines)
 
     # state --------------------------------------------------------------------------------------
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return type(self).__name__
 
     def _extra_state(self) -> dict[str, Any]:
-        """What a subclass remembers, as nested dicts of tensors and numbers."""
+        """The state of a subclass, as nested dicts of tensors and numbers."""
         return {}
 
     def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
@@ -262,7 +268,10 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         ]
         counts = {"steps": self.steps, "clipped": self.clipped}
         about = {"format": FORMAT, "method": self.method}
-        state["fisherlab"] = {**about, **counts, **self._extra_state()}
+        buffers = {"momentum": state["state"]}
+        state["fisherlab"] = sealed({**about, **counts, **self._extra_state(), **buffers})
+        # torch keeps them; here they are known by their form
+        del state["fisherlab"]["momentum"]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,8 +280,13 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         Raises:
             ValueError: it is of another format, method or model; nothing was loaded.
         """
-        extra = state_dict.get("fisherlab", {})
+        whole = isinstance(state_dict, Mapping)
+        extra = state_dict.get("fisherlab", {}) if whole else state_dict
+        if isinstance(extra, Mapping) and "form" in extra:
+            extra = {**extra, "momentum": state_dict.get("state")}
         check_state(extra, "optimizer", self.method)
+        if missing := sorted({"state", "param_groups"} - state_dict.keys()):
+            raise ValueError(f"this state lacks {', '.join(missing)}; nothing was loaded")
         rest = {k: v for k, v in state_dict.items() if k != "fisherlab"}
         theirs = rest["param_groups"]
         if len(theirs) != len(self.param_groups):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherlab.approximations.damping import Rule, as_rule
+from fisherlab.approximations.damping import Rule, as_rule, lambdas
 from fisherlab.blocks import Block
 from fisherlab.extract import select
 from fisherlab.extract.geometry import Convolution, Geometry
-from fisherlab.extract.select import Names, chosen, on_tape, weights_of
+from fisherlab.extract.select import Names, check_initialised, chosen, on_tape, weights_of
 from fisherlab.extract.tape import Tape, Use
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.watch import Watch
@@ -29,7 +29,7 @@ def any_geometry(geometry: Geometry) -> bool:
 class Coverage:
     """The matrices that an optimizer preconditions.
 
-    `weights` holds the matrices by name. Those of modules that torch itself calls are known from
+    `weights` holds the matrices by name. Weights of modules that torch itself calls are known from
     the start; the first call shows the others, which join by `adopt`. `left_out` holds the weights
     that turned out to have no block, each with its reason.
 
@@ -52,13 +52,14 @@ class Coverage:
         skip: Names = None,
         takes: Callable[[Geometry], bool] = any_geometry,
     ) -> None:
+        check_initialised(model)
         self.groups, self._takes = groups, takes
         self._asked = layers, skip
         self.owners = weights_of(model, computed=False)
         self._wanted = _meant(self.owners, layers, skip)
         self.weights: dict[str, Weight] = {}
         self.left_out: dict[str, str] = {}
-        # what sees the products of the weights
+        # the tape that sees the products of the weights
         self.tape: Tape | None = None
         # shape and dtype of each matrix as it was first seen
         self._shapes: dict[str, torch.Size] = {}
@@ -97,12 +98,12 @@ class Coverage:
         found: dict[str, float] = {}
         for k, group in enumerate(self.groups):
             ours = {name: F for name, F in blocks.items() if self.weights[name].group == k}
-            lambdas = rule(group["damping"])(ours) if ours else {}
-            found |= {name: float(value) for name, value in lambdas.items()}
+            if ours:
+                found |= lambdas(rule(group["damping"]), ours)
         return found
 
     def _may_have(self, owner: select.Weight, where: Mapping[Any, int]) -> bool:
-        wanted = owner.name in self._wanted
+        wanted = owner.name in self._wanted and not owner.unfit
         return wanted and owner.tensor in where and owner.tensor.requires_grad
 
     def adopt(self, use: Use) -> Weight | None:
@@ -229,6 +230,43 @@ class Coverage:
         covered = sum(w.size for name, w in self.weights.items() if name not in self.left_out)
         return covered / total if total else 0.0
 
+    @property
+    def plain(self) -> dict[str, str]:
+        """`{name: reason}` of the trainable parameters of its groups that have no block.
+
+        A bias goes without saying where the weight of its module has none.
+        """
+        where = self.where()
+        inside = {
+            id(tensor)
+            for name, w in self.weights.items()
+            if name not in self.left_out
+            for tensor in (w.weight, w.bias)
+        }
+        plain = {
+            name: owner
+            for name, owner in self.owners.items()
+            if owner.tensor in where and owner.tensor.requires_grad
+            if id(owner.tensor) not in inside
+        }
+        weights = {id(owner.module) for owner in plain.values() if owner.local == "weight"}
+        return {
+            name: self._why_plain(name)
+            for name, owner in plain.items()
+            if owner.local != "bias" or id(owner.module) not in weights
+        }
+
+    @property
+    def stated(self) -> str:
+        """The share with a block, and the first of the others, in one line."""
+        plain = list(self.plain)
+        if not plain:
+            return "100% of its trainable parameters have a block"
+        names = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+        # rounded down: 100% is said where nothing is left out
+        share = f"{min(int(100 * self.share), 99)}%"
+        return f"{share} of its trainable parameters have a block; plain gradient: {names}"
+
     def warn_of_share(self, stacklevel: int) -> None:
         """Say that most matrices take their plain gradient, and why, where it is so."""
         where = self.where()
@@ -256,6 +294,13 @@ class Coverage:
     def _why_plain(self, name: str) -> str:
         if name in self.left_out:
             return self.left_out[name]
+        if name not in self._wanted:
+            return "not among the layers that were chosen"
+        owner = self.owners[name]
+        if isinstance(owner.module, nn.Embedding):
+            return "it is looked up; the optimizers have blocks of products with a matrix"
+        if owner.tensor.ndim < 2:
+            return "it is no matrix; the optimizers have blocks of products with a matrix"
         others = self.others.get(name)
         if others:
             return f"it is used by {', '.join(sorted(others))}, not by a product FisherLab knows"
@@ -263,7 +308,7 @@ class Coverage:
 
 
 class Covered:
-    """What has a `Coverage`, and tells what is in it."""
+    """An optimizer with a `Coverage`, which it describes."""
 
     coverage: Coverage
 
@@ -274,8 +319,8 @@ class Covered:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """`{name: reason}` of the weights that turned out to have no block."""
-        return self.coverage.left_out
+        """`{name: reason}` of the trainable parameters that have no block."""
+        return self.coverage.plain
 
     @property
     def covered_share(self) -> float:
@@ -285,7 +330,7 @@ class Covered:
 
 def check_nonfinite(nonfinite: str) -> None:
     """Refuse what is neither "raise" nor "skip"."""
-    if nonfinite not in ("raise", "skip"):
+    if not isinstance(nonfinite, str) or nonfinite not in ("raise", "skip"):
         raise ValueError(f"nonfinite is 'raise' or 'skip', got {nonfinite!r}")
 
 
@@ -295,7 +340,7 @@ def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> s
         return set(owners)
     names, _ = chosen(owners, layers, skip)
     if layers is None:
-        # of the weights that are frozen now some may be trained later
+        # some weights that are frozen now may be trained later
         return set(names) | {n for n, owner in owners.items() if not owner.tensor.requires_grad}
     return set(names)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
 import re
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fisherlab import approximations
-from fisherlab.approximations.base import Approximation
+from fisherlab import approximations, doors
 from fisherlab.approximations.damping import Rule, geometric, relative
 from fisherlab.approximations.diagonal import Diagonal
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
@@ -29,7 +25,7 @@ from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.extract.criteria import is_a
 from fisherlab.names import nearest
 from fisherlab.optim.ang import ANG, TruncatedNaturalGradient, respelled
-from fisherlab.optim.base import CurvatureOptimizer
+from fisherlab.optim.base import CurvatureOptimizer, check_module
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
 from fisherlab.optim.muon import Muon
@@ -40,7 +36,6 @@ from fisherlab.optim.presets import PRESETS, paper_options
 from fisherlab.optim.sngd import ReconstructedSGD
 from fisherlab.optim.soap import SOAP
 from fisherlab.optim.woodbury import NGDSMW, TENGraD
-from fisherlab.statistics import Statistic
 
 Maker = Callable[..., torch.optim.Optimizer]
 
@@ -51,7 +46,7 @@ Maker = Callable[..., torch.optim.Optimizer]
 LR, MOMENTUM, KL_CLIP = 0.015, 0.6, 0.1
 # of running means; a share inside both factors damps the larger eigenvalues as well
 SHARE, FACTORED_SHARE = 0.03, 0.02
-# of the block of a single batch, which the gradient of that batch overfits, and of all layers'
+# shares for a single batch's block, which that batch's gradient overfits, and for all layers'
 BATCH_SHARE, EXACT_SHARE, JOINT_SHARE = 0.1, 0.3, 1.0
 # An exact block holds that gradient: `lr^2 <direction, gradient>` is at most lr^2, per block.
 EXACT_LR = 0.08
@@ -71,7 +66,7 @@ SQUARED_EXACT = {"lr": 0.1, "damping": geometric(0.1), **UNMOVED}
 SQUARED_RANK_ONE = {"lr": 0.01}
 # No running mean to save on.
 _OF_BATCH: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
-# What `create` passes itself, and what constructors pass on.
+# Options that `create` passes itself, or that constructors pass on.
 NOT_OPTIONS = {"self", "model", "approximation", "options", "kwargs", "groups"}
 # An option that only one of the presets has.
 ABSENT = "–"
@@ -82,8 +77,7 @@ KRONECKER_SUM_LAYER = 1_500
 def _plain(kind: type[torch.optim.Optimizer], **defaults: Any) -> Maker:
     def make(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.Optimizer:
         lr = options.get("lr", 0)
-        if not isinstance(lr, Real | Tensor) or not lr < math.inf:  # torch lets a NaN pass
-            raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
+        doors.number(lr, "lr", least=0.0)  # torch lets a NaN pass
         return kind(model.parameters() if params is None else params, **{**defaults, **options})
 
     return make
@@ -95,40 +89,14 @@ def _with(kind: type[CurvatureOptimizer], *args: Any, **defaults: Any) -> Maker:
     def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         options = respelled(options) if issubclass(kind, ANG) else options
         ours = list(args)
-        if ours and (changed := {k: options.pop(k) for k in fields_of(ours[0]) if k in options}):
-            ours[0] = _changed(ours[0], changed)
+        if ours:
+            chosen = {key: options.pop(key) for key in ours[0].options if key in options}
+            ours[0] = ours[0].with_options(**chosen)
         return kind(model, *ours, **{**defaults, **options})
 
-    make.defaults = {**defaults, **(fields_of(args[0]) if args else {})}  # type: ignore[attr-defined]
+    of_method = args[0].options if args else {}
+    make.defaults = {**defaults, **of_method}  # type: ignore[attr-defined]
     return make
-
-
-def fields_of(approximation: Any) -> dict[str, Any]:
-    """What a user may choose of an approximation by name: its fields that hold no statistics.
-
-    Of an approximation that is a field, the damping is placed elsewhere.
-    """
-    known = dataclasses.fields(approximation) if dataclasses.is_dataclass(approximation) else ()
-    found: dict[str, Any] = {}
-    for field in known:
-        value = getattr(approximation, field.name)
-        if isinstance(value, Approximation):
-            found |= {k: v for k, v in fields_of(value).items() if k not in ("placement", "pi")}
-        elif not isinstance(value, Statistic):
-            found[field.name] = value
-    return found
-
-
-def _changed(approximation: Any, options: dict[str, Any]) -> Any:
-    """A new approximation with some of `fields_of`, whose statistics follow from them."""
-    found = {}
-    for field in dataclasses.fields(approximation):
-        value = getattr(approximation, field.name)
-        if isinstance(value, Approximation):
-            found[field.name] = _changed(value, options)
-        elif not isinstance(value, Statistic):
-            found[field.name] = options.get(field.name, value)
-    return type(approximation)(**found)
 
 
 def _natural(
@@ -230,12 +198,21 @@ _MAKERS: dict[str, Maker] = {
     "mini_block": _natural(MiniBlock()),
 }
 
-# Those that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
+# Optimizers that read nothing but `.grad`: no blocks, no criterion, no options of a curvature.
 GRADIENT_ONLY = ("sgd", "adam", "adamw", "radam", "muon", "soap")
 
 
 def names() -> list[str]:
-    """Every optimizer that `create` knows: torch's own, the papers', every other approximation."""
+    """Every optimizer that `create` knows: torch's own, the papers', every other approximation.
+
+    Returns:
+        The names, in this order.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> {"sgd", "kfac", "ekfac"} <= set(fl.optim.names())
+        True
+    """
     return [*_MAKERS, *(n for n in approximations.names() if n not in _MAKERS)]
 
 
@@ -244,20 +221,36 @@ def create(
 ) -> torch.optim.Optimizer:
     """The optimizer of a name over `model`, the defaults of its preset overridden by `options`.
 
-    `preset="paper"` is the method as its paper has it: `optim.presets.PAPER` names every option,
-    its value and who says so. "stable" has the defaults that train six small tasks.
+    The learning rate sets the length of the step. Most curvature methods have a default `kl_clip`,
+    which guards against divergence. Once KL clipping is active, a larger learning rate no longer
+    lengthens the step; `opt.clipped` counts these steps. `kl_clip=None` turns it off.
 
-    The learning rate decides the step's length. Most curvature methods come with a `kl_clip` as a
-    guard against divergence: a step that it shortens is as long at any larger `lr`. `opt.clipped`
-    counts those steps; with `kl_clip=None` the learning rate alone decides.
+    Args:
+        name: a name of `fl.optim.names()`, such as "kfac", "ekfac" or "sgd".
+        model: the model, in the state to train.
+        preset: "stable" has the defaults that train six small tasks. "paper" has the options of the
+            method's paper: `optim.presets.PAPER` names each option, its value and its source.
+        options: options of the method, such as `lr=0.01`; `option_names(name)` lists them.
 
-    Raises `ValueError` for an unknown name (with the nearest) or a model too large for the method,
-    and `TypeError` for an option that the method does not have.
+    Returns:
+        The optimizer, ready to step.
+
+    Raises:
+        ValueError: the name or preset is unknown, or the model is too large for the method.
+        TypeError: the method has no such option; the message names the nearest.
+
+    Example:
+        >>> import fisherlab as fl
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> type(fl.optim.create("kfac", model, lr=0.01)).__name__
+        'NaturalGradient'
     """
-    if name not in names():
+    if not isinstance(name, str) or name not in names():
         near = nearest(name, names(), names())
         raise ValueError(f"no optimizer named {name!r}; nearest: {near}")
-    if preset not in PRESETS:
+    check_module(model)
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {' or '.join(map(repr, PRESETS))}, got {preset!r}")
     make = _MAKERS[name] if name in _MAKERS else _other(name)
     if preset == "paper":
@@ -279,16 +272,24 @@ def create(
 
 def option_names(name: str, preset: str = "stable") -> list[str]:
     """The options that an optimizer takes, read off its constructors and those of its parts."""
-    optimizer = create(name, nn.Sequential(nn.Linear(2, 2)), preset=preset)
+    optimizer = create(name, _tiny(), preset=preset)
     kind = type(optimizer)
     flat = flat_names(kind.parts) if issubclass(kind, CurvatureOptimizer) else []
-    flat += [] if kind is KBFGSOptimizer else fields_of(getattr(optimizer, "approximation", None))
+    approximation = getattr(optimizer, "approximation", None)
+    if approximation is not None and kind is not KBFGSOptimizer:
+        flat += approximation.options
     found = [option for taker in _takers(kind) for option in inspect.signature(taker).parameters]
     return [option for option in dict.fromkeys([*found, *flat]) if option not in NOT_OPTIONS]
 
 
+def _tiny() -> nn.Module:
+    """A network to ask a constructor with; the global random stream stays where it is."""
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Linear(2, 2))
+
+
 def _takers(kind: type[torch.optim.Optimizer]) -> list[Callable[..., Any]]:
-    """What takes the options of an optimizer: its constructors, and what they pass them on to."""
+    """Functions that take an optimizer's options: its constructors, and those they pass them to."""
     if not issubclass(kind, CurvatureOptimizer):
         return [kind]
     return [*kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)], *kind.takers]
@@ -303,7 +304,7 @@ def default(name: str, option: str) -> Any:
     for part, field in FLAT.get(option, {}).items():
         if part in ours:
             return getattr(ours[part], field)
-    for taker in _takers(type(create(name, nn.Sequential(nn.Linear(2, 2))))):
+    for taker in _takers(type(create(name, _tiny()))):
         if option in (parameters := inspect.signature(taker).parameters):
             return parameters[option].default
     return ABSENT

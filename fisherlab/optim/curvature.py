@@ -22,7 +22,7 @@ from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.state import placed
 from fisherlab.optim.weight import Weight
 
-# What may be due at a step, in this order; `f"{kind}_every"` is the interval.
+# Parts that may be due at a step, in this order; `f"{kind}_every"` is the interval.
 KINDS = ("statistics", "basis", "corrections")
 
 
@@ -84,7 +84,7 @@ class Curvature:
         self._scale: dict[str, float] = {}
 
     def parts_of(self, weight: Weight) -> list[Part]:
-        """Those of a layer, in the order of its rows."""
+        """The parts of a layer, in the order of its rows."""
         for key in weight.keys:
             if key not in self.parts:
                 self.parts[key] = Part(key, weight, self._fresh())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,9 @@ from fisherlab.optim.weight import Weight
 from fisherlab.optim.weighted import Calls
 from fisherlab.optim.woodbury import Taken, Woodbury
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # Spread of the shared coefficients below which a run is SGD with a per-layer factor.
 FLAT = 0.05
 
@@ -22,15 +24,28 @@ FLAT = 0.05
 class FNGD(Woodbury):
     """Phase 1: `W <- W - lr U v`;  phase 2: `W <- W - lr U v~`, `v~` the mean of phase 1's `v`.
 
-    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves
-    for its own coefficients, `lambda = alpha ||U^T U||_F`; afterwards no per-example gradient and
-    no inverse is formed: row n of the output gradient is scaled by `M v~_n` and the ordinary
-    weight gradient taken, the bias included.
+    FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves for its own
+    coefficients, `lambda = alpha ||U^T U||_F`. Afterwards no per-example gradient and no inverse is
+    formed: row n of the output gradient is scaled by `M v~_n`, and the ordinary gradient of weight
+        and bias is taken. After `backward()`, `p.grad` is that weighted
+    gradient: clip and log it as such.
 
     `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled
     loader they average to a constant, and the run says once that it now is SGD), "example" (one per
     data-set index, given by `set_batch(indices)` before each forward), "none" (NGD-SMW).
     `control=True` is the run to compare with: SGD with FNGD's per-layer factor `c_l = sum_n v~_n`.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        alpha: lambda relative to `||U^T U||_F`.
+        fold: whether the coefficients are multiplied by lambda.
+        coefficient_steps: steps of phase 1.
+        share: "position", "example" or "none".
+        control: whether to run SGD with FNGD's per-layer factors instead.
+        options: further options of the step and its groups.
     """
 
     def __init__(
@@ -183,6 +198,8 @@ class FNGD(Woodbury):
 
         The spread is over slots (or data-set indices); the damping is that of the last solve.
         """
+        import pandas as pd
+
         rows = []
         for name, mean in self.coefficients().items():
             factor = mean.mean().item()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
-from fisherlab.blocks.numerics import sum_of
+from fisherlab.blocks.numerics import cholesky, sum_of
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
@@ -27,8 +27,16 @@ class KBFGSOptimizer(NaturalGradient):
     """`W <- W - lr H_g m H_a`, `m` the EMA (`gradient_decay`) of the gradient.  Goldfarb 2020.
 
     `step(closure)` needs a closure that zeroes the gradients, computes the loss on the *same* batch
-    and calls `backward()`: it is run before the step and once more after it, for the pair
+    and calls `backward()`. It runs before the step and once more after it, for the pair
     `s = change of the mean pre-activation`, `y = change of its gradient`.
+
+    Args:
+        model: the model.
+        approximation: `fl.KBFGS(...)`; None: one with `damping`.
+        lr: learning rate.
+        damping: lambda, absolute; used if `approximation` is None.
+        gradient_decay: weight of the past in `m`.
+        options: further arguments of `NaturalGradient`.
     """
 
     data_parallel = False
@@ -112,7 +120,7 @@ class KBFGSOptimizer(NaturalGradient):
         rows = sum(layer.inputs.shape[0] * layer.positions for layer in layers)
         A = sum_of([second_moment(layer.inputs) for layer in layers]) / rows
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + self.root * eye))
+        H_a = torch.cholesky_inverse(cholesky(A + self.root * eye, "damped input factor"))
         H_g = torch.eye(layers[0].shape[0], dtype=A.dtype, device=A.device)
         part.inverse = Kronecker(H_g, H_a)
         part.block = FromInverse(part.inverse)

@@ -15,9 +15,9 @@ class Muon(torch.optim.Optimizer):
     `W <- (1 - lr w) W - lr s NS(B)`,  `B <- mu B + (1 - mu) G`, the Newton-Schulz iteration of the
     Nesterov average: about `(B B^T)^{-1/2} B`.      Jordan 2024; torch's own code takes the step.
 
-    The rule, as torch's documentation asks: a parameter of two axes that is no embedding's is
-    Muon's; biases, norms, embeddings, convolutions' kernels of three axes or more are AdamW's. By
-    default, `adjust_lr_fn="match_rms_adamw"`, `s = 0.2 sqrt(max(o, i))` gives both the same `lr`
+    The rule follows torch's documentation. Muon takes parameters of two axes, embeddings aside.
+    AdamW takes biases, norms, embeddings, and convolutions' kernels of three axes or more. The
+    default `adjust_lr_fn="match_rms_adamw"`, `s = 0.2 sqrt(max(o, i))`, gives both the same `lr`
     and `weight_decay` (Liu et al. 2025). With "original" a matrix wants some twenty times the `lr`
     of AdamW, which `rest` sets: `rest={"lr": 3e-4}`.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +18,15 @@ from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.schedule import USUAL, Schedule
 from fisherlab.optim.step import UNCLIPPED, Clip, group_options
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class NaturalGradient(CurvatureOptimizer):
     """`W <- W - lr (F~ + lambda I)^{exponent} dW`, for any approximation `F~` of the Fisher blocks.
 
-    It is a `Preconditioner`, which says when and of what the blocks are made, and a step, in which
-    `clip` bounds the directions before weight decay and momentum. `p.grad` is read, never changed.
+    It is a `Preconditioner`, which makes the blocks, and a step. In the step `clip` bounds the
+    directions before weight decay and momentum. `p.grad` is read, never changed.
 
     Args:
         model: the model.
@@ -104,11 +106,11 @@ class NaturalGradient(CurvatureOptimizer):
 
     @property
     def approximation(self) -> Approximation:
-        """What the blocks are."""
+        """The approximation that the blocks are made by."""
         return self.preconditioner.approximation
 
     def due(self) -> tuple[str, ...]:
-        """What the next step refreshes of any layer: `damping`, `statistics`, `basis` ..."""
+        """Parts that the next step refreshes in any layer: `damping`, `statistics`, `basis` ..."""
         return (
             *(("damping",) if adapting(self.param_groups, self.steps) else ()),
             *self.preconditioner.due(),
@@ -148,7 +150,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return f"{type(self).__name__}({type(self.approximation).__name__})"
 
     def __repr__(self) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +18,12 @@ from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError, check_ranks
+from fisherlab.optim.state import generator_state
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import has_gradient, undelivered
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Parameters above which the dense forms are refused: the full matrix, and one layer's block.
 DENSE_JOINT = 5_000
@@ -30,15 +33,28 @@ DENSE_LAYER = 5_000
 class NGD(CurvatureOptimizer):
     """`W <- W - lr (F + lambda I)^{-1} dW` with the exact Fisher matrix of the batch.
 
-    `scope="joint"`: `F` over all layers together; its Gram matrix is the sum of the layers', so the
-    step is one `R x R` solve at any number of parameters. With one lambda per layer,
-    as a relative damping rule gives,
+    `scope="joint"`: `F` over all layers together. Its Gram matrix is the sum of the layers' Gram
+    matrices, so the step is one `R x R` solve at any number of parameters. With one lambda per
+    layer, as a relative damping rule gives,
 
         d_l = (g_l - U_l c) / lambda_l,
         c = (M I + sum_k K_k / lambda_k)^{-1} sum_k U_k^T g_k / lambda_k
 
     `scope="layer"`: one block per layer. `form="dense"` builds the matrices as NGM measures them,
     and refuses more than 5,000 parameters; both forms agree.      NGM (28), A.5.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        fisher_type: "empirical", "mc" or "exact".
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        damping: lambda, absolute, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
+        scope: "joint" or "layer".
+        form: "gram" or "dense".
+        mc_samples: draws per example for "mc".
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
+        options: further options of the step and its groups.
     """
 
     data_parallel = True
@@ -86,7 +102,8 @@ class NGD(CurvatureOptimizer):
 
     def _check_size(self) -> None:
         sizes = {name: weight.size for name, weight in self.weights.items()}
-        total, (largest, size) = sum(sizes.values()), max(sizes.items(), key=lambda x: x[1])
+        total = sum(sizes.values())
+        largest, size = max(sizes.items(), key=lambda x: x[1], default=("", 0))
         if self.scope == "joint" and total > DENSE_JOINT:
             raise ValueError(
                 f"dense NGD over {total:,} parameters would need a {total:,} x {total:,} matrix; "
@@ -125,7 +142,7 @@ class NGD(CurvatureOptimizer):
             blocks[name] = parts[0] if len(parts) == 1 else DirectSum(parts)
             gradients[name] = gradient
         lambdas = self.coverage.dampings(blocks, lambda damping: unexpanded(damping, "NGD"))
-        steps = self._solve(blocks, gradients, lambdas)
+        steps = self._solve(blocks, gradients, lambdas) if blocks else {}
         self._last = {
             name: (block.size, lambdas[name], [F.core * F.gram() for F in _parts(block)])
             for name, block in blocks.items()
@@ -149,8 +166,10 @@ class NGD(CurvatureOptimizer):
         return {"generator": self.recorder.generator.get_state()}
 
     def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
+        drawn = generator_state(extra)
+
         def take() -> None:
-            self.recorder.generator.set_state(extra["generator"].cpu())
+            self.recorder.generator.set_state(drawn)
 
         return take
 

@@ -33,8 +33,8 @@ def gathered(options: dict[str, Any]) -> dict[str, Any]:
     """The options with each flat one inside its part.
 
     Args:
-        options: the options, a `Schedule` and a `Clip` among them as far as the optimizer has such
-            parts; a flat option of a part that is missing stays as it is.
+        options: the options, with a `Schedule` and a `Clip` if the optimizer has such parts. A flat
+            option of a missing part stays as it is.
 
     Raises:
         TypeError: a part is something else.

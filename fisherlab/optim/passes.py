@@ -17,7 +17,7 @@ from fisherlab.extract.layer import LayerCapture
 class Call(tape.Call):
     """One product of a layer: its input and output, and the gradients that reached the output.
 
-    Those that the approximation needs, or their sums over the `count` examples.
+    The tensors that the approximation needs, or their sums over the `count` examples.
     """
 
     count: int = field(kw_only=True)

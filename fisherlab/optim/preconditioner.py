@@ -8,12 +8,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.approximations.running import too_large
@@ -26,12 +26,15 @@ from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
 from fisherlab.optim.passes import delivered
-from fisherlab.optim.recorder import Recorder, check_fisher_type
+from fisherlab.optim.recorder import Recorder, check_draw, check_fisher_type
 from fisherlab.optim.scale import OptimizerError, check_ranks
 from fisherlab.optim.schedule import USUAL, Schedule
-from fisherlab.optim.state import FORMAT, check_state
+from fisherlab.optim.state import FORMAT, check_state, generator_state, sealed
 from fisherlab.optim.summary import summary_row
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Gradients = dict[str, Tensor]
 
@@ -52,8 +55,8 @@ class Preconditioner(Covered):
     embeddings) keep the plain gradient. On networks with batch norm in training mode `g = M dL/ds`
     holds cross-example terms, as in every hook-based K-FAC.
 
-    Under DDP the sums are added by one `all_reduce` per layer and eigendecompositions are shared
-    out over the ranks; methods without sums gather a layer's raw inputs and output gradients.
+    Under DDP the sums are added by one `all_reduce` per layer, and eigendecompositions are shared
+    out over the ranks. Methods without sums gather a layer's raw inputs and output gradients.
 
     Args:
         model: the model.
@@ -68,7 +71,7 @@ class Preconditioner(Covered):
         fisher_type: "empirical", "mc" (columns drawn from the model, on the graph of the loop's own
             forward) or "exact".
         mc_samples: draws per example.
-        generator: of the draws; None: a fresh one seeded with 0.
+        generator: draws the labels of "mc"; None: a fresh one seeded with 0.
         layers: names or patterns of the weights that may have a block; None: all trainable ones.
         skip: names or patterns of those that may not.
         largest_factor: rows of a Kronecker factor above which its diagonal is kept; a warning and
@@ -106,9 +109,10 @@ class Preconditioner(Covered):
             )
         check_part("schedule", schedule)
         check_fisher_type(fisher_type)
+        check_draw(criterion, mc_samples, generator)
         as_rule(damping)
-        if largest_factor < 0:
-            raise ValueError(f"largest_factor counts rows, at least 0; got {largest_factor}")
+        doors.count(largest_factor, "largest_factor, which counts rows,", 0)
+        doors.flag(graft, "graft")
         check_nonfinite(nonfinite)
         self.ranks = Ranks.of(model)
         self.model = model = unwrapped(model)
@@ -165,14 +169,14 @@ class Preconditioner(Covered):
         return self.schedule.until is not None and self.steps >= self.schedule.until
 
     def _due(self, weight: Weight) -> set[str]:
-        """What is refreshed of a layer at this step."""
+        """The parts of a layer that are refreshed at this step."""
         if self.steps < self.schedule.warmup:
             return set(self.curvature.kinds)
         group = self.coverage.groups[weight.group]
         return {kind for kind in self.curvature.kinds if self.steps % group[f"{kind}_every"] == 0}
 
     def due(self) -> tuple[str, ...]:
-        """What the next step refreshes of any layer: `statistics`, `basis`, `corrections`."""
+        """Parts that the next step refreshes in any layer: `statistics`, `basis`, `corrections`."""
         if self.over:
             return ()
         found = set().union(*(self._due(weight) for weight in self.weights.values()))
@@ -262,7 +266,7 @@ class Preconditioner(Covered):
     def _captures(
         self, due: Mapping[str, set[str]], gradients: Gradients
     ) -> dict[str, list[LayerCapture]]:
-        """What the passes of this step brought, of the layers that are due."""
+        """The captures of this step's passes, for the layers that are due."""
         names = [name for name, what in due.items() if what & {"statistics", "corrections"}]
         weights = [self.weights[name] for name in names]
         if self.recorder is None:
@@ -315,6 +319,8 @@ class Preconditioner(Covered):
         `beta`: the factor of the rule `trace` on the damped block of a fully-connected layer.
         `diagonal_factors`: the sides larger than `largest_factor`.
         """
+        import pandas as pd
+
         curvature = self.curvature
         rows = [
             summary_row(n, F.size, curvature.dampings.get(n, math.nan), F.eigenvalues())
@@ -328,7 +334,7 @@ class Preconditioner(Covered):
 
     @property
     def method(self) -> str:
-        """What a state belongs to."""
+        """The name of the method to which a state belongs."""
         return f"Preconditioner({type(self.approximation).__name__})"
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,7 +344,7 @@ class Preconditioner(Covered):
         state["shares"] = [getattr(g["damping"], "share", None) for g in self.coverage.groups]
         if self.recorder is not None:
             state["generator"] = self.recorder.generator.get_state()
-        return state
+        return sealed(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state.
@@ -359,6 +365,7 @@ class Preconditioner(Covered):
             )
         weights = self.coverage.recognised(state["weights"])
         take_curvature = self.curvature.reading(state, weights)
+        drawn = None if self.recorder is None else generator_state(state)
 
         def take() -> None:
             for weight in weights.values():
@@ -371,8 +378,8 @@ class Preconditioner(Covered):
             for group, share in zip(self.coverage.groups, state["shares"], strict=True):
                 if isinstance(group["damping"], LevenbergMarquardt):
                     group["damping"].share = share
-            if self.recorder is not None:
-                self.recorder.generator.set_state(state["generator"].cpu())
+            if self.recorder is not None and drawn is not None:
+                self.recorder.generator.set_state(drawn)
             self._prepare()
 
         return take

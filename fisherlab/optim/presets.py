@@ -161,7 +161,7 @@ PAPER: Mapping[str, Mapping[str, As]] = {
 }
 
 
-# What `preset="paper"` does not reach, and what it has instead.
+# Options that `preset="paper"` does not reach, and their stand-ins.
 NOT_YET = {
     "sngd": 'the roots are of `eigh`; `root="newton_schulz"` is the paper\'s iteration (15).',
 }

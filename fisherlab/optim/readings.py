@@ -1,4 +1,4 @@
-"""What a running optimizer divides its gradients by, read off its state as blocks."""
+"""The preconditioner of a running optimizer, read off its state as blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks import Block, ColumnSum, Diagonal, Eigen, Kronecker
 from fisherlab.blocks.basis import matrix_of
-from fisherlab.blocks.numerics import symmetrise
+from fisherlab.blocks.numerics import svd, symmetrise
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.muon import Muon
@@ -78,7 +78,7 @@ def _muon(p: Tensor, state: State, group: Group) -> Divisor:
     o, i = B.shape
     # the smaller side, as the Newton-Schulz iteration does
     # of B itself: the root of a square of B has half of the digits
-    U, s, Vh = torch.linalg.svd(B, full_matrices=False)
+    U, s, Vh = svd(B, "momentum of Muon")
     Q = U if o <= i else Vh.mT
     root, square = (symmetrise((Q * values) @ Q.mT) for values in (s, s.square()))
 
@@ -156,8 +156,8 @@ if hasattr(torch.optim, "Muon"):
 def read(optimizer: torch.optim.Optimizer | Preconditioner, model: nn.Module) -> Reading:
     """The blocks of a running optimizer, by name of the layer.
 
-    Of FisherLab's own, those of `opt.blocks()`, whose inverse damped, or its root, a step takes. Of
-    another, two readings: "root" is `P^{-1}` of its step `-lr P m`, "square" what `P^{-2}`
+    FisherLab's own optimizers give `opt.blocks()`; a step takes their damped inverse, or its root.
+    Any other has two readings: "root" is `P^{-1}` of its step `-lr P m`, "square" what `P^{-2}`
     estimates, the second moment that a Fisher block is.
 
     Raises:

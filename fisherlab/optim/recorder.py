@@ -1,13 +1,13 @@
 """The pair (a, g) of every layer, taken in the user's own forward and backward.
 
 A tape sees the products of the weights (`Watch`). A hook on each product's *output tensor* closes
-over that call's input, so a forward without a backward leaves nothing behind and an evaluation pass
-between two steps disturbs nothing. A pass counts only if its gradient is in `.grad` at the step
-(`AdditiveLaw`).
+over that call's input. A forward without a backward therefore leaves nothing behind, and an
+evaluation pass between two steps disturbs nothing. A pass counts only if its gradient is in `.grad`
+at the step (`AdditiveLaw`).
 
 The factor between `dL` and the per-example loss is read off the criterion's own loss tensor, or
-recognised from (output, its gradient) for softmax cross entropy: a wrong factor c would give a
-Fisher matrix that is c^2 off without any error.
+recognised from (output, its gradient) for softmax cross entropy. A wrong factor c would silently
+scale the Fisher matrix by c^2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.assemble import Form, capture_of, pieces
@@ -66,7 +67,7 @@ class Recorder:
         criterion: what the training loop calls, if it was given.
         fisher_type: "empirical", "mc" or "exact".
         mc_samples: draws per example.
-        generator: of the draws; None: a fresh one seeded with 0.
+        generator: source of the draws; None: a fresh one seeded with 0.
         examples: the first rows of a batch that count; None: all.
         needs: what of a capture the approximation reads.
         ranks: the processes that hold the other shards, if any.
@@ -86,12 +87,13 @@ class Recorder:
         ranks: Ranks | None = None,
     ) -> None:
         check_fisher_type(fisher_type)
+        check_draw(criterion, mc_samples, generator)
         self.coverage, self.weights, self.criterion = coverage, coverage.weights, criterion
         self.fisher_type, self.mc_samples = fisher_type, mc_samples
         self.generator = generator or torch.Generator().manual_seed(0)
         self.examples, self.ranks = examples, ranks
         self.needs = frozenset(needs)
-        # what an approximation does not need is not kept: memory that backward then reuses
+        # tensors that no approximation needs are not kept: memory that backward then reuses
         self.summed = SUMS.issuperset(needs)
         self.gradients = not {"inputs", "outputs", "activation_slope"}.issuperset(needs)
         self.outputs, self.slopes = "outputs" in needs, "activation_slope" in needs
@@ -179,6 +181,7 @@ class Recorder:
             self.watch.tape.others.setdefault(use.name, set()).add(use.function)
             return output
         x = use.product.x
+        x = x if x.layout == torch.strided else x.to_dense()
         part = x.detach()[: self.examples]
         # of a linear map over positions, those without a gradient are left out of the sum
         waiting = self.summed and weight.is_linear and part.ndim > 2
@@ -215,7 +218,7 @@ class Recorder:
         return output.clone() if output._is_view() else output
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        """What is kept of the examples: they, or their sum, taken while they are at hand."""
+        """The kept part of the examples: they, or their sum, taken while they are at hand."""
         return example_sum(widened(tensor)) if self.summed else tensor
 
     def _end(self, output: Tensor | None) -> None:
@@ -608,7 +611,7 @@ class Recorder:
         return {key: replace(layer, counted=counts) for key, layer in layers.items()}
 
     def _factor(self, one: Pass) -> float:
-        """What turns `dL/ds` into the gradient of the per-example loss `l_n`."""
+        """The factor from `dL/ds` to the gradient of the per-example loss `l_n`."""
         if one.output is None:
             raise OptimizerError(
                 "the model returned no tensor with a graph, so the examples of its batch are not "
@@ -631,8 +634,24 @@ class Recorder:
 
 def check_fisher_type(fisher_type: str) -> None:
     """Refuse an unknown one before anything is hooked."""
-    if fisher_type not in fisher.FISHER_TYPES:
+    if not isinstance(fisher_type, str) or fisher_type not in fisher.FISHER_TYPES:
         raise ValueError(unknown("fisher_type", fisher_type, fisher.FISHER_TYPES))
+
+
+def check_draw(criterion: object, mc_samples: int, generator: object) -> None:
+    """Refuse what is no criterion, no number of draws and no generator, before anything is hooked.
+
+    Raises:
+        ValueError: one of them, by name.
+    """
+    if criterion is not None and (not callable(criterion) or isinstance(criterion, type)):
+        raise ValueError(
+            "criterion is the module or the function that the loop calls, or None; got "
+            f"{doors.said(criterion)}"
+        )
+    fisher.check_draws(mc_samples)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is a torch.Generator or None, got {doors.said(generator)}")
 
 
 def _edges(calls: list[Call]) -> list[GradientEdge]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.numerics import BlockError, eigh
+from fisherlab.blocks.numerics import BlockError, eigh, inverse, svd
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def denman_beavers(S: Tensor, tolerance: float | None = None, iterations: int = 
         stalled = len(residuals) > 3 and residual < 0.1 and residual >= 0.5 * residuals[-2]
         if residual <= tolerance or stalled or not residual < 1e12:
             break
-        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
+        Y, Z = (Y + inverse(Z, "a root")) / 2, (Z + inverse(Y, "a root")) / 2
     return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, True)
 
 
@@ -87,7 +87,7 @@ def nystroem(S: Tensor, rank: int, eps: float) -> Roots:
     values, Q = eigh(C[columns], "Nystroem core")
     kept = values > values.max() * 1e-10
     thin = C @ (Q[:, kept] / values[kept].sqrt())
-    left, sizes, _ = torch.linalg.svd(thin, full_matrices=False)
+    left, sizes, _ = svd(thin, "Nystroem columns")
     base = eps**0.5
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     roots = (sizes.square() + eps).sqrt()

@@ -1,7 +1,7 @@
 """The factor between `dL/ds` and the gradient of the per-example loss: followed or recognised.
 
-Mean or sum, gradient accumulation and loss scaling all hide in it, and a wrong factor c gives a
-Fisher matrix that is c^2 off without any error.
+Mean or sum, gradient accumulation and loss scaling all hide in it. A wrong factor c would silently
+scale the Fisher matrix by c^2.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def recognised_factor(
     if criterion is not None:
         mean = fisher.reduction_of(criterion) == "mean"
     elif own_scale is not None:
-        # of a sum over the examples and their terms, each counts once
+        # in a sum over the examples and their terms, each counts once
         Z = float(own_scale) / kappa
         mean = not math.isclose(Z, 1, rel_tol=1e-3)
         # terms whose gradient underflowed are told from ignored ones
@@ -118,7 +118,7 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     labels = torch.where(lowest < 0, labels, p.argmax(1, keepdim=True))
     target = torch.full_like(f, smoothing / f.shape[1])
     target.scatter_add_(1, labels, torch.full_like(labels, 1, dtype=f.dtype) * (1 - smoothing))
-    # a row of zeros is an ignored label, unless the model is so sure that its gradient underflowed
+    # a row of zeros is an ignored label, or a saturated softmax whose gradient underflowed
     sure = 1 - p.amax(1, keepdim=True) < 1e-4
     arrived = (G != 0).any(1, keepdim=True)
     score = (p - target) * arrived
@@ -190,7 +190,7 @@ class Loss:
 
     @property
     def factor(self) -> float:
-        """What turns `dL/ds` into the gradient of the per-example loss."""
+        """The factor from `dL/ds` to the gradient of the per-example loss."""
         if self._known is None:
             if self._output is None:
                 raise OptimizerError("a backward pass came without a forward of the model itself")

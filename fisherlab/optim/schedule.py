@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fisherlab import doors
 from fisherlab.approximations.running import EMAS
 
 
@@ -11,8 +12,8 @@ from fisherlab.approximations.running import EMAS
 class Schedule:
     """`S <- decay S + s` every `statistics` steps, an inverse of `S` every `basis` steps.
 
-    All are refreshed at step 0 and at each of the first `warmup` steps: an inverse made of one
-    batch is wrong outside that batch's span, where the gradients of the next ones lie.
+    All are refreshed at step 0 and at each of the first `warmup` steps. The inverse of one batch is
+    wrong outside that batch's span, and the next gradients lie there.
 
     Args:
         statistics: steps from one update of the statistics to the next (T_FIM).
@@ -40,13 +41,12 @@ class Schedule:
     def __post_init__(self) -> None:
         """Refuse counts that are none."""
         for key, value in {**self.intervals, "until": self.until, "warmup": self.warmup}.items():
-            least = 0 if key == "warmup" else 1
-            if value is not None and (int(value) != value or value < least):
-                raise ValueError(f"{key} counts steps and is at least {least}, got {value!r}")
-        if self.ema not in EMAS:
-            raise ValueError(f"ema is one of {', '.join(EMAS)}; got {self.ema!r}")
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"examples (statistics_examples) is at least 1, got {self.examples}")
+            if value is not None or key not in ("until", "corrections_every"):
+                doors.count(value, f"{key}, which counts steps,", 0 if key == "warmup" else 1)
+        doors.choice(self.ema, "ema", EMAS)
+        if self.examples is not None:
+            doors.count(self.examples, "examples (statistics_examples)")
+        doors.number(self.decay, "decay", least=0.0, most=1.0)
 
     @property
     def intervals(self) -> dict[str, int]:

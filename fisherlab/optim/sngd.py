@@ -148,17 +148,31 @@ def reconstruct(
     rank: int = 128,
     activations: Mapping[str, Activation] | None = None,
 ) -> nn.Module:
-    """Turn every Linear and Conv of `model` into a local Fisher layer, in place.      SNGD III.
+    """`w' = W G^{1/2}`: every Linear and Conv becomes a local Fisher layer, in place.     SNGD III.
 
     Outputs are unchanged, and parameters keep their identity, so an optimizer made before stays
-    valid. With `optimizer` given, `G` is refreshed after every `every` of its steps (else call
-    `refresh`). `method`: "newton_schulz", "denman_beavers", "eigh" or "nystroem" (of `rank`).
-    Grouped convolutions stay as they are.
+    valid. Grouped convolutions stay as they are.
 
     `nu` is that of `LayerCapture.activation_slope`, read off each training pass of `model`, which
-    is the whole network: its outputs are where `nu` is 1. `activations` overrides it by layer name,
-    with the derivative at the layer's own output; None stands for 1. A layer that feeds no
-    element-wise function keeps `G = I`, with a warning.
+    is the whole network: its outputs are where `nu` is 1. A layer that feeds no element-wise
+    function keeps `G = I`, with a warning.
+
+    Args:
+        model: the whole network; it is changed.
+        optimizer: after every `every` of its steps `G` is refreshed; None: call `refresh`.
+        method: makes the root: "newton_schulz", "denman_beavers", "eigh" or "nystroem".
+        every: steps from one refresh to the next.
+        decay: weight of the past in the running mean of `nu A`.
+        eps: added to the diagonal of `G`, relative to `tr(nu A)`.
+        rank: rank for "nystroem".
+        activations: the activation of a layer by its name, with its derivative at the layer's own
+            output, in place of the measured `nu`; None stands for 1.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the method or a layer of `activations` is unknown.
     """
     if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
         raise ValueError(f"unknown method {method!r}")
@@ -309,6 +323,10 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
     The network's function and the motion of `W` are unchanged. (Alg. 1's step 3 has
     `w' <- G^{-1/2} w`, which contradicts (11); (11) is followed.)
+
+    Args:
+        model: a network that `reconstruct` changed.
+        optimizer: holds the velocities; None: there are none.
     """
     for module, fisher in local_fishers(model).values():
         if fisher.without_slope:
@@ -347,7 +365,14 @@ def _transform(weight: Tensor, bias: Tensor | None, change: Tensor) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """The plain network again, with the same outputs and the same parameter objects."""
+    """`W = w' G^{-1/2}`: the plain network again, with the same outputs and parameter objects.
+
+    Args:
+        model: a network that `reconstruct` changed, in place.
+
+    Returns:
+        `model`.
+    """
     for module, fisher in local_fishers(model).values():
         for handle in fisher.handles:
             handle.remove()

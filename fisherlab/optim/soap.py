@@ -21,10 +21,11 @@ class SOAP(torch.optim.Optimizer):
         M <- b1 M + (1 - b1) G,   M' = Q_L^T M Q_R,   V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2
         L <- b2 L + (1 - b2) G G^T,   R <- b2 R + (1 - b2) G^T G
 
-    `M` and `V` are divided by `1 - b^t`, as Adam's are. `Q_L` and `Q_R` are the eigenvectors of
-    `L` and `R` after the first step and after every `basis_every`-th; before there are any the step
-    is Adam's, where the authors' code takes none. A parameter of one axis takes Adam's step; one of
-    more is the matrix `[o, rest]`. A side of more than `largest_factor` rows has no basis.
+    `M` and `V` are divided by `1 - b^t`, as Adam's are. `Q_L` and `Q_R` are the eigenvectors of `L`
+    and `R` after the first step and after every `basis_every`-th. The first step, without
+    eigenvectors, is Adam's; the authors' code takes none. A parameter of one axis takes Adam's
+    step; one of more is the matrix `[o, rest]`. A side of more than `largest_factor` rows has no
+    basis.
 
     The eigenvectors are those of an eigendecomposition, which the paper's power iteration with QR
     tends to. `V` is carried into a new basis by `V <- (Q_L'^T Q_L)^2 V ((Q_R'^T Q_R)^2)^T`,

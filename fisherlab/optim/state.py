@@ -1,18 +1,72 @@
-"""What a `state_dict` says of itself, and which ones are read."""
+"""The format that a `state_dict` states, and which formats are read."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherlab import doors
+
 # Format 1, without a number, kept the running means of an optimizer and of its blocks apart.
 FORMAT = 2
 
 
-def check_state(state: Mapping[str, Any], kind: str, method: str) -> None:
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the form of each of its parts: keys, types and shapes, not the numbers."""
+    return {**state, "form": {key: _digest(value) for key, value in state.items()}}
+
+
+def generator_state(state: Mapping[str, Any]) -> Tensor:
+    """The state of the generator that a state holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    found = state.get("generator")
+    if not isinstance(found, Tensor) or found.dtype != torch.uint8:
+        raise ValueError(
+            f"this state is damaged: generator is no state of a torch.Generator but "
+            f"{doors.said(found)}; nothing was loaded"
+        )
+    return found.cpu()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(_form(value)).encode()).hexdigest()[:16]
+
+
+def _form(value: object) -> object:
+    """Keys, types and shapes; a state may be cast or moved."""
+    if isinstance(value, Mapping):
+        return sorted((repr(key), _form(part)) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return [_form(part) for part in value]
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.is_floating_point()
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def _check_form(state: Mapping[str, Any]) -> None:
+    """Refuse a part that has another form than when it was saved."""
+    saved = state.get("form")
+    if saved is None:  # of an earlier version
+        return
+    if not isinstance(saved, Mapping):
+        raise ValueError("this state is damaged: form is no dict; nothing was loaded")
+    parts = {key: _digest(value) for key, value in state.items() if key != "form"}
+    damaged = sorted(key for key in {*saved, *parts} if saved.get(key) != parts.get(key))
+    if damaged:
+        raise ValueError(
+            f"this state is damaged: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} "
+            "not the form that was saved; load it from another file; nothing was loaded"
+        )
+
+
+def check_state(state: Any, kind: str, method: str) -> None:
     """Refuse a state that is not of this format, or of another method.
 
     Args:
@@ -23,6 +77,11 @@ def check_state(state: Mapping[str, Any], kind: str, method: str) -> None:
     Raises:
         ValueError: the state cannot be read; the message names what it is.
     """
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"a state is the dict that state_dict() returned, got {doors.said(state)}; nothing was "
+            "loaded"
+        )
     if "method" not in state:
         raise ValueError(f"this state was not saved by a FisherLab {kind}: it names no method")
     found = state.get("format", 1)
@@ -35,6 +94,7 @@ def check_state(state: Mapping[str, Any], kind: str, method: str) -> None:
         )
     if state["method"] != method:
         raise ValueError(f"this state is of {state['method']}, and this {kind} is {method}")
+    _check_form(state)
 
 
 def placed(state: Any, device: torch.device) -> Any:

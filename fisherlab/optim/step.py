@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
+
+from fisherlab import doors
 
 DECAY_PLACEMENTS = ("after", "before", "loss")
 
@@ -24,9 +25,9 @@ class Clip:
         min(1, sqrt(r kl / q), norm / |direction|),   q = sum lr^2 <direction, gradient>,
         r = min(1, (steps taken + 1) / warmup)
 
-    `kl` guards against the step that curvature of few batches misjudges. Where it binds, the step
-    is `sqrt(r kl)` long in the metric of the blocks, and no longer at any larger learning rate: a
-    schedule then has no effect.
+    `kl` guards against the step that curvature of few batches misjudges. Once `kl` is active, the
+    step has length `sqrt(r kl)` in the metric of the blocks. A larger learning rate no longer
+    lengthens it, and a schedule has no effect.
 
     Args:
         kl: bound of `q`, to second order twice the KL divergence of the step; None: none.
@@ -44,10 +45,9 @@ class Clip:
     def __post_init__(self) -> None:
         """Refuse bounds that are none."""
         for name, bound in self.bounds.items():
-            if not bound > 0:
-                raise ValueError(f"{name} must be positive or None, got {bound!r}")
-        if int(self.warmup) != self.warmup or self.warmup < 0:
-            raise ValueError(f"warmup counts steps and is at least 0, got {self.warmup!r}")
+            if (found := doors.real(bound)) is None or not found > 0:
+                raise ValueError(f"{name} must be positive or None, got {doors.said(bound)}")
+        doors.count(self.warmup, "warmup, which counts steps,", 0)
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -56,7 +56,7 @@ class Clip:
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def factor(self, directions: Directions, change: Callable[[], float], steps: int) -> float:
-        """What the directions are multiplied by.
+        """The factor on all directions.
 
         Args:
             directions: of all parameters that have one.
@@ -91,8 +91,9 @@ def group_options(
         ValueError: a number is out of its range.
     """
     for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-        if not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        doors.number(value, name, least=0.0)
+    for name, value in {"nesterov": nesterov, "decoupled": decoupled}.items():
+        doors.flag(value, name)
     if not isinstance(momentum, Tensor) and momentum >= 1:
         raise ValueError(f"momentum must be below 1, where velocity dies out; got {momentum!r}")
     if nesterov and momentum == 0:

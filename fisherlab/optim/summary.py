@@ -1,14 +1,16 @@
-"""What `summary()` of an optimizer tells of its damping."""
+"""The lines of an optimizer's `summary()` on its damping."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from fisherlab.blocks.numerics import eigh
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def summary_row(name: str, size: int, damping: float, eigenvalues: Tensor) -> dict[str, Any]:
@@ -28,6 +30,8 @@ def summary_row(name: str, size: int, damping: float, eigenvalues: Tensor) -> di
 
 def last_steps(last: dict[str, tuple[int, float, list[Tensor]]], steps: int) -> pd.DataFrame:
     """`summary_row`s of exact blocks, from each layer's size, damping and Gram matrices `K / M`."""
+    import pandas as pd
+
     rows = [
         summary_row(name, size, damping, torch.cat([eigh(K, name)[0] for K in grams]))
         for name, (size, damping, grams) in last.items()

@@ -155,7 +155,7 @@ def has_gradient(weight: Weight) -> bool:
 
 
 def undelivered(name: str) -> str:
-    """What to look for when a layer has a gradient that no hook saw."""
+    """The message for a layer with a gradient that no hook saw."""
     return (
         f"layer {name!r} has a gradient but delivered nothing; no parameter was changed. Usual "
         "causes: the optimizer was made after this forward pass; the model was compiled before "

@@ -1,7 +1,7 @@
 """Layers whose own backward returns a weighted gradient: what TENGraD, NGD-SMW and FNGD need.
 
 `p.grad` exists after `backward()` and *is* the gradient that will be used: row n of a layer's input
-is scaled by `M v_n` before the ordinary weight gradient is taken; what is propagated further back
+is scaled by `M v_n` before the ordinary weight gradient is taken. The gradient sent further back
 does not depend on the input. The plain weight gradient is never computed.
 """
 
@@ -40,7 +40,7 @@ Rows = Callable[[Weight, Calls, float], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class _State:
-    """What all layers of an optimizer share."""
+    """The parts that all layers of an optimizer share."""
 
     # layers whose backward came through since the last step
     reached: set[str] = field(default_factory=set)
@@ -270,8 +270,8 @@ def _by_autograd(
 class WeightedLayers:
     """Puts `_Weighted` behind every product of an optimizer's weights.
 
-    Rows must be the examples. The first forward pass asks autograd; a layer whose rows are in
-    another order, or whose weight is used in another way as well, keeps its plain gradient.
+    Rows must be the examples. The first forward pass asks autograd. A layer keeps its plain
+    gradient if its rows are in another order, or if its weight has another use.
     """
 
     def __init__(

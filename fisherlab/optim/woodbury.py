@@ -6,13 +6,12 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab.approximations.damping import Rule, gram_norm, unexpanded
+from fisherlab.approximations.damping import Rule, gram_norm, lambdas, unexpanded
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky, dot, sum_of
@@ -25,6 +24,9 @@ from fisherlab.optim.step import Directions
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 from fisherlab.optim.weighted import Calls, WeightedLayers, columns_of, of_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Woodbury(CurvatureOptimizer):
@@ -108,7 +110,7 @@ class Woodbury(CurvatureOptimizer):
     def _take(self, weight: Weight, taken: Taken) -> None:
         passes = self._taken.setdefault(weight.name, [])
         if passes and not has_gradient(weight):
-            # what an earlier backward pass left was dropped with its gradient
+            # the captures of an earlier backward pass were dropped with its gradient
             passes.clear()
         if self.clip.kl is None:
             taken.calls = []
@@ -149,10 +151,10 @@ class Woodbury(CurvatureOptimizer):
         """The damping of every group: the layer's own, or `alpha ||K||` of each."""
         if self.alpha is not None:
             rule = gram_norm(self.alpha)
-            return [rule({weight.name: block})[weight.name] for block in blocks]
+            return [lambdas(rule, {weight.name: block})[weight.name] for block in blocks]
         whole = blocks[0] if len(blocks) == 1 else DirectSum(blocks)
         rule = unexpanded(self.coverage.option(weight, "damping"), type(self).__name__)
-        return [rule({weight.name: whole})[weight.name]] * len(blocks)
+        return [lambdas(rule, {weight.name: whole})[weight.name]] * len(blocks)
 
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last batch: damping, relative too, and the eigenvalues above it."""
@@ -219,7 +221,7 @@ class Woodbury(CurvatureOptimizer):
 
 @dataclass(eq=False)
 class Taken:
-    """What one backward pass brought to a layer, and the weights that its examples took."""
+    """The captures of one backward pass at a layer, and the weights of its examples."""
 
     # as the pass multiplied it
     weight: Weight
@@ -242,7 +244,7 @@ class Taken:
 
 
 class GramBlock(Outer):
-    """The exact block of columns whose Gram matrix is wanted in any case."""
+    """Exact block that reads its trace from the Gram matrix, which is always needed."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns, self.core, self.shift = columns, 1.0 / columns.count, 0.0
@@ -283,11 +285,34 @@ def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Ten
 
 
 class TENGraD(Woodbury):
-    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.    NGM (36)-(43)."""
+    """`(F + lambda I)^{-1} g` of the mini-batch's exact block, layer by layer.    NGM (36)-(43).
+
+    After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
+    gradient is nowhere.
+
+    Args:
+        model: the model.
+        criterion: the very object that the loop calls; see `Preconditioner`.
+        params: parameters, or groups of them with options of their own; None: all of the model.
+        lr: learning rate.
+        damping: lambda, absolute, or a rule; exclusive with `alpha`.
+        alpha: lambda relative to `||K||_F`, per layer and batch; exclusive with `damping`.
+        fold: whether the direction is multiplied by lambda, so that `lr` is of SGD's size.
+        options: further options of the step and its groups.
+    """
 
 
 class NGDSMW(Woodbury):
-    """FNGD without sharing: its coefficients recomputed at every step.      FNGD tab. IV."""
+    """FNGD without sharing: its coefficients recomputed at every step.      FNGD tab. IV.
+
+    After `backward()`, `p.grad` is the preconditioned gradient: clip and log it as such. The plain
+    gradient is nowhere.
+
+    Args:
+        model: the model.
+        fold: whether the direction is multiplied by lambda, so that `lr` is of SGD's size.
+        options: further arguments of `TENGraD`.
+    """
 
     def __init__(self, model: nn.Module, *, fold: bool = True, **options: Any) -> None:
         super().__init__(model, fold=fold, **options)

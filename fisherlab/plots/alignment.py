@@ -19,6 +19,13 @@ def eigenbasis_overlap(overlaps: Mapping[str, GroupedOverlap], layer: str = "") 
     """`|<v_i, q_j>|` of leading eigenvectors: the exact block's down, an approximation's across.
 
     A diagonal of ones is agreement, also in the order. Equal eigenvalues are one row or column.
+
+    Args:
+        overlaps: overlaps by name, from `metrics.grouped_overlap`.
+        layer: name of the layer, for the title.
+
+    Returns:
+        The figure.
     """
     figure, axes = multiples(len(overlaps), 4, 1.6)
     for ax, (name, overlap) in zip(axes, overlaps.items(), strict=True):
@@ -47,7 +54,15 @@ def titled(subject: str, layer: str) -> str:
 
 @theme.themed
 def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
-    """Angles between the leading k-subspaces of `F` and of each approximation, in degrees."""
+    """Angles between the leading k-subspaces of `F` and of each approximation, in degrees.
+
+    Args:
+        angles: `[k]` radians by name, from `metrics.principal_angles`.
+        layer: name of the layer, for the title.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(angles).items():
         degrees = np.rad2deg(theme.array_of(angles[name]))
@@ -64,7 +79,14 @@ def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
 
 @theme.themed
 def off_diagonal_mass(table: Any) -> Figure:
-    """Share of `||F||^2` that no eigenvalues in a basis can express, approximation by layer."""
+    """Share of `||F||^2` that no eigenvalues in a basis can express, approximation by layer.
+
+    Args:
+        table: a `Comparison`, or its frame.
+
+    Returns:
+        The figure.
+    """
     frame = theme.frame_of(table)
     last = frame[frame["step"] == frame["step"].max()].dropna(subset=["diagonalisation"])
     once = last.drop_duplicates(["layer", "approximation"])

@@ -22,7 +22,7 @@ HEADINGS = {
     "extension": "extensions of ours",
     "contrast": "denied by the paper",
 }
-# What matplotlib's formulas lack.
+# Commands that matplotlib's formulas lack.
 _FORMULAS = (
     (r"\\tfrac|\\dfrac", r"\\frac"),
     (r"\\textstyle", ""),
@@ -102,7 +102,7 @@ def _numbers(ax: Axes, trials: Any) -> None:
     wrong = np.array(trials.margins[: len(left)]) < -trials.claim.noise
     both = np.concatenate([left, right])
     span = np.abs(both[both != 0])
-    # relative errors share an axis that ends at nought
+    # relative errors share an axis that ends at zero
     errors = getattr(trials.claim, "scale", 0.0) == 1.0
     logs = not errors and bool((both > 0).all()) and span.max() > 50 * span.min()
     ax.scatter(right[~wrong], left[~wrong], s=14, color=TRUE, label="as claimed")

@@ -38,6 +38,15 @@ def training_curves(
     A line is the mean over seeds, its band their range. The first of `best` (of all, in the order
     of `rows`, if not given) and SGD have their own colours, the rest are grey. A run of one point
     is its marker; a loss measured once, before anything differs, has no panels.
+
+    Args:
+        rows: one row per optimizer, seed and measured step, with the metric and the test loss.
+        curve: the training loss, one row per optimizer, seed and measured step.
+        metric: the column of the metric.
+        best: optimizers in their own colours; none: all, in the order of `rows`.
+
+    Returns:
+        The figure.
     """
     present = list(dict.fromkeys([*best, *rows["optimizer"]]))
     names = present[:AT_MOST]
@@ -105,9 +114,16 @@ def _leave_out_explosions(ax: Axes, values: pd.Series) -> None:
 
 @theme.themed
 def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
-    """What each optimizer reaches at the end, and beside it what a step costs; the best on top.
+    """The final result of each optimizer, next to the cost of a step; the best on top.
 
     Without the second where no optimizer took enough steps to be timed.
+
+    Args:
+        summary: one row per optimizer, with its final metric and the ratio of its step to SGD's.
+        metric: the name of the metric.
+
+    Returns:
+        The figure.
     """
     known = summary.dropna(subset=["final"])
     places = range(len(known) - 1, -1, -1)

@@ -35,7 +35,7 @@ UNITS = {
 
 
 def label(column: str) -> str:
-    """What an axis of this column says, with its unit."""
+    """The axis label of this column, with its unit."""
     return UNITS.get(column, comparison.label(column))
 
 
@@ -47,6 +47,15 @@ def error_facets(
 
     A line is the median over what is left (layers, seeds), its band the middle half. `facet` names
     a column that gives one panel per value. A median of fewer numbers than rows has both beside it.
+
+    Args:
+        table: a `Comparison`, or its frame.
+        over: the column of the horizontal axis.
+        measure: the column to draw.
+        facet: a column with one panel per value; None: one panel.
+
+    Returns:
+        The figure.
     """
     frame = theme.frame_of(table)
     groups = [("", frame)] if facet is None else list(frame.groupby(facet, sort=False))
@@ -76,7 +85,19 @@ def error_facets(
 def lines(
     frame: pd.DataFrame, x: str, y: str, by: str = "approximation", log: str = "", title: str = ""
 ) -> Figure:
-    """Any column over any other, one line per method in its own look; `log` names the log axes."""
+    """Any column over any other, one line per method in its own look; `log` names the log axes.
+
+    Args:
+        frame: one row per point.
+        x: the column of the horizontal axis.
+        y: the column of the vertical axis.
+        by: the column with one line per value.
+        log: the log axes: "", "x", "y" or "xy".
+        title: the picture's title.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = theme.panels(1, height=2.8)
     names = list(dict.fromkeys(frame[by]))
     for name, look in theme.looks(names).items():
@@ -122,9 +143,16 @@ def pareto(
     cost: str = "build_seconds",
     measure: str = "relative_error",
 ) -> Figure:
-    """Cost against error, one point per approximation; a line joins those that nothing beats.
+    """Cost against error, one point per approximation; a line joins the undominated points.
 
-    `points` has one row per approximation, `front` the rows of `fl.metrics.pareto_front`.
+    Args:
+        points: one row per approximation.
+        front: indices of rows, from `metrics.pareto_front`.
+        cost: the column of the cost.
+        measure: the column of the error.
+
+    Returns:
+        The figure.
     """
     figure, (ax,) = theme.panels(1, height=3.2)
     best = points.iloc[list(front)]
@@ -149,6 +177,12 @@ def in_sample_against_population(table: Any) -> Figure:
     """Both errors over batch size: full lines in sample, dashed on examples not seen.
 
     A median of fewer numbers than layers has both beside it, such as 2/3.
+
+    Args:
+        table: a `Comparison`, or its frame.
+
+    Returns:
+        The figure.
     """
     frame = theme.frame_of(table)
     key = ("layer", "approximation", "seed", "step", "examples")
@@ -175,7 +209,14 @@ def in_sample_against_population(table: Any) -> Figure:
 
 @theme.themed
 def why_bad(splits: Mapping[str, ErrorSplit]) -> Figure:
-    """KFAC's squared error by layer: dependence of a and g, positions, batch noise."""
+    """KFAC's squared error by layer: dependence of a and g, positions, batch noise.
+
+    Args:
+        splits: splits by layer, from `metrics.kfac_error_split`.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = theme.panels(1, height=2.8)
     places = np.arange(len(splits))
     above, below = np.zeros(len(splits)), np.zeros(len(splits))
@@ -208,6 +249,12 @@ def staleness(frame: pd.DataFrame) -> Figure:
     """Error of a preconditioner's block over the steps since it was made.
 
     `frame` has columns age, approximation, layer and relative_error.
+
+    Args:
+        frame: the columns age, approximation, layer and relative_error.
+
+    Returns:
+        The figure.
     """
     names = comparison.ranked(frame, "relative_error")
     figure, (ax,) = theme.panels(1, height=2.8)

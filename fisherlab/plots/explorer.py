@@ -31,6 +31,18 @@ class Explorer:
     Everything is computed when it is first looked at and kept. In a notebook the object shows
     itself: with widgets where they are installed and a kernel answers, else as the static picture
     of its first choice.
+
+    Args:
+        model: the model.
+        criterion: the loss.
+        x: the inputs of one batch.
+        y: its labels.
+        approximations: names; None: all that one capture can build.
+        fisher_type: as in `compare`; None: its default.
+        dampings: values of lambda relative to `tr F / N`.
+
+    Raises:
+        ValueError: an approximation is unknown.
     """
 
     def __init__(
@@ -65,7 +77,7 @@ class Explorer:
         return -F.solve(self.captures[layer].gradient.to(F.dtype), damping)
 
     def numbers(self, layer: str, approximation: str, damping: float) -> dict[str, float]:
-        """What the picture's title says; `damping` is relative to `tr F / N`."""
+        """The picture's title; `damping` is relative to `tr F / N`."""
         F, X = self._block(layer, "exact"), self._block(layer, approximation)
         shift = damping * F.trace().item() / F.size
         gradient = self.captures[layer].gradient
@@ -137,7 +149,18 @@ def explore(
     y: Tensor,
     **options: Any,
 ) -> Explorer:
-    """Look at the blocks of a model by hand; see `Explorer` for the options."""
+    """Look at the blocks of a model by hand; see `Explorer` for the options.
+
+    Args:
+        model: the model.
+        criterion: the loss.
+        x: the inputs of one batch.
+        y: its labels.
+        options: further arguments of `Explorer`.
+
+    Returns:
+        The explorer, which shows itself in a notebook.
+    """
     return Explorer(model, criterion, x, y, **options)
 
 

@@ -20,6 +20,12 @@ def layer_masses(study: GramStudy) -> Figure:
     """`||F_ij||_F` between every two layers, and the same without the layers' scales.
 
     The title gives the share of `||F||^2` that a block-diagonal approximation drops.
+
+    Args:
+        study: from `metrics.gram_study`.
+
+    Returns:
+        The figure.
     """
     masses = array_of(study.masses)
     figure, (left, right) = multiples(2, 2, 3.2, 0)
@@ -44,7 +50,14 @@ def layer_masses(study: GramStudy) -> Figure:
 
 @theme.themed
 def dropped_over_training(studies: Mapping[int, GramStudy]) -> Figure:
-    """The layer-by-layer matrix at each step, and the share that block-diagonal drops."""
+    """The layer-by-layer matrix at each step, and the share that block-diagonal drops.
+
+    Args:
+        studies: studies by training step.
+
+    Returns:
+        The figure.
+    """
     figure, axes = multiples(len(studies), 5, 1.4)
     for ax, (step, study) in zip(axes, studies.items(), strict=True):
         image = heat(ax, study.relative_masses)
@@ -64,6 +77,13 @@ def fisher_types(
     """One block by each Fisher type, or a corner of it, and their distances.
 
     `blocks` are matrices by type; `distances[one, two] = ||F_one - F_two|| / ||F_two||`.
+
+    Args:
+        blocks: matrices `[N, N]` by Fisher type.
+        distances: `distances[one, two] = ||F_one - F_two|| / ||F_two||`.
+
+    Returns:
+        The figure.
     """
     names = list(blocks)
     figure, axes = multiples(len(names) + 1, 4, 1.9)
@@ -85,7 +105,14 @@ def fisher_types(
 
 @theme.themed
 def mc_convergence(curves: Mapping[str, Convergence]) -> Figure:
-    """Distance of the Monte-Carlo Fisher from the exact one over the draws, with `c / sqrt(s)`."""
+    """Distance of the Monte-Carlo Fisher from the exact one over the draws, with `c / sqrt(s)`.
+
+    Args:
+        curves: curves by name, from `metrics.mc_convergence`.
+
+    Returns:
+        The figure.
+    """
     figure, axes = theme.panels(len(curves), columns=4, height=2.1, sharex=True, sharey=True)
     for ax, (name, curve) in zip(axes, curves.items(), strict=True):
         draws = np.arange(1, len(curve.errors) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,21 +21,39 @@ from fisherlab.plots.theme import BLUE, ORANGE, array_of
 
 @theme.themed
 def gram_matrices(
-    study: GramStudy, layers: Sequence[str] | None = None, classes: Sequence[str] | None = None
+    study: GramStudy | Mapping[Any, GramStudy],
+    layers: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Figure:
     """`U^T U` scaled to unit diagonal, layer by layer on one colour scale, examples by class.
 
-    Above each: the mean correlation within a class and between classes. `layers` are those to draw
-    (default: all), `classes` the names of the classes.
+    Above each: the mean correlation within a class and between classes.
+
+    Args:
+        study: One study, or several by epoch or step: a row of panels each.
+        layers: The layers to draw; default: all.
+        classes: The names of the classes.
+
+    Returns:
+        The figure.
     """
-    chosen = [study.layers.index(name) for name in (layers or study.layers)]
-    many = len(chosen) > 8
-    figure, axes = multiples(len(chosen), 7 if many else 4, 1.1 if many else 1.7)
-    for ax, k in zip(axes, chosen, strict=True):
-        image = heat(ax, study.correlations[k], -1, 1, SIGNED)
-        _classes(ax, study.labels, classes, named=ax is axes[0] and not many)
-        means = f"{study.within[k]:.2f} | {study.between[k]:.2f}"
-        ax.set_title(f"{study.layers[k]}\n{means}", fontsize=6 if many else 8)
+    studies = study if isinstance(study, Mapping) else {"": study}
+    wanted = list(layers or next(iter(studies.values())).layers)
+    several = len(studies) > 1
+    many = len(wanted) > 8
+    columns = len(wanted) if several else 7 if many else 4
+    figure, axes = multiples(
+        len(wanted) * len(studies), columns, 1.1 if many else 1.3 if several else 1.7
+    )
+    places = iter(axes)
+    for when, one in studies.items():
+        for name in wanted:
+            ax, k = next(places), one.layers.index(name)
+            image = heat(ax, one.correlations[k], -1, 1, SIGNED)
+            _classes(ax, one.labels, classes, named=ax is axes[0] and not many)
+            means = f"{one.within[k]:.2f} | {one.between[k]:.2f}"
+            head = f"{when}: {name}" if several else name
+            ax.set_title(f"{head}\n{means}", fontsize=6 if many else 8)
     bar = figure.colorbar(image, ax=axes, label="correlation", aspect=30, shrink=0.5 if many else 1)
     bar.outline.set_linewidth(0)
     subject = "Correlation of per-example gradients, by class"
@@ -65,7 +84,14 @@ def _classes(ax: Axes, labels: Tensor, names: Sequence[str] | None, named: bool)
 
 @theme.themed
 def gram_similarity(study: GramStudy) -> Figure:
-    """Which layers' correlation matrices are alike; the title says whether adjacent ones are."""
+    """Which layers' correlation matrices are alike; the title says whether adjacent ones are.
+
+    Args:
+        study: from `metrics.gram_study`.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = multiples(1, 1, 3.8)
     low = min(0.0, float(study.similarities.min()))
     image = heat(ax, study.similarities, low)
@@ -73,7 +99,7 @@ def gram_similarity(study: GramStudy) -> Figure:
     write_values(ax, study.similarities, low)
     figure.colorbar(image, ax=ax, label="cosine of the centred matrices", shrink=0.85)
     numbers = f"adjacent layers {study.adjacent:.2f}"
-    if len(study.layers) > 2:  # of two layers there is no other pair
+    if len(study.layers) > 2:  # two layers have no other pair
         numbers += f", other pairs {study.apart:.2f}"
     theme.title(figure, f"Similarity of the layers' Gram correlations\n{numbers}")
     return figure
@@ -81,7 +107,14 @@ def gram_similarity(study: GramStudy) -> Figure:
 
 @theme.themed
 def gram_over_training(studies: Mapping[int, GramStudy]) -> Figure:
-    """Correlation within and between classes, and similarity of layers, by training step."""
+    """Correlation within and between classes, and similarity of layers, by training step.
+
+    Args:
+        studies: studies by training step.
+
+    Returns:
+        The figure.
+    """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     rows = [
         {"step": step, "layer": name, "pairs": pairs, "correlation": float(value)}
@@ -116,6 +149,15 @@ def coefficients(
     """FNGD's weight `M v` of each example against its loss: who is weighted up.
 
     `losses`, and `mislabelled`, which marks changed labels, are in the order of the batch.
+
+    Args:
+        study: from `metrics.gram_study`.
+        losses: `[M]` in the order of the batch.
+        layers: the layers to draw; None: all.
+        mislabelled: `[M]` booleans in the order of the batch, True for changed labels.
+
+    Returns:
+        The figure.
     """
     chosen = [study.layers.index(name) for name in (layers or study.layers)]
     figure, axes = theme.panels(len(chosen), columns=4, height=1.9, sharex=True, sharey=True)
@@ -148,10 +190,16 @@ def coefficients(
 
 @theme.themed
 def coefficient_drift(frame: pd.DataFrame) -> Figure:
-    """What sharing loses: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
+    """Loss from sharing: `||v - v~|| / ||v - mean v||` by epoch and layer, and what is left of it.
 
     `frame` has columns epoch, layer, drift, and the standard deviations of `M v`: `spread` of the
     batch's own coefficients, `shared_spread` of the shared ones.
+
+    Args:
+        frame: the columns epoch, layer, drift, spread and shared_spread.
+
+    Returns:
+        The figure.
     """
     figure, (left, right) = theme.panels(2, columns=2, height=2.6)
     sns.lineplot(frame, x="epoch", y="drift", hue="layer", marker="o", palette="viridis", ax=left)

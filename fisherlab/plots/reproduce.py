@@ -44,6 +44,17 @@ def reproduced(
 
     A line is the mean over seeds, its band their range; a hollow diamond is the paper's number. A
     panel whose x is "cell" has the cells along its axis.
+
+    Args:
+        title: the picture's title.
+        table: one row per cell and arm, with the paper's number.
+        rows: the measured rows by cell.
+        panels: pairs of columns (x, y); none: points of `quantity`.
+        quantity: the column of the points.
+        stand_ins: what stands in for the paper's setting, by cell.
+
+    Returns:
+        The figure.
     """
     arms = list(dict.fromkeys(table["arm"]))
     across = [panel for panel in panels if panel[0] == "cell"]
@@ -165,7 +176,15 @@ def _legend(
 
 @theme.themed
 def drawn_schedules(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Schedules over a run from 0 to 1, one line each."""
+    """Schedules over a run from 0 to 1, one line each.
+
+    Args:
+        curves: values over a run from 0 to 1, by name.
+        title: the picture's title.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = theme.panels(1, columns=1, width=theme.COLUMN + 1.2, height=2.2)
     looks = theme.looks(list(curves))
     for name, values in curves.items():
@@ -184,7 +203,15 @@ PARTS = {"forward": theme.BLUE, "backward": theme.ORANGE, "step": "#999999"}
 
 @theme.themed
 def time_split(table: pd.DataFrame, title: str) -> Figure:
-    """A bar per method, stacked of the parts of a step; a panel per network."""
+    """A bar per method, stacked of the parts of a step; a panel per network.
+
+    Args:
+        table: one row per network (`cell`) and method (`arm`), the parts of a step in seconds.
+        title: the picture's title.
+
+    Returns:
+        The figure.
+    """
     cells = list(dict.fromkeys(table["cell"]))
     figure, axes = theme.panels(len(cells), columns=2, height=2.2)
     for ax, cell in zip(axes, cells, strict=True):

@@ -18,6 +18,14 @@ def eigenvalues(spectra: Mapping[str, Tensor], layer: str = "", floor: float = 1
     """Eigenvalues in descending order on log axes, the exact block's thick.
 
     Values below `floor` times the largest are not drawn: they are rounding, or zero.
+
+    Args:
+        spectra: eigenvalues `[N]` by name; "exact" is drawn thick.
+        layer: name of the layer, for the title.
+        floor: smallest drawn value, relative to the largest.
+
+    Returns:
+        The figure.
     """
     figure, (ax,) = theme.panels(1, height=3.0)
     draw_spectrum(ax, spectra, floor)
@@ -53,7 +61,15 @@ def _width(name: str) -> float:
 
 @theme.themed
 def cumulative_trace(shares: Mapping[str, Tensor], layer: str = "") -> Figure:
-    """Share of the trace in the k largest eigenvalues, as `metrics.cumulative_trace` returns it."""
+    """Share of the trace in the k largest eigenvalues, as `metrics.cumulative_trace` returns it.
+
+    Args:
+        shares: `[N]` by name, from `metrics.cumulative_trace`.
+        layer: name of the layer, for the title.
+
+    Returns:
+        The figure.
+    """
     for name, values in shares.items():
         if bool((values.diff() < -1e-9).any()):
             raise ValueError(
@@ -75,7 +91,16 @@ def cumulative_trace(shares: Mapping[str, Tensor], layer: str = "") -> Figure:
 def condition_against_damping(
     dampings: Sequence[float], numbers: Mapping[str, Tensor], layer: str = ""
 ) -> Figure:
-    """Condition number of `X + lambda I` over lambda, in units of `tr F / N`."""
+    """Condition number of `X + lambda I` over lambda, in units of `tr F / N`.
+
+    Args:
+        dampings: values of lambda relative to `tr F / N`.
+        numbers: condition numbers `[len(dampings)]` by name.
+        layer: name of the layer, for the title.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(numbers).items():
         ax.plot(dampings, theme.array_of(numbers[name]), **look.line, lw=_width(name))
@@ -89,7 +114,14 @@ def condition_against_damping(
 
 @theme.themed
 def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
-    """`exp(entropy of the spectrum)` by layer: `ranks[approximation][layer]`."""
+    """`exp(entropy of the spectrum)` by layer: `ranks[approximation][layer]`.
+
+    Args:
+        ranks: `ranks[approximation][layer]`, from `metrics.effective_rank`.
+
+    Returns:
+        The figure.
+    """
     figure, (ax,) = theme.panels(1, height=2.8)
     layers = list(next(iter(ranks.values())))
     for name, look in theme.looks(ranks).items():

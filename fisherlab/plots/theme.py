@@ -8,7 +8,7 @@ import io
 import math
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation
 from torch import Tensor
+
+from fisherlab import whole
 
 P = ParamSpec("P")
 T = TypeVar("T", bound=Figure)
@@ -52,7 +54,7 @@ class Picture(Figure):
 
     @property
     def title(self) -> str:
-        """What the picture is of, in one line."""
+        """The picture's subject in one line."""
         return self.get_suptitle().replace("\n", ", ")
 
 
@@ -88,49 +90,50 @@ GUIDE: dict[str, Any] = {"color": "#444444", "lw": 0.8, "ls": "--", "zorder": 0}
 # The two hues of pictures that compare no approximations.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
-# A family shares a hue (Okabe & Ito 2008, Tol 2021), its members differ in lightness and marker.
+# Any two differ by at least 8.5 in CIELAB, seen by deuteranopes and protanopes too, and most by a
+# marker; each has a contrast of at least 3 on white. A family shares a hue where that leaves room.
 # A name that is not here, a user's, gets a look from its own letters, if no other in the picture
 # has taken it.
 LOOKS = {
     "exact": ("#000000", "o"),
-    "kfac": ("#0072B2", "o"),
-    "kfac_reduce": ("#6A9FC8", "s"),
-    "ekfac": ("#56B4E9", "D"),
-    "tkfac": ("#D55E00", "o"),
-    "tkfac_expand": ("#8C3A00", "s"),
-    "tekfac": ("#E69F00", "D"),
-    "shampoo": ("#009E73", "^"),
-    "soap": ("#66C2A5", "D"),
-    "kronecker_optimal": ("#332288", "v"),
-    "kl_optimal": ("#0B6FA4", "v"),
-    "kronecker_sum": ("#8877CC", "P"),
-    "diagonal": ("#CC79A7", "X"),
-    "mini_block": ("#882255", "p"),
-    "eva": ("#999933", "<"),
-    "ifang": ("#C9B458", ">"),
-    "sngd": ("#777777", "h"),
-    "kbfgs": ("#44AA99", "d"),
+    "kfac": ("#005BA8", "o"),
+    "kfac_reduce": ("#756593", "s"),
+    "ekfac": ("#0000FC", "D"),
+    "tkfac": ("#EF4700", "o"),
+    "tkfac_expand": ("#592200", "s"),
+    "tekfac": ("#3E6636", "D"),
+    "shampoo": ("#13A681", "^"),
+    "soap": ("#0C42CE", "D"),
+    "kronecker_optimal": ("#312189", "v"),
+    "kl_optimal": ("#000692", "v"),
+    "kronecker_sum": ("#8978CD", "P"),
+    "diagonal": ("#CC78AB", "X"),
+    "mini_block": ("#8C1F59", "p"),
+    "eva": ("#9C973A", "<"),
+    "ifang": ("#9D8F4A", ">"),
+    "sngd": ("#67746C", "h"),
+    "kbfgs": ("#5D29ED", "d"),
     # Fisher types that stand where an approximation does
-    "mc": ("#56B4E9", "o"),
-    "empirical": ("#D55E00", "s"),
-    "sgd": ("#000000", "s"),
-    "adam": ("#666666", "^"),
-    "adamw": ("#999999", "v"),
-    "radam": ("#BBBBBB", "<"),
-    "muon": ("#AA7744", ">"),
-    "ngd": ("#CC3311", "o"),
-    "ngd_dense": ("#E07B66", "s"),
-    "blockwise_ngd": ("#99230B", "D"),
-    "tengrad": ("#F28E8E", "^"),
-    "ngd_smw": ("#F4B8A6", "v"),
-    "fngd": ("#EE3377", "P"),
-    "fngd_control": ("#F7A1C0", "X"),
-    "ang": ("#117733", "p"),
-    "truncated_kfac": ("#4C6FA5", "X"),
+    "mc": ("#0061D7", "o"),
+    "empirical": ("#BD4162", "s"),
+    "sgd": ("#009394", "s"),
+    "adam": ("#6D0030", "^"),
+    "adamw": ("#5267C8", "v"),
+    "radam": ("#704C6B", "<"),
+    "muon": ("#976B38", ">"),
+    "ngd": ("#C93113", "o"),
+    "ngd_dense": ("#D47B66", "s"),
+    "blockwise_ngd": ("#A61D0B", "D"),
+    "tengrad": ("#CD7B7B", "^"),
+    "ngd_smw": ("#511F4E", "v"),
+    "fngd": ("#3E4C8C", "P"),
+    "fngd_control": ("#586150", "X"),
+    "ang": ("#004540", "p"),
+    "truncated_kfac": ("#4870A8", "X"),
 }
 SPARE = (
-    "#99BB22", "#FF0088", "#1188FF", "#AA6655", "#DD99DD", "#AA0022",
-    "#776600", "#6600BB", "#FF7755", "#2244AA", "#4B8B3B", "#880077",
+    "#819C18", "#E250FF", "#008CFF", "#AA6656", "#C376C1", "#AC0225",
+    "#242924", "#6200B9", "#8D43FF", "#1F41AB", "#408B17", "#8B047A",
 )  # fmt: skip
 MARKERS = "osD^vPXph<>d"
 
@@ -150,8 +153,8 @@ class Look(NamedTuple):
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
     """The look of each name in one picture; no two names share one.
 
-    A known name has the same look in every picture. A user's name has the one of its own letters,
-    or the next free one: colours repeat only where there are more such names than `SPARE`.
+    A known name has the same look in every picture. A user's name has the colour of its own
+    letters, or the next free one. Colours repeat only if there are more such names than `SPARE`.
     """
     names = list(names)
     found = {name: Look(*LOOKS[name]) for name in names if name in LOOKS}
@@ -177,13 +180,21 @@ def look(name: str) -> Look:
 
 
 def colour(name: str) -> str:
-    """The colour of a name that is the only user's name in its picture."""
+    """The colour of a name that is the only user's name in its picture.
+
+    Args:
+        name: the name.
+
+    Returns:
+        A colour of matplotlib, such as "#0072b2".
+    """
     return look(name).colour
 
 
-def styles(names: Iterable[str]) -> dict[str, Any]:
+def styles(names: Iterable[str], found: Mapping[str, Look] | None = None) -> dict[str, Any]:
     """`hue` options of seaborn's functions, so that each name has its own look."""
-    found = looks(names := list(names))
+    names = list(names)
+    found = found or looks(names)
     return {
         "hue_order": names,
         "palette": {name: look.colour for name, look in found.items()},
@@ -234,13 +245,13 @@ def panels(
 
 
 def rotation(names: Iterable[str]) -> int:
-    """Of names along an axis, in degrees: upright where there are many or long ones."""
+    """Rotation of names along an axis, in degrees: upright where there are many or long ones."""
     lengths = [len(name) for name in names]
     return 90 if len(lengths) > 8 or max(lengths) > 6 else 0
 
 
 def title(figure: Figure, text: str) -> None:
-    """What the picture is about, at its upper left, clear of the legend: call it after `legend`."""
+    """The picture's subject, at its upper left, clear of the legend: call it after `legend`."""
     written = figure.suptitle(text, x=0.01, ha="left")
     left = written.get_window_extent().x0
     widths = [legend.get_window_extent().width for legend in figure.legends]
@@ -250,25 +261,43 @@ def title(figure: Figure, text: str) -> None:
         written.set_fontsize(share * written.get_fontsize())
 
 
-def legend(figure: Figure, names: Iterable[str], title: str = "", lines: bool = True) -> None:
+def legend(
+    figure: Figure,
+    names: Iterable[str],
+    title: str = "",
+    lines: bool = True,
+    found: Mapping[str, Look] | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> None:
     """One legend for all panels, outside on the right: it never covers data."""
-    found = looks(names := list(names))
+    names, labels = list(names), labels or {}
+    found = found or looks(names)
     handles = [
-        Line2D([], [], **found[name].line, ls="-" if lines else "", label=name) for name in names
+        Line2D([], [], **found[name].line, ls="-" if lines else "", label=labels.get(name, name))
+        for name in names
     ]
     figure.legend(handles=handles, title=title, loc="outside right upper", frameon=False)
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write `stem.png` and, for print, `stem.pdf`; returns both paths."""
+    """Write `stem.png` and, for print, `stem.pdf`; returns both paths.
+
+    Args:
+        figure: the figure.
+        stem: the path without its ending.
+
+    Returns:
+        Both paths.
+    """
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     with mpl.rc_context(STYLE):
-        figure.savefig(paths[0], dpi=DPI)
+        whole.write(paths[0], lambda stream: figure.savefig(stream, format="png", dpi=DPI))
         # the layout that was found for the first holds for the second
         figure.set_layout_engine("none")
-        figure.savefig(paths[1], metadata={"CreationDate": None})
+        dated = {"CreationDate": None}
+        whole.write(paths[1], lambda stream: figure.savefig(stream, format="pdf", metadata=dated))
     return paths
 
 

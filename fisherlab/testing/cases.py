@@ -67,7 +67,7 @@ class Problem:
     def captured(self, part: slice = slice(None), layer: str = "0") -> LayerCapture:
         """The exact Fisher block's columns of one layer, of a part of the batch."""
         found = capture(self.model, self.criterion, self.x[part].clone(), self.y[part])
-        # of a grouped convolution, the first group
+        # for a grouped convolution, the first group
         return next(x for key, x in found.items() if key.split(":")[0].split(" ")[0] == layer)
 
 

@@ -128,7 +128,7 @@ def unchanged(make: Callable[[], Tensor], held: Iterable[Tensor], what: str) -> 
     Args:
         make: The tensor to make twice.
         held: The tensors that it reads.
-        what: What it makes, for messages: "totals".
+        what: A name of its product, for messages: "totals".
     """
     tensors = list(held)
     before = [t.clone() for t in tensors]

@@ -110,8 +110,8 @@ class Loop:
     def descends(self) -> None:
         """Within thirty steps on one batch its loss falls by a tenth; every parameter stays finite.
 
-        It may rise again: of a batch that is fitted the empirical Fisher matrix vanishes faster
-        than the gradient.
+        It may rise again: on a fitted batch the empirical Fisher matrix vanishes faster than the
+        gradient.
         """
         model = self.model()
         optimizer = self.make(model)
@@ -220,7 +220,7 @@ def check_optimizer(optimizer: str | Approximation | Maker, *, accumulates: bool
         accumulates: False where each backward pass is a batch of its own, as in TENGraD and FNGD.
 
     Returns:
-        The laws that hold. Those about blocks are asked of optimizers with a `covered_share` only.
+        The laws that hold. Laws about blocks apply only to optimizers with a `covered_share`.
 
     Raises:
         LawError: a law is broken; the message lists each with its figures.

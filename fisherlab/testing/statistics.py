@@ -36,7 +36,7 @@ def bare(layer: LayerCapture, needs: frozenset[str]) -> LayerCapture:
 
 
 def tensors(layer: LayerCapture) -> Iterator[Tensor]:
-    """What the capture holds."""
+    """The tensors of the capture."""
     for held in ("raw_inputs", *OPTIONAL):
         value = getattr(layer, held)
         if value is not None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fisherlab as fl
 from fisherlab import approximations, comparison
-from fisherlab.cli import app
+from fisherlab.cli import COMMANDS, app, command
 from fisherlab.commands import common
 from fisherlab.experiments import rundir, training
 from fisherlab.experiments.sweep import grid
@@ -20,7 +20,7 @@ from fisherlab.experiments.training.task import Task
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
-TINY = ["--data", "iris", "--hidden", "4", "--batch-size", "8", "--reference", "16"]
+TINY = ["--data", "iris", "--hidden", "4", "--compare-examples", "8", "--reference", "16"]
 TINY += ["--epochs", "2", "-a", "exact,kfac,tekfac", "--dampings", "0.01,0.1"]
 
 
@@ -140,8 +140,8 @@ WRONG = {
     "seeds": (["--seeds", "1.5"], "--seeds takes whole numbers"),
     "step": (["--at", "9999"], "--at 9999, but 2 epochs have"),
     "moment": (["--at", "later"], "start, middle or end; got 'later'"),
-    "batch": (["--batch-size", "500"], "training set has 120"),
-    "no batch": (["--batch-size", "0"], "at least 1"),
+    "batch": (["--compare-examples", "500"], "training set has 120"),
+    "no batch": (["--compare-examples", "0"], "at least 1"),
     "memory": (["--memory", "many"], "such as 800M or 2G"),
     "epochs": (["--epochs", "-1"], "epochs >= 0"),
     "activation": (["--activation", "rely"], "did you mean 'relu'"),
@@ -158,9 +158,23 @@ def test_an_unknown_device_is_named_in_one_line(command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_both_meanings_of_seeds_are_in_the_help():
-    for command, other in (("compare", "`train` takes a count"), ("train", "`compare` a list")):
-        assert other in re.sub(r"[│\s]+", " ", call(command, "--help").output)
+def test_an_option_means_the_same_in_every_command():
+    said: dict[str, set[str]] = {}
+    for name in COMMANDS:
+        made = command(name)
+        for one in getattr(made, "commands", {"": made}).values():
+            for option in one.params:
+                said.setdefault(option.opts[0], set()).add(option.help.rstrip("."))
+    # one optimizer or several, of what the folder is, of what the case is
+    differ = {"--optimizer", "--out", "--set", "--epochs", "--list", "--seed", "--examples"}
+    assert {option for option, texts in said.items() if len(texts) > 1} <= differ
+
+
+def test_seeds_are_counted_or_named():
+    assert common.seeds_of("3") == (0, 1, 2) and common.seeds_of("2", 5) == (5, 6)
+    assert common.seeds_of("0,4,4") == (0, 4) and common.seeds_of("7,") == (7,)
+    with pytest.raises(common.UserError, match="count of at least 1, or a list such as 0,4,7"):
+        common.seeds_of("0")
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -173,7 +187,7 @@ def test_a_mistake_is_named_before_anything_is_written(case, tmp_path):
 
 
 def test_a_batch_larger_than_the_data(tmp_path):
-    small = ["--data", "iris", "--batch-size", "500", "--out", tmp_path / "out"]
+    small = ["--data", "iris", "--compare-examples", "500", "--out", tmp_path / "out"]
     assert "a batch of 500 and 0 unseen examples of 'iris'" in refused("compare", *small)
 
 
@@ -364,7 +378,7 @@ def test_hidden_layers_of_one_width_are_all_built(command, hidden, tmp_path):
     more = {
         "train": ["--optimizer", "sgd", "--examples", 64],
         "sweep": ["--optimizer", "sgd", "--examples", 64, "--grid", "sgd.lr=0.1,0.01"],
-        "compare": ["-a", "kfac", "--batch-size", 8, "--reference", 0, "--at", "start"],
+        "compare": ["-a", "kfac", "--compare-examples", 8, "--reference", 0, "--at", "start"],
     }[command]
     epochs = 0 if command == "compare" else 1
     result = call(command, *words, *more, "--epochs", epochs, "--out", tmp_path / "run")
@@ -397,3 +411,84 @@ def test_a_method_that_one_batch_cannot_make_leaves_its_reason_and_no_report(tmp
     assert done.exit_code == 1, done.output
     assert "kbfgs:" in done.output and "nothing could be measured" in done.output
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_and_the_line_of_the_list(name):
+    made = command(name)
+    for one in getattr(made, "commands", {"": made}).values():
+        examples = [line for line in one.help.splitlines() if line.startswith("    fisherlab ")]
+        assert examples and max(map(len, examples)) < 78, one.name
+        assert "<bool>" not in call(*dict.fromkeys((name, one.name)), "--help").output
+    if name != "data":
+        assert made.help.startswith(COMMANDS[name])
+
+
+OWN = """
+import torch
+import fisherlab as fl
+
+class Half(fl.KFAC, name="half_of_my_kfac"):
+    def block(self, mean, shape):
+        return super().block(mean, shape)
+
+@fl.models.register("my_net")
+def my_net(spec):
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+"""
+
+
+@pytest.fixture
+def restored():
+    """The registries as they were, whatever a test brings."""
+    registries = (approximations.base._REGISTRY, fl.models.registry._REGISTRY)
+    known = [dict(registry) for registry in registries]
+    yield
+    for registry, before in zip(registries, known, strict=True):
+        registry.clear()
+        registry.update(before)
+
+
+def test_a_file_of_the_users_brings_its_model_and_its_method(tmp_path, restored):
+    (tmp_path / "my.py").write_text(OWN)
+    words = ["compare", *TINY[:2], *TINY[4:-4], "--epochs", "0", "--dampings", "0.1"]
+    words += ["-a", "half_of_my_kfac,kfac", "--model", "my_net", "--out", tmp_path / "out"]
+    result = call(*words, "--import", tmp_path / "my.py")
+    assert result.exit_code == 0, result.output
+    frame = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    errors = frame.drop_duplicates(["layer", "approximation"]).pivot_table(
+        index="layer", columns="approximation", values="relative_error"
+    )
+    assert len(errors) == 2 and (errors["kfac"] == errors["half_of_my_kfac"]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\nraise KeyError('gone')", "broken.py, broken.py:2: KeyError: 'gone'"),
+        ("def f(:\n", "SyntaxError"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_broken_file_of_the_users_is_named_with_its_line(text, said, tmp_path):
+    if text is not None:
+        (tmp_path / "broken.py").write_text(text)
+    assert said in refused("--import", tmp_path / "broken.py", "support", "--model", "mlp")
+
+
+def test_options_of_a_method_by_name(tmp_path):
+    words = ["compare", *TINY, "-a", "kfac,kfac_reduce,tekfac", "--epochs", "0", "--at", "start"]
+    words += ["--set", "kfac.weight_sharing=reduce", "--out", tmp_path / "out"]
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["settings"]["assign"] == ["kfac.weight_sharing=reduce"]
+    for wrong, said in (
+        ("kfac.weight_sharing=x", "KFAC's weight_sharing is 'expand' or 'reduce', got 'x'"),
+        ("kfac.sharing=reduce", "unknown kfac option 'sharing'"),
+        ("ekfac.weight_sharing=reduce", "unknown approximation in --set 'ekfac'"),
+        ("kfac", "--set takes METHOD.OPTION=VALUE"),
+    ):
+        given = ["--set", wrong, "-a", "kfac,tekfac", "--out", tmp_path / "no"]
+        assert said in refused("compare", *TINY, *given)
+    assert not (tmp_path / "no").exists()

@@ -21,6 +21,7 @@ CONSTRAINTS = [
 # A module imports only from rows above it, and from its own row only what WITHIN names.
 ROWS = [
     {"names", "heap"},
+    {"doors", "whole"},
     {"blocks", "models", "datasets", "distributed"},
     {"metrics", "extract"},
     {"statistics"},
@@ -236,3 +237,62 @@ def test_no_modules_import_one_another():
 def test_the_search_for_circles_finds_one():
     found = circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()})
     assert set(found) == {"a", "b", "c"}
+
+
+# What a start imports: seconds are noise on a busy machine, modules are not
+
+HEAVY = (
+    "backpack",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "seaborn",
+    "sklearn",
+    "torch",
+)
+
+
+def held_after(code):
+    """Which heavy packages a fresh process holds after `code`."""
+    said = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
+    said += f"print(*sorted({{m for m in {HEAVY} if m in sys.modules}}), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stderr.split()
+
+
+@pytest.mark.parametrize("words", ["--version", "--help"])
+def test_the_program_answers_without_heavy_imports(words):
+    call = f"from fisherlab.cli import main; sys.argv[1:] = [{words!r}]; main()"
+    assert held_after(call) == []
+
+
+def test_import_fisherlab_imports_nothing_until_a_name_is_used():
+    assert held_after("import fisherlab as fl; dir(fl); fl.__version__") == []
+    assert set(held_after("import fisherlab as fl; fl.KFAC, fl.capture, fl.optim")) <= {
+        "numpy",
+        "torch",
+    }
+
+
+def test_names_of_the_package_have_one_home():
+    import fisherlab as fl
+
+    seen = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in seen.body if isinstance(node, ast.If))
+    named = {
+        alias.name: node.module.removeprefix("fisherlab.").removeprefix("fisherlab")
+        for node in block.body
+        for alias in node.names
+    }
+    homes = {name: home for name, home in named.items() if name not in fl.PARTS}
+    assert homes == {
+        name: home
+        for name, home in fl.HOMES.items()
+        if name not in ("reproduce", "audit", "Monitor")
+    }
+    assert set(fl.__all__) <= {*fl.PARTS, *fl.HOMES}
+    assert all(getattr(fl, name) is not None for name in dir(fl))

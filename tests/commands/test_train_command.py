@@ -59,8 +59,8 @@ def test_train_prints_a_table_and_leaves_pictures(tmp_path):
 def test_train_prints_the_share_of_shortened_steps(tmp_path):
     words = "--optimizer tight=kfac,free=kfac,sgd --set tight.kl_clip=1e-9 --set free.kl_clip=none"
     result = run("train", tmp_path, words, "--epochs 1")
-    rows = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("│")}
-    assert "100 %" in rows["tight"] and "│ 0 %" in rows["free"]
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if "%" in line}
+    assert "100 %" in rows["tight"] and " 0 %" in rows["free"]
     said = [line for line in result.stdout.splitlines() if "kl_clip" in line]
     assert said == [
         "tight: the learning rate had no effect: kl_clip shortened 100 % of the steps, and one "

@@ -383,7 +383,8 @@ def test_other_large_forms_never_go_dense(no_dense):
     with pytest.raises(BlockTooLarge, match="no closed inner product of MiniBlock and Kronecker"):
         forms[4].inner(kronecker)
     with pytest.raises(BlockTooLarge, match="GiB"):
-        blocks.DirectSum([kronecker, exact]).diagonal_of(kronecker)
+        whole = blocks.Kronecker(psd(2 * o, seed=4), psd(i, seed=5))
+        blocks.DirectSum([kronecker, exact]).diagonal_of(whole)
 
 
 @pytest.mark.slow

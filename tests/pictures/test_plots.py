@@ -220,3 +220,49 @@ def test_cost_has_no_empty_panel(ratio, panels):
         {"optimizer": ["kfac"], "final": [0.9], "final_sd": [0.1], "ratio_to_sgd": [ratio]}
     )
     assert len(plots.training_cost(summary, "accuracy").axes) == panels
+
+
+def test_error_takes_layers_labels_palette_size_and_axes():
+    from matplotlib.figure import Figure
+
+    figure = plots.error(
+        frame(), layers=["2", "0"], labels={"kfac": "K-FAC (ours)"}, palette={"kfac": "#ff0000"},
+        size=(5, 3),
+    )  # fmt: skip
+    assert tuple(figure.get_size_inches()) == (5, 3)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["2", "0"]
+    named = {handle.get_label(): handle for handle in figure.legends[0].legend_handles}
+    assert to_hex(named["K-FAC (ours)"].get_color()) == "#ff0000"
+    assert named["K-FAC (ours)"].get_marker() == theme.look("kfac").marker
+    own = Figure()
+    ax = own.subplots()
+    assert plots.error(frame(), ax=ax) is own and ax.get_title() == "step 5" and ax.get_legend()
+    with pytest.raises(ValueError, match="no layer '7'; it has 0, 1, 2"):
+        plots.error(frame(), layers=["7"])
+
+
+def test_equal_methods_are_one_line_and_outliers_an_arrow():
+    table = frame()
+    twin = table[table.approximation == "kfac"].assign(approximation="kfac_reduce")
+    far = table[table.approximation == "kfac"].assign(approximation="sngd", relative_error=41.7)
+    figure = plots.error(pd.concat([table, twin, far]))
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "kfac = kfac_reduce" in named and "sngd (to 41.7)" in named
+    assert "kfac" not in named
+    for ax in figure.axes:
+        drawn = lines(ax)
+        assert max(points[:, 1].max() for points in drawn.values()) == 2
+        assert len(ax.texts) == 3  # an arrow per layer
+
+
+def test_beyond_eight_layers_the_error_is_a_heat_map_of_the_frames_values():
+    table = frame(layers=9)
+    described = {str(k): "Conv2d 16->32 3x3" for k in range(9)}
+    figure = plots.error(fl.Comparison(table, {"layers": described}))
+    for ax, step in zip(figure.axes, (0, 5), strict=False):
+        names = [tick.get_text() for tick in ax.get_xticklabels()]
+        values = table[table.step == step].drop_duplicates(["layer", "approximation"])
+        wide = values.pivot(index="layer", columns="approximation", values="relative_error")
+        (image,) = ax.get_images()
+        assert np.allclose(image.get_array().data, wide[names].to_numpy())
+    assert figure.axes[0].get_yticklabels()[3].get_text() == "3  Conv2d 16->32 3x3"

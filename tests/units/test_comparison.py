@@ -582,7 +582,7 @@ def test_layers_side_by_side_give_the_same_table(two_threads, monkeypatch):
     one_by_one = compared()
     same(together, one_by_one)
     assert list(together.frame["layer"].unique()) == ["0", "2", "6"]
-    # a stated budget is that of one layer at a time
+    # `memory` bounds one layer at a time
     torch.set_num_threads(2)
     threads.clear()
     compared(memory=2**30)
@@ -822,7 +822,7 @@ def test_layers_a_few_at_a_time_are_those_of_all_together(size, monkeypatch):
 
 
 def test_turns_keep_what_was_measured_and_refuse_what_has_no_block():
-    with pytest.raises(ValueError, match="layers_at_once is a number of layers >= 1, got 0"):
+    with pytest.raises(ValueError, match="layers_at_once must be a whole number >= 1, got 0"):
         compared(layers_at_once=0)
     with pytest.raises(fl.CaptureError, match="no layer of this model has a block"):
         fl.compare(nn.Sequential(nn.LayerNorm(3)), CE, randn(4, 3).float(), batch(4)[1],
@@ -836,3 +836,26 @@ def test_turns_keep_what_was_measured_and_refuse_what_has_no_block():
     with pytest.raises(Interrupted) as stop:
         compared(layers_at_once=1, progress=stopping, approximations=["kfac"])
     assert set(stop.value.comparison.frame["layer"]) == {"0", "2"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_of_rounding_says_so(dtype):
+    # half of the labels of one input: the mean gradient cancels, and its rounding is all beside it
+    x = torch.tensor([[3.0, -1.0, 2.0, 0.5]]).expand(12, 4).to(dtype)
+    weight = 1e-4 * torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, -1.0, 1.0, 3.0]])
+    model = nn.Linear(4, 2, bias=False).to(dtype)
+    model.load_state_dict({"weight": weight.to(dtype)})
+    y = torch.arange(12) % 2
+    criterion, both = nn.CrossEntropyLoss(), ["eva", "kfac"]
+    table = fl.compare(model, criterion, x, y, approximations=both, fisher_type="empirical")
+    notes, cosines = table.frame["note"], table.frame["direction_cosine"]
+    if dtype == torch.float64:
+        assert (notes == "").all()
+        assert np.allclose(cosines, 1)
+    else:
+        doubtful = ~np.isclose(cosines, 1, atol=1e-2)
+        assert doubtful.any()
+        assert notes[doubtful].str.contains("of the exact step may be the rounding").all()
+    ordinary = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    table = fl.compare(model, criterion, ordinary, y, approximations=both)
+    assert not table.frame["note"].str.contains("rounding").any()

@@ -217,5 +217,5 @@ def test_levenberg_marquardt_follows_the_reduction_ratio():
     for _ in range(100):
         rule.adapt(1.0)
     assert rule.share == rule.smallest
-    with pytest.raises(ValueError, match="0 < omega < 1"):
+    with pytest.raises(ValueError, match="omega must be a finite number > 0 and < 1"):
         rules.levenberg_marquardt(omega=1.0)

@@ -145,7 +145,9 @@ def test_a_rank_that_dies_ends_the_job_with_its_name(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_under_torchrun_is_the_command(tmp_path):
-    options = "compare --approximations kfac,ekfac --epochs 0 --at start --batch-size 33".split()
+    options = (
+        "compare --approximations kfac,ekfac --epochs 0 --at start --compare-examples 33".split()
+    )
     options += ["--reference", "40", "--dampings", "0.1", "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
     job = torchrun("-m", "fisherlab", *options, two)

@@ -105,6 +105,16 @@ def test_weighted_layers_of_other_rows_are_plain_and_say_so(name):
     assert torch.allclose(model.a.weight.grad, again.a.weight.grad)
 
 
+def test_what_is_no_matrix_is_named_and_the_share_is_stated():
+    model, x, y = Tokens(tied=False), torch.randint(7, (4, 3)), torch.arange(4)
+    model.norm = nn.LayerNorm(3)
+    optimizer = fl.optim.create("kfac", model)
+    CE(model.norm(model(x)[:, :3]), y % 3).backward()
+    assert "looked up" in optimizer.left_out["e"] and "no matrix" in optimizer.left_out["norm"]
+    share = int(100 * optimizer.covered_share)
+    assert f"\n{share}% of its trainable parameters have a block; plain" in repr(optimizer)
+
+
 @pytest.mark.parametrize("name", ["kfac", "fngd", "shampoo"])
 def test_a_head_that_is_the_embedding_is_plain_and_named(name):
     torch.manual_seed(0)
@@ -323,7 +333,7 @@ def test_transposed_convolutions_and_attention_have_blocks(name):
     model, (x, y) = Decoder().double(), batch()
     optimizer = trained(model, name, x=x.double(), y=y)
     assert set(optimizer.weights) == {"c", "t", "m.in_proj_weight", "m.out_proj", "o"}
-    assert not optimizer.left_out
+    assert set(optimizer.left_out) == {"t.bias"}  # its block is another than the weight's
     assert optimizer.covered_share > 0.95
     if name == "exact":
         layer = fl.capture(model, CE, x.double(), y, fisher_type="empirical")["t"]

@@ -1,4 +1,4 @@
-"""What the library costs, measured beside one ordinary step and beside other libraries.
+"""The library's cost, measured against one ordinary step and against other libraries.
 
 timing      paired, interleaved ratios of two calls in one process
 machine     what the machine can do, and what a call asks of it

@@ -1,4 +1,4 @@
-"""What an approximation of one batch costs: capture, statistics, damped inverse and one product."""
+"""The cost of one approximation: capture, statistics, damped inverse and one product."""
 
 from __future__ import annotations
 

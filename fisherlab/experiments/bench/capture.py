@@ -1,4 +1,4 @@
-"""What a capture costs: a and g of every layer, and the Gram matrices made of them."""
+"""The cost of a capture: a and g of every layer, and the Gram matrices made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a whole comparison costs, in seconds and GiB."""
+"""The cost of a whole comparison, in seconds and GiB."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What the table calls it."""
+        """The name of this row in the table."""
         what = f"compare, {len(self.methods)} approximations"
         return what + (", float64" if self.dtype == torch.float64 else "")
 
     @property
     def about(self) -> dict[str, str]:
-        """What its row is of."""
+        """The network, work and library of this row."""
         kind = self.fisher_type
         return {"network": self.network, "work": self.title, "fisher_type": kind, "by": OURS}
 
@@ -107,7 +107,7 @@ def _measured(case: Case, setting: Setting) -> tuple[pd.DataFrame, dict[str, Any
     step()
     steps = [step() for _ in range(3)]
     growth = peak_growth(work, setting.device)
-    # what lasts minutes is measured once, with ordinary steps before and after it
+    # calls of minutes are measured once, with ordinary steps before and after
     while clock[0] < 5 and len(clock) < setting.rounds and not setting.late:
         work()
     steps += [step() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What the machine can do, and what a call asks of it: why a row is not faster."""
+"""The rates of the machine, and the work of a call: why a row is not faster."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Machine:
 
     @classmethod
     def measured(cls, device: torch.device, size: int = 1024) -> Machine:
-        """By the best of a few tries each, products and copies of order `size`."""
+        """Rates of products and copies of order `size`, each the best of a few tries."""
         generator = torch.Generator().manual_seed(0)
         square = torch.randn(size, size, generator=generator).to(device)
         wide = square.double()
@@ -101,14 +101,14 @@ class Footprint(Counted):
 
 
 def footprint(work: Callable[[], object]) -> Footprint:
-    """What one call asks for."""
+    """The footprint of one call."""
     with Footprint() as count:
         work()
     return count
 
 
 def limits(count: Footprint, machine: Machine, seconds: float) -> dict[str, Any]:
-    """What a call would take at the machine's rates, part by part, and the part that takes longest.
+    """The time of a call at the machine's rates, part by part, and its slowest part.
 
     `explained` is the share of the measured seconds that products, decompositions and writing
     would take one after the other at full speed: near 1, only fewer operations are faster.

@@ -1,4 +1,4 @@
-"""What a training step costs beside SGD's, each row held to the intervals it states.
+"""The cost of a training step relative to SGD's, each row held to the intervals it states.
 
 Two training runs on models of equal architecture and the same batches alternate in slices of five
 steps, one of SGD and one of the other optimizer, so that whatever else the machine does falls on
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What the table calls it."""
+        """The name of this row in the table."""
         return self.label or self.name
 
 

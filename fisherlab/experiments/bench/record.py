@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from fisherlab.experiments import checkpoint
+from fisherlab import whole
 from fisherlab.experiments.bench import build, capture, compare, optim, scaling, sizes
 from fisherlab.experiments.bench.peers import installed
 from fisherlab.experiments.bench.setting import Setting, title
 from fisherlab.experiments.rundir import FIGURES, RunDir
 from fisherlab.plots import bench as pictures
+from fisherlab.plots.theme import DPI
 
 PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "capture": capture.run,
@@ -42,7 +43,7 @@ def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
     drawn = pictures.scaling(frame) if part == "scaling" else pictures.ratios(frame, part)
     folder = rundir.folder / FIGURES
     folder.mkdir(exist_ok=True)
-    (folder / f"{part}.png").write_bytes(drawn.png())
+    (folder / f"{part}.png").write_bytes(drawn.png(DPI))
     return frame
 
 
@@ -57,4 +58,4 @@ def finish(rundir: RunDir, config: dict[str, Any], setting: Setting) -> None:
             # through pandas: NaN becomes null, which is what JSON has
             parts[part] = json.loads(table.to_json(orient="records"))
     content = {"machine": machine, "settings": config["settings"], "parts": parts}
-    checkpoint.write(rundir.folder / JSON, json.dumps(content, indent=1) + "\n")
+    whole.write(rundir.folder / JSON, json.dumps(content, indent=1) + "\n")

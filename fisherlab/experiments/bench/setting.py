@@ -75,8 +75,8 @@ class Setting:
     def takes(self, title: str, seconds: float = 0.0) -> bool:
         """Whether a row is to be measured: it is not done, and would end in time.
 
-        It is expected to take as long as the slowest row before it, and at least `seconds`. Of the
-        first row of a part nothing is known where no seconds are given: it is measured.
+        It is expected to take as long as the slowest row before it, and at least `seconds`. Without
+        given seconds nothing is known about the first row of a part: it is measured.
         """
         now = time.monotonic()
         if self._begun is not None:
@@ -141,12 +141,12 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What no other row is called."""
+        """The unique name of a row."""
         return title(vars(self) | {"network": self.network.name})
 
 
 def title(record: Mapping[str, Any]) -> str:
-    """What a record of a table is called: what is measured, of what, and by whom."""
+    """The name of a record: the measurement, its subject, and the library."""
     if "axis" in record:
         return f"{record['method']} against {record['axis']}"
     kind = f", {record['fisher_type']}" if record.get("fisher_type") else ""
@@ -187,6 +187,6 @@ def measured(rows: Iterable[Row], setting: Setting) -> Iterator[dict[str, Any]]:
 def _timed(row: Row, setting: Setting) -> Timing:
     with warnings.catch_warnings():
         if row.by != OURS:
-            # what other libraries deprecate is not this table's matter
+            # deprecations of other libraries are not this table's matter
             warnings.simplefilter("ignore")
         return paired(row.run, row.network.step, repeats=setting.rounds, device=setting.device)

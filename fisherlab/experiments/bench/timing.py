@@ -35,7 +35,7 @@ class Timing:
 
     @property
     def ratios(self) -> list[float]:
-        """Of each pair."""
+        """The ratio of each pair."""
         return [w / r for w, r in zip(self.work, self.reference, strict=True)]
 
     @property
@@ -61,7 +61,7 @@ class Timing:
         return median(self.work)
 
     def row(self) -> dict[str, float]:
-        """What the table shows of it."""
+        """The columns of this timing in the table."""
         low, high = self.spread
         return {
             "ratio": self.ratio,
@@ -135,7 +135,7 @@ def _sample(call: Work, times: int, device: torch.device) -> tuple[float, float]
 def peak_growth(work: Work, device: torch.device) -> int | None:
     """Bytes by which a call raises the memory held, at its peak; None where that is not known."""
     gc.collect()
-    return_freed_memory()  # what earlier calls left would not count
+    return_freed_memory()  # memory left by earlier calls would not count
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
     else:

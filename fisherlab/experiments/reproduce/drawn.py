@@ -101,7 +101,7 @@ def time_split(stem: Path, scale: str) -> Outcome:
 
 
 def _network(name: str, width: float) -> tuple[Callable[[], nn.Module], Tensor, Tensor, nn.Module]:
-    """What makes a network anew, a batch for it, and its criterion."""
+    """A function that makes a network anew, a batch for it, and its criterion."""
     translation = name == "transformer"
     data = datasets.load("multi30k" if translation else "cifar10")
     ignored = data.card.ignore_index

@@ -1,4 +1,4 @@
-"""What a table or a figure of a paper is made of, as values."""
+"""The parts of a paper's table or figure, as values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Size:
-    """What a scale takes of an experiment; None is all, or as the paper has it."""
+    """The part of an experiment that a scale takes; None is all, or as the paper has it."""
 
     epochs: int | None = None
     examples: int | None = None
@@ -110,7 +110,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn without arms: the function makes `item.png` and returns a table and a verdict.
+    """A drawing without arms: the function makes `item.png` and returns a table and a verdict.
 
     `seconds` is what it costs.
     """

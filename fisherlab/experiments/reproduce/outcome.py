@@ -34,7 +34,7 @@ PAPER_REPEATS = {"tekfac": 3}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an item came to: the long table, the verdict, and the reasons in one line."""
+    """The outcome of an item: the long table, the verdict, and the reasons in one line."""
 
     table: pd.DataFrame
     verdict: str

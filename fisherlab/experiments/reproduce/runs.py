@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from fisherlab import plots
-from fisherlab.experiments import checkpoint, training
+from fisherlab import plots, whole
+from fisherlab.experiments import training
 from fisherlab.experiments.reproduce import outcome, page
 from fisherlab.experiments.reproduce.catalogue import items
 from fisherlab.experiments.reproduce.item import Experiment, Item
@@ -30,7 +30,7 @@ from fisherlab.experiments.training.results import Results
 
 
 class Listener:
-    """What a caller may want to know while it waits; every method may be overridden."""
+    """A listener for a caller that waits; every method may be overridden."""
 
     def item(self, item: Item, said: str) -> None:
         """An item begins; `said` is what it will cost, or why it cannot be run."""
@@ -53,9 +53,9 @@ def reproduce(
 ) -> pd.DataFrame:
     """Run tables and figures of the papers, and set ours beside the papers' numbers.
 
-    Everything lies in `out/SCALE`: run folders by paper and experiment, which several items share
-    and an interrupted call goes on from; per item a table (csv, Parquet, Markdown) and a picture;
-    `out/report.html` has all items run so far.
+    The folder `out/SCALE` has run folders by paper and experiment, which several items share. An
+    interrupted call goes on from them. Each item has a table (csv, Parquet, Markdown) and a
+    picture; `out/report.html` has all items run so far.
 
     Args:
         paper: `ang`, `tekfac`, `sngd`, `fngd` or `ngm`; all five without it.
@@ -83,7 +83,7 @@ def reproduce(
 
 
 def announcement(item: Item, scale: str) -> str:
-    """What an item will cost, or why it is not run."""
+    """The expected cost of an item, or why it is not run."""
     if not item.runnable:
         return f"not an experiment: {item.why}" if item.illustration else f"{CANNOT}: {item.why}"
     return f"about {in_words(cost(item, scale))} on one core, less what is done already"
@@ -183,8 +183,8 @@ def _written(item: Item, scale: str, out: Path, found: Outcome) -> dict[str, Any
     }
     if len(found.table):
         RunDir(stem.parent).write_table(stem.name, found.table)
-    checkpoint.write(stem.with_suffix(".md"), markdown(item, scale, found))
-    checkpoint.write(stem.with_suffix(".json"), json.dumps(row, indent=2) + "\n")
+    whole.write(stem.with_suffix(".md"), markdown(item, scale, found))
+    whole.write(stem.with_suffix(".json"), json.dumps(row, indent=2) + "\n")
     return row
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a reproduction: its small files, and a page of the docs with every verdict.
+"""The stored parts of a reproduction: its small files, and a page of the docs with every verdict.
 
 python -m fisherlab.experiments.reproduce.summary OUT data/results/reproduce docs/reproduce.md
 """

@@ -1,4 +1,4 @@
-"""What a step costs: seconds beside SGD's in the same minute of the same process, and memory."""
+"""The cost of a step: seconds beside SGD's in the same minute of the same process, and memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Clock:
         return self.seconds_per_step() / self.sgd_seconds_per_step() if known else math.nan
 
     def state(self) -> dict[str, Any]:
-        """What was timed, as lists of numbers."""
+        """The timings, as lists of numbers."""
         return {"timed": self.timed, "reference": self.reference, "split": self.split}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Clock:
 
 
 def due(optimizer: torch.optim.Optimizer) -> str:
-    """What an optimizer does at the next step beyond every step, in words; "" for torch's own."""
+    """The extra work of an optimizer at the next step, in words; "" for torch's own."""
     return "+".join(getattr(optimizer, "due", tuple)())
 
 

@@ -29,8 +29,8 @@ def weight_norms(model: nn.Module) -> dict[str, float]:
 def blame(model: nn.Module, start: dict[str, float], x: Tensor) -> tuple[str, str]:
     """The layer to name for a divergence, and what is wrong with it.
 
-    The first whose parameters or gradients are not finite; else the first whose output on `x` is
-    not; else the one whose weights grew most since `start`.
+    The first layer with parameters or gradients that are not finite. Otherwise the first with an
+    output on `x` that is not finite. Otherwise the one with weights that grew most since `start`.
     """
     for name, module in _owners(model):
         if not all(torch.isfinite(tensor).all() for tensor in _tensors(module)):

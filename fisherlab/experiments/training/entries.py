@@ -109,7 +109,7 @@ def make(
 
 
 def lengths_in(settings: Settings) -> str:
-    """What in a run is planned for its number of epochs, in words; "" where nothing is."""
+    """Parts of a run that are planned for its number of epochs, in words; "" where nothing is."""
     found = [] if settings.schedule == "constant" else [f"schedule {settings.schedule}"]
     for entry in settings.entries:
         planned = [o for o in PLANNED if o in known_options(entry) and o not in entry.options]

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from fisherlab import optim
+from fisherlab import optim, whole
 from fisherlab.blocks import BlockError
-from fisherlab.experiments import checkpoint
 from fisherlab.experiments.training.cost import SGDReference
 from fisherlab.experiments.training.divergence import Diverged, blame, finite
 from fisherlab.experiments.training.entries import lengths_in
@@ -36,7 +35,7 @@ REFUSALS: tuple[type[Exception], ...] = (
 
 
 class Watch:
-    """What a caller may want to know while it waits; every method may be overridden."""
+    """A listener for a caller that waits; every method may be overridden."""
 
     def planned(self, records: Sequence[Record]) -> None:
         """These are the runs, some of them perhaps done already."""
@@ -57,17 +56,17 @@ class Watch:
 def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None) -> Results:
     """Train every optimizer with every seed, and leave rows and checkpoints in the folder.
 
-    Runs that are in the folder already are taken over where they ended, interrupted ones go on from
-    their last epoch, and shorter ones to the new number of epochs where no schedule depends on it:
-    the rows are those of an uninterrupted run, times and peak memory aside. A
-    method that refuses or diverges ends with the reason, and the others go on. Ctrl-C ends with
-    what there is (`results.interrupted`).
+    Finished runs in the folder are taken over. Interrupted runs go on from their last epoch, and
+    shorter runs go on to the new number of epochs if no schedule depends on it. The rows equal
+    those of an uninterrupted run, times and peak memory aside. A method that refuses or diverges
+    ends with the reason, and the others go on. Ctrl-C ends with what there is
+    (`results.interrupted`).
     """
     folder, watch = Path(folder), watch or Watch()
     _check_same(settings, folder)
     task = Task(settings)
     records = [Record(entry, seed) for seed in settings.seeds for entry in settings.entries]
-    checkpoint.sweep_parts(folder)
+    whole.sweep_parts(folder)
     for record in records:
         record.restore(folder, settings)
     watch.planned(records)
@@ -178,7 +177,7 @@ def _train_epochs(
         if settings.compare_every and run.epoch % settings.compare_every == 0:
             try:
                 run.compare()
-            except REFUSALS as error:  # of the exact block, not of the method
+            except REFUSALS as error:  # a failure of the exact block, not of the method
                 said.append(f"not compared: {error}")
         record.note = "; ".join(dict.fromkeys(filter(None, said)))
         if run.epoch == run.epochs:

@@ -1,4 +1,4 @@
-"""What is known of one optimizer with one seed, in memory and in its checkpoint."""
+"""The record of one optimizer with one seed, in memory and in its checkpoint."""
 
 from __future__ import annotations
 

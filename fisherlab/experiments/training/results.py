@@ -61,7 +61,7 @@ COLUMNS = {
 
 
 class Results:
-    """What a run has measured so far: `rows`, `curve`, `comparisons` and `summary()`."""
+    """The measurements of a run so far: `rows`, `curve`, `comparisons` and `summary()`."""
 
     def __init__(self, task: Task, records: list[Record]) -> None:
         self.settings, self.records = task.settings, records
@@ -99,11 +99,11 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """One row per optimizer, the best first, then those without a result and why.
 
-        The metric at the last and at the best epoch, mean and deviation over the seeds that came to
-        their end; and at equal time, which is that of the fastest. The cost of a step is the
-        medians of its kinds, refreshes of the curvature by their share, and its ratio the quotient
-        by the median of the reference SGD in the same row; of SGD itself, the clock's noise. Both
-        are medians over the seeds. No ratio below `FEWEST` timed steps.
+        The metric at the last and at the best epoch, mean and deviation over the finished seeds. It
+        is also given at equal time, the time of the fastest optimizer. The cost of a step is the
+        median over each kind of step, weighted by the kind's share. Its ratio divides by the median
+        of the reference SGD in the same row; for SGD itself it shows the clock's noise. Both are
+        medians over the seeds. No ratio below `FEWEST` timed steps.
         """
         found = [self._summary(entry.label) for entry in self.settings.entries]
         frame = pd.DataFrame(found)
@@ -148,7 +148,7 @@ class Results:
             "status": ", ".join(dict.fromkeys(record.status for record in [*odd, *done])),
             "stopped_at": next((r.stopped_at for r in odd if r.stopped_at is not None), None),
             "layer": next((r.layer for r in odd if r.layer), ""),
-            "note": notes[0] if notes else "",  # other seeds say the like
+            "note": notes[0] if notes else "",  # other seeds have similar notes
         }
         if not done:
             return row

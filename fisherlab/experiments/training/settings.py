@@ -1,4 +1,4 @@
-"""What a training run is told."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> Settings:
-        """What `to_json` wrote."""
+        """The settings that `to_json` wrote."""
         known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
         for name in ("seeds", "hidden"):
             known[name] = None if known.get(name) is None else tuple(known[name])

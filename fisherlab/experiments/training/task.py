@@ -28,10 +28,10 @@ OF_ANY_SHAPE = ("mlp", "autoencoder")
 
 
 class Task:
-    """What every optimizer of a run is given alike, made from the settings.
+    """The parts that all optimizers of a run share, made from the settings.
 
-    Every draw has a generator of its own, named by seed and epoch, so that an epoch's batches do
-    not depend on what was run before it.
+    Every draw has its own generator, named by seed and epoch. An epoch's batches do not depend on
+    earlier runs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -169,7 +169,7 @@ class Task:
 
 
 def misfit(model: str, data: str, x: Tensor, error: Exception) -> SettingsError:
-    """What to tell the user whose model failed with this error on this data set."""
+    """The message for a user whose model failed with this error on this data set."""
     said = (
         f"model {model!r} does not take {data!r} ({tuple(x.shape[1:])}): "
         f"{str(error).splitlines()[0]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sacrebleu
 import torch
 from torch import Tensor
 
@@ -27,9 +26,11 @@ def greedy(model: Transformer, source: Tensor, begin: int, end: int) -> Tensor:
 def bleu(model: Transformer, data: Dataset, x: Tensor, batch: int) -> float:
     """BLEU of the test set, 0 to 100, on lower-case words and marks.
 
-    The references hold the words that the vocabulary lacks, so that `<unk>` never matches. Of use
+    The references hold the words that the vocabulary lacks, so that `<unk>` never matches. Useful
     between optimizers; published numbers are cased and tokenised otherwise.
     """
+    import sacrebleu
+
     words = data.vocabulary
     begin, end, padding = (words.index(mark) for mark in (BEGIN, END, PADDING))
     sentences = []

@@ -1,0 +1,180 @@
+"""What the public metrics take: each argument is checked by its name, once, where it enters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from numbers import Real
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from fisherlab import doors
+from fisherlab.blocks import Block, Outer
+
+Measure = TypeVar("Measure", bound=Callable[..., Any])
+
+
+def entered(measure: Measure) -> Measure:
+    """The metric with a door for each argument that has one, by its annotation or its name.
+
+    Two blocks have to be on one weight. A metric that calls another passes its door again, which
+    costs microseconds.
+
+    Raises:
+        ValueError, TypeError: an argument is not what its name says.
+    """
+    checks = [
+        (position, name, door)
+        for position, (name, parameter) in enumerate(inspect.signature(measure).parameters.items())
+        if (door := NAMES.get(name) or KINDS.get(parameter.annotation))
+    ]
+
+    @wraps(measure)
+    def checked(*args: Any, **named: Any) -> Any:
+        found = {}
+        for position, name, door in checks:
+            if position < len(args):
+                found[name] = args[position]
+            elif name in named:
+                found[name] = named[name]
+            else:
+                continue
+            door(found[name], name)
+        _check_pair(found)
+        return measure(*args, **named)
+
+    return checked  # type: ignore[return-value]
+
+
+def _check_pair(found: Mapping[str, Any]) -> None:
+    blocks = {name: value for name, value in found.items() if isinstance(value, Block)}
+    blocks |= {f"blocks[{k}]": value for k, value in enumerate(found.get("blocks", ()))}
+    if len({value.shape for value in blocks.values()}) > 1:
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in blocks.items())
+        raise ValueError(f"the blocks are on different weights: {shapes}; pass those of one layer")
+    if len({value.device for value in blocks.values()}) > 1:
+        devices = ", ".join(f"{name} {value.device}" for name, value in blocks.items())
+        raise ValueError(f"the blocks are on different devices: {devices}")
+    gradient = found.get("gradient")
+    for value in [] if gradient is None else blocks.values():
+        if tuple(gradient.shape) != tuple(value.shape):
+            raise ValueError(
+                f"gradient must be that of one weight {value.shape}, got {doors.said(gradient)}"
+            )
+
+
+def _block(value: object, what: str) -> None:
+    if not isinstance(value, Block):
+        raise TypeError(f"{what} must be a block of fl.blocks, got {doors.said(value)}")
+
+
+def _optional_block(value: object, what: str) -> None:
+    if value is not None:
+        _block(value, what)
+
+
+def _exact(value: object, what: str) -> None:
+    if not isinstance(value, Outer):
+        raise TypeError(f"{what} must be an exact block, as captured; got {doors.said(value)}")
+
+
+def _blocks(value: object, what: str) -> None:
+    if not isinstance(value, Sequence) or not value:
+        raise TypeError(f"{what} must be a list of blocks, got {doors.said(value)}")
+    for position, block in enumerate(value):
+        _block(block, f"{what}[{position}]")
+
+
+def _layers(value: object, what: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a dict of name -> block, got {doors.said(value)}")
+    for name, layer in value.items():
+        _with_gram(layer, f"{what}[{name!r}]")
+
+
+def _with_gram(value: object, what: str) -> None:
+    if not callable(getattr(value, "gram", None)):
+        raise TypeError(
+            f"{what} must have a Gram matrix, as an exact block or a capture has; got "
+            f"{doors.said(value)}"
+        )
+
+
+def _states(value: object, what: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a dict of step -> block, got {doors.said(value)}")
+    for step, block in value.items():
+        doors.count(step, f"each step of {what}", 0)
+        _block(block, f"{what}[{step!r}]")
+
+
+def _dampings(value: object, what: str) -> None:
+    if not isinstance(value, Sequence | Tensor) or isinstance(value, str) or not len(value):
+        raise ValueError(f"{what} must be a list of numbers >= 0, got {doors.said(value)}")
+    for damping in value:
+        doors.number(damping, f"each of {what}", least=0.0)
+
+
+def _numbers(value: object, what: str) -> None:
+    if not isinstance(value, Sequence | Tensor | np.ndarray) or isinstance(value, str):
+        raise ValueError(f"{what} must be a list of numbers, got {doors.said(value)}")
+    for point in value:
+        if not isinstance(point, Real | Tensor):
+            raise ValueError(f"{what} must be a list of numbers, got {doors.said(point)} in it")
+
+
+def _labels(value: object, what: str) -> None:
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        raise ValueError(f"{what} must be a tensor [M] of classes, got {doors.said(value)}")
+
+
+def _square(value: object, what: str) -> None:
+    matrix = doors.tensor(value, what, ndim=(2,))
+    if len(matrix) != matrix.shape[1] or not len(matrix):
+        raise ValueError(f"{what} must be a square matrix, got {doors.said(value)}")
+
+
+def _squares(value: object, what: str) -> None:
+    if not isinstance(value, Sequence | Tensor) or isinstance(value, str) or not len(value):
+        raise ValueError(f"{what} must be a list of square matrices, got {doors.said(value)}")
+    for position, matrix in enumerate(value):
+        _square(matrix, f"{what}[{position}]")
+    if len({matrix.shape for matrix in value}) > 1:
+        raise ValueError(f"{what} must be matrices of one size, got {doors.said(value)}")
+
+
+# by annotation
+KINDS: dict[str, Callable[[Any, str], object]] = {
+    "Block": _block,
+    "Block | None": _optional_block,
+    "Outer": _exact,
+    "HasGram": _with_gram,
+    "Sequence[Block]": _blocks,
+    "Mapping[str, HasGram]": _layers,
+    "Mapping[int, Block]": _states,
+    "Sequence[float]": _numbers,
+    "bool": doors.flag,
+}
+# by name: numbers and tensors of one annotation mean several things
+NAMES: dict[str, Callable[[Any, str], object]] = {
+    "gradient": partial(doors.tensor, ndim=(2,)),
+    "damping": partial(doors.number, least=0.0),
+    "dampings": _dampings,
+    "k": partial(doors.count, least=0),
+    "rtol": partial(doors.number, least=0.0),
+    "alpha": partial(doors.number, above=0.0),
+    "examples": doors.count,
+    "labels": _labels,
+    "correlation": _square,
+    "one": _square,
+    "two": _square,
+    "masses": _square,
+    "similarities": _square,
+    "correlations": _squares,
+    "values": partial(doors.tensor, ndim=(1,)),
+    "coefficients": partial(doors.tensor, ndim=(1,)),
+    "shared": partial(doors.tensor, ndim=(1,)),
+}

@@ -1,0 +1,92 @@
+"""Files that are whole or absent: written beside, flushed to the disk, renamed; read or refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when the block ends, and only then.
+
+    Raises:
+        OSError: the disk is full or the folder read-only; it names `path`, which is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+def write(path: Path, content: str | Callable[[IO[bytes]], Any]) -> None:
+    """Write text, or what a function writes into a binary stream, whole or not at all."""
+    with replacing(path) as stream:
+        if callable(content):
+            content(stream)
+        else:
+            stream.write(content.encode())
+
+
+def sweep_parts(folder: Path) -> None:
+    """Delete what killed processes left half-written below a folder."""
+    for part in folder.rglob(".*.part"):
+        owner = part.suffixes[-2].removeprefix(".") if len(part.suffixes) > 1 else ""
+        if not (owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner))):
+            part.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read(
+    path: Path, reader: Callable[[Path], T], what: str, error: type[ValueError] = ValueError
+) -> T:
+    """What a reader makes of a file.
+
+    Args:
+        path: the file.
+        reader: reads it.
+        what: what the file is, for messages: "table".
+        error: the type of the refusal of a damaged file.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    try:
+        return reader(path)
+    except OSError as failure:
+        if failure.errno is not None:
+            raise
+        raise error(_damaged(path, what, failure)) from failure
+    except Exception as failure:  # readers raise what their formats raise
+        raise error(_damaged(path, what, failure)) from failure
+
+
+def _damaged(path: Path, what: str, failure: Exception) -> str:
+    return (
+        f"{path} is damaged, or no {what} ({type(failure).__name__}); restore it, or make it again"
+    )

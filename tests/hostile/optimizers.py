@@ -1,0 +1,350 @@
+"""Optimizers: options, loops that go on after bad batches, states that are damaged or foreign."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherlab as fl
+from fisherlab.optim.base import CurvatureOptimizer
+from hostile import junk, models
+from hostile.judge import Case, bits
+
+with torch.random.fork_rng():
+    NAMES = [
+        name
+        for name in fl.optim.names()
+        if isinstance(fl.optim.create(name, nn.Linear(2, 2)), CurvatureOptimizer)
+    ]
+
+
+def net(seed: int) -> nn.Sequential:
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    torch.set_rng_state(state)
+    return model
+
+
+def batch(draw: random.Random, n: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (n,), generator=generator)
+
+
+def stepped(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """One step of an ordinary loop."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(model(x), y)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def parameters(model: nn.Module) -> list[object]:
+    return [bits(p) for p in model.parameters()]
+
+
+def frozen(value: object) -> object:
+    """A state as something to compare."""
+    if isinstance(value, Tensor):
+        return bits(value)
+    if isinstance(value, dict):
+        return {key: frozen(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [frozen(part) for part in value]
+    return repr(value) if isinstance(value, float) else value
+
+
+def options(draw: random.Random) -> Case:
+    """A junk option."""
+    name, model = draw.choice(NAMES), net(draw.randrange(100))
+    key = draw.choice(list(OPTIONS))
+    bad = OPTIONS[key](draw)
+    label = f"{name}({key}={str(bad)[:30]})"
+
+    def call() -> object:
+        optimizer = fl.optim.create(name, model, **{key: bad})
+        stepped(optimizer, model, *batch(random.Random(0)))
+        return optimizer
+
+    return Case(label, call, lambda found: _harmless(key, bad))
+
+
+def _harmless(key: str, bad: object) -> str:
+    if bad is None and key in ("generator", "params", "criterion", "layers", "skip"):
+        return ""
+    return "junk accepted"
+
+
+def _flag(draw: random.Random) -> object:
+    return draw.choice(["yes", 1, 0.0, None, [], object()])
+
+
+def _word(draw: random.Random) -> object:
+    return draw.choice(["x", "", 3, [], object(), True, b"mc", ("mc",)])
+
+
+def _number(draw: random.Random) -> object:
+    while callable(bad := junk.number(draw)):
+        pass
+    return bad
+
+
+OPTIONS: dict[str, Callable[[random.Random], object]] = {
+    "lr": _number,
+    "momentum": lambda draw: draw.choice([_number(draw), 1.0, 2]),
+    "weight_decay": _number,
+    "damping": _number,
+    "kl_clip": lambda draw: draw.choice([0.0, -1.0, math.nan, "x", [], True, object()]),
+    "max_norm": lambda draw: draw.choice([0.0, -1.0, math.nan, "x", [], True, object()]),
+    "warmup": lambda draw: junk.count(draw, 0),
+    "statistics_every": junk.count,
+    "basis_every": junk.count,
+    "decay": lambda draw: draw.choice([_number(draw), 1.5, 2]),
+    "statistics_examples": lambda draw: draw.choice([0, -1, 1.5, "x", [], math.nan, object()]),
+    "nesterov": _flag,
+    "decoupled": _flag,
+    "graft": _flag,
+    "weight_decay_placement": _word,
+    "nonfinite": _word,
+    "fisher_type": _word,
+    "layers": lambda draw: draw.choice(["nothing", 3, [3], object(), [], True]),
+    "skip": lambda draw: draw.choice(["nothing", 3, [3], object(), True]),
+    "criterion": lambda draw: draw.choice(["ce", 3, [], object(), nn.CrossEntropyLoss]),
+    "generator": lambda draw: draw.choice([3, "x", object(), [], True]),
+    "mc_samples": junk.count,
+    "largest_factor": lambda draw: junk.count(draw, 0),
+    "params": lambda draw: draw.choice([3, "x", [], [3], [{}], object(), torch.ones(3)]),
+    "schedule": lambda draw: draw.choice([3, "x", {}, [], object()]),
+    "clip": lambda draw: draw.choice([3, "x", {}, [], object()]),
+    "no_such_option": lambda draw: 1,
+}
+
+
+def things(draw: random.Random) -> Case:
+    """Junk in place of the method or the model."""
+    model = net(0)
+    if draw.random() < 0.5:
+        bad = junk.anything(draw, nn.Module)
+        if isinstance(bad, str) and bad == "kfac":
+            bad = "kafc"
+        return Case(f"create({bad!r}, model)", lambda: fl.optim.create(bad, model), model=model)
+    bad, name = junk.anything(draw, nn.Module), draw.choice(NAMES)
+    kind = draw.choice([fl.optim.create, None])
+    if kind is None:
+        return Case(
+            f"NaturalGradient({str(bad)[:30]}, ...)",
+            lambda: fl.optim.NaturalGradient(bad, fl.KFAC(), lr=0.1, damping=0.1),
+            words=("model",),
+        )
+    return Case(f"create({name}, {str(bad)[:30]})", lambda: fl.optim.create(name, bad))
+
+
+def loops(draw: random.Random) -> Case:
+    """Bad batches between good ones: the good ones take the steps that they take alone."""
+    name, seed = draw.choice(NAMES), draw.randrange(100)
+    model, twin = net(seed), net(seed)
+    events = [draw.choice(["good", "good", *EVENTS]) for _ in range(5)] + ["good"]
+    batches = [batch(draw) for _ in events]
+    label = f"{name}: {', '.join(events)}"
+    complaints: list[str] = []
+
+    def call() -> object:
+        optimizer, alone = (fl.optim.create(name, m) for m in (model, twin))
+        for event, (x, y) in zip(events, batches, strict=True):
+            if event == "good":
+                stepped(optimizer, model, x, y)
+                stepped(alone, twin, x, y)
+                continue
+            before = parameters(model), frozen(optimizer.state_dict())
+            try:
+                EVENTS[event](optimizer, model, x, y)
+            except (ValueError, RuntimeError, KeyboardInterrupt, TypeError) as error:
+                if (parameters(model), frozen(optimizer.state_dict())) != before:
+                    complaints.append(f"{event}, refused as {error}, changed something")
+            else:
+                if event in REFUSED and name not in FREE:
+                    complaints.append(f"{event} was taken")
+        return parameters(model) == parameters(twin)
+
+    def check(same: object) -> str:
+        if complaints:
+            return complaints[0]
+        return "" if same or set(events) & TAKEN else "other steps than without the bad batches"
+
+    return Case(label, call, check)
+
+
+def _skipped(optimizer, model, x, y) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad()
+
+
+def _nan_batch(optimizer, model, x, y) -> None:
+    stepped(optimizer, model, x * math.nan, y)
+
+
+def _nan_skipped(optimizer, model, x, y) -> None:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x * math.nan), y)
+    loss.backward()
+    optimizer.zero_grad()
+
+
+def _evaluated(optimizer, model, x, y) -> None:
+    model(x)
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    F.cross_entropy(model(x), y)
+    model.train()
+
+
+def _interrupted(optimizer, model, x, y) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        raise KeyboardInterrupt
+
+    optimizer.step(closure)
+
+
+def _no_backward(optimizer, model, x, y) -> None:
+    optimizer.zero_grad()
+    model(x)
+    optimizer.step()
+
+
+def _compared(optimizer, model, x, y) -> None:
+    if hasattr(optimizer, "blocks") and optimizer.blocks():
+        fl.compare(model, nn.CrossEntropyLoss(), x, y, approximations=optimizer.blocks())
+
+
+def _copied(optimizer, model, x, y) -> None:
+    other = copy.deepcopy(model)
+    other(x).sum().backward()
+    copy.deepcopy(optimizer.state_dict())
+
+
+def _bad_state(optimizer, model, x, y) -> None:
+    optimizer.load_state_dict({})
+
+
+EVENTS: dict[str, Callable] = {
+    "skipped": _skipped,
+    "NaN batch": _nan_batch,
+    "NaN skipped": _nan_skipped,
+    "evaluated": _evaluated,
+    "interrupted": _interrupted,
+    "no backward": _no_backward,
+    "compared": _compared,
+    "copied": _copied,
+    "bad state": _bad_state,
+}
+REFUSED = {"NaN batch", "no backward", "interrupted", "bad state"}
+TAKEN: set[str] = set()
+FREE: set[str] = set()
+
+
+def states(draw: random.Random) -> Case:
+    """A damaged or foreign state is refused whole."""
+    name, seed = draw.choice(NAMES), draw.randrange(100)
+    model = net(seed)
+    optimizer = fl.optim.create(name, model)
+    x, y = batch(draw)
+    stepped(optimizer, model, x, y)
+    state = copy.deepcopy(optimizer.state_dict())
+    kind = draw.choice(["damaged", "damaged", "damaged", "foreign", "junk"])
+    if kind == "junk":
+        empty = {"state": {}, "param_groups": []}
+        state = draw.choice([None, {}, [], "x", 3, {"state": {}}, empty])
+        what = repr(state)
+    elif kind == "foreign":
+        other = draw.choice([n for n in NAMES if n != name])
+        stranger = net(seed)
+        foreign = fl.optim.create(other, stranger)
+        stepped(foreign, stranger, x, y)
+        state, what = foreign.state_dict(), f"of {other}"
+        if foreign.method == optimizer.method:
+            kind = "same"
+    else:
+        what = damage(draw, state)
+    before = parameters(model), frozen(optimizer.state_dict())
+    label = f"{name}.load_state_dict, {kind}: {what}"
+
+    def after(error: BaseException | None) -> str:
+        if error is None:
+            return ""
+        now = parameters(model), frozen(optimizer.state_dict())
+        return "" if now == before else "the refused state was loaded in part"
+
+    def check(found: object) -> str:
+        return "" if kind == "same" or what == "fisherlab.form removed" else "junk accepted"
+
+    return Case(label, lambda: optimizer.load_state_dict(state), check, after=after)
+
+
+def damage(draw: random.Random, state: dict[str, Any]) -> str:
+    """Remove or replace one leaf of a state; returns where and how."""
+    path, holder = [], state
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        if not path:
+            keys = ["fisherlab", "state"] if holder.get("state") else ["fisherlab"]
+        key = draw.choice(keys)
+        path.append(key)
+        value = holder[key]
+        inner = isinstance(value, dict | list) and len(value) > 0
+        if inner and (len(path) == 1 or draw.random() < 0.85):
+            holder = value
+            continue
+        break
+    how = draw.choice(["removed", "None", "object", "word", "shape", "complex"])
+    if isinstance(value, Tensor) and how == "shape":
+        holder[key] = torch.ones(*value.shape, 2, dtype=value.dtype)
+    elif isinstance(value, Tensor) and how == "complex":
+        holder[key] = value.to(torch.complex128)
+    elif how == "removed" and isinstance(holder, dict):
+        del holder[key]
+    elif value is None:
+        holder[key] = how = "word"
+    else:
+        holder[key] = {"None": None, "word": "junk"}.get(how, object())
+    return f"{'.'.join(map(str, path))} {how}"
+
+
+def networks(draw: random.Random) -> Case:
+    """Three steps on a hostile network."""
+    one = models.brought(draw, True)
+    name = draw.choice(NAMES)
+    y = torch.arange(len(one.x)) % 3
+
+    def call() -> object:
+        with torch.random.fork_rng():  # dropout draws
+            optimizer = fl.optim.create(name, one.model)
+            for _ in range(2):
+                stepped(optimizer, one.model, one.x, y)
+        return one.model
+
+    def check(model: object) -> str:
+        finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        return "" if finite else "parameters that are not finite"
+
+    return Case(f"{name} on a network: {one.name}", call, check)
+
+
+def case(seed: int) -> Case:
+    draw = random.Random(seed)
+    return draw.choice([options, options, things, loops, loops, states, states, networks])(draw)
