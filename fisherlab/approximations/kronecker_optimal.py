@@ -33,8 +33,10 @@ class _Rearranged:
     def __init__(self, layers: tuple[LayerCapture, ...]) -> None:
         self.columns = [layer.columns for layer in layers]
         self.space = None
-        if len(layers) == 1 and self.columns[0].inside is not None:
-            self.space, self.columns = self.columns[0].input_space, [self.columns[0].inside]
+        if len(layers) == 1 and self.columns[0].input_span is not None:
+            assert self.columns[0].of_inputs is not None
+            self.space = self.columns[0].input_span[0]
+            self.columns = [self.columns[0].of_inputs]
         self.count = sum(layer.examples for layer in layers)
         self.share_columns = len(layers) == 1 or all(x.whole for x in layers)
         self.dtype, self.device = layers[0].dtype, layers[0].device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherlab import doors
-from fisherlab.blocks.basis import Basis, matrix_of
+from fisherlab.blocks.basis import Basis, Space, matrix_of
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import per_example_chunks, slices
 from fisherlab.blocks.entry import check_shape, guard
@@ -94,12 +94,12 @@ class Block(ABC):
         """`<F, U U^T>` where something already known of the columns makes it cheap, else None."""
         return None
 
-    def restricted_to(self, V: Tensor) -> Block | None:
-        """`(I (x) V)^T F (I (x) V)`, where `F` is known to be zero beside the columns of `V`.
+    def restricted_to(self, space: Space) -> Block | None:
+        """`V^T F V` for `V = V_G (x) V_A`, where `F` is known to be zero beside its columns.
 
-        `V` `[i, r]` is orthonormal. A weight `W V^T` has the coordinates `W` `[o, r]`: for such
-        weights and blocks within the same `V`, everything is measured there, by products with r
-        features instead of i. None where that is not known.
+        A weight `V_G W V_A^T` has the coordinates `W`: of such weights and of blocks within the
+        same space, everything is measured there, by products with fewer features. None where that
+        is not known.
         """
         return None
 

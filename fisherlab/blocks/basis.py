@@ -128,6 +128,34 @@ class Coordinates:
 Basis = Tensor | Thin | Coordinates
 
 
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The weights `V_G W V_A^T`, with orthonormal columns `G` `[o, r]` and `A` `[i, s]`.
+
+    None stands for a whole side.
+    """
+
+    G: Tensor | None
+    A: Tensor | None
+
+    def coordinates(self, weight: Tensor) -> Tensor:
+        """`V_G^T D V_A` of weights `[..., o, i]`."""
+        inside = weight if self.A is None else weight @ self.A
+        return inside if self.G is None else self.G.mT @ inside
+
+    def lifted(self, inside: Tensor) -> Tensor:
+        """`V_G W V_A^T` of coordinates `[..., r, s]`."""
+        outputs = inside if self.G is None else self.G @ inside
+        return outputs if self.A is None else outputs @ self.A.mT
+
+    def bases(self, Q_G: Basis, Q_A: Basis) -> tuple[Basis | None, Basis | None]:
+        """Both bases in these coordinates; None for one that is not known to lie in them."""
+        return (
+            Q_G if self.G is None else coordinates(Q_G, self.G),
+            Q_A if self.A is None else coordinates(Q_A, self.A),
+        )
+
+
 def matrix_of(Q: Basis) -> Tensor:
     """A basis as a matrix."""
     return Q if isinstance(Q, Tensor) else Q.matrix

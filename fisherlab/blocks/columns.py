@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fisherlab.blocks import contractions
-from fisherlab.blocks.basis import Basis, Coordinates, coordinates, matrix_of
+from fisherlab.blocks.basis import Basis, Coordinates, Space, matrix_of
 from fisherlab.blocks.entry import check_columns
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
@@ -23,6 +23,11 @@ from fisherlab.blocks.numerics import (
     trace_of,
 )
 from fisherlab.blocks.work import cached, once
+
+# Output features per output gradient from which on these are taken in the space that they span.
+WIDE_OUTPUTS = 4
+# Up to this share of its features a row is sparse: a one-hot one, the tokens of one example.
+SPARSE = 0.05
 
 
 class Columns:
@@ -218,6 +223,18 @@ class Columns:
             return contractions.right_moment(self.a, self.g)
         return contractions.second_moment(self.matrices.reshape(-1, self.shape[1]))
 
+    def left_diagonal(self, Q: Basis) -> Tensor:
+        """`diag(Q^T left Q)`, `[o']` float64; of a thin basis without `left`, `[o, o]`."""
+        if Q.shape[1] < len(Q):
+            return contractions.left_moment(self.a, self.g @ Q).diagonal().double()
+        return ((self.left @ Q) * Q).sum(0, dtype=torch.float64)
+
+    def right_diagonal(self, Q: Basis) -> Tensor:
+        """`diag(Q^T right Q)`, `[i']` float64; of a thin basis without `right`, `[i, i]`."""
+        if Q.shape[1] < len(Q):
+            return contractions.right_moment(self.a @ Q, self.g).diagonal().double()
+        return ((self.right @ Q) * Q).sum(0, dtype=torch.float64)
+
     @property
     def trace(self) -> Tensor:
         """`sum ||D||^2`, 0-d float64; from `left` where that is known."""
@@ -265,11 +282,12 @@ class Columns:
         return once(self._rotated, key, lambda: (Q_G, Q_A, self._rotated_squares(Q_G, Q_A)))[2]
 
     def _rotated_squares(self, Q_G: Basis, Q_A: Basis) -> Tensor:
-        span = Columns.input_span.known(self)
-        C = coordinates(Q_A, span[0]) if span else None
+        inside = self.known_inside
+        if inside is not None and self.space is not None:
+            C_G, C_A = self.space.bases(Q_G, Q_A)
+            if C_G is not None and C_A is not None:
+                return inside.rotated_squares(C_G, C_A).double()
         Q_G, Q_A = (Q if isinstance(Q, Coordinates) else matrix_of(Q) for Q in (Q_G, Q_A))
-        if C is not None and self.inside is not None:
-            return self.inside.rotated_squares(Q_G, C).double()
         if not self.short:
             return contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A).double()
         return contractions.rotated_squares(self.matrices, Q_G, Q_A).double()
@@ -323,14 +341,12 @@ class Columns:
         values, P = eigh(symmetrise(root.mT @ B_g @ root), "rearranged block")
         return values, root @ P
 
-    @property
-    def input_space(self) -> Tensor | None:
-        """Orthonormal `V` `[i, r]` whose span holds every input, where r is clearly less than i."""
-        return None if self.input_span is None else self.input_span[0]
-
     @cached
     def input_span(self) -> tuple[Tensor, Tensor] | None:
-        """`input_space` and the inputs in its coordinates, `a V` `[n, t, r]`."""
+        """Orthonormal `V` `[i, r]` that spans the inputs, and these in its coordinates, `a V`.
+
+        None where r would not be clearly less than i.
+        """
         # asked of the sizes first: the inputs may not be laid out
         rows = self.sizes[1] * self.positions
         return span_of(self.a) if few(rows, self.shape[1]) else None
@@ -340,17 +356,42 @@ class Columns:
         """The same of the output gradients, `V` `[o, r]` and `g V` `[m, n, t, r]`."""
         return span_of(self.g)
 
+    @property
+    def wide(self) -> bool:
+        """Whether the output gradients span far less than their space, as a vocabulary's do."""
+        return WIDE_OUTPUTS * self.count * self.positions <= self.shape[0]
+
     @cached_property
-    def inside(self) -> Columns | None:
-        """The columns in coordinates of the input space, `D V`; inner products are unchanged."""
+    def of_inputs(self) -> Columns | None:
+        """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_span is None:
             return None
         return Columns(self.input_span[1], self.g, self.room)
 
+    @cached_property
+    def space(self) -> Space | None:
+        """A space that holds all columns; None where it has not clearly fewer dimensions."""
+        outputs = self.output_span if self.wide else None
+        if outputs is None and self.input_span is None:
+            return None
+        return Space(outputs and outputs[0], self.input_span and self.input_span[0])
+
+    @cached_property
+    def inside(self) -> Columns | None:
+        """The columns in the coordinates of `space`: other columns, equal products."""
+        outputs = self.output_span if self.wide else None
+        if outputs is None:
+            return self.of_inputs
+        a = self.a if self.input_span is None else self.input_span[1]
+        return Columns(a, outputs[1], self.room)
+
     @property
     def known_inside(self) -> Columns | None:
-        """`inside`, if the space of the inputs is known already: energies and spectra are its."""
-        return None if Columns.input_span.known(self) is None else self.inside
+        """`inside`, if its space is known already: energies and spectra are its."""
+        rows = self.sizes[1] * self.positions
+        missing = few(rows, self.shape[1]) and Columns.input_span.known(self) is None
+        missing |= self.wide and Columns.output_span.known(self) is None
+        return None if missing else self.inside
 
     @cached
     def input_products(self) -> Tensor:
@@ -434,8 +475,23 @@ def span_of(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     flat = rows.reshape(-1, rows.shape[-1])
     if not few(*flat.shape):
         return None
-    Q, R = qr(flat.mT, "rows")
-    return Q, R.mT.reshape(*rows.shape[:-1], -1)
+    entries = flat.count_nonzero(1)
+    sparse = entries <= SPARSE * flat.shape[1]
+    features = flat[sparse].any(0).nonzero()[:, 0]
+    # a basis has at least one vector, of rows that are all zero as well
+    if len(features) >= sparse.sum() or not entries.any():
+        Q, R = qr(flat.mT, "rows")
+        return Q, R.mT.reshape(*rows.shape[:-1], -1)
+    # sparse rows lie in the coordinates of their few features, the others beside these
+    dense = flat[~sparse]
+    Q, R = qr(dense.index_fill(1, features, 0).mT, "rows")
+    V = flat.new_zeros(flat.shape[1], len(features) + Q.shape[1])
+    V[features, torch.arange(len(features), device=V.device)] = 1
+    V[:, len(features) :] = Q
+    inside = flat.new_zeros(len(flat), V.shape[1])
+    inside[:, : len(features)] = flat[:, features]
+    inside[~sparse, len(features) :] = R.mT
+    return V, inside.reshape(*rows.shape[:-1], -1)
 
 
 def few(rows: int, features: int) -> bool:

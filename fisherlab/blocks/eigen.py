@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.basis import Basis, Coordinates, Thin, coordinates, matrix_of, size_of
+from fisherlab.blocks.basis import Basis, Coordinates, Space, Thin, matrix_of, size_of
 from fisherlab.blocks.numerics import (
     BlockError,
     check_alike,
@@ -214,11 +214,13 @@ class Eigen(Block):
         """`Q_G rotated Q_A^T`."""
         return self.Q_G @ rotated @ self.Q_A.mT
 
-    def restricted_to(self, V: Tensor) -> Block | None:
-        C = coordinates(self.Q_A, V)
-        if C is None or self.tail_G.any() or self.tail.any():
+    def restricted_to(self, space: Space) -> Block | None:
+        C_G, C_A = space.bases(self.Q_G, self.Q_A)
+        beside_A = space.A is not None and self.tail_G.any()
+        beside_G = space.G is not None and self.tail_A.any()
+        if C_G is None or C_A is None or self.tail.any() or beside_A or beside_G:
             return None
-        near = Eigen(self.Q_G, C, self.spectrum, tail_A=self.tail_A)
+        near = Eigen(C_G, C_A, self.spectrum, self.tail_G, self.tail_A)
         return near if self._factor_values is None else near.of_factors(*self._factor_values)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
@@ -352,8 +354,8 @@ class Eigen(Block):
 
     @property
     def clamped(self) -> float:
-        values = self.eigenvalues()
-        return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
+        negative = -self._sum(lambda x: x.clamp(max=0))
+        return float(negative / self._sum(torch.abs).clamp(min=1e-300))
 
 
 def _tail(values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...]) -> Tensor:

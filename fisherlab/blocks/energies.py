@@ -10,7 +10,6 @@ from torch import Tensor
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis, Coordinates
 from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.contractions import left_moment, right_moment
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import BlockError
@@ -85,11 +84,10 @@ def _complement(columns: Columns, Q_G: Basis, Q_A: Basis, inside: Tensor) -> Fou
     if total - within <= 1e3 * torch.finfo(columns.dtype).eps * total:
         rest = torch.zeros_like(total)
     else:
-        a, g = columns.a, columns.g
         if missing_A:
-            rows_all = ((left_moment(a, g) @ Q_G) * Q_G).sum(0, dtype=torch.float64)
+            rows_all = columns.left_diagonal(Q_G)
         if missing_G:
-            cols_all = ((right_moment(a, g) @ Q_A) * Q_A).sum(0, dtype=torch.float64)
+            cols_all = columns.right_diagonal(Q_A)
         rest = total - rows_all.sum() - cols_all.sum() + within
     found: Found = {}
     if missing_A:

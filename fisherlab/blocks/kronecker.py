@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Dense
-from fisherlab.blocks.basis import Basis, coordinates
+from fisherlab.blocks.basis import Basis, Space, coordinates
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of
 from fisherlab.blocks.numerics import BlockError, check_alike, check_dense, dot, sum_of
@@ -112,10 +112,14 @@ class Kronecker(Block):
             A.power(exponent, damping_A, "input factor A"),
         )
 
-    def restricted_to(self, V: Tensor) -> Block | None:
-        values, Q = self.spectra[1]
-        C = coordinates(Q, V)
-        return None if C is None else Kronecker(self.factors[0], Spectral(values, C))
+    def restricted_to(self, space: Space) -> Block | None:
+        sides = []
+        for factor, spectrum, V in zip(self.factors, self.spectra, (space.G, space.A), strict=True):
+            C = None if V is None else coordinates(spectrum[1], V)
+            if V is not None and C is None:
+                return None
+            sides.append(factor if C is None else Spectral(spectrum[0], C))
+        return Kronecker(*sides)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         return contractions.kronecker_quadratic(a, g, self.G, self.A)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Space
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.entry import check_columns
 from fisherlab.blocks.numerics import (
@@ -213,8 +214,9 @@ class RowBlocks(MiniBlock):
     def device(self) -> torch.device:
         return self.columns.a.device
 
-    def restricted_to(self, V: Tensor) -> Block | None:
-        inside = self.columns.inside if V is self.columns.input_space else None
+    def restricted_to(self, space: Space) -> Block | None:
+        # the outputs keep their own coordinates, whose blocks these are
+        inside = self.columns.inside if space is self.columns.space and space.G is None else None
         return None if inside is None else RowBlocks(inside.a, inside.g, self.scale, inside)
 
     def squared_norm(self) -> Tensor:

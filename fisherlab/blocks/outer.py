@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Powered
-from fisherlab.blocks.basis import Basis
+from fisherlab.blocks.basis import Basis, Space
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
@@ -209,8 +209,8 @@ class Outer(OfColumns):
     def _double(self) -> Outer:
         return Outer.over(self.columns.double, self.core, self.shift)
 
-    def restricted_to(self, V: Tensor) -> Outer | None:
-        return self._restricted if V is self.columns.input_space else None
+    def restricted_to(self, space: Space) -> Outer | None:
+        return self._restricted if space is self.columns.space else None
 
     @cached_property
     def _restricted(self) -> Outer | None:
@@ -345,11 +345,9 @@ class Outer(OfColumns):
             return value
         rows, columns = E.sum(1), E.sum(0)
         if other.Q_A.shape[1] < self.shape[1]:
-            L = self.columns.left
-            rows = self.core * ((L @ other.Q_G) * other.Q_G).sum(0, dtype=torch.float64)
+            rows = self.core * self.columns.left_diagonal(other.Q_G)
         if other.Q_G.shape[1] < self.shape[0]:
-            R = self.columns.right
-            columns = self.core * ((R @ other.Q_A) * other.Q_A).sum(0, dtype=torch.float64)
+            columns = self.core * self.columns.right_diagonal(other.Q_A)
         rest = total - rows.sum() - columns.sum() + E.sum()
         return value + other.complement.weighed(rows - E.sum(1), columns - E.sum(0), rest)
 

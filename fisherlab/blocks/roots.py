@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.base import Block
+from fisherlab.blocks.basis import Space
 from fisherlab.blocks.factor import Diagonal, Factor, Spectral, factor_of
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import RANK_TOLERANCE, spectrum_power
@@ -54,8 +55,8 @@ class Rooted(Sided):
         left, right = (_unseen(side) for side in (self.L, self.R))
         return 1 - (1 - left) * (1 - right)
 
-    def restricted_to(self, V: Tensor) -> Block | None:
-        near = super().restricted_to(V)
+    def restricted_to(self, space: Space) -> Block | None:
+        near = super().restricted_to(space)
         if not isinstance(near, Kronecker):
             return near
         return Rooted(self.L, self.R, *near.factors)

@@ -14,7 +14,9 @@ from fisherlab.commands import options
 from fisherlab.commands.common import Code, UserError, bar, known, leave, once, say, show
 from fisherlab.heap import keep_freed_memory
 
-PARTS = ("capture", "build", "compare", "optim", "scaling")
+DEFAULT = ("capture", "build", "compare", "optim", "scaling")
+# with what takes a quarter of an hour, 10 GiB and other libraries
+PARTS = (*DEFAULT, "sizes")
 SHOWN = ["network", "work", "fisher_type", "by", "ratio", "spread", "reach", "of_reach"]
 SHOWN += ["seconds", "explained", "limit", "note"]
 IN_SECONDS = ["network", "work", "fisher_type", "seconds", "reach_seconds", "of_reach"]
@@ -22,6 +24,7 @@ INTERVALS = ["statistics_every", "basis_every", "statistics_examples"]
 OF_PART = {
     "compare": [*IN_SECONDS, "ratio", "peak_GiB", "note"],
     "optim": ["network", "work", "ratio", "spread", "reach", "of_reach", *INTERVALS, "seconds"],
+    "sizes": [*IN_SECONDS, "cpu_seconds", "ratio", "peak_GiB", "process_GiB", "blocks", "covered"],
 }
 TITLES = {
     "capture": "Capture and Gram matrices, multiples of one forward + backward",
@@ -29,6 +32,7 @@ TITLES = {
     "compare": "Whole comparisons",
     "optim": "Training steps, multiples of SGD's",
     "scaling": "Fitted exponents",
+    "sizes": "Comparisons of every weight: CPU seconds in multiples of one forward + backward",
 }
 QUICK = "--quick: sizes too small to measure at, so ratios are rough and fitted exponents are noise"
 KEPT = "freed memory is kept for the next call, of every library alike (fl.keep_freed_memory)"
@@ -39,7 +43,8 @@ PATH = Path  # typer reads the annotation
 
 def bench(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="capture, build, compare, optim, scaling; all.")
+        list[str] | None,
+        typer.Argument(help="capture, build, compare, optim, scaling: all; or sizes."),
     ] = None,
     device: options.Device = "cpu",
     peers: Annotated[bool, typer.Option(help="Measure other libraries where installed.")] = True,
@@ -63,19 +68,21 @@ def bench(
         fisherlab bench --quick
         fisherlab bench optim --device cuda --out runs/bench-gpu
     """
-    chosen = [known("part", part, PARTS) for part in once(parts or PARTS)]
+    chosen = [known("part", part, PARTS) for part in once(parts or DEFAULT)]
     if repeats is not None and repeats < 1:
         raise UserError(f"--repeats is at least 1, got {repeats}")
     if not 0 < minutes < math.inf:
         raise UserError(f"--minutes is a positive number, got {minutes}")
     if resume and overwrite:
         raise UserError("--resume keeps what the folder holds, --overwrite drops it: pass one")
-    from fisherlab.experiments.bench import record
+    from fisherlab.experiments.bench import record, sizes
     from fisherlab.experiments.bench.setting import Setting
     from fisherlab.experiments.rundir import RunDir
     from fisherlab.experiments.training.settings import check_device
 
     place = check_device(device)
+    if "sizes" in chosen and not quick:
+        sizes.check()
     rundir = RunDir(out or PATH("runs/bench"))
     settings = {
         "device": device,
@@ -136,8 +143,9 @@ def _shown(part: str, frame: pd.DataFrame) -> pd.DataFrame:
         return _exponents(frame)
     frame = frame.copy()
     frame["spread"] = [f"{a:.2f}-{b:.2f}" for a, b in zip(frame.lowest, frame.highest, strict=True)]
-    if "peak_bytes" in frame:
-        frame["peak_GiB"] = frame["peak_bytes"] / 2**30
+    for name in ("peak", "process"):
+        if f"{name}_bytes" in frame:
+            frame[f"{name}_GiB"] = frame[f"{name}_bytes"] / 2**30
     columns = [name for name in OF_PART.get(part, SHOWN) if name in frame]
     kept = [name for name in columns if name != "note" or frame["note"].any()]
     return frame[kept]

@@ -266,7 +266,7 @@ class LayerMeasurement:
         """A block in the coordinates of the inputs if it is known to be zero beside them."""
         if self.inside is None:
             return X, self.whole
-        near = self.inside.F if X is self.F else X.restricted_to(self.inside.V)
+        near = self.inside.F if X is self.F else X.restricted_to(self.inside.space)
         return (X, self.whole) if near is None else (near, self.inside)
 
     def _static(self, X: Block, F: Block) -> tuple[dict[str, Any], tuple[str, str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
+from fisherlab.blocks.basis import Space
 from fisherlab.blocks.numerics import dot, is_rounding
 from fisherlab.comparison.table import STEP_ROUNDING
 from fisherlab.metrics.direction import Step
@@ -57,15 +58,17 @@ class ExactReference:
         self._steps: dict[float, Tensor] = {}
         self._bases: dict[Any, RotatedGradient] = {}
         self._added: list[tuple[dict[str, Any], Tensor, float]] = []
-        self._inside: InputSpaceReference | None = None
+        # the square length of what the gradient has beside the space of all blocks here
+        self.beside = 0.0
+        self._inside: InsideReference | None = None
 
-    def inside(self) -> InputSpaceReference | None:
-        """The same in a space that holds every input, where that has clearly fewer dimensions."""
-        V = self.F.columns.input_space if isinstance(self.F, Outer) else None
-        F = None if V is None else self.F.restricted_to(V)
-        if not isinstance(F, Outer) or V is None:
+    def inside(self) -> InsideReference | None:
+        """The same in a space that holds all columns, if it has clearly fewer dimensions."""
+        space = self.F.columns.space if isinstance(self.F, Outer) else None
+        F = None if space is None else self.F.restricted_to(space)
+        if not isinstance(F, Outer) or space is None:
             return None
-        self._inside = InputSpaceReference(F, self.gradient @ V, V)
+        self._inside = InsideReference(F, self.gradient, space)
         # before any method, whose seconds they would count for
         _ = F.energies(), F.columns.gram_eigen, F.squared_norm()
         return self._inside
@@ -114,7 +117,7 @@ class ExactReference:
         quadratics = self.F.quadratic(torch.stack([ours for _, ours, _ in self._added]))
         doubts = self._doubts(sorted({damping for *_, damping in self._added}))
         for (row, ours, damping), quadratic in zip(self._added, quadratics, strict=True):
-            step = Step.of(ours, self.step(damping), self.gradient, quadratic, damping)
+            step = Step.of(ours, self.step(damping), self.gradient, quadratic, damping, self.beside)
             row |= {
                 "direction_cosine": step.cosine.item(),
                 "direction_error": step.error.item(),
@@ -146,13 +149,25 @@ class ExactReference:
             if self._inside is None:
                 self._steps[damping] = -self.F.solve(self.gradient, damping)
             else:
-                self._steps[damping] = self._inside.step(damping) @ self._inside.V.mT
+                step = self._inside.space.lifted(self._inside.step(damping))
+                rest = self._inside.rest
+                self._steps[damping] = step if rest is None else step - rest / damping
         return self._steps[damping]
 
 
-class InputSpaceReference(ExactReference):
-    """The reference in coordinates of the inputs, along the orthonormal columns of `V` `[i, r]`."""
+class InsideReference(ExactReference):
+    """The reference in coordinates of a space that holds all columns.
 
-    def __init__(self, F: Outer, gradient: Tensor, V: Tensor) -> None:
-        super().__init__(F, gradient)
-        self.V = V
+    A gradient at labels that no column is of has a `rest` beside it, None where that is rounding:
+    there `F` is zero, and both steps are `-rest / damping`.
+    """
+
+    def __init__(self, F: Outer, gradient: Tensor, space: Space) -> None:
+        super().__init__(F, space.coordinates(gradient))
+        self.space = space
+        self.rest: Tensor | None = None
+        if space.G is not None:
+            rest = gradient - space.lifted(self.gradient)
+            square = dot(rest, rest)
+            if not is_rounding(square, dot(gradient, gradient), gradient.dtype):
+                self.rest, self.beside = rest, square.item()

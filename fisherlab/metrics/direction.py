@@ -29,21 +29,37 @@ class Step:
     exact_slope: Tensor  # g.d*, which is -g^T (F + lambda I)^{-1} g
     square: Tensor  # d.d
     exact_square: Tensor  # d*.d*
+    beside: float = 0.0  # of both squares, what both steps have in common beside these tensors
 
     @classmethod
     def of(
-        cls, ours: Tensor, exact: Tensor, gradient: Tensor, quadratic: Tensor, damping: float
+        cls,
+        ours: Tensor,
+        exact: Tensor,
+        gradient: Tensor,
+        quadratic: Tensor,
+        damping: float,
+        beside: float = 0.0,
     ) -> Step:
-        """From two steps that are known, and `d^T F d` of ours."""
-        square = dot(ours, ours)
-        slopes = dot(gradient, ours), quadratic + damping * square, dot(gradient, exact)
-        return cls(ours, exact, *slopes, square, dot(exact, exact))
+        """From two steps that are known, and `d^T F d` of ours.
+
+        `beside` is the square length of what the gradient has beside these coordinates, where both
+        blocks are zero and both steps are `-g / damping`.
+        """
+        common = beside / damping**2 if beside else 0.0
+        square, slope = dot(ours, ours) + common, damping * common
+        slopes = (
+            dot(gradient, ours) - slope,
+            quadratic + damping * square,
+            dot(gradient, exact) - slope,
+        )
+        return cls(ours, exact, *slopes, square, dot(exact, exact) + common, common)
 
     @property
     def cosine(self) -> Tensor:
         """`d.d* / (|d| |d*|)`."""
         size = (self.square * self.exact_square).sqrt()
-        product = dot(self.ours, self.exact)
+        product = dot(self.ours, self.exact) + self.beside
         return torch.where(size > 0, product / size.clamp(min=1e-300), torch.ones_like(size))
 
     @property

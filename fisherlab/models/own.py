@@ -99,6 +99,15 @@ class Scores(nn.Module):
         return scores.transpose(1, 2) if scores.ndim == 3 else scores
 
 
+def check_library(name: str) -> None:
+    """Refuse `timm:NAME` or `hf:NAME` whose library does not import.
+
+    Raises:
+        ModelError: it names the library.
+    """
+    _library({"timm": "timm", "hf": "transformers"}[name.partition(":")[0]], name)
+
+
 def _library(library: str, name: str) -> Any:
     try:
         return __import__(library)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 import time
+from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -19,9 +21,10 @@ from fisherlab.experiments.bench import (
     peers,
     record,
     scaling,
+    sizes,
 )
 from fisherlab.experiments.bench import timing as timings
-from fisherlab.experiments.bench.setting import Row, Setting, measured
+from fisherlab.experiments.bench.setting import Row, Setting, measured, title
 from fisherlab.experiments.rundir import RunDir
 from fisherlab.plots import bench as pictures
 
@@ -207,11 +210,30 @@ def test_scaling_fits_every_method_and_every_axis():
     assert pictures.scaling(frame).png()[:4] == b"\x89PNG"
 
 
+def test_sizes_cover_every_weight_that_has_a_block():
+    setting = Setting(quick=True, repeats=1)
+    first = next(sizes.run(setting))
+    assert 0 < first["covered"] <= first["parameters"] and first["blocks"] == 6
+    assert first["ratio"] > 0 and first["cpu_seconds"] > 0
+    setting.done = {title(first)}
+    (second,) = sizes.run(setting)
+    assert second["network"] == "lenet" and second["covered"] == second["parameters"]
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_sizes_name_the_library_that_they_miss(library, tmp_path, monkeypatch):
+    for name in ("transformers", "timm"):
+        monkeypatch.setitem(sys.modules, name, None if name == library else ModuleType(name))
+    result = CliRunner().invoke(app, ["bench", "sizes", "-o", str(tmp_path / "run")])
+    assert result.exit_code == 2 and f"needs {library}" in result.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_dense_operations_grow_with_the_cube_of_the_parameters_and_woodburys_linearly():
     exponents = {}
-    for method, sizes in (("blockwise_ngd", (24, 32, 44)), ("tengrad", (128, 256, 512))):
+    for method, widths in (("blockwise_ngd", (24, 32, 44)), ("tengrad", (128, 256, 512))):
         axis, values, counts = scaling.AXES[0], [], []
-        for size in sizes:
+        for size in widths:
             net = scaling.network(axis, size, QUICK)
             values.append(axis.value(net.model, size))
             counts.append(machine.footprint(scaling.work(method, net)).operations)

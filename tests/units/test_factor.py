@@ -74,25 +74,25 @@ def test_blocks_within_the_space_of_their_inputs(generator):
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     a, g = draw(2, 2, 9), draw(3, 2, 2, 4)
     F = Outer(a, g)
-    V = F.columns.input_space
-    assert V is not None and V.shape == (9, 4)
-    columns = F.columns
+    columns, space = F.columns, F.columns.space
+    assert space is not None and space.G is None and space.A.shape == (9, 4)
+    V = space.A
     G = draw(4, 4)
     G = G @ G.mT
     A = Kronecker(G, Rows(a, 0.5, lambda: columns.input_span))
     R = Rows(a, 0.5, lambda: columns.input_span, lambda x: columns.gradient_products @ x)
     Q_G, Q_A = A.eigen.Q_G, A.eigen.Q_A
     for block in (F, A, Kronecker(G, R), A.eigen, Eigen(Q_G, Q_A, draw(4, 4).square())):
-        inside = block.restricted_to(V)
+        inside = block.restricted_to(space)
         assert inside is not None
         lift = torch.kron(torch.eye(4, dtype=torch.float64), V.contiguous())
         torch.testing.assert_close(inside.dense(), lift.mT @ block.dense() @ lift)
         torch.testing.assert_close(lift @ inside.dense() @ lift.mT, block.dense())
     # what is known of neither
-    assert Diagonal(draw(4, 9)).restricted_to(V) is None
-    assert F.power(-1, 0.1).restricted_to(V) is None
-    assert Eigen(Q_G, torch.linalg.qr(draw(9, 4)).Q, draw(4, 4)).restricted_to(V) is None
-    assert A.eigen.power(-1, 0.1).restricted_to(V) is None
+    assert Diagonal(draw(4, 9)).restricted_to(space) is None
+    assert F.power(-1, 0.1).restricted_to(space) is None
+    assert Eigen(Q_G, torch.linalg.qr(draw(9, 4)).Q, draw(4, 4)).restricted_to(space) is None
+    assert A.eigen.power(-1, 0.1).restricted_to(space) is None
 
 
 @pytest.mark.parametrize("kind", ["thin", "coordinates"])

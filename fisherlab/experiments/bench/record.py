@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fisherlab import whole
-from fisherlab.experiments.bench import build, capture, compare, optim, scaling
+from fisherlab.experiments.bench import build, capture, compare, optim, scaling, sizes
 from fisherlab.experiments.bench.peers import installed
 from fisherlab.experiments.bench.setting import Setting, title
 from fisherlab.experiments.rundir import FIGURES, RunDir
@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "compare": compare.run,
     "optim": optim.run,
     "scaling": scaling.run,
+    "sizes": sizes.run,
 }
 JSON = "bench.json"
 
