@@ -46,7 +46,9 @@ def find_examples(
 
     Loss terms are sent back with codes for weights: a row of example n returns `w_n` times its
     gradient, which tells n. Two codes, the digits of n in base `sqrt(n)`, keep the steps between
-    codes far above rounding. Three backward passes to the layers' outputs, O(1) in n.
+    codes far above rounding. Three backward passes to the layers' outputs, O(1) in n. Where a row's
+    gradient is what large terms leave when they cancel, rounding hides the codes: calls that are
+    not clear are asked once more, by halves.
 
     Args:
         outputs: the model's outputs `[n, ...]`, with their graph.
@@ -83,7 +85,56 @@ def find_examples(
         right = bool((clean | ~there).all()) and bool((example < n).all())
         call.examples = example if right else None
         reasons.append("" if right else SEVERAL)
+    doubtful = [k for k, why in enumerate(reasons) if why]
+    if doubtful:
+        asked = [calls[k] for k in doubtful]
+        found = _by_halves(
+            outputs, vector, asked, [edges[k] for k in doubtful], [shapes[k] for k in doubtful]
+        )
+        for k, call, example in zip(doubtful, asked, found, strict=True):
+            call.examples = example
+            reasons[k] = SEVERAL if example is None else ""
     return reasons
+
+
+def _by_halves(
+    outputs: Tensor,
+    vector: Tensor,
+    calls: Sequence[Call],
+    edges: Sequence[GradientEdge],
+    shapes: Sequence[Any],
+) -> list[Tensor | None]:
+    """The example of each row by the bits of its number, `2 log2(n)` passes; None: several.
+
+    The terms of half of the examples are sent back: a row of the other half gets zeros, which no
+    rounding touches. It ends after the first bit where every call has a row that both halves reach.
+    """
+    n = outputs.shape[0]
+    index = torch.arange(n, device=outputs.device)
+    found: list[Tensor | None] = [None] * len(calls)
+    seen: list[Tensor | None] = [None] * len(calls)
+    several = [False] * len(calls)
+    for bit in range(max(1, (n - 1).bit_length())):
+        halves = [
+            _arrived(outputs, _times(vector, (index >> bit & 1) == side), edges, shapes)
+            for side in (0, 1)
+        ]
+        for k, call in enumerate(calls):
+            zero, one = (as_rows(call, half[k]).ne(0).any(1) for half in halves)
+            reached = zero | one
+            before = seen[k]
+            several[k] |= bool((zero & one).any())
+            several[k] |= before is not None and not torch.equal(before, reached)
+            seen[k] = reached
+            so_far = one.long() << bit
+            known = found[k]
+            found[k] = so_far if known is None else known + so_far
+        if all(several):
+            break
+    return [
+        None if alone or f is None or s is None or bool((f >= n).any()) else f.where(s, -1)
+        for f, s, alone in zip(found, seen, several, strict=True)
+    ]
 
 
 def _times(vector: Tensor, weights: Tensor) -> Tensor:

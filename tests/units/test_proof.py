@@ -306,3 +306,39 @@ def test_statistics_of_a_batch_norm_in_training_come_back():
         model(batch()[0])
         assert not torch.equal(model[1].running_mean, before["1.running_mean"])
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class Opaque(torch.autograd.Function):
+    """The identity, of which no graph says that it keeps examples apart."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Cancelling(nn.Module):
+    """`h` of the positions, a small difference of large terms, whose gradients cancel."""
+
+    def __init__(self, mixing=False):
+        super().__init__()
+        self.a, self.b, self.mixing = nn.Linear(5, 4), nn.Linear(4, 3), mixing
+
+    def forward(self, x):
+        h = self.a(x.transpose(0, 1))  # positions first: the rows must be asked for
+        h = Opaque.apply(3e6 * h) - Opaque.apply(2999999.0 * h)
+        return self.b(torch.tanh(h - h.mean(1, keepdim=True) if self.mixing else h).mean(0))
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_rows_whose_gradients_cancel_are_known_by_halves(mixing):
+    """Rounding hid the codes: a layer of one row per example was called one of several."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 2, 5), torch.arange(64) % 3
+    found = fl.capture(Cancelling(mixing), nn.CrossEntropyLoss(), x, y, fisher_type="empirical")
+    assert ("a" in found) is not mixing
+    if mixing:
+        assert "not one example each" in found.report.skipped["a"]
