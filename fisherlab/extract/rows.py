@@ -91,9 +91,9 @@ def find_examples(
         found = _by_halves(
             outputs, vector, asked, [edges[k] for k in doubtful], [shapes[k] for k in doubtful]
         )
-        for k, call, example in zip(doubtful, asked, found, strict=True):
-            call.examples = example
-            reasons[k] = SEVERAL if example is None else ""
+        for k, call, own in zip(doubtful, asked, found, strict=True):
+            call.examples = own
+            reasons[k] = SEVERAL if own is None else ""
     return reasons
 
 

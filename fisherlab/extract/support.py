@@ -102,12 +102,13 @@ def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> p
             refused = "refused: not one tensor of outputs; pass forward="
         kind = f"mc, 1 draw (more than {EXACT_UP_TO} outputs)" if many else "exact"
         rate = _multiplications_per_second(x)
+        examples = len(outputs) if isinstance(outputs, Tensor) and outputs.ndim else 0
         biases = {id(used.use.bias) for found in uses.values() for used in found}
         rows = []
         for name, weight in weights.items():
             if id(weight.tensor) in biases:
                 continue
-            row = _row(weight, uses.get(name, []), _reason(weight, tape), rate)
+            row = _row(weight, uses.get(name, []), _reason(weight, tape), rate, examples)
             measured = row["status"] == "exact" and uses[name][0].use.kind == "map"
             rows.append(row | {"compare": refused or (kind if measured else "skipped")})
             reason = f"shares its weight with {name!r}"
@@ -126,7 +127,7 @@ class Used:
     use: Use
     outputs: int
     inputs: int
-    examples: int
+    rows: int
     itemsize: int
 
 
@@ -142,7 +143,9 @@ def _reason(weight: Weight, tape: Tape) -> str:
     return f"it is used by {others}" if others else ""
 
 
-def _row(weight: Weight, uses: list[Used], reason: str, rate: float) -> dict[str, object]:
+def _row(
+    weight: Weight, uses: list[Used], reason: str, rate: float, examples: int
+) -> dict[str, object]:
     bias = next((used.use.bias for used in uses if used.use.bias is not None), None)
     row: dict[str, object] = {
         "layer": weight.name,
@@ -155,15 +158,20 @@ def _row(weight: Weight, uses: list[Used], reason: str, rate: float) -> dict[str
     }
     if reason or not uses:
         return row | {"reason": reason or "not called"}
-    return row | {"status": "exact", "backend": "hooks", **_costs(uses, bias is not None, rate)}
+    costs = _costs(uses, bias is not None, rate, examples)
+    return row | {"status": "exact", "backend": "hooks", **costs}
 
 
-def _costs(uses: list[Used], bias: bool, rate: float) -> dict[str, object]:
+def _costs(uses: list[Used], bias: bool, rate: float, examples: int) -> dict[str, object]:
     geometry = uses[0].use.geometry
     o, i = geometry.out_features * geometry.groups, geometry.in_features + bias
-    n, size = uses[0].examples, uses[0].itemsize
+    n, size = uses[0].rows, uses[0].itemsize
     width = geometry.width or o
-    t = max(1, sum(used.outputs for used in uses) // (n * width))
+    rows = sum(used.outputs for used in uses) // width
+    # inside an attention the first axis may be the positions: the model's outputs tell n
+    if examples and rows % examples == 0:
+        n = examples
+    t = max(1, rows // n)
     pairs = (n * t) ** 2 * (o + i + 1)
     operations = min(pairs, n * t * o * i + n * n * o * i)
     return {
@@ -174,9 +182,9 @@ def _costs(uses: list[Used], bias: bool, rate: float) -> dict[str, object]:
         "estimated_seconds": operations / rate,
         "dense_bytes": (o * i) ** 2 * size,
         "diagonal_factors": ", ".join(
-            f"{side} side ({rows})"
-            for side, rows in (("output", o), ("input", i))
-            if rows > LARGEST_FACTOR
+            f"{side} side ({length})"
+            for side, length in (("output", o), ("input", i))
+            if length > LARGEST_FACTOR
         ),
     }
 

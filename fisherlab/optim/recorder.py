@@ -22,7 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherlab import doors
 from fisherlab.distributed import Ranks
@@ -105,8 +104,9 @@ class Recorder:
         # those that a backward pass has reached; the graph alone keeps the others
         self.passes: list[Pass] = []
         self._latest: weakref.ref[Pass] | None = None
-        # the pass of every output that is still alive: a loss may be taken of an earlier one
-        self._of_output = WeakTensorKeyDictionary()
+        # the backward pass that reached the last of them
+        self._task = -1
+        self._key = f"fisherlab pass of {id(self)}"
         self._open: Pass | None = None
         # their gradient is not `g a^T` of their calls, their rows are no examples, or they have no
         # slope; known after the first pass
@@ -145,12 +145,17 @@ class Recorder:
         """Forget the passes since the last step."""
         self.passes.clear()
         self._open = self._latest = None
-        self._of_output.clear()
         if self.law is not None:
             self.law.clear()
 
     def _drop_zeroed(self) -> None:
-        """Forget passes whose gradients were thrown away: no weight has one any more."""
+        """Forget passes whose gradients were thrown away: no weight has one any more.
+
+        While the backward pass that reached them runs, no weight has one yet.
+        """
+        running = torch._C._current_graph_task_id()
+        if running != -1 and running == self._task:
+            return
         if self.passes and all(w.weight.grad is None for w in self.weights.values()):
             self.passes.clear()
             if self.law is not None:
@@ -164,6 +169,7 @@ class Recorder:
         if not self.passes and self.law is not None:
             self.law.begin()
         self.passes.append(current)
+        self._task = torch._C._current_graph_task_id()
 
     # the forward pass -------------------------------------------------------------------------
 
@@ -250,7 +256,9 @@ class Recorder:
 
             self.watch.loss.register_hook(arrive_own)
         self._latest = weakref.ref(current)
-        self._of_output[output] = current
+        # on the graph's own node: a loss may be taken of what is made of an earlier output
+        if output.grad_fn is not None:
+            cast(Any, output.grad_fn).metadata[self._key] = weakref.ref(current)
         with own_pass(self.watch.model()):
             self._ask(current, output)
 
@@ -325,13 +333,17 @@ class Recorder:
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
     ) -> None:
         saw = args[0] if args else kwargs["input"]
-        current = None if self._latest is None else self._latest()
-        if isinstance(saw, Tensor):
-            current = self._of_output.get(saw, current)
-        if current is None or is_isolated():
+        if is_isolated() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            return
+        passes = self._passes_behind(saw)
+        if len(passes) > 1 and self.columns:
+            raise OptimizerError(
+                f"fisher_type={self.fisher_type!r} takes a loss of one forward pass, and this one "
+                f"is of the outputs of {len(passes)} together; take a loss of each, or 'empirical'"
+            )
+        if len(passes) != 1:
+            return  # of several passes: the gradient at each output tells the scale
+        (current,) = passes
         labels = args[1] if len(args) > 1 else kwargs.get("target")
         current.labels = labels.detach() if isinstance(labels, Tensor) else None
 
@@ -363,6 +375,27 @@ class Recorder:
             current.criterion_saw = saw
             with own_pass(self.watch.model()):
                 self._send_columns(current, saw, current.labels)
+
+    def _passes_behind(self, saw: object) -> list[Pass]:
+        """The passes whose outputs a loss was taken of: the output, or what was made of it."""
+        latest = None if self._latest is None else self._latest()
+        found: dict[int, Pass] = {}
+        seen: set[Any] = set()
+        stack = [saw.grad_fn] if isinstance(saw, Tensor) else []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            known = cast(Any, node).metadata.get(self._key)
+            current = None if known is None else known()
+            if current is None:
+                stack += [behind for behind, _ in node.next_functions]
+            else:
+                found[id(current)] = current
+        if found:
+            return list(found.values())
+        return [] if latest is None else [latest]
 
     # what the passes delivered ------------------------------------------------------------------
 

@@ -375,6 +375,26 @@ def test_flattened_positions_are_given_back_to_their_examples():
     assert relative(layer.inputs[..., :4], x) == 0
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_support_counts_the_positions_that_a_capture_has(batch_first):
+    """torch's attention puts the positions first, whatever the model does."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+            self.o = nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = x if batch_first else x.transpose(0, 1)
+            return self.o(self.a(h, h, h, need_weights=False)[0].mean(int(batch_first)))
+
+    model, x = Attending(), torch.randn(6, 5, 4)
+    table = support(model, x).set_index("layer")["positions"]
+    layers = capture(model, nn.CrossEntropyLoss(), x, torch.arange(6) % 3)
+    assert {name: layer.positions for name, layer in layers.items()} == table.to_dict()
+
+
 def test_support_names_every_module_with_parameters():
     model, x, _ = HOOKS_ONLY["transformer"]()
     frame = support(model, x).set_index("layer")

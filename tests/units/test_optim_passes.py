@@ -298,3 +298,38 @@ def test_a_loss_of_an_earlier_output_counts_for_that_forward_pass(criterion, kin
         optimizer.step()
         made.append([block.trace() for block in optimizer.blocks().values()])
     assert torch.stack(made[0]).equal(torch.stack(made[1])) and made[0][0] > 0
+
+
+@pytest.mark.parametrize("how", ["as they are", "views", "joined"])
+def test_a_loss_of_what_was_made_of_earlier_outputs_counts_for_them(how):
+    """One backward pass of two forward passes: the first was dropped, as if it had been zeroed."""
+    x, y = batch()
+    made = []
+    for late in (False, True):
+        model = net()
+        opt = optimizer(model, criterion=CE)
+        if not late:
+            for k in (slice(0, 3), slice(3, 6)):
+                (CE(model(x[k]), y[k]) / 2).backward()
+        elif how == "as they are":
+            one, two = model(x[:3]), model(x[3:])
+            (CE(one, y[:3]) / 2 + CE(two, y[3:]) / 2).backward()
+        elif how == "views":
+            one, two = model(x[:3]), model(x[3:])
+            (CE(2 * one / 2, y[:3]) / 2 + CE(two.reshape(3, 3), y[3:]) / 2).backward()
+        else:
+            CE(torch.cat([model(x[:3]), model(x[3:])]), y).backward()
+        opt.step()
+        made.append({name: block.dense() for name, block in opt.blocks().items()})
+    for name, block in made[0].items():
+        torch.testing.assert_close(made[1][name], block, rtol=1e-9, atol=0)
+
+
+def test_columns_of_a_loss_of_several_passes_are_refused():
+    x, y = batch()
+    model = net()
+    opt = optimizer(model, criterion=CE, fisher_type="exact")
+    outputs = torch.cat([model(x[:3]), model(x[3:])])
+    with pytest.raises(OptimizerError, match="of the outputs of 2 together"):
+        CE(outputs, y)
+    opt.remove()
