@@ -58,9 +58,9 @@ def check_form(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the state is damaged; the message names the parts.
     """
-    saved = state.get("form")
-    if saved is None:  # of an earlier version
+    if "form" not in state:  # of an earlier version
         return
+    saved = state["form"]
     if not isinstance(saved, Mapping):
         raise ValueError("this state is damaged: form is no dict; nothing was loaded")
     parts = {key: _digest(value) for key, value in state.items() if key != "form"}

@@ -187,6 +187,7 @@ def joint() -> dict:
             lambda: {**(s := state_of(fl.KFAC())), "weights": {**s["weights"], "9": ({}, None)}},
             r"layers that the model lacks: \['9'\]",
         ),
+        (lambda: {**state_of(fl.KFAC()), "form": None}, "damaged: form is no dict"),
         (lambda: {**state_of(fl.KFAC()), "shares": 3}, "damaged: shares has not the form"),
         (lambda: {**state_of(fl.KFAC()), "weights": None}, "damaged: weights has not the form"),
         (lambda: {**state_of(fl.KFAC()), "running": {}}, "damaged: running has not the form"),
