@@ -248,6 +248,8 @@ def show(
     console = Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
     whole = {name: _width(name, column) for name, column in cells.items()}
     least = {n: min(w, NARROW) if n in wrap else w for n, w in whole.items()}
+    if not sys.stdout.isatty():  # a word is broken on a terminal only: a file is searched for it
+        least |= {n: max(least[n], *map(_longest, cells[n])) for n in wrap if cells.get(n)}
     shown = _fitting(least, console.width)
     room = console.width - sum(least[name] + 2 for name in shown)
     widths: dict[str, int] = {}
@@ -292,6 +294,10 @@ def _fitting(widths: dict[str, int], room: int) -> list[str]:
 
 def _width(name: str, column: Sequence[str]) -> int:
     return max(map(len, [*_heading(name).split("\n"), *column]))
+
+
+def _longest(text: str) -> int:
+    return max(map(len, text.split()), default=0)
 
 
 def _lines(text: str, width: int) -> str:

@@ -237,7 +237,8 @@ def overview(table: Comparison) -> tuple[pd.DataFrame, str]:
         name for name in summary if name.startswith("direction_cosine") and "known" not in name
     ]
     wanted = ["approximation", *OVERVIEW, *steps[-1:], *DETAILS, *steps[:-1]]
-    wanted += [f"{name} known" for name in wanted]
+    # the count of what is known stands beside its median, so that a narrow terminal has both
+    wanted = [column for name in wanted for column in (name, f"{name} known")]
     title = f"Medians over {_layers(table)}: 1 is exact, of an error 0"
     return summary[[name for name in wanted if name in summary]], title
 

@@ -15,7 +15,7 @@ from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
-from fisherlab.optim.state import FORMAT, check_state, sealed
+from fisherlab.optim.state import FORMAT, check_form, check_state, sealed
 from fisherlab.optim.step import (
     DECAY_PLACEMENTS,
     UNCLIPPED,
@@ -302,6 +302,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                     f"a parameter group of this state lacks {', '.join(missing)}; nothing was "
                     "loaded"
                 )
+        check_form(extra)
         self._check_momentum(rest)
         take = self._reading(extra)
         super().load_state_dict(rest)

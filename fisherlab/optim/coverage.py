@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -193,6 +193,17 @@ class Coverage:
         names = {id(owner.tensor): name for name, owner in self.owners.items()}
         return {n: (asdict(w.geometry), names.get(id(w.bias))) for n, w in self.weights.items()}
 
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Refuse layers whose weight the model lacks, or has in no parameter group.
+
+        Raises:
+            ValueError: the message names them.
+        """
+        where = self.where()
+        owners = {name: self.owners.get(name) for name in names}
+        if missing := [n for n, owner in owners.items() if not owner or owner.tensor not in where]:
+            raise ValueError(f"this state has layers that the model lacks: {missing}")
+
     def recognised(
         self, described: Mapping[str, tuple[dict[str, Any], str | None]]
     ) -> dict[str, Weight]:
@@ -201,12 +212,12 @@ class Coverage:
         Raises:
             ValueError: the model lacks one, or has it in another shape.
         """
-        where, found, missing = self.where(), {}, []
+        self.check_layers(described)
+        where, found = self.where(), {}
         for name, (values, bias) in described.items():
-            owner = self.owners.get(name)
-            if owner is None or owner.tensor not in where or bias not in {None, *self.owners}:
-                missing.append(name)
-                continue
+            owner = self.owners[name]
+            if bias not in {None, *self.owners}:
+                raise ValueError(f"this state has layers that the model lacks: {[name]}")
             windows = {k: Convolution(**v) for k, v in values.items() if isinstance(v, dict)}
             geometry = Geometry(**{**values, **windows})
             p: Any = owner.tensor
@@ -219,8 +230,6 @@ class Coverage:
                     f"and {ours.shape} here"
                 )
             found[name] = ours
-        if missing:
-            raise ValueError(f"this state has layers that the model lacks: {missing}")
         return found
 
     @property

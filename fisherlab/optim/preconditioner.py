@@ -29,7 +29,7 @@ from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder, check_draw, check_fisher_type
 from fisherlab.optim.scale import OptimizerError, check_ranks
 from fisherlab.optim.schedule import USUAL, Schedule
-from fisherlab.optim.state import FORMAT, check_state, generator_state, sealed
+from fisherlab.optim.state import FORMAT, check_form, check_state, generator_state, sealed
 from fisherlab.optim.summary import summary_row
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
 
@@ -357,12 +357,15 @@ class Preconditioner(Covered):
     def reading(self, state: dict[str, Any]) -> Callable[[], None]:
         """Check a state, and return what takes it over: a state is read whole or not at all."""
         check_state(state, "preconditioner", self.method)
-        groups = self.coverage.groups
-        if len(state["shares"]) != len(groups):
+        groups, shares, layers = self.coverage.groups, state.get("shares"), state.get("weights")
+        if isinstance(shares, list) and len(shares) != len(groups):
             raise ValueError(
-                f"this state has {len(state['shares'])} parameter groups, and this preconditioner "
+                f"this state has {len(shares)} parameter groups, and this preconditioner "
                 f"has {len(groups)}; nothing was loaded"
             )
+        if isinstance(layers, Mapping):
+            self.coverage.check_layers(layers)
+        check_form(state)
         weights = self.coverage.recognised(state["weights"])
         take_curvature = self.curvature.reading(state, weights)
         drawn = None if self.recorder is None else generator_state(state)

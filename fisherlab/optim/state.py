@@ -50,11 +50,17 @@ def _form(value: object) -> object:
     return "number" if isinstance(value, int | float) else type(value).__name__
 
 
-def _check_form(state: Mapping[str, Any]) -> None:
-    """Refuse a part that has another form than when it was saved."""
-    saved = state.get("form")
-    if saved is None:  # of an earlier version
+def check_form(state: Mapping[str, Any]) -> None:
+    """Refuse a part that has another form than when it was saved.
+
+    A check that can say more precisely what a state has comes before this one.
+
+    Raises:
+        ValueError: the state is damaged; the message names the parts.
+    """
+    if "form" not in state:  # of an earlier version
         return
+    saved = state["form"]
     if not isinstance(saved, Mapping):
         raise ValueError("this state is damaged: form is no dict; nothing was loaded")
     parts = {key: _digest(value) for key, value in state.items() if key != "form"}
@@ -94,7 +100,6 @@ def check_state(state: Any, kind: str, method: str) -> None:
         )
     if state["method"] != method:
         raise ValueError(f"this state is of {state['method']}, and this {kind} is {method}")
-    _check_form(state)
 
 
 def placed(state: Any, device: torch.device) -> Any:

@@ -165,8 +165,18 @@ def test_an_option_means_the_same_in_every_command():
         for one in getattr(made, "commands", {"": made}).values():
             for option in one.params:
                 said.setdefault(option.opts[0], set()).add(option.help.rstrip("."))
-    # one optimizer or several, of what the folder is, of what the case is
-    differ = {"--optimizer", "--out", "--set", "--epochs", "--list", "--seed", "--examples"}
+    # one optimizer or several, of what the folder is, of what the case is; the approximations to
+    # compare, or those that an atlas has besides its own
+    differ = {
+        "--approximations",
+        "--optimizer",
+        "--out",
+        "--set",
+        "--epochs",
+        "--list",
+        "--seed",
+        "--examples",
+    }
     assert {option for option, texts in said.items() if len(texts) > 1} <= differ
 
 

@@ -1,8 +1,10 @@
 """What a user can say of a method on the command line, and what is refused."""
 
 import pytest
+import torch
 from torch import nn
 
+from fisherlab.blocks import Dense
 from fisherlab.experiments.training import SettingsError
 from fisherlab.experiments.training.entries import entries, make
 from fisherlab.optim.sngd import ReconstructedSGD
@@ -54,7 +56,7 @@ def test_a_rule_takes_all_of_its_arguments():
     other = made("tekfac", "damping=trace(0.01, 0.1)").param_groups[0]["damping"]
     off = made("tekfac", "damping=trace(0.01, fc_expansion=false)").param_groups[0]["damping"]
     assert (blocks(plain), blocks(other), blocks(off)) == (5.0, 5.0, 1.0)
-    fully_connected = {"3": None}  # a block that the constant does not look at
+    fully_connected = {"3": Dense(torch.eye(27).double(), (3, 9))}
     assert plain(fully_connected) == {"3": 1e-3} and other(fully_connected) == {"3": 0.1}
     adaptive = made("kfac", "damping=levenberg_marquardt(0.5, every=3)")
     rule = adaptive.param_groups[0]["damping"]

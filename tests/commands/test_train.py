@@ -538,11 +538,15 @@ def test_blocks_are_compared_in_mid_training(tmp_path):
     [
         ("kfca", [], "did you mean 'kfac'"),
         ("kfac", ["kfac.dampning=1"], "did you mean 'damping'"),
-        ("kfac", ["kfac.damping=-1"], "damping is a .*number >= 0"),
+        (
+            "kfac",
+            ["kfac.damping=-1"],
+            r"\(damping=-1\): damping, .* must be a finite number >= 0, got -1 \(int\)",
+        ),
         ("kfac", ["kfac.damping=relative(-1)"], "relative takes a finite number >= 0"),
         ("kfac", ["tekfac.lr=1"], "unknown optimizer in --set 'tekfac'"),
         ("kfac", ["lr=1"], "OPTIMIZER.OPTION=VALUE"),
-        ("sgd", ["sgd.lr=-1"], "Invalid learning rate"),
+        ("sgd", ["sgd.lr=-1"], r"sgd \(lr=-1\): lr must be a finite number >= 0, got -1 \(int\)"),
         ("sgd", ["sgd.lr=fast"], "sgd.lr|sgd \\(lr=fast\\)"),
         ("a=sgd,a=adam", [], "one label"),
     ],

@@ -263,7 +263,7 @@ def test_the_terminal_counts_what_is_missing(table):
     from fisherlab.commands.compare import by_layer, overview
 
     shown, _ = overview(table)
-    assert list(shown.columns[1:3]) == ["unseen error", "unseen error known"]
+    assert list(shown.columns[1:4]) == ["population_error", "population_error known", "order"]
     frame = table.frame.assign(diagonal_share=0.5)  # so that it leads with the population error
     whole = fl.Comparison(frame)
     errors, _ = by_layer(whole)

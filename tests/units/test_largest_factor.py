@@ -165,5 +165,6 @@ def test_shampoo_of_the_mean_gradient() -> None:
 
 
 def test_a_negative_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="largest_factor counts rows"):
+    message = r"largest_factor, which counts rows, must be a whole number >= 0, got -1 \(int\)"
+    with pytest.raises(ValueError, match=message):
         fl.optim.create("kfac", model(), largest_factor=-1)

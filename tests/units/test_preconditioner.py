@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import re
 
 import pytest
 import torch
@@ -186,6 +187,10 @@ def joint() -> dict:
             lambda: {**(s := state_of(fl.KFAC())), "weights": {**s["weights"], "9": ({}, None)}},
             r"layers that the model lacks: \['9'\]",
         ),
+        (lambda: {**state_of(fl.KFAC()), "form": None}, "damaged: form is no dict"),
+        (lambda: {**state_of(fl.KFAC()), "shares": 3}, "damaged: shares has not the form"),
+        (lambda: {**state_of(fl.KFAC()), "weights": None}, "damaged: weights has not the form"),
+        (lambda: {**state_of(fl.KFAC()), "running": {}}, "damaged: running has not the form"),
     ],
 )
 def test_a_foreign_state_is_refused_whole_by_name(foreign, match: str) -> None:
@@ -307,19 +312,37 @@ def test_options_out_of_range_leave_no_hooks(options: dict, error: type, match: 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Schedule(statistics=0), "statistics_every counts steps"),
-        (lambda: Schedule(corrections=0), "corrections_every counts steps"),
-        (lambda: Schedule(basis=1.5), "basis_every counts steps"),
-        (lambda: Schedule(warmup=-1), "warmup counts steps"),
-        (lambda: Schedule(until=0), "until counts steps"),
+        (
+            lambda: Schedule(statistics=0),
+            "statistics_every, which counts steps, must be a whole number >= 1, got 0 (int)",
+        ),
+        (
+            lambda: Schedule(corrections=0),
+            "corrections_every, which counts steps, must be a whole number >= 1, got 0 (int)",
+        ),
+        (
+            lambda: Schedule(basis=1.5),
+            "basis_every, which counts steps, must be a whole number >= 1, got 1.5 (float)",
+        ),
+        (
+            lambda: Schedule(warmup=-1),
+            "warmup, which counts steps, must be a whole number >= 0, got -1 (int)",
+        ),
+        (
+            lambda: Schedule(until=0),
+            "until, which counts steps, must be a whole number >= 1, got 0 (int)",
+        ),
         (lambda: Schedule(examples=0), "statistics_examples"),
         (lambda: Clip(kl=0.0), "kl_clip must be positive"),
         (lambda: Clip(norm=-1.0), "max_norm must be positive"),
-        (lambda: Clip(warmup=0.5), "warmup counts steps"),
+        (
+            lambda: Clip(warmup=0.5),
+            "warmup, which counts steps, must be a whole number >= 0, got 0.5 (float)",
+        ),
     ],
 )
 def test_parts_refuse_what_is_out_of_range(make, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=re.escape(match)):
         make()
 
 

@@ -35,7 +35,9 @@ def test_arrays_lists_words_and_functions(call: Callable) -> None:
 
 @pytest.mark.parametrize("reference", [3, torch.ones(6, 4)])
 def test_reference_without_labels(reference: object) -> None:
-    with pytest.raises(ValueError, match=r"reference is \(x, y\), a loader or a Fisher type"):
+    kind = type(reference).__name__
+    message = rf"reference is \(x, y\), a loader, a Fisher type, 'ggn' or 'hessian', got {kind}"
+    with pytest.raises(ValueError, match=message):
         fl.compare(*batch()[:1], CRITERION, *batch()[1:], reference=reference)
 
 
