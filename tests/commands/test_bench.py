@@ -28,6 +28,8 @@ from fisherlab.experiments.bench.setting import Row, Setting, measured, title
 from fisherlab.experiments.rundir import RunDir
 from fisherlab.plots import bench as pictures
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 QUICK = Setting(quick=True, repeats=1, peers=False)
 
 

@@ -18,7 +18,7 @@ from fisherlab.experiments import rundir, training
 from fisherlab.experiments.sweep import grid
 from fisherlab.experiments.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("quick_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 TINY = ["--data", "iris", "--hidden", "4", "--compare-examples", "8", "--reference", "16"]
 TINY += ["--epochs", "2", "-a", "exact,kfac,tekfac", "--dampings", "0.01,0.1"]
