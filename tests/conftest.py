@@ -54,6 +54,47 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def quick_pictures(monkeypatch):
     """Pictures of few points, with letters that need no font cut out: the same, made faster."""
+    quicken(monkeypatch)
+
+
+def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `quick_pictures` does, for a fixture of a whole module."""
     monkeypatch.setattr(theme, "DPI", 50)
     monkeypatch.setitem(theme.STYLE, "savefig.dpi", 50)
     monkeypatch.setitem(theme.STYLE, "pdf.fonttype", 3)
+
+
+@pytest.fixture
+def real_pictures(quick_pictures) -> None:
+    """Asked for where a test looks at the pictures of a run."""
+
+
+@pytest.fixture(scope="session")
+def square(tmp_path_factory):
+    """One small picture, as PNG and PDF."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(1, 1))
+    paths = theme.save(figure, tmp_path_factory.mktemp("square") / "square")
+    plt.close(figure)
+    return [path.read_bytes() for path in paths]
+
+
+@pytest.fixture
+def no_pictures(request, monkeypatch, square):
+    """Runs whose rows matter: each picture that they write is one and the same."""
+    if "real_pictures" in request.fixturenames:
+        return
+    import matplotlib.pyplot as plt
+
+    from fisherlab import plots
+
+    def save(figure, stem):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
+        for path, content in zip(paths, square, strict=True):
+            path.write_bytes(content)
+        plt.close(figure)
+        return paths
+
+    monkeypatch.setattr(plots, "save", save)

@@ -228,7 +228,9 @@ class Comparison:
         """
         names = list(self.unseen["approximation"].unique())
         if nearest is None:
+            # a table made of rows alone has no values of single examples
             last = self.frame[self.frame["step"] == self.frame["step"].max()]
+            last = last[last["approximation"].isin(names)]
             medians = last.groupby("approximation")["population_error"].median().dropna()
             if medians.empty:
                 return paired(self.unseen, [])

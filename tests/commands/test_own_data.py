@@ -20,6 +20,8 @@ from fisherlab.experiments.training import Settings, SettingsError, entries
 from fisherlab.experiments.training.task import Task
 from fisherlab.models import ModelError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class Evil:
     """A pickle that would run code."""

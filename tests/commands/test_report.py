@@ -15,7 +15,7 @@ from fisherlab.experiments import pages, report
 from fisherlab.experiments.columns import MEANING
 from fisherlab.experiments.rundir import RunDir, RunDirError
 
-pytestmark = pytest.mark.usefixtures("quick_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 class Page(HTMLParser):

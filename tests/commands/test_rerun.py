@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from fisherlab.cli import app
 from fisherlab.experiments.training import CLOCK, Settings, entries, train
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 TINY = "--hidden 4,4 --examples 192 --test-examples 50 --batch-size 64 --epochs 2"
 TOML = """
 data = "digits"

@@ -17,7 +17,7 @@ from fisherlab.commands import common
 from fisherlab.experiments import sweep, training
 from fisherlab.experiments.training import Settings
 
-pytestmark = pytest.mark.usefixtures("quick_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 TINY = "--data digits --hidden 4 --examples 192 --batch-size 64 --test-examples 50".split()
 
