@@ -1,10 +1,10 @@
-"""One layer made of independent parts, as the groups of a convolution are."""
+"""One layer made of independent parts: the groups of a convolution, a weight beside its bias."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,30 +18,39 @@ from fisherlab.blocks.outer import Outer
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 
-class DirectSum(Block):
-    """`F = blockdiag(parts)`; part k acts on its own rows of the weight `[sum_k o_k, i]`.
+class Parted(Block):
+    """`F = blockdiag(parts)` up to order: part k acts on rows or columns of its own.
 
-    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices. The
-    exact block of the layer is the direct sum of one block per group.
+    Sums, spectra and powers are those of the parts; nothing couples two parts.
 
     Args:
-        parts: blocks on `[o_k, i]`.
+        parts: blocks on rows or columns of the weight, one after another.
     """
+
+    # the axis of the weight that the parts share out, and what to call this
+    axis: ClassVar[int]
+    called: ClassVar[str]
 
     def __init__(self, parts: Sequence[Block]) -> None:
         if not isinstance(parts, Sequence) or not all(isinstance(p, Block) for p in parts):
             raise BlockError(f"parts must be a list of blocks, got {doors.said(parts)}")
-        if not parts or len({part.shape[1] for part in parts}) != 1:
+        if not parts or len({part.shape[-3 - self.axis] for part in parts}) != 1:
             raise BlockError(
-                "a direct sum takes at least one block, all with the same number of columns; got "
-                f"shapes {[part.shape for part in parts]}"
+                f"a {self.called} takes at least one block, all with the same number of "
+                f"{'columns' if self.axis == -2 else 'rows'}; got shapes "
+                f"{[part.shape for part in parts]}"
             )
         check_alike(*parts)
         self.parts = tuple(parts)
 
     @property
+    def _sizes(self) -> list[int]:
+        return [part.shape[self.axis] for part in self.parts]
+
+    @property
     def shape(self) -> tuple[int, int]:
-        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+        o, i = self.parts[0].shape
+        return (sum(self._sizes), i) if self.axis == -2 else (o, sum(self._sizes))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,31 +67,38 @@ class DirectSum(Block):
         return sum(part.formed_bytes() for part in {id(part): part for part in self.parts}.values())
 
     def split(self, V: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each part."""
+        """The rows or columns of each part."""
         self.check(V)
-        return V.split([part.shape[0] for part in self.parts], -2)
+        return V.split(self._sizes, self.axis)
+
+    def _each(self, V: Tensor, act: Callable[[Any, Tensor], Tensor]) -> list[Tensor]:
+        """What each part makes of its own rows or columns; `V` came through a door."""
+        pairs = zip(self.parts, V.split(self._sizes, self.axis), strict=True)
+        return [act(part, v) for part, v in pairs]
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        return torch.cat([p @ v for p, v in zip(self.parts, self.split(V), strict=True)], -2)
+        return torch.cat(self._each(V, lambda part, v: part @ v), self.axis)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
-        return DirectSum([part.power(exponent, damping) for part in self.parts])
+        return type(self)([part.power(exponent, damping) for part in self.parts])
 
     def solve(self, V: Tensor, damping: float) -> Tensor:
-        pairs = zip(self.parts, self.split(V), strict=True)
-        return torch.cat([part.solve(v, damping) for part, v in pairs], -2)
+        return torch.cat(self._each(V, lambda part, v: part.solve(v, damping)), self.axis)
 
     def quadratic(self, V: Tensor) -> Tensor:
-        pairs = zip(self.parts, self.split(V), strict=True)
-        return torch.stack([part.quadratic(v) for part, v in pairs]).sum(0)
+        return torch.stack(self._each(V, lambda part, v: part.quadratic(v.contiguous()))).sum(0)
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
-        groups = g.split([part.shape[0] for part in self.parts], -1)
-        pairs = zip(self.parts, groups, strict=True)
-        return torch.stack([part.column_quadratics(a, rows) for part, rows in pairs]).sum(0)
+        count = len(self.parts)
+        inputs = [a] * count if self.axis == -2 else a.split(self._sizes, -1)
+        rows = g.split(self._sizes, -1) if self.axis == -2 else [g] * count
+        triples = zip(self.parts, inputs, rows, strict=True)
+        return torch.stack(
+            [part.column_quadratics(a.contiguous(), g) for part, a, g in triples]
+        ).sum(0)
 
     def _inner(self, other: Block) -> Tensor | None:
-        if not isinstance(other, DirectSum) or [p.shape for p in self.parts] != [
+        if not isinstance(other, type(self)) or [p.shape for p in self.parts] != [
             p.shape for p in other.parts
         ]:
             return None
@@ -91,13 +107,6 @@ class DirectSum(Block):
 
     def _total(self, value: Callable[[Block], Tensor]) -> Tensor:
         return torch.stack([value(part) for part in self.parts]).sum(0)
-
-    def gram(self) -> Tensor:
-        """`sum_k K_k`: the Gram matrix of the whole layer's per-example gradients."""
-        outers = [part for part in self.parts if isinstance(part, Outer)]
-        if len(outers) < len(self.parts):
-            raise BlockError(f"only exact blocks have a Gram matrix, got {self.parts}")
-        return torch.stack([part.gram() for part in outers]).sum(0)
 
     def trace(self) -> Tensor:
         return self._total(lambda part: part.trace())
@@ -109,7 +118,7 @@ class DirectSum(Block):
         return self._total(lambda part: part.logdet(damping))
 
     def diagonal(self) -> Tensor:
-        return torch.cat([part.diagonal() for part in self.parts])
+        return torch.cat([part.diagonal() for part in self.parts], self.axis)
 
     def eigenvalues(self) -> Tensor:
         values = torch.cat([part.eigenvalues() for part in self.parts])
@@ -121,34 +130,22 @@ class DirectSum(Block):
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, vectors, start = [], [], 0
-        for part in self.parts:
+        for part, size in zip(self.parts, self._sizes, strict=True):
             top, inside = part.leading(k)
             whole = inside.new_zeros(len(top), *self.shape)
-            whole[:, start : start + part.shape[0]] = inside
+            whole.narrow(self.axis, start, size).copy_(inside)
             values.append(top)
             vectors.append(whole)
-            start += part.shape[0]
+            start += size
         everything = torch.cat(values)
         order = everything.argsort(descending=True)[:k]
         return everything[order], torch.cat(vectors)[order]
 
-    def diagonal_of(self, other: Block) -> Tensor:
-        if not isinstance(other, DirectSum):
-            return super().diagonal_of(other)
-        pairs = zip(self.parts, other.parts, strict=True)
-        return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
-
-    def chosen(self, other: Block) -> Tensor:
-        if not isinstance(other, DirectSum):
-            return super().chosen(other)
-        pairs = zip(self.parts, other.parts, strict=True)
-        return torch.stack([one.chosen(two) for one, two in pairs]).sum()
-
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
-        pairs = zip(
-            self.parts, matrix_of(Q_G).split([part.shape[0] for part in self.parts]), strict=True
-        )
-        return torch.stack([part.rotated_diagonal(rows, Q_A) for part, rows in pairs]).sum(0)
+        own = matrix_of(Q_G if self.axis == -2 else Q_A).split(self._sizes)
+        pairs = [(Q, Q_A) if self.axis == -2 else (Q_G, Q) for Q in own]
+        found = [part.rotated_diagonal(*Q) for part, Q in zip(self.parts, pairs, strict=True)]
+        return torch.stack(found).sum(0)
 
     @property
     def clamped(self) -> float:
@@ -168,6 +165,38 @@ class DirectSum(Block):
         return _mean(shares, [float(part.trace().abs()) for part in self.parts])
 
 
+class DirectSum(Parted):
+    """`F = blockdiag(parts)`; part k acts on its own rows of the weight `[sum_k o_k, i]`.
+
+    The weight of a grouped convolution is `[O, C_in / groups, ...]`: its groups are row slices. The
+    exact block of the layer is the direct sum of one block per group.
+
+    Args:
+        parts: blocks on `[o_k, i]`.
+    """
+
+    axis, called = -2, "direct sum"
+
+    def gram(self) -> Tensor:
+        """`sum_k K_k`: the Gram matrix of the whole layer's per-example gradients."""
+        outers = [part for part in self.parts if isinstance(part, Outer)]
+        if len(outers) < len(self.parts):
+            raise BlockError(f"only exact blocks have a Gram matrix, got {self.parts}")
+        return torch.stack([part.gram() for part in outers]).sum(0)
+
+    def diagonal_of(self, other: Block) -> Tensor:
+        if not isinstance(other, DirectSum):
+            return super().diagonal_of(other)
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
+
+    def chosen(self, other: Block) -> Tensor:
+        if not isinstance(other, DirectSum):
+            return super().chosen(other)
+        pairs = zip(self.parts, other.parts, strict=True)
+        return torch.stack([one.chosen(two) for one, two in pairs]).sum()
+
+
 def _mean(shares: Sequence[float], weights: Sequence[float]) -> float:
     """Shares of the parts as the share of the whole."""
     total = sum(weights)
@@ -177,3 +206,8 @@ def _mean(shares: Sequence[float], weights: Sequence[float]) -> float:
 def layer_block(parts: Sequence[AnyBlock]) -> AnyBlock | DirectSum:
     """The block of a layer: that of its only group, or the direct sum of its groups'."""
     return parts[0] if len(parts) == 1 else DirectSum(parts)
+
+
+def parts_of(block: Block) -> tuple[Block, ...]:
+    """The blocks of a layer's groups; a block that is no direct sum is its only one."""
+    return block.parts if isinstance(block, DirectSum) else (block,)

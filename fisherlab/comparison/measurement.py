@@ -24,7 +24,7 @@ from fisherlab.blocks import (
     Outer,
     contractions,
 )
-from fisherlab.blocks.direct_sum import layer_block
+from fisherlab.blocks.direct_sum import layer_block, parts_of
 from fisherlab.blocks.numerics import fits_gram, sum_of
 from fisherlab.blocks.work import Ledger, Piece, seconds_of
 from fisherlab.comparison.orders import NORMS, VALUES
@@ -158,7 +158,7 @@ class LayerMeasurement:
             built = {"memory_bytes": X.memory_bytes(), "formed_bytes": X.formed_bytes()}
             with self.ledger.piece() as decomposing:
                 near, reference = self._retried(self._nearest, X)
-                for part in _parts(near):
+                for part in parts_of(near):
                     decompose(part)
             if not isinstance(maker, Block | Mapping):
                 built |= self._seconds(building, decomposing)
@@ -370,7 +370,3 @@ def decompose(block: Block) -> None:
         _ = block.spectra
     elif isinstance(block, Outer) and fits_gram(block.num_columns, block.device):
         block.gram()
-
-
-def _parts(block: Block) -> tuple[Block, ...]:
-    return block.parts if isinstance(block, DirectSum) else (block,)

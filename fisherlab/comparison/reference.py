@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Space
+from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.blocks.numerics import dot, is_rounding
 from fisherlab.comparison.table import STEP_ROUNDING
 from fisherlab.metrics.direction import Step
@@ -131,11 +132,11 @@ class ExactReference:
 
     def _doubts(self, dampings: list[float]) -> dict[float, float]:
         """The share of each step that may be rounding."""
-        F, gradient = self.F, self.gradient
-        pairs = zip(F.parts, F.split(gradient), strict=True) if isinstance(F, DirectSum) else None
+        parts = parts_of(self.F)
+        pieces = self.gradient.split([part.shape[0] for part in parts])
         shares = [
             part.rounding_of_solves(g, dampings)
-            for part, g in (pairs or [(F, gradient)])
+            for part, g in zip(parts, pieces, strict=True)
             if isinstance(part, Outer)
         ]
         return {

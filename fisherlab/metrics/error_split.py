@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import Block, BlockError, DirectSum, Outer
+from fisherlab.blocks import Block, BlockError, Outer
 from fisherlab.blocks.contractions import kronecker_quadratic, second_moment, slices
+from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.metrics.entry import entered
 
 
@@ -55,7 +56,7 @@ def kfac_error_split(F: Block) -> ErrorSplit:
     Returns:
         The three parts, 0-d float64.
     """
-    parts = F.parts if isinstance(F, DirectSum) else (F,)
+    parts = parts_of(F)
     norm = F.squared_norm().clamp(min=1e-300)
     dependence, positions, total = torch.stack([_split(part) for part in parts]).sum(0) / norm
     return ErrorSplit(dependence, positions, total - dependence - positions)

@@ -25,6 +25,7 @@ from fisherlab.blocks import (
     Outer,
 )
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
+from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.blocks.numerics import qr, svdvals
 from fisherlab.blocks.serialise import cast
 from fisherlab.metrics.entry import entered
@@ -112,8 +113,8 @@ def conditions(
     by_part = [isinstance(X, DirectSum) and isinstance(F, DirectSum) for X in blocks]
     if len(set(by_part)) > 1:
         return torch.cat([conditions([X], F, dampings, beside) for X in blocks], 1)
-    exact = _parts(F) if by_part[0] else (F,)
-    columns = zip(*(_parts(X) if by_part[0] else (X,) for X in blocks), strict=True)
+    exact = parts_of(F) if by_part[0] else (F,)
+    columns = zip(*(parts_of(X) if by_part[0] else (X,) for X in blocks), strict=True)
     ends = [_extremes(Xs, part, dampings) for Xs, part in zip(columns, exact, strict=True)]
     if beside:
         ends.append(torch.ones_like(ends[0]))
@@ -170,10 +171,6 @@ def _exactly(block: Block) -> Block:
 def _orthonormal(Q: Basis) -> Tensor | None:
     """A basis to the last digit of float64; None for the coordinates themselves."""
     return None if isinstance(Q, Coordinates) else qr(matrix_of(Q).double(), "eigenvectors")[0]
-
-
-def _parts(block: Block) -> tuple[Block, ...]:
-    return block.parts if isinstance(block, DirectSum) else (block,)
 
 
 def _affordable(X: Block, F: Block) -> bool:

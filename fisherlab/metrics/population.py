@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum, Outer
+from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.metrics import ratio
 from fisherlab.metrics.entry import entered
 
@@ -238,13 +239,9 @@ def population_norm(reference: Block) -> Tensor:
     return ((rows.sum() - own.sum()) / (M * (M - 1))).sqrt()
 
 
-def _parts(block: Block) -> tuple[Block, ...]:
-    return block.parts if isinstance(block, DirectSum) else (block,)
-
-
 def _columns(reference: Block) -> list[Outer]:
     parts = []
-    for part in _parts(reference):
+    for part in parts_of(reference):
         if not isinstance(part, Outer):
             raise TypeError(f"the reference must be an exact block (Outer), got {part!r}")
         parts.append(part)
@@ -266,6 +263,6 @@ def _example_products(X: Block, reference: Block) -> Tensor:
         raise TypeError("a layer in groups needs an approximation in groups")
     products = [
         x.column_quadratics(f.a, f.g).sum(0)
-        for x, f in zip(_parts(X), _columns(reference), strict=True)
+        for x, f in zip(parts_of(X), _columns(reference), strict=True)
     ]
     return torch.stack(products).sum(0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fisherlab.approximations.damping import Rule, unexpanded
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, DirectSum, Outer, contractions
+from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.blocks.numerics import cholesky
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.joint import joined
@@ -179,7 +180,7 @@ class NGD(CurvatureOptimizer):
 
 
 def _parts(block: Outer | DirectSum) -> tuple[Outer, ...]:
-    return (block,) if isinstance(block, Outer) else cast(tuple[Outer, ...], block.parts)
+    return cast(tuple[Outer, ...], parts_of(block))
 
 
 def joint_step(
