@@ -6,9 +6,10 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -55,11 +56,35 @@ class Registry(dict[str, T]):
         known = getattr(self.get(name), "__qualname__", None)
         self.add(name, kind, known == kind.__qualname__)  # type: ignore[arg-type]
 
+    def enter(self, name: str) -> Callable[[T], T]:
+        """A decorator that enters what it stands above, and gives it back."""
+
+        def entered(thing: T) -> T:
+            self.add(name, thing)
+            return thing
+
+        return entered
+
     def named(self, name: str) -> T:
         """The thing of a name; an unknown one is refused with the nearest names."""
         if name not in self:
             raise self.error(unknown(self.what, name, sorted(self)))
         return self[name]
+
+
+def executed(path: Path) -> ModuleType:
+    """The module of a file, run now; workers, pickles and dataclasses find it by its name.
+
+    Raises:
+        ImportError: there is no such file.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"no such file: {path}")
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = found
+    spec.loader.exec_module(found)
+    return found
 
 
 def imported(place: str) -> Any:
@@ -70,11 +95,7 @@ def imported(place: str) -> Any:
     """
     module, _, name = place.rpartition(":")
     if module.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-        if spec is None or spec.loader is None or not Path(module).is_file():
-            raise ImportError(f"no such file: {module}")
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
+        found = executed(Path(module))
     else:
         with _working_folder():
             found = importlib.import_module(module)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+from fisherlab.names import executed
 
 OPTION = "--import"
 
@@ -51,11 +52,7 @@ def bring(name: str) -> None:
             return
         if not path.is_file():
             raise ValueError(f"{OPTION} {name}: there is no such file")
-        spec = spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules[path.stem] = module  # workers and pickles find it by its name
-        spec.loader.exec_module(module)
+        executed(path)
     except Exception as error:
         if str(error).startswith(OPTION):
             raise

@@ -64,12 +64,7 @@ _SCHEMES: Registry[Scheme] = Registry("kind of data", DatasetError)
 
 def scheme(name: str) -> Callable[[Scheme], Scheme]:
     """Enter a function for data sets named `name:...`; "" is for every other name with a colon."""
-
-    def enter(read: Scheme) -> Scheme:
-        _SCHEMES.add(name, read)
-        return read
-
-    return enter
+    return _SCHEMES.enter(name)
 
 
 def check(name: str) -> None:

@@ -106,12 +106,7 @@ _SCHEMES: Registry[Scheme] = Registry("kind of model", ModelError)
 
 def scheme(name: str) -> Callable[[Scheme], Scheme]:
     """Enter a function for models named `name:...`; "" is for every other name with a colon."""
-
-    def enter(build: Scheme) -> Scheme:
-        _SCHEMES.add(name, build)
-        return build
-
-    return enter
+    return _SCHEMES.enter(name)
 
 
 def check(name: str) -> None:
