@@ -90,7 +90,8 @@ def from_curvlinops(operator: Any) -> dict[str, Block]:
         )
     corrected = isinstance(operator, theirs.EKFACLinearOperator)
     state = operator.state_dict()
-    if not state["gradient_covariances"] and not (corrected and state["corrected_eigenvalues"]):
+    key = "corrected_eigenvalues" if corrected else "gradient_covariances"
+    if not state[key]:
         with _quiet():
             if corrected:
                 operator.compute_eigenvalue_correction()
@@ -98,13 +99,8 @@ def from_curvlinops(operator: Any) -> dict[str, Block]:
                 operator.compute_kronecker_factors()
         state = operator.state_dict()
     scale = 1 / state["num_data"] if state["loss_reduction"] == "sum" else 1.0
-    if corrected and not state["corrected_eigenvalues"]:
-        with _quiet():
-            operator.compute_eigenvalue_correction()
-        state = operator.state_dict()
-    names = state["corrected_eigenvalues"] if corrected else state["gradient_covariances"]
     make = _eigen if corrected else _kronecker
-    found = {name: make(state, name, operator._mapping[name]) for name in names}
+    found = {name: make(state, name, operator._mapping[name]) for name in state[key]}
     return {name: _scaled(block, scale) for name, block in found.items()}
 
 

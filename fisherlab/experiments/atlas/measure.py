@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fisherlab import approximations, metrics
+from fisherlab import approximations, metrics, whole
 from fisherlab.approximations import Memo
 from fisherlab.blocks import BlockError
 from fisherlab.experiments.atlas.cells import STAGES, UNSEEN, Cell
@@ -162,10 +162,8 @@ def kept(folder: Path, cell: Cell, seed: int, names: Sequence[str]) -> bool:
         there = list(pd.read_parquet(path, columns=["approximation"])["approximation"].unique())
         if set(names) <= set(there):
             return False
-    folder.mkdir(parents=True, exist_ok=True)
     found = pd.concat(measured(cell, seed, [*names, *there]), ignore_index=True)
     numbers = found.select_dtypes("float64").columns
-    written = path.with_suffix(".part")
-    found.astype(dict.fromkeys(numbers, "float32")).to_parquet(written, index=False)
-    written.replace(path)
+    found = found.astype(dict.fromkeys(numbers, "float32"))
+    whole.write(path, lambda stream: found.to_parquet(stream, index=False))
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,23 +11,21 @@ from torch import Tensor
 
 from fisherlab.experiments.bench import peers
 from fisherlab.experiments.bench.setting import Network, Row, Setting, measured
-from fisherlab.extract import capture
+from fisherlab.extract import Captures, capture
 
 GRAM_REACH = {"mlp": 0.85, "lenet": 2.0}
 CHECKED = ("mlp", "lenet", "resnet20")
 CAPTURE_REACH = {"empirical": 1.0, "exact": 3.4}
 
 
+def _of(network: Network, **options: Any) -> Callable[[], Captures]:
+    """The capture of a network's batch, to be called."""
+    return partial(capture, network.model, network.criterion, network.x, network.y, **options)
+
+
 def grams(network: Network) -> list[Tensor]:
     """The Gram matrix of every layer, from the factors."""
-    layers = capture(
-        network.model,
-        network.criterion,
-        network.x,
-        network.y,
-        fisher_type="empirical",
-        kinds=("map",),
-    )
+    layers = _of(network, fisher_type="empirical", kinds=("map",))()
     return [layer.gram() for layer in layers.values()]
 
 
@@ -43,28 +41,12 @@ def rows(setting: Setting) -> Iterator[Row]:
     network = setting.network("lenet")
     for fisher_type, reach in CAPTURE_REACH.items():
         for backend in ("hooks", "backpack"):
-            run = partial(
-                capture,
-                network.model,
-                network.criterion,
-                network.x,
-                network.y,
-                fisher_type=fisher_type,
-                backend=backend,
-            )
+            run = _of(network, fisher_type=fisher_type, backend=backend)
             yield Row(f"capture, {backend}", network, run, fisher_type, reach=reach)
     for name in CHECKED[:1] if setting.quick else CHECKED:
         network = setting.network(name)
         for check in ("off", "full"):
-            run = partial(
-                capture,
-                network.model,
-                network.criterion,
-                network.x,
-                network.y,
-                fisher_type="empirical",
-                check=check,
-            )
+            run = _of(network, fisher_type="empirical", check=check)
             yield Row(f"capture, check {check}", network, run, "empirical")
 
 
