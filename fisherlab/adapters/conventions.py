@@ -35,7 +35,7 @@ class Convention:
     reason: str = ""
 
 
-# of a convolution in BackPACK: S times KFAC-expand's, and KFAC-reduce's
+# BackPACK's factors of a convolution: S times KFAC-expand's A, and KFAC-reduce's B
 _SUM_A, _SUMS_B = "(1/N) sum_n sum_s a a^T", "(1/N) sum_n (sum_s g)(sum_s g)^T"
 _MEAN_A, _MEAN_B = "(1/NS) sum a a^T", "(1/N) sum g g^T"
 _BASIS, _VALUES = "eigenvectors of KFAC's factors", "(1/N) sum_n (Q_B^T (sum_s g a^T) Q_A)^2"

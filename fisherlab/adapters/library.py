@@ -14,7 +14,7 @@ class AdapterError(ImportError):
     """A library is missing, or it cannot make what was asked."""
 
 
-# by the name of the module: the name that pip knows
+# pip's name of each module
 PACKAGES = {
     "backpack": "backpack-for-pytorch",
     "curvlinops": "curvlinops-for-pytorch",

@@ -66,7 +66,7 @@ def as_rule(damping: float | Rule) -> Rule:
 
 
 def lambdas(rule: Rule, blocks: Mapping[str, Block]) -> dict[str, float]:
-    """What a rule says of the blocks of some layers, checked: a rule may be a user's own.
+    """A rule's lambdas for the blocks of some layers, checked: a rule may be a user's own.
 
     Raises:
         BlockError: the rule returned no dict, left a layer out, or gave one no number >= 0.

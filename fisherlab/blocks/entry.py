@@ -1,4 +1,4 @@
-"""What a block's public methods take, checked in one place for every form, a user's own too.
+"""One place checks the arguments of a block's public methods, for every form, a user's own too.
 
 `guard` puts a door in front of each method of `DOORS` that a class defines. Inside a method nothing
 is checked again.
