@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a name is first used
     from fisherlab import approximations, blocks, distributed, metrics
     from fisherlab.approximations.diagonal import Diagonal
+    from fisherlab.approximations.dykaf import DyKAF
     from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
     from fisherlab.approximations.eva import Eva
     from fisherlab.approximations.exact import Exact
@@ -13,8 +14,10 @@ if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a n
     from fisherlab.approximations.kbfgs import KBFGS
     from fisherlab.approximations.kfac import KFAC, KFACReduce
     from fisherlab.approximations.kl_optimal import KLOptimal
+    from fisherlab.approximations.kl_shampoo import KLShampoo
     from fisherlab.approximations.kronecker_optimal import KroneckerOptimal, KroneckerSum
     from fisherlab.approximations.mini_block import MiniBlock
+    from fisherlab.approximations.nystrom import Nystrom
     from fisherlab.approximations.shampoo import Shampoo
     from fisherlab.approximations.sngd import SNGD
     from fisherlab.approximations.soap import SOAP
@@ -44,6 +47,7 @@ HOMES = {
     "KBFGS": "approximations.kbfgs",
     "KFAC": "approximations.kfac",
     "KLOptimal": "approximations.kl_optimal",
+    "KLShampoo": "approximations.kl_shampoo",
     "SNGD": "approximations.sngd",
     "SOAP": "approximations.soap",
     "TEKFAC": "approximations.eigen_corrected",
@@ -52,6 +56,7 @@ HOMES = {
     "Comparison": "comparison",
     "Diagonal": "approximations.diagonal",
     "EigenCorrected": "approximations.eigen_corrected",
+    "DyKAF": "approximations.dykaf",
     "Eva": "approximations.eva",
     "Exact": "approximations.exact",
     "KFACReduce": "approximations.kfac",
@@ -60,6 +65,7 @@ HOMES = {
     "LayerCapture": "extract",
     "MiniBlock": "approximations.mini_block",
     "Monitor": "monitoring",
+    "Nystrom": "approximations.nystrom",
     "Shampoo": "approximations.shampoo",
     "TKFACExpand": "approximations.tkfac",
     "audit": "auditing",
@@ -99,15 +105,18 @@ __all__ = [
     "CaptureError",
     "Comparison",
     "Diagonal",
+    "DyKAF",
     "EigenCorrected",
     "Eva",
     "Exact",
     "KFACReduce",
     "KLOptimal",
+    "KLShampoo",
     "KroneckerOptimal",
     "KroneckerSum",
     "LayerCapture",
     "MiniBlock",
+    "Nystrom",
     "Shampoo",
     "TKFACExpand",
     "approximations",

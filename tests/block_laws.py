@@ -123,6 +123,21 @@ def kronecker_with_a_diagonal_input_factor(dtype):
     return blocks.Kronecker(G, A), torch.kron(G, A.diag()).double()
 
 
+def leading_of(level):
+    def make(dtype):
+        Q = torch.linalg.qr(randn(O * I, 4, seed=65))[0]
+        values = torch.tensor([3.0, 2.0, 1.0, 0.5]).double()
+        F = Q @ (values - level).diag() @ Q.mT + level * torch.eye(O * I).double()
+        vectors = Q.mT.reshape(4, O, I).to(dtype)
+        return blocks.Leading(vectors, values.to(dtype), torch.tensor(level, dtype=dtype)), F
+
+    return make
+
+
+CASES |= {"leading": leading_of(0.0), "leading_above_a_level": leading_of(0.2)}
+CASES |= {"leading_below_a_level": leading_of(5.0)}
+
+
 def kronecker_sum_of(terms):
     def make(dtype):
         G, A = psd(terms, O, seed=24).to(dtype), psd(terms, I, seed=25).to(dtype)

@@ -267,6 +267,40 @@ def mini_block(p: Pairs) -> Tensor:
     return exact(p) * (cell[:, None] == cell)
 
 
+@reference
+def kl_shampoo(p: Pairs) -> Tensor:
+    """One step of both factors from `L (x) R / tr F`, each inverse with 1e-3 of its mean on it."""
+    left, right, total = tkfac_sides(p)
+    if total == 0:
+        return torch.kron(left, right)
+    root = (total / p.M).sqrt()
+    G, A = (
+        torch.linalg.inv(S + 1e-3 * S.trace() / len(S) * torch.eye(len(S)).double())
+        for S in (left / p.M / root, right / p.M / root)
+    )
+    D = p.D
+    new = sum(d @ A @ d.mT for d in D) / p.M, sum(d.mT @ G @ d for d in D) / p.M
+    return torch.kron(new[0] / len(A), new[1] / len(G))
+
+
+@reference
+def dykaf(p: Pairs) -> Tensor:
+    """`L (x) R` with the scale of the least `||F - s L (x) R||`."""
+    X, F = torch.kron(*tkfac_sides(p)[:2]), exact(p)
+    return X * ((X * F).sum() / (X * X).sum().clamp(min=1e-300))
+
+
+@reference
+def nystrom(p: Pairs) -> Tensor:
+    F = exact(p)
+    draws = torch.randn(
+        min(16, len(F)), len(F), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    W = torch.linalg.qr(draws.T)[0]
+    Y = F @ W
+    return Y @ torch.linalg.pinv(W.T @ Y, hermitian=True, rtol=1e-12) @ Y.T
+
+
 def rearranged(p: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of Van Loan and Pitsianis' rearrangement of `F`."""
     o, i = p.g.shape[-1], p.a.shape[-1]

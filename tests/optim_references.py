@@ -159,6 +159,40 @@ def shampoo(a: Tensor, g: Tensor, share: float) -> Tensor:
     return torch.kron(*(power(S + damping * eye(len(S)), -0.25) for S in (L, R)))
 
 
+def inverse_of(S: Tensor) -> Tensor:
+    return torch.linalg.inv(S + 1e-3 * S.trace() / len(S) * eye(len(S)))
+
+
+def kl_shampoo(D: Tensor, G: Tensor | None, A: Tensor | None, past: float) -> list[Tensor]:
+    o, i = D.shape
+    if G is None or A is None:
+        root = D.norm()
+        G, A = D @ D.T / root, D.T @ D / root
+    new = D @ inverse_of(A) @ D.T / i, D.T @ inverse_of(G) @ D / o
+    return [past * old + (1 - past) * x for old, x in zip((G, A), new, strict=True)]
+
+
+def dykaf(D: Tensor, G: Tensor | None, A: Tensor | None, past: float) -> list[Tensor]:
+    """The split step on the rearranged matrix `p vec(G) vec(A)^T + q R(vec D vec D^T)`."""
+    if G is None or A is None:
+        G, A = eye(D.shape[0]), eye(D.shape[1])
+    R = past * torch.outer(G.flatten(), A.flatten())
+    R = R + (1 - past) * torch.einsum("oi,pj->opij", D, D).reshape(R.shape)
+    u, v = R @ A.flatten() / A.norm(), R.T @ G.flatten() / G.norm()
+    u, v = u / u.norm(), v / v.norm()
+    # the past is seen through its own projection on both, the batch through both at once
+    return [(u @ R @ v).sqrt() * x.view_as(S) for x, S in ((u, G), (v, A))]
+
+
+def recursive(step: Callable, history: list) -> Tensor:
+    """`G (x) A` of batches' mean gradients, each moving both factors."""
+    factors, count = [None, None], 0.0
+    for a, g in history:
+        past = DECAY * count / (DECAY * count + len(a))
+        factors, count = step(gradient(a, g), *factors, past), DECAY * count + len(a)
+    return torch.kron(*factors)
+
+
 def mini_block(a: Tensor, g: Tensor) -> Tensor:
     o, i = g.shape[1], a.shape[1]
     F = exact(a, g).view(o, i, o, i)
@@ -174,6 +208,15 @@ def kronecker_terms(a: Tensor, g: Tensor, terms: int) -> Tensor:
         sizes[k] * torch.kron(left[:, k].view(o, o), right[k].view(i, i)) for k in range(terms)
     )
     return sum(products, torch.zeros(o * i, o * i, dtype=torch.float64))
+
+
+def nystrom(F: Tensor, rank: int) -> Tensor:
+    draws = torch.randn(
+        rank, len(F), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    W = torch.linalg.qr(draws.T)[0]
+    Y = F @ W
+    return Y @ torch.linalg.pinv(W.T @ Y, hermitian=True, rtol=1e-12) @ Y.T
 
 
 def kl_product(a: Tensor, g: Tensor) -> Tensor:
@@ -290,6 +333,12 @@ class Steps:
             return inverse(torch.kron(eye(g0.shape[1]), self._slope(layer) * A), 0.005)
         if name == "shampoo":
             return shampoo(a0, g0, 1e-4)
+        if name in ("kl_shampoo", "dykaf"):
+            F = recursive({"kl_shampoo": kl_shampoo, "dykaf": dykaf}[name], settled)
+            share = {"kl_shampoo": 1e-2, "dykaf": 1.0}[name]
+            return power(F + share * F.trace() / len(F) * eye(len(F)), -0.5)
+        if name == "nystrom":
+            return inverse(nystrom(mean(settled, exact, 10), 16), 0.03)
         if name == "diagonal":
             F = mean(settled, exact, 10)
             return inverse(torch.diag(F.diagonal()), 0.1)

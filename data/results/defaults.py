@@ -44,7 +44,7 @@ UNCHANGED = ("sgd", "ngd_smw", "fngd", "shampoo", "kbfgs")
 # Every output row has a block of 785 x 785 on MNIST, 1025 x 1025 in LeNet: seconds per step.
 TOO_SLOW = {("mini_block", "mnist"), ("mini_block", "lenet")}
 # Newer than the rows.
-NEWER = ("muon", "soap", "kl_optimal")
+NEWER = ("muon", "soap", "kl_optimal", "kl_shampoo", "dykaf", "nystrom")
 WARM = 20
 COLUMNS = ["task", "optimizer", "label", "seed", "steps", "train_loss", "test_loss", "largest"]
 SHARE, RARE = "clipped_after_warmup", 0.1

@@ -42,6 +42,8 @@ class Approximation:
     exponent: ClassVar[float] = -1.0
     # False where the block belongs to the batch at hand and cannot be averaged over batches
     additive: ClassVar[bool] = True
+    # True where each batch moves the block of all batches before it (`Recursive`)
+    recursive: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         super().__init_subclass__()

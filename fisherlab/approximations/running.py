@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means, Sums, add, divide
+from fisherlab.approximations.recursive import Recursive
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
@@ -48,6 +49,9 @@ class Running:
     names of the fields. A factor with a side above `largest_factor` keeps only its diagonal: its
     matrix would not fit, its eigenvectors would take minutes.
 
+    A `Recursive` approximation has factors in place of sums. Each batch moves them by a step in
+    which the past has the share `p c / (p c + q n)`.
+
     Raises `BlockError` for an approximation whose blocks are of the current batch only.
     """
 
@@ -61,7 +65,7 @@ class Running:
     ) -> None:
         if ema not in EMAS:
             raise BlockError(f"ema is one of {', '.join(EMAS)}; got {ema!r}")
-        if not approximation.additive:
+        if not (approximation.additive or approximation.recursive):
             raise BlockError(
                 f"{type(approximation).__name__} has no memory: its blocks are of the current "
                 "batch; call it on the captures instead"
@@ -95,6 +99,8 @@ class Running:
 
         Raises `BlockError` where its sums have NaN or inf entries, which would stay for good.
         """
+        if isinstance(self.approximation, Recursive):
+            return self._advance(self.approximation, layers)
         total = add(self._sums(layer) for layer in one_sample(layers))
         count = sum(layer.examples for layer in layers)
         if total and not all_finite(*total.values()):
@@ -104,6 +110,27 @@ class Running:
             )
         self.shape = layers[0].shape
         self.count = self._blend(self.sums, self.count, total, count)
+
+    def _advance(self, approximation: Recursive, layers: tuple[LayerCapture, ...]) -> None:
+        shape, (past, new) = layers[0].shape, self.weights
+        if max(shape) > self.largest_factor:
+            raise BlockError(
+                f"{type(approximation).__name__} keeps whole factors, and layer "
+                f"{layers[0].name!r} has {shape[0]} outputs and {shape[1]} inputs, above "
+                f"largest_factor={self.largest_factor}: leave it out, or raise largest_factor"
+            )
+
+        def weigh(examples: float) -> float:
+            return past * self.count / (past * self.count + new * examples)
+
+        found, examples = approximation.advance(layers, self.sums, weigh, self.reduce)
+        if not all_finite(*found.values()):
+            raise BlockError(
+                f"the statistics of {layers[0].name!r} have NaN or inf entries, so have its input "
+                "or the gradient at its output; the running factors are as before"
+            )
+        self.count = past * self.count + new * examples if self.sums else examples
+        self.sums, self.shape = found, shape
 
     def _sums(self, layer: LayerCapture) -> Sums:
         large = too_large(self.approximation, layer.shape, self.largest_factor)
@@ -138,6 +165,8 @@ class Running:
         """The block of the current means, basis and corrections."""
         if not self.sums:
             raise BlockError("no batch has been seen yet: call update() first")
+        if isinstance(self.approximation, Recursive):
+            return self.approximation.factors(self.sums)
         corrections = divide(self.corrections, self.corrections_count) if self.corrections else {}
         return self.approximation.block(self.means.given(self.basis, corrections), self.shape)
 

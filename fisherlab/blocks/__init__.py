@@ -7,6 +7,7 @@ from fisherlab.blocks.direct_sum import DirectSum
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.from_inverse import FromInverse
 from fisherlab.blocks.kronecker import Kronecker, KroneckerSum
+from fisherlab.blocks.leading import Leading
 from fisherlab.blocks.mini_block import MiniBlock, RowBlocks
 from fisherlab.blocks.numerics import BlockError, BlockTooLarge
 from fisherlab.blocks.outer import Outer, OuterSum
@@ -24,6 +25,7 @@ __all__ = [
     "FromInverse",
     "Kronecker",
     "KroneckerSum",
+    "Leading",
     "MiniBlock",
     "Outer",
     "OuterSum",

@@ -13,10 +13,12 @@ from torch import nn
 from fisherlab import approximations, doors
 from fisherlab.approximations.damping import Rule, geometric, relative
 from fisherlab.approximations.diagonal import Diagonal
+from fisherlab.approximations.dykaf import DyKAF
 from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC
 from fisherlab.approximations.eva import Eva
 from fisherlab.approximations.ifang import IFANG
 from fisherlab.approximations.kfac import KFAC, KFACReduce
+from fisherlab.approximations.kl_shampoo import KLShampoo
 from fisherlab.approximations.kronecker_optimal import KroneckerSum
 from fisherlab.approximations.mini_block import MiniBlock
 from fisherlab.approximations.shampoo import Shampoo
@@ -138,7 +140,7 @@ def _rank_one(kind: type[NaturalGradient], *args: Any, lr: float, **defaults: An
 def _other(name: str) -> Maker:
     """Any approximation that the table does not list."""
     approximation = approximations.get(name)()
-    if approximation.additive:
+    if approximation.additive or approximation.recursive:
         return _natural(approximation)
     if name == "exact":
         return _natural(approximation, EXACT_SHARE, lr=EXACT_LR, **_OF_BATCH)
@@ -189,6 +191,18 @@ _MAKERS: dict[str, Maker] = {
     "shampoo": _with(
         NaturalGradient, Shampoo(statistics="gradient"), lr=0.1, damping=relative(1e-4), graft=True
     ),
+    # the root of a second moment of batches' gradients gives steps of Adam's length
+    **{
+        name: _with(
+            NaturalGradient,
+            kind(statistics="gradient"),
+            lr=1.5e-3,
+            damping=relative(share),
+            warmup=WARMUP,
+        )
+        # the nearest product in the Frobenius norm has next to no energy in most directions
+        for name, kind, share in (("kl_shampoo", KLShampoo, 1e-2), ("dykaf", DyKAF, 1.0))
+    },
     # the paper's code weighs the new mean by 0.95: averaged longer, signed means cancel
     "eva": _rank_one(NaturalGradient, Eva(), 0.07, lr=0.01, momentum=0.9, kl_clip=1e-3, decay=0.05),
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),

@@ -91,7 +91,8 @@ class Curvature:
         return [self.parts[key] for key in weight.keys]
 
     def _fresh(self) -> Running | None:
-        return self._make() if self.approximation.additive else None
+        remembers = self.approximation.additive or self.approximation.recursive
+        return self._make() if remembers else None
 
     def refresh(
         self, due: Mapping[str, set[str]], captures: Mapping[str, list[LayerCapture]]

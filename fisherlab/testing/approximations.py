@@ -279,9 +279,10 @@ def check_approximation(
             continue
         run.law("a damped inverse", where, one.damped)
         run.law("it reads what `needs` names", where, one.bare)
-        if method.additive:
+        if method.additive or method.recursive:
             run.law("parts of a batch are the batch", where, one.chunks)
             run.law("running means of a batch are the batch's", where, one.running)
+        if method.additive:
             run.law("running means decay once per batch", where, one.remembered)
         if kind != "groups" and kind != "padded":
             run.law("the optimizer steps with it", where, one.stepped)

@@ -8,6 +8,7 @@ from references import randn, relative
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.approximations import Running
 from fisherlab.blocks import BlockError
 from fisherlab.blocks.basis import matrix_of
 from fisherlab.extract import Geometry, LayerCapture
@@ -256,6 +257,132 @@ def test_kl_optimal_without_a_ridge_refuses_where_there_is_no_optimum():
         fl.KLOptimal(ridge=-1.0)
     with pytest.raises(BlockError, match="iterations"):
         fl.KLOptimal(iterations=0)
+
+
+# their running forms
+
+
+def batches(count: int = 12, n: int = 20) -> list[LayerCapture]:
+    return [of_columns(randn(n, 4, seed=k), randn(n, 3, seed=100 + k)) for k in range(count)]
+
+
+def running(approximation, layers, decay: float = 0.9) -> tuple[Tensor, Tensor]:
+    means = Running(approximation, decay)
+    for layer in layers:
+        means.update(layer)
+        means.refresh_basis()
+        means.correct(layer)
+    block = means.block()
+    return block.G, block.A
+
+
+def block_of(layer: LayerCapture) -> Tensor:
+    D = columns(layer).flatten(1)
+    return (D.T @ D / layer.examples).view(3, 4, 3, 4)
+
+
+def past_of(step: int, decay: float = 0.9) -> float:
+    """The weight of all batches before, of equal sizes, under an average."""
+    count = sum(decay**k for k in range(step + 1))
+    return 1 - 1 / count
+
+
+def test_kl_shampoo_runs_as_written_out():
+    """Dense: both partial traces of F against the inverse of the other factor, from the old."""
+    layers, G, A = batches(), None, None
+    for step, layer in enumerate(layers):
+        F = block_of(layer)
+        if G is None:
+            G, A = torch.einsum("oipi->op", F), torch.einsum("oioj->ij", F)
+            G, A = G / G.trace().sqrt(), A / A.trace().sqrt()
+        P, Q = (
+            torch.linalg.inv(S + 1e-3 * S.diagonal().mean() * torch.eye(len(S)).double())
+            for S in (G, A)
+        )
+        past = past_of(step)
+        G = past * G + (1 - past) * torch.einsum("oipj,ij->op", F, Q) / 4
+        A = past * A + (1 - past) * torch.einsum("oipj,op->ij", F, P) / 3
+    found = running(fl.KLShampoo(), layers)
+    assert relative(found[0], G) < 1e-12 and relative(found[1], A) < 1e-12
+
+
+def test_dykaf_runs_as_written_out():
+    """Dense: the integrator of a matrix of rank one, on the rearranged average."""
+    u, s, v = torch.eye(3).double().flatten(), 0.0, torch.eye(4).double().flatten()
+    layers = batches()
+    for step, layer in enumerate(layers):
+        R = block_of(layer).permute(0, 2, 1, 3).reshape(9, 16)
+        target = past_of(step) * s * torch.outer(u, v) + (1 - past_of(step)) * R
+        K, L = target @ v, target.T @ u
+        u, v = K / K.norm(), L / L.norm()
+        s = u @ target @ v
+    G, A = running(fl.DyKAF(), layers)
+    expected = s * torch.kron(u.view(3, 3), v.view(4, 4))
+    assert relative(torch.kron(G, A), expected) < 1e-12
+    assert float(G.norm()) == pytest.approx(float(A.norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("moving", "resting", "bound"),
+    [(fl.KLShampoo(ridge=1e-14), fl.KLOptimal(), 1e-9), (fl.DyKAF(), fl.KroneckerOptimal(), 1e-9)],
+)
+def test_on_one_block_the_running_forms_end_in_the_optimum(moving, resting, bound):
+    layer = of_columns(randn(200, 4, seed=1), randn(200, 3))
+    found = torch.kron(*running(moving, [layer] * 80, decay=0.5))
+    assert relative(found, resting(layer).dense()) < bound
+
+
+@pytest.mark.parametrize("method", [fl.KLShampoo(ridge=1e-14), fl.DyKAF()])
+def test_the_first_step_on_a_product_is_the_product(method):
+    U, V = randn(3, 3), randn(5, 5, seed=1)
+    layer = of_columns(V.repeat(3, 1), U.repeat_interleave(5, 0))
+    assert relative(method(layer).dense(), torch.kron(U.T @ U, V.T @ V) / 15) < 1e-10
+
+
+@pytest.mark.parametrize("kind", [fl.KLShampoo, fl.DyKAF])
+def test_the_running_forms_refuse_and_stay_as_they_were(kind):
+    with pytest.raises(BlockError, match=r"statistics is 'per_example' or 'gradient', got 'mean'"):
+        kind(statistics="mean")
+    layers = batches(2)
+    means = Running(kind(), largest_factor=3)
+    with pytest.raises(BlockError, match="keeps whole factors.*3 outputs and 4 inputs"):
+        means.update(layers[0])
+    means = Running(kind())
+    means.update(layers[0])
+    before = {key: value.clone() for key, value in means.sums.items()}
+    broken = of_columns(torch.full((2, 4), math.nan).double(), randn(2, 3))
+    with pytest.raises(BlockError, match=r"factor|NaN or inf"):
+        means.update(broken)
+    assert all(torch.equal(before[key], value) for key, value in means.sums.items())
+    again = Running(kind())
+    again.load_state_dict(means.state_dict())
+    means.update(layers[1])
+    again.update(layers[1])
+    assert torch.equal(means.block().dense(), again.block().dense())
+    with pytest.raises(BlockError, match="ridge"):
+        fl.KLShampoo(ridge=0.0)
+
+
+# a sketched block
+
+
+def test_nystrom_is_the_block_at_its_rank_and_below_it_otherwise():
+    layer = captured("full")
+    D = columns(layer).flatten(1)
+    F = D.T @ D / layer.examples
+    assert relative(fl.Nystrom(rank=15)(layer).dense(), F) < 1e-12
+    thin = captured("thin")
+    D = columns(thin).flatten(1)
+    assert relative(fl.Nystrom(rank=9)(thin).dense(), D.T @ D / thin.examples) < 1e-10
+    last = None
+    for rank in (2, 5, 9):
+        X = fl.Nystrom(rank=rank)(layer).dense()
+        assert torch.linalg.eigvalsh(F - X)[0] > -1e-12 * F.norm()
+        assert torch.linalg.matrix_rank(X, hermitian=True) == rank
+        assert last is None or (F - X).norm() < last
+        last = (F - X).norm()
+    with pytest.raises(BlockError, match="rank of Nystrom must be a whole number >= 1, got 0"):
+        fl.Nystrom(rank=0)
 
 
 # the block of a weight whose columns are apart

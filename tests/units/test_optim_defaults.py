@@ -279,10 +279,11 @@ def test_the_table_is_of_these_defaults() -> None:
     script = runpy.run_path(str(folder / "data" / "results" / "defaults.py"))
     rows = pd.read_csv(script["ROWS"])
     new = rows[rows["label"] == "new"]
-    assert script["NEWER"] == ("muon", "soap", "kl_optimal")
+    newer = ("muon", "soap", "kl_optimal", "kl_shampoo", "dykaf", "nystrom")
+    assert script["NEWER"] == newer
     assert not {*script["NEWER"]} & {*new["optimizer"]}
     for task, ours in new.groupby("task"):
-        known = {*script["measured"]("new")} - {"muon", "soap", "kl_optimal"}
+        known = {*script["measured"]("new")} - {*newer}
         assert set(ours["optimizer"]) >= known - {"kronecker_sum", "mini_block"}
         criterion = nn.MSELoss() if task == "house_prices" else nn.CrossEntropyLoss()
         for name, stated in ours[["optimizer", "defaults"]].dropna().drop_duplicates().values:
