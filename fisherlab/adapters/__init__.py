@@ -8,6 +8,7 @@ scale; `conventions()` has one table of all.
 
 from fisherlab.adapters.conventions import conventions
 from fisherlab.adapters.library import AdapterError
+from fisherlab.adapters.operators import as_curvlinops_operator
 from fisherlab.adapters.through_backpack import from_backpack, to_backpack
 from fisherlab.adapters.through_curvlinops import curvlinops, from_curvlinops, to_curvlinops
 from fisherlab.adapters.through_kronfluence import from_kronfluence, to_kronfluence
@@ -15,6 +16,7 @@ from fisherlab.adapters.through_nngeometry import from_nngeometry
 
 __all__ = [
     "AdapterError",
+    "as_curvlinops_operator",
     "conventions",
     "curvlinops",
     "from_backpack",

@@ -11,6 +11,7 @@ from fisherlab.metrics.alignment import (
     spectral_gap,
     subspace_overlap,
 )
+from fisherlab.metrics.bregman import von_neumann_divergence
 from fisherlab.metrics.coefficients import coefficient_drift, example_coefficients
 from fisherlab.metrics.direction import (
     direction_cosine,
@@ -56,6 +57,7 @@ from fisherlab.metrics.spectrum import (
     cumulative_trace,
     effective_rank,
     participation_ratio,
+    spectral_density,
 )
 from fisherlab.metrics.staleness import staleness
 
@@ -108,11 +110,13 @@ __all__ = [
     "scaled_error",
     "similarity",
     "similarity_matrix",
+    "spectral_density",
     "spectral_gap",
     "staleness",
     "stein_loss",
     "step",
     "subspace_overlap",
     "trace_ratio",
+    "von_neumann_divergence",
     "zero_gradients",
 ]

@@ -103,6 +103,13 @@ def _with_gram(value: object, what: str) -> None:
         )
 
 
+def _with_eigenvalues(value: object, what: str) -> None:
+    if not callable(getattr(value, "eigenvalues", None)):
+        raise TypeError(
+            f"{what} must be a block or the Fisher of a network, got {doors.said(value)}"
+        )
+
+
 def _states(value: object, what: str) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"{what} must be a dict of step -> block, got {doors.said(value)}")
@@ -152,6 +159,7 @@ KINDS: dict[str, Callable[[Any, str], object]] = {
     "Block | None": _optional_block,
     "Outer": _exact,
     "HasGram": _with_gram,
+    "HasEigenvalues": _with_eigenvalues,
     "Sequence[Block]": _blocks,
     "Mapping[str, HasGram]": _layers,
     "Mapping[int, Block]": _states,
@@ -175,6 +183,8 @@ NAMES: dict[str, Callable[[Any, str], object]] = {
     "similarities": _square,
     "correlations": _squares,
     "values": partial(doors.tensor, ndim=(1,)),
+    "grid": partial(doors.tensor, ndim=(1,)),
+    "width": partial(doors.number, above=0.0),
     "coefficients": partial(doors.tensor, ndim=(1,)),
     "shared": partial(doors.tensor, ndim=(1,)),
 }

@@ -163,12 +163,12 @@ def _exactly(block: Block) -> Block:
         block = block.eigen
     if not isinstance(block, Eigen):
         return cast(block, torch.float64)
-    Q_G, Q_A = (_orthonormal(Q) for Q in (block.Q_G, block.Q_A))
+    Q_G, Q_A = (orthonormal(Q) for Q in (block.Q_G, block.Q_A))
     tails = (block.spectrum, block.tail_G, block.tail_A, block.tail)
     return Eigen(Q_G, Q_A, *(values.double() for values in tails))
 
 
-def _orthonormal(Q: Basis) -> Tensor | None:
+def orthonormal(Q: Basis) -> Tensor | None:
     """A basis to the last digit of float64; None for the coordinates themselves."""
     return None if isinstance(Q, Coordinates) else qr(matrix_of(Q).double(), "eigenvectors")[0]
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block
 from fisherlab.metrics.entry import entered
+
+
+class HasEigenvalues(Protocol):
+    """Anything with eigenvalues: a block, or the Fisher of a network."""
+
+    @property
+    def size(self) -> int:
+        """N, the side of the matrix."""
+        ...
+
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues; those that are left out are 0."""
+        ...
 
 
 @entered
@@ -123,3 +138,35 @@ def cumulative_trace(F: Block) -> Tensor:
     """
     values = F.eigenvalues().clamp(min=0)
     return values.cumsum(0) / values.sum().clamp(min=1e-300)
+
+
+@entered
+def spectral_density(F: HasEigenvalues, grid: Tensor, width: float) -> Tensor:
+    """`(1/N) sum_k N(t; f_k, width^2)` at each `t`, over all N eigenvalues `f_k` of F.
+
+    It is exact, where Lanczos quadrature estimates it (curvlinops, through
+    `fl.adapters.as_curvlinops_operator`).
+
+    Args:
+        F: a block, or `fl.network.NetworkFisher`.
+        grid: `[T]`, where the density is wanted.
+        width: standard deviation of the normal density in place of each eigenvalue, positive.
+
+    Returns:
+        `[T]` float64, which integrates to 1.
+
+    Example:
+        >>> import torch
+        >>> from fisherlab import blocks, metrics
+        >>> F = blocks.Diagonal(torch.tensor([[2.0, 2.0, 0.0]]))
+        >>> metrics.spectral_density(F, torch.tensor([0.0, 2.0]), 0.1).round(decimals=2).tolist()
+        [1.33, 2.66]
+    """
+    values, at = F.eigenvalues().double(), grid.double()[:, None]
+
+    def bumps(centres: Tensor) -> Tensor:
+        return torch.exp(-((at - centres) ** 2) / (2 * width**2)).sum(1)
+
+    zeros = F.size - len(values)
+    total = bumps(values) + zeros * bumps(values.new_zeros(1))
+    return total / (F.size * width * math.sqrt(2 * math.pi))

@@ -21,6 +21,7 @@ from fisherlab.approximations.kfac import KFAC, KFACReduce
 from fisherlab.approximations.kl_shampoo import KLShampoo
 from fisherlab.approximations.kronecker_optimal import KroneckerSum
 from fisherlab.approximations.mini_block import MiniBlock
+from fisherlab.approximations.nystrom import Nystrom
 from fisherlab.approximations.shampoo import Shampoo
 from fisherlab.approximations.sngd import SNGD
 from fisherlab.approximations.tkfac import TKFAC
@@ -208,6 +209,8 @@ _MAKERS: dict[str, Maker] = {
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),
     "kronecker_sum": _kronecker_sum,
     "kfac_reduce": _natural(KFACReduce()),
+    # beside its directions there is nothing but the damping
+    "nystrom": _natural(Nystrom(), 0.1),
     "diagonal": _natural(Diagonal(), 0.1, lr=0.02),
     "mini_block": _natural(MiniBlock()),
 }

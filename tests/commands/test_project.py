@@ -26,7 +26,7 @@ ROWS = [
     {"metrics", "extract"},
     {"statistics"},
     {"approximations", "adapters"},
-    {"comparison", "optim"},
+    {"comparison", "network", "optim"},
     {"auditing", "claims", "experiments", "monitoring", "plots", "testing"},
     {"cli", "commands"},
 ]

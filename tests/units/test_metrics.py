@@ -8,6 +8,7 @@ import torch
 from block_laws import orthonormal
 from formulas import found_and_expected
 from references import randn
+from scipy.linalg import logm
 from torch import nn
 
 import fisherlab as fl
@@ -219,6 +220,34 @@ def test_stein_loss_and_condition(name, case, damping):
     root = matrix_power(x, -0.5, damping)
     values = torch.linalg.eigvalsh(root @ (f + eye) @ root)
     near(metrics.condition(X, F, damping), values[-1] / values[0], rel=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n != "kronecker_sum"), "exact", "nystrom"])
+def test_von_neumann_divergence(name, case):
+    X, F, x, f, _ = measured(case, name)
+    assert metrics.von_neumann_divergence(F, F, 0.1) == 0
+    for damping in (1e-3, 0.5):
+        x_l, f_l = (S + damping * torch.eye(len(x)).double() for S in (x, f))
+        log_x, log_f = (torch.from_numpy(logm(S.numpy())) for S in (x_l, f_l))
+        expected = (f_l @ (log_f - log_x)).trace() - f_l.trace() + x_l.trace()
+        scale = float(f_l.trace() * log_x.abs().max() + x_l.trace())
+        near(metrics.von_neumann_divergence(X, F, damping), expected, rel=1e-8, abs=1e-11 * scale)
+
+
+def test_von_neumann_divergence_is_zero_at_the_block_alone_and_refuses_a_logarithm_of_zero():
+    diagonal = blocks.Diagonal(torch.tensor([[3.0, 1.0]]).double())
+    other = blocks.Dense(diagonal.dense(), (1, 2))
+    near(metrics.von_neumann_divergence(other, diagonal, 0.0), 0.0, abs=1e-14)
+    parts = blocks.DirectSum([diagonal, diagonal])
+    near(
+        metrics.von_neumann_divergence(parts, parts.power(1, 0.5), 0.0),
+        2 * sum((v + 0.5) * math.log((v + 0.5) / v) - 0.5 for v in (3.0, 1.0)),
+        1e-12,
+    )
+    singular = blocks.Diagonal(torch.tensor([[3.0, 0.0]]).double())
+    with pytest.raises(blocks.BlockError, match="eigenvalue 0, whose logarithm needs"):
+        metrics.von_neumann_divergence(singular, diagonal, 0.0)
 
 
 def test_condition_by_lanczos_is_the_dense_one(monkeypatch):

@@ -1,0 +1,116 @@
+"""`NetworkMatrix`: a symmetric matrix on the weights of several layers, by products alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisherlab import doors
+from fisherlab.blocks import BlockError
+from fisherlab.blocks.numerics import check_dense, symmetrise
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+Weights = dict[str, Tensor]
+
+
+class NetworkMatrix(ABC):
+    """A symmetric matrix that acts on `{name: [o, i]}`, one weight per layer; never formed.
+
+    As a vector of length N, the layers follow each other in the order of `shapes`, each row by row.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def __matmul__(self, V: Mapping[str, Tensor]) -> Weights:
+        """The product with one weight per layer."""
+
+    @property
+    def size(self) -> int:
+        """N, the parameters of all layers."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def flat(self, V: Mapping[str, Tensor]) -> Tensor:
+        """The layers' weights as one vector `[N]`."""
+        self.check(V)
+        return torch.cat([V[name].flatten() for name in self.shapes])
+
+    def split(self, vector: Tensor) -> Weights:
+        """One vector `[N]` as the layers' weights."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        pieces = zip(self.shapes.items(), vector.split(sizes), strict=True)
+        return {name: piece.reshape(shape) for (name, shape), piece in pieces}
+
+    def check(self, V: Mapping[str, Tensor]) -> None:
+        """Refuse weights of other layers or shapes.
+
+        Raises:
+            BlockError: they differ; the message names the layer.
+        """
+        if not isinstance(V, Mapping):
+            raise BlockError(f"V must be a dict of layer -> weight, got {doors.said(V)}")
+        if set(V) != set(self.shapes):
+            raise BlockError(
+                f"V has the layers {sorted(V)}, this {type(self).__name__} has "
+                f"{sorted(self.shapes)}"
+            )
+        for name, shape in self.shapes.items():
+            doors.tensor(V[name], f"V[{name!r}]", error=BlockError)
+            if tuple(V[name].shape) != tuple(shape):
+                raise BlockError(
+                    f"V[{name!r}] must have the shape {tuple(shape)}, got {doors.said(V[name])}"
+                )
+
+    def dense(self) -> Tensor:
+        """The matrix `[N, N]`; raises `BlockTooLarge` past the memory budget."""
+        check_dense(self.size, self.dtype, self.device, type(self).__name__)
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        rows = [torch.cat([x.flatten() for x in (self @ self.split(e)).values()]) for e in eye]
+        return symmetrise(torch.stack(rows))
+
+    def as_linear_operator(self) -> LinearOperator:
+        """The matrix as a SciPy `LinearOperator` on vectors of length N."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def matvec(v: np.ndarray) -> np.ndarray:
+            vector = torch.as_tensor(np.ascontiguousarray(v.reshape(-1)))
+            found = self @ self.split(vector.to(self.device, self.dtype))
+            return torch.cat([x.flatten() for x in found.values()]).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator((self.size,) * 2, matvec=matvec, rmatvec=matvec, dtype=dtype)
+
+    def leading(self, k: int, which: str = "LA", tol: float = 0.0) -> tuple[Tensor, list[Weights]]:
+        """Eigenpairs by SciPy's `eigsh`, from a fixed start.
+
+        Args:
+            k: how many.
+            which: "LA" the largest, "SA" the smallest, "LM" the largest in size.
+            tol: relative accuracy of the eigenvalues; 0: of the precision.
+
+        Returns:
+            The eigenvalues `[k]`, the largest first, and the eigenvectors by layer.
+        """
+        from scipy.sparse.linalg import eigsh
+
+        k = min(doors.count(k, "k", error=BlockError), self.size - 1)
+        doors.choice(which, "which", ("LA", "SA", "LM"), error=BlockError)
+        start = torch.randn(
+            self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        operator = self.as_linear_operator()
+        values, vectors = eigsh(
+            operator, k=k, which=which, tol=tol, v0=start.numpy().astype(operator.dtype)
+        )
+        order = np.argsort(values)[::-1].copy()
+        found = torch.as_tensor(vectors[:, order].T.copy(), dtype=self.dtype, device=self.device)
+        return torch.as_tensor(values[order].copy()).double(), [self.split(v) for v in found]
