@@ -48,11 +48,12 @@ def sweep_parts(folder: Path) -> None:
     """Delete what killed processes left half-written below a folder."""
     for part in folder.rglob(".*.part"):
         owner = part.suffixes[-2].removeprefix(".") if len(part.suffixes) > 1 else ""
-        if not (owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner))):
+        if not (owner.isdigit() and int(owner) != os.getpid() and alive(int(owner))):
             part.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -196,17 +196,46 @@ def of_sweep(run: RunDir) -> Iterator[Section]:
     if "final" in table:
         ended = table.sort_values("final", ascending=metric not in HIGHER_IS_BETTER)
         text = [*findings.best_optimizer(ended, metric), *text]
+    tried = pd.DataFrame(found["tried"])
+    tried["optimizer"] = tried["name"]
+    shown = _searched(run, tried, found)
     curves = run.folder / "final" / "curves.png"
+    if curves.is_file():
+        shown.insert(0, Picture(curves, TRAINING["curves"]))
     yield Section(
         "Which settings are best",
         [*text, *found["notes"]],
         [Table(table, f"{metric.capitalize()}: held out, then on the test set.", CHOSEN)],
-        [Picture(curves, TRAINING["curves"])] if curves.is_file() else [],
+        shown[:1],
+        found=len(text),
     )
-    tried = pd.DataFrame(found["tried"])
+    yield Section("Option by option", pictures=shown[1:])
+    tried["options"] = [
+        ", ".join(f"{option}={value}" for option, value in options.items())
+        for options in tried["options"]
+    ]
+    tried = tried[["label", "options", "value", "status", "note"]]
     yield Section("Every point", tables=[Table(tried, f"The {metric} on held-out examples.", {})])
 
 
+def _searched(run: RunDir, tried: pd.DataFrame, found: dict[str, Any]) -> list[Picture]:
+    """What an option does to the metric, where more than one value of one was tried."""
+    shown = []
+    moved = tried.groupby("optimizer")["options"].agg(lambda all: len({str(o) for o in all}) > 1)
+    if moved.any():
+        figure = plots.search_slices(tried, found["metric"])
+        shown.append(picture(run, "slices", figure, SEARCH["slices"]))
+    if found["importance"]:
+        figure = plots.search_importance(found["importance"])
+        shown.append(picture(run, "importance", figure, SEARCH["importance"]))
+    return shown
+
+
+SEARCH = {
+    "slices": "The metric on held-out examples over each option; every point is in every panel.",
+    "importance": "Share of the metric's variance among the points that an option explains (fANOVA "
+    "on Optuna's trees); a few points tell little.",
+}
 CHOSEN = {
     **SUMMARY,
     "options": "the chosen point of the grid",

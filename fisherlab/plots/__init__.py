@@ -37,6 +37,7 @@ from fisherlab.plots.spectra import (
     effective_rank,
     eigenvalues,
 )
+from fisherlab.plots.sweep import search_importance, search_slices
 from fisherlab.plots.theme import colour, save
 
 __all__ = [
@@ -70,6 +71,8 @@ __all__ = [
     "principal_angles",
     "reproduced",
     "save",
+    "search_importance",
+    "search_slices",
     "staleness",
     "theme",
     "time_split",

@@ -1,4 +1,4 @@
-"""`fisherlab train` and `fisherlab sweep` as a user types them: exit codes, the table, files."""
+"""`fisherlab train` as a user types it: exit codes, the table, files."""
 
 import contextlib
 import json
@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from fisherlab import cli, optim
 from fisherlab.commands import common
-from fisherlab.experiments import sweep, training
 from fisherlab.experiments.training import Settings
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -186,91 +185,6 @@ def test_ctrl_c_is_130_and_keeps_the_results(tmp_path):
     assert "interrupted" in err and "Traceback" not in err and "interrupted" in out
     rows = pd.read_parquet(tmp_path / "rows.parquet")
     assert set(rows["optimizer"]) == {"sgd"}
-
-
-# Sweep -------------------------------------------------------------------------------------------
-
-
-def swept(folder, *words):
-    """The result of a sweep on digits that came to its end."""
-    result = typed("sweep --data digits --batch-size 64", *words, f"--out {folder}")
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def test_a_grid_is_every_combination():
-    grid = sweep.grid(["kfac.lr=0.1,0.2,0.3", "kfac.damping=relative(1),gram_norm(2)"], "kfac,sgd")
-    points = sweep.points("kfac,sgd", grid)
-    assert [p.label for p in points] == [*(f"kfac-{k}" for k in range(1, 7)), "sgd-1"]
-    assert points[1].options == {"lr": "0.1", "damping": "gram_norm(2)"}
-
-
-def test_a_sweep_chooses_on_held_out_examples_and_tests_the_best(tmp_path):
-    swept(
-        tmp_path,
-        "--hidden 8 --examples 640 --validation 200 --epochs 2 --final-epochs 2 --seeds 2",
-        "--optimizer sgd,adam --grid sgd.lr=1e-6,0.1,1e9 --grid adam.lr=1e-3,1e-2",
-    )
-    found = json.loads((tmp_path / "sweep.json").read_text())
-    table = {row["optimizer"]: row for row in found["table"]}
-    assert table["sgd"]["options"] == "lr=0.1" and table["sgd"]["points"] == 3
-    assert table["sgd"]["at_the_edge"] == "" and table["sgd"]["seeds"] == 2
-    tried = pd.read_parquet(tmp_path / "search" / "summary.parquet").set_index("optimizer")
-    assert tried.loc["sgd-3", "status"] == "diverged"
-    assert (
-        table["sgd"]["validation"]
-        == tried.loc["sgd-2", "final"]
-        == tried["final"].filter(like="sgd").max()
-    )
-    page = (tmp_path / "sweep.md").read_text()
-    assert f"| sgd | 3 | lr=0.1 |  | {table['sgd']['validation']} |" in page
-    assert f"{table['sgd']['final']:.4f} ± {table['sgd']['final_sd']:.4f} (2 seeds)" in page
-    final = Settings.load(tmp_path / "final")
-    assert final.validation is None and final.seeds == (0, 1) and final.examples is None
-    assert {str(entry) for entry in final.entries} == {
-        "sgd (lr=0.1)",
-        f"adam ({table['adam']['options']})",
-    }
-
-
-def test_a_choice_at_the_end_of_its_grid_is_said():
-    grid = {"sgd": {"lr": ["0.1", "0.2", "0.3"], "momentum": ["0", "0.9"]}}
-    found = sweep.Search(grid, None, (), None)
-    entry = training.Entry("sgd", "sgd", {"lr": "0.3", "momentum": "0.9"})
-    assert found.edges(entry) == ["lr"]
-
-
-def test_points_that_were_one_run_are_said_with_the_reason(tmp_path):
-    result = swept(
-        tmp_path,
-        "--hidden 4 --examples 192 --validation 50 --epochs 1 --final-epochs 1 --seeds 1",
-        "--final-examples 128 --grid kfac.lr=0.03,0.1 --grid sgd.lr=0.01,0.1",
-        "--grid sgd.nesterov=false --grid kfac.kl_clip=1e-9",
-    )
-    note = (
-        "kfac: lr=0.03 and lr=0.1 gave the same run: kl_clip shortened every step; "
-        "pass kl_clip=none or search it"
-    )
-    assert note in result.stdout and "sgd: lr" not in result.stdout
-    page = (tmp_path / "sweep.md").read_text()
-    assert note in page and "(1 seed) |" in page and "nan" not in page
-    assert json.loads((tmp_path / "sweep.json").read_text())["notes"] == [note]
-
-
-def test_a_point_that_lost_a_seed_is_no_other_points_run(tmp_path):
-    entries = training.entries("a=sgd,b=sgd", ["a.lr=0.1", "b.lr=0.1"])
-    options = {"hidden": (4,), "examples": 128, "batch_size": 64, "epochs": 1, "seeds": (0, 1)}
-    tried = training.train(Settings(entries=entries, **options), tmp_path)
-    search = sweep.Search({}, tried, (), None)
-    assert len(search.notes) == 1 and "the losses of every epoch agree" in search.notes[0]
-    tried.records[-1].rows.clear()
-    assert not search.notes
-
-
-@pytest.mark.parametrize("words", ["--grid kfac=1", "--grid adam.lr=1", "--grid kfac.lrr=1"])
-def test_a_wrong_grid_is_2(words, tmp_path):
-    result = typed(f"sweep --optimizer kfac {words} --out {tmp_path / 'run'}")
-    assert result.exit_code == 2 and not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_that_somebody_swallowed_is_raised_at_the_next_step():

@@ -13,10 +13,10 @@ EXPLODED = 1e4
 
 
 class Diverged(Exception):
-    """A loss that is not finite or far above the first, at a step and in a layer."""
+    """A loss that is not finite or far above the first, at a step; "" is no layer to name."""
 
     def __init__(self, step: int, layer: str, why: str) -> None:
-        super().__init__(f"step {step}, layer {layer!r}: {why}")
+        super().__init__(f"step {step}{f', layer {layer!r}' if layer else ''}: {why}")
         self.step, self.layer = step, layer
 
 
