@@ -49,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
         body, resources = MarkdownExporter().from_notebook_node(
             notebook, resources={"output_files_dir": f"{path.stem}_files"}
         )
-        add(files, config, f"notebooks/{path.stem}.md", unindented(body))
+        add(files, config, f"notebooks/{path.stem}.md", boost(0.5) + unindented(body))
         for name, picture in resources["outputs"].items():
             add(files, config, f"notebooks/{name}", picture)
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
@@ -62,9 +62,14 @@ def on_files(files: Files, config: Any) -> Files:
     add(files, config, "glossary.md", glossary())
     add(files, config, "cli.md", command_line())
     for name, subject in PACKAGES.items():
-        page = f"# fisherlab.{name}\n\n{subject}.\n\n::: fisherlab.{name}\n"
+        page = f"{boost(4)}# fisherlab.{name}\n\n{subject}.\n\n::: fisherlab.{name}\n"
         add(files, config, f"api/{name}.md", page)
     return files
+
+
+def boost(factor: float) -> str:
+    """The head of a page that the search ranks by this factor: an item before its uses."""
+    return f"---\nsearch:\n  boost: {factor}\n---\n\n"
 
 
 def place(name: str) -> tuple[int, int]:
@@ -86,7 +91,9 @@ def thumbnail(subject: str, picture: str, page: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Below docs/pictures.md: every kind of picture that a notebook has kept, with its link."""
+    """No contents beside a short page; below docs/pictures.md every picture a notebook has kept."""
+    if len(re.findall(r"^##+ ", markdown, re.MULTILINE)) < 2 and "::: " not in markdown:
+        page.meta["hide"] = ["toc"]  # the room is the tables'
     if page.file.src_uri != "pictures.md":
         return markdown
     parts = ["## Gallery", "Each picture leads to the notebook that draws it."]
@@ -100,9 +107,7 @@ def glossary() -> str:
     """The columns of a comparison, from the table that its report shows as well."""
     from fisherlab.experiments.columns import MEANING
 
-    rows = [
-        f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in MEANING.items()
-    ]
+    rows = [f"| `{name}` | {cell(meaning)} |" for name, meaning in MEANING.items()]
     head = ["# Glossary of columns", "", "What `table.frame` and every comparison file hold."]
     return "\n".join([*head, "", "| column | means |", "| --- | --- |", *rows, ""])
 
@@ -143,8 +148,9 @@ def commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def cell(text: str | None) -> str:
-    """A text as one cell of a table."""
-    return " ".join((text or "").split()).replace("|", "\\|")
+    """A text as one cell of a table, no letter of it a sign of Markdown or HTML."""
+    plain = html.escape(" ".join((text or "").split()), quote=False)
+    return re.sub(r"([|*_])", r"\\\1", plain)
 
 
 def add(files: Files, config: Any, where: str, content: str | bytes) -> None:
