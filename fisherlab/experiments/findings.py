@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -34,17 +36,23 @@ def _nearest(frame: pd.DataFrame, column: str, where: str) -> str:
     least = wide.min(axis=1)
     wins = wide.le(least * (1 + EQUAL), axis=0).sum().sort_values(ascending=False, kind="stable")
     name, count = str(wins.index[0]), int(wins.iloc[0])
+    every = len(wide)
+    split = every > 1 and 2 * count <= every
+    if split:
+        name = str(wide.median().idxmin())
     alike = [
         str(other)
         for other in wide
         if np.allclose(wide[other], wide[name], rtol=EQUAL, atol=0, equal_nan=True)
     ]
-    every = len(wide)
-    layers = "the only layer" if every == 1 else f"{count} of {every} layers"
-    text = (
-        f"{where}, {' and '.join(alike)} {'is' if len(alike) == 1 else 'are'} nearest in {layers}"
-    )
-    text += f", with a median error of {wide[name].median():.3g}"
+    several = len(alike) > 1
+    if split:
+        text = f"{where}, no method is nearest in most of the {every} layers; {series(alike)} "
+        text += f"{'have' if several else 'has'} the least median error, {wide[name].median():.3g}"
+    else:
+        layers = "the only layer" if every == 1 else f"{count} of {every} layers"
+        text = f"{where}, {series(alike)} {'are' if several else 'is'} nearest in {layers}"
+        text += f", with a median error of {wide[name].median():.3g}"
     mine = frame[(frame["approximation"] == name) & frame[column].notna()]
     low, high = (f"{column}_{end}" for end in ("low", "high"))
     if low in mine and mine[low].notna().all() and np.isfinite(mine[high]).all():
@@ -52,8 +60,13 @@ def _nearest(frame: pd.DataFrame, column: str, where: str) -> str:
         text += f" (95 % intervals: {ends[0]:.3g} to {ends[1]:.3g}"
         medians = wide.median().drop(alike)
         inside = [str(m) for m in medians[medians.between(*ends)].sort_values().index]
-        text += f", which hold {', '.join(inside[:3])} as well)" if inside else ")"
+        text += f", which hold {series(inside[:3])} as well)" if inside else ")"
     return f"{text}."
+
+
+def series(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def best_optimizer(summary: pd.DataFrame, metric: str) -> list[str]:

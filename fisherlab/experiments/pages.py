@@ -109,15 +109,11 @@ def _drawable(name: str, frame: pd.DataFrame) -> bool:
 
 
 def _what(frame: pd.DataFrame, config: dict[str, Any]) -> str:
-    first, settings = frame.iloc[0], config.get("settings", {})
-    unseen = settings.get("reference")
-    against = f" and, for the population error, {unseen} unseen ones" if unseen else ""
+    settings = config.get("settings", {})
     return (
         f"Model {settings.get('model')} on {settings.get('data')}, measured at training "
         f"{_listed('step', frame['step'])}: {_counted('layer', frame)}, "
-        f"{_counted('approximation', frame)}, {_listed('seed', frame['seed'])}. "
-        f"{str(first['fisher_type']).capitalize()} Fisher of {first['examples']} examples"
-        f"{against}, in {first['dtype']}."
+        f"{_counted('approximation', frame)}, {_listed('seed', frame['seed'])}."
     )
 
 

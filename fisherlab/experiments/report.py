@@ -47,6 +47,11 @@ class Picture:
     caption: str
 
     @property
+    def width(self) -> int:
+        """Pixels of the page that it fills: half of its own, as in print."""
+        return int.from_bytes(self.path.read_bytes()[16:20], "big") // 2
+
+    @property
     def data(self) -> str:
         """The picture itself, as an address."""
         return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
@@ -152,7 +157,8 @@ def _title(run: RunDir) -> str:
         return f"Settings of {few(list(config.get('grid', {})))} for {on}"
     if what == "verify":
         names = settings.get("names") or "all"
-        claims = "all papers" if names == "all" else few(names)
+        words = [] if names == "all" else [name.replace("_", " ") for name in names]
+        claims = few(words) if words else "all papers"
         return f"Claims of {claims}" + (f" on {settings['on']}" if settings.get("on") else "")
     if what == "bench":
         return f"Time and memory on {settings.get('device')}: {few(settings.get('parts', []))}"
@@ -199,8 +205,17 @@ def _made_with(run: RunDir) -> Section:
 def _flat(config: dict[str, Any], key: str) -> Iterator[tuple[str, str]]:
     inside = config.get(key, {})
     for name, value in inside.items() if isinstance(inside, dict) else [("", inside)]:
-        several = ", ".join(map(str, value)) if isinstance(value, list) else value
+        several = ", ".join(map(_said, value)) if isinstance(value, list) else value
         yield f"{key}: {name}".rstrip(": "), "–" if several in (None, {}, "") else str(several)
+
+
+def _said(value: Any) -> str:
+    """One of several settings: `kfac`, and `a: kfac lr=0.1` where an entry says more."""
+    if not isinstance(value, dict) or "name" not in value:
+        return str(value)
+    options = [f"{option}={chosen}" for option, chosen in value.get("options", {}).items()]
+    name, label = value["name"], value.get("label", value["name"])
+    return " ".join([*([f"{label}:"] if label != name else []), name, *options])
 
 
 def _side_by_side(runs: Sequence[RunDir]) -> Section | None:

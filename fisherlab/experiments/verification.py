@@ -16,7 +16,7 @@ from fisherlab.experiments.rundir import FIGURES, RunDir, RunDirError
 from fisherlab.plots import claims as pictures
 from fisherlab.plots import theme
 
-SHOWN = ["claim", "kind", "source", "verdict", "expected", "margin", "trials", "seconds", "note"]
+SHOWN = ["claim", "verdict", "kind", "source", "expected", "margin", "trials", "seconds", "note"]
 MEANING = {
     "claim": "name of the claim: `fl.claims.get(name)`",
     "kind": "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items()),
@@ -55,11 +55,12 @@ def of_verify(run: RunDir) -> Iterator[Section]:
         "Verdicts",
         [
             f"{summary(frame)}. An extension is ours; a contrast is what the paper itself denies.",
-            "What is refuted has its smallest counterexample in counterexamples/, to be read by "
-            "fl.claims.load.",
+            "Each refuted claim has its smallest counterexample in counterexamples/; "
+            "fl.claims.load reads it.",
         ],
         [Table(frame[SHOWN], "All claims; a heading sorts.", MEANING)],
         overview,
+        found=1,
     )
     for paper, claims in frame.groupby("paper", sort=False):
         for row in claims.to_dict("records"):
@@ -83,7 +84,7 @@ def _sentences(row: dict[str, Any]) -> list[str]:
         f"{row['kind'].capitalize()}: {KINDS[row['kind']]}.",
         f"Verdict: {row['verdict']}, smallest margin {_number(row['margin'])}",
     ]
-    found[-1] += f" over {row['trials']} trials." + (f" {row['note']}." if row["note"] else "")
+    found[-1] += f" over {row['trials']} trials" + (f"; {row['note']}." if row["note"] else ".")
     if row["assumption"]:
         found.append(f"Assumed: {row['assumption']}.")
     if row["outside"]:

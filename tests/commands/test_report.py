@@ -49,7 +49,8 @@ def folder(path, table=None, **config):
 
 @pytest.fixture
 def table():
-    return frame().assign(layer_type="Linear", fisher_type="exact", examples=5, note="")
+    counts = {"examples": 5, "reference_examples": 7}
+    return frame().assign(layer_type="Linear", fisher_type="exact", note="", **counts)
 
 
 def test_the_page_needs_nothing_else(tmp_path, table):
@@ -71,7 +72,7 @@ def test_every_number_of_the_summary_is_on_the_page(tmp_path, table):
     for name, row in summary.iterrows():
         assert name in page.words
         assert report.cell(row["relative_error"]) in page.words
-    assert "7 unseen ones" in " ".join(page.words)
+    assert "7 unseen examples" in " ".join(page.words)
 
 
 def test_every_column_is_explained(tmp_path, table):

@@ -120,6 +120,15 @@ def test_a_finding_names_the_nearest_method_its_equals_and_what_its_interval_hol
     assert held_out.endswith("(95 % intervals: 0.1 to 0.4, which hold kfac as well).")
 
 
+def test_a_finding_says_where_no_method_leads_in_most_layers() -> None:
+    errors = {"ekfac": [0.2, 0.6, 0.6], "kfac": [0.5, 0.3, 0.5], "tkfac": [0.4, 0.4, 0.1]}
+    batch, _ = found(errors)
+    assert batch == (
+        "On the batch itself, no method is nearest in most of the 3 layers; tkfac has the least "
+        "median error, 0.4."
+    )
+
+
 def test_the_best_optimizer_is_not_claimed_beyond_the_spread_of_its_seeds() -> None:
     rows = [("tekfac", 0.96, 0.02, 6.0), ("kfac", 0.95, 0.01, 3.0), ("sgd", 0.6, 0.01, 1.0)]
     summary = pd.DataFrame(rows, columns=["optimizer", "final", "final_sd", "ratio_to_sgd"])
