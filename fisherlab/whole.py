@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
+
+import pandas as pd
+import torch
 
 T = TypeVar("T")
 
@@ -35,13 +40,22 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             beside.unlink()
 
 
-def write(path: Path, content: str | Callable[[IO[bytes]], Any]) -> None:
-    """Write text, or what a function writes into a binary stream, whole or not at all."""
+def write(path: Path, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Write text or bytes, or what a function writes into a stream, whole or not at all."""
     with replacing(path) as stream:
         if callable(content):
             content(stream)
         else:
-            stream.write(content.encode())
+            stream.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Write dicts, lists, numbers, strings and tensors, whole or not at all, by `torch.save`."""
+    with replacing(path) as stream:
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:  # torch's zip writer says so of any write that fails
+            raise OSError(errno.EIO, "cannot be written whole; is the disk full?") from error
 
 
 def sweep_parts(folder: Path) -> None:
@@ -85,6 +99,24 @@ def read(
         raise error(_damaged(path, what, failure)) from failure
     except Exception as failure:  # readers raise what their formats raise
         raise error(_damaged(path, what, failure)) from failure
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as Parquet, whole or not at all."""
+    write(path, lambda stream: frame.to_parquet(stream, index=False))
+
+
+def read_table(path: Path, error: type[ValueError] = ValueError) -> pd.DataFrame:
+    """A Parquet file, or a refusal as `read` has it."""
+    return read(path, pd.read_parquet, "Parquet file", error)
+
+
+def read_json(path: Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The object of a JSON file, or a refusal as `read` has it."""
+    found = read(path, lambda path: json.loads(path.read_text(encoding="utf-8")), "JSON", error)
+    if not isinstance(found, dict):
+        raise error(f"{path} is damaged: it holds a {type(found).__name__}; make it again")
+    return found
 
 
 def _damaged(path: Path, what: str, failure: Exception) -> str:

@@ -2,6 +2,9 @@
 
 import os
 import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -38,6 +41,26 @@ def pytest_terminal_summary(terminalreporter) -> None:
     """The seed that repeats a failure of this run."""
     if ORDER is not None:
         terminalreporter.write_line(f"in random order: FISHERLAB_ORDER={ORDER}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary(tmp_path_factory) -> Iterator[Path]:
+    """Where temporary files go, in this process and in those that tests start."""
+    folder, before = tmp_path_factory.mktemp("temporary"), tempfile.tempdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        tempfile.tempdir = str(folder)
+        yield folder
+        tempfile.tempdir = before
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(temporary) -> Iterator[None]:
+    """No test leaves a temporary file behind."""
+    before = set(temporary.iterdir())
+    yield
+    left = sorted(path.name for path in set(temporary.iterdir()) - before)
+    assert not left, f"left in the folder of temporary files: {left}"
 
 
 @pytest.fixture(autouse=True)

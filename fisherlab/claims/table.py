@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -63,6 +62,8 @@ class Trials:
     case: Case | None = None
     left: Any = None
     right: Any = None
+    # the smallest counterexample, of what is refuted
+    smallest: Case | None = None
     # the cases nearest to a violation, sides relative to the larger: where hunts start
     nearest: list[tuple[float, Case]] = field(default_factory=list)
 
@@ -122,29 +123,22 @@ class Verdicts:
 
     def counterexample(self, name: str) -> Case | None:
         """The smallest counterexample found to a claim, or None."""
-        paths = self.frame.set_index("claim").counterexample
-        if name not in paths:
-            raise ClaimError(f"{name!r} was not tried; tried: {', '.join(paths.index)}")
-        return load(paths[name]) if paths[name] else None
+        if name not in self.trials:
+            raise ClaimError(f"{name!r} was not tried; tried: {', '.join(self.trials)}")
+        return self.trials[name].smallest
 
     def save(self, folder: str | Path) -> Path:
         """Write claims.json, claims.parquet and counterexamples/NAME.pt; returns the folder."""
         folder = Path(folder)
-        (folder / "counterexamples").mkdir(parents=True, exist_ok=True)
-        frame = self.frame.copy()
-        for row, path in self.frame.counterexample.items():
-            if path:
-                target = folder / "counterexamples" / Path(path).name
-                if target.resolve() != Path(path).resolve():
-                    target.write_bytes(Path(path).read_bytes())
-                frame.loc[row, "counterexample"] = f"counterexamples/{target.name}"
-        frame.to_parquet(folder / "claims.parquet", index=False)
-        records = [
-            {**row, **_described(base.get(row["claim"]))} for row in frame.to_dict("records")
-        ]
-        text = json.dumps({"on": self.on, "claims": records}, indent=1, default=str)
+        for row in self.frame.itertuples():
+            if (case := self.trials[row.claim].smallest) is not None:
+                whole.write_tensors(folder / row.counterexample, case)
+        whole.write_table(folder / "claims.parquet", self.frame)
         # JSON has no NaN
-        (folder / "claims.json").write_text(text.replace("NaN", "null"), encoding="utf-8")
+        rows = self.frame.astype(object).where(self.frame.notna(), None).to_dict("records")
+        records = [{**row, **_described(base.get(row["claim"]))} for row in rows]
+        text = json.dumps({"on": self.on, "claims": records}, indent=1, default=str)
+        whole.write(folder / "claims.json", text)
         return folder
 
     def _repr_html_(self) -> str:
@@ -241,7 +235,6 @@ def tried(
     if trials is not None and trials < 1:
         raise ClaimError(f"trials is at least 1, got {trials}")
     reals = list(real.real_cases(on, seed)) if on else None
-    folder = Path(tempfile.mkdtemp(prefix="fisherlab-claims-"))
     for name in names:
         claim = base.get(name)
         # a generator takes 32 bits of its seed
@@ -251,7 +244,7 @@ def tried(
         if cases is not None and not cases:
             continue
         found = _try(claim, cases, trials or claim.trials, generator)
-        row = _judged(claim, found, generator, folder)
+        row = _judged(claim, found, generator)
         yield {**row, "seconds": time.perf_counter() - start}, found
 
 
@@ -279,9 +272,7 @@ def _try(claim: Claim, cases: list[Case] | None, trials: int, generator: torch.G
     )
 
 
-def _judged(
-    claim: Claim, found: Trials, generator: torch.Generator, folder: Path
-) -> dict[str, Any]:
+def _judged(claim: Claim, found: Trials, generator: torch.Generator) -> dict[str, Any]:
     verdict, margin, note = claim.verdict(found.margins)
     if verdict == HOLDS and search.hunted(claim):
         for _, near in found.nearest:
@@ -295,9 +286,8 @@ def _judged(
             note = "violated by a case that was hunted down, by none that was drawn"
     path, numbers = "", 0
     if verdict == REFUTED and found.case is not None and min(found.margins) < -claim.noise:
-        case, _ = search.smallest(claim, found.case)
-        path, numbers = str(folder / f"{claim.name}.pt"), search.numbers_in(case)
-        torch.save(case, path)
+        found.smallest, _ = search.smallest(claim, found.case)
+        path, numbers = f"counterexamples/{claim.name}.pt", search.numbers_in(found.smallest)
     return {
         "claim": claim.name,
         "kind": claim.kind,

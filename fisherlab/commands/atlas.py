@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fisherlab import whole
 from fisherlab.commands import options
 from fisherlab.commands.common import UserError, progress, seeds_of, words
 
@@ -47,7 +48,7 @@ def atlas(
             rows = experiment.load(folder)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-        page.write_text(experiment.markdown(rows), encoding="utf-8")
+        whole.write(page, experiment.markdown(rows))
         typer.echo(f"page: {page}")
         return
     try:

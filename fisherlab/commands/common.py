@@ -95,12 +95,17 @@ def _mistake(error: Exception) -> str | None:
 
 
 def _bug(error: Exception) -> str:
-    handle, name = tempfile.mkstemp(prefix="fisherlab-", suffix=".log")
-    with os.fdopen(handle, "w", encoding="utf-8") as log:
-        log.write(f"fisherlab {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+    """The message of a bug, and where its traceback is: in a file, or below, if none can be."""
+    text = f"fisherlab {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}"
+    try:
+        handle, where = tempfile.mkstemp(prefix="fisherlab-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as log:
+            log.write(text)
+    except OSError:
+        where = f"this message:\n\n{text}"
     return (
         f"internal error: {type(error).__name__}: {_line(error)}\n"
-        f"This is a bug of FisherLab. The traceback is in {name}"
+        f"This is a bug of FisherLab. The traceback is in {where}"
     )
 
 

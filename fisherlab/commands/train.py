@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from fisherlab import whole
 from fisherlab.commands import options
 from fisherlab.commands.common import (
     Code,
@@ -197,7 +198,7 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
     log = out / "failures.log"
     log.unlink(missing_ok=True)  # of an earlier attempt
     if results.failures:
-        log.write_text("\n".join(record.traceback for record in results.failures))
+        whole.write(log, "\n".join(record.traceback for record in results.failures))
         leave(Code.BUG, f"a method failed in a way that is a bug of FisherLab; see {log}")
     if not results.succeeded:
         leave(Code.NOTHING, "no optimizer came to its end")

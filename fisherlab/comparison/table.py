@@ -277,16 +277,10 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(self.config, indent=2, default=str)
         whole.write(folder / "comparison.csv", self.frame.to_csv(index=False))
-        whole.write(
-            folder / "comparison.parquet",
-            lambda stream: self.frame.to_parquet(stream, index=False),
-        )
+        whole.write_table(folder / "comparison.parquet", self.frame)
         (folder / "unseen.parquet").unlink(missing_ok=True)
         if len(self.unseen):
-            whole.write(
-                folder / "unseen.parquet",
-                lambda stream: self.unseen.to_parquet(stream, index=False),
-            )
+            whole.write_table(folder / "unseen.parquet", self.unseen)
         whole.write(folder / "config.json", config)
         return folder
 
@@ -303,16 +297,13 @@ class Comparison:
             raise FileNotFoundError(
                 f"{folder} holds no comparison.parquet, which `save` writes into a folder"
             )
-        frame = whole.read(folder / "comparison.parquet", pd.read_parquet, "Parquet file")
+        frame = whole.read_table(folder / "comparison.parquet")
         if "approximation" not in frame or "layer" not in frame:
             raise ValueError(f"{folder / 'comparison.parquet'} is no comparison: it has no layers")
-        read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
-        config = whole.read(folder / "config.json", read, "JSON file")
-        if not isinstance(config, dict):
-            raise ValueError(f"{folder / 'config.json'} is damaged: it holds no dict")
+        config = whole.read_json(folder / "config.json")
         values = unseen_values([])
         if (unseen := folder / "unseen.parquet").is_file():
-            values = whole.read(unseen, pd.read_parquet, "Parquet file")
+            values = whole.read_table(unseen)
         return cls(frame, config, values)
 
     @classmethod

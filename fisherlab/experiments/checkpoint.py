@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fisherlab.whole import replacing
+from fisherlab import whole
 
 # In a checkpoint, so that a later layout is not taken for this one.
 FORMAT = 1
@@ -20,11 +19,7 @@ class CheckpointError(ValueError):
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write dicts, lists, numbers, strings and tensors, and nothing that needs pickle to run."""
-    with replacing(path) as stream:
-        try:
-            torch.save({"format": FORMAT, **state}, stream)
-        except RuntimeError as error:  # torch's zip writer says so of any write that fails
-            raise OSError(errno.EIO, "cannot be written whole; is the disk full?") from error
+    whole.write_tensors(path, {"format": FORMAT, **state})
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:

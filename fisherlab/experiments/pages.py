@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from fisherlab import plots
+from fisherlab import plots, whole
 from fisherlab.comparison import Comparison
 from fisherlab.experiments import findings
 from fisherlab.experiments.columns import MEANING
@@ -185,7 +184,7 @@ def of_sweep(run: RunDir) -> Iterator[Section]:
     path = run.folder / "sweep.json"
     if not path.is_file():
         raise RunDirError(f"{run.folder} holds a search without a choice; run it again")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = whole.read_json(path, RunDirError)
     table, metric = pd.DataFrame(found["table"]), found["metric"]
     chosen = [f"{row['optimizer']}: {row['options']}" for row in found["table"]]
     text = [f"Chosen by the {metric} on held-out training examples: {'; '.join(chosen)}."]

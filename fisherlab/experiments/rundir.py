@@ -65,10 +65,7 @@ class RunDir:
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """`name.csv` and `name.parquet`."""
         whole.write(self.folder / f"{name}.csv", frame.to_csv(index=False))
-        whole.write(
-            self.folder / f"{name}.parquet",
-            lambda stream: frame.to_parquet(stream, index=False),
-        )
+        whole.write_table(self.folder / f"{name}.parquet", frame)
 
     def write_grams(self, studies: Mapping[int, GramStudy]) -> None:
         """`grams.npz`: the Gram matrices of the batch by training step."""
@@ -93,18 +90,14 @@ class RunDir:
         path = self.folder / CONFIG
         if not path.is_file():
             raise RunDirError(f"{self.folder} holds no run: there is no {CONFIG} in it")
-        read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
-        found = whole.read(path, read, "JSON file", RunDirError)
-        if not isinstance(found, dict):
-            raise RunDirError(f"{path} is damaged: it holds a {type(found).__name__}; run it again")
-        return found
+        return whole.read_json(path, RunDirError)
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A table of the run; None if it has not been written."""
         path = self.folder / f"{name}.parquet"
         if not path.is_file():
             return None
-        return whole.read(path, pd.read_parquet, "Parquet file", RunDirError)
+        return whole.read_table(path, RunDirError)
 
     def _files(self, tables: tuple[str, ...]) -> list[Path]:
         names = [f"{name}{suffix}" for name in tables for suffix in (".csv", ".parquet")]

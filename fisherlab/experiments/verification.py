@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from fisherlab import whole
 from fisherlab.claims import KINDS, PAPERS, Verdicts
 from fisherlab.claims.table import summary
 from fisherlab.experiments.report import Picture, Section, Table, sections
@@ -34,10 +34,9 @@ def write(run: RunDir, table: Verdicts) -> None:
     """The tables, the counterexamples and the pictures, in the folder of a run."""
     table.save(run.folder)
     folder = run.folder / FIGURES
-    folder.mkdir(exist_ok=True)
-    (folder / "verdicts.png").write_bytes(pictures.verdicts(table).png(theme.DPI))
+    whole.write(folder / "verdicts.png", pictures.verdicts(table).png(theme.DPI))
     for name in pictures.worth_drawing(table):
-        (folder / f"{name}.png").write_bytes(pictures.claim(table, name).png(theme.DPI))
+        whole.write(folder / f"{name}.png", pictures.claim(table, name).png(theme.DPI))
 
 
 @sections("verify")
@@ -46,7 +45,7 @@ def of_verify(run: RunDir) -> Iterator[Section]:
     path = run.folder / "claims.json"
     if not path.is_file():
         raise RunDirError(f"{run.folder} holds a verification without claims; run it again")
-    rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    rows = whole.read_json(path, RunDirError)["claims"]
     frame = pd.DataFrame(rows)
     if "kind" not in frame:
         raise RunDirError(f"{run.folder} holds claims without their kinds; run it again")

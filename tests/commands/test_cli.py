@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -347,8 +348,15 @@ def ending(error):
 def test_a_bug_is_a_short_message_and_a_file_with_the_traceback():
     result = ending(KeyError("surprise"))
     assert result.exit_code == 70 and "Traceback" not in result.output
-    log = re.search(r"traceback is in (\S+)", result.output)[1]
-    assert "KeyError: 'surprise'" in Path(log).read_text(encoding="utf-8")
+    log = Path(re.search(r"traceback is in (\S+)", result.output)[1])
+    assert "KeyError: 'surprise'" in log.read_text(encoding="utf-8")
+    log.unlink()
+
+
+def test_a_bug_says_its_traceback_where_no_file_can_be_made(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    result = ending(KeyError("surprise"))
+    assert result.exit_code == 70 and "KeyError: 'surprise'" in result.output.split("in this")[1]
 
 
 @pytest.mark.parametrize(

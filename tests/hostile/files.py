@@ -7,7 +7,6 @@ import errno
 import functools
 import pickle
 import random
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,11 +60,8 @@ def harmed(draw: random.Random, content: bytes) -> bytes:
 
 def in_folder(act: Callable[[Path], object]) -> object:
     """What it makes of a folder that is gone afterwards."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        return act(folder)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        return act(Path(folder))
 
 
 def damaged(draw: random.Random) -> Case:

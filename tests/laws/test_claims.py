@@ -153,10 +153,10 @@ def test_the_notebook_counts_the_claims_there_are():
     assert ast.literal_eval("".join(stored["data"]["text/plain"])) == kinds
 
 
-def test_a_counterexample_can_be_loaded_and_violates_its_claim(table):
+def test_a_counterexample_violates_its_claim(table):
     refuted = table.frame[table.frame.verdict == "refuted"]
     for row in refuted.itertuples():
-        claim, case = claims.get(row.claim), torch.load(row.counterexample, weights_only=True)
+        claim, case = claims.get(row.claim), table.counterexample(row.claim)
         assert claim.assume(case), row.claim
         assert claim.margin(case) < -claim.noise, row.claim
         assert row.numbers == search.numbers_in(case)

@@ -114,7 +114,9 @@ def arenas():
     library.malloc_info(0, ctypes.c_void_p(file))
     library.fclose(ctypes.c_void_p(file))
     with open(path) as text:
-        return text.read().count("<heap nr=")
+        found = text.read().count("<heap nr=")
+    os.unlink(path)
+    return found
 def used():
     kept = [bytearray(200) for _ in range(1000)]
     started.wait()

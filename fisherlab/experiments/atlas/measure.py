@@ -159,11 +159,11 @@ def kept(folder: Path, cell: Cell, seed: int, names: Sequence[str]) -> bool:
     """
     path, there = cell_file(folder, cell, seed), list[str]()
     if path.is_file():
-        there = list(pd.read_parquet(path, columns=["approximation"])["approximation"].unique())
+        there = list(whole.read_table(path)["approximation"].unique())
         if set(names) <= set(there):
             return False
     found = pd.concat(measured(cell, seed, [*names, *there]), ignore_index=True)
     numbers = found.select_dtypes("float64").columns
     found = found.astype(dict.fromkeys(numbers, "float32"))
-    whole.write(path, lambda stream: found.to_parquet(stream, index=False))
+    whole.write_table(path, found)
     return True

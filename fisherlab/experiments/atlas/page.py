@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
+from fisherlab import whole
 from fisherlab.experiments.atlas.cells import CELLS, STAGES, UNSEEN
 from fisherlab.experiments.atlas.measure import BASE
 
@@ -48,7 +49,7 @@ def load(folder: Path) -> pd.DataFrame:
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no rows; `fisherlab atlas` measures them")
-    return pd.concat([pd.read_parquet(path) for path in files], ignore_index=True)
+    return pd.concat([whole.read_table(path) for path in files], ignore_index=True)
 
 
 def median_interval(rows: pd.DataFrame, column: str = VALUE) -> tuple[float, float, float, int]:

@@ -41,9 +41,7 @@ def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
         rundir.write_table(part, pd.DataFrame(records))
     frame = pd.DataFrame(records)
     drawn = pictures.scaling(frame) if part == "scaling" else pictures.ratios(frame, part)
-    folder = rundir.folder / FIGURES
-    folder.mkdir(exist_ok=True)
-    (folder / f"{part}.png").write_bytes(drawn.png(DPI))
+    whole.write(rundir.folder / FIGURES / f"{part}.png", drawn.png(DPI))
     return frame
 
 

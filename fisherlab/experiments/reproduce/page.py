@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from fisherlab import whole
 from fisherlab.experiments import report
 from fisherlab.experiments.report import Picture, Section, Table, sections
 from fisherlab.experiments.reproduce import outcome
 from fisherlab.experiments.reproduce.catalogue import items
 from fisherlab.experiments.reproduce.item import SCALES
 from fisherlab.experiments.reproduce.plan import settings_of
-from fisherlab.experiments.rundir import RunDir
+from fisherlab.experiments.rundir import RunDir, RunDirError
 
 MEANING = {
     "ours": "mean over the seeds",
@@ -40,7 +40,7 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
         for item in items():
             path = out / scale / item.paper / f"{item.key}.json"
             if path.is_file():
-                yield json.loads(path.read_text(encoding="utf-8"))
+                yield whole.read_json(path, RunDirError)
 
 
 @sections("reproduce")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab import whole
 from fisherlab.optim.create import default
 from fisherlab.optim.presets import NOT_YET, PAPER
 
@@ -64,4 +65,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+    whole.write(Path(sys.argv[1]), page())

@@ -5,7 +5,6 @@ python -m fisherlab.experiments.reproduce.summary OUT data/results/reproduce doc
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisherlab import whole
 from fisherlab.experiments.reproduce.catalogue import ITEMS, numbered
 from fisherlab.experiments.reproduce.item import SCALES
 from fisherlab.experiments.reproduce.outcome import laid_out
@@ -47,7 +47,7 @@ def rows(out: Path) -> Iterator[dict[str, Any]]:
     """The verdict of every item in a folder of results, and of every item that is not there."""
     for item in ITEMS:
         found = [out / scale / item.paper / f"{item.key}.json" for scale in SCALES]
-        there = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.is_file()]
+        there = [whole.read_json(path) for path in found if path.is_file()]
         verdict = "not run yet" if item.runnable else announcement(item, SCALES[0])
         yield from there or [{"paper": item.paper, "item": item.key, "verdict": verdict}]
 
@@ -65,7 +65,7 @@ def page(out: Path) -> str:
         for scale in SCALES:
             path = out / scale / item.paper / f"{item.key}.parquet"
             if path.is_file():
-                frame = laid_out(item, pd.read_parquet(path))
+                frame = laid_out(item, whole.read_table(path))
                 lines += [f"## {item.name}, scale {scale}: {item.title}", ""]
                 lines += [markdown_table(frame), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -88,4 +88,4 @@ def _title(row: dict[str, Any], titles: dict[tuple[str, str], str]) -> str:
 
 if __name__ == "__main__":
     keep(Path(sys.argv[1]), Path(sys.argv[2]))
-    Path(sys.argv[3]).write_text(page(Path(sys.argv[2])), encoding="utf-8")
+    whole.write(Path(sys.argv[3]), page(Path(sys.argv[2])))
