@@ -28,6 +28,12 @@ def reproduce(
     out: Annotated[PATH, typer.Option("--out", "-o", help="Folder of all results.")] = Path(
         "runs/reproduce"
     ),
+    control: Annotated[
+        bool, typer.Option("--control", help="Beside each: SGD with its per-layer step lengths.")
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Processes of one thread that train.")
+    ] = 1,
     listed: Annotated[
         bool, typer.Option("--list", help="Name the items and their costs, and run nothing.")
     ] = False,
@@ -42,13 +48,14 @@ def reproduce(
         fisherlab reproduce --list
         fisherlab reproduce ngm table1
         fisherlab reproduce sngd --scale hours --out results
+        fisherlab reproduce tekfac table3 --control --jobs 2
     """
     papers.check_scale(scale)
     chosen = papers.items(paper, item)
     if listed:
         show(_listing(chosen), wrap=("title", "runs"))
         return
-    total = sum(papers.cost(one, scale) for one in chosen)
+    total = sum(papers.cost(one, scale, control) for one in chosen)
     typer.echo(
         f"{len(chosen)} items, about {papers.in_words(total)} on one core at most: "
         "items of one experiment share its runs, and what is done is not done again"
@@ -56,7 +63,13 @@ def reproduce(
     with CtrlC() as interrupt:
         try:
             found = papers.reproduce(
-                paper, item, scale=scale, out=out, listener=Terminal(interrupt)
+                paper,
+                item,
+                scale=scale,
+                out=out,
+                control=control,
+                jobs=jobs,
+                listener=Terminal(interrupt),
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -94,6 +107,10 @@ class Terminal(papers.Listener):
 
     def ended(self, item: papers.Item, found: papers.Outcome) -> None:
         typer.echo(f"{item.name}: {found.verdict}. {found.because}".rstrip(". "))
+
+    def worked(self, plan: papers.Planned, status: str, left: int) -> None:
+        labels = ", ".join(arm.label for arm in plan.arms)
+        typer.echo(f"{plan.settings.data}, {plan.folder} ({labels}): {status}; {left} folders left")
 
     def watch(self, plan: papers.Planned) -> Bars:
         return Bars(self.interrupt)

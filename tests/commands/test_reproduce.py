@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 import fisherlab as fl
 from fisherlab.cli import app
 from fisherlab.experiments import reproduce as papers
-from fisherlab.experiments.reproduce import catalogue, drawn, outcome, plan, runs
+from fisherlab.experiments.reproduce import catalogue, drawn, outcome, plan, runs, workers
 from fisherlab.experiments.reproduce import presets as page_of_presets
 from fisherlab.experiments.reproduce.item import Arm, Cell, Experiment, Item, Number, Order, Size
 from fisherlab.experiments.training import CLOCK, Entry, Settings, SettingsError, Watch
 from fisherlab.experiments.training.entries import entries, make
 from fisherlab.experiments.training.settings import schedule_of
+from fisherlab.experiments.training.worker import trained
 from fisherlab.optim.presets import NOT_YET, PAPER, SOURCES, inferred, stated
 
 ROOT = Path(__file__).parents[2]
@@ -321,32 +322,145 @@ class Stop(papers.Listener):
         return Steps()
 
 
-def rows_in(out):
-    found = pd.read_parquet(out / "minutes" / "ngm" / "tiny" / "digits" / "rows.parquet")
+def rows_of(folder):
+    found = pd.read_parquet(folder / "rows.parquet")
     return found.drop(columns=[name for name in CLOCK if name in found])
 
 
+TWO = replace(
+    TINY,
+    experiment=replace(
+        TINY.experiment,
+        key="two",
+        cells=(CELL, replace(CELL, name="iris", data=inferred("iris", "tiny"))),
+        settings={**TINY.experiment.settings, "epochs": stated(3, "x")},
+    ),
+)
+
+
+class StopAfterOne(papers.Listener):
+    """Ctrl-C when the first of the workers has ended with a folder."""
+
+    def worked(self, plan, status, left):
+        assert (status, left) == ("complete", 1)
+        raise KeyboardInterrupt
+
+
 def test_a_killed_item_goes_on_to_the_same_rows_and_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "items", lambda paper, key: [TINY])
-    monkeypatch.setattr(catalogue, "ITEMS", (TINY,))
+    monkeypatch.setattr(runs, "items", lambda paper, key: [TWO])
+    monkeypatch.setattr(catalogue, "ITEMS", (TWO,))
+    call = lambda **more: fl.reproduce("ngm", "table1", out=tmp_path / "a", **more)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
-        fl.reproduce("ngm", "table1", out=tmp_path / "a", listener=Stop(8))
-    found = fl.reproduce("ngm", "table1", out=tmp_path / "a")
-    runs.trained(TINY.experiment, "minutes", tmp_path / "b", papers.Listener())
-    assert_frame_equal(rows_in(tmp_path / "a"), rows_in(tmp_path / "b"), check_exact=True)
-    assert found["verdict"].iloc[0] in ("reproduced", "undecided", "not reproduced")
+        call(listener=Stop(8))
+    with pytest.raises(KeyboardInterrupt):
+        call(listener=StopAfterOne(), jobs=2)
     folder = tmp_path / "a" / "minutes" / "ngm"
+    assert not list(folder.glob("table1.*"))  # the parent alone writes tables
+    found = call()
+    runs.trained(TWO.experiment, "minutes", tmp_path / "b", papers.Listener())
+    for cell in "digits", "iris":
+        (wanted,) = (tmp_path / "b").rglob(f"two/{cell}")
+        assert_frame_equal(rows_of(folder / "two" / cell), rows_of(wanted), check_exact=True)
+    plans = plan.planned(TWO.experiment, "minutes")
+    assert all(workers.complete(p, folder / "two" / p.folder) for p in plans)
+    assert found["verdict"].iloc[0] in ("reproduced", "undecided", "not reproduced")
     table = pd.read_parquet(folder / "table1.parquet")
-    assert list(table["seeds"]) == [2, 2] and list(table["paper"]) == [90.0, 95.0]
+    assert list(table["seeds"]) == [2] * 4 and list(table["paper"][:2]) == [90.0, 95.0]
     assert {p.suffix for p in folder.glob("table1.*")} == {
         *(".csv", ".parquet", ".md", ".json", ".png", ".pdf")
     }
     text = (folder / "table1.md").read_text(encoding="utf-8")
     assert "| tengrad | kl_clip | None | inferred | no clipping is described |" in text
+    assert "## At equal time" in text
     page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
     assert "ngm table1, scale minutes: tiny" in page
     row = json.loads((folder / "table1.json").read_text(encoding="utf-8"))
     assert row["verdict"] == found["verdict"].iloc[0]
+
+
+def test_a_worker_says_why_it_does_not_train(tmp_path):
+    (found,) = plan.planned(TINY.experiment, "minutes")
+    other = replace(found.settings, batch_size=32)
+    config = {"command": "train", "status": "running", "settings": other.to_json()}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert not workers.complete(found, tmp_path)
+    job = {"settings": found.settings.to_json(), "folder": str(tmp_path)}
+    assert "batch_size 32, not 64" in trained(job, Watch())["refused"]
+    with pytest.raises(papers.ReproduceError, match="jobs must be a whole number >= 1, got 0"):
+        fl.reproduce("ngm", "table1", out=tmp_path, jobs=0)
+
+
+def test_controls_stand_beside_their_arms_and_change_nothing_else(tmp_path):
+    experiment = replace(TINY.experiment, sizes={"minutes": Size(1, 128, 50)})
+    without = runs.trained(experiment, "minutes", tmp_path, papers.Listener())
+    rows = runs.trained(experiment, "minutes", tmp_path, papers.Listener(), control=True)
+    (beside,) = [
+        p for p in plan.planned(experiment, "minutes", control=True) if p.folder.endswith("control")
+    ]
+    assert beside.settings.entries[0].options["control"] is True
+    assert [arm.label for arm in beside.arms] == ["tengrad_control"]  # SGD has no step lengths
+    frame = rows["digits"]
+    last = frame.groupby("optimizer")["train_loss"].last()
+    assert last["tengrad_control"] != last["tengrad"]
+    of = replace(TINY, quantity="log_train_loss")
+    table = outcome.measured(of, rows)
+    assert list(table["control_of"]) == ["", "", "tengrad"]
+    alone = outcome.measured(of, without)
+    assert_frame_equal(table[:2][list(alone)], alone)
+    assert (
+        outcome.judged(of, table, "paper", []).because
+        == outcome.judged(of, alone, "paper", []).because
+    )
+
+
+def test_searches_give_a_control_the_grid_of_its_arm():
+    found = plan.searches(EXPERIMENTS["tekfac", "methods"], "hours", ("cifar10-resnet20",), True)
+    grids = {arm.label: [e.options["lr"] for e in p.settings.entries] for p, arm in found}
+    assert grids["tekfac_control"] == grids["tekfac"] and "adam_control" not in grids
+
+
+def test_at_equal_time_a_slow_arm_counts_as_far_as_it_came():
+    rows = pd.DataFrame(
+        {"optimizer": arm, "seed": seed, "epoch": epoch, "step": epoch}
+        | {"accuracy": 0.1 + 0.2 * epoch + 0.01 * seed + 0.1 * (arm == "slow") * (epoch > 0)}
+        | {"train_seconds": each * epoch if epoch else math.nan}
+        for arm, each in (("fast", 1.0), ("slow", 2.0))
+        for seed in (0, 1)
+        for epoch in range(5)
+    )
+    of = item({"slow": (90.0, 0.1), "fast": (80.0, 0.1)})
+    table = outcome.measured(of, {"c": rows})
+    assert list(table["ours"]) == pytest.approx([90.5, 100.5])
+    assert list(table["at_equal_time"]) == pytest.approx([90.5, 60.5])  # two of its epochs
+    found = outcome.judged(of, table, "paper", [], clock=outcome.clock({"c": rows}))
+    assert found.verdict == "reproduced" and "clock" not in found.because
+    assert found.at_equal_time.startswith("not reproduced: of 1 pairs")
+    assert found.at_equal_time.endswith("whatever else the machine did is in them")
+    equal = outcome.laid_out(of, table, "at_equal_time")
+    assert list(equal["c"]) == ["90.50 ± 0.71", "60.50 ± 0.71"]
+    # the processor's seconds come first, where every arm has them: there slow is the fast one
+    rows["train_cpu_seconds"] = rows["epoch"] * rows["optimizer"].map({"slow": 1.0, "fast": 4.0})
+    table = outcome.measured(of, {"c": rows})
+    assert list(table["at_equal_time"]) == pytest.approx([30.5, 100.5])
+    assert outcome.clock({"c": rows}) == "seconds of the processor, in one process"
+
+
+def test_a_verdict_on_seconds_says_how_they_were_measured():
+    run = {"seed": 0, "epoch": 1, "step": 10}
+    rows = pd.DataFrame([
+        run | {"optimizer": "a", "seconds_per_step": 1.0, "ratio_to_sgd": 1.0},
+        run | {"optimizer": "b", "seconds_per_step": 3.0, "ratio_to_sgd": 3.0},
+    ])  # fmt: skip
+    of = replace(item(PAIR), quantity="seconds_per_epoch")
+    table = outcome.measured(of, {"c": rows})
+    found = outcome.judged(of, table, "paper", [], clock=outcome.clock({"c": rows}))
+    assert list(table["ours"]) == [10.0, 30.0] and not found.at_equal_time
+    assert "one clock measured the seconds" in found.because
+    processor = {"train_cpu_seconds": 1.0, "cpu_seconds_per_step": 2.0, "cpu_ratio_to_sgd": 4.0}
+    rows = rows.assign(**processor)
+    assert list(outcome.measured(of, {"c": rows})["ours"]) == [20.0, 20.0]
+    ratios = outcome.measured(replace(of, quantity="ratio_to_sgd"), {"c": rows})
+    assert list(ratios["ours"]) == [4.0, 4.0]
 
 
 def test_the_command_lists_and_refuses(tmp_path):

@@ -19,7 +19,7 @@ class Arm:
     `lr` is used at scale minutes, and at every scale where `grid` is empty. `options` go beyond
     the preset. `epochs` replaces the experiment's, as where second-order methods get half of them.
     `batch_norm` None is the model's own. `switch_epoch` is where truncated K-FAC turns into SGD.
-    `cells` are those that have the arm.
+    `cells` are those that have the arm. `control_of` is the arm whose step lengths this one has.
     """
 
     label: str
@@ -32,6 +32,7 @@ class Arm:
     batch_norm: bool | None = None
     preset: str = "paper"
     cells: tuple[str, ...] | None = None
+    control_of: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from fisherlab.experiments.reproduce.item import Item, Number, Order
-from fisherlab.experiments.reproduce.quantities import QUANTITIES
+from fisherlab.experiments.reproduce.quantities import QUANTITIES, by_processor, seconds
 
 REPRODUCED, DIFFERS, NOT, CANNOT = (
     "reproduced",
@@ -30,15 +30,25 @@ SURE, FAR = 2.0, 3.0
 # which perplexity fell (counts of words alone reach 15 on Penn Treebank), the gain of accuracy.
 TAUGHT = {"bleu": 5.0, "perplexity": 20.0, "accuracy": 0.15}
 PAPER_REPEATS = {"tekfac": 3}
+# Where a verdict compares seconds, by whether the processor counted them.
+SECONDS = {
+    True: "seconds of the processor, in one process",
+    False: "one clock measured the seconds, and whatever else the machine did is in them",
+}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of an item: the long table, the verdict, and the reasons in one line."""
+    """The outcome of an item: the long table, the verdict, and the reasons in one line.
+
+    `at_equal_time` is the verdict on the same orders after the seconds of the fastest arm, with its
+    reasons; "" where there is none.
+    """
 
     table: pd.DataFrame
     verdict: str
     because: str
+    at_equal_time: str = ""
 
 
 def measured(item: Item, rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -46,18 +56,56 @@ def measured(item: Item, rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     `difference_se` is the difference over `sqrt(sd^2 / seeds + paper_sd^2 / paper_repeats)`: over
     our own standard error where the paper has no deviation, and empty where we have one seed.
+    `at_equal_time` is ours at the last epoch within the seconds that the fastest arm took for all.
+    A control follows its arm, and changes no number of another.
     """
     quantity = QUANTITIES[item.quantity]
     found = []
     for cell, frame in rows.items():
+        controls = frame.attrs.get("controls", {})
+        asked = without_controls(frame)
+        time, budget = seconds(frame, "train_seconds"), _budget(asked, item)
         labels = dict.fromkeys([*frame["optimizer"], *frame.attrs.get("missing", {})])
-        for arm in [label for label in labels if item.arms is None or label in item.arms]:
-            mine = frame[frame["optimizer"] == arm]
-            values = [quantity.of(r, frame) for _, r in mine.groupby("seed")]
+        for arm in [k for k in labels if item.arms is None or controls.get(k, k) in item.arms]:
+            runs = [r for _, r in frame[frame["optimizer"] == arm].groupby("seed")]
+            values = [quantity.of(r, asked) for r in runs]
             values = [value for value in values if not math.isnan(value)]
             known = item.reported.get(cell, {}).get(arm)
-            found.append(_row(item, cell, arm, values, known, frame.attrs))
+            row = _row(item, cell, arm, values, known, frame.attrs)
+            equal = pd.Series(dtype=float)
+            if quantity.learned and not quantity.timed and budget == budget:
+                spent = [r.fillna({time: 0.0}) for r in runs]
+                equal = pd.Series([quantity.of(r[r[time] <= budget], asked) for r in spent])
+            mine = [float(r[time].iloc[-1]) for r in runs] if time in frame else []
+            found.append(
+                row
+                | {
+                    "seconds": sum(mine) / len(mine) if mine else math.nan,
+                    "at_equal_time": equal.mean(skipna=False) if len(equal) else math.nan,
+                    "at_equal_time_sd": equal.std(skipna=False) if len(equal) else math.nan,
+                    "control_of": controls.get(arm, ""),
+                }
+            )
     return pd.DataFrame(found)
+
+
+def clock(rows: Mapping[str, pd.DataFrame]) -> str:
+    """The words on how the seconds of an item were measured."""
+    return SECONDS[all(by_processor(frame) for frame in rows.values())]
+
+
+def without_controls(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the paper's own arms."""
+    return frame[~frame["optimizer"].isin(frame.attrs.get("controls", {}))]
+
+
+def _budget(frame: pd.DataFrame, item: Item) -> float:
+    """The seconds of the fastest of an item's arms for all of its epochs, in its slowest seed."""
+    time = seconds(frame, "train_seconds")
+    if time not in frame or not len(frame):
+        return math.nan
+    mine = frame if item.arms is None else frame[frame["optimizer"].isin(item.arms)]
+    return float(mine.groupby("optimizer")[time].max().min())
 
 
 def _row(
@@ -120,7 +168,7 @@ def untaught(item: Item, rows: Mapping[str, pd.DataFrame]) -> list[str]:
     """The cells in which no method got far above the untrained net: an order there is noise."""
     if not QUANTITIES[item.quantity].learned:
         return []
-    return [cell for cell, frame in rows.items() if not _taught(frame)]
+    return [cell for cell, frame in rows.items() if not _taught(without_controls(frame))]
 
 
 def _taught(frame: pd.DataFrame) -> bool:
@@ -143,11 +191,41 @@ def judged(
     scale: str,
     stand_ins: list[str],
     short: Collection[str] = (),
+    clock: str = "",
 ) -> Outcome:
-    """The verdict on an item from its long table; orders in the cells of `short` are not asked."""
+    """The verdict on an item from its long table; orders in the cells of `short` are not asked.
+
+    `clock` says how the seconds were measured that a verdict compares.
+    """
+    quantity = QUANTITIES[item.quantity]
     cells = list(dict.fromkeys(table["cell"]))
     orders = expected(item, [cell for cell in cells if cell not in short])
-    higher = QUANTITIES[item.quantity].higher
+    asked = _verdict(table, orders, quantity.higher)
+    if set(cells) <= set(short):
+        asked = UNDECIDED, "too short to judge: no method learned enough"
+    verdict, because = asked
+    far = table["difference_se"].abs() > FAR
+    if verdict == REPRODUCED and scale == "paper":
+        because += f"; {int(far.sum())} numbers differ by over {FAR:g} s.e."
+    if short and not set(cells) <= set(short):
+        because += f"; too short to judge: {', '.join(short)}"
+    because += f"; {clock}" if quantity.timed and clock else ""
+    because += "" if scale == "paper" else f"; scale {scale}"
+    verdict += " on a stand-in" if stand_ins else ""
+    return Outcome(table, verdict, because, _at_equal_time(table, orders, quantity.higher, clock))
+
+
+def _at_equal_time(table: pd.DataFrame, orders: list[Order], higher: bool, clock: str) -> str:
+    """The verdict on the same orders after equal seconds; "" where there is none."""
+    if not orders or not has_equal_time(table):
+        return ""
+    equal = table.assign(ours=table["at_equal_time"], ours_sd=table["at_equal_time_sd"])
+    verdict, because = _verdict(equal, orders, higher)
+    return f"{verdict}: {because}" + (f"; {clock}" if clock else "")
+
+
+def _verdict(table: pd.DataFrame, orders: list[Order], higher: bool) -> tuple[str, str]:
+    """The verdict on the orders of arms, and the reason."""
     rows = {(row.cell, row.arm): row for row in table.itertuples()}
     signs = []
     for order in orders:
@@ -158,24 +236,12 @@ def judged(
     agree = sum(sure and sign > 0 for sign, sure in signs)
     against = sum(sure and sign < 0 for sign, sure in signs)
     leaning = sum(sign > 0 for sign, _ in signs)
-    far = table["difference_se"].abs() > FAR
-    numbers = "" if scale != "paper" else f"; {int(far.sum())} numbers differ by over {FAR:g} s.e."
-    if set(cells) <= set(short):
-        verdict, because = UNDECIDED, "too short to judge: no method learned enough"
-    elif not signs:
-        verdict, because = UNDECIDED, "the paper claims no order among the arms run here"
-    elif against and against >= agree:
-        verdict, because = NOT, _pairs(agree, against, len(signs), leaning)
-    elif against:
-        verdict, because = DIFFERS, _pairs(agree, against, len(signs), leaning)
-    elif agree == len(signs):
-        verdict, because = REPRODUCED, f"the order of all {agree} pairs is the paper's{numbers}"
-    else:
-        verdict, because = UNDECIDED, _pairs(agree, against, len(signs), leaning)
-    if short and not set(cells) <= set(short):
-        because += f"; too short to judge: {', '.join(short)}"
-    verdict += " on a stand-in" if stand_ins else ""
-    return Outcome(table, verdict, because + ("" if scale == "paper" else f"; scale {scale}"))
+    if not signs:
+        return UNDECIDED, "the paper claims no order among the arms run here"
+    if agree == len(signs):
+        return REPRODUCED, f"the order of all {agree} pairs is the paper's"
+    verdict = NOT if against and against >= agree else DIFFERS if against else UNDECIDED
+    return verdict, _pairs(agree, against, len(signs), leaning)
 
 
 def _pairs(agree: int, against: int, total: int, leaning: int) -> str:
@@ -200,22 +266,35 @@ def _sign(better: Any, worse: Any, higher: bool) -> tuple[float, bool]:
     return math.copysign(1.0, gap), abs(gap) > quantile * math.sqrt(sum(parts))
 
 
-def laid_out(item: Item, table: pd.DataFrame) -> pd.DataFrame:
-    """The paper's own layout: a row per arm, a column per cell, `ours +- sd (the paper's)`."""
+def laid_out(item: Item, table: pd.DataFrame, value: str = "ours") -> pd.DataFrame:
+    """The paper's own layout: a row per arm, a column per cell, `ours +- sd (the paper's)`.
+
+    `value` "at_equal_time" is ours after the seconds of the fastest arm, without the paper's.
+    """
     digits = QUANTITIES[item.quantity].digits
     wide: dict[str, dict[str, str]] = {}
-    for row in table.itertuples():
-        wide.setdefault(str(row.arm), {})[str(row.cell)] = _written(row, digits)
+    for row in table.to_dict("records"):
+        said = _spread(row[value], row[f"{value}_sd"], digits)
+        theirs = _theirs(row) if value == "ours" else ""
+        wide.setdefault(str(row["arm"]), {})[str(row["cell"])] = f"{said}{theirs}"
     frame = pd.DataFrame(wide).T.rename_axis("method").reset_index()
     return frame.fillna("–")
 
 
-def _written(row: Any, digits: int) -> str:
-    ours = "–" if math.isnan(row.ours) else f"{row.ours:.{digits}f}"
-    if row.ours_sd == row.ours_sd:
-        ours += f" ± {row.ours_sd:.{digits}f}"
-    if row.paper != row.paper:
-        return ours
-    theirs = f"{row.paper:g}" + (f" ± {row.paper_sd:g}" if row.paper_sd == row.paper_sd else "")
-    apart = f"; {row.difference_se:+.1f} s.e." if row.difference_se == row.difference_se else ""
-    return f"{ours} (paper {theirs}{apart})"
+def has_equal_time(table: pd.DataFrame) -> bool:
+    """Whether a table knows what its arms had after equal seconds."""
+    return "at_equal_time" in table and bool(table["at_equal_time"].notna().any())
+
+
+def _spread(mean: float, sd: float, digits: int) -> str:
+    said = "–" if math.isnan(mean) else f"{mean:.{digits}f}"
+    return said if math.isnan(sd) else f"{said} ± {sd:.{digits}f}"
+
+
+def _theirs(row: Mapping[Any, Any]) -> str:
+    """` (paper 90 ± 0.1; -2.0 s.e.)`; "" where the paper has no number."""
+    paper, sd, apart = row["paper"], row["paper_sd"], row["difference_se"]
+    if math.isnan(paper):
+        return ""
+    said = f"{paper:g}" + ("" if math.isnan(sd) else f" ± {sd:g}")
+    return f" (paper {said}" + ("" if math.isnan(apart) else f"; {apart:+.1f} s.e.") + ")"

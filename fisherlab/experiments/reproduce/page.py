@@ -22,6 +22,9 @@ MEANING = {
     "paper": "the number of the paper",
     "difference_se": "the difference in standard errors; empty where one is unknown",
     "lr": "the learning rate used",
+    "seconds": "in steps, mean over the seeds; of the processor where all arms have them",
+    "at_equal_time": "ours at the last epoch within the seconds of the fastest arm",
+    "control_of": "the arm whose step lengths this one has; it enters no verdict",
 }
 
 
@@ -66,6 +69,10 @@ def of_reproduction(run: RunDir) -> Iterator[Section]:
             cells = item.experiment.chosen(scale, item.cells)[0]
             text += [f"{c.name}: a stand-in: {c.stand_in}." for c in cells if c.stand_in]
             shown.append(Table(outcome.laid_out(item, table), "Ours, and the paper's.", {}))
+            if outcome.has_equal_time(table):
+                text += [f"At equal time: {said}." if (said := row.get("at_equal_time")) else ""]
+                equal = outcome.laid_out(item, table, "at_equal_time")
+                shown.append(Table(equal, "At the seconds of the fastest arm.", {}))
         shown.append(Table(table, "Every number.", MEANING))
         if item.experiment is not None:
             shown.append(Table(settings_of(item, scale), "Every setting, and who says so.", {}))

@@ -12,7 +12,8 @@ from fisherlab import datasets
 from fisherlab.experiments.reproduce.item import SCALES, Arm, Cell, Experiment, Item, Size
 from fisherlab.experiments.training import Entry, Settings
 from fisherlab.names import unknown
-from fisherlab.optim.presets import PAPER
+from fisherlab.optim.create import option_names
+from fisherlab.optim.presets import PAPER, inferred
 
 # Share of the epochs, and of the training examples held out, when learning rates are chosen.
 SEARCH_EPOCHS, HELD_OUT = 0.2, 0.1
@@ -49,8 +50,12 @@ def planned(
     scale: str,
     rates: dict[tuple[str, str], float] | None = None,
     only: tuple[str, ...] | None = None,
+    control: bool = False,
 ) -> list[Planned]:
-    """The runs of an experiment at a scale; `rates` are learning rates by cell and arm."""
+    """The runs of an experiment at a scale; `rates` are learning rates by cell and arm.
+
+    With `control` a folder more for each that has preconditioners: SGD with their step lengths.
+    """
     check_scale(scale)
     cells, arms = experiment.chosen(scale, only)
     found = []
@@ -64,21 +69,38 @@ def planned(
             )
         for number, ((epochs, batch_norm), mine) in enumerate(groups.items()):
             options = _common(experiment, cell, scale) | {"batch_norm": batch_norm}
-            entries = tuple(
-                _entry(experiment, cell, arm, options, epochs, (rates or {}).get(_of(cell, arm)))
-                for arm in mine
-            )
-            settings = Settings(**options, entries=entries, epochs=epochs)
             folder = f"{cell.name}/{number}" if len(groups) > 1 else cell.name
-            found.append(Planned(cell, tuple(mine), settings, folder))
+            beside = [_control(arm) for arm in mine if control and has_control(arm)]
+            for where, taken in (folder, mine), (f"{folder}/control", beside):
+                entries = tuple(
+                    _entry(experiment, cell, a, options, epochs, (rates or {}).get(_of(cell, a)))
+                    for a in taken
+                )
+                if entries:
+                    settings = Settings(**options, entries=entries, epochs=epochs)
+                    found.append(Planned(cell, tuple(taken), settings, where))
     return found
 
 
+def has_control(arm: Arm) -> bool:
+    """Whether an arm has per-layer step lengths that SGD can take."""
+    return "control" not in arm.options and "control" in option_names(arm.name, arm.preset)
+
+
+def _control(arm: Arm) -> Arm:
+    """SGD with the step lengths of an arm, and with its grid of learning rates."""
+    options = {**arm.options, "control": inferred(True, "ours")}
+    return replace(arm, label=f"{arm.label}_control", options=options, control_of=arm.label)
+
+
 def searches(
-    experiment: Experiment, scale: str, only: tuple[str, ...] | None = None
+    experiment: Experiment,
+    scale: str,
+    only: tuple[str, ...] | None = None,
+    control: bool = False,
 ) -> Iterator[tuple[Planned, Arm]]:
     """A run per cell and arm that tries every rate of the grid on held-out examples."""
-    for plan in planned(experiment, scale, only=only):
+    for plan in planned(experiment, scale, only=only, control=control):
         for arm in plan.arms:
             if not searched(arm, scale):
                 continue
@@ -225,14 +247,15 @@ def seconds_of(plan: Planned) -> float:
     return max(0.0004, step) * steps * sum(per_arm) * tried * OVERHEAD
 
 
-def cost(item: Item, scale: str) -> float:
+def cost(item: Item, scale: str, control: bool = False) -> float:
     """An estimate of the seconds of an item on one core, with its search for learning rates."""
     if item.drawing is not None:
         return item.drawing.seconds
     if item.experiment is None:
         return 0.0
-    runs = sum(map(seconds_of, planned(item.experiment, scale, only=item.cells)))
-    tried = searches(item.experiment, scale, item.cells)
+    experiment, cells = item.experiment, item.cells
+    runs = sum(map(seconds_of, planned(experiment, scale, only=cells, control=control)))
+    tried = searches(experiment, scale, cells, control)
     return runs + sum(seconds_of(plan) for plan, _ in tried)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fisherlab import plots, whole
+from fisherlab import doors, plots, whole
 from fisherlab.experiments import training
-from fisherlab.experiments.reproduce import outcome, page
+from fisherlab.experiments.reproduce import outcome, page, workers
 from fisherlab.experiments.reproduce.catalogue import items
 from fisherlab.experiments.reproduce.item import Experiment, Item
 from fisherlab.experiments.reproduce.outcome import CANNOT, Outcome
 from fisherlab.experiments.reproduce.plan import (
     Planned,
+    ReproduceError,
     check_scale,
     cost,
     in_words,
@@ -27,6 +28,10 @@ from fisherlab.experiments.reproduce.plan import (
 )
 from fisherlab.experiments.rundir import RunDir
 from fisherlab.experiments.training.results import Results
+
+# Sentences for the tables.
+CONTROLS = "Arms named `_control` are SGD with the step lengths of the arm, layer by layer; ours"
+EQUAL_TIME = "Every arm at its last epoch within the seconds that the fastest took for all of its"
 
 
 class Listener:
@@ -42,6 +47,9 @@ class Listener:
         """Who listens to the training runs of a folder."""
         return training.Watch()
 
+    def worked(self, plan: Planned, status: str, left: int) -> None:
+        """A worker has ended with a folder, and this many are left."""
+
 
 def reproduce(
     paper: str | None = None,
@@ -49,6 +57,8 @@ def reproduce(
     *,
     scale: str = "minutes",
     out: str | Path = "runs/reproduce",
+    control: bool = False,
+    jobs: int = 1,
     listener: Listener | None = None,
 ) -> pd.DataFrame:
     """Run tables and figures of the papers, and set ours beside the papers' numbers.
@@ -62,40 +72,78 @@ def reproduce(
         item: One table or figure, such as `table1` or `fig3`; all of the paper without it.
         scale: `minutes`, `hours`, or `paper`, which has the paper's sizes.
         out: The folder of all results.
+        control: Beside every preconditioner: SGD with its step lengths, layer by layer. The
+            controls stand in the tables and enter no verdict.
+        jobs: Above 1: so many processes of one thread each train first; tables, pictures and the
+            page follow from this process. `watch` of the listener then hears little.
         listener: Who hears of items and runs as they begin and end.
 
     Returns:
         One row per item: verdict, reason, estimated and spent seconds.
 
     Raises:
-        ReproduceError: The paper, the item or the scale is unknown.
+        ReproduceError: The paper, the item or the scale is unknown; `jobs` is below 1.
+        SettingsError: A folder holds runs of other settings.
     """
     check_scale(scale)
+    jobs = doors.count(jobs, "jobs", error=ReproduceError)
     out, listener = Path(out), listener or Listener()
+    chosen = items(paper, item)
+    if jobs > 1:
+        _train_beforehand(chosen, scale, out, control, jobs, listener)
     found = []
-    for one in items(paper, item):
-        listener.item(one, announcement(one, scale))
-        result = _run(one, scale, out, listener)
-        found.append(_written(one, scale, out, result))
+    for one in chosen:
+        listener.item(one, announcement(one, scale, control))
+        result = _run(one, scale, out, listener, control)
+        found.append(_written(one, scale, out, result, control))
         listener.ended(one, result)
         page.write(out)
     return pd.DataFrame(found)
 
 
-def announcement(item: Item, scale: str) -> str:
+def announcement(item: Item, scale: str, control: bool = False) -> str:
     """The expected cost of an item, or why it is not run."""
     if not item.runnable:
         return f"not an experiment: {item.why}" if item.illustration else f"{CANNOT}: {item.why}"
-    return f"about {in_words(cost(item, scale))} on one core, less what is done already"
+    spent = in_words(cost(item, scale, control))
+    return f"about {spent} on one core, less what is done already"
 
 
-def _run(item: Item, scale: str, out: Path, listener: Listener) -> Outcome:
+def _train_beforehand(
+    chosen: Sequence[Item], scale: str, out: Path, control: bool, jobs: int, listener: Listener
+) -> None:
+    """Every run folder of the items, first those in which learning rates are chosen."""
+    trainings: dict[Path, Planned] = {}
+
+    def take(experiment: Experiment, plans: Iterable[Planned]) -> None:
+        trainings.update({_home(experiment, scale, out) / p.folder: p for p in plans})
+
+    def train() -> None:
+        workers.train_all([(p, folder) for folder, p in trainings.items()], jobs, listener.worked)
+        trainings.clear()
+
+    trained = [(one, one.experiment) for one in chosen if one.experiment is not None]
+    for one, experiment in trained:
+        take(experiment, (p for p, _ in searches(experiment, scale, one.cells, control)))
+    train()
+    for one, experiment in trained:
+        rates = _rates(experiment, scale, out, listener, one.cells, control)
+        take(experiment, planned(experiment, scale, rates, one.cells, control))
+    train()
+
+
+def _home(experiment: Experiment, scale: str, out: Path) -> Path:
+    """The folder of all runs of an experiment."""
+    return out / scale / experiment.paper / experiment.key
+
+
+def _run(item: Item, scale: str, out: Path, listener: Listener, control: bool) -> Outcome:
     if item.drawing is not None:
         return item.drawing.function(_stem(item, scale, out), scale)
     if item.experiment is None:
         verdict = f"not an experiment: {item.why}" if item.illustration else f"{CANNOT}: {item.why}"
         return Outcome(pd.DataFrame(), verdict, "")
-    rows = trained(item.experiment, scale, out, listener, item.cells)
+    rows = trained(item.experiment, scale, out, listener, item.cells, control)
     if not rows:
         return Outcome(pd.DataFrame(), f"{CANNOT}: scale {scale} leaves its cells out", "")
     table = outcome.measured(item, rows)
@@ -104,8 +152,9 @@ def _run(item: Item, scale: str, out: Path, listener: Listener) -> Outcome:
         item.title, table, rows, item.panels, item.quantity, {c.name: c.stand_in for c in used}
     )
     plots.save(figure, _stem(item, scale, out))
+    stand_ins = [c.stand_in for c in used if c.stand_in]
     short = outcome.untaught(item, rows)
-    return outcome.judged(item, table, scale, [c.stand_in for c in used if c.stand_in], short)
+    return outcome.judged(item, table, scale, stand_ins, short, outcome.clock(rows))
 
 
 def trained(
@@ -114,17 +163,26 @@ def trained(
     out: Path,
     listener: Listener,
     only: tuple[str, ...] | None = None,
+    control: bool = False,
 ) -> dict[str, pd.DataFrame]:
-    """The rows of every cell; `attrs` has the arms without a result and the learning rates."""
-    folder = out / scale / experiment.paper / experiment.key
-    rates = _rates(experiment, scale, folder, listener, only)
+    """The rows of every cell.
+
+    `attrs` has the arms without a result, the learning rates, and the controls with their arms.
+    """
+    folder = _home(experiment, scale, out)
+    rates = _rates(experiment, scale, out, listener, only, control)
     found: dict[str, list[Results]] = {}
-    for plan in planned(experiment, scale, rates, only):
+    beside: dict[str, str] = {}
+    for plan in planned(experiment, scale, rates, only, control):
         results = training.train(plan.settings, folder / plan.folder, watch=listener.watch(plan))
         if results.interrupted:
             raise KeyboardInterrupt
         found.setdefault(plan.cell.name, []).append(results)
-    return {cell: _joined(results) for cell, results in found.items()}
+        beside |= {arm.label: arm.control_of for arm in plan.arms if arm.control_of}
+    rows = {cell: _joined(results) for cell, results in found.items()}
+    for frame in rows.values():
+        frame.attrs["controls"] = beside
+    return rows
 
 
 def _joined(results: Sequence[Results]) -> pd.DataFrame:
@@ -142,13 +200,14 @@ def _joined(results: Sequence[Results]) -> pd.DataFrame:
 def _rates(
     experiment: Experiment,
     scale: str,
-    folder: Path,
+    out: Path,
     listener: Listener,
     only: tuple[str, ...] | None,
+    control: bool,
 ) -> dict[tuple[str, str], float]:
     """The learning rates chosen on held-out examples, with the same budget for every arm."""
-    rates = {}
-    for plan, arm in searches(experiment, scale, only):
+    folder, rates = _home(experiment, scale, out), {}
+    for plan, arm in searches(experiment, scale, only, control):
         results = training.train(plan.settings, folder / plan.folder, watch=listener.watch(plan))
         if results.interrupted:
             raise KeyboardInterrupt
@@ -169,7 +228,7 @@ def _stem(item: Item, scale: str, out: Path) -> Path:
     return stem
 
 
-def _written(item: Item, scale: str, out: Path, found: Outcome) -> dict[str, Any]:
+def _written(item: Item, scale: str, out: Path, found: Outcome, control: bool) -> dict[str, Any]:
     """The item's files, and its row among all items."""
     stem = _stem(item, scale, out)
     row = {
@@ -179,7 +238,8 @@ def _written(item: Item, scale: str, out: Path, found: Outcome) -> dict[str, Any
         "title": item.title,
         "verdict": found.verdict,
         "because": found.because,
-        "estimated_seconds": round(cost(item, scale), 1),
+        "at_equal_time": found.at_equal_time,
+        "estimated_seconds": round(cost(item, scale, control), 1),
     }
     if len(found.table):
         RunDir(stem.parent).write_table(stem.name, found.table)
@@ -201,8 +261,14 @@ def markdown(item: Item, scale: str, found: Outcome) -> str:
         for cell in item.experiment.chosen(scale, item.cells)[0]:
             if cell.stand_in:
                 lines += ["", f"{cell.name}: a stand-in: {cell.stand_in}."]
-        lines += ["", markdown_table(outcome.laid_out(item, found.table)), "", "## Settings", ""]
-        lines += [markdown_table(settings_of(item, scale))]
+        lines += ["", markdown_table(outcome.laid_out(item, found.table))]
+        if found.table["control_of"].any():
+            lines += ["", f"{CONTROLS}."]
+        if outcome.has_equal_time(found.table):
+            lines += ["", "## At equal time", "", f"{EQUAL_TIME}.", ""]
+            lines += [f"**{found.at_equal_time}.**", ""] if found.at_equal_time else []
+            lines += [markdown_table(outcome.laid_out(item, found.table, "at_equal_time"))]
+        lines += ["", "## Settings", "", markdown_table(settings_of(item, scale))]
     elif len(found.table):
         lines += ["", markdown_table(found.table.round(4))]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ import pandas as pd
 from fisherlab import whole
 from fisherlab.experiments.reproduce.catalogue import ITEMS, numbered
 from fisherlab.experiments.reproduce.item import SCALES
-from fisherlab.experiments.reproduce.outcome import laid_out
+from fisherlab.experiments.reproduce.outcome import has_equal_time, laid_out
 from fisherlab.experiments.reproduce.runs import announcement, markdown_table
 
 KEPT = (".md", ".csv", ".parquet", ".json", ".png")
@@ -29,6 +29,8 @@ HEAD = """# Reproduction: the papers' tables and figures
 `fisherlab reproduce [PAPER [ITEM]]` (`fl.reproduce`) runs a table or a figure and sets the paper's
 numbers beside ours. Every setting is labelled *stated*, *from the authors' code* or *inferred*;
 every method is [as its paper has it](presets.md). An interrupted command goes on where it was.
+`--jobs 2` trains in two processes of one thread. `--control` adds SGD with the step lengths of each
+preconditioner, layer by layer, after as many tried learning rates.
 
 At scale `minutes` nets, data and epochs are small and no learning rate is chosen: the paper's own,
 or the middle of its grid. At `hours` and `paper` each arm tries the paper's grid on held-out
@@ -39,6 +41,8 @@ contradict no paper.**
   seeds, 95 %). *order differs*: some are the other way round. *not reproduced*: most are.
 * *undecided*: none is contradicted, and some are open: one seed, a method that diverged, or
   differences within their error. *cannot be run here*: the reason follows.
+* *at equal time*: the same orders, each method at its last epoch within the seconds that the
+  fastest took for all of its. Seconds are the processor's where they were counted.
 * *on a stand-in*: the data or the model is another than the paper's, and the item says which.
 """
 
@@ -54,7 +58,7 @@ def rows(out: Path) -> Iterator[dict[str, Any]]:
 
 def page(out: Path) -> str:
     """The page of the docs."""
-    names = ("paper", "item", "title", "scale", "verdict", "because")
+    names = ("paper", "item", "title", "scale", "verdict", "because", "at_equal_time")
     titles = {(item.paper, item.key): item.title for item in ITEMS}
     table = pd.DataFrame(
         [{n: row.get(n, "") for n in names} | {"title": _title(row, titles)} for row in rows(out)]
@@ -65,9 +69,12 @@ def page(out: Path) -> str:
         for scale in SCALES:
             path = out / scale / item.paper / f"{item.key}.parquet"
             if path.is_file():
-                frame = laid_out(item, whole.read_table(path))
+                table = whole.read_table(path)
                 lines += [f"## {item.name}, scale {scale}: {item.title}", ""]
-                lines += [markdown_table(frame), ""]
+                lines += [markdown_table(laid_out(item, table)), ""]
+                if has_equal_time(table):
+                    equal = laid_out(item, table, "at_equal_time")
+                    lines += ["At equal time:", "", markdown_table(equal), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -102,11 +102,11 @@ class SGDReference:
         self.model, self.criterion = model, criterion
         # timing does not need progress, and must not diverge
         self.optimizer = optim.create("sgd", model, lr=1e-6)
-        self.spent, self.timed = 0.0, list[float]()
+        self.begin()
 
     def begin(self) -> None:
         """Forget the epoch before."""
-        self.spent, self.timed = 0.0, []
+        self.spent, self.timed, self.worked = 0.0, list[float](), list[float]()
 
     def turn(self, x: Tensor, y: Tensor) -> None:
         """A few steps on a batch, the method's own random draws left alone."""
@@ -116,24 +116,25 @@ class SGDReference:
             for k in range(TURN):
                 if self.timed and self.spent > ENOUGH:
                     return
-                seconds = self._step(x, y)
+                seconds, worked = self._step(x, y)
                 self.spent += seconds
                 if k >= WARM_UP:
                     self.timed.append(seconds)
+                    self.worked.append(worked)
 
     def seconds_per_step(self) -> float:
         """The median over the timed steps of the epoch."""
         return median(self.timed)
 
-    def _step(self, x: Tensor, y: Tensor) -> float:
-        start = time.perf_counter()
+    def _step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        start, worked = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad()
         loss = self.criterion(self.model(x), y)
         loss.backward()
         self.optimizer.step()
         loss.item()  # as the method's loop does
         finished(x.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - worked
 
 
 def finished(device: torch.device) -> None:

@@ -24,6 +24,9 @@ CLOCK = (
     "sgd_seconds_per_step",
     "ratio_to_sgd",
     "train_seconds",
+    "cpu_seconds_per_step",
+    "cpu_ratio_to_sgd",
+    "train_cpu_seconds",
     "peak_memory_bytes",
 )
 
@@ -55,6 +58,10 @@ COLUMNS = {
     "sgd_seconds_per_step": "SGD with momentum on the same model, between the steps so far; median",
     "ratio_to_sgd": "seconds_per_step / sgd_seconds_per_step; of sgd itself, the clock's noise",
     "train_seconds": "seconds in steps so far, without evaluation",
+    "cpu_seconds_per_step": "seconds_per_step of the processor: of all threads of this process, "
+    "which other processes disturb less than a clock; empty on a GPU",
+    "cpu_ratio_to_sgd": "cpu_seconds_per_step over that of the reference SGD",
+    "train_cpu_seconds": "seconds of the processor in steps so far",
     "peak_memory_bytes": "peak of the allocator (GPU) or of the process (Linux) in the epoch",
     "state_bytes": "tensors in the optimizer's state_dict",
 }

@@ -56,8 +56,8 @@ class Run:
         adapts = any(isinstance(rule, LevenbergMarquardt) for rule in rules)
         self.looks_twice = isinstance(self.optimizer, optim.KBFGSOptimizer) or adapts
         self.epoch = self.steps = 0
-        self.seconds = 0.0
-        self.clock = Clock()
+        self.seconds = self.cpu_seconds = 0.0
+        self.clock, self.cpu = Clock(), Clock()
         self.split: dict[str, float] = {}
         self.first_loss: float | None = None
 
@@ -69,11 +69,13 @@ class Run:
             "epoch": self.epoch,
             "steps": self.steps,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "first_loss": self.first_loss,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "clock": self.clock.state(),
+            "cpu": self.cpu.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -82,8 +84,11 @@ class Run:
             setattr(self, name, state[name])
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
-        if "clock" in state:  # not in a checkpoint of an earlier version
-            self.clock.load(state["clock"])
+        # an earlier version did not count the processor's seconds, of which the first are lost
+        self.cpu_seconds = state.get("cpu_seconds", math.nan)
+        for name in ("clock", "cpu"):
+            if name in state:
+                getattr(self, name).load(state[name])
 
     # epochs ---------------------------------------------------------------------------------------
 
@@ -104,11 +109,13 @@ class Run:
         reference.begin()
         for indices, x, y in task.batches(self.record.seed, self.epoch):
             kind = due(self.optimizer)
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             losses.append(self.step(indices, x, y))
-            spent = time.perf_counter() - start
+            spent, worked = time.perf_counter() - start, time.process_time() - worked
             self.seconds += spent
+            self.cpu_seconds += worked
             self.clock.add(spent, kind, self.split)
+            self.cpu.add(worked, kind)
             stepped(losses[-1])
             if len(losses) % every_turn == 0:
                 reference.turn(x, y)
@@ -122,6 +129,7 @@ class Run:
             self.scheduler.step()
         shortened = getattr(self.optimizer, "clipped", math.nan) - clipped
         self.clock.reference += reference.timed
+        self.cpu.reference += reference.worked
         self.epoch += 1
         self.record.rows.append(
             {
@@ -137,10 +145,20 @@ class Run:
                 "sgd_seconds_per_step": self.clock.sgd_seconds_per_step(),
                 "ratio_to_sgd": self.clock.ratio(),
                 "train_seconds": self.seconds,
+                **self._of_processor(),
                 "peak_memory_bytes": math.nan if peak is None else float(peak),
                 "state_bytes": state,
             }
         )
+
+    def _of_processor(self) -> dict[str, float]:
+        """The columns of the processor's seconds; empty where a GPU does the work."""
+        found = {
+            "cpu_seconds_per_step": self.cpu.seconds_per_step(),
+            "cpu_ratio_to_sgd": self.cpu.ratio(),
+            "train_cpu_seconds": self.cpu_seconds,
+        }
+        return found if self.task.x.device.type == "cpu" else dict.fromkeys(found, math.nan)
 
     def step(self, indices: Tensor, x: Tensor, y: Tensor) -> float:
         """One step on one batch; returns its loss, before the step."""
