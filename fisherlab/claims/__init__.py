@@ -5,7 +5,7 @@ A *claim* is the paper's. An *extension* is ours: a correction, or a theorem tak
 """
 
 # Importing a module registers its claims; the order is that of the table.
-from fisherlab.claims import foundations, geometry, steps  # isort: skip
+from fisherlab.claims import foundations, geometry, steps, losses  # isort: skip
 from fisherlab.claims import tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
 from fisherlab.claims import convergence, complexity, pooled, today  # isort: skip
 from fisherlab.claims.base import KINDS, PAPERS, Claim, ClaimError, get, names
@@ -26,6 +26,7 @@ __all__ = [
     "get",
     "kronecker",
     "load",
+    "losses",
     "memory",
     "names",
     "pooled",

@@ -67,7 +67,7 @@ class Tengrad(OfNetwork, Identity, name="tengrad_step_is_dense_blockwise_step"):
 
     def scores(self, case: Case) -> Tensor:
         """The rows of `U`: minus the gradient of every example's loss."""
-        return _scores(case, self.names(case))
+        return scores_of(case, self.names(case))
 
     def right(self, case: Case) -> Tensor:
         U = self.scores(case)
@@ -87,7 +87,7 @@ class JointStep(Tengrad, name="joint_ngd_from_summed_gram_matrices"):
     layerwise = False
 
 
-def _stepped(case: Case) -> tuple[Tensor, Tensor]:
+def stepped(case: Case) -> tuple[Tensor, Tensor]:
     """The joint natural step at the damping of a case, and the gradient."""
     model, criterion = model_of(case), criterion_of(case, "mean")
     options = {"lr": 1.0, "momentum": 0.0, "kl_clip": None, "damping": case["damping"]}
@@ -112,11 +112,11 @@ class LargeBeta(OfNetwork, AtMost, name="large_beta_is_scaled_sgd"):
     )
 
     def left(self, case: Case) -> Tensor:
-        d, g = _stepped(case)
+        d, g = stepped(case)
         return (case["damping"] * d - g).norm() / g.norm().clamp(min=1e-300)
 
     def right(self, case: Case) -> Tensor:
-        U = _scores(case, layer_names(case))
+        U = scores_of(case, layer_names(case))
         largest = torch.linalg.svdvals(U).max() ** 2 / len(U)
         return largest / (largest + case["damping"])
 
@@ -129,10 +129,10 @@ class SmallBeta(OfNetwork, AtMost, name="small_beta_lengthens_the_step"):
     latex = r"\|(F + \beta I)^{-1} g\| \le \|(F + \tfrac{\beta}{2} I)^{-1} g\|"
 
     def left(self, case: Case) -> Tensor:
-        return _stepped(case)[0].norm()
+        return stepped(case)[0].norm()
 
     def right(self, case: Case) -> Tensor:
-        U = _scores(case, layer_names(case))
+        U = scores_of(case, layer_names(case))
         return solve(U, case["damping"] / 2, -U.mean(0)).norm()
 
 
@@ -159,7 +159,8 @@ class BlockMass(OfNetwork, Identity, name="mass_off_the_block_diagonal"):
         return 1 - sum((u.mT @ u).square().sum() for u in U) / F.square().sum()
 
 
-def _scores(case: Case, names: list[str]) -> Tensor:
+def scores_of(case: Case, names: list[str]) -> Tensor:
+    """The rows of `U`, of the criterion with its mean over outputs."""
     # a mean over C outputs is 1/C of the log-likelihood
     c = 1.0 if case["criterion"] == "cross_entropy" else 1.0 / case["y"][0].numel()
     return torch.cat([c * dense.Layered(case, name).scores(case["y"]) for name in names], 1)

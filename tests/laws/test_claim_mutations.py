@@ -270,6 +270,16 @@ MUTATIONS = {
         "joint_step",
         lambda f: lambda F, g, damping: f(F, g, {n: x / 4 for n, x in damping.items()}),
     ),
+    "cross_entropy_lengthens_the_natural_step": wrap(
+        ngd,
+        "joint_step",
+        lambda f: lambda F, g, damping: f(F, g, {n: 1e4 * x for n, x in damping.items()}),
+    ),
+    "natural_step_gains_more_under_squared_error": wrap(
+        ngd,
+        "joint_step",
+        lambda f: lambda F, g, damping: f(F, g, {n: 1e8 * x for n, x in damping.items()}),
+    ),
     "mass_off_the_block_diagonal": wrap(Outer, "gram", lambda f: lambda self: f(self).square() + 1),
     # TEKFAC: one batch
     "corrected_eigenvalues_are_optimal": wrap(EigenCorrected, "corrections", transposed),
