@@ -15,41 +15,36 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from fisherlab import doors
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
-from fisherlab.extract.assemble import Form, capture_of, pieces
 from fisherlab.extract.backward import pulled_back, widened
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.dead import seen_at, stopping
 from fisherlab.extract.isolation import in_own_pass, is_isolated, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
-from fisherlab.extract.padding import counted, weighed_input
-from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
+from fisherlab.extract.padding import weighed_input
 from fisherlab.extract.reentrant import reentrant_named
-from fisherlab.extract.rows import find_examples, in_order, take
 from fisherlab.extract.slopes import slopes
-from fisherlab.extract.tape import Use, or_zero
+from fisherlab.extract.tape import Use
 from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
+from fisherlab.optim.assembling import captures_of
 from fisherlab.optim.coverage import Coverage
+from fisherlab.optim.needs import Needs
 from fisherlab.optim.passes import Call, Pass
+from fisherlab.optim.proving import Proof, edges
 from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
 from fisherlab.optim.watch import Hook, Watch
 from fisherlab.optim.weight import Weight
-
-# of a capture: what sums of the raw tensors over the examples determine
-SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
-
 
 # The share of `.grad` that a gradient of the gradient may be before blocks are refused.
 PENALTY = 1e-3
@@ -89,15 +84,9 @@ class Recorder:
         check_fisher_type(fisher_type)
         check_draw(criterion, mc_samples, generator)
         self.coverage, self.weights, self.criterion = coverage, coverage.weights, criterion
-        self.fisher_type, self.mc_samples = fisher_type, mc_samples
+        self.needs = Needs(frozenset(needs), fisher_type, examples)
+        self.mc_samples, self.ranks = mc_samples, ranks
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.examples, self.ranks = examples, ranks
-        self.needs = frozenset(needs)
-        # tensors that no approximation needs are not kept: memory that backward then reuses
-        self.summed = SUMS.issuperset(needs)
-        self.gradients = not {"inputs", "outputs", "activation_slope"}.issuperset(needs)
-        self.outputs, self.slopes = "outputs" in needs, "activation_slope" in needs
-        self.columns = fisher_type != "empirical" and "output_gradients" in needs
         # of the passes last captured: what turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
@@ -108,15 +97,9 @@ class Recorder:
         self._task = -1
         self._key = f"fisherlab pass of {id(self)}"
         self._open: Pass | None = None
-        # their gradient is not `g a^T` of their calls, their rows are no examples, or they have no
-        # slope; known after the first pass
-        self.left_out = coverage.left_out
-        # layers that were proven, and those whose rows are not in the order of the examples
-        self._proven: set[str] = set()
-        self._coded: set[str] = set()
-        self._proves = examples is None and not self.summed
+        self.proof = Proof(coverage)
         self.law: AdditiveLaw | None = None
-        if self.gradients and "inputs" in needs and examples is None and ranks is None:
+        if self.needs.gradients and self.needs.inputs and examples is None and ranks is None:
             self.law = AdditiveLaw(self.weights, lambda: self.wanted and not is_isolated())
         self.watch = Watch(
             model, self.weights, lambda: self.wanted, self._begin, self._record, self._end
@@ -192,15 +175,15 @@ class Recorder:
             return output
         x = use.product.x
         x = x if x.layout == torch.strided else x.to_dense()
-        part = x.detach()[: self.examples]
+        part = x.detach()[: self.needs.examples]
         # of a linear map over positions, those without a gradient are left out of the sum
-        waiting = self.summed and weight.is_linear and part.ndim > 2
+        waiting = self.needs.summed and weight.is_linear and part.ndim > 2
         call = Call(
             use.geometry,
             use.bias,
             part if waiting else self._kept(part),
             tuple(weight.weight.shape),
-            output.detach()[: self.examples].clone() if self.outputs else None,
+            output.detach()[: self.needs.examples].clone() if self.needs.outputs else None,
             count=len(part),
             shape=output.shape,
             edge=get_gradient_edge(output),
@@ -209,27 +192,25 @@ class Recorder:
         current.calls.setdefault(use.name, []).append(call)
 
         def arrive(gradient: Tensor) -> None:
-            if self._is_own():
-                return
             self._arrived(current)
             call.arrived = True
             current.twice |= gradient.requires_grad
             if call.waiting:
-                rows = gradient[: self.examples].detach()
+                rows = gradient[: self.needs.examples].detach()
                 call.raw_input = self._kept(weighed_input(call.raw_input, rows, call.behind))
                 call.waiting = False
-            if self.gradients:
-                part = self._kept(gradient[: self.examples].detach())
+            if self.needs.gradients:
+                part = self._kept(gradient[: self.needs.examples].detach())
                 call.gradient = part if call.gradient is None else call.gradient + part
 
-        output.register_hook(arrive)
+        output.register_hook(self._of_others(arrive))
         # a Linear over [n, t, i] returns a view; an in-place operation on a view replaces the
         # view's history, and the hook with it
         return output.clone() if output._is_view() else output
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """The kept part of the examples: they, or their sum, taken while they are at hand."""
-        return example_sum(widened(tensor)) if self.summed else tensor
+        return example_sum(widened(tensor)) if self.needs.summed else tensor
 
     def _end(self, output: Tensor | None) -> None:
         current, self._open = self._open, None
@@ -241,20 +222,16 @@ class Recorder:
         current.output = output.detach()
 
         def arrive(gradient: Tensor) -> None:
-            if self._is_own():
-                return
             self._arrived(current)
             current.output_gradient = _plus(current.output_gradient, gradient)
 
-        output.register_hook(arrive)
+        output.register_hook(self._of_others(arrive))
         if self.watch.loss is not None:
 
             def arrive_own(gradient: Tensor) -> None:
-                if self._is_own():
-                    return
                 current.own_scale = _plus(current.own_scale, gradient)
 
-            self.watch.loss.register_hook(arrive_own)
+            self.watch.loss.register_hook(self._of_others(arrive_own))
         self._latest = weakref.ref(current)
         # on the graph's own node: a loss may be taken of what is made of an earlier output
         if output.grad_fn is not None:
@@ -262,27 +239,33 @@ class Recorder:
         with own_pass(self.watch.model()):
             self._ask(current, output)
 
-    def _is_own(self) -> bool:
-        return in_own_pass(self.watch.model())
+    def _of_others(self, listen: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """A hook that hears every backward pass but our own."""
+
+        def arrive(gradient: Tensor) -> None:
+            if not in_own_pass(self.watch.model()):
+                listen(gradient)
+
+        return arrive
 
     def _ask(self, current: Pass, output: Tensor) -> None:
         """Send what must be known of the pass back through its graph."""
-        if self._proves:
-            self._prove(current, output)
-        elif self.summed:
-            self._count_positions(current, output)
-        if self.slopes:
+        if self.needs.rows:
+            self.proof.prove(current, output)
+        elif self.needs.summed:
+            self.proof.count_positions(current, output)
+        if self.needs.slopes:
             self._find_slopes(current, output)
         self._watch_rectifiers(current, output)
-        if self.columns and not isinstance(self.criterion, nn.Module):
+        if self.needs.columns and not isinstance(self.criterion, nn.Module):
             if not self.watch.single:
                 raise OptimizerError(
-                    f"the model returned several tensors, and fisher_type={self.fisher_type!r} "
+                    f"the model returned several tensors, and {self.needs.chosen} "
                     "must know which the loss is of; pass `criterion=` the module that the "
                     "training loop calls"
                 )
             self._send_columns(current, output, None)
-        elif not self.columns:
+        elif not self.needs.columns:
             for call in current.every():
                 call.edge = None
 
@@ -293,7 +276,7 @@ class Recorder:
         for name in self.weights:
             functions = ", ".join(sorted(others.get(name, ())))
             # an unproven product is not taken on trust
-            lost = name not in current.calls or not self._proves
+            lost = name not in current.calls or not self.needs.rows
             if functions and lost:
                 new[name] = f"it is used by {functions}, not by a product FisherLab knows"
         self.coverage.leave_out(new)
@@ -312,7 +295,7 @@ class Recorder:
             is_class = rules_of(criterion) is not None and cast(Rules, rules_of(criterion)).classes
             labels = free.argmax(1) if is_class else torch.zeros_like(free)
         M, rows = len(cast(Tensor, current.output)), len(free)
-        if rows != M and self.fisher_type == "exact":
+        if rows != M and self.needs.fisher_type == "exact":
             raise OptimizerError(
                 f"the criterion sees {rows} rows for {M} examples, so the exact columns of one "
                 "example cannot be told apart; keep the example as first axis or use 'mc'"
@@ -320,14 +303,20 @@ class Recorder:
         mean = fisher.reduction_of(criterion) == "mean"
         scale = (M / rows) ** 0.5 if mean else 1.0
         vectors = fisher.output_vectors(
-            self.fisher_type, criterion, free, labels, self.mc_samples, self.generator, self.ranks
+            self.needs.fisher_type,
+            criterion,
+            free,
+            labels,
+            self.mc_samples,
+            self.generator,
+            self.ranks,
         )
         for vector in vectors:
-            gradients = pulled_back(output, (scale * vector).to(output.dtype), _edges(calls))
+            gradients = pulled_back(output, (scale * vector).to(output.dtype), edges(calls))
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is None:
                     gradient = output.new_zeros(call.shape)
-                call.columns.append(gradient[: self.examples].detach())
+                call.columns.append(gradient[: self.needs.examples].detach())
 
     def _loss(
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
@@ -336,9 +325,9 @@ class Recorder:
         if is_isolated() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
         passes = self._passes_behind(saw)
-        if len(passes) > 1 and self.columns:
+        if len(passes) > 1 and self.needs.columns:
             raise OptimizerError(
-                f"fisher_type={self.fisher_type!r} takes a loss of one forward pass, and this one "
+                f"{self.needs.chosen} takes a loss of one forward pass, and this one "
                 f"is of the outputs of {len(passes)} together; take a loss of each, or 'empirical'"
             )
         if len(passes) != 1:
@@ -348,19 +337,17 @@ class Recorder:
         current.labels = labels.detach() if isinstance(labels, Tensor) else None
 
         def arrive(gradient: Tensor) -> None:
-            if self._is_own():
-                return
             current.loss_scale = _plus(current.loss_scale, gradient)
 
-        loss.register_hook(arrive)
-        if not self.columns:
+        loss.register_hook(self._of_others(arrive))
+        if not self.needs.columns:
             return
         if current.criterion_saw is saw:
             # a second loss of the same outputs (mixed labels) has the same Hessian
             seen = cast(Tensor, saw), cast(Tensor, current.labels)
             if labels_matter(criterion, *seen):
                 raise OptimizerError(
-                    f"fisher_type={self.fisher_type!r} takes one loss of the same outputs where "
+                    f"{self.needs.chosen} takes one loss of the same outputs where "
                     "labels have weights or are ignored; mix the labels before the loss, or use "
                     "'empirical'"
                 )
@@ -368,7 +355,7 @@ class Recorder:
             rules = rules_of(criterion)
             if current.labels is None or (rules is not None and rules.apart):
                 raise OptimizerError(
-                    f"fisher_type={self.fisher_type!r} needs {type(criterion).__name__} called as "
+                    f"{self.needs.chosen} needs {type(criterion).__name__} called as "
                     "criterion(outputs, labels); a criterion that is called in another way has "
                     "the empirical Fisher only"
                 )
@@ -403,11 +390,14 @@ class Recorder:
         """One dict of captures per forward and backward since the last step, checked and scaled."""
         arrived = [p for p in self.passes if p.arrived]
         self.factors = [self._factor(p) for p in arrived]
-        found = [self._capture(*pair) for pair in zip(arrived, self.factors, strict=True)]
+        found = [
+            captures_of(one, factor, self.needs, self.coverage)
+            for one, factor in zip(arrived, self.factors, strict=True)
+        ]
         if self.law is None or not found:
             return found
         twice = [k for k, one in enumerate(arrived) if one.twice]
-        if twice and not self.columns and self.law.rest(found, self.factors) > PENALTY:
+        if twice and not self.needs.columns and self.law.rest(found, self.factors) > PENALTY:
             raise OptimizerError(
                 "the loss holds a gradient of the model (create_graph=True, as of a gradient "
                 "penalty), so what reaches the layers is no per-example gradient of the "
@@ -418,120 +408,9 @@ class Recorder:
         self.factors = [self.factors[k] for k in kept]
         return [found[k] for k in kept]
 
-    @reentrant_named(OptimizerError)
-    def _prove(self, current: Pass, output: Tensor) -> None:
-        """Leave out layers whose gradient is not `sum g a^T` of their calls; asked once of each.
-
-        A random vector is sent back from the outputs: terms of the loss that are no terms of the
-        model, such as a penalty on the weights, are not in it. Rows in another order than the
-        batch's are given back to their examples, in each pass of a layer that has such rows.
-        """
-        n = len(output)
-        fresh = {name for name in current.calls if name not in self._proven}
-        doubtful = [
-            (name, call)
-            for name, calls in current.calls.items()
-            for call in calls
-            if name in fresh or name in self._coded or call.shape[0] != n
-        ]
-        if doubtful:
-            self._find_rows(output, doubtful)
-        if fresh:
-            self._proven |= fresh
-            self._find_products(current, output, fresh - set(self.left_out))
-
-    @reentrant_named(OptimizerError)
-    def _count_positions(self, current: Pass, output: Tensor) -> None:
-        """Give each example as many positions of the summed rows, or leave the layer out."""
-        n = len(output)
-        folded = [
-            (name, call)
-            for name, calls in current.calls.items()
-            for call in calls
-            if call.shape[0] != n and name not in self.left_out
-        ]
-        if not folded:
-            return
-        calls = [call for _, call in folded]
-        whys = find_examples(output, calls, _edges(calls), [call.shape for call in calls])
-        new: dict[str, str] = {}
-        for (name, call), why in zip(folded, whys, strict=True):
-            examples, call.examples = call.examples, None
-            if not why and examples is not None:
-                counts = torch.bincount(examples[examples >= 0], minlength=n)
-                whole = int(counts.min()) * n == len(examples) and len(call.shape) == 2
-                why = "" if whole else "its examples have different numbers of rows"
-                call.positions = len(examples) // n
-            if why:
-                new[name] = why
-        self.coverage.leave_out(new)
-
-    def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
-        n, calls = len(output), [call for _, call in doubtful]
-        whys = find_examples(output, calls, _edges(calls), [call.shape for call in calls])
-        new: dict[str, str] = {}
-        for (name, call), why in zip(doubtful, whys, strict=True):
-            same = call.shape[0] == n == len(call.raw_input)
-            if why or (same and in_order(call, n)):
-                # examples that interact, as under batch norm, keep the rows that they have
-                call.examples = None
-                if why and not same and name not in self.left_out:
-                    new[name] = why
-            else:
-                self._coded.add(name)
-        self.coverage.leave_out(new)
-
-    def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(output.shape, generator=generator).to(output)
-        joined = {name: calls for name, calls in current.calls.items() if name in names}
-        every = [call for calls in joined.values() for call in calls]
-        leaves = [
-            leaf
-            for name in joined
-            for leaf in (self.weights[name].weight, self.weights[name].bias)
-            if leaf is not None
-        ]
-        if not every:
-            return
-        found = pulled_back(output, vector, [*_edges(every), *leaves])
-        rows = {
-            id(call): output.new_zeros(call.shape) if g is None else g
-            for call, g in zip(every, found[: len(every)], strict=True)
-        }
-        gradients = iter(found[len(every) :])
-        new: dict[str, str] = {}
-        for name, calls in joined.items():
-            weight = self.weights[name]
-            leaf = or_zero(next(gradients), weight.weight)
-            bias = None if weight.bias is None else or_zero(next(gradients), weight.bias)
-            parts, why = self._parts(name, calls, len(output))
-            if why:
-                new[name] = why
-                continue
-            layers = capture_of(name, "", parts, self._form(weight), lambda c: rows[id(c)])
-            error = gradient_error(list(layers.values()), leaf, bias)
-            if error > max(tolerance(t) for c in calls for t in (c.raw_input, rows[id(c)])):
-                others = self.watch.tape.others.get(name)
-                extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
-                new[name] = not_a_product(error, *extra)
-        self.coverage.leave_out(new)
-
-    @staticmethod
-    def _form(weight: Weight) -> Form:
-        return Form(weight.geometry, weight.bias)
-
-    def _parts(self, name: str, calls: list[Call], n: int) -> tuple[list[Any], str]:
-        """The calls in the form of the weight, or why they have none."""
-        form = self._form(self.weights[name])
-        try:
-            return [piece for call in calls for piece in pieces(call, form, n)], ""
-        except ValueError as error:
-            return [], str(error)
-
     def _watch_rectifiers(self, current: Pass, output: Tensor) -> None:
         """See which positions of a linear map the loss reaches behind a rectifier."""
-        if not self.gradients:
+        if not self.needs.gradients:
             return
         calls = [
             call
@@ -539,116 +418,32 @@ class Recorder:
             for call in found
             if self.weights[name].is_linear and (len(found) > 1 or len(call.shape) > 2)
         ]
-        edges = _edges(calls)
-        for call, nodes in zip(calls, stopping(output, edges) if edges else (), strict=True):
+        behind = stopping(output, edges(calls)) if calls else ()
+        for call, nodes in zip(calls, behind, strict=True):
             for node in nodes:
                 node.register_prehook(partial(self._seen_behind, call))
 
     def _seen_behind(self, call: Call, gradients: tuple[Any, ...]) -> None:
-        seen = seen_at(gradients[0], call.shape)[: self.examples]
+        seen = seen_at(gradients[0], call.shape)[: self.needs.examples]
         call.behind = seen if call.behind is None else call.behind | seen
 
     def _find_slopes(self, current: Pass, output: Tensor) -> None:
         """Slopes of all calls; layers that have none are left out, which is said once."""
         every = current.every()
-        for call, each in zip(every, slopes([output], _edges(every)), strict=True):
+        for call, each in zip(every, slopes([output], edges(every)), strict=True):
             call.slopes = each
         reasons = {
             name: next((c.slopes.reason for c in calls if c.slopes and c.slopes.reason), "")
             for name, calls in current.calls.items()
         }
-        new = {n: why for n, why in reasons.items() if why and n not in self.left_out}
+        new = {n: why for n, why in reasons.items() if why and n not in self.coverage.left_out}
         if new:
-            self.left_out |= new
+            self.coverage.left_out |= new
             named = "; ".join(f"layer {name!r} has no slope nu: {why}" for name, why in new.items())
             warnings.warn(
                 f"SNGD has no block of these layers, which take their plain gradients: {named}",
                 stacklevel=2,
             )
-
-    def _capture(self, one: Pass, factor: float) -> dict[str, LayerCapture]:
-        found: dict[str, LayerCapture] = {}
-        for name, calls in one.calls.items():
-            arrived = [call for call in calls if call.arrived]
-            if arrived and name not in self.left_out:
-                found |= self._layer(name, arrived, factor, one)
-        return found
-
-    def _layer(
-        self, name: str, calls: list[Call], factor: float, one: Pass
-    ) -> dict[str, LayerCapture]:
-        weight = self.weights[name]
-        batch = len(cast(Tensor, one.output))
-        expected = batch if self.examples is None else None
-        for index, call in enumerate(calls):
-            if call.positions > 1:
-                # a mean over positions, as of `[n, t, i]`
-                call.raw_input, call.count = call.raw_input / call.positions, batch
-                call.positions = 1
-            given = (call.count, *call.raw_input.shape[1:])
-            moved = expected is not None and call.count != expected and call.examples is None
-            if len(given) < 2 or moved:
-                raise OptimizerError(
-                    f"call {index} of layer {name!r} received {given} in a "
-                    f"batch of {batch}: the first axis must be the example"
-                )
-        n = len(calls[0].raw_input) if self.summed or self.examples is not None else batch
-        parts, why = self._parts(name, calls, n)
-        if why:
-            raise OptimizerError(f"layer {name!r}: {why}; no parameter was changed")
-        scale = factor
-        columns: Callable[[Any], Tensor] | None = None
-        labels: Callable[[Any], Tensor] = _labels
-        if not self.gradients:
-            labels = _nothing_arrived
-        elif self.fisher_type == "empirical":
-            columns = _label_columns
-        if self.columns:
-            # its own columns are of the per-example loss already
-            scale, columns = 1.0, _columns
-            labels = partial(_labels, factor=factor)
-        sums = None
-        if self.slopes:
-            sums = torch.stack([c.slopes.sums for c in calls if c.slopes]).sum(0)[: self.examples]
-        layers = capture_of(
-            name,
-            type(weight.module).__name__,
-            parts,
-            self._form(weight),
-            labels,
-            columns,
-            slopes=sums,
-            fisher_type=self.fisher_type,
-            gradient_scale=scale,
-            summed=calls[0].count if self.summed else 1,
-        )
-        first = next(iter(layers.values()))
-        if not self.gradients:
-            return {key: replace(layer, raw_label_gradients=None) for key, layer in layers.items()}
-        if "inputs" not in self.needs or self.summed:
-            return layers
-
-        def behind() -> list[Tensor]:
-            found = []
-            for part in parts:
-                call = cast(Call, part.call)
-                seen = call.behind
-                if seen is None:
-                    seen = torch.zeros(
-                        call.shape[0],
-                        call.shape[1:-1].numel(),
-                        dtype=torch.bool,
-                        device=first.device,
-                    )[: self.examples]
-                found.append(seen if part.rows is None else take(seen.flatten(), part.rows))
-            return found
-
-        maps = first.maps or [first.geometry] * len(parts)
-        own = first.raw_output_gradients
-        rows = cast(tuple[Tensor, ...], first.raw_label_gradients)
-        own = tuple(g[None] for g in rows) if own is None else own
-        counts = counted(maps, own, rows, behind=behind)
-        return {key: replace(layer, counted=counts) for key, layer in layers.items()}
 
     def _factor(self, one: Pass) -> float:
         """The factor from `dL/ds` to the gradient of the per-example loss `l_n`."""
@@ -657,18 +452,18 @@ class Recorder:
                 "the model returned no tensor with a graph, so the examples of its batch are not "
                 "known; return the outputs (a tensor, a tuple, a dict); no parameter was changed"
             )
-        if self.columns and one.loss_scale is None and one.output_gradient is not None:
+        if self.needs.columns and one.loss_scale is None and one.output_gradient is not None:
             # columns were sent for every label, an ignored one included
             if ignored_terms(one.output, one.output_gradient):
                 raise OptimizerError(
-                    f"fisher_type={self.fisher_type!r} cannot tell which labels are ignored by a "
+                    f"{self.needs.chosen} cannot tell which labels are ignored by a "
                     "loss function; pass `criterion=` the module that the training loop calls, "
                     "such as torch.nn.CrossEntropyLoss()"
                 )
         # columns were sent for classes in axis 1
         return scale_factor(
             *(one.output, one.output_gradient, one.loss_scale, self.criterion, one.own_scale),
-            last=not self.columns,
+            last=not self.needs.columns,
         )
 
 
@@ -692,28 +487,6 @@ def check_draw(criterion: object, mc_samples: int, generator: object) -> None:
     fisher.check_draws(mc_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator is a torch.Generator or None, got {doors.said(generator)}")
-
-
-def _edges(calls: list[Call]) -> list[GradientEdge]:
-    return [cast(GradientEdge, call.edge) for call in calls]
-
-
-def _labels(call: Any, factor: float = 1.0) -> Tensor:
-    g = widened(cast(Tensor, call.gradient))
-    return g if factor == 1 else factor * g
-
-
-def _label_columns(call: Any) -> Tensor:
-    return _labels(call)[None]
-
-
-def _columns(call: Any) -> Tensor:
-    return torch.stack([widened(v) for v in call.columns])
-
-
-def _nothing_arrived(call: Any) -> Tensor:
-    """In place of a gradient that is not kept: zeros that take no memory."""
-    return widened(call.raw_input).new_zeros(()).expand(call.shape)[: call.count]
 
 
 def _plus(known: Tensor | None, gradient: Tensor) -> Tensor:

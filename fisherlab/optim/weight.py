@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fisherlab.extract import select
+from fisherlab.extract.assemble import Form, Piece, pieces
 from fisherlab.extract.geometry import CONVOLUTIONS, TRANSPOSED, Geometry
-from fisherlab.extract.tape import Use
+from fisherlab.extract.tape import Call, Use
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class Weight:
         """The names of its captures: one per group."""
         k = self.groups
         return [f"{self.name}:{j}" for j in range(k)] if k > 1 else [self.name]
+
+    @property
+    def form(self) -> Form:
+        """The form of its captures."""
+        return Form(self.geometry, self.bias)
+
+    def pieces(self, calls: Iterable[Call], n: int) -> tuple[list[Piece], str]:
+        """The calls of a batch of `n` in the form of the weight, or why they have none."""
+        try:
+            return [piece for call in calls for piece in pieces(call, self.form, n)], ""
+        except ValueError as error:
+            return [], str(error)
 
     def is_in(self, model: nn.Module) -> bool:
         """Whether the model still has the layer, and the layer this weight."""

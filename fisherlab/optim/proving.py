@@ -1,0 +1,155 @@
+"""Whether the products that a tape saw explain the gradients of the weights.
+
+A random vector is sent back from the outputs: terms of the loss that are no terms of the model,
+such as a penalty on the weights, are not in it.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fisherlab.extract.assemble import capture_of
+from fisherlab.extract.backward import pulled_back
+from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
+from fisherlab.extract.reentrant import reentrant_named
+from fisherlab.extract.rows import find_examples, in_order
+from fisherlab.extract.tape import or_zero
+from fisherlab.optim.coverage import Coverage
+from fisherlab.optim.passes import Call, Pass
+from fisherlab.optim.scale import OptimizerError
+
+
+class Proof:
+    """Leaves out the layers whose gradient is not `sum g a^T` of their calls.
+
+    A layer is asked once. A layer whose rows are in another order than the batch's is asked in
+    every pass, since the rows are given back to their examples.
+
+    Args:
+        coverage: the matrices; those without a proof are left out of it, each with its reason.
+    """
+
+    def __init__(self, coverage: Coverage) -> None:
+        self.coverage, self.weights = coverage, coverage.weights
+        # layers that were proven, and those whose rows are not in the order of the examples
+        self._proven: set[str] = set()
+        self._coded: set[str] = set()
+
+    @reentrant_named(OptimizerError)
+    def prove(self, current: Pass, output: Tensor) -> None:
+        """Leave out layers without a proof, and give rows back to their examples.
+
+        Args:
+            current: the pass, with the calls of its layers.
+            output: the model's output, with its graph.
+
+        Raises:
+            OptimizerError: a checkpoint that works within one backward pass only hides the graph.
+        """
+        n = len(output)
+        fresh = {name for name in current.calls if name not in self._proven}
+        doubtful = [
+            (name, call)
+            for name, calls in current.calls.items()
+            for call in calls
+            if name in fresh or name in self._coded or call.shape[0] != n
+        ]
+        if doubtful:
+            self._find_rows(output, doubtful)
+        if fresh:
+            self._proven |= fresh
+            self._find_products(current, output, fresh - set(self.coverage.left_out))
+
+    @reentrant_named(OptimizerError)
+    def count_positions(self, current: Pass, output: Tensor) -> None:
+        """Give each example as many positions of the summed rows, or leave the layer out.
+
+        Args:
+            current: the pass, with the calls of its layers.
+            output: the model's output, with its graph.
+
+        Raises:
+            OptimizerError: a checkpoint that works within one backward pass only hides the graph.
+        """
+        n = len(output)
+        folded = [
+            (name, call)
+            for name, calls in current.calls.items()
+            for call in calls
+            if call.shape[0] != n and name not in self.coverage.left_out
+        ]
+        if not folded:
+            return
+        calls = [call for _, call in folded]
+        whys = find_examples(output, calls, edges(calls), [call.shape for call in calls])
+        new: dict[str, str] = {}
+        for (name, call), why in zip(folded, whys, strict=True):
+            examples, call.examples = call.examples, None
+            if not why and examples is not None:
+                counts = torch.bincount(examples[examples >= 0], minlength=n)
+                whole = int(counts.min()) * n == len(examples) and len(call.shape) == 2
+                why = "" if whole else "its examples have different numbers of rows"
+                call.positions = len(examples) // n
+            if why:
+                new[name] = why
+        self.coverage.leave_out(new)
+
+    def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
+        n, calls = len(output), [call for _, call in doubtful]
+        whys = find_examples(output, calls, edges(calls), [call.shape for call in calls])
+        new: dict[str, str] = {}
+        for (name, call), why in zip(doubtful, whys, strict=True):
+            same = call.shape[0] == n == len(call.raw_input)
+            if why or (same and in_order(call, n)):
+                # examples that interact, as under batch norm, keep the rows that they have
+                call.examples = None
+                if why and not same and name not in self.coverage.left_out:
+                    new[name] = why
+            else:
+                self._coded.add(name)
+        self.coverage.leave_out(new)
+
+    def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(output.shape, generator=generator).to(output)
+        joined = {name: calls for name, calls in current.calls.items() if name in names}
+        every = [call for calls in joined.values() for call in calls]
+        leaves = [
+            leaf
+            for name in joined
+            for leaf in (self.weights[name].weight, self.weights[name].bias)
+            if leaf is not None
+        ]
+        if not every:
+            return
+        found = pulled_back(output, vector, [*edges(every), *leaves])
+        rows = {
+            id(call): output.new_zeros(call.shape) if g is None else g
+            for call, g in zip(every, found[: len(every)], strict=True)
+        }
+        gradients = iter(found[len(every) :])
+        new: dict[str, str] = {}
+        for name, calls in joined.items():
+            weight = self.weights[name]
+            leaf = or_zero(next(gradients), weight.weight)
+            bias = None if weight.bias is None else or_zero(next(gradients), weight.bias)
+            parts, why = weight.pieces(calls, len(output))
+            if why:
+                new[name] = why
+                continue
+            layers = capture_of(name, "", parts, weight.form, lambda c: rows[id(c)])
+            error = gradient_error(list(layers.values()), leaf, bias)
+            if error > max(tolerance(t) for c in calls for t in (c.raw_input, rows[id(c)])):
+                others = self.coverage.others.get(name)
+                extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
+                new[name] = not_a_product(error, *extra)
+        self.coverage.leave_out(new)
+
+
+def edges(calls: list[Call]) -> list[GradientEdge]:
+    """The edges behind the outputs of calls, while they are kept."""
+    return [cast(GradientEdge, call.edge) for call in calls]
