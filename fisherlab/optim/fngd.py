@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.weight import Weight
-from fisherlab.optim.weighted import Calls
+from fisherlab.optim.weighted import Calls, columns_of, of_each_example
 from fisherlab.optim.woodbury import Taken, Woodbury
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ class FNGD(Woodbury):
     FNGD Alg. 1, (9), (14). For `coefficient_steps` steps (one epoch) each layer solves for its own
     coefficients, `lambda = alpha ||U^T U||_F`. Afterwards no per-example gradient and no inverse is
     formed: row n of the output gradient is scaled by `M v~_n`, and the ordinary gradient of weight
-        and bias is taken. After `backward()`, `p.grad` is that weighted
-    gradient: clip and log it as such.
+    and bias is taken. After `backward()`, `p.grad` is that weighted gradient: clip and log it as
+    such.
 
     `share`: "position" (the paper: slot n of every batch has one coefficient; with a shuffled
     loader they average to a constant, and the run says once that it now is SGD), "example" (one per
     data-set index, given by `set_batch(indices)` before each forward), "none" (NGD-SMW).
     `control=True` is the run to compare with: SGD with FNGD's per-layer factor `c_l = sum_n v~_n`.
+    `accelerated=False` takes the same step as FNGD VI-D does without its acceleration.
 
     Args:
         model: the model.
@@ -45,6 +47,8 @@ class FNGD(Woodbury):
         coefficient_steps: steps of phase 1.
         share: "position", "example" or "none".
         control: whether to run SGD with FNGD's per-layer factors instead.
+        accelerated: whether phase 2 weighs the examples inside the backward pass; else it forms
+            the gradient of every example, `[n, o, i]`, and weighs those.
         options: further options of the step and its groups.
     """
 
@@ -60,6 +64,7 @@ class FNGD(Woodbury):
         coefficient_steps: int = 100,
         share: str = "position",
         control: bool = False,
+        accelerated: bool = True,
         **options: Any,
     ) -> None:
         if share not in ("position", "example", "none"):
@@ -70,6 +75,7 @@ class FNGD(Woodbury):
             model, criterion=criterion, params=params, lr=lr, alpha=alpha, fold=fold, **options
         )
         self.share, self.control, self.coefficient_steps = share, control, coefficient_steps
+        self.accelerated = doors.flag(accelerated, "accelerated")
         self.batch_size: int | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -104,7 +110,10 @@ class FNGD(Woodbury):
         mine = slice(None) if self.ranks is None else self.ranks.own_examples(n)
         every = self._shared(weight, n if self.ranks is None else self.ranks.size * n).to(device)
         self._take(weight, Taken(weight, calls, every[:, mine], factor, every))
-        return every[:, mine], None
+        if self.accelerated:
+            return every[:, mine], None
+        columns = columns_of(weight, calls, factor)
+        return every[:, mine], of_each_example(columns, every[:, mine]) / factor
 
     def _shared(self, weight: Weight, n: int) -> Tensor:
         """`M v~` of this layer for a batch of n, `[groups, n]`."""

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
 from fisherlab.extract.isolation import is_isolated
@@ -172,8 +173,10 @@ def reconstruct(
         `model`.
 
     Raises:
-        ValueError: the method or a layer of `activations` is unknown.
+        ValueError: the method or a layer of `activations` is unknown, or a number is out of range.
     """
+    doors.module(model)
+    _check_numbers(every, decay, eps, rank)
     if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
         raise ValueError(f"unknown method {method!r}")
     layers = _layers(model)
@@ -201,6 +204,13 @@ def reconstruct(
 
         optimizer.register_step_post_hook(after_step)
     return model
+
+
+def _check_numbers(every: int, decay: float, eps: float, rank: int) -> None:
+    doors.count(every, "every")
+    doors.number(decay, "decay", least=0.0, below=1.0)
+    doors.number(eps, "eps", least=0.0)
+    doors.count(rank, "rank")
 
 
 @dataclass
@@ -408,8 +418,7 @@ class ReconstructedSGD(torch.optim.SGD):
         rank: int = 128,
         criterion: Callable[..., Any] | None = None,
     ) -> None:
-        if int(every) != every or every < 1:
-            raise ValueError(f"every counts steps and is at least 1, got {every!r}")
+        _check_numbers(every, decay, eps, rank)
         self.model = reconstruct(model, method=root, decay=decay, eps=eps, rank=rank)
         super().__init__(model.parameters(), lr, momentum, weight_decay=weight_decay)
         self.every, self.steps = every, 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns
 from fisherlab.extract.backward import widened
 from fisherlab.extract.geometry import Convolution
@@ -382,6 +383,16 @@ def combined(weight: Weight, calls: Calls, rows: Tensor, factor: float) -> Tenso
 def of_columns(columns: list[Columns], rows: Tensor) -> Tensor:
     """`U rows` of every group, stacked as the weight `[o, i]`."""
     return torch.cat([each.combine(row[None]) for each, row in zip(columns, rows, strict=True)])
+
+
+def of_each_example(columns: list[Columns], rows: Tensor) -> Tensor:
+    """`U rows` as `of_columns`, from the gradient of every example, all of them formed."""
+    parts = []
+    for each, row in zip(columns, rows, strict=True):
+        known = each.formed is not None
+        D = each.matrices if known else contractions.per_example(each.a, each.g)[0]
+        parts.append(torch.tensordot(row.to(D.dtype), D, 1))
+    return torch.cat(parts)
 
 
 def columns_of(weight: Weight, calls: Calls, factor: float) -> list[Columns]:

@@ -283,10 +283,11 @@ class Fngd(Reference):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("fold", [True, False])
-def test_fngd(fold, kind):
+@pytest.mark.parametrize("fold, accelerated", [(True, True), (False, True), (True, False)])
+def test_fngd(fold, accelerated, kind):
     lr = 0.1 if fold else 1e-4
     options = {"lr": lr, "fold": fold, "coefficient_steps": 3, "momentum": 0.9}
+    options["accelerated"] = accelerated
     check("fngd", kind, Fngd(fold, lr=lr, momentum=0.9), options)
 
 

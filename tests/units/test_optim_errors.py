@@ -259,3 +259,19 @@ def test_a_gradient_that_is_not_finite_at_the_output_says_so(value: float) -> No
     loss = F.cross_entropy(model(x), y) * value
     with pytest.raises(OptimizerError, match="at the model's output has NaN or inf"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"every": 0}, "every must be a whole number >= 1, got 0"),
+        ({"decay": 1.0}, "decay must be a finite number >= 0 and < 1"),
+        ({"eps": -1.0}, "eps must be a finite number >= 0"),
+        ({"rank": 0}, "rank must be a whole number >= 1"),
+    ],
+)
+def test_reconstruct_refuses_a_number_out_of_range_and_leaves_the_model(options, said) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=said):
+        fl.optim.reconstruct(model, **options)
+    assert not fl.optim.sngd.local_fishers(model) and not model._forward_hooks

@@ -20,6 +20,7 @@ class Arm:
     the preset. `epochs` replaces the experiment's, as where second-order methods get half of them.
     `batch_norm` None is the model's own. `switch_epoch` is where truncated K-FAC turns into SGD.
     `cells` are those that have the arm. `control_of` is the arm whose step lengths this one has.
+    An arm `apart` has a run folder of its own, so that folders without it stay what they are.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Arm:
     preset: str = "paper"
     cells: tuple[str, ...] | None = None
     control_of: str = ""
+    apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -60,16 +60,20 @@ def planned(
     cells, arms = experiment.chosen(scale, only)
     found = []
     for cell in cells:
-        groups: dict[tuple[int, bool | None], list[Arm]] = {}
+        groups: dict[tuple[str, int, bool | None], list[Arm]] = {}
         for arm in arms:
             if arm.cells is not None and cell.name not in arm.cells:
                 continue
-            groups.setdefault((_epochs(experiment, cell, arm, scale), arm.batch_norm), []).append(
-                arm
-            )
-        for number, ((epochs, batch_norm), mine) in enumerate(groups.items()):
+            own = arm.label if arm.apart else ""
+            key = own, _epochs(experiment, cell, arm, scale), arm.batch_norm
+            groups.setdefault(key, []).append(arm)
+        shared = [key for key in groups if not key[0]]
+        for key, mine in groups.items():
+            own, epochs, batch_norm = key
             options = _common(experiment, cell, scale) | {"batch_norm": batch_norm}
-            folder = f"{cell.name}/{number}" if len(groups) > 1 else cell.name
+            folder = cell.name
+            if own or len(shared) > 1:
+                folder += f"/{own or shared.index(key)}"
             beside = [_control(arm) for arm in mine if control and has_control(arm)]
             for where, taken in (folder, mine), (f"{folder}/control", beside):
                 entries = tuple(

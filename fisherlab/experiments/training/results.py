@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fisherlab.experiments.rundir import RunDir
@@ -174,6 +175,8 @@ class Results:
             "best": best.mean(),
             "best_sd": best.std() if len(best) > 1 else math.nan,
             "train_loss": last["train_loss"].mean(),
+            # as NGM's tables have it: the mean of the seeds' logarithms
+            "log_train_loss": np.log(last["train_loss"].astype(float)).mean(),
             "test_loss": last["test_loss"].mean(),
             "seconds_per_step": per_step,
             "seconds_per_epoch": per_step * self.steps_per_epoch,
