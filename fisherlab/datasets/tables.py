@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fisherlab.datasets.bundled import CC_BY, STANDARDISED, UCI, WITH_TARGET
 from fisherlab.datasets.card import Card, File
 from fisherlab.datasets.prepare import SPLIT, STRATIFIED, as_dataset
 from fisherlab.datasets.registry import Dataset, register
+from fisherlab.datasets.registry import card as registered
 
 WEATHER = [
     "Humidity",
@@ -81,11 +83,31 @@ def ecoli(card: Card, files: dict[str, Path]) -> Dataset:
 )
 def house_prices(card: Card, files: dict[str, Path]) -> Dataset:
     """21,613 rows of 18 properties; the target is log price in US dollars."""
+    features, price = _houses(files[card.files[0].path])
+    return as_dataset(card, features, np.log(price))
+
+
+@register(
+    replace(
+        registered("house_prices"),
+        name="house_prices_raw",
+        title="Price of 21,613 houses in King County from 18 properties",
+        preparation=WITH_TARGET,
+        notes="house_prices without the logarithm; the numbers of NGM table 1 point to it",
+    )
+)
+def house_prices_raw(card: Card, files: dict[str, Path]) -> Dataset:
+    """21,613 rows of 18 properties; the target is the price in US dollars."""
+    return as_dataset(card, *_houses(files[card.files[0].path]))
+
+
+def _houses(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The properties `[n, 18]` and the price `[n]`."""
     import pandas as pd
 
-    table = pd.read_csv(files[card.files[0].path])
+    table = pd.read_csv(path)
     features = table.drop(columns=["id", "date", "price"])
-    return as_dataset(card, features.to_numpy(float), np.log(table["price"].to_numpy(float)))
+    return features.to_numpy(float), table["price"].to_numpy(float)
 
 
 @register(
@@ -115,9 +137,32 @@ def house_prices(card: Card, files: dict[str, Path]) -> Dataset:
 )
 def weather(card: Card, files: dict[str, Path]) -> Dataset:
     """96,453 hours of 5 measurements; the target is the temperature in degrees Celsius."""
+    measured = _hours(files[card.files[0].path])
+    return as_dataset(card, measured[:, :-2], measured[:, -2])
+
+
+@register(
+    replace(
+        registered("weather"),
+        name="weather_apparent",
+        title="Apparent temperature in Szeged from the temperature and 5 other measurements; "
+        "96,453 rows",
+        input_shape=(len(WEATHER) + 1,),
+        notes="weather with the temperature among the inputs and the apparent one as target; the "
+        "numbers of NGM table 1 point to it; gaps of the pressure as in weather",
+    )
+)
+def weather_apparent(card: Card, files: dict[str, Path]) -> Dataset:
+    """96,453 hours of 6 measurements; the target is the apparent temperature in Celsius."""
+    measured = _hours(files[card.files[0].path])
+    return as_dataset(card, measured[:, :-1], measured[:, -1])
+
+
+def _hours(path: Path) -> np.ndarray:
+    """The 5 measurements, the temperature and the apparent one, `[n, 7]`; NaN in gaps."""
     import pandas as pd
 
-    table = pd.read_csv(files[card.files[0].path], usecols=[*WEATHER, "Temperature (C)"])
+    columns = [*WEATHER, "Temperature (C)", "Apparent Temperature (C)"]
+    table = pd.read_csv(path, usecols=columns)[columns]
     pressure = WEATHER[-1]
-    features = table[WEATHER].assign(**{pressure: table[pressure].replace(0.0, np.nan)})
-    return as_dataset(card, features.to_numpy(float), table["Temperature (C)"].to_numpy(float))
+    return table.assign(**{pressure: table[pressure].replace(0.0, np.nan)}).to_numpy(float)

@@ -34,6 +34,7 @@ SIZES = {  # train, test
     "digits": (1_442, 355),
     "ecoli": (271, 65),
     "house_prices": (17_291, 4_322),
+    "house_prices_raw": (17_291, 4_322),
     "iris": (120, 30),
     "mnist": (60_000, 10_000),
     "moons": (800, 200),
@@ -41,6 +42,7 @@ SIZES = {  # train, test
     "ptb": (26_559, 2_355),
     "svhn": (73_257, 26_032),
     "weather": (77_163, 19_290),
+    "weather_apparent": (77_163, 19_290),
     "wine": (144, 34),
 }
 TEXT = ("ptb", "multi30k")
@@ -177,6 +179,22 @@ def test_weather_gaps_are_not_measurements():
     y = torch.cat([part.tensors[1] for part in (data.train, data.test)])
     celsius = data.target_mean + data.target_std * y.double()
     assert abs(celsius.min() + 21.82) < 0.01 and abs(celsius.max() - 39.91) < 0.01
+
+
+@pytest.mark.parametrize("name, loss", [("house_prices_raw", -1.20), ("weather_apparent", -4.60)])
+def test_variants_have_the_rows_of_the_sets_they_vary_and_a_target_of_their_own(name, loss):
+    data, of = load(name), load(name.rpartition("_")[0])
+    x, y = (tensor.double() for tensor in data.train.tensors)
+    assert torch.equal(x[:, :5], of.train.tensors[0][:, :5].double())
+    x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    residual = y - x @ torch.linalg.lstsq(x, y).solution
+    # the logarithms of the least linear losses, measured without FisherLab
+    assert residual.square().mean().log().item() == pytest.approx(loss, abs=0.01)
+    y = torch.cat([part.tensors[1] for part in (data.train, data.test)]).double()
+    units = data.target_mean + data.target_std * y
+    wanted = {"house_prices_raw": (540_088.14, 75_000), "weather_apparent": (10.855, -27.717)}
+    assert units.mean().item() == pytest.approx(wanted[name][0], rel=1e-4)
+    assert units.min().item() == pytest.approx(wanted[name][1], rel=1e-4)
 
 
 def test_ptb_is_one_stream():
