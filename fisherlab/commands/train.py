@@ -28,8 +28,8 @@ from fisherlab.experiments.training.task import AUGMENTED
 
 PATH = Path  # typer reads the annotation
 GROUPS = {  # what --help puts together
-    "Network and data": "data model examples test_examples augment width hidden depth activation"
-    " batch_norm device dtype",
+    "Network and data": "data model examples test_examples augment carry width hidden depth"
+    " activation batch_norm device dtype",
     "Training": "optimizer epochs seeds seed lr assign control batch_size schedule",
     "Blocks against the exact ones": "compare_every compare_examples",
 }
@@ -60,6 +60,9 @@ def train(
     schedule: options.Schedule = "constant",
     augment: Annotated[
         bool | None, typer.Option(help="Crop and flip images; by default on CIFAR.")
+    ] = None,
+    carry: Annotated[
+        bool | None, typer.Option(help="Carry an lstm's state along the text; by default on ptb.")
     ] = None,
     width: options.Width = 1.0,
     hidden: options.Hidden = None,
@@ -114,6 +117,7 @@ def train(
         examples=examples,
         test_examples=test_examples,
         augment=data in AUGMENTED if augment is None else augment,
+        carry=(data, model) == ("ptb", "lstm") if carry is None else carry,
         device=device,
         dtype=dtype,
         compare_every=compare_every,

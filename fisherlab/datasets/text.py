@@ -50,7 +50,8 @@ IGNORE = -100  # the index that nn.CrossEntropyLoss ignores by default
         preparation="one stream of words with <eos> at line ends, cut into sequences of 35; "
         "y is x one word later",
         notes="sequences follow each other in the text, without overlap; the last, incomplete one "
-        "is left out",
+        "is left out. The usual protocol carries an LSTM's state from one to the next: `fisherlab "
+        "train` does so, `--no-carry` and the reproductions begin each at zeros",
         obtain="It may not be passed on freely; bring your own copy of Mikolov's files, compressed "
         "to these bytes",
     )

@@ -20,8 +20,13 @@ class LSTMLayer(nn.Module):
 
     The input map is called once over all steps, the recurrent one once per step; the bias is the
     input map's. Batch norm, if any, is of that map's outputs over examples and steps (Laurent et
-    al. 2016).
+    al. 2016). The state begins at zeros, or where `carry_on` has taken it.
     """
+
+    # `(h, c)` that a pass begins with, None being zeros; `(h, c)` that a pass left, where asked
+    given: tuple[Tensor, Tensor] | None = None
+    left: tuple[Tensor, Tensor] | None = None
+    carries = False
 
     def __init__(self, features: int, hidden: int, batch_norm: bool = False) -> None:
         super().__init__()
@@ -30,17 +35,21 @@ class LSTMLayer(nn.Module):
         self.recurrent = nn.Linear(hidden, 4 * hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[n, t, features] -> [n, t, hidden]`, from a state of zeros."""
+        """`[n, t, features] -> [n, t, hidden]`."""
         driven = self.input(x)
         if self.norm is not None:
             driven = self.norm(driven.flatten(0, 1)).view_as(driven)
         h = c = x.new_zeros(len(x), self.recurrent.in_features)
+        if self.given is not None:
+            h, c = self.given
         states = []
         for step in driven.unbind(1):
             i, f, g, o = (step + self.recurrent(h)).chunk(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             states.append(h)
+        if self.carries:
+            self.left = h.detach(), c.detach()
         return torch.stack(states, 1)
 
 
@@ -56,6 +65,21 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`[n, t] -> [n, vocabulary, t]`."""
         return self.decoder(self.layers(self.embedding(tokens))).transpose(1, 2)
+
+
+def forget(model: nn.Module) -> int:
+    """Let the LSTMs of a model begin at zeros, and remember from now on; how many there are."""
+    layers = [module for module in model.modules() if isinstance(module, LSTMLayer)]
+    for layer in layers:
+        layer.given, layer.left, layer.carries = None, None, True
+    return len(layers)
+
+
+def carry_on(model: nn.Module) -> None:
+    """Let the next pass begin with the state that the last one left; no gradient goes back."""
+    for module in model.modules():
+        if isinstance(module, LSTMLayer):
+            module.given = module.left
 
 
 @partial(register, batch_norm=False)

@@ -513,6 +513,24 @@ def test_the_run_folder_holds_config_and_tables(tmp_path):
         )
 
 
+def test_a_checkpoint_of_an_earlier_version_has_fewer_settings(tmp_path):
+    of = settings("sgd", epochs=1)
+    train(of, tmp_path)
+    path = tmp_path / "checkpoints" / "sgd-seed0.pt"
+    state = checkpoint.load(path)
+    for name in "carry", "compare_examples":
+        del state["settings"][name]
+    for name in "cpu", "cpu_seconds":
+        del state["training"][name]
+    checkpoint.save(path, state)
+    before = train(of, tmp_path).rows
+    rows = train(settings("sgd"), tmp_path).rows
+    assert len(before) == 2 and len(rows) == 3
+    assert_frame_equal(steady(rows[:2]), steady(before))
+    # the processor's seconds of the first epoch are not in the checkpoint
+    assert math.isnan(rows["train_cpu_seconds"].iloc[-1]) and rows["train_seconds"].iloc[-1] > 0
+
+
 def test_fngd_and_its_control_part_after_the_first_epoch(tmp_path):
     s = Settings(**TINY, entries=entries("fngd", control=True), epochs=2)
     rows = train(s, tmp_path).rows.pivot(index="epoch", columns="optimizer", values="train_loss")

@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 
 from fisherlab import models
 from fisherlab.datasets import Dataset, card
-from fisherlab.experiments.training import Settings, entries, train
+from fisherlab.experiments.training import Settings, SettingsError, entries, train
 from fisherlab.experiments.training.task import Task, augmented
 from fisherlab.experiments.training.translation import bleu, greedy
+from fisherlab.models.sequence import carry_on, forget
 
 
 def task(**options):
@@ -181,3 +182,29 @@ def test_a_transformer_is_judged_by_bleu(tmp_path):
     results = train(settings, tmp_path)
     assert results.metric == "bleu" and results.succeeded
     assert 0 <= results.rows["bleu"].iloc[-1] <= 100 and results.rows["perplexity"].notna().all()
+
+
+@needs("ptb")
+def test_a_carried_state_makes_one_text_of_the_sequences():
+    words = {"data": "ptb", "model": "lstm", "width": 0.05, "layers": 2, "dtype": "float64"}
+    task = Task(Settings(**words, examples=14, test_examples=7, batch_size=3, carry=True))
+    x, y = task.dataset.train.tensors
+    assert torch.equal(task.x, x[:14])  # in the order of the text
+    batches = [indices.tolist() for indices, *_ in task.batches(seed=0, epoch=1)]
+    assert batches == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    model = task.model(0).eval()
+    whole = model(x[:12].reshape(3, -1))  # each stream as one sequence
+    assert forget(model) == 2
+    for step, (_, part, _) in enumerate(task.batches(0, 0)):
+        torch.testing.assert_close(model(part), whole[..., 35 * step : 35 * (step + 1)])
+        carry_on(model)
+    forget(model)
+    torch.testing.assert_close(model(x[:3]), task.model(0)(x[:3]))
+    # six sequences are three streams of two; the seventh begins at zeros
+    x, y = (tensor[:7] for tensor in task.dataset.test.tensors)
+    loss = task.criterion()
+    long = loss(task.model(0)(x[:6].view(3, -1)), y[:6].view(3, -1))
+    wanted = (6 * long + loss(task.model(0)(x[6:]), y[6:])) / 7
+    assert task.evaluate(model)["test_loss"] == pytest.approx(wanted.item(), rel=1e-12)
+    with pytest.raises(SettingsError, match="--carry is of lstm; 'mlp' has no state"):
+        Task(Settings(data="digits", model="mlp", carry=True))

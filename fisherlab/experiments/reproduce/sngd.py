@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fisherlab.experiments.reproduce.item import Arm, Cell, Experiment, Item, Number, Order, Size
 from fisherlab.optim.presets import As, inferred, stated
@@ -104,6 +105,12 @@ LSTM = Experiment(
     },
 )
 
+CARRIED = replace(
+    LSTM,
+    key="ptb-carried",
+    settings={**LSTM.settings, "carry": inferred(True, "not given; the usual protocol")},
+)
+
 NORMED = Experiment(
     PAPER,
     "batch-norm",
@@ -187,6 +194,15 @@ ITEMS = (
         "perplexity",
         reported=PERPLEXITY,
         note="The state restarts every 35 tokens; the paper's numbers are far below plain LSTMs.",
+    ),
+    Item(
+        PAPER,
+        "table1b",
+        "Perplexity of LSTMs on Penn Treebank, their state carried along the text",
+        CARRIED,
+        "perplexity",
+        reported=PERPLEXITY,
+        note="Table 1 by the usual protocol, which the paper does not mention.",
     ),
     Item(
         PAPER,

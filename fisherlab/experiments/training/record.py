@@ -45,7 +45,8 @@ class Record:
         if not path.exists():
             return None
         state = checkpoint.load(path, settings.device)
-        there, epochs = state["settings"], settings.epochs
+        # a checkpoint of an earlier version has fewer settings
+        there, epochs = Settings.from_json(state["settings"]).to_json(), settings.epochs
         same = {**there, "epochs": epochs} == settings.to_json() and there["epochs"] <= epochs
         if not same or state["label"] != self.entry.label:
             raise checkpoint.CheckpointError(

@@ -29,6 +29,7 @@ from fisherlab.experiments.training.entries import make
 from fisherlab.experiments.training.record import Record
 from fisherlab.experiments.training.settings import schedule_of
 from fisherlab.experiments.training.task import Task
+from fisherlab.models.sequence import carry_on, forget
 
 WINDOWS = 20  # points of the loss curve per epoch
 
@@ -107,6 +108,8 @@ class Run:
         losses: list[float] = []
         clipped, steps = getattr(self.optimizer, "clipped", math.nan), self.steps
         reference.begin()
+        if task.settings.carry:
+            forget(self.model)
         for indices, x, y in task.batches(self.record.seed, self.epoch):
             kind = due(self.optimizer)
             start, worked = time.perf_counter(), time.process_time()
@@ -191,6 +194,8 @@ class Run:
         # two looks at one batch are within the step
         self.split = {} if self.looks_twice else split
         self.steps += 1
+        if self.task.settings.carry:
+            carry_on(self.model)
         return loss
 
     def _checked(self, loss: Tensor, x: Tensor) -> float:

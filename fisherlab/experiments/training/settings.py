@@ -61,9 +61,10 @@ class Settings:
     """Everything that determines the rows of a run, timings aside.
 
     `examples` limits the training set, `test_examples` the test set; `validation` holds out so many
-    training examples and tests on them instead, to choose settings by. `compare_every` counts
-    epochs between measurements of the optimizers' blocks, on `compare_examples`. `batch_norm` None
-    is the model's own.
+    training examples and tests on them instead, to choose settings by. `carry` cuts the examples,
+    in their order, into `batch_size` streams, and carries the state of an lstm along each.
+    `compare_every` counts epochs between measurements of the optimizers' blocks, on
+    `compare_examples`. `batch_norm` None is the model's own.
     """
 
     data: str = "digits"
@@ -82,6 +83,7 @@ class Settings:
     test_examples: int | None = None
     validation: int | None = None
     augment: bool = False
+    carry: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     compare_every: int | None = None

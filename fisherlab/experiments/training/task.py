@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from fisherlab import datasets, models
 from fisherlab.experiments.training.settings import DTYPES, Settings, SettingsError
 from fisherlab.experiments.training.translation import bleu
-from fisherlab.models.sequence import Transformer
+from fisherlab.models.sequence import Transformer, carry_on, forget
 
 EVALUATION_BATCH = 500
 AUGMENTED = (
@@ -58,7 +58,9 @@ class Task:
             raise SettingsError(f"--validation {held} leaves none of {len(x)} training examples")
         if not held and (s.examples or len(x)) >= len(x):
             return x, y, test
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.arange(len(x)) if s.carry else torch.randperm(len(x), generator=generator)
+        order = order.to(x.device)
         if held:  # the end of the order, so that fewer examples from its start never meet them
             test = x[order[-held:]], y[order[-held:]]
         chosen = order[: len(x) - held][: s.examples]
@@ -74,6 +76,8 @@ class Task:
 
     def _check_fit(self) -> None:
         model, x = self.model(0).eval(), self.x[:2]
+        if self.settings.carry and not forget(model):
+            raise SettingsError(f"--carry is of lstm; {self.settings.model!r} has no state")
         try:
             with torch.no_grad():
                 loss = self.criterion()(model(x), self.y[:2])
@@ -129,7 +133,8 @@ class Task:
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(self.x), generator=generator)
         whole = self.steps_per_epoch * self.batch_size
-        for indices in order[:whole].view(self.steps_per_epoch, -1):
+        every = order[:whole].view(self.steps_per_epoch, -1)
+        for indices in streams(len(self.x), self.batch_size) if self.settings.carry else every:
             chosen = indices.to(self.x.device)
             x = self.x[chosen]
             if self.settings.augment:
@@ -141,13 +146,14 @@ class Task:
         """`test_loss` and the metrics on the test set, in evaluation mode."""
         x, y = self.test
         size = EVALUATION_BATCH if y.ndim == 1 else self.batch_size
-        criterion, loss, right, terms = self.criterion(), 0.0, 0, 0
+        criterion: Any = self.criterion()
+        loss, right, terms = 0.0, 0, 0
         model.eval()
-        for part, target in zip(x.split(size), y.split(size), strict=True):
+        for part, target in self._parts(model, x, y, size):
             output = model(part)
             counted = torch.ones_like(target, dtype=torch.bool)
             if not self.regression:
-                counted = target != criterion.ignore_index
+                counted = target.ne(criterion.ignore_index)
                 right += int((output.argmax(1) == target)[counted].sum())
             n = int(counted.sum())
             loss += criterion(output, target).double().item() * n
@@ -158,6 +164,23 @@ class Task:
         model.train()
         return found
 
+    def _parts(
+        self, model: nn.Module, x: Tensor, y: Tensor, size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a test set; the state of an lstm is carried along its streams."""
+        if not self.settings.carry:
+            yield from zip(x.split(size), y.split(size), strict=True)
+            return
+        size = min(size, len(x))
+        forget(model)
+        for indices in streams(len(x), size).to(x.device):
+            yield x[indices], y[indices]
+            carry_on(model)
+        forget(model)
+        if rest := len(x) % size:  # less than one of every stream: from zeros
+            yield x[-rest:], y[-rest:]
+            forget(model)
+
     def _metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         if self.regression:
             unit = 1.0 if self.autoencoder else self.dataset.target_std
@@ -166,6 +189,11 @@ class Task:
         if self.y.ndim > 1:
             found["perplexity"] = math.exp(min(loss, 700.0))
         return found
+
+
+def streams(n: int, size: int) -> Tensor:
+    """Batches `[n // size, size]` of examples in order: column b is a stream without a gap."""
+    return torch.arange(n // size * size).view(size, -1).T
 
 
 def misfit(model: str, data: str, x: Tensor, error: Exception) -> SettingsError:
