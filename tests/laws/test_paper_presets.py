@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherlab as fl
+from fisherlab.models.sequence import LSTMLayer
 from fisherlab.optim.sngd import ReconstructedSGD
 
 # More examples than a layer has inputs, so that every factor has one eigenbasis.
@@ -36,7 +37,7 @@ EVERY = {"statistics_every": 1, "basis_every": 1}
 
 def made(kind):
     torch.manual_seed(0)
-    build, shape = MODELS[kind]
+    build, shape = {**MODELS, **RECONSTRUCTED}[kind]
     generator = torch.Generator().manual_seed(1)
     batches = [
         (
@@ -97,13 +98,17 @@ def seen(model, x, y):
 
 
 def joint(module):
+    if module.bias is None:
+        return module.weight.detach().flatten(1)
     return torch.cat([module.weight.detach().flatten(1), module.bias.detach()[:, None]], 1)
 
 
 @torch.no_grad()
 def put(module, W):
-    module.weight.copy_(W[:, :-1].reshape(module.weight.shape))
-    module.bias.copy_(W[:, -1])
+    if module.bias is not None:
+        module.bias.copy_(W[:, -1])
+        W = W[:, :-1]
+    module.weight.copy_(W.reshape(module.weight.shape))
 
 
 class Reference:
@@ -329,6 +334,132 @@ class Sngd:
 def test_sngd(kind):
     reference = Sngd(lr=0.1, decay=0.995, eps=1e-4, weight_decay=1e-3)
     check("sngd", kind, reference, {"every": 2})
+
+
+class Residual(nn.Module):
+    """The activation of the second map stands behind the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        return self.last((self.second(h) + h).relu())
+
+
+class Recurrent(nn.Module):
+    """An LSTM, and a map of its mean state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.last = LSTMLayer(3, 2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.last(self.lstm(x).mean(1))
+
+
+RECONSTRUCTED = {
+    "batch norm": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1, bias=False),
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(12, CLASSES),
+        ),
+        (2, 4, 4),
+    ),
+    "residual": (Residual, (5,)),
+    "lstm": (Recurrent, (4, 3)),
+}
+
+
+def one(x):
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+
+
+def normalised(W, rest, x):
+    """Outputs, and of every map the rows of its inputs and its nu: here behind batch norm."""
+    gain, shift = (p[None, :, None, None] for p in rest)
+    patches = F.unfold(x, 3, padding=1).mT
+    s = (patches @ W[0].T).mT.unflatten(2, (4, 4))
+    variance, mean = torch.var_mean(s, (0, 2, 3), correction=0, keepdim=True)
+    z = gain * (s - mean) / (variance + 1e-5).sqrt() + shift
+    pooled = one(F.avg_pool2d(z.relu(), 2).flatten(1))
+    slope = (z > 0).double().mean()
+    return pooled @ W[1].T, [(patches.flatten(0, 1), slope), (pooled, 1.0)]
+
+
+def summed(W, rest, x):
+    z = one(x) @ W[0].T
+    h = one(z.relu())
+    total = h @ W[1].T + h[:, :-1]
+    after = one(total.relu())
+    slopes = (z > 0).double().mean(), (total > 0).double().mean()
+    return after @ W[2].T, [(one(x), slopes[0]), (h, slopes[1]), (after, 1.0)]
+
+
+def gated(W, rest, x):
+    h = c = x.new_zeros(len(x), 2)
+    states, slopes, before = [], [], []
+    for step in range(x.shape[1]):
+        before.append(h)
+        s = one(x[:, step]) @ W[0].T + h @ W[1].T
+        i, f, g, o = s.split(2, 1)
+        bell = [torch.sigmoid(u) * (1 - torch.sigmoid(u)) for u in (i, f, o)]
+        slopes.append(torch.cat([*bell, 1 - g.tanh().square()], 1).mean())
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * g.tanh()
+        h = torch.sigmoid(o) * c.tanh()
+        states.append(h)
+    nu, mean = torch.stack(slopes).mean(), one(torch.stack(states).mean(0))
+    inputs = one(x).flatten(0, 1), torch.cat(before)
+    return mean @ W[2].T, [(inputs[0], nu), (inputs[1], nu), (mean, 1.0)]
+
+
+class SngdOf(Sngd):
+    """The same of a network that is written out as a function of its weights."""
+
+    def __init__(self, network, **options):
+        super().__init__(**options)
+        self.network = network
+
+    def train(self, model, batches):
+        modules = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        mapped = {id(p) for module in modules for p in module.parameters()}
+        rest = [p for p in model.parameters() if id(p) not in mapped]  # of normalisations
+        primed = [joint(module) for module in modules]
+        means, inverses = ([eye(W.shape[1]) for W in primed] for _ in range(2))
+        for step, (x, y) in enumerate(batches):
+            pairs = zip(primed, inverses, strict=True)
+            weights = [(w @ root).requires_grad_() for w, root in pairs]
+            outputs, seen = self.network(weights, rest, x)
+            slopes = torch.autograd.grad(F.cross_entropy(outputs, y), [*weights, *rest])
+            for k, (a, nu) in enumerate(seen):
+                A = (a.detach().T @ a.detach()) / len(a)
+                means[k] = self.decay * means[k] + (1 - self.decay) * nu * A
+                gradient = slopes[k] @ inverses[k] + self.weight_decay * primed[k]
+                W = (primed[k] - self.lr * gradient) @ inverses[k]
+                primed[k] = primed[k] - self.lr * gradient
+                if step % 2 == 1:
+                    damped = means[k] + self.eps * means[k].trace() * eye(len(means[k]))
+                    values, Q = torch.linalg.eigh(damped)
+                    primed[k] = W @ Q @ torch.diag(values.sqrt()) @ Q.T
+                    inverses[k] = Q @ torch.diag(values.rsqrt()) @ Q.T
+                with torch.no_grad():
+                    put(modules[k], W)
+            with torch.no_grad():
+                for p, slope in zip(rest, slopes[len(weights) :], strict=True):
+                    p -= self.lr * (slope + self.weight_decay * p)
+
+
+@pytest.mark.parametrize(
+    "kind, network", [("batch norm", normalised), ("residual", summed), ("lstm", gated)]
+)
+def test_sngd_behind_normalisations_sums_and_gates(kind, network):
+    reference = SngdOf(network, lr=0.1, decay=0.9, eps=1e-4, weight_decay=1e-3)
+    check("sngd", kind, reference, {"every": 2, "decay": 0.9})
 
 
 # K-BFGS -------------------------------------------------------------------------------------------
