@@ -35,3 +35,9 @@ Schedule = Annotated[
     str, typer.Option(help="constant, cosine, step (x 0.1 at 50 % and 75 %) or steps(0.4,0.8).")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        help="How many to try: cases of a claim (default its own number), points of an optimizer."
+    ),
+]

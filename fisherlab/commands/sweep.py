@@ -42,7 +42,7 @@ def sweep(
     model: options.Model = "mlp",
     optimizer: Annotated[str, typer.Option(help="Names separated by commas.")] = "kfac,sgd",
     sampler: Annotated[str, typer.Option(help="grid: every combination; tpe: Optuna's.")] = "grid",
-    trials: Annotated[int | None, typer.Option(help="Points of each optimizer, for tpe.")] = None,
+    trials: options.Trials = None,
     storage: Annotated[
         str | None,
         typer.Option(help="Database that all workers share; by default an SQLite file in --out."),
@@ -73,7 +73,7 @@ def sweep(
 
         fisherlab sweep --optimizer kfac --grid kfac.lr=0.03,0.1
         fisherlab sweep --grid kfac.lr=0.03,0.1 --grid sgd.lr=0.05,0.1,0.2
-        fisherlab sweep --sampler tpe --trials 20 --grid kfac.lr=0.001..1 --grid sgd.lr=0.01..1
+        fisherlab sweep --optimizer kfac --sampler tpe --trials 20 --grid kfac.lr=0.001..1
     """
     check_known("sampler", sampler, ("grid", "tpe"))
     if (sampler == "tpe") != (trials is not None):

@@ -18,9 +18,7 @@ def verify(
     names: Annotated[
         list[str] | None, typer.Argument(help="Claims or papers (tekfac, ngm, ...); default all.")
     ] = None,
-    trials: Annotated[
-        int | None, typer.Option(help="Cases per claim; default each claim's own number.")
-    ] = None,
+    trials: options.Trials = None,
     seed: Annotated[int, typer.Option(help="Seed of the random cases.")] = 0,
     on: Annotated[
         str | None,
