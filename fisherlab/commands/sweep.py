@@ -73,7 +73,7 @@ def sweep(
 
         fisherlab sweep --optimizer kfac --grid kfac.lr=0.03,0.1
         fisherlab sweep --grid kfac.lr=0.03,0.1 --grid sgd.lr=0.05,0.1,0.2
-        fisherlab sweep --optimizer kfac --sampler tpe --trials 20 --grid kfac.lr=0.001..1
+        fisherlab sweep --sampler tpe --trials 20 --grid kfac.lr=0.001..1
     """
     check_known("sampler", sampler, ("grid", "tpe"))
     if (sampler == "tpe") != (trials is not None):

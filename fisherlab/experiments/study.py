@@ -56,6 +56,17 @@ def shown(url: str) -> str:
     return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", url)
 
 
+def every(space: Space) -> list[tuple[str, ...]]:
+    """Every combination of the values of a space."""
+    return list(product(*(values for values in space.values() if isinstance(values, list))))
+
+
+def exhausted(space: Space, trials: int) -> bool:
+    """Whether so many points are all that a space has."""
+    ranges = any(isinstance(values, Range) for values in space.values())
+    return not ranges and len(every(space)) <= trials
+
+
 @contextmanager
 def named(url: str, *others: type[Exception]) -> Iterator[None]:
     """Name the database in what goes wrong with it."""
@@ -85,7 +96,8 @@ class Study:
         space: its options.
         settings: of a run of one point, as JSON.
         higher_is_better: the direction of the metric.
-        trials: points by TPE; None takes every point of the grid.
+        trials: points by TPE; None takes every point of the grid, and so does a number that is
+            enough for all of them.
     """
 
     def __init__(
@@ -102,10 +114,10 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.url, self.name, self.space = url, name, space
-        self.ends = [v for v in space.values() if isinstance(v, list)]
-        self.grid = None if trials else list(product(*self.ends))
-        self.trials = trials or len(self.grid or ())
-        told = {**settings, "space": {o: str(v) for o, v in space.items()}, "tpe": bool(trials)}
+        self.grid = None if trials and not exhausted(space, trials) else every(space)
+        self.trials = len(self.grid) if self.grid is not None else int(trials or 0)
+        tpe = self.grid is None
+        told = {**settings, "space": {o: str(v) for o, v in space.items()}, "tpe": tpe}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
         with named(url, ImportError, RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -264,7 +264,9 @@ def _planned(
         raise SettingsError(f"--trials is at least 1, got {trials}")
     for name, space in choices.items():
         ends(name, space)
-    return [Entry(f"{name}-{k + 1}", name) for name in choices for k in range(trials)]
+    few = {name: len(study.every(space)) for name, space in choices.items()
+           if study.exhausted(space, trials)}  # fmt: skip
+    return [Entry(f"{n}-{k + 1}", n) for n in choices for k in range(few.get(n, trials))]
 
 
 def _shared(

@@ -196,6 +196,9 @@ def test_a_study_of_a_grid_has_every_combination_once_and_tells_what_matters(tmp
     again = opened(tmp_path, space)
     again.run(train)
     assert len(calls) == 12 and again.points == mine.points
+    alone = opened(tmp_path, {"lr": ["0.1"]}, trials=5)  # one point is all there is
+    alone.run(train)
+    assert len(calls) == 13 and len(alone.points) == 1 and not alone.elsewhere
     other = opened(tmp_path)  # another grid in the same file is another study
     assert not other.points and other.importance() == {}
 
