@@ -36,9 +36,9 @@ if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a n
 __version__ = "0.1.0"
 
 PARTS = (
-    "adapters", "approximations", "auditing", "blocks", "claims", "comparison", "datasets",
-    "distributed", "experiments", "extract", "metrics", "models", "monitoring", "network", "optim",
-    "plots", "statistics", "testing",
+    "adapters", "approximations", "auditing", "blocks", "callbacks", "claims", "comparison",
+    "datasets", "distributed", "experiments", "extract", "metrics", "models", "monitoring", "network",
+    "optim", "plots", "statistics", "testing",
 )  # fmt: skip
 # `import fisherlab` imports nothing else, not even torch: `fisherlab --version` answers at once.
 HOMES = {

@@ -56,6 +56,8 @@ class Monitor:
         examples: the most that a look captures.
         damping: the share of the mean eigenvalue that is added to both blocks.
         fisher_type: of `F`; None: the default of `capture`.
+        loss_scale: "mean" or "sum" of a loss inside the model, as in `capture`; `criterion` is then
+            None.
 
     Raises:
         ValueError, TypeError: an argument is not what its name says.
@@ -65,13 +67,14 @@ class Monitor:
         self,
         optimizer: torch.optim.Optimizer | Preconditioner,
         model: nn.Module,
-        criterion: Callable[..., Any],
+        criterion: Callable[..., Any] | None,
         *,
         every: int = 100,
         log: Log | None = None,
         examples: int = 64,
         damping: float = 0.1,
         fisher_type: str | None = None,
+        loss_scale: str | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer | Preconditioner):
             raise TypeError(
@@ -87,7 +90,7 @@ class Monitor:
         damping = doors.number(damping, "damping", above=0.0)
         self.optimizer, self.model, self.criterion = optimizer, unwrapped(model), criterion
         self.every, self.log, self.examples = every, log, examples
-        self.damping, self.fisher_type = damping, fisher_type
+        self.damping, self.fisher_type, self.loss_scale = damping, fisher_type, loss_scale
         self.steps = 0
         self.rows: list[dict[str, float]] = []
         self._last: dict[tuple[str, str], Block] = {}
@@ -104,9 +107,15 @@ class Monitor:
         passed = time.perf_counter() - self._started
         return self._spent / passed if self._started else 0.0
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        """To be called after each `optimizer.step()`, with its batch."""
-        for batch, what in ((x, "x"), (y, "y")):
+    def __call__(self, x: Tensor | Mapping[str, Any], y: Tensor | None = None) -> None:
+        """To be called after each `optimizer.step()`, with its batch.
+
+        Args:
+            x: a tensor `[n, ...]`, or a dict of the model's arguments.
+            y: the labels; None if a dict holds them, as in `capture`.
+        """
+        parts = x.values() if isinstance(x, Mapping) else (x,)
+        for batch, what in (*((part, "x") for part in parts), *(() if y is None else ((y, "y"),))):
             if not isinstance(batch, Tensor) or not batch.ndim:
                 raise ValueError(f"{what} must be a tensor of a batch, got {doors.said(batch)}")
         start = time.perf_counter()
@@ -114,17 +123,25 @@ class Monitor:
         self.steps += 1
         if self.steps % self.every:
             return
-        values = self._look(x[: self.examples], y[: self.examples])
+        n = self.examples
+        few = {k: v[:n] for k, v in x.items()} if isinstance(x, Mapping) else x[:n]
+        values = self._look(few, None if y is None else y[:n])
         self.rows.append({"step": self.steps, **values})
         if self.log is not None:
             self.log(values, self.steps)
         self._spent += time.perf_counter() - start
 
-    def _look(self, x: Tensor, y: Tensor) -> dict[str, float]:
+    def _look(self, x: object, y: Tensor | None) -> dict[str, float]:
         blocks = read(self.optimizer, self.model).blocks
         with evaluated(self.model):
             captures = capture(
-                self.model, self.criterion, x, y, fisher_type=self.fisher_type, kinds=("map",)
+                self.model,
+                self.criterion,
+                x,
+                y,
+                fisher_type=self.fisher_type,
+                loss_scale=self.loss_scale,
+                kinds=("map",),
             )
         groups: dict[str, list[Any]] = {}
         for layer in captures.values():

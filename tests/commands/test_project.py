@@ -27,11 +27,12 @@ ROWS = [
     {"statistics"},
     {"approximations", "adapters"},
     {"comparison", "network", "optim"},
-    {"auditing", "claims", "experiments", "monitoring", "plots", "testing"},
+    {"auditing", "callbacks", "claims", "experiments", "monitoring", "plots", "testing"},
     {"cli", "commands"},
 ]
 WITHIN = {
     ("monitoring", "auditing"),
+    ("callbacks", "monitoring"),
     ("experiments", "plots"),
     ("experiments", "claims"),
     ("cli", "commands"),

@@ -43,6 +43,13 @@ def _stein(X, F, lam):
     return P.trace() - torch.linalg.slogdet(P).logabsdet - len(F)
 
 
+def _von_neumann(X: Tensor, F: Tensor, lam: float) -> Tensor:
+    (x, Q), (f, V) = (torch.linalg.eigh(S + lam * torch.eye(len(S))) for S in (X, F))
+    x, f = x.clamp(min=lam), f.clamp(min=lam)
+    shared = (V.mT @ Q).square()
+    return f @ f.log() - f @ shared @ x.log() - f.sum() + x.sum()
+
+
 def _condition(X, F, lam):
     root = power(X, -0.5, lam)
     values = torch.linalg.eigvalsh(root @ (F + lam * torch.eye(len(F), dtype=F.dtype)) @ root)
@@ -62,7 +69,11 @@ PAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": _cosine,
     "scaled_error": lambda X, F: (1 - _cosine(X, F).square()).clamp(min=0).sqrt(),
 }
-DAMPED = {"stein_loss": _stein, "condition": _condition}
+DAMPED = {
+    "stein_loss": _stein,
+    "von_neumann_divergence": _von_neumann,
+    "condition": _condition,
+}
 SINGLE: dict[str, Callable[[Tensor], Tensor]] = {
     "effective_rank": _rank,
     "participation_ratio": lambda F: F.trace().square() / F.square().sum(),
@@ -166,6 +177,8 @@ def good(draw: random.Random) -> dict[str, object]:
         "preconditioner": X,
         "inverse": X,
         "beside": False,
+        "grid": torch.tensor([0.0, 1.0, 2.0]),
+        "width": 0.1,
     }
 
 

@@ -141,6 +141,60 @@ def test_lightning_takes_the_steps_of_a_plain_loop(name: str) -> None:
     assert torch.equal(entries(model), plain_loop(name))
 
 
+def monitored(every: int = 1) -> tuple[fl.Monitor, Tensor]:
+    """A plain loop with a monitor, and where it ended."""
+    model = network()
+    opt = fl.optim.create("soap", model)
+    monitor = fl.Monitor(opt, model, nn.CrossEntropyLoss(), every=2)
+    for k, (x, y) in enumerate(loader()):
+        (F.cross_entropy(model(x), y) / every).backward()
+        if k % every == every - 1:
+            opt.step()
+            opt.zero_grad()
+            monitor(x, y)
+    return monitor, entries(model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about workers and loggers
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_callback_of_lightning_sees_what_a_plain_loop_sees(every: int) -> None:
+    lightning = package("lightning")
+    model, logged = network(), {}
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return fl.optim.create("soap", self.net)
+
+    silent = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    callback = fl.callbacks.lightning(
+        nn.CrossEntropyLoss(),
+        model=model,
+        every=2,
+        log=lambda values, step: logged.update({step: values}),
+    )
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[callback],
+        accumulate_grad_batches=every,
+        **silent,
+    )
+    trainer.fit(Module(), loader())
+    plain, ended = monitored(every)
+    assert torch.equal(entries(model), ended) and len(logged) == len(plain.rows) > 0
+    assert callback.watch.monitor.rows == plain.rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kfac", "fngd"])
 def test_accelerate_takes_the_steps_of_a_plain_loop(name: str) -> None:
@@ -210,3 +264,41 @@ def test_the_trainer_of_transformers_trains_a_language_model(every: int, tmp_pat
             opt.step()
             opt.zero_grad()
     torch.testing.assert_close(entries(model), entries(twin))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
+def test_a_callback_of_the_trainer_sees_each_step_and_moves_nothing(tmp_path) -> None:
+    transformers = package("transformers")
+    package("accelerate")
+    data = [{"ids": row, "labels": row} for row in language_model()[1].repeat(3, 1)]
+    ended, callback = [], fl.callbacks.trainer(every=2)
+    for callbacks in ([], [callback]):
+        model, *_ = language_model()
+        model = model.float()
+        opt = fl.optim.create("soap", model)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            num_train_epochs=1,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            lr_scheduler_type="constant",
+            dataloader_pin_memory=False,
+        )
+        transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            optimizers=(opt, None),
+            callbacks=callbacks,
+        ).train()
+        ended.append(entries(model))
+    assert torch.equal(*ended) and not model._forward_pre_hooks
+    monitor = callback.watch.monitor
+    assert monitor.frame.step.tolist() == [2, 4, 6]
+    assert {"inner/trace", "head/SOAP square/direction_cosine"} <= set(monitor.frame)
+    assert (monitor.frame["head/trace"] > 0).all() and callback.batch == {}
