@@ -37,8 +37,8 @@ __version__ = "0.1.0"
 
 PARTS = (
     "adapters", "approximations", "auditing", "blocks", "callbacks", "claims", "comparison",
-    "datasets", "distributed", "experiments", "extract", "metrics", "models", "monitoring", "network",
-    "optim", "plots", "statistics", "testing",
+    "datasets", "distributed", "experiments", "extract", "metrics", "models", "monitoring",
+    "network", "optim", "plots", "statistics", "testing",
 )  # fmt: skip
 # `import fisherlab` imports nothing else, not even torch: `fisherlab --version` answers at once.
 HOMES = {
