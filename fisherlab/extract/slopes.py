@@ -64,19 +64,24 @@ _DIAGONAL: dict[str, bool] = {}
 class Slopes:
     """Per example, `[n, 2]` in float64: the sum of `f'` over positions and units, and their number.
 
-    `reason` says why there is no `nu`; "" where there is.
+    `reason` says why there is no `nu`; "" where there is. `field` is `f'` at every element of the
+    map's output, where that was asked for: a unit without a function has NaN.
     """
 
     sums: Tensor
     reason: str = ""
+    field: Tensor | None = None
 
 
-def slopes(outputs: Iterable[Tensor], maps: Sequence[GradientEdge]) -> list[Slopes]:
+def slopes(
+    outputs: Iterable[Tensor], maps: Sequence[GradientEdge], *, fields: bool = False
+) -> list[Slopes]:
     """The mean derivative of the function that each map's pre-activation ends in.
 
     Args:
         outputs: what the model returned, with its graph.
         maps: the edge behind the output of each call of a map.
+        fields: whether every element's own slope is wanted.
 
     Returns:
         Sums and counts of `f'`, call by call; where units feed several functions, their means.
@@ -84,7 +89,11 @@ def slopes(outputs: Iterable[Tensor], maps: Sequence[GradientEdge]) -> list[Slop
     edges = [(edge.node, edge.output_nr) for edge in maps]
     with torch.no_grad():
         readings = _Graph(outputs, set(edges)).readings()
-        return [_summed(readings.get(edge), edge) for edge in edges]
+        found = [_summed(readings.get(edge), edge) for edge in edges]
+        for each, edge in zip(found, edges, strict=True):
+            if fields and not each.reason:
+                each.field = _field(readings[edge], edge)
+        return found
 
 
 @dataclass
@@ -139,6 +148,16 @@ def _summed(reading: _Reading | None, edge: Edge) -> Slopes:
         return Slopes(empty, f"some of its units go into {whither}")
     mean = rows(reading.slope).double() / count.double().clamp(min=1e-300)
     return Slopes(torch.stack([(mean * known).sum(1), known.sum(1, dtype=torch.float64)], 1))
+
+
+def _field(reading: _Reading, edge: Edge) -> Tensor:
+    """`f'` at every element, in float64."""
+    shape, device = _shape(edge), edge[0]._input_metadata[edge[1]].device
+
+    def filled(field: Field) -> Tensor:
+        return torch.as_tensor(field, device=device, dtype=torch.float64).expand(shape)
+
+    return filled(reading.slope) / filled(reading.count)
 
 
 @dataclass

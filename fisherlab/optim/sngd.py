@@ -22,11 +22,14 @@ from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
 from fisherlab.extract.isolation import is_isolated
-from fisherlab.extract.slopes import slopes
+from fisherlab.extract.slopes import Slopes, slopes
 from fisherlab.names import unknown
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
 
 Activation = Callable[[Tensor], Tensor] | None
+VARIANTS = ("mean", "relative")
+# Numbers in the matrices of a layer's units above which the relative metric is refused.
+UNITS = 50_000_000
 
 
 class LocalFisher(nn.Module):
@@ -35,6 +38,9 @@ class LocalFisher(nn.Module):
     `A = E[a a^T]` (trailing 1 for the bias) and `nu = E f'(z)` are running means of the training
     passes (`decay`, from I), buffers outside the backward pass; `eps = eps_relative tr(nu A)`. A
     layer that feeds no element-wise function (`without_slope` says so) keeps `G = I`.
+
+    With `units` every unit o has its own `G_o = E[f'(z_o) a a^T]`, and the buffers are
+    `[units, i, i]`.
     """
 
     G: Tensor
@@ -48,8 +54,12 @@ class LocalFisher(nn.Module):
         decay: float,
         eps: float,
         rank: int,
+        units: int = 0,
+        plain: bool = False,
     ) -> None:
         super().__init__()
+        # `nu` 1 for every unit: of the first layer in the authors' code
+        self.units, self.plain = units, plain
         self.geometry = Geometry.of(module, module.bias is not None)
         self.method, self.decay = method, decay
         self.eps, self.rank = eps, rank
@@ -57,6 +67,7 @@ class LocalFisher(nn.Module):
         size = self.geometry.in_features + self.geometry.bias
         weight = cast(Tensor, module.weight)
         eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
+        eye = eye.expand(units, size, size) if units else eye
         for name in ("G", "root", "inverse"):
             self.register_buffer(name, eye.clone())
         self.handles: list[RemovableHandle] = []
@@ -65,14 +76,26 @@ class LocalFisher(nn.Module):
         """Blend one batch's mean of `a a^T` and slope into the running `nu A`."""
         self.G.mul_(self.decay).add_(A, alpha=(1 - self.decay) * nu)
 
-    def roots(self) -> Roots:
+    def roots(self) -> tuple[Tensor, Tensor]:
         """`G^{1/2}` and `G^{-1/2}` of the damped running mean."""
-        eps = self.eps * self.G.trace()
-        damped = self.G + eps * torch.eye(len(self.G), dtype=self.G.dtype, device=self.G.device)
+        if not self.units:
+            found = self._roots(self.G)
+            return found.root, found.inverse
+        every = [self._roots(G) for G in self.G]
+        return torch.stack([r.root for r in every]), torch.stack([r.inverse for r in every])
+
+    def _roots(self, G: Tensor) -> Roots:
+        eps = self.eps * G.trace()
+        damped = G + eps * torch.eye(len(G), dtype=G.dtype, device=G.device)
         if self.method == "nystroem":
             return nystroem(damped, self.rank, float(eps))
         methods = {"newton_schulz": newton_schulz, "denman_beavers": denman_beavers}
         return methods.get(self.method, by_eigh)(damped)
+
+
+def _times(joint: Tensor, M: Tensor) -> Tensor:
+    """`joint M`, row by row where every unit has a matrix of its own."""
+    return joint @ M if M.ndim == 2 else torch.einsum("oi,oij->oj", joint, M)
 
 
 class _WeightOf(nn.Module):
@@ -88,9 +111,9 @@ class _WeightOf(nn.Module):
         inverse, bias = self.fisher.inverse, self._bias[0]
         flat = weight.flatten(1)
         if bias is None:
-            return (flat @ inverse).view_as(weight)
+            return _times(flat, inverse).view_as(weight)
         joint = torch.cat([flat, bias[:, None]], 1)
-        return (joint @ inverse[:, :-1]).view_as(weight)
+        return _times(joint, inverse[..., :-1]).view_as(weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -105,7 +128,7 @@ class _BiasOf(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         joint = torch.cat([self._weight[0].flatten(1), bias[:, None]], 1)
-        return joint @ self._fisher[0].inverse[:, -1]
+        return _times(joint, self._fisher[0].inverse[..., -1:])[:, 0]
 
     def right_inverse(self, bias: Tensor) -> Tensor:
         return bias
@@ -147,6 +170,7 @@ def reconstruct(
     decay: float = 0.995,
     eps: float = 1e-4,
     rank: int = 128,
+    variant: str = "mean",
     activations: Mapping[str, Activation] | None = None,
 ) -> nn.Module:
     """`w' = W G^{1/2}`: every Linear and Conv becomes a local Fisher layer, in place.     SNGD III.
@@ -166,6 +190,9 @@ def reconstruct(
         decay: weight of the past in the running mean of `nu A`.
         eps: added to the diagonal of `G`, relative to `tr(nu A)`.
         rank: rank for "nystroem".
+        variant: "mean" is (12). "relative" gives every unit its own `E[f'(z_o) a a^T]`, as the
+            authors' code does: the relative Fisher metric, whose mean over units (12) factors. The
+            first layer has `E[a a^T]` there.
         activations: the activation of a layer by its name, with its derivative at the layer's own
             output, in place of the measured `nu`; None stands for 1.
 
@@ -173,20 +200,24 @@ def reconstruct(
         `model`.
 
     Raises:
-        ValueError: the method or a layer of `activations` is unknown, or a number is out of range.
+        ValueError: the method, the variant or a layer of `activations` is unknown, a number is out
+            of range, or the units' matrices of a layer are more than memory is for.
     """
     doors.module(model)
     _check_numbers(every, decay, eps, rank)
     if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
         raise ValueError(f"unknown method {method!r}")
+    doors.choice(variant, "variant", VARIANTS)
     layers = _layers(model)
     for name in activations or {}:
         if name not in layers:
             raise ValueError(unknown("layer", name, layers))
-    for module in layers.values():
+    units = _units(layers) if variant == "relative" else {}
+    for k, (name, module) in enumerate(layers.items()):
         if parametrize.is_parametrized(module) or getattr(module, "groups", 1) > 1:
             continue
-        fisher = LocalFisher(module, method, decay, eps, rank)
+        own = units.get(name, 0)
+        fisher = LocalFisher(module, method, decay, eps, rank, own, plain=bool(units) and k == 0)
         weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
         parametrize.register_parametrization(module, "weight", _WeightOf(fisher, bias))
         if bias is not None:
@@ -206,6 +237,21 @@ def reconstruct(
     return model
 
 
+def _units(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The units of each layer behind the first; 0 for the first, which has one matrix."""
+    found = dict.fromkeys(layers, 0)
+    for name, module in list(layers.items())[1:]:
+        weight = cast(Tensor, module.weight)
+        found[name] = len(weight)
+        size = weight[0].numel() + (module.bias is not None)
+        if (numbers := len(weight) * size**2) > UNITS:
+            raise ValueError(
+                f"variant 'relative' has a matrix per unit, {numbers:,} numbers for layer {name!r};"
+                f" refused above {UNITS:,}. variant 'mean' has one matrix per layer"
+            )
+    return found
+
+
 def _check_numbers(every: int, decay: float, eps: float, rank: int) -> None:
     doors.count(every, "every")
     doors.number(decay, "decay", least=0.0, below=1.0)
@@ -220,8 +266,10 @@ class _Call:
     moment: Tensor
     rows: int
     edge: GradientEdge
-    # mean derivative of the activation that the user named
-    slope: float | None
+    # the derivative of the activation that the user named, at every element; 1 of a plain layer
+    slope: Tensor | None
+    # inputs `[n, t, i]`, where every unit has a matrix of its own
+    a: Tensor | None
 
 
 class _Observer:
@@ -252,9 +300,11 @@ class _Observer:
         with torch.no_grad():
             a = fisher.geometry.inputs((args[0] if args else kwargs["input"]).detach())
             moment, rows = second_moment(a), a.shape[0] * a.shape[1]
-        known = name in self.activations
-        slope = _mean_derivative(self.activations[name], output.detach()) if known else None
-        call = _Call(moment, rows, get_gradient_edge(output), slope)
+        slope = None
+        if fisher.plain or name in self.activations:
+            activation = None if fisher.plain else self.activations[name]
+            slope = _derivative(activation, output.detach())
+        call = _Call(moment, rows, get_gradient_edge(output), slope, a if fisher.units else None)
         self.calls.setdefault(name, []).append(call)
         # an in-place operation on a view replaces the view's history, where the slope is read off
         return output.clone() if output._is_view() else None
@@ -263,27 +313,30 @@ class _Observer:
     def end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         made, self.calls = self.calls or {}, None
         every = [call for calls in made.values() for call in calls if call.slope is None]
-        found = slopes(_tensors(output), [call.edge for call in every]) if every else []
         fishers = dict(self.layers.values())
-        rest, left = iter(found), []
+        fields = any(fisher.units for fisher in fishers.values())
+        asked = [call.edge for call in every]
+        found = slopes(_tensors(output), asked, fields=fields) if every else []
+        read = {id(call): each for call, each in zip(every, found, strict=True)}
+        left = []
         for name, calls in made.items():
             fisher = fishers[name]
-            nu = calls[0].slope
-            if nu is None:
-                mine = [next(rest) for _ in calls]
-                reason = next((each.reason for each in mine if each.reason), "")
-                if reason:
-                    if not fisher.without_slope:
-                        fisher.without_slope = f"layer {name!r} has no slope nu: {reason}"
-                        left.append(fisher.without_slope)
-                    continue
-                total, terms = torch.stack([each.sums.sum(0) for each in mine]).sum(0).tolist()
-                nu = total / terms
+            mine = [read[id(call)] for call in calls if id(call) in read]
+            reason = next((each.reason for each in mine if each.reason), "")
+            if reason:
+                if not fisher.without_slope:
+                    fisher.without_slope = f"layer {name!r} has no slope nu: {reason}"
+                    left.append(fisher.without_slope)
+            elif fisher.units:
+                known = [read[id(c)].field if c.slope is None else c.slope for c in calls]
+                moments = [
+                    _of_units(fisher, cast(Tensor, call.a), cast(Tensor, field))
+                    for call, field in zip(calls, known, strict=True)
+                ]
+                fisher.observe(torch.stack(moments).sum(0) / sum(call.rows for call in calls), 1.0)
             else:
-                nu = sum(call.rows * cast(float, call.slope) for call in calls)
-                nu /= sum(call.rows for call in calls)
-            A = torch.stack([call.moment for call in calls]).sum(0)
-            fisher.observe(A / sum(call.rows for call in calls), nu)
+                A = torch.stack([call.moment for call in calls]).sum(0)
+                fisher.observe(A / sum(call.rows for call in calls), _nu(calls, mine))
         if left:
             warnings.warn(
                 "these layers keep G = I, so they take their plain gradients; nu = 1 is "
@@ -292,15 +345,31 @@ class _Observer:
             )
 
 
-def _mean_derivative(activation: Activation, s: Tensor) -> float:
-    """`E f'(s)` of an activation that the user named; 1 for None."""
+def _nu(calls: list[_Call], read: list[Slopes]) -> float:
+    """The mean slope over all calls, from what the user named or from what was read off."""
+    if read:
+        total, terms = torch.stack([each.sums.sum(0) for each in read]).sum(0).tolist()
+        return total / terms
+    nu = sum(call.rows * float(cast(Tensor, call.slope).double().mean()) for call in calls)
+    return nu / sum(call.rows for call in calls)
+
+
+def _of_units(fisher: LocalFisher, a: Tensor, field: Tensor) -> Tensor:
+    """`sum f'(z_o) a a^T` over the rows of one call, `[units, i, i]`."""
+    # a unit that feeds nothing has no gradient either
+    f = fisher.geometry.outputs(field.nan_to_num(nan=1.0)).to(a.dtype)
+    return torch.einsum("ro,ri,rj->oij", f.flatten(0, 1), a.flatten(0, 1), a.flatten(0, 1))
+
+
+def _derivative(activation: Activation, s: Tensor) -> Tensor:
+    """`f'(s)` of an activation that the user named, at every element; 1 for None."""
     if activation is None:
-        return 1.0
+        return torch.ones_like(s)
     free = s.detach().clone().requires_grad_()
     with torch.enable_grad():
         # an in-place activation needs a tensor that is no leaf
         (derivative,) = torch.autograd.grad(activation(free.clone()).sum(), free)
-    return float(derivative.double().mean())
+    return derivative
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -341,8 +410,8 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     for module, fisher in local_fishers(model).values():
         if fisher.without_slope:
             continue
-        roots = fisher.roots()
-        change = fisher.inverse @ roots.root
+        root, inverse = fisher.roots()
+        change = fisher.inverse @ root
         weight, bias = _originals(module)
         _transform(weight, bias, change)
         if optimizer is not None:
@@ -352,8 +421,8 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             ]
             if buffers[0] is not None:
                 _transform(buffers[0], buffers[1], change)
-        fisher.root.copy_(roots.root)
-        fisher.inverse.copy_(roots.inverse)
+        fisher.root.copy_(root)
+        fisher.inverse.copy_(inverse)
 
 
 def _originals(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -367,7 +436,7 @@ def _transform(weight: Tensor, bias: Tensor | None, change: Tensor) -> None:
     joint = weight.flatten(1)
     if bias is not None:
         joint = torch.cat([joint, bias[:, None]], 1)
-    joint = joint @ change
+    joint = _times(joint, change)
     if bias is not None:
         bias.copy_(joint[:, -1])
         joint = joint[:, :-1]
@@ -401,7 +470,8 @@ class ReconstructedSGD(torch.optim.SGD):
     """`w' <- w' - lr dw'` on the reconstructed network, `G^{1/2}` anew every `every` steps.
 
     SNGD Alg. 1 as its authors train: running means from the identity, `eps tr(nu A)` as damping,
-    `weight_decay` on `w'`. It reconstructs the model it is given; `restore` makes that plain again.
+    `weight_decay` on `w'`; `variant` as in `reconstruct`. It reconstructs the model it is given;
+    `restore` makes that plain again.
     """
 
     def __init__(
@@ -416,10 +486,13 @@ class ReconstructedSGD(torch.optim.SGD):
         eps: float = 1e-4,
         root: str = "eigh",
         rank: int = 128,
+        variant: str = "mean",
         criterion: Callable[..., Any] | None = None,
     ) -> None:
         _check_numbers(every, decay, eps, rank)
-        self.model = reconstruct(model, method=root, decay=decay, eps=eps, rank=rank)
+        self.model = reconstruct(
+            model, method=root, decay=decay, eps=eps, rank=rank, variant=variant
+        )
         super().__init__(model.parameters(), lr, momentum, weight_decay=weight_decay)
         self.every, self.steps = every, 0
 

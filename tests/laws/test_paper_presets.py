@@ -372,6 +372,12 @@ RECONSTRUCTED = {
         (2, 4, 4),
     ),
     "residual": (Residual, (5,)),
+    "deep": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, CLASSES)
+        ),
+        (5,),
+    ),
     "lstm": (Recurrent, (4, 3)),
 }
 
@@ -460,6 +466,54 @@ class SngdOf(Sngd):
 def test_sngd_behind_normalisations_sums_and_gates(kind, network):
     reference = SngdOf(network, lr=0.1, decay=0.9, eps=1e-4, weight_decay=1e-3)
     check("sngd", kind, reference, {"every": 2, "decay": 0.9})
+
+
+class Relative(Sngd):
+    """The authors' metric: `G_o = E[f'(z_o) a a^T]` per unit, `E[a a^T]` at the first layer."""
+
+    def train(self, model, batches):
+        modules = [m for m in model if isinstance(m, nn.Linear)]
+        sizes = [joint(module).shape for module in modules]
+        units = [1 if k == 0 else o for k, (o, _) in enumerate(sizes)]
+        means = [[eye(i) for _ in range(n)] for n, (_, i) in zip(units, sizes, strict=True)]
+        inverses = [[eye(i) for _ in range(n)] for n, (_, i) in zip(units, sizes, strict=True)]
+        primed = [joint(module) for module in modules]
+        for step, (x, y) in enumerate(batches):
+            layers = seen(model, x, y)
+            for k, layer in enumerate(layers):
+                a = torch.cat(layer.a)
+                z = a @ joint(layer.module).T
+                gradient, W = layer.D.mean(0), joint(layer.module)
+                for o in range(len(W)):
+                    u = o if units[k] > 1 else 0
+                    f = (z[:, o] > 0).double() if 0 < k < len(layers) - 1 else torch.ones(len(a))
+                    if o == u:
+                        moment = sum(s * torch.outer(r, r) for s, r in zip(f, a, strict=True))
+                        old = means[k][u]
+                        means[k][u] = self.decay * old + (1 - self.decay) * moment / len(a)
+                    slope = gradient[o] @ inverses[k][u] + self.weight_decay * primed[k][o]
+                    primed[k][o] = primed[k][o] - self.lr * slope
+                    W[o] = primed[k][o] @ inverses[k][u]
+                if step % 2 == 1:
+                    for u in range(units[k]):
+                        G = means[k][u] + self.eps * means[k][u].trace() * eye(sizes[k][1])
+                        values, Q = torch.linalg.eigh(G)
+                        inverses[k][u] = Q @ torch.diag(values.rsqrt()) @ Q.T
+                        for o in [u] if units[k] > 1 else range(len(W)):
+                            primed[k][o] = W[o] @ Q @ torch.diag(values.sqrt()) @ Q.T
+                put(layer.module, W)
+
+
+def test_sngd_by_the_relative_metric():
+    reference = Relative(lr=0.1, decay=0.9, eps=1e-2, weight_decay=1e-3)
+    options = {"every": 2, "decay": 0.9, "eps": 1e-2, "variant": "relative"}
+    check("sngd", "deep", reference, options)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="unknown variant 'units'; one of mean, relative"):
+        fl.optim.reconstruct(model, variant="units")
+    wide = nn.Sequential(nn.Linear(2, 2_000), nn.ReLU(), nn.Linear(2_000, 30))
+    with pytest.raises(ValueError, match="a matrix per unit, 120,120,030 numbers for layer '2'"):
+        fl.optim.reconstruct(wide, variant="relative")
 
 
 # K-BFGS -------------------------------------------------------------------------------------------
