@@ -163,7 +163,8 @@ PAPER: Mapping[str, Mapping[str, As]] = {
 
 # Options that `preset="paper"` does not reach, and their stand-ins.
 NOT_YET = {
-    "sngd": 'the roots are of `eigh`; `root="newton_schulz"` is the paper\'s iteration (15).',
+    "sngd": 'the roots are of `eigh`; `root="newton_schulz"` is the paper\'s iteration (15). The '
+    'authors\' code has the relative metric, a matrix per unit: `variant="relative"`.',
 }
 
 

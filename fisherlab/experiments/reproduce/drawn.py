@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import datasets, models, optim, plots
-from fisherlab.experiments.reproduce.outcome import NOT, REPRODUCED, UNDECIDED, Outcome
+from fisherlab.experiments.reproduce.outcome import NOT, REPRODUCED, SECONDS, UNDECIDED, Outcome
 from fisherlab.extract import capture
 from fisherlab.metrics import gram_study
 from fisherlab.optim.ang import CURVES
@@ -81,7 +81,7 @@ def gram_matrices(stem: Path, scale: str) -> Outcome:
 
 
 def time_split(stem: Path, scale: str) -> Outcome:
-    """FNGD fig. 9: seconds of the forward pass, the backward pass and the step, by method."""
+    """FNGD fig. 9: the processor's seconds of forward pass, backward pass and step, by method."""
     width = {"minutes": 0.25, "hours": 1.0, "paper": 1.0}[scale]
     rows = []
     for name in ("resnet32", "transformer"):
@@ -96,7 +96,7 @@ def time_split(stem: Path, scale: str) -> Outcome:
         f"{wide.loc[(c, 'fngd'), 'backward'] / wide.loc[(c, 'sgd'), 'backward']:.2f} on {c}"
         for c in ("resnet32", "transformer")
     )
-    because = f"FNGD's backward pass over SGD's, below 1 in the paper: {ratios}; one run of a clock"
+    because = f"FNGD's backward pass over SGD's, below 1 in the paper: {ratios}; {SECONDS[True]}"
     return Outcome(table, UNDECIDED, f"{because}; scale {scale}")
 
 
@@ -119,20 +119,20 @@ def _network(name: str, width: float) -> tuple[Callable[[], nn.Module], Tensor, 
 def _split(
     method: str, model: nn.Module, x: Tensor, y: Tensor, criterion: nn.Module, steps: int = 6
 ) -> dict[str, float]:
-    """Medians over the steps after the first two; FNGD in its second phase."""
+    """Medians of the processor's seconds after the first three steps; FNGD in its second phase."""
     ours = {"coefficient_steps": 2, "criterion": criterion}
     options: dict[str, Any] = ours if method == "fngd" else {}
     optimizer = optim.create(method, model, lr=1e-6, **options)
     spent: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
     for step in range(steps + 3):
         optimizer.zero_grad()
-        marks = [time.perf_counter()]
+        marks = [time.process_time()]
         loss = criterion(model(x), y)
-        marks.append(time.perf_counter())
+        marks.append(time.process_time())
         loss.backward()
-        marks.append(time.perf_counter())
+        marks.append(time.process_time())
         optimizer.step()
-        marks.append(time.perf_counter())
+        marks.append(time.process_time())
         if step > 2:
             for part, (start, end) in zip(spent, pairwise(marks), strict=True):
                 spent[part].append(end - start)
