@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fisherlab.extras import named
+
 if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a name is first used
     from fisherlab import approximations, blocks, distributed, metrics
     from fisherlab.approximations.diagonal import Diagonal
@@ -80,11 +82,13 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in PARTS:
-        return import_module(f"fisherlab.{name}")
-    if name not in HOMES:
+    if name not in PARTS and name not in HOMES:
         raise AttributeError(f"module 'fisherlab' has no attribute {name!r}")
-    found = getattr(import_module(f"fisherlab.{HOMES[name]}"), name)
+    with named():
+        module = import_module(f"fisherlab.{HOMES.get(name, name)}")
+    if name in PARTS:
+        return module
+    found = getattr(module, name)
     globals()[name] = found
     return found
 

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from fisherlab import doors
+from fisherlab import doors, heap
 
 GIB = 1024**3
 # A Gram matrix up to this many bytes is always allowed, without querying free memory.
@@ -352,7 +351,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on the device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return heap.available()
 
 
 def dense_budget(device: torch.device) -> int:

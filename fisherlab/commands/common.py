@@ -25,6 +25,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from fisherlab.experiments.rundir import TYPED
+from fisherlab.extras import missing
 from fisherlab.names import unknown
 
 T = TypeVar("T")
@@ -85,6 +86,8 @@ def leave(code: Code, message: str) -> NoReturn:
 
 def _mistake(error: Exception) -> str | None:
     """The message for the user if the error is theirs, else None."""
+    if isinstance(error, ModuleNotFoundError):
+        error = missing(error)
     if type(error).__module__.split(".")[0] == "fisherlab":
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

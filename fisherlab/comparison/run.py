@@ -21,6 +21,7 @@ from fisherlab.comparison.request import Request
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
 from fisherlab.extract import Captures
+from fisherlab.extras import named
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -106,7 +107,8 @@ def notebook_bar(steps: Sequence[str]) -> Iterable[str]:
     notebook = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
     if not notebook and not sys.stderr.isatty():
         return steps
-    from tqdm.auto import tqdm
+    with named():
+        from tqdm.auto import tqdm
 
     return tqdm(steps, desc="layers and methods", leave=False)
 

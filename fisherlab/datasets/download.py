@@ -7,6 +7,7 @@ from pathlib import Path
 from fisherlab.datasets.card import Card, DatasetError, File
 from fisherlab.datasets.files import VARIABLE, data_folder, matches
 from fisherlab.datasets.registry import card as card_of
+from fisherlab.extras import named
 
 TIMEOUT = 60.0  # seconds without an answer
 
@@ -43,7 +44,8 @@ def _fetched(card: Card, file: File, path: Path, progress: bool) -> Path:
             f"{card.name!r} cannot be fetched: no public address serves exactly the bytes of "
             f"{file.path}. {card.obtain}; then set {VARIABLE} to the folder above {file.path}"
         )
-    import pooch  # here, because only a download needs it and the HTTP libraries below it
+    with named():
+        import pooch  # here, because only a download needs it and the HTTP libraries below it
 
     pooch.get_logger().setLevel("WARNING")  # the progress bar already says what is under way
     try:

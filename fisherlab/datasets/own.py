@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from fisherlab import heap
 from fisherlab.datasets.card import Card, DatasetError
 from fisherlab.datasets.images import PER_CHANNEL, standardised
 from fisherlab.datasets.registry import Dataset, scheme
@@ -86,7 +86,7 @@ def _images(
 
     first = _opened(files[0][0][0], side, Image)
     needed = BYTES * first.size * sum(map(len, files))
-    there = psutil.virtual_memory().available
+    there = heap.available()
     if needed > there:
         raise DatasetError(
             f"{sum(map(len, files)):,} images of {first.shape[0]} x {first.shape[1]} take "

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from fisherlab.datasets.card import Card, DatasetError
 from fisherlab.datasets.files import data_folder, verified
+from fisherlab.extras import named
 from fisherlab.names import Registry
 
 
@@ -128,10 +129,12 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
 
     Raises:
         DatasetError: the name is unknown, a file is missing, or its sha256 is not the card's.
+        MissingPackage: a package that reads it is not installed.
     """
-    if ":" in name:
-        kind, _, rest = name.partition(":")
-        return _SCHEMES[kind if kind in _SCHEMES else ""](name, rest)
-    card, loader = _REGISTRY.named(name)
-    folder = data_folder(root) if card.files else Path()
-    return loader(card, verified(card, folder))
+    with named():
+        if ":" in name:
+            kind, _, rest = name.partition(":")
+            return _SCHEMES[kind if kind in _SCHEMES else ""](name, rest)
+        card, loader = _REGISTRY.named(name)
+        folder = data_folder(root) if card.files else Path()
+        return loader(card, verified(card, folder))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherlab import doors
+from fisherlab import doors, extras
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
@@ -250,8 +250,8 @@ def capture(
 
         columns = None if fisher_type == "empirical" else vectors
         if backend == "backpack":
-            from fisherlab.extract import backpack
-
+            with extras.named():
+                from fisherlab.extract import backpack
             outputs = backpack.run(model, record, run, checked, columns)
         else:
             outputs = _by_tape(record, run, checked, columns, len(labels) if check != "off" else 0)

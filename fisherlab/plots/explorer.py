@@ -15,6 +15,7 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, BlockError
 from fisherlab.comparison import default_fisher_type
 from fisherlab.extract import capture
+from fisherlab.extras import named
 from fisherlab.names import unknown
 from fisherlab.plots import theme
 from fisherlab.plots.matrices import heat
@@ -106,7 +107,8 @@ class Explorer:
 
     def widgets(self) -> Any:
         """The three controls over the picture, as an ipywidgets box."""
-        import ipywidgets
+        with named():
+            import ipywidgets
 
         picture = ipywidgets.HTML()
         layer = ipywidgets.Dropdown(options=self.layers, description="layer")

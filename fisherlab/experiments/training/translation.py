@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisherlab.datasets import Dataset
 from fisherlab.datasets.text import BEGIN, END, MARKS, PADDING
+from fisherlab.extras import named
 from fisherlab.models.sequence import Transformer
 
 
@@ -29,7 +30,8 @@ def bleu(model: Transformer, data: Dataset, x: Tensor, batch: int) -> float:
     The references hold the words that the vocabulary lacks, so that `<unk>` never matches. Useful
     between optimizers; published numbers are cased and tokenised otherwise.
     """
-    import sacrebleu
+    with named():
+        import sacrebleu
 
     words = data.vocabulary
     begin, end, padding = (words.index(mark) for mark in (BEGIN, END, PADDING))
