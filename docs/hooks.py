@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+RESULTS = Path(__file__).parents[1] / "data" / "results" / "reproduce" / "minutes"
 PACKAGES = {
     "comparison": "Compare approximations of every layer",
     "extract": "Capture what the passes leave at each layer",
@@ -59,6 +60,9 @@ def on_files(files: Files, config: Any) -> Files:
         first = thumbnail(*shown[0], f"{path.stem}.md")
         gallery.append(f"\n## [{title}]({path.stem}.md)\n\n{first}")
     add(files, config, "notebooks/index.md", "\n".join(gallery) + "\n")
+    for name in ("sngd/fig3", "fngd/fig9", "ang/fig2"):
+        picture = (RESULTS / f"{name}.png").read_bytes()
+        add(files, config, f"results/{name.replace('/', '_')}.png", picture)
     add(files, config, "glossary.md", glossary())
     add(files, config, "cli.md", command_line())
     for name, subject in PACKAGES.items():

@@ -66,10 +66,12 @@ def principal_angles(angles: Mapping[str, Tensor], layer: str = "") -> Figure:
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(angles).items():
         degrees = np.rad2deg(theme.array_of(angles[name]))
-        ax.plot(np.arange(1, len(degrees) + 1), degrees, **look.line)
+        ax.plot(np.arange(1, len(degrees) + 1), degrees, **look.curve)
     ax.set(xlabel="angle, ascending", ylabel="principal angle [degrees]")
     ax.set(ylim=(-3, 93), yticks=[0, 30, 60, 90])
     ax.set_xticks(range(1, max(len(values) for values in angles.values()) + 1))
+    last = {n: (len(v), float(np.rad2deg(float(v[-1])))) for n, v in angles.items() if len(v)}
+    theme.end_labels(ax, last)
     theme.legend(figure, angles)
     theme.title(
         figure, titled("Angles between the leading eigenspaces, exact and approximate", layer)

@@ -265,8 +265,6 @@ def _over_layers(
         axes, steps = [ax], steps[-1:]
         whole: Any = ax.figure
         figure = whole
-    if size is not None:
-        figure.set_size_inches(*size)
     most = TOP if column in ERRORS else frame[column].max()
     cut = frame.assign(**{column: frame[column].clip(upper=most)})
     for place, step in zip(axes, steps, strict=False):
@@ -284,8 +282,10 @@ def _over_layers(
     if ax is None:
         theme.legend(figure, names, found=found, labels=far)
     else:
-        handles = [Line2D([], [], **found[n].line, label=far.get(n, n)) for n in names]
+        handles = [Line2D([], [], **found[n].curve, label=far.get(n, n)) for n in names]
         ax.legend(handles=handles, frameon=False)
+    if size is not None:
+        figure.set_size_inches(*size)
     return figure
 
 

@@ -76,23 +76,25 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
         if ends.max() > 10 * ends.min():  # on a linear axis the fast ones would be one line
             ax.set_xscale("log")
             table = table[table[x] > 0]
-    looks = theme.looks(names)
+    looks, ends = theme.looks(names), {}
     for name, mine in table.groupby("optimizer", sort=False):
         # seeds take the same steps, and not quite the same time; a line of one point is nothing
         grouped = mine.groupby("step")
         places, values = grouped[x].mean(), grouped[column]
         known = name in names
-        colour, marker = looks.get(name, (OTHERS, "." if len(places) == 1 else None))
+        grey = {"color": OTHERS, "marker": "." if len(places) == 1 else None}
         ax.plot(
             places,
             values.mean(),
-            color=colour,
-            marker=marker,
+            **(looks[name].curve if known else grey),
             markevery=max(1, len(places) // 6),
             lw=1.2 if known else 0.7,
             zorder=3 if known else 1,
         )
+        if known:
+            ends[name] = places.iloc[-1], values.mean().iloc[-1]
         if known and mine["seed"].nunique() > 1:
+            colour = looks[name].colour
             ax.fill_between(places, values.min(), values.max(), color=colour, alpha=0.15, lw=0)
     if column in LOGARITHMIC:
         ax.set_yscale("log")
@@ -104,6 +106,8 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, column: str, names: Sequence[s
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel(LABELS[x])
     ax.set_ylabel(LABELS.get(column, column))
+    if x == "step":  # where all end together
+        theme.end_labels(ax, ends, looks)
 
 
 def _leave_out_explosions(ax: Axes, values: pd.Series) -> None:
@@ -138,6 +142,7 @@ def training_cost(summary: pd.DataFrame, metric: str) -> Figure:
         for ax in paid:
             ax.plot([row.ratio_to_sgd], [place], **look)
     reached.set_yticks(list(places), list(known["optimizer"]))
+    reached.set_ylim(-0.6, len(known) - 0.4)
     reached.set_xlabel(f"{LABELS.get(metric, metric)} at the end")
     if metric in LOGARITHMIC:
         reached.set_xscale("log")

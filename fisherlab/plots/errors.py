@@ -47,6 +47,7 @@ def error_facets(
 
     A line is the median over what is left (layers, seeds), its band the middle half. `facet` names
     a column that gives one panel per value. A median of fewer numbers than rows has both beside it.
+    An error above 2 is out of the panel, the largest in the legend.
 
     Args:
         table: a `Comparison`, or its frame.
@@ -64,6 +65,8 @@ def error_facets(
     across = 3 if numeric or frame[over].nunique() <= 8 else 1
     height = 2.3 + (0 if numeric else theme.room(map(str, frame[over].unique())))
     figure, axes = theme.panels(len(groups), columns=across, height=height, sharey=True)
+    drawn = frame[measure].dropna()
+    above = measure in comparison.ERRORS and len(drawn) > 0 and drawn.max() > comparison.TOP
     for ax, (value, part) in zip(axes, groups, strict=True):
         sns.lineplot(
             part, x=over, y=measure, hue="approximation", style="approximation", legend=False,
@@ -74,9 +77,18 @@ def error_facets(
         ax.set(xlabel=label(over), ylabel=label(measure))
         ax.label_outer()
         _ticks(ax, part[over], numeric)
+        if above:  # an error of 1 is that of no block at all
+            ax.set_ylim(-0.03 * comparison.TOP, comparison.TOP)
         if facet is not None:
             ax.set_title(f"{facet.replace('_', ' ')} {value}")
-    theme.legend(figure, names)
+        elif numeric:
+            _ends(ax, part, over, measure)
+    most = frame.groupby("approximation")[measure].max()
+    theme.legend(
+        figure,
+        names,
+        labels={n: f"{n} (to {m:.3g})" for n, m in most.items() if above and m > comparison.TOP},
+    )
     named = label(measure).replace("\n", " ")
     theme.title(figure, f"{named[0].upper()}{named[1:]}, over {over.replace('_', ' ')}")
     return figure
@@ -103,14 +115,22 @@ def lines(
     names = list(dict.fromkeys(frame[by]))
     for name, look in theme.looks(names).items():
         rows = frame[frame[by] == name].sort_values(x)
-        ax.plot(rows[x], rows[y], **look.line, markevery=0.1)
+        ax.plot(rows[x], rows[y], **look.curve, markevery=0.1)
     ax.set(xlabel=label(x), ylabel=label(y))
     for axis in log:
         ax.set(**{f"{axis}scale": "log"})
+    _ends(ax, frame, x, y, by)
     theme.legend(figure, names, by)
     subject = title or f"{label(y)} over {label(x)}".replace("\n", " ")
     theme.title(figure, subject[0].upper() + subject[1:])
     return figure
+
+
+def _ends(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str = "approximation") -> None:
+    """The name of each line at its end, the median of its last place."""
+    medians = frame.groupby([by, x])[y].median().dropna().reset_index()
+    last = medians.sort_values(x).groupby(by).last()
+    theme.end_labels(ax, {str(n): (row[x], row[y]) for n, row in last.iterrows()})
 
 
 def _count(ax: Axes, frame: pd.DataFrame, over: str, measure: str) -> None:
@@ -200,6 +220,7 @@ def in_sample_against_population(table: Any) -> Figure:
         _count(ax, frame, "examples", column)
     _ticks(ax, frame["examples"], numeric=True)
     ax.set(xlabel=label("examples"), ylabel=r"$\|X - F\| \,/\, \|F\|$, median over layers")
+    _ends(ax, frame, "examples", "population_error")
     theme.legend(figure, names)
     kinds = [("in sample", "-"), ("on unseen examples", "--")]
     handles = [Line2D([], [], color="black", ls=dash, label=kind) for kind, dash in kinds]
@@ -265,6 +286,7 @@ def staleness(frame: pd.DataFrame) -> Figure:
         legend=False, ax=ax, **theme.styles(names),
     )  # fmt: skip
     ax.set(xlabel="age of the block [training steps]", ylabel=label("relative_error"))
+    _ends(ax, frame, "age", "relative_error")
     theme.legend(figure, names)
     theme.title(figure, "How a preconditioner ages (line: median over layers, band: half of them)")
     return figure

@@ -48,6 +48,9 @@ def layer_masses(study: GramStudy) -> Figure:
     return figure
 
 
+FEW = 12  # layers whose names fit beside a small matrix
+
+
 @theme.themed
 def dropped_over_training(studies: Mapping[int, GramStudy]) -> Figure:
     """The layer-by-layer matrix at each step, and the share that block-diagonal drops.
@@ -64,6 +67,9 @@ def dropped_over_training(studies: Mapping[int, GramStudy]) -> Figure:
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_title(f"step {step}: {float(study.dropped):.0%} dropped")
+    names = next(iter(studies.values())).layers
+    if len(names) <= FEW:
+        axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label=r"$\|F_{ij}\|^2 / \|F_{ii}\|\|F_{jj}\|$", aspect=20)
     theme.title(figure, "Blocks between layers while the network is trained")

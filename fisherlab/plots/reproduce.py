@@ -86,7 +86,7 @@ def reproduced(
 
 
 def _curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, arms: Sequence[str]) -> None:
-    looks = theme.looks(arms)
+    looks, ends = theme.looks(arms), {}
     for arm in arms:
         mine = frame[(frame["optimizer"] == arm)]
         mine = mine.dropna(subset=[y]).fillna({"train_seconds": 0.0})
@@ -98,12 +98,12 @@ def _curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, arms: Sequence[str]) -
         ax.plot(
             places,
             values.mean(),
-            color=looks[arm].colour,
-            marker=looks[arm].marker,
+            **looks[arm].curve,
             markevery=every,
             ms=3,
             lw=1.1,
         )
+        ends[arm] = places.iloc[-1], values.mean().iloc[-1]
         ax.fill_between(places, values.min(), values.max(), color=looks[arm].colour, alpha=0.12)
     if y in LOGARITHMIC:
         ax.set_yscale("log")
@@ -111,6 +111,8 @@ def _curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, arms: Sequence[str]) -
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel(LABELS.get(x, x))
     ax.set_ylabel(LABELS.get(y, y))
+    if x in ("epoch", "step"):  # where all end together
+        theme.end_labels(ax, ends, looks)
 
 
 def _theirs(
@@ -156,7 +158,7 @@ def _along(
     looks = theme.looks(arms)
     for arm in arms:
         mine = table[table["arm"] == arm].set_index("cell")["ours"].reindex(cells)
-        ax.plot(range(len(cells)), mine, color=looks[arm].colour, marker=looks[arm].marker)
+        ax.plot(range(len(cells)), mine, **looks[arm].curve)
     if column in LOGARITHMIC:
         ax.set_yscale("log")
     ax.set_xticks(range(len(cells)), [cell.rpartition("-")[2] for cell in cells])
@@ -167,11 +169,14 @@ def _along(
 def _legend(
     figure: Figure, arms: Sequence[str], gone: Mapping[str, str], theirs: bool, lines: bool
 ) -> None:
-    looks, ls = theme.looks(arms), "-" if lines else ""
-    handles = [Line2D([], [], **looks[a].line, ls=ls, label=a + gone.get(a, "")) for a in arms]
+    looks = theme.looks(arms)
+    handles = []
+    for arm in arms:
+        options = looks[arm].curve if lines else {**looks[arm].line, "ls": ""}
+        handles.append(Line2D([], [], **options, label=arm + gone.get(arm, "")))
     if theirs:
         handles.append(Line2D([], [], marker=THEIRS, mfc="none", color="0.3", ls="", label="paper"))
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=2.6)
 
 
 @theme.themed
@@ -189,8 +194,7 @@ def drawn_schedules(curves: Mapping[str, Sequence[float]], title: str) -> Figure
     looks = theme.looks(list(curves))
     for name, values in curves.items():
         places = [k / (len(values) - 1) for k in range(len(values))]
-        colour, marker = looks[name]
-        ax.plot(places, values, color=colour, marker=marker, markevery=10)
+        ax.plot(places, values, **looks[name].curve, markevery=10)
     ax.set_xlabel("share of the run")
     ax.set_ylabel("λ (1: SGD's direction)")
     theme.legend(figure, list(curves))

@@ -49,7 +49,7 @@ def _curve(ax: Axes, name: str, look: theme.Look, values: Tensor) -> None:
         return
     index = np.unique(np.geomspace(1, len(values), 400).astype(int))
     ax.plot(
-        index, theme.array_of(values)[index - 1], **look.line, lw=_width(name),
+        index, theme.array_of(values)[index - 1], **look.curve, lw=_width(name),
         markevery=0.12 if len(index) > 8 else 1,
         zorder=2.5 if name == "exact" else 2,
     )  # fmt: skip
@@ -103,7 +103,7 @@ def condition_against_damping(
     """
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(numbers).items():
-        ax.plot(dampings, theme.array_of(numbers[name]), **look.line, lw=_width(name))
+        ax.plot(dampings, theme.array_of(numbers[name]), **look.curve, lw=_width(name))
     ax.set(xscale="log", yscale="log")
     ax.set_xlabel(r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$")
     ax.set_ylabel(r"$(\lambda_{\max} + \lambda) \,/\, (\lambda_{\min} + \lambda)$")
@@ -126,7 +126,7 @@ def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
     layers = list(next(iter(ranks.values())))
     for name, look in theme.looks(ranks).items():
         places = [ranks[name][layer] for layer in layers]
-        ax.plot(places, **look.line, lw=_width(name), alpha=0.9)
+        ax.plot(places, **look.curve, lw=_width(name), alpha=0.9)
     ax.set_xticks(range(len(layers)), layers, rotation=theme.rotation(layers))
     ax.set(yscale="log", xlabel="layer", ylabel="effective rank")
     theme.legend(figure, ranks)

@@ -85,60 +85,65 @@ STYLE = {
     "mathtext.fontset": "dejavusans",
 }
 
+FEW = 5  # lines that have names at their ends; fewer are told apart by the legend
+SMALL = 6.0  # points of those names
+
 # A line to compare with.
 GUIDE: dict[str, Any] = {"color": "#444444", "lw": 0.8, "ls": "--", "zorder": 0}
 # The two hues of pictures that compare no approximations.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
-# Any two differ by at least 8.5 in CIELAB, seen by deuteranopes and protanopes too, and most by a
-# marker; each has a contrast of at least 3 on white. A family shares a hue where that leaves room.
-# A name that is not here, a user's, gets a look from its own letters, if no other in the picture
-# has taken it.
+# Colours differ in CIELAB for deuteranopes and protanopes, too: any two by at least 8.9, two methods
+# by 12.7, two methods of one dash by 20. Contrast on white is at least 3. Markers separate the
+# rest. A user's name has a look of its own letters, if that is free.
 LOOKS = {
-    "exact": ("#000000", "o"),
-    "kfac": ("#005BA8", "o"),
-    "kfac_reduce": ("#756593", "s"),
-    "ekfac": ("#0000FC", "D"),
-    "tkfac": ("#EF4700", "o"),
-    "tkfac_expand": ("#592200", "s"),
-    "tekfac": ("#3E6636", "D"),
-    "shampoo": ("#13A681", "^"),
-    "soap": ("#0C42CE", "D"),
-    "kronecker_optimal": ("#312189", "v"),
-    "kl_optimal": ("#000692", "v"),
-    "kl_shampoo": ("#0B0346", ">"),
-    "dykaf": ("#0F0429", "<"),
-    "nystrom": ("#410A65", "h"),
-    "kronecker_sum": ("#8978CD", "P"),
-    "diagonal": ("#CC78AB", "X"),
-    "mini_block": ("#8C1F59", "p"),
-    "eva": ("#9C973A", "<"),
-    "ifang": ("#9D8F4A", ">"),
-    "sngd": ("#67746C", "h"),
-    "kbfgs": ("#5D29ED", "d"),
+    "exact": ("#000000", "o", "-"),
+    "kfac": ("#245FAB", "o", "-"),
+    "kfac_reduce": ("#421187", "s", ":"),
+    "ekfac": ("#119A93", "D", "--"),
+    "tkfac": ("#FF5608", "o", "-"),
+    "tkfac_expand": ("#FC163F", "s", ":"),
+    "tekfac": ("#5E234F", "D", "--"),
+    "shampoo": ("#7344FE", "^", "-"),
+    "soap": ("#138FFF", "v", "--"),
+    "kronecker_optimal": ("#0300FA", "v", "-."),
+    "kl_optimal": ("#3A6387", "p", "-."),
+    "kl_shampoo": ("#088FAE", ">", ":"),
+    "dykaf": ("#2346AF", "<", "--"),
+    "nystrom": ("#7B62D6", "h", "-."),
+    "kronecker_sum": ("#F239FA", "P", ":"),
+    "diagonal": ("#600A70", "X", "-"),
+    "mini_block": ("#1A0FD7", "p", "--"),
+    "eva": ("#690C01", "<", "-"),
+    "ifang": ("#57A27A", ">", "-."),
+    "sngd": ("#210CA1", "h", "-."),
+    "kbfgs": ("#A30C72", "d", ":"),
     # Fisher types that stand where an approximation does
-    "mc": ("#0061D7", "o"),
-    "empirical": ("#BD4162", "s"),
-    "sgd": ("#009394", "s"),
-    "adam": ("#6D0030", "^"),
-    "adamw": ("#5267C8", "v"),
-    "radam": ("#704C6B", "<"),
-    "muon": ("#976B38", ">"),
-    "ngd": ("#C93113", "o"),
-    "ngd_dense": ("#D47B66", "s"),
-    "blockwise_ngd": ("#A61D0B", "D"),
-    "tengrad": ("#CD7B7B", "^"),
-    "ngd_smw": ("#511F4E", "v"),
-    "fngd": ("#3E4C8C", "P"),
-    "fngd_control": ("#586150", "X"),
-    "ang": ("#004540", "p"),
-    "truncated_kfac": ("#4870A8", "X"),
+    "mc": ("#3A3B92", "o", "-"),
+    "empirical": ("#F73C56", "s", "--"),
+    "sgd": ("#4F6056", "s", "-"),
+    "sgdm": ("#3F9CCC", "P", "--"),
+    "adam": ("#039449", "^", "-"),
+    "adamw": ("#670335", "v", "-."),
+    "radam": ("#5D76C2", "<", "-."),
+    "muon": ("#5624FF", ">", ":"),
+    "ngd": ("#039FAB", "o", "-"),
+    "ngd_dense": ("#218455", "s", "--"),
+    "blockwise_ngd": ("#F80E25", "D", "-."),
+    "tengrad": ("#8C0427", "^", "--"),
+    "ngd_smw": ("#4E4C6A", "v", "-"),
+    "fngd": ("#80600C", "P", "-"),
+    "fngd_control": ("#7D767A", "X", ":"),
+    "ang": ("#2454CB", "p", "--"),
+    "truncated_kfac": ("#0A35D7", "X", "-."),
 }
 SPARE = (
-    "#819C18", "#E250FF", "#008CFF", "#AA6656", "#C376C1", "#AC0225",
-    "#242924", "#6200B9", "#8D43FF", "#1F41AB", "#408B17", "#8B047A",
+    "#9018C4", "#395035", "#1B2EA3", "#5A1057", "#CD6791", "#A60640",
+    "#125B94", "#CB1E02", "#3778AB", "#7F421B", "#9B9360", "#8F792D",
 )  # fmt: skip
 MARKERS = "osD^vPXph<>d"
+# Strokes and gaps in widths of the line; none: unbroken.
+DASHES = {"-": (), "--": (4, 1.5), ":": (1, 1.3), "-.": (5, 1.3, 1, 1.3)}
 
 
 class Look(NamedTuple):
@@ -146,11 +151,17 @@ class Look(NamedTuple):
 
     colour: str
     marker: str
+    dash: str
 
     @property
     def line(self) -> dict[str, Any]:
-        """Options of matplotlib's functions."""
+        """Options of matplotlib's functions, for points."""
         return {"color": self.colour, "marker": self.marker}
+
+    @property
+    def curve(self) -> dict[str, Any]:
+        """Options of matplotlib's functions, for lines."""
+        return {**self.line, "ls": (0, DASHES[self.dash]) if DASHES[self.dash] else "-"}
 
 
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
@@ -164,7 +175,8 @@ def looks(names: Iterable[Any]) -> dict[Any, Look]:
     colours, markers = Counter[str](), Counter[str]()
     for name in sorted(set(names) - set(found), key=str):  # whatever the order in the picture
         first, second, *_ = hashlib.sha256(str(name).encode()).digest()
-        choices = [Look(c, m) for m in _from(MARKERS, second) for c in _from(SPARE, first)]
+        dash = list(DASHES)[second % len(DASHES)]
+        choices = [Look(c, m, dash) for m in _from(MARKERS, second) for c in _from(SPARE, first)]
         free = [look for look in choices if look not in found.values()] or choices
         found[name] = min(free, key=lambda look: (colours[look.colour], markers[look.marker]))
         colours[found[name].colour] += 1
@@ -203,7 +215,7 @@ def styles(names: Iterable[str], found: Mapping[str, Look] | None = None) -> dic
         "palette": {name: look.colour for name, look in found.items()},
         "style_order": names,
         "markers": {name: look.marker for name, look in found.items()},
-        "dashes": False,
+        "dashes": {name: DASHES[look.dash] or "" for name, look in found.items()},
     }
 
 
@@ -283,11 +295,61 @@ def legend(
     """One legend for all panels, outside on the right: it never covers data."""
     names, labels = list(names), labels or {}
     found = found or looks(names)
-    handles = [
-        Line2D([], [], **found[name].line, ls="-" if lines else "", label=labels.get(name, name))
-        for name in names
-    ]
-    figure.legend(handles=handles, title=title, loc="outside right upper", frameon=False)
+    handles = []
+    for name in names:
+        options = found[name].curve if lines else {**found[name].line, "ls": ""}
+        handles.append(Line2D([], [], **options, label=folded(labels.get(name, name))))
+    made = figure.legend(
+        handles=handles, title=title, loc="outside right upper", frameon=False, handlelength=2.6
+    )
+    needed = made.get_window_extent().height / figure.dpi + 0.15
+    if needed > figure.get_figheight():
+        figure.set_figheight(needed)
+
+
+def folded(text: str, most: int = 26) -> str:
+    """Equal methods, `a = b = c`, on as many lines as a legend has room for."""
+    rows = [""]
+    for name in text.split(" = "):
+        longer = f"{rows[-1]} = {name}" if rows[-1] else name
+        rows = [*rows[:-1], longer] if len(longer) <= most else [*rows, f"= {name}"]
+    return "\n".join(filter(None, rows))
+
+
+def end_labels(
+    ax: Axes, ends: Mapping[str, tuple[float, float]], found: Mapping[str, Look] | None = None
+) -> None:
+    """The name of each line to the right of its end, none over another; few lines need none.
+
+    Args:
+        ax: the panel, its scales and limits final.
+        ends: the right end of each line, `(x, y)`, by name.
+        found: the look of each name.
+    """
+    (left, right), (bottom, top) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+    inside = {n: e for n, e in ends.items() if left <= e[0] <= right and bottom <= e[1] <= top}
+    if len(inside) < FEW:
+        return
+    found = found or looks(inside)
+    width, height = ax.get_position().size * ax.figure.get_size_inches()  # inches
+    apart = 1.2 * SMALL / 72 / height
+    heights = {n: (ax.transScale + ax.transLimits).transform(e)[1] for n, e in inside.items()}
+    names = sorted(inside, key=lambda name: heights[name])
+    places: list[float] = []
+    for name in names:
+        places.append(max(heights[name], places[-1] + apart) if places else heights[name])
+    highest = 1.0 + apart
+    for k in reversed(range(len(places))):  # down again, where that ran out of the panel
+        highest = places[k] = min(places[k], highest)
+        highest -= apart
+    if max(abs(place - heights[n]) for n, place in zip(names, places, strict=True)) > 1 / 3:
+        return  # lines of one end, whose names would be a knot
+    for name, place in zip(names, places, strict=True):
+        ax.annotate(
+            name, inside[name], (1 + 9 / 72 / width, place), textcoords="axes fraction",
+            color=found[name].colour, fontsize=SMALL, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": found[name].colour, "shrinkB": 0},
+        )  # fmt: skip
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:

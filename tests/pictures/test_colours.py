@@ -40,18 +40,33 @@ def contrast(colour):
     return 1.05 / (linear(colour) @ TO_XYZ[1] + 0.05)
 
 
-COLOURS = {name: colour for name, (colour, _) in theme.LOOKS.items()}
+COLOURS = {name: colour for name, (colour, *_) in theme.LOOKS.items()}
 COLOURS |= {f"spare {k}": colour for k, colour in enumerate(theme.SPARE)}
+
+
+def near(names, sight, least):
+    """Pairs of names whose colours differ by less than `least`."""
+    places = {name: lab(COLOURS[name], sight) for name in names}
+    apart = {
+        (one, two): float(np.linalg.norm(places[one] - places[two]))
+        for one, two in itertools.combinations(places, 2)
+    }
+    return {pair: distance for pair, distance in apart.items() if distance < least}
 
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_any_two_names_are_kept_apart(sight):
-    places = {name: lab(colour, sight) for name, colour in COLOURS.items()}
-    near = {
-        (one, two): float(np.linalg.norm(places[one] - places[two]))
-        for one, two in itertools.combinations(places, 2)
-    }
-    assert not {pair: apart for pair, apart in near.items() if apart < 8.5}
+    assert not near(COLOURS, sight, 8.9)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_methods_are_kept_apart_by_colour_and_neighbours_by_their_dash(sight):
+    methods = approximations.names()
+    assert not near(methods, sight, 12.7)
+    assert not near(["exact", "kfac", "ekfac", "tkfac", "tekfac"], sight, 28.0)
+    dashes = {name: theme.look(name).dash for name in methods}
+    for dash in theme.DASHES:
+        assert not near([name for name in methods if dashes[name] == dash], sight, 20.0)
 
 
 def test_every_colour_is_seen_on_white():

@@ -89,7 +89,7 @@ def test_a_long_name_does_not_push_the_legend_into_the_title():
 def test_every_registered_approximation_has_its_own_look():
     looks = [theme.look(name) for name in approximations.names()]
     assert len(set(looks)) == len(looks)
-    colours = [np.array(to_rgb(colour)) for colour, _ in looks]
+    colours = [np.array(to_rgb(colour)) for colour, *_ in looks]
     apart = [abs(a - b).max() for k, a in enumerate(colours) for b in colours[:k]]
     assert min(apart) > 0.05
 
@@ -112,7 +112,7 @@ def test_no_two_users_names_of_a_picture_share_a_look(count):
     assert all(found[name] == theme.LOOKS[name] for name in theme.LOOKS)
     colours = {found[name].colour for name in names if name not in theme.LOOKS}
     assert len(colours) == min(count, len(theme.SPARE))
-    assert not colours & {colour for colour, _ in theme.LOOKS.values()}
+    assert not colours & {colour for colour, *_ in theme.LOOKS.values()}
 
 
 def test_eight_curves_of_the_users_own_are_told_apart_in_every_picture():
