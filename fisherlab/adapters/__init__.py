@@ -9,16 +9,18 @@ scale; `conventions()` has one table of all.
 from fisherlab.adapters.conventions import conventions
 from fisherlab.adapters.library import AdapterError
 from fisherlab.adapters.operators import as_curvlinops_operator
+from fisherlab.adapters.through_asdl import from_asdl
 from fisherlab.adapters.through_backpack import from_backpack, to_backpack
 from fisherlab.adapters.through_curvlinops import curvlinops, from_curvlinops, to_curvlinops
 from fisherlab.adapters.through_kronfluence import from_kronfluence, to_kronfluence
-from fisherlab.adapters.through_nngeometry import from_nngeometry
+from fisherlab.adapters.through_nngeometry import from_nngeometry, to_nngeometry
 
 __all__ = [
     "AdapterError",
     "as_curvlinops_operator",
     "conventions",
     "curvlinops",
+    "from_asdl",
     "from_backpack",
     "from_curvlinops",
     "from_kronfluence",
@@ -26,4 +28,5 @@ __all__ = [
     "to_backpack",
     "to_curvlinops",
     "to_kronfluence",
+    "to_nngeometry",
 ]

@@ -65,6 +65,10 @@ CONVENTIONS: tuple[Convention, ...] = (
         "0.4 takes inputs [n, i] only; its development version lacks a 1/S there",
     ),
     *_both("Kronfluence", "KFAC", _MEAN_A, "(1/NS) sum g g^T", "the 1/S of B"),
+    Convention("ASDL", "KFAC", "convolution", _MEAN_A, _MEAN_B, "nothing", EQUAL),
+    Convention(
+        "ASDL", "KFAC", "sequence", _SUM_A, _MEAN_B, "the S of A, by `positions=`", EQUAL,
+    ),
     *_both("FisherLab", "EKFAC", _BASIS, _VALUES, "nothing"),
     *_both("curvlinops", "EKFAC", _BASIS, f"{_VALUES}; N times that of a summed loss", "the N"),
     *(
@@ -74,6 +78,13 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention("NNGeometry", "EKFAC", "convolution", _BASIS, _VALUES, "nothing", EQUAL),
     Convention(
         "NNGeometry", "EKFAC", "sequence", "", "", "", REFUSED, "0.4 takes inputs [n, i] only"
+    ),
+    *(
+        Convention(
+            "ASDL", "EKFAC", layer, "", "", "", REFUSED,
+            "its KFE corrects no eigenvalue of a whole example's gradient",
+        )
+        for layer in LAYERS
     ),
     *_both("Kronfluence", "EKFAC", _BASIS, f"{_VALUES}, kept as a sum", "the sum over N"),
 )  # fmt: skip
@@ -141,7 +152,19 @@ table = fl.compare(model, criterion, x, y, approximations={"Kronfluence": blocks
 ```
 
 `fl.adapters.curvlinops(method)` runs curvlinops on the inputs and output gradients of a capture.
-`from_curvlinops`, `from_backpack`, `from_nngeometry` and `from_kronfluence` take what a library has
-computed on a whole model; `to_curvlinops`, `to_backpack` and `to_kronfluence` are the way back.
-BackPACK keeps weight and bias apart, and so does curvlinops by default: their blocks have no entry
-between the two.""".split("\n")
+`from_curvlinops`, `from_backpack`, `from_nngeometry`, `from_kronfluence` and `from_asdl` take what
+a library has computed on a whole model; `to_curvlinops`, `to_backpack`, `to_nngeometry` and
+`to_kronfluence` are the way back. BackPACK and ASDL keep weight and bias apart, and so does
+curvlinops by default: their blocks have no entry between the two, and *equal* is of all others.
+ASDL has no way back: its preconditioners make their factors themselves.
+`as_curvlinops_operator` lends a block, or a matrix of a network, to curvlinops' estimators of
+traces, diagonals and spectral densities.
+
+## Not run here
+
+* **bergson** 2.5.1 asks for torchvision, torchaudio and bitsandbytes, which cannot all be imported
+  beside torch 2.13 on a processor, so that there is no adapter. Its `tkfac`, as its source has it,
+  adds `tr(sum g g^T) sum a a^T` of each batch: KFAC's `A` times one number a batch, where TKFAC
+  weighs each example by its own `|g|^2`. A test on that formula has the cosine to KFAC's `A` at 1.
+* **ASDL** is the package `asdfghjkl` (0.1a5); the one that is called `asdl` is another project's.
+""".strip().split("\n")

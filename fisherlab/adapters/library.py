@@ -16,6 +16,7 @@ class AdapterError(ImportError):
 
 # pip's name of each module
 PACKAGES = {
+    "asdl": "asdfghjkl",
     "backpack": "backpack-for-pytorch",
     "curvlinops": "curvlinops-for-pytorch",
     "nngeometry": "nngeometry",

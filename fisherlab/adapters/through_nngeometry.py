@@ -7,6 +7,7 @@ matrices are `C/2` times those of `nn.MSELoss` under a mean.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fisherlab import doors
 from fisherlab.adapters.library import AdapterError, library
 from fisherlab.blocks import Block, Dense, Diagonal, Eigen, Kronecker
+from fisherlab.blocks.basis import matrix_of
 
 
 def from_nngeometry(matrix: Any, model: nn.Module) -> dict[str, Block]:
@@ -51,6 +53,57 @@ def from_nngeometry(matrix: Any, model: nn.Module) -> dict[str, Block]:
         if getattr(module, "weight", None) is not None and module.weight.ndim > 1:
             found[names[id(module)]] = make(matrix, key, module)
     return found
+
+
+def to_nngeometry(blocks: Mapping[str, Block], like: Any, model: nn.Module) -> Any:
+    """Our Kronecker products or eigenbases as a `PMatKFAC` or `PMatEKFAC`, the way back.
+
+    NNGeometry's matrix keeps its generator, which no block of ours has: `like` lends it, and stays
+    as it was.
+
+    Args:
+        blocks: by layer, for every layer of `like`: products for a `PMatKFAC`, `Q diag Q^T` (as
+            those of EKFAC) for a `PMatEKFAC`.
+        like: a matrix of NNGeometry on the same model.
+        model: the model.
+
+    Returns:
+        A new matrix of the kind of `like`, with our numbers.
+
+    Raises:
+        AdapterError: NNGeometry is not installed, or layers, kinds or shapes differ.
+    """
+    if not isinstance(blocks, Mapping):
+        raise AdapterError(f"blocks must be a dict of layer -> block, got {doors.said(blocks)}")
+    known = from_nngeometry(like, model)
+    if set(blocks) != set(known):
+        raise AdapterError(
+            f"the blocks are of layers {sorted(blocks)}, the matrix is of {sorted(known)}"
+        )
+    kind = {"PMatKFAC": Kronecker, "PMatEKFAC": Eigen}.get(type(like).__name__)
+    if kind is None:
+        raise AdapterError(f"to_nngeometry makes PMatKFAC or PMatEKFAC, got {type(like).__name__}")
+    for name, block in blocks.items():
+        if isinstance(block, Eigen) and block.thin:
+            raise AdapterError(
+                f"the block of layer {name!r} has a basis of fewer vectors than the layer has "
+                "features, and NNGeometry keeps full ones: capture more examples"
+            )
+        if not isinstance(block, kind) or block.shape != known[name].shape:
+            raise AdapterError(
+                f"the block of layer {name!r} must be {kind.__name__} {known[name].shape} for a "
+                f"{type(like).__name__}, got {block!r}"
+            )
+    collection = like.generator.layer_collection
+    modules = collection.get_layerid_module_maps(model)[0]
+    names = {id(module): name for name, module in model.named_modules()}
+    ours: dict[Any, Any] = {key: blocks[names[id(modules[key])]] for key in collection.layers}
+    if kind is Kronecker:
+        data: Any = {key: (block.A, block.G) for key, block in ours.items()}
+    else:
+        bases = {k: tuple(matrix_of(Q) for Q in (b.Q_A, b.Q_G)) for k, b in ours.items()}
+        data = bases, {key: block.spectrum.flatten() for key, block in ours.items()}
+    return type(like)(generator=like.generator, data=data)
 
 
 def _shape(module: Any) -> tuple[int, int]:

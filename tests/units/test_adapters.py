@@ -4,6 +4,7 @@ import copy
 import importlib
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def needs(library: str):
         return importlib.import_module(library)
     except ImportError:
         return pytest.skip(f"{library} is not installed")
+
+
+@contextmanager
+def in_double():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def problem(layer: str) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -81,14 +92,10 @@ def through_nngeometry(method, model, x, y):
 
     loader = DataLoader(TensorDataset(x, y), len(x))
     kind = PMatEKFAC if method == "EKFAC" else PMatKFAC
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with in_double():
         matrix = FIM(model, loader, kind, variant="classif_logits", device="cpu")
         if method == "EKFAC":
             matrix.update_diag(loader)
-    finally:
-        torch.set_default_dtype(default)
     return adapters.from_nngeometry(matrix, model), "exact"
 
 
@@ -121,6 +128,21 @@ def through_kronfluence(method, model, x, y):
         return adapters.from_kronfluence(factors, examples=len(x)), "empirical"
 
 
+def through_asdl(method, model, x, y):
+    asdl = needs("asdl")
+    if method == "EKFAC":
+        raise NotImplementedError("its KFE is none")
+    config = asdl.FisherConfig(
+        fisher_type=asdl.FISHER_EXACT, fisher_shapes=[asdl.SHAPE_KRON],
+        loss_type=asdl.LOSS_CROSS_ENTROPY, data_size=len(x),
+    )  # fmt: skip
+    maker = asdl.get_fisher_maker(model, config)
+    maker.setup_loss_call(nn.functional.cross_entropy, maker.setup_model_call(model, x), y)
+    maker.forward_and_backward()
+    positions = {"0": x.shape[1]} if x.ndim == 3 else None
+    return adapters.from_asdl(model, positions), "exact"
+
+
 def through_fisherlab(method, model, x, y):
     found = fl.capture(model, CE, x, y)
     return {name: METHODS[method](layer) for name, layer in found.items()}, "exact"
@@ -132,6 +154,7 @@ RUN = {
     "BackPACK": through_backpack,
     "NNGeometry": through_nngeometry,
     "Kronfluence": through_kronfluence,
+    "ASDL": through_asdl,
 }
 
 
@@ -159,6 +182,10 @@ def test_the_table_of_conventions(row):
     blocks, fisher_type = RUN[row.library](row.method, model, x, y)
     layers = fl.capture(model, CE, x, y, fisher_type=fisher_type)
     expected = formula(row.method, layers["0"])
+    if row.library == "ASDL":  # weight and bias apart
+        o, i = layers["0"].shape
+        bias = torch.arange(o * i) % i == i - 1
+        expected = expected * (bias[:, None] == bias)
     error = relative(blocks["0"].dense(), expected)
     assert error < 1e-8 if row.verdict == EQUAL else error > 0.1
     if row.verdict == WRONG:
@@ -173,7 +200,7 @@ def test_the_page_is_what_the_table_makes():
     assert written.read_text(encoding="utf-8") == conventions_page()
     table = conventions()
     assert set(table.library) == set(RUN)
-    assert len(table) == 20 == len(table[["library", "method", "layer"]].drop_duplicates())
+    assert len(table) == 24 == len(table[["library", "method", "layer"]].drop_duplicates())
     assert (table.query("verdict != 'equal to 1e-8'").reason != "").all()
 
 
@@ -264,6 +291,61 @@ def test_backpack_diagonal_is_that_of_the_block():
         assert relative(blocks[name].diagonal(), fl.Exact()(layer).diagonal()) < 1e-10
     with pytest.raises(AdapterError, match="no parameter of this Sequential has 'kfra'"):
         adapters.from_backpack(extended, "kfra")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("method", METHODS)
+def test_nngeometry_there_and_back(method):
+    """Its matrix with our numbers multiplies as ours."""
+    needs("nngeometry")
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatEKFAC, PMatKFAC, PVector
+
+    model, *_ = problem("convolution")
+    x, y = randn(40, 2, 4, 4), torch.arange(40) % 3
+    kind = {"KFAC": PMatKFAC, "EKFAC": PMatEKFAC}[method]
+    approximation = {"KFAC": fl.TKFAC(), "EKFAC": fl.TEKFAC()}[method]
+    ours = {name: approximation(layer) for name, layer in fl.capture(model, CE, x, y).items()}
+    with in_double():
+        loader = DataLoader(TensorDataset(x, y), 40)
+        like = FIM(model, loader, kind, variant="classif_logits", device="cpu")
+        theirs = adapters.to_nngeometry(ours, like, model)
+        product = theirs.mv(PVector.from_model(model)).to_torch().detach()
+    again = adapters.from_nngeometry(theirs, model)
+    for name, block in ours.items():
+        assert relative(again[name].dense(), block.dense()) < 1e-12
+    V = torch.cat([model[0].weight.flatten(1), model[0].bias[:, None]], 1).detach()
+    assert relative(product[:24], (ours["0"] @ V)[:, :-1].flatten()) < 1e-10
+    if method == "EKFAC":
+        few = {n: approximation(z) for n, z in fl.capture(model, CE, x[:5], y[:5]).items()}
+        with pytest.raises(AdapterError, match="keeps full ones: capture more examples"):
+            adapters.to_nngeometry(few, like, model)
+    with pytest.raises(AdapterError, match=r"of layers \['0'\]"):
+        adapters.to_nngeometry({"0": ours["0"]}, like, model)
+    wrong = {name: fl.Diagonal()(layer) for name, layer in fl.capture(model, CE, x, y).items()}
+    with pytest.raises(AdapterError, match="the block of layer '0' must be"):
+        adapters.to_nngeometry(wrong, like, model)
+
+
+def test_asdl_refuses_where_it_left_nothing():
+    needs("asdl")
+    with pytest.raises(AdapterError, match="no module of this Linear has Kronecker factors"):
+        adapters.from_asdl(nn.Linear(2, 2))
+
+
+def test_bergsons_tkfac_is_kfacs_input_factor_times_a_number():
+    """Its source, 2.5.1: each batch's `sum a a^T` times the trace of the batch's `sum g g^T`."""
+    layer = captured("full")
+    a, g = layer.inputs[:, 0], layer.output_gradients[:, :, 0]
+    theirs = a.T @ a * (g**2).sum()
+    assert cosine(theirs, fl.KFAC()(layer).A) == pytest.approx(1, abs=1e-12)
+    ours = torch.einsum("ni,nj,n->ij", a, a, (g**2).sum((0, 2)))
+    assert cosine(ours, fl.TKFAC()(layer).A) == pytest.approx(1, abs=1e-12)
+    assert cosine(theirs, ours) < 0.9999
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum() / one.norm() / other.norm())
 
 
 def test_ways_back_are_the_ways_there():
