@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherlab.approximations.means import Means
 from fisherlab.approximations.memo import Memo
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.factor import Factor
 from fisherlab.extract import LayerCapture
 from fisherlab.names import Registry, nearest
 from fisherlab.statistics import COLUMNS, Statistic
@@ -208,6 +209,14 @@ class Approximation:
     def damped(self, block: Block, damping: float) -> Block:
         """The preconditioner `(block + damping I)^exponent`, or damped where the paper puts it."""
         return block.power(self.exponent, damping)
+
+    def damped_each(self, blocks: Sequence[Block], dampings: Sequence[float]) -> list[Block]:
+        """`damped` of the blocks of several layers, whose decompositions may be made together."""
+        return [self.damped(F, damping) for F, damping in zip(blocks, dampings, strict=True)]
+
+    def decomposed(self, mean: Means) -> Sequence[Factor]:
+        """The factors whose eigenvectors `basis` or `block` needs, to be found together."""
+        return ()
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         """The block of captures that cannot be reduced to sums (`additive = False`)."""

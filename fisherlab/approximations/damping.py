@@ -14,14 +14,18 @@ How much: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
+from fisherlab.blocks.factor import decompose
 from fisherlab.blocks.numerics import check_damping
+from fisherlab.blocks.reads import holds, numbers_of, together
 
 PLACEMENTS = ("tikhonov", "factored", "factorwise", "eigenvalue")
 # Placements whose damped block is `(F + lambda I)^p`.
@@ -29,11 +33,11 @@ PLAIN = ("tikhonov", "eigenvalue")
 Rule = Callable[[dict[str, Block]], dict[str, float]]
 
 
-def trace_ratio_pi(block: Kronecker) -> float:
-    """`pi = sqrt((tr A / dim A) / (tr G / dim G))`; 1 where a trace is zero."""
-    traces = torch.stack(block.traces).tolist()
-    ratio_G, ratio_A = (trace / d for trace, d in zip(traces, block.shape, strict=True))
-    return math.sqrt(ratio_A / ratio_G) if ratio_A > 0 and ratio_G > 0 else 1.0
+def trace_ratio_pi(block: Kronecker) -> Tensor:
+    """`pi = sqrt((tr A / dim A) / (tr G / dim G))`, 0-d; 1 where a trace is zero."""
+    G, A = (trace / d for trace, d in zip(block.traces, block.shape, strict=True))
+    both = (A > 0) & (G > 0)
+    return torch.where(both, (A / torch.where(both, G, 1)).sqrt(), 1)
 
 
 def check_placement(placement: str) -> None:
@@ -45,17 +49,45 @@ def place(
     block: Block, exponent: float, damping: float, placement: str, pi: float | None = None
 ) -> Block:
     """A Kronecker block to the power `exponent`, damped at `placement`; `pi` None: from traces."""
+    sides = _of_sides(block, damping, placement, pi)
+    if sides is None:
+        return block.power(exponent, damping)
+    assert isinstance(block, Kronecker)
+    return block.factored_power(exponent, *sides)
+
+
+def place_each(
+    blocks: Sequence[Block],
+    exponent: float,
+    dampings: Sequence[float],
+    placement: str,
+    pi: float | None = None,
+) -> list[Block]:
+    """`place` of several blocks, whose small factors are decomposed together by their shapes."""
+    pairs = list(zip(blocks, dampings, strict=True))
+    if not all(isinstance(block, Kronecker) for block in blocks) or exponent != -1:
+        return [place(block, exponent, damping, placement, pi) for block, damping in pairs]
+    products = cast(Sequence[Kronecker], blocks)
+    if placement in PLAIN:
+        decompose(F for block in products for F in block.factors)
+        return [place(block, exponent, damping, placement, pi) for block, damping in pairs]
+    sides = [cast(Any, _of_sides(block, damping, placement, pi)) for block, damping in pairs]
+    return Kronecker.inverses(products, sides)
+
+
+def _of_sides(block: Block, damping: float, placement: str, pi: float | None) -> Any:
+    """What the output and the input factor are damped by; None where the whole block is."""
     check_placement(placement)
     if not isinstance(block, Kronecker):
         raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")
     damping = check_damping(damping, block.dtype)
     if placement == "factored":
-        ratio = trace_ratio_pi(block) if pi is None else doors.number(pi, "pi", above=0.0)
-        root = math.sqrt(damping)
-        return block.factored_power(exponent, root / ratio, root * ratio)
-    if placement == "factorwise":
-        return block.factored_power(exponent, damping, damping)
-    return block.power(exponent, damping)
+        ratio: Any = trace_ratio_pi(block) if pi is None else doors.number(pi, "pi", above=0.0)
+        if isinstance(ratio, Tensor) and together() is None:
+            ratio = float(ratio)
+        root = damping.sqrt() if isinstance(damping, Tensor) else math.sqrt(damping)
+        return root / ratio, root * ratio
+    return (damping, damping) if placement == "factorwise" else None
 
 
 def as_rule(damping: float | Rule) -> Rule:
@@ -85,7 +117,10 @@ def lambdas(rule: Rule, blocks: Mapping[str, Block]) -> dict[str, float]:
     return {name: _returned(found[name], name) for name in blocks}
 
 
-def _returned(value: object, name: str) -> float:
+def _returned(value: object, name: str) -> Any:
+    if isinstance(value, Tensor) and value.ndim == 0 and together() is not None:
+        holds((value >= 0) & (value < math.inf))
+        return value
     if (found := doors.real(value)) is not None and math.isnan(found):
         raise BlockError(
             f"the damping of layer {name!r} is NaN: its block has NaN or inf entries, or the rule "
@@ -128,13 +163,16 @@ class Share:
         blocks = _checked(blocks)
         if not blocks:
             return {}
+        traces = {name: block.trace() for name, block in blocks.items()}
+        sizes = {name: block.size**self.power for name, block in blocks.items()}
+        if together() is not None:
+            return {
+                name: (self.share * trace / sizes[name]).clamp(min=self.floor)
+                for name, trace in traces.items()
+            }
         # one read of the device, whatever the number of layers
-        found = [block.trace() for block in blocks.values()]
-        traces = torch.stack([trace.to(found[0].device) for trace in found]).tolist()
-        return {
-            name: max(self.share * trace / block.size**self.power, self.floor)
-            for (name, block), trace in zip(blocks.items(), traces, strict=True)
-        }
+        found = zip(traces, numbers_of(list(traces.values())), strict=True)
+        return {name: max(self.share * trace / sizes[name], self.floor) for name, trace in found}
 
     def __repr__(self) -> str:
         return f"{self.name}({self.share:g})"
@@ -179,12 +217,16 @@ def trace(
         )
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
-        return {
-            name: max(block.trace().item(), vartheta) / block.size
-            if name in convolutions
-            else constant
-            for name, block in _checked(blocks).items()
-        }
+        blocks = _checked(blocks)
+        named = [name for name in blocks if name in convolutions]
+        found = dict.fromkeys(blocks, constant)
+        traces: Any = [blocks[name].trace() for name in named]
+        if together() is not None:
+            larger = [one.clamp(min=vartheta) for one in traces]
+        else:
+            larger = [max(one, vartheta) for one in numbers_of(traces)] if named else []
+        sizes = {name: one / blocks[name].size for name, one in zip(named, larger, strict=True)}
+        return found | sizes
 
     rule.expands = fc_expansion and bool(convolutions)  # type: ignore[attr-defined]
     rule.fully_connected_scale = lambda lambdas: (  # type: ignore[attr-defined]
@@ -220,15 +262,18 @@ def gram_norm(alpha: float) -> Rule:
     doors.number(alpha, "alpha", least=0.0)
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
-        dampings = {}
+        norms = {}
         for name, block in _checked(blocks).items():
             if not isinstance(block, Outer):
                 raise BlockError(
                     f"gram_norm needs the exact block of each layer; {name!r} is a "
                     f"{type(block).__name__}"
                 )
-            dampings[name] = alpha * block.gram().norm().item()
-        return dampings
+            norms[name] = block.gram().norm()
+        if together() is not None:
+            return {name: alpha * norm for name, norm in norms.items()}
+        found = numbers_of(list(norms.values())) if norms else []
+        return {name: alpha * norm for name, norm in zip(norms, found, strict=True)}
 
     return rule
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.kfac import KFAC
 from fisherlab.approximations.means import Means, Sums
 from fisherlab.approximations.tkfac import TKFAC
-from fisherlab.blocks import Block
+from fisherlab.blocks import Block, Kronecker
 from fisherlab.blocks.energies import bases, basis_of, carried, corrected, energies
+from fisherlab.blocks.factor import Factor
 from fisherlab.extract import LayerCapture
 from fisherlab.statistics import COLUMNS
 
@@ -37,6 +39,10 @@ class EigenCorrected(Approximation):
 
     def basis(self, mean: Means, previous: Sums | None = None) -> Sums:
         return basis_of(mean.block(self.factors))
+
+    def decomposed(self, mean: Means) -> Sequence[Factor]:
+        product = mean.block(self.factors)
+        return product.factors if isinstance(product, Kronecker) else ()
 
     def corrections(self, layer: LayerCapture, basis: Sums) -> Sums:
         return energies(layer.columns, *bases(basis))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fisherlab.approximations.base import BY_OPTION, Approximation
-from fisherlab.approximations.damping import PLAIN, check_placement, place
+from fisherlab.approximations.damping import PLAIN, check_placement, place, place_each
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, Kronecker
 from fisherlab.statistics import (
@@ -69,6 +70,11 @@ class KFAC(Approximation, name="kfac"):
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)
+
+    def damped_each(self, blocks: Sequence[Block], dampings: Sequence[float]) -> list[Block]:
+        if type(self).damped is not KFAC.damped:
+            return super().damped_each(blocks, dampings)
+        return place_each(blocks, self.exponent, dampings, self.placement, self.pi)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fisherlab.approximations.recursive import Recursive
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
+from fisherlab.blocks.reads import together
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import one_sample
 
@@ -141,9 +142,9 @@ class Running:
         found = {S: S.over(layer, diagonal) for S, diagonal in diagonals.items()}
         return {key: found[S] for key, S in self.statistics.items()}
 
-    def new_basis(self) -> Sums:
-        """The basis of the current means: the expensive part."""
-        return self.approximation.basis(self.means, self.basis or None)
+    def new_basis(self, means: Means | None = None) -> Sums:
+        """The basis of the current means, which a caller may hold: the expensive part."""
+        return self.approximation.basis(means or self.means, self.basis or None)
 
     def refresh_basis(self, new: Sums | None = None) -> None:
         """Take the basis of the means, or one made elsewhere; corrections are carried into it."""
@@ -161,14 +162,15 @@ class Running:
         count = sum(layer.examples for layer in layers)
         self.corrections_count = self._blend(self.corrections, self.corrections_count, total, count)
 
-    def block(self) -> Block:
-        """The block of the current means, basis and corrections."""
+    def block(self, means: Means | None = None) -> Block:
+        """The block of the current means, which a caller may hold, basis and corrections."""
         if not self.sums:
             raise BlockError("no batch has been seen yet: call update() first")
         if isinstance(self.approximation, Recursive):
             return self.approximation.factors(self.sums)
         corrections = divide(self.corrections, self.corrections_count) if self.corrections else {}
-        return self.approximation.block(self.means.given(self.basis, corrections), self.shape)
+        means = (means or self.means).given(self.basis, corrections)
+        return self.approximation.block(means, self.shape)
 
     def _blend(self, into: Sums, count: float, total: Sums, terms: float) -> float:
         if self.reduce is not None:
@@ -180,8 +182,21 @@ class Running:
             return terms
         past, new = self.weights
         for key, value in total.items():
-            into[key].mul_(past).add_(value, alpha=new)
+            # what may have to be taken back is not overwritten
+            old = into[key].mul_(past) if together() is None else into[key] * past
+            into[key] = old.add_(value, alpha=new)
         return past * count + new * terms
+
+    def kept(self) -> Callable[[], None]:
+        """What takes everything back that is computed `Together` from now on."""
+        parts = dict(self.sums), self.count, dict(self.basis)
+        corrected = dict(self.corrections), self.corrections_count
+
+        def back() -> None:
+            self.sums, self.count, self.basis = parts
+            self.corrections, self.corrections_count = corrected
+
+        return back
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, as flat named tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fisherlab import statistics as of
@@ -9,6 +10,7 @@ from fisherlab.approximations.base import BY_OPTION, Approximation
 from fisherlab.approximations.means import Means
 from fisherlab.approximations.tkfac import PARTIAL
 from fisherlab.blocks import Block, BlockError, Kronecker
+from fisherlab.blocks.factor import Factor
 from fisherlab.blocks.numerics import check_damping
 from fisherlab.blocks.roots import Rooted, Sided, moment_root
 from fisherlab.statistics import Statistic
@@ -55,6 +57,9 @@ class Shampoo(Approximation, name="shampoo"):
             return Rooted(L, R, moment_root(L), moment_root(R))
         scale = L.trace().rsqrt().nan_to_num(posinf=0).to(L.dtype)
         return Sided(L, R, L.scaled(scale), R.scaled(scale))
+
+    def decomposed(self, mean: Means) -> Sequence[Factor]:
+        return mean.factor(self.left), mean.factor(self.right)
 
     def damped(self, block: Block, damping: float) -> Block:
         assert isinstance(block, Sided)

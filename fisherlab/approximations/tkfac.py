@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fisherlab import statistics as of
 from fisherlab.approximations.base import BY_OPTION, Approximation
-from fisherlab.approximations.damping import PLAIN, check_placement, place
+from fisherlab.approximations.damping import PLAIN, check_placement, place, place_each
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, Kronecker
 from fisherlab.statistics import Statistic
@@ -66,6 +67,11 @@ class TKFAC(Approximation, name="tkfac"):
 
     def damped(self, block: Block, damping: float) -> Block:
         return place(block, self.exponent, damping, self.placement, self.pi)
+
+    def damped_each(self, blocks: Sequence[Block], dampings: Sequence[float]) -> list[Block]:
+        if type(self).damped is not TKFAC.damped:
+            return super().damped_each(blocks, dampings)
+        return place_each(blocks, self.exponent, dampings, self.placement, self.pi)
 
 
 @dataclass(frozen=True)

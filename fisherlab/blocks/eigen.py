@@ -18,6 +18,7 @@ from fisherlab.blocks.numerics import (
     chosen_squares,
     spectrum_power,
 )
+from fisherlab.blocks.reads import together
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +56,34 @@ class Complement:
         """Whether nothing but 0 is there."""
         return not self.values or (self.level is not None and not bool(self.level))
 
+    @property
+    def at_hand(self) -> tuple[bool, Tensor | None]:
+        """`zero` and `level`, or that neither is known while reads of the device wait."""
+        if together() is None:
+            return self.zero, self.level
+        return vars(self).get("zero", False), vars(self).get("level")
+
+    @classmethod
+    def empty(cls, spectrum: Tensor, missing: tuple[int, int]) -> Complement:
+        """Nothing but 0, and known to be."""
+        G, A = (spectrum.new_zeros(length) for length in spectrum.shape)
+        made = cls(G, A, spectrum.new_zeros(()), missing)
+        vars(made).update(level=made.both, zero=True)
+        return made
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Complement:
         """The same of another function of the eigenvalues that are there."""
-        if self.level is not None and self.values:
-            level = function(self.level)
+        _, level = self.at_hand
+        if level is not None and self.values:
+            level = function(level)
             G, A, both = (level.expand(x.shape) for x in (self.G, self.A, self.both))
-        else:
-            G, A, both = (
-                function(x) if k else x
-                for x, k in zip((self.G, self.A, self.both), self._counts, strict=True)
-            )
+            made = Complement(G, A, both, self.missing)
+            vars(made).update(level=level)
+            return made
+        G, A, both = (
+            function(x) if k else x
+            for x, k in zip((self.G, self.A, self.both), self._counts, strict=True)
+        )
         return Complement(G, A, both, self.missing)
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -124,11 +143,15 @@ class Eigen(Block):
             )
         check_alike(Q_G, Q_A, spectrum)
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
+        missing = len(Q_G) - Q_G.shape[1], len(Q_A) - Q_A.shape[1]
+        if tail_G is None and tail_A is None and tail is None:
+            self.complement = Complement.empty(spectrum, missing)
+            return
         self.complement = Complement(
             _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],)),
             _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],)),
             _tail(tail, "tail", spectrum, ()),
-            (len(Q_G) - Q_G.shape[1], len(Q_A) - Q_A.shape[1]),
+            missing,
         )
 
     @property
@@ -196,8 +219,8 @@ class Eigen(Block):
 
     def times(self, V: Tensor, rotated: Tensor) -> Tensor:
         """The product with a `V` whose `rotated` is known."""
-        spectrum, level = self.spectrum.to(self.dtype), self.complement.level
-        if self.confined:
+        spectrum, (zero, level) = self.spectrum.to(self.dtype), self.complement.at_hand
+        if zero:
             return self.from_bases(spectrum * rotated)
         if level is not None:
             level = level.to(self.dtype)

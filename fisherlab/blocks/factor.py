@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from fisherlab import doors
 from fisherlab.blocks.basis import Basis, Coordinates, Thin, matrix_of, size_of
 from fisherlab.blocks.contractions import second_moment, symmetric_product
 from fisherlab.blocks.numerics import (
+    STACKED,
     BlockError,
     check_damping,
     check_dense,
     damped_inverse,
+    damped_inverses,
     dot,
     eigh,
+    eigh_each,
     spectrum_power,
     symmetrise,
     trace_of,
@@ -327,6 +331,33 @@ class Subspace(Factor):
 
     def _form(self) -> Tensor:
         return self.V @ self.C @ self.V.mT
+
+
+def decompose(factors: Iterable[Factor], name: str = "factor") -> None:
+    """Find the spectra of factors together, as far as they are small matrices as they stand."""
+    roots = {id(root): root for root in map(_root, factors)}.values()
+    waiting = [F for F in roots if isinstance(F, Dense) and not F.decomposed and len(F) <= STACKED]
+    if len(waiting) < 2:
+        return
+    found = eigh_each([F.matrix for F in waiting], [name] * len(waiting))
+    for F, spectrum in zip(waiting, found, strict=True):
+        F._kept["spectrum"] = spectrum
+
+
+def inverses(factors: Sequence[Factor], dampings: Sequence[Any], names: Sequence[str]) -> Any:
+    """`(S + damping I)^{-1}` of each factor, of matrices as they stand together."""
+    small = [k for k, F in enumerate(factors) if isinstance(F, Dense) and not F.decomposed]
+    found = damped_inverses([factors[k].matrix for k in small], [dampings[k] for k in small])
+    known = {k: Dense(x) for k, x in zip(small, found, strict=True) if x is not None}
+    return [
+        known[k] if k in known else F.power(-1, dampings[k], names[k])
+        for k, F in enumerate(factors)
+    ]
+
+
+def _root(factor: Factor) -> Factor:
+    """The factor whose decomposition a multiple has."""
+    return factor if factor._source is None else _root(factor._source[0])
 
 
 def factor_of(S: Tensor | Factor, role: str = "") -> Factor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Dense
 from fisherlab.blocks.basis import Basis, Space, coordinates
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of
-from fisherlab.blocks.numerics import BlockError, check_alike, check_dense, dot, sum_of
+from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of, inverses
+from fisherlab.blocks.numerics import (
+    BlockError,
+    check_alike,
+    check_damping,
+    check_dense,
+    dot,
+    is_none,
+    sum_of,
+)
 from fisherlab.blocks.work import cached
 
 
@@ -100,7 +109,7 @@ class Kronecker(Block):
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent == 1 and damping == 0:
             return self
-        if damping > 0:
+        if not is_none(damping):
             return self.eigen.power(exponent, damping)
         return self.factored_power(exponent, 0.0, 0.0)
 
@@ -111,6 +120,15 @@ class Kronecker(Block):
             G.power(exponent, damping_G, "output factor G"),
             A.power(exponent, damping_A, "input factor A"),
         )
+
+    @staticmethod
+    def inverses(products: Sequence[Kronecker], dampings: Sequence[tuple[Any, Any]]) -> list[Block]:
+        """`factored_power(-1, *dampings)` of each product, small factors of one shape together."""
+        factors = [F for product in products for F in product.factors]
+        each = [check_damping(x) for pair in dampings for x in pair]
+        names = ["output factor G", "input factor A"] * len(products)
+        found = inverses(factors, each, names)
+        return [Kronecker(G, A) for G, A in zip(found[::2], found[1::2], strict=True)]
 
     def restricted_to(self, space: Space) -> Block | None:
         sides = []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping
+from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping, is_none
 from fisherlab.blocks.serialise import remembers
 
 
@@ -42,7 +42,7 @@ class Pair(LowRank):
             BlockError: no damping, without which the factors have no inverse.
         """
         damping = check_damping(damping)
-        if damping == 0:
+        if is_none(damping):
             raise BlockError(
                 f"{name}'s factors have rank {len(self.g_energies)} at most, so their inverse "
                 "needs damping > 0"
@@ -54,5 +54,5 @@ class Pair(LowRank):
             torch.outer(along_G, along_A).reciprocal(),
             (damping * along_G).reciprocal(),
             (damping * along_A).reciprocal(),
-            self.spectrum.new_tensor(damping**-2),
+            torch.as_tensor(damping**-2, dtype=self.dtype, device=self.device),
         )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherlab import doors, heap
+from fisherlab.blocks.reads import Together, Unmet, holds, together
 
 GIB = 1024**3
 # A Gram matrix up to this many bytes is always allowed, without querying free memory.
 GRANTED = GIB // 4
+# Rows up to which matrices are stacked for one decomposition, which copies them.
+STACKED = 1024
 # An eigenvalue is rounding below this multiple of eps * largest eigenvalue.
 RANK_TOLERANCE = 8.0
 # A residual of a gradient below this many eps of its length counts as rounding: the gradient
@@ -55,7 +59,7 @@ def dot(one: Tensor, two: Tensor) -> Tensor:
         return total
     kind = torch.finfo(one.dtype)
     # below, terms may have been lost that are not small beside the sum
-    if not bool(torch.isfinite(total) & (total.abs() >= kind.tiny / kind.eps)):
+    if not holds(torch.isfinite(total) & (total.abs() >= kind.tiny / kind.eps)):
         return torch.linalg.vecdot(one.double(), two.double()).sum()
     return total
 
@@ -120,6 +124,37 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     )
 
 
+def eigh_each(matrices: Sequence[Tensor], names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """`eigh` of each matrix, those of one shape in one call, in one read of the device.
+
+    Where that does not give finite, orthonormal vectors, one by one.
+
+    Raises:
+        BlockError: `eigh` of one of them does.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    try:
+        with nullcontext() if together() is not None else Together():
+            for group in alike(matrices):
+                stacked = symmetrise(torch.stack([matrices[k] for k in group]))
+                values, vectors = torch.linalg.eigh(stacked)
+                all_finite(values, vectors)
+                _orthonormal(vectors)
+                found |= zip(group, zip(values, vectors, strict=True), strict=True)
+    except (torch.linalg.LinAlgError, Unmet):
+        return [eigh(matrix, name) for matrix, name in zip(matrices, names, strict=True)]
+    return [found[k] for k in range(len(matrices))]
+
+
+def alike(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of matrices that may be stacked: of one shape, dtype and device, and small."""
+    groups: dict[Any, list[int]] = {}
+    for k, matrix in enumerate(matrices):
+        alone = k if len(matrix) > STACKED else None
+        groups.setdefault((matrix.shape, matrix.dtype, matrix.device, alone), []).append(k)
+    return list(groups.values())
+
+
 def _orthonormal(Q: Tensor) -> bool:
     """Whether `|Q^T Q - I|` is rounding; taken as true on the CPU, whose LAPACK says if it fails.
 
@@ -129,7 +164,7 @@ def _orthonormal(Q: Tensor) -> bool:
         return True
     d = Q.shape[-1]
     away = Q.mT @ Q - torch.eye(d, dtype=Q.dtype, device=Q.device)
-    return not d or bool(away.abs().amax() <= 10 * d * torch.finfo(Q.dtype).eps)
+    return not d or holds(away.abs().amax() <= 10 * d * torch.finfo(Q.dtype).eps)
 
 
 def decomposed(
@@ -201,7 +236,7 @@ def all_finite(*tensors: Tensor) -> bool:
     """Whether no entry is NaN or inf: one pass, and one number read, where the sums are finite."""
     finite = torch.stack([torch.isfinite(tensor.sum()) for tensor in tensors])
     # half precision overflows in sums of ordinary numbers, and an overflow is looked at closely
-    return bool(finite.all()) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return holds(finite.all()) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
@@ -215,7 +250,7 @@ def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Lower `L` with `S = L L^T`; `BlockError` names a matrix that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
-    fits = bool((info == 0).all() & torch.isfinite(factor.sum()))
+    fits = holds((info == 0).all() & torch.isfinite(factor.sum()))
     if not fits and (info.any() or not all_finite(factor)):
         _check_finite(matrix, name, "Cholesky factor")
         raise BlockError(
@@ -224,7 +259,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     return factor
 
 
-def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
+def damped_inverse(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
     """`(S + damping I)^{-1}` by Cholesky, a fifth of an eigendecomposition.
 
     None where rounding could exceed the damping: take the eigenvectors then.
@@ -233,8 +268,29 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
     damped = symmetrise(matrix)
     damped.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    fits = bool((damping > rounding) & (info == 0).all())
+    fits = holds((damping > rounding) & (info == 0).all())
     return torch.cholesky_inverse(factor) if fits else None
+
+
+def damped_inverses(
+    matrices: Sequence[Tensor], dampings: Sequence[float | Tensor]
+) -> list[Tensor | None]:
+    """`damped_inverse` of each matrix, those of one shape in one call, in one read."""
+    found: dict[int, Tensor | None] = {}
+    for group in alike(matrices):
+        stacked = torch.stack([matrices[k] for k in group])
+        exact = [torch.as_tensor(dampings[k], dtype=torch.float64) for k in group]
+        added = torch.stack([x.to(stacked) for x in exact])
+        traces = stacked.diagonal(dim1=-2, dim2=-1).sum(-1)
+        rounding = RANK_TOLERANCE * torch.finfo(stacked.dtype).eps * traces
+        damped = symmetrise(stacked)
+        damped.diagonal(dim1=-2, dim2=-1).add_(added[:, None])
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if holds(((added > rounding) & (info == 0)).all()):
+            found |= zip(group, torch.cholesky_inverse(factor), strict=True)
+        else:
+            found |= {k: damped_inverse(matrices[k], dampings[k]) for k in group}
+    return [found[k] for k in range(len(matrices))]
 
 
 def chosen_squares(
@@ -290,7 +346,7 @@ def null_of(values: Tensor) -> Tensor:
 
 
 def spectrum_power(
-    values: Tensor, exponent: float, damping: float, name: str, *, rounded: bool = True
+    values: Tensor, exponent: float, damping: float | Tensor, name: str, *, rounded: bool = True
 ) -> Tensor:
     """`(values + damping)^exponent` for eigenvalues that are non-negative up to rounding.
 
@@ -301,31 +357,39 @@ def spectrum_power(
     if exponent >= 0 or not shifted.numel():
         _check_finite(values, name, "power")
     else:
-        smallest, largest, total = torch.stack(
-            [shifted.min(), shifted.max(), values.sum()]
-        ).tolist()
-        if not math.isfinite(total):
-            _check_finite(values, name, "power")
+        extremes = torch.stack([shifted.min(), shifted.max(), values.sum()]).double()
         floor = 0.0
-        if rounded and damping == 0:
+        if rounded and is_none(damping):
             # LAPACK: 1 to 3 eps up to d = 500, 13 eps at 1500
             multiple = max(RANK_TOLERANCE, math.sqrt(values.shape[-1] if values.ndim else 1))
-            floor = multiple * torch.finfo(values.dtype).eps * largest
-        if smallest <= floor:
-            raise BlockError(
-                f"{name} is singular (smallest eigenvalue {smallest:.2e}, largest {largest:.2e}), "
-                f"so its power {exponent:g} needs damping > 0"
-            )
+            floor = multiple * torch.finfo(values.dtype).eps
+        if not holds((extremes[0] > floor * extremes[1]) & torch.isfinite(extremes[2])):
+            smallest, largest, total = extremes.tolist()
+            if not math.isfinite(total):
+                _check_finite(values, name, "power")
+            if smallest <= floor * largest:
+                raise BlockError(
+                    f"{name} is singular (smallest eigenvalue {smallest:.2e}, largest "
+                    f"{largest:.2e}), so its power {exponent:g} needs damping > 0"
+                )
     return shifted.pow(exponent)
 
 
-def check_damping(damping: float, dtype: torch.dtype = torch.float64) -> float:
-    """The damping as a float that the dtype can hold.
+def is_none(damping: float | Tensor) -> bool:
+    """Whether the damping is 0; one that is looked at later is taken as positive."""
+    return not holds(damping > 0) if isinstance(damping, Tensor) else damping == 0
+
+
+def check_damping(damping: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The damping as a float that the dtype can hold; a tensor where it is looked at later.
 
     Raises:
         BlockError: it is no finite number >= 0, or overflows.
     """
     most = math.inf if dtype == torch.float64 else torch.finfo(dtype).max
+    if isinstance(damping, Tensor) and damping.ndim == 0 and together() is not None:
+        holds((damping >= 0) & (damping <= most) & (damping < math.inf))
+        return damping
     return doors.number(damping, "damping", least=0.0, most=most, error=BlockError)
 
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from fisherlab import doors
 from fisherlab.approximations import Approximation
 from fisherlab.blocks.numerics import dot
+from fisherlab.blocks.reads import numbers_of, with_next_read
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
 from fisherlab.optim.schedule import Schedule
 
 Curve = Callable[[float], float]
+Matrices = dict[str, Tensor]
 
 CURVES: dict[str, Curve] = {
     "linear": lambda p: p,
@@ -100,18 +102,29 @@ class ANG(NaturalGradient):
         if self.scope == "layer":
             ours = [directions[name] for name in names]
             theirs = [gradients[name] for name in names]
-            norms = torch.stack(torch._foreach_norm(ours + theirs)).tolist()
-            pairs = zip(norms[: len(names)], norms[len(names) :], strict=True)
-            sizes = [rho / max(size, 1e-30) for rho, size in pairs]
-            self.factors |= zip(names, sizes, strict=True)
-            return {n: self._blended(directions[n], gradients[n]) for n in names}
+
+            def take(norms: list[float]) -> None:
+                pairs = zip(norms[: len(names)], norms[len(names) :], strict=True)
+                sizes = [rho / max(size, 1e-30) for rho, size in pairs]
+                self.factors |= zip(names, sizes, strict=True)
+
+            with_next_read(torch._foreach_norm(ours + theirs), take)
+            return self._blended(directions, gradients)
         d = torch.cat([directions[name].flatten() for name in names])
         t = torch.cat([gradients[name].flatten() for name in names])
-        pieces = self._blended(d, t).split([directions[n].numel() for n in names])
+        (one,) = self._blended({"all": d}, {"all": t}).values()
+        pieces = one.split([directions[n].numel() for n in names])
         return {n: piece.view_as(directions[n]) for n, piece in zip(names, pieces, strict=True)}
 
-    def _blended(self, d: Tensor, t: Tensor) -> Tensor:
-        return blended(d, t, self.blend, self.amplitude, self.path)
+    def _blended(self, directions: Matrices, gradients: Matrices) -> Matrices:
+        pairs = {name: (d, gradients[name]) for name, d in directions.items()}
+        found = numbers_of(
+            [x for d, t in pairs.values() for x in (dot(d, d), dot(t, t), dot(d, t))]
+        )
+        return {
+            name: between(d, t, found[3 * k : 3 * k + 3], self.blend, self.amplitude, self.path)
+            for k, (name, (d, t)) in enumerate(pairs.items())
+        }
 
 
 def respelled(options: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +142,14 @@ def blended(
 
     On the chord for (6), their sum for (5).
     """
-    dd, tt, dt = torch.stack([dot(d, d), dot(t, t), dot(d, t)]).tolist()
+    return between(d, t, numbers_of([dot(d, d), dot(t, t), dot(d, t)]), s, amplitude, path)
+
+
+def between(
+    d: Tensor, t: Tensor, products: list[float], s: float, amplitude: str, path: str
+) -> Tensor:
+    """The same of known `products`, `<d, d>`, `<t, t>` and `<d, t>`."""
+    dd, tt, dt = products
     if dd == 0 or tt == 0:
         return d
     if dt < 0:

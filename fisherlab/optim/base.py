@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
+from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
 from fisherlab.optim.state import FORMAT, check_form, check_state, sealed
@@ -109,6 +110,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         super().__init__(model.parameters() if params is None else params, defaults)
         self.clip, self.nonfinite, self.control = clip, nonfinite, control
         self.steps = self.clipped = 0
+        self._attempt = Attempt()
         self.coverage = Coverage(model, self.param_groups, layers, skip, self.takes)
 
     @staticmethod
@@ -178,10 +180,15 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self.coverage.check(self.model)
-        if not self.coverage.finite(self.nonfinite):
+        directions = self._attempt.take(
+            lambda: self.coverage.finite(self.nonfinite),
+            lambda: self._clipped(self._directions()),
+            self._keep if self.ranks is None else None,
+        )
+        if directions is None:
             self._discard()
             return loss
-        self._apply(self._clipped(self._directions()))
+        self._apply(directions)
         self.steps += 1
         if self.steps == 1:
             self.coverage.warn_of_share(stacklevel=4)
@@ -190,6 +197,9 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         """The preconditioned gradient of each parameter that has one; changes no parameter."""
+
+    # notes what `_directions` changes, where it can be taken back
+    _keep: Callable[[], Kept] | None = None
 
     def _install(self, hooks: Any) -> None:
         """Keep what has hooks on the model, which may outlive it and is then as it was."""
@@ -228,7 +238,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         scaled = torch._foreach_mul(list(directions.values()), factor)
         return dict(zip(directions, scaled, strict=True))
 
-    def _predicted_kl(self, directions: Directions) -> float:
+    def _predicted_kl(self, directions: Directions) -> Tensor:
         return predicted_kl(self.param_groups, directions)
 
     def _apply(self, directions: Directions) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherlab.approximations.damping import Rule, as_rule, lambdas
 from fisherlab.blocks import Block
+from fisherlab.blocks.reads import holds
 from fisherlab.extract import select
 from fisherlab.extract.geometry import Convolution, Geometry
 from fisherlab.extract.select import Names, check_initialised, chosen, on_tape, weights_of
@@ -167,7 +168,7 @@ class Coverage:
         if not gradients:
             raise OptimizerError("step() found no gradient: call loss.backward() first")
         norms = torch.stack([n.to(gradients[0].device) for n in torch._foreach_norm(gradients)])
-        if bool(torch.isfinite(norms).all()):
+        if holds(torch.isfinite(norms).all()):
             return True
         if nonfinite == "skip":
             return False

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fisherlab.approximations import Approximation, Running
 from fisherlab.approximations.damping import expansion
+from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, DirectSum, Kronecker, KroneckerSum, from_dict, to_dict
-from fisherlab.blocks.numerics import all_finite
+from fisherlab.blocks.factor import decompose
+from fisherlab.blocks.numerics import STACKED, all_finite
+from fisherlab.blocks.reads import numbers_of, with_next_read
 from fisherlab.distributed import Ranks
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.image import sharing
@@ -122,9 +125,12 @@ class Curvature:
             part.correct([sharing(layer) for layer in captures.get(part.key, [])], what)
         # in one order on all ranks
         changed = [part for part, what in parts if part.changes(what)]
+        corrected = type(self.approximation).corrections is not Approximation.corrections
+        means = {} if corrected else self._decomposed(changed)
         for part in changed:
             if part.running is not None:
-                part.block = part.running.block()
+                part.block = part.running.block(means.get(part.key))
+        del means
         if changed:
             self.damp(changed)
 
@@ -151,9 +157,19 @@ class Curvature:
     def _refresh_bases(self, parts: Sequence[Part]) -> None:
         """New bases, each made by one rank."""
         running = {part.key: part.running for part in parts if part.running is not None}
-        found = self._shared_out(list(running), lambda key: running[key].new_basis())
+        means = self._decomposed(parts)
+        found = self._shared_out(list(running), lambda key: running[key].new_basis(means.get(key)))
         for key, basis in found.items():
             running[key].refresh_basis(basis)
+
+    def _decomposed(self, parts: Iterable[Part]) -> dict[str, Means]:
+        """The means of small layers, whose factors of one shape are decomposed together."""
+        if self.ranks is not None:
+            return {}
+        small = [p for p in parts if p.running and max(p.weight.shape) <= STACKED]
+        means = {part.key: part.running.means for part in small if part.running}
+        decompose(F for each in means.values() for F in self.approximation.decomposed(each))
+        return means
 
     def _shared_out(self, keys: Sequence[str], make: Callable[[str], Any]) -> dict[str, Any]:
         """`make(key)` of every key: a nest of tensors, made by one rank and sent to the others."""
@@ -166,9 +182,9 @@ class Curvature:
 
     def damp(self, parts: Iterable[Part] | None = None) -> None:
         """New damped inverses, of the lambdas that the rules now say; None: of all blocks."""
-        every = self.parts.values() if parts is None else parts
-        known = {part.key: part.block for part in every if part.block is not None}
-        self.dampings |= self.coverage.dampings(self.blocks())
+        chosen = self.parts.values() if parts is None else parts
+        known = {part.key: part.block for part in chosen if part.block is not None}
+        self._set_dampings()
         # beta is of all layers, whichever group they are in
         self._scale = {
             name: 1 / expand(self.dampings)
@@ -177,17 +193,54 @@ class Curvature:
             if (expand := expansion(self.coverage.option(weight, "damping"))) is not None
         }
 
+        lambdas = {key: self.dampings[self.parts[key].weight.name] for key in known}
+        if self.ranks is None:
+            every = self.approximation.damped_each(list(known.values()), list(lambdas.values()))
+            for key, inverse in zip(known, every, strict=True):
+                self.parts[key].inverse = inverse
+            return
+
         def damped(key: str) -> Block:
-            damping = self.dampings[self.parts[key].weight.name]
-            return self.approximation.damped(known[key], damping)
+            return self.approximation.damped(known[key], lambdas[key])
 
         # elsewhere the eigenvectors are known, or there is no matrix to invert
         expensive = [key for key, F in known.items() if isinstance(F, Kronecker | KroneckerSum)]
-        states = {}
-        if self.ranks is not None:
-            states = self._shared_out(expensive, lambda key: to_dict(damped(key)))
+        states = self._shared_out(expensive, lambda key: to_dict(damped(key)))
         for key in known:
             self.parts[key].inverse = from_dict(states[key]) if key in states else damped(key)
+
+    def _set_dampings(self) -> None:
+        """The lambdas that the rules say; as numbers once the host has looked at them."""
+        found: dict[str, Any] = self.coverage.dampings(self.blocks())
+        self.dampings |= found
+        later = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+        def take(numbers: list[float]) -> None:
+            self.dampings |= zip(later, numbers, strict=True)
+
+        if not later:
+            return
+        beta = any(expansion(group["damping"]) is not None for group in self.coverage.groups)
+        if beta or not self.approximation.additive:
+            take(numbers_of(list(later.values())))
+        else:
+            with_next_read(list(later.values()), take)
+
+    def kept(self) -> Callable[[], None]:
+        """What takes everything back that is computed `Together` from now on."""
+        every = [part for w in self.coverage.weights.values() for part in self.parts_of(w)]
+        parts = [(part, part.block, part.inverse) for part in every]
+        running = [part.running.kept() for part in every if part.running is not None]
+        dampings, scale = dict(self.dampings), dict(self._scale)
+
+        def back() -> None:
+            self.dampings, self._scale = dampings, scale
+            for part, block, inverse in parts:
+                part.block, part.inverse = block, inverse
+            for means_back in running:
+                means_back()
+
+        return back
 
     def blocks(self) -> dict[str, Block]:
         """The current block of each layer."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
+from fisherlab.blocks.reads import with_next_read
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.step import Directions
 from fisherlab.optim.weight import Weight
 from fisherlab.optim.weighted import Calls, columns_of, of_each_example
 from fisherlab.optim.woodbury import Taken, Woodbury
@@ -82,6 +84,8 @@ class FNGD(Woodbury):
         # of the second phase, whose sums no longer change: the means where they are needed
         self._settled: dict[str, Tensor] = {}
         self._indices: Tensor | None = None
+        # `M v` of the step's passes, one after another
+        self._coefficients = torch.zeros(0)
         self._told = False
 
     def set_batch(self, indices: Tensor) -> None:
@@ -150,15 +154,26 @@ class FNGD(Woodbury):
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         directions = super()._directions()
         if self.collecting and self.share != "none":
+            every = [one.every for many in self._taken.values() for one in many]
+            with_next_read(every, self._note)
+        return directions
+
+    def _note(self, numbers: list[float]) -> None:
+        self._coefficients = torch.tensor(numbers, dtype=torch.float64)
+
+    def _apply(self, directions: Directions) -> None:
+        if self.collecting and self.share != "none":
             self._collect()
         if self.share != "none" and self.steps + 1 == self.coefficient_steps:
             self._tell()
-        return directions
+        super()._apply(directions)
 
     def _collect(self) -> None:
         self._settled.clear()
-        for name, taken in ((name, one) for name, many in self._taken.items() for one in many):
-            rows = taken.every.cpu()
+        passes = [(name, one) for name, many in self._taken.items() for one in many]
+        parts = self._coefficients.split([taken.every.numel() for _, taken in passes])
+        for (name, taken), part in zip(passes, parts, strict=True):
+            rows = part.view_as(taken.every)
             n = rows.shape[1]
             if self.batch_size is None:
                 self.batch_size = n

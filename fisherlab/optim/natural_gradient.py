@@ -12,6 +12,7 @@ from fisherlab.approximations import Approximation
 from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.blocks import Block
 from fisherlab.optim.adaptive import adapting, second_look
+from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.options import gathered
 from fisherlab.optim.preconditioner import Preconditioner
@@ -122,6 +123,9 @@ class NaturalGradient(CurvatureOptimizer):
         if adapting(self.param_groups, self.steps) and not self.preconditioner.over:
             return second_look(self.preconditioner, super().step, closure)
         return super().step(closure)
+
+    def _keep(self) -> Kept:
+        return self.preconditioner.keep()
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         gradients = {} if self.preconditioner.over else self.gradients()

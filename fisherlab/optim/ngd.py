@@ -13,8 +13,11 @@ from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, DirectSum, Outer, contractions
 from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.blocks.numerics import cholesky
+from fisherlab.blocks.reads import together, with_next_read
 from fisherlab.distributed import unwrapped
+from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import joined
+from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.recorder import Recorder
@@ -98,6 +101,11 @@ class NGD(CurvatureOptimizer):
         )
         self.recorder.wanted = True
         self._install(self.recorder)
+        if scope == "layer" or form == "dense":
+            # a layer's own solve chooses its rank as it goes
+            self._attempt.worthwhile = False
+        # the captures of a step that may be taken back
+        self._passes: list[dict[str, LayerCapture]] | None = None
         # of the last step: size, damping and, for the spectrum, the Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
 
@@ -120,12 +128,29 @@ class NGD(CurvatureOptimizer):
     def _discard(self) -> None:
         self.recorder.clear()
 
+    def _keep(self) -> Kept:
+        last = self._last
+
+        def back() -> bool:
+            self._last = last
+            return self._passes is not None
+
+        def release() -> None:
+            self._passes = None
+
+        return Kept(back, release)
+
     def _directions(self) -> dict[nn.Parameter, Tensor]:
-        try:
-            passes = self.recorder.captures()
-            check_ranks(self.ranks, self.recorder.factors)
-        finally:
-            self.recorder.clear()
+        passes = self._passes
+        if passes is None:
+            try:
+                passes = self.recorder.captures()
+                check_ranks(self.ranks, self.recorder.factors)
+            finally:
+                self.recorder.clear()
+        if together() is not None:
+            # a step that is taken back is computed again with the same captures
+            self._passes = passes
         blocks: dict[str, Outer | DirectSum] = {}
         gradients: dict[str, Tensor] = {}
         for name, gradient in self.gradients().items():
@@ -148,6 +173,15 @@ class NGD(CurvatureOptimizer):
             name: (block.size, lambdas[name], [F.core * F.gram() for F in _parts(block)])
             for name, block in blocks.items()
         }
+        later = [name for name, x in lambdas.items() if isinstance(x, Tensor)]
+        if later:
+
+            def take(numbers: list[float]) -> None:
+                for name, number in zip(later, numbers, strict=True):
+                    size, _, grams = self._last[name]
+                    self._last[name] = size, number, grams
+
+            with_next_read([cast(Any, lambdas[name]) for name in later], take)
         return {p: d for n, step in steps.items() for p, d in self.weights[n].split(step).items()}
 
     def _solve(

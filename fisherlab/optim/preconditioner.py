@@ -19,9 +19,11 @@ from fisherlab.approximations.damping import LevenbergMarquardt, Rule, as_rule
 from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block
 from fisherlab.blocks.factor import LARGEST_FACTOR
+from fisherlab.blocks.reads import together
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names
+from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
@@ -135,6 +137,9 @@ class Preconditioner(Covered):
         make = partial(Running, approximation, schedule.decay, reduce, largest_factor, schedule.ema)
         self.curvature = Curvature(self.coverage, approximation, make, self.ranks)
         self.steps = 0
+        self._attempt = Attempt()
+        # the captures of a step that may be taken back
+        self._batch: dict[str, list[LayerCapture]] | None = None
         # a parameter of the last step, the gradient that it left there, and its version
         self._left: tuple[Tensor, Tensor, int] | None = None
         self._warn_of_diagonals()
@@ -203,11 +208,15 @@ class Preconditioner(Covered):
                     "zero_grad() and loss.backward() between two calls of step(); no gradient was "
                     "changed"
                 )
-        if not self.coverage.finite(self.nonfinite):
+        found = {name: weight.gradient() for name, weight in self.weights.items()}
+        directions = self._attempt.take(
+            lambda: self.coverage.finite(self.nonfinite),
+            lambda: self.directions({name: g for name, g in found.items() if g is not None}),
+            self.keep if self.ranks is None else None,
+        )
+        if directions is None:
             self.forget()
             return
-        found = {name: weight.gradient() for name, weight in self.weights.items()}
-        directions = self.directions({name: g for name, g in found.items() if g is not None})
         for name, direction in directions.items():
             for p, d in self.weights[name].split(direction).items():
                 if p.grad is not None:
@@ -222,13 +231,34 @@ class Preconditioner(Covered):
         try:
             if not self.over:
                 due = {name: self._due(self.weights[name]) for name in gradients}
-                self.curvature.refresh(due, self._captures(due, gradients))
+                batch = self._captures(due, gradients) if self._batch is None else self._batch
+                if together() is not None:
+                    # a step that is taken back is computed again with the same captures
+                    self._batch = batch
+                self.curvature.refresh(due, batch)
                 found = {n: self.precondition(n, gradient) for n, gradient in gradients.items()}
             self.steps += 1
         finally:
             # a refused step is taken again with the next batch
             self._prepare()
         return found
+
+    def keep(self) -> Kept:
+        """The state before a step that is computed `Together`."""
+        steps, curvature = self.steps, self.curvature.kept()
+        wanted = self.recorder is not None and self.recorder.wanted
+
+        def back() -> bool:
+            self.steps = steps
+            curvature()
+            if self.recorder is not None:
+                self.recorder.wanted = wanted
+            return self._batch is not None
+
+        def release() -> None:
+            self._batch = None
+
+        return Kept(back, release)
 
     def precondition(self, name: str, gradient: Tensor) -> Tensor:
         """A layer's gradient, preconditioned by what is known of the layer now."""

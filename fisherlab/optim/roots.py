@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.numerics import BlockError, eigh, inverse, svd
+from fisherlab.blocks.reads import holds
+
+# Iterations after which the host looks at the residuals of an accelerator.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Roots:
 def by_eigh(S: Tensor) -> Roots:
     """`Q sqrt(l) Q^T` and `Q / sqrt(l) Q^T`."""
     values, Q = eigh(S, "local Fisher")
-    if values[0] <= 0:
+    if not holds(values[0] > 0):
         raise BlockError(f"the local Fisher has eigenvalue {values[0]:.2e}; use a larger eps")
     return Roots(Q * values.sqrt() @ Q.mT, Q / values.sqrt() @ Q.mT)
 
@@ -46,16 +50,27 @@ def newton_schulz(
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     Y, Z = S / norm, eye
     residuals: list[float] = []
-    for _ in range(iterations):
+    waiting: list[Tensor] = []
+    before, over = torch.tensor(0.0), torch.tensor(False)
+    together = 1 if S.device.type == "cpu" else TOGETHER
+    for k in range(1, iterations + 1):
         ZY = Z @ Y
-        residual = (eye - ZY).norm().item()
-        residuals.append(residual)
-        converged = residual <= tolerance
-        stalled = len(residuals) > 3 and residual < 0.1 and residual >= 0.5 * residuals[-2]
-        if converged or stalled or not residual < 1e6:
-            break
+        size = (eye - ZY).norm().double()
+        over = over | (size <= tolerance) | ~(size < 1e6)
+        if k > 3:
+            over = over | (size < 0.1) & (size >= 0.5 * before)
+        before = size
+        waiting += [size, over.double()]
+        if k % together == 0 or k == iterations:
+            seen, waiting = torch.stack(waiting).tolist(), []
+            # the first that is over is the last that counts
+            going = seen[1::2].count(0.0)
+            residuals += seen[::2][: going + 1]
+            if going < len(seen) // 2:
+                break
         half = (3 * eye - ZY) / 2
-        Y, Z = Y @ half, half @ Z
+        # where it is over the rest of the iterations change nothing
+        Y, Z = torch.where(over, Y, Y @ half), torch.where(over, Z, half @ Z)
     return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, scale)
 
 

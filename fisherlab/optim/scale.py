@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fisherlab.blocks.reads import numbers_of
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import is_a
@@ -126,7 +127,7 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     fitted = (G * score).sum() / score.square().sum().clamp(min=1e-300)
     found = [G.norm(), fitted, (G - fitted * score).norm(), arrived.sum(), (arrived | sure).sum()]
     # all numbers in one read
-    size, kappa, wrong, seen, terms = torch.stack([x.double() for x in found]).tolist()
+    size, kappa, wrong, seen, terms = numbers_of(found)
     rounding = torch.finfo(gradient.dtype).eps
     if size == 0:
         return 1.0, 0, 0  # every per-example gradient is zero, at any scale

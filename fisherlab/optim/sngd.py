@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.reads import Together
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
 from fisherlab.extract.isolation import is_isolated
 from fisherlab.extract.slopes import Slopes, slopes
@@ -407,10 +408,8 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         model: a network that `reconstruct` changed.
         optimizer: holds the velocities; None: there are none.
     """
-    for module, fisher in local_fishers(model).values():
-        if fisher.without_slope:
-            continue
-        root, inverse = fisher.roots()
+    layers = [pair for pair in local_fishers(model).values() if not pair[1].without_slope]
+    for (module, fisher), (root, inverse) in zip(layers, _roots_of(layers), strict=True):
         change = fisher.inverse @ root
         weight, bias = _originals(module)
         _transform(weight, bias, change)
@@ -423,6 +422,15 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
                 _transform(buffers[0], buffers[1], change)
         fisher.root.copy_(root)
         fisher.inverse.copy_(inverse)
+
+
+def _roots_of(layers: list[tuple[nn.Module, LocalFisher]]) -> list[tuple[Tensor, Tensor]]:
+    """The roots of every layer, whose conditions are looked at together if they hold."""
+    try:
+        with Together():
+            return [fisher.roots() for _, fisher in layers]
+    except Exception:
+        return [fisher.roots() for _, fisher in layers]
 
 
 def _originals(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:

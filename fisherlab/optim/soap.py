@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.energies import carried
 from fisherlab.blocks.factor import LARGEST_FACTOR
-from fisherlab.blocks.numerics import eigh
+from fisherlab.blocks.numerics import all_finite, eigh_each
 from fisherlab.optim.scale import OptimizerError
 
 
@@ -79,12 +79,16 @@ class SOAP(torch.optim.Optimizer):
                 loss = closure()
         found = [(p, group) for group in self.param_groups for p in group["params"]]
         found = [(p, group) for p, group in found if p.grad is not None]
-        _check(p.grad for p, _ in found)
+        _check([p.grad for p, _ in found if p.grad is not None])
+        turning = []
         for p, group in found:
-            self._step(p, group)
+            if self._step(p, group):
+                turning.append((self.state[p], matrix(p)))
+        _turn(turning)
         return loss
 
-    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Move a parameter; whether its bases are due then."""
         state, (b1, b2) = self.state[p], group["betas"]
         assert p.grad is not None
         G = matrix(p.grad.float() if p.grad.element_size() < 4 else p.grad)
@@ -102,23 +106,27 @@ class SOAP(torch.optim.Optimizer):
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(N.view(p.shape).to(p.dtype), alpha=-group["lr"] / (1 - b1**t))
         if p.ndim < 2:
-            return
+            return False
         for name, factor in (("L", G @ G.mT), ("R", G.mT @ G)):
             if len(factor) <= group["largest_factor"]:
                 state[name] = state.get(name, torch.zeros_like(factor)).lerp(factor, 1 - b2)
-        if t == 1 or t % group["basis_every"] == 0:
-            self._turn(state, Q_L, Q_R, G)
+        return t == 1 or t % group["basis_every"] == 0
 
-    def _turn(self, state: dict[str, Any], Q_L: Basis, Q_R: Basis, G: Tensor) -> None:
-        """New bases, and `V` in them."""
-        old = {"Q_G": matrix_of(Q_L), "Q_A": matrix_of(Q_R)}
-        for name in ("L", "R"):
-            if name in state:
-                # the largest first, as the authors' order is
-                state[f"Q_{name}"] = eigh(state[name], f"SOAP's {name}")[1].flip(1)
-        new_L, new_R = bases(state, G)
-        new = {"Q_G": matrix_of(new_L), "Q_A": matrix_of(new_R)}
-        state["exp_avg_sq"] = carried(state["exp_avg_sq"], old, new)
+
+def _turn(states: list[tuple[dict[str, Any], Tensor]]) -> None:
+    """New bases of parameters, and `V` in them."""
+    sides = [(state, name) for state, _ in states for name in ("L", "R") if name in state]
+    found = eigh_each([state[name] for state, name in sides], [f"SOAP's {n}" for _, n in sides])
+    before = [bases(state, like) for state, like in states]
+    for (state, name), (_, vectors) in zip(sides, found, strict=True):
+        # the largest first, as the authors' order is
+        state[f"Q_{name}"] = vectors.flip(1)
+    for (state, like), old in zip(states, before, strict=True):
+        pair = [
+            dict(zip(("Q_G", "Q_A"), map(matrix_of, each), strict=True))
+            for each in (old, bases(state, like))
+        ]
+        state["exp_avg_sq"] = carried(state["exp_avg_sq"], *pair)
 
 
 def matrix(tensor: Tensor) -> Tensor:
@@ -135,7 +143,13 @@ def bases(state: dict[str, Any], like: Tensor) -> tuple[Basis, Basis]:
     )
 
 
-def _check(gradients: Any) -> None:
+def _check(gradients: list[Tensor]) -> None:
+    dense = gradients and not any(gradient.is_sparse for gradient in gradients)
+    # in one read: the sum of sums is not finite where an entry is not
+    if dense and all_finite(
+        torch.stack([g.sum().to(gradients[0].device).float() for g in gradients])
+    ):
+        return
     for gradient in gradients:
         if gradient.is_sparse:
             raise OptimizerError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fisherlab import doors
+from fisherlab.blocks.reads import numbers_of
 
 DECAY_PLACEMENTS = ("after", "before", "loss")
 
@@ -55,7 +56,7 @@ class Clip:
         bounds = {"max_norm": self.norm, "kl_clip": self.kl}
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
-    def factor(self, directions: Directions, change: Callable[[], float], steps: int) -> float:
+    def factor(self, directions: Directions, change: Callable[[], Tensor], steps: int) -> float:
         """The factor on all directions.
 
         Args:
@@ -63,13 +64,19 @@ class Clip:
             change: computes `q`; called where `kl` is set.
             steps: how many were taken before.
         """
-        factor = 1.0
+        wanted = []
         if self.norm is not None:
-            norm = torch.stack(torch._foreach_norm(list(directions.values()))).norm().item()
-            factor = min(factor, self.norm / max(norm, 1e-300))
+            wanted.append(torch.stack(torch._foreach_norm(list(directions.values()))).norm())
+        if self.kl is not None:
+            wanted.append(change())
+        if not wanted:
+            return 1.0
+        found, factor = iter(numbers_of(wanted)), 1.0
+        if self.norm is not None:
+            factor = min(factor, self.norm / max(next(found), 1e-300))
         if self.kl is not None:
             bound = self.kl * min(1.0, (steps + 1) / max(1, self.warmup))
-            factor = min(factor, math.sqrt(bound / max(abs(change()), 1e-300)))
+            factor = min(factor, math.sqrt(bound / max(abs(next(found)), 1e-300)))
         return factor
 
 
@@ -121,15 +128,15 @@ def decayed(p: Tensor, group: Mapping[str, Any]) -> Tensor:
     return gradient.add(p, alpha=float(group["weight_decay"]))
 
 
-def predicted_kl(groups: list[dict[str, Any]], directions: Directions) -> float:
-    """`sum lr^2 <direction, gradient>`."""
+def predicted_kl(groups: list[dict[str, Any]], directions: Directions) -> Tensor:
+    """`sum lr^2 <direction, gradient>`, 0-d."""
     products = [
         group["lr"] ** 2 * torch.dot(directions[p].flatten(), decayed(p, group).flatten())
         for group in groups
         for p in group["params"]
         if p in directions
     ]
-    return torch.stack(products).sum().item()
+    return torch.stack(products).sum()
 
 
 def take_step(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,9 +16,11 @@ from fisherlab.approximations.damping import Rule, gram_norm, lambdas, unexpande
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky, dot, sum_of
+from fisherlab.blocks.reads import Together, Unmet, together
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.image import ImageColumns
+from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.scale import OptimizerError, check_ranks
 from fisherlab.optim.step import Directions
@@ -83,7 +86,7 @@ class Woodbury(CurvatureOptimizer):
         # per layer, the backward passes that `.grad` holds
         self._taken: dict[str, list[Taken]] = {}
         # of the last step: size, damping and, for the spectrum, the Gram matrices
-        self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
+        self._last: dict[str, tuple[int, Any, list[tuple[float, Tensor]]]] = {}
         self.layers = WeightedLayers(model, self.coverage, _unowned(self.rows), criterion)
         self._install(self.layers)
 
@@ -96,11 +99,16 @@ class Woodbury(CurvatureOptimizer):
         """`M v`, `[groups, n]`, for a layer's calls, and the weighted gradient where cheap."""
         every, mine = self._gathered(calls, factor)
         columns = columns_of(weight, every, factor)
-        rows, products = self.solve(weight, columns)
+        waiting = Together()
+        # the step looks at the conditions of all layers; ranks differ in theirs
+        with waiting.noting() if self.ranks is None else nullcontext():
+            rows, products, check = self.solve(weight, columns)
         # in the scale of the gradient that backward leaves
         scale = (factor * (1 if self.ranks is None else self.ranks.size)) ** -2
         products = products[0] * scale, products[1] * scale
-        self._take(weight, Taken(weight, calls, rows[:, mine], factor, rows, products))
+        taken = Taken(weight, calls, rows[:, mine], factor, rows, products)
+        taken.waiting, taken.check = waiting, check
+        self._take(weight, taken)
         # of gradients that were formed for their Gram matrix, or joined, their sum is free
         joined = len(calls) > 1 or all(isinstance(each, ImageColumns) for each in columns)
         if self.ranks is None and joined:
@@ -124,28 +132,37 @@ class Woodbury(CurvatureOptimizer):
         mine = self.ranks.own_examples(len(calls[0][1]))
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
 
-    def solve(self, weight: Weight, columns: list[Columns]) -> tuple[Tensor, tuple[float, float]]:
-        """`M v` of every group from its columns; `<U M v, U 1>` and `||U M v||^2`."""
+    def solve(
+        self, weight: Weight, columns: list[Columns]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Callable[[], None]]:
+        """`M v` of every group from its columns; `<U M v, U 1>` and `||U M v||^2`.
+
+        Called where reads wait, what is returned last solves once more, and says what failed.
+        """
         blocks = [GramBlock(each) for each in columns]
         lambdas = self._dampings(weight, blocks)
-        found, change, square = [], 0.0, 0.0
-        for block, damping in zip(blocks, lambdas, strict=True):
-            K = block.gram()
-            rows = weights_of(K, damping, self.fold, weight.name)
-            weighted = K @ rows
-            products = torch.stack([weighted.sum(), rows @ weighted]).tolist()
-            change, square = change + products[0], square + products[1]
-            found.append(rows)
+        grams = [block.gram() for block in blocks]
+        pairs = list(zip(grams, lambdas, strict=True))
+
+        def check() -> None:
+            for K, damping in pairs:
+                weights_of(K, damping, self.fold, weight.name)
+
+        found = [weights_of(K, damping, self.fold, weight.name) for K, damping in pairs]
+        weighted = [K @ rows for K, rows in zip(grams, found, strict=True)]
+        change = sum_of(each.sum() for each in weighted)
+        square = sum_of(rows @ each for rows, each in zip(found, weighted, strict=True))
         if self.control and self.controls_solve:
             # M v = c for all examples, as long a step of the layer
-            plain = sum(block.gram().sum().item() for block in blocks)
-            factor = math.sqrt(square / plain) if plain > 0 else 0.0
-            found = [torch.full_like(rows, factor) for rows in found]
+            plain = sum_of(K.sum() for K in grams)
+            ratio = square / torch.where(plain > 0, plain, 1)
+            factor = torch.where(plain > 0, ratio, 0).sqrt()
+            found = [factor.expand_as(rows) for rows in found]
             change, square = factor * plain, factor**2 * plain
         size = sum(block.size for block in blocks)
-        grams = [block.core * block.gram() for block in blocks]
-        self._last[weight.name] = size, sum(lambdas) / len(lambdas), grams
-        return torch.stack(found), (change, square)
+        scaled = [(block.core, K) for block, K in zip(blocks, grams, strict=True)]
+        self._last[weight.name] = size, sum(lambdas) / len(lambdas), scaled
+        return torch.stack(found), (change, square), check
 
     def _dampings(self, weight: Weight, blocks: list[GramBlock]) -> list[float]:
         """The damping of every group: the layer's own, or `alpha ||K||` of each."""
@@ -159,11 +176,41 @@ class Woodbury(CurvatureOptimizer):
     def summary(self) -> pd.DataFrame:
         """Per layer, of the last batch: damping, relative too, and the eigenvalues above it."""
         # solved in the order of the backward pass, told in that of the layers
-        return last_steps({n: self._last[n] for n in self.weights if n in self._last}, self.steps)
+        last = {n: self._last[n] for n in self.weights if n in self._last}
+        found = {
+            n: (size, float(damping), [core * K for core, K in scaled])
+            for n, (size, damping, scaled) in last.items()
+        }
+        return last_steps(found, self.steps)
 
     def _discard(self) -> None:
         self._taken.clear()
         self.layers.state.reached.clear()
+
+    def _keep(self) -> Kept:
+        reached = set(self.layers.state.reached)
+
+        def back() -> bool:
+            self.layers.state.reached = reached
+            return True
+
+        return Kept(back, lambda: None)
+
+    def _settle(self) -> None:
+        """Have the conditions of the backward passes looked at."""
+        every = [taken for passes in self._taken.values() for taken in passes]
+        waiting = together()
+        noted = Together() if waiting is None else waiting
+        for taken in every:
+            noted.join(taken.waiting)
+        try:
+            if waiting is None and noted:
+                noted.settle([])
+        except Unmet:
+            for taken in every:
+                if taken.check is not None:
+                    taken.check()
+            raise
 
     def _check_delivered(self) -> None:
         state = self.layers.state
@@ -174,6 +221,7 @@ class Woodbury(CurvatureOptimizer):
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         self._check_delivered()
+        self._settle()
         if not self.clip.bounds:
             return {}
         every = [p for w in self.weights.values() for p in (w.weight, w.bias) if p is not None]
@@ -186,26 +234,27 @@ class Woodbury(CurvatureOptimizer):
         self._taken.clear()
         super()._apply(directions)
 
-    def _predicted_kl(self, directions: Directions) -> float:
+    def _predicted_kl(self, directions: Directions) -> Tensor:
         # .grad is the direction already, unscaled, clipped or averaged over ranks since: what
         # backward left of direction and gradient, at the scale that the two lengths tell
-        total = 0.0
         every = list(directions)
         norms = torch._foreach_norm([directions[p].double() for p in every])
-        lengths = dict(zip(every, torch.stack(norms).square().tolist(), strict=True))
+        lengths = dict(zip(every, torch.stack(norms).square(), strict=True))
+        total = torch.zeros_like(next(iter(lengths.values())))
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         for name, passes in self._taken.items():
             weight = self.weights[name]
             params = [p for p in (weight.weight, weight.bias) if p is not None]
             lrs = {p: rates[p] for p in params if p in directions}
             change, square = self._products(weight, passes, lrs)
-            length = sum(lengths[p] for p in lrs)
-            total += change * length / square if square else 0.0
+            length = sum_of(lengths[p] for p in lrs)
+            ratio = change * length / torch.where(square != 0, square, 1)
+            total = total + torch.where(square != 0, ratio, 0)
         return total
 
     def _products(
         self, weight: Weight, passes: list[Taken], lrs: dict[nn.Parameter, float]
-    ) -> tuple[float, float]:
+    ) -> tuple[Tensor, Tensor]:
         """`sum lr^2 <d, g>` and `||d||^2` of what the passes together left in a layer."""
         known = passes[0].products
         if len(passes) == 1 and known is not None and len(set(lrs.values())) == 1:
@@ -215,8 +264,8 @@ class Woodbury(CurvatureOptimizer):
         if self.ranks is not None:
             found = {key: sums / self.ranks.size for key, sums in self.ranks.sum(found).items()}
         d, g = (weight.split(found[key]) for key in "dg")
-        change = sum(lr**2 * float(dot(d[p], g[p])) for p, lr in lrs.items())
-        return change, float(dot(found["d"], found["d"]))
+        change = sum_of(lr**2 * dot(d[p], g[p]) for p, lr in lrs.items())
+        return change, dot(found["d"], found["d"])
 
 
 @dataclass(eq=False)
@@ -232,9 +281,12 @@ class Taken:
     # of all ranks together
     every: Tensor
     # `<d, g>` and `||d||^2` of its direction and gradient, if they were at hand
-    products: tuple[float, float] | None = None
+    products: tuple[Tensor, Tensor] | None = None
     # the examples' indices in the data set
     indices: Tensor | None = None
+    # the conditions of its solve, and what says which of them failed
+    waiting: Together = field(default_factory=Together)
+    check: Callable[[], None] | None = None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Its direction and its gradient, in the scale of the loss."""
@@ -272,16 +324,15 @@ def weights_of(K: Tensor, damping: float | Tensor, fold: bool, name: str) -> Ten
     `lambda (M lambda I + K)^{-1} 1` has no cancellation, where the printed
     `(1/M)(1 - (lambda I + K/M)^{-1} K 1/M)` loses all digits in float32.
     """
-    M = len(K)
-    if damping == 0:
-        # alpha ||K|| of a layer whose gradients are all zero: any weights give the same step
-        return torch.ones(M, dtype=torch.float64, device=K.device)
+    M, damping = len(K), torch.as_tensor(damping, dtype=torch.float64, device=K.device)
+    # alpha ||K|| of a layer whose gradients are all zero: any weights give the same step
+    zero = damping == 0
     damped = K.clone()
-    damped.diagonal().add_(M * damping)
+    damped.diagonal().add_(torch.where(zero, 1, M * damping))
     factor = cholesky(damped, f"damped Gram matrix of layer {name!r}")
     ones = torch.ones(M, 1, dtype=torch.float64, device=K.device)
     v = torch.cholesky_solve(ones, factor)[:, 0]
-    return M * v * (damping if fold else 1.0)
+    return torch.where(zero, 1, M * v * (damping if fold else 1.0))
 
 
 class TENGraD(Woodbury):
