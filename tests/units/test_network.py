@@ -66,6 +66,29 @@ def test_the_whole_fisher_is_the_dense_one(n):
     assert relative(found, expected) < 1e-10
 
 
+def test_the_layerwise_oracle_is_between_an_approximation_and_the_whole():
+    layers, *_ = captures(net(4, 3, 3), 40)
+    F, damping = NetworkFisher(layers), 0.01
+    gradient = {name: layer.gradient for name, layer in layers.items()}
+    steps = {"whole": F.solve(gradient, damping), "gradient": gradient}
+    for name, method in {"oracle": fl.Exact(), "KFAC": fl.KFAC()}.items():
+        steps[name] = {
+            key: method(layer).solve(gradient[key], damping) for key, layer in layers.items()
+        }
+    found = {name: float(F.attained(step, gradient, damping)) for name, step in steps.items()}
+    U, g = whole(layers), F.flat(gradient)
+    damped = U @ U.T / 40 + damping * torch.eye(27).double()
+    for name, step in steps.items():
+        d = F.flat(step)
+        length = (g @ d) / (d @ damped @ d)
+        model = length * (g @ d) - length**2 * (d @ damped @ d) / 2
+        best = g @ torch.linalg.solve(damped, g) / 2
+        assert found[name] == pytest.approx(float(model / best), rel=1e-9)
+    assert found["gradient"] < found["KFAC"] < found["oracle"] < found["whole"]
+    assert found["whole"] == pytest.approx(1, abs=1e-12)
+    assert float(F.attained({k: 0 * v for k, v in gradient.items()}, gradient, damping)) == 0
+
+
 def test_the_whole_fisher_of_one_layer_is_its_block():
     layers, *_ = captures(net(4, 3), 9)
     F, block = NetworkFisher(layers), fl.Exact()(layers["0"])
