@@ -94,6 +94,12 @@ OTHER_DATA = replace(
     TABLE,
     key="variants",
     cells=tuple(_cell(data, widths) for widths in WIDTHS for data in VARIANTS),
+    sizes={
+        **TABLE.sizes,
+        "minutes": replace(
+            TABLE.sizes["minutes"], cells=tuple(_named(data, (32, 16)) for data in VARIANTS)
+        ),
+    },
 )
 
 ALL = Experiment(

@@ -109,6 +109,7 @@ CARRIED = replace(
     LSTM,
     key="ptb-carried",
     settings={**LSTM.settings, "carry": inferred(True, "not given; the usual protocol")},
+    sizes={**LSTM.sizes, "minutes": replace(LSTM.sizes["minutes"], cells=("lstm-1",))},
 )
 
 NORMED = Experiment(
