@@ -438,6 +438,10 @@ def test_at_equal_time_a_slow_arm_counts_as_far_as_it_came():
     assert found.at_equal_time.endswith("whatever else the machine did is in them")
     equal = outcome.laid_out(of, table, "at_equal_time")
     assert list(equal["c"]) == ["90.50 ± 0.71", "60.50 ± 0.71"]
+    # between two epochs: after 3.0 of 2.0 seconds each
+    halves = rows[(rows["optimizer"] == "slow") | (rows["epoch"] < 4)]
+    table = outcome.measured(of, {"c": halves})
+    assert list(table["at_equal_time"]) == pytest.approx([70.5, 50.5])
     # the processor's seconds come first, where every arm has them: there slow is the fast one
     rows["train_cpu_seconds"] = rows["epoch"] * rows["optimizer"].map({"slow": 1.0, "fast": 4.0})
     table = outcome.measured(of, {"c": rows})

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
 from fisherlab.experiments.reproduce.item import Item, Number, Order
-from fisherlab.experiments.reproduce.quantities import QUANTITIES, by_processor, seconds
+from fisherlab.experiments.reproduce.quantities import QUANTITIES, Quantity, by_processor, seconds
 
 REPRODUCED, DIFFERS, NOT, CANNOT = (
     "reproduced",
@@ -56,7 +57,7 @@ def measured(item: Item, rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     `difference_se` is the difference over `sqrt(sd^2 / seeds + paper_sd^2 / paper_repeats)`: over
     our own standard error where the paper has no deviation, and empty where we have one seed.
-    `at_equal_time` is ours at the last epoch within the seconds that the fastest arm took for all.
+    `at_equal_time` is ours at the seconds that the fastest arm took for all of its epochs.
     A control follows its arm, and changes no number of another.
     """
     quantity = QUANTITIES[item.quantity]
@@ -74,8 +75,7 @@ def measured(item: Item, rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             row = _row(item, cell, arm, values, known, frame.attrs)
             equal = pd.Series(dtype=float)
             if quantity.learned and not quantity.timed and budget == budget:
-                spent = [r.fillna({time: 0.0}) for r in runs]
-                equal = pd.Series([quantity.of(r[r[time] <= budget], asked) for r in spent])
+                equal = pd.Series([_at(budget, r, time, quantity, asked) for r in runs])
             mine = [float(r[time].iloc[-1]) for r in runs] if time in frame else []
             found.append(
                 row
@@ -92,6 +92,18 @@ def measured(item: Item, rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def clock(rows: Mapping[str, pd.DataFrame]) -> str:
     """The words on how the seconds of an item were measured."""
     return SECONDS[all(by_processor(frame) for frame in rows.values())]
+
+
+def _at(
+    budget: float, rows: pd.DataFrame, time: str, quantity: Quantity, cell: pd.DataFrame
+) -> float:
+    """The quantity of a run after so many seconds: on the line between the epochs around them."""
+    seconds = rows[time].fillna(0.0).to_numpy(float)
+    values = np.array([quantity.of(rows[: k + 1], cell) for k in range(len(rows))])
+    known = ~np.isnan(values)  # no training loss is known before the first epoch
+    if not known.any() or budget < seconds[known][0]:
+        return math.nan
+    return float(np.interp(budget, seconds[known], values[known]))
 
 
 def without_controls(frame: pd.DataFrame) -> pd.DataFrame:

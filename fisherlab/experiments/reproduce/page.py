@@ -23,7 +23,7 @@ MEANING = {
     "difference_se": "the difference in standard errors; empty where one is unknown",
     "lr": "the learning rate used",
     "seconds": "in steps, mean over the seeds; of the processor where all arms have them",
-    "at_equal_time": "ours at the last epoch within the seconds of the fastest arm",
+    "at_equal_time": "ours at the seconds of the fastest arm, on the line between two epochs",
     "control_of": "the arm whose step lengths this one has; it enters no verdict",
 }
 

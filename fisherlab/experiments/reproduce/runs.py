@@ -31,7 +31,9 @@ from fisherlab.experiments.training.results import Results
 
 # Sentences for the tables.
 CONTROLS = "Arms named `_control` are SGD with the step lengths of the arm, layer by layer; ours"
-EQUAL_TIME = "Every arm at its last epoch within the seconds that the fastest took for all of its"
+EQUAL_TIME = (
+    "Every arm at the seconds of the fastest for all epochs, on the line between two epochs"
+)
 
 
 class Listener:

@@ -41,8 +41,8 @@ contradict no paper.**
   seeds, 95 %). *order differs*: some are the other way round. *not reproduced*: most are.
 * *undecided*: none is contradicted, and some are open: one seed, a method that diverged, or
   differences within their error. *cannot be run here*: the reason follows.
-* *at equal time*: the same orders, each method at its last epoch within the seconds that the
-  fastest took for all of its. Seconds are the processor's where they were counted.
+* *at equal time*: the same orders, each method at the seconds that the fastest took for all of its
+  epochs, on the line between two of its own. Seconds are the processor's where they were counted.
 * *on a stand-in*: the data or the model is another than the paper's, and the item says which.
 """
 
