@@ -67,6 +67,8 @@ def on_files(files: Files, config: Any) -> Files:
     add(files, config, "cli.md", command_line())
     for name, subject in PACKAGES.items():
         page = f"{boost(4)}# fisherlab.{name}\n\n{subject}.\n\n::: fisherlab.{name}\n"
+        if name == "approximations":
+            page += "".join(map(definition, registered()))
         add(files, config, f"api/{name}.md", page)
     return files
 
@@ -107,12 +109,32 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return "\n\n".join([markdown, *parts, ""])
 
 
+def registered() -> list[str]:
+    """The full names of the approximations' classes, which the package has by name only."""
+    from fisherlab import approximations
+
+    found = map(approximations.get, approximations.names())
+    return list(dict.fromkeys(f"{one.__module__}.{one.__qualname__}" for one in found))
+
+
+def definition(path: str) -> str:
+    """One class on a page of its package, under its own heading."""
+    options = ["show_root_heading: true", "show_root_toc_entry: true", "members: false"]
+    options.append("show_root_full_path: false")
+    lines = [f"::: {path}", "    options:", *(f"      {option}" for option in options)]
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def glossary() -> str:
     """The columns of a comparison, from the table that its report shows as well."""
     from fisherlab.experiments.columns import MEANING
 
     rows = [f"| `{name}` | {cell(meaning)} |" for name, meaning in MEANING.items()]
-    head = ["# Glossary of columns", "", "What `table.frame` and every comparison file hold."]
+    head = [
+        "# Glossary of columns",
+        "",
+        "The columns of `table.frame` and of every comparison file.",
+    ]
     return "\n".join([*head, "", "| column | means |", "| --- | --- |", *rows, ""])
 
 

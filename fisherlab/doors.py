@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
-# of these a decomposition exists on every device
+# a decomposition of these exists on every device
 _DTYPES = (torch.float32, torch.float64)
 
 
 def said(value: object) -> str:
-    """What a value is, in a few words: `'abc' (str)`, `a torch.int64 tensor of shape (2, 3)`."""
+    """A value in a few words: `'abc' (str)`, `a torch.int64 tensor of shape (2, 3)`."""
     if isinstance(value, Tensor):
         if value.is_nested or nn.parameter.is_lazy(value):
             return "a nested tensor" if value.is_nested else f"a {type(value).__name__}"

@@ -80,7 +80,7 @@ def alive(process: int) -> bool:
 def read(
     path: Path, reader: Callable[[Path], T], what: str, error: type[ValueError] = ValueError
 ) -> T:
-    """What a reader makes of a file.
+    """The content of a file, by a reader.
 
     Args:
         path: the file.

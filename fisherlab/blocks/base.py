@@ -97,17 +97,17 @@ class Block(ABC):
     def restricted_to(self, space: Space) -> Block | None:
         """`V^T F V` for `V = V_G (x) V_A`, where `F` is known to be zero beside its columns.
 
-        A weight `V_G W V_A^T` has the coordinates `W`: of such weights and of blocks within the
-        same space, everything is measured there, by products with fewer features. None where that
-        is not known.
+        A weight `V_G W V_A^T` has the coordinates `W`. Such weights, and blocks within the same
+        space, are measured there, by products with fewer features. None where that is not known.
         """
         return None
 
     def inner(self, other: Block) -> Tensor:
         """`<F, other>_F`, a 0-d float64 tensor.
 
-        Closed form for two structured forms, through `quadratic` against a low-rank one; any other
-        pair goes through `dense()` and raises `BlockTooLarge`, naming both forms, past the budget.
+        Closed form for two structured forms, through `quadratic` against a low-rank one. Any other
+        pair goes through `dense()`; past the budget it raises `BlockTooLarge`, which names both
+        forms.
         """
         for one, two in ((self, other), (other, self)):
             value = one._inner(two)
@@ -195,7 +195,8 @@ class Block(ABC):
     def sample(self, damping: float, generator: torch.Generator | None = None) -> Tensor:
         """One draw `[o, i]` from `N(0, (F + damping I)^{-1})`, the Laplace posterior of a layer.
 
-        `generator` None is a fresh one seeded with 0; the global stream is never used.
+        `generator` None is a fresh one seeded with 0, so such calls return the same draw: pass one
+        to draw anew. The global stream is never used.
         """
         generator = generator or torch.Generator().manual_seed(0)
         noise = torch.randn(

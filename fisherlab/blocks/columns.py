@@ -170,8 +170,8 @@ class Columns:
     def _independent_eigen(self) -> tuple[Tensor, Tensor]:
         """`gram_eigen` within what each example's own columns span.
 
-        The C columns of an exact Fisher span C - 1 dimensions, those of a dead example none: what
-        is rounding beside them is a null vector of the whole matrix, known without its eigensolver.
+        The C columns of an exact Fisher span C - 1 dimensions, and a dead example's none. Rounding
+        in their complement is a null vector of the whole matrix, known without its eigensolver.
         """
         m, n = self.sizes
         K = self.gram.view(m, n, m, n)
@@ -257,7 +257,7 @@ class Columns:
 
     @cached_property
     def grouped(self) -> dict[tuple[int, int], Tensor]:
-        """By (c, k): `grouped_moments`, where they have been asked for."""
+        """`grouped_moments` that have been asked for, by (c, k)."""
         return {}
 
     def grouped_moments(self, c: int, k: int) -> Tensor:

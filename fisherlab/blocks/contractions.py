@@ -182,7 +182,7 @@ def _gram_by_pairs(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     b, h = (a, g) if same else (b.double(), h.double())
     result = a.new_empty(m, n, p, q)
     for part in slices(n, 8 * m * t * p * q * s, a):
-        # of one set of columns the matrix is symmetric: what is left of the diagonal is known
+        # one set of columns has a symmetric matrix: the part left of the diagonal is known
         rest = slice(part.start if same else 0, q)
         aa = a[part].reshape(-1, i) @ b[rest].reshape(-1, i).mT
         gg = g[:, part].reshape(-1, o) @ h[:, rest].reshape(-1, o).mT

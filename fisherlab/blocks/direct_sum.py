@@ -72,7 +72,7 @@ class Parted(Block):
         return V.split(self._sizes, self.axis)
 
     def _each(self, V: Tensor, act: Callable[[Any, Tensor], Tensor]) -> list[Tensor]:
-        """What each part makes of its own rows or columns; `V` came through a door."""
+        """The results of all parts on their own rows or columns; `V` came through a door."""
         pairs = zip(self.parts, V.split(self._sizes, self.axis), strict=True)
         return [act(part, v) for part, v in pairs]
 

@@ -14,7 +14,7 @@ from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import BlockError
 
-# By name: tensors, and the bases of both sides.
+# Tensors by name, and the bases of both sides.
 Found = dict[str, Any]
 # Options that `Eigen` takes besides a spectrum.
 TAILS = ("tail_G", "tail_A", "tail")

@@ -405,7 +405,7 @@ class Outer(OfColumns):
 
     @cached_property
     def _leading(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """By k: the leading eigenpairs."""
+        """The leading eigenpairs, by k."""
         return {}
 
     def leading_products(self, k: int, q_G: Tensor, q_A: Tensor) -> Tensor:

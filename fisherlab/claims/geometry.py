@@ -30,7 +30,7 @@ class SecondOrderKL(OfNetwork, Order, name="kl_is_quadratic_to_second_order"):
     start = 1e-2
 
     def _steps(self, case: Case) -> Tensor:
-        # by the size of v alone, which both sides see
+        # scaled by the size of v alone, which both sides see
         return self.start / case["V"][0].norm() * 0.5 ** torch.arange(6, dtype=torch.float64)
 
     def draw(self, generator: torch.Generator, size: float) -> Case:

@@ -74,7 +74,7 @@ def local_fisher(case: Case, name: str) -> Tensor:
     activation = activation_after(case, name)
     slope = torch.ones_like(s)
     if activation is not None:
-        # by differences: exact enough for a mean, and no autograd of the other side
+        # differences are exact enough for a mean, and share no autograd with the other side
         slope = (activation(s + 1e-5) - activation(s - 1e-5)) / 2e-5
     G = slope.mean() * A
     return dense.shifted(G, EPS * G.trace())

@@ -144,7 +144,7 @@ class CtrlC:
             raise KeyboardInterrupt
 
 
-# What a user types -------------------------------------------------------------------------------
+# Typed by the user ------------------------------------------------------------------------------
 
 
 def known(kind: str, given: str, names: Iterable[str]) -> str:
@@ -216,7 +216,7 @@ def size(text: str | None) -> int | None:
     return int(found)
 
 
-# What a user sees --------------------------------------------------------------------------------
+# Shown to the user ------------------------------------------------------------------------------
 
 
 def progress(items: Iterable[T], description: str = "", total: int | None = None) -> Iterable[T]:

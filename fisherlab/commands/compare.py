@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fisherlab.experiments.rundir import RunDir
 
 TABLE = "comparison"
-GROUPS = {  # what --help puts together
+GROUPS = {  # the groups of --help
     "What is measured": "data model names assign layers fisher_type mc_samples dtype device memory",
     "On which examples": "compare_examples reference dampings",
     "Training": "epochs at optimizer lr batch_size seeds seed hidden width activation",

@@ -26,7 +26,7 @@ def report(
         fisherlab report runs/first
         fisherlab report runs/first runs/second --out both.html
     """
-    # what each kind of run shows
+    # the page of each kind of run
     from fisherlab.experiments import pages, verification  # noqa: F401
     from fisherlab.experiments.report import write, write_side_by_side
     from fisherlab.experiments.reproduce import page  # noqa: F401

@@ -69,7 +69,7 @@ def train(
     depth: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
     activation: options.Activation = "relu",
     batch_norm: Annotated[
-        bool | None, typer.Option(help="By default in vgg and resnet; mlp and lstm can have it.")
+        bool | None, typer.Option(help="On in vgg and resnet by default; mlp and lstm can have it.")
     ] = None,
     compare_every: Annotated[
         int | None,
@@ -200,7 +200,7 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
     if results.interrupted:
         raise KeyboardInterrupt(f"interrupted; the same command goes on from what is in {out}")
     log = out / "failures.log"
-    log.unlink(missing_ok=True)  # of an earlier attempt
+    log.unlink(missing_ok=True)  # from an earlier attempt
     if results.failures:
         whole.write(log, "\n".join(record.traceback for record in results.failures))
         leave(Code.BUG, f"a method failed in a way that is a bug of FisherLab; see {log}")

@@ -49,7 +49,7 @@ def best(name: str, values: pd.Series) -> list[bool]:
     if name == ORDER:
         return [value == "nearest" for value in values]
     apart = values if "error" in name or "seconds" in name or "gap" in name else (values - 1).abs()
-    apart = apart.where(apart.index != "exact")  # what all are compared with
+    apart = apart.where(apart.index != "exact")  # the reference of all
     return [bool(far <= apart.min() + EQUAL) for far in apart]
 
 

@@ -52,7 +52,7 @@ def _order(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def order_counts(orders: pd.DataFrame, step: int) -> pd.Series:
-    """By approximation, how its order to the nearest one came out over the layers of a step."""
+    """The order of each approximation to the nearest one, over the layers of a step."""
     texts = {}
     orders = orders[orders["step"] == step]
     for name, rows in orders.groupby("approximation"):

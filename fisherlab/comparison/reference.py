@@ -159,8 +159,8 @@ class ExactReference:
 class InsideReference(ExactReference):
     """The reference in coordinates of a space that holds all columns.
 
-    A gradient at labels that no column is of has a `rest` beside it, None where that is rounding:
-    there `F` is zero, and both steps are `-rest / damping`.
+    A gradient at labels without a column has a `rest` in their complement, None where that is
+    rounding. There `F` is zero, and both steps are `-rest / damping`.
     """
 
     def __init__(self, F: Outer, gradient: Tensor, space: Space) -> None:

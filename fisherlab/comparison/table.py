@@ -70,7 +70,7 @@ class Comparison:
 
     frame: pd.DataFrame
     config: dict[str, Any] = field(default_factory=dict)
-    # what each unseen example says of each approximation: `order` and `orders` are made of it
+    # the share of each unseen example in each approximation's error, for `order` and `orders`
     unseen: pd.DataFrame = field(default_factory=lambda: unseen_values([]), repr=False)
 
     @property
@@ -125,7 +125,7 @@ class Comparison:
         found = self.config.get("parameters", {})
         trained, covered = (found.get(part) for part in ("trained", "covered"))
         if not isinstance(trained, int) or not isinstance(covered, int):
-            return f"{text}."  # of several models, or of an earlier version
+            return f"{text}."  # it is of several models, or of an earlier version
         share = f"{covered / trained:.0%}" if trained else "none"
         return f"{text} with {covered:,} of {trained:,} trainable parameters ({share})."
 
@@ -219,9 +219,9 @@ class Comparison:
         """Whether each approximation is told apart from the nearest one by the unseen examples.
 
         A row per layer, seed, step and approximation against `nearest`, by default the one with the
-        smallest median population error: `difference` is that of the two squared population errors,
-        from the same examples, `low` and `high` its 95 % interval, `verdict` that of `order`.
-        Without unseen examples the frame has no rows.
+        smallest median population error. `difference` is that of the two squared population errors,
+        from the same examples. `low` and `high` are its 95 % interval, `verdict` is that of
+        `order`. Without unseen examples the frame has no rows.
 
         Raises:
             ValueError: `nearest` was not measured against unseen examples.
@@ -319,7 +319,7 @@ class Comparison:
 
     def plot(self, kind: str = "error", **options: Any) -> Any:
         """A figure by name: any function of `fl.plots` whose first argument is a `table`."""
-        # by the package, when called: a table does not depend on its pictures
+        # loaded when called: a table does not depend on its pictures
         plots: Any = fisherlab.plots
         known = [name for name in plots.__all__ if _takes_a_table(getattr(plots, name))]
         if kind not in known:

@@ -16,7 +16,7 @@ from fisherlab.datasets.registry import Dataset, register
 
 TORONTO = "https://www.cs.toronto.edu/~kriz"
 HOUSE_NUMBERS = "http://ufldl.stanford.edu/housenumbers"
-# What a pickle of arrays needs, in the spellings of numpy 1 and 2; nothing else is looked up.
+# The names that a pickle of arrays needs, as numpy 1 and 2 spell them; no other is looked up.
 ARRAYS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),

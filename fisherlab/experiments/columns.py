@@ -10,7 +10,7 @@ MEANING = {
     "examples": "examples that X and F were made of",
     "reference_examples": "unseen examples of the population error; empty without",
     "reference_fisher_type": "Fisher type of the exact block",
-    "seed": "of initialisation, batches and drawn labels",
+    "seed": "seed of initialisation, batches and drawn labels",
     "step": "training steps taken before the measurement",
     "dtype": "precision of the measurement",
     "damping": "the lambda of F + lambda I",
@@ -49,7 +49,7 @@ MEANING = {
     "for a block that was given",
     "decompose_seconds": "time, alone, of what its inverse needs at any damping: eigenvectors of "
     "Kronecker factors, or the Gram matrix of its columns",
-    "shared_seconds": "of these two, work that other methods of the table use as well, done once",
+    "shared_seconds": "the part of both that other methods of the table use as well, done once",
     "solve_seconds": "time to invert it, its eigenvectors or Gram matrix known, and take one step",
     "memory_bytes": "tensors that the block keeps: rows and thin bases where the batch spans few "
     "dimensions, so it grows with the batch",

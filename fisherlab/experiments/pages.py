@@ -21,7 +21,7 @@ PICTURES = {
     "trace_ratio": "Trace of every approximation over the trace of the exact block.",
     "direction": "Cosine between the damped step of every approximation and the exact one.",
     "training": "The error over training, layer by layer.",
-    "off_diagonal_mass": "What no eigenvalues can express in the basis of each approximation.",
+    "off_diagonal_mass": "Share of F that no eigenvalues in an approximation's basis can express.",
     "cost": "Time to build a block and solve with it, against its error.",
 }
 
@@ -149,7 +149,7 @@ def _results_first(summary: pd.DataFrame) -> pd.DataFrame:
 
 TRAINING = {
     "curves": "Training loss and test metric against steps (left) and against time (right).",
-    "cost": "What each optimizer reaches at the end, and what a step costs.",
+    "cost": "The end result of each optimizer, and the price of its step.",
     "comparisons": "The optimizers' own blocks against the exact ones, over training.",
 }
 
@@ -214,7 +214,7 @@ def of_sweep(run: RunDir) -> Iterator[Section]:
 
 
 def _searched(run: RunDir, tried: pd.DataFrame, found: dict[str, Any]) -> list[Picture]:
-    """What an option does to the metric, where more than one value of one was tried."""
+    """The effect of an option on the metric, where more than one value of one was tried."""
     shown = []
     moved = tried.groupby("optimizer")["options"].agg(lambda all: len({str(o) for o in all}) > 1)
     if moved.any():

@@ -27,7 +27,7 @@ from fisherlab.comparison import Comparison
 from fisherlab.experiments.columns import MEANING
 from fisherlab.experiments.rundir import FIGURES, REPORT, RunDir, RunDirError
 
-ROWS = 400  # of a table on the page; the file has all
+ROWS = 400  # rows of a table on the page; the file has all
 
 
 @dataclass(frozen=True)

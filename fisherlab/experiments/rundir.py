@@ -23,7 +23,7 @@ REPORT = "report.html"
 GRAMS = "grams.npz"
 
 
-# What the command line was told: its command and all options; None in a program.
+# The command and all options of the command line; None in a program.
 TYPED: ContextVar[dict[str, Any] | None] = ContextVar("typed", default=None)
 
 

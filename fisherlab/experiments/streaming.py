@@ -45,9 +45,9 @@ def error_curve(
     """`||X_n - F_n|| / ||F_n||` and `||X_n - E F|| / ||E F||` of batches of n examples, n growing.
 
     Each approximation is built of `repeats` batches per size, drawn from `x, y` without
-    replacement; `reference` holds the examples of the population: `(x, y)` or a loader over a whole
-    data set. None: a random half of `x, y` is put aside for it. Only the reference's captures are
-    kept, one layer of them at a time in the weight-sharing form, and no Gram matrix of them is.
+    replacement. `reference` holds the population's examples: `(x, y)` or a loader over a whole data
+    set. None: a random half of `x, y` is put aside for it. Only the reference's captures are kept,
+    one layer of them at a time in the weight-sharing form, and no Gram matrix of them is.
 
     One row per layer, approximation, size (`examples`) and `seed`, as
     `fl.plots.in_sample_against_population` draws it.

@@ -124,7 +124,7 @@ class LeaveColumns(MatToJacMat):
         g_out: tuple[Any, ...],
         columns: Tensor,
     ) -> Tensor:
-        """What is saved on the weight: `[r, n, ...]` at the layer's output."""
+        """The value saved on the weight: `[r, n, ...]` at the layer's output."""
         return columns
 
 
@@ -139,7 +139,7 @@ class LeaveGradient(FirstOrderModuleExtension):
         g_out: tuple[Any, ...],
         columns: None,
     ) -> Tensor:
-        """What is saved on the weight: `[1, n, ...]` at the layer's output."""
+        """The value saved on the weight: `[1, n, ...]` at the layer's output."""
         return g_out[0][None]
 
 

@@ -31,7 +31,7 @@ def pulled_back(
         raise CaptureError(
             f"the outputs are {outputs.dtype}; return real ones, such as outputs.abs()"
         )
-    # of the number <f, v>: given v itself, autograd loads a package for symbolic shapes, 2 s once
+    # the gradient of the number <f, v>: given v itself, autograd loads a package, 2 s once
     with torch.enable_grad():
         product = (outputs * vector).sum()
     wanted: list[Any] = list(sources)

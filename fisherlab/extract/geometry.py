@@ -1,9 +1,8 @@
 """`Geometry`: how the input and the output gradient of one call become rows of an affine map.
 
 Every product with a weight is an affine map with shared weights, `s[n,t] = W a[n,t]`. The positions
-of a `Linear` over `[n, ..., i]` are its middle axes; the positions of a convolution are its output
-pixels, of a transposed convolution its input pixels, of an embedding its tokens. Patches and biases
-end here.
+of a `Linear` over `[n, ..., i]` are its middle axes. A convolution has its output pixels, a
+transposed convolution its input pixels, an embedding its tokens. Patches and biases end here.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ _ALONG = frozenset(
 )
 _BATCH_NORMS = frozenset("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm".split())
 _TURNS = frozenset("T Mt Transpose Permute".split())
-# By product: which inputs are W and the bias, and the name under which x is saved.
+# Inputs that are W and the bias, and the name under which x is saved, by product.
 _PRODUCTS = {
     "Addmm": (2, 0, "mat1"),
     "Mm": (1, -1, "self"),

@@ -58,8 +58,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, before in buffers:
             module._buffers[name] = buffer
-            # by value: batch norm writes its statistics without a new version, and a copy where
-            # nothing changed would break a graph that holds the buffer
+            # compared by value: batch norm writes its statistics without a new version. A copy
+            # where nothing changed would break a graph that holds the buffer.
             if not torch.equal(buffer, before):
                 with torch.no_grad():
                     buffer.copy_(before)

@@ -201,7 +201,7 @@ def _contraction(w: str, weight: Tensor, x: str, input: Tensor, out: str) -> Pro
     )
 
 
-# By whether a convolution is transposed: its arguments after `padding`.
+# Arguments of a convolution after `padding`, by whether it is transposed.
 _REST = {False: ("dilation", "groups"), True: ("output_padding", "groups", "dilation")}
 
 
@@ -338,7 +338,7 @@ def _spread(input: Tensor, *sizes: Any) -> Product | None:
     return Product(input.new_empty(()).expand(size), input, scale=lambda: input.new_ones(()))
 
 
-# By name: the functions whose result is `s W + c` of a tensor W and numbers, and s.
+# Functions whose result is `s W + c` of a tensor W and numbers, and s, by name.
 _AFFINE: dict[str, Callable[..., float]] = {
     **dict.fromkeys(
         "add __add__ __radd__ sub __sub__ float double half bfloat16 to type type_as clone "

@@ -46,9 +46,9 @@ def find_examples(
 
     Loss terms are sent back with codes for weights: a row of example n returns `w_n` times its
     gradient, which tells n. Two codes, the digits of n in base `sqrt(n)`, keep the steps between
-    codes far above rounding. Three backward passes to the layers' outputs, O(1) in n. Where a row's
-    gradient is what large terms leave when they cancel, rounding hides the codes: calls that are
-    not clear are asked once more, by halves.
+    codes far above rounding. Three backward passes to the layers' outputs, O(1) in n. Where large
+    terms of a row's gradient cancel, rounding hides the codes. Calls that are not clear are asked
+    once more, by halves.
 
     Args:
         outputs: the model's outputs `[n, ...]`, with their graph.

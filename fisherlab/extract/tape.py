@@ -129,7 +129,7 @@ class Recorded(Call):
     slopes: Slopes | None = None
     # whether the graph keeps each row with its example
     own_rows: bool = False
-    # what arrived at the output: the loss gradient, and every column of the Fisher
+    # gradients that arrived at the output: the loss's, and every column of the Fisher
     label_gradient: Tensor = field(init=False)
     gradients: Tensor = field(init=False)
 
@@ -153,15 +153,15 @@ class Tape(TorchFunctionMode):
         # shifted, scaled and cast weights of the pass that runs, which are kept alive with it
         self._computed: dict[int, tuple[Tensor, Known]] = {}
         self._depth = 0
-        # by name: the functions that use a weight in another way
+        # functions that use a weight in another way, by its name
         self.others: dict[str, set[str]] = {}
         # the weights and biases of products whose outputs carry no graph
         self.without_graph: set[str] = set()
-        # by name of a bias: the weight whose products add it
+        # the weight whose products add a bias, by the bias's name
         self.added: dict[str, str] = {}
         # whether the pass may have put a hook on a tensor or a node
         self.hooked = False
-        # by name of a weight: the bias in its block; a second one has a block of its own
+        # the bias in a weight's block, by the weight's name; a second one has a block of its own
         self._biases: dict[str, Tensor] = {}
 
     def track(self, weights: Mapping[str, Tensor]) -> None:

@@ -63,8 +63,8 @@ def _noise(block: Block) -> float:
 def _products(X: Block, F: Block, k: int) -> Tensor:
     """`V_k^T Q_k`, `[k, k]` float64: eigenvectors of `F` down, of `X` across.
 
-    Every form by one rule: an eigenvector that a block does not define is missing, a row or a
-    column of zeros, even where an eigensolver would return some basis of the null space.
+    Every form follows one rule. An eigenvector that a block does not define is a row or a column of
+    zeros, even where an eigensolver would return some basis of the null space.
     """
     rows, columns = default_rank(F, k), default_rank(X, k)
     products = torch.zeros(k, k, dtype=torch.float64, device=F.device)

@@ -1,4 +1,4 @@
-"""What the public metrics take: each argument is checked by its name, once, where it enters."""
+"""Checks of the public metrics' arguments, by name, once, where they enter."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _squares(value: object, what: str) -> None:
         raise ValueError(f"{what} must be matrices of one size, got {doors.said(value)}")
 
 
-# by annotation
+# checks by annotation
 KINDS: dict[str, Callable[[Any, str], object]] = {
     "Block": _block,
     "Block | None": _optional_block,
@@ -166,7 +166,7 @@ KINDS: dict[str, Callable[[Any, str], object]] = {
     "Sequence[float]": _numbers,
     "bool": doors.flag,
 }
-# by name: numbers and tensors of one annotation mean several things
+# checks by name: numbers and tensors of one annotation mean several things
 NAMES: dict[str, Callable[[Any, str], object]] = {
     "gradient": partial(doors.tensor, ndim=(2,)),
     "damping": partial(doors.number, least=0.0),

@@ -49,7 +49,7 @@ from fisherlab.metrics.entry import entered
 
 # Unseen examples below which there is no interval, and no number.
 FEWEST, ENOUGH = 10, 30
-# What an order may be: the first approximation is nearer, or the second, or the two are one block.
+# Orders: the first approximation is nearer, or the second, or the two are one block.
 NEARER, FURTHER, OPEN, SAME = "nearer", "further", "not resolved", "same"
 # Multiples of rounding, of the largest value, below which two blocks count as one.
 ROUNDING = 1e3
@@ -135,7 +135,7 @@ def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
     norm = rows.sum() / (M * (M - 1))
     rest = X.squared_norm().double() - 2 * products
     squared = norm + rest.mean()
-    # those of u: left out, example n takes 2 rows[n] off the sum over pairs
+    # the jackknife of u: left out, example n takes 2 rows[n] off the sum over pairs
     bottom = M * norm - (M * (M - 1) * norm - 2 * rows) / (M - 2)
     if M < FEWEST or not own.any():
         return PopulationEstimate(squared, nan, nan, nan, nan, M, rest, bottom)

@@ -36,7 +36,7 @@ class Spec:
 
     num_classes: int
     in_channels: int
-    size: tuple[int, ...] | None  # of one example without its channels; None: the model's default
+    size: tuple[int, ...] | None  # of one example, no channels; None: the model's default
     width: float
     batch_norm: bool
     activation: str
@@ -67,7 +67,7 @@ Builder = Callable[..., nn.Module]
 _REGISTRY: Registry[Builder] = Registry("model", ModelError)
 
 
-# By name: whether a model has batch norm unless told otherwise; None: it has none to switch on.
+# Whether a model has batch norm by default, by its name; None: it has none to switch on.
 _NORMED: dict[str, bool | None] = {}
 
 
@@ -241,7 +241,7 @@ def _initialised(build: Callable[[], nn.Module], generator: torch.Generator | No
 
 def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None:
     own = list(inspect.signature(builder).parameters)[1:]
-    # what every model takes, without `name` and `options` themselves
+    # the options of every model, without `name` and `options` themselves
     known = [*own, *list(inspect.signature(create).parameters)[1:-1]]
     for option in options:
         if option not in own:

@@ -166,7 +166,7 @@ def cost(table: Any, column: str | None = None) -> Figure:
     )  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=LABELS["seconds"], ylabel=label(column))
     theme.legend(figure, names, lines=False)
-    theme.title(figure, "What an approximation costs and how near it comes (one point per layer)")
+    theme.title(figure, "Cost of an approximation, and its error (one point per layer)")
     return figure
 
 
@@ -273,7 +273,9 @@ def _over_layers(
         if ax is None:
             place.label_outer()
         _arrows(place, frame[frame["step"] == step], column, layers, most, found)
-        room = ax is None and len(layers) * min(len(steps), 3) <= 5  # for two lines under a tick
+        wide = 1.0 if size is None else size[0] / theme.FULL
+        # for two lines under a tick
+        room = ax is None and len(layers) * min(len(steps), 3) <= 5 * wide
         texts = _named(layers, described, "\n" if room else "  ")
         turned = 0 if room and described else theme.rotation(texts)
         place.set_xticks(range(len(layers)), texts, rotation=turned)

@@ -50,7 +50,7 @@ def training_curves(
     """
     present = list(dict.fromkeys([*best, *rows["optimizer"]]))
     names = present[:AT_MOST]
-    names += [name for name in present[AT_MOST:] if name == "sgd"]  # what all are compared with
+    names += [name for name in present[AT_MOST:] if name == "sgd"]  # the reference of all
     measured = [(curve, "train_loss"), (rows, metric)]
     if metric in COUNTS and "test_loss" in rows:
         measured.append((rows, "test_loss"))

@@ -30,7 +30,7 @@ class Explorer:
     """One batch of one model: `look(layer, approximation, damping)` is a figure.
 
     Everything is computed when it is first looked at and kept. In a notebook the object shows
-    itself: with widgets where they are installed and a kernel answers, else as the static picture
+    itself with widgets. Where they are not installed or no kernel answers, it is the static picture
     of its first choice.
 
     Args:

@@ -278,7 +278,8 @@ def title(figure: Figure, text: str) -> None:
     written = figure.suptitle(text, x=0.01, ha="left")
     left = written.get_window_extent().x0
     widths = [legend.get_window_extent().width for legend in figure.legends]
-    room = figure.bbox.width - max(widths, default=0.0) - 2 * left
+    gap = 0.12 * figure.dpi if widths else 0.0
+    room = figure.bbox.width - max(widths, default=0.0) - 2 * left - gap
     share = room / written.get_window_extent().width
     if 0 < share < 1:  # names of the user's own may be long
         written.set_fontsize(share * written.get_fontsize())

@@ -1,8 +1,9 @@
 """Laws as a kit: what FisherLab asks of its own methods, for yours.
 
-`check_approximation(Neuron())` tries a method on thin and full layers, several positions, groups,
-padding, float32 and float64, in one batch, in chunks, running, compared and in an optimizer. Each
-check returns a report of what holds, or raises a `LawError` that lists what does not.
+`check_approximation(Neuron())` tries a method on thin and full layers, several positions, groups
+and padding, in float32 and float64. It runs in one batch, in chunks, in `compare` and in an
+optimizer. Each check returns a report of what holds, or raises a `LawError` that lists what does
+not.
 """
 
 from fisherlab.testing.approximations import check_approximation

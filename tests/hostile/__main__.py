@@ -17,7 +17,7 @@ from hostile.judge import BAD, GOOD, judged
 HEAD = """\
 # Hostile inputs
 
-What FisherLab does with what people pass by mistake: {cases:,} cases, drawn from seeds. Right: the
+FisherLab answers what people pass by mistake: {cases:,} cases, drawn from seeds. Right: the
 result equals a dense reference. Refused by name: the message names the argument, says what was
 passed, and what to pass. Torch's own error: the fault is in the user's network or loss. After each
 case the network, its gradients, buffers and hooks, the random streams and torch's settings are as

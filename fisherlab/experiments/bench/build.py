@@ -14,7 +14,7 @@ from fisherlab.experiments.bench.setting import Network, Row, Setting, measured
 from fisherlab.extract import capture
 from fisherlab.extract.fisher import FISHER_TYPES
 
-# By network and method: the reach for the exact, the MC and the empirical Fisher.
+# The reach for the exact, the MC and the empirical Fisher, by network and method.
 INVERSE_REACH: dict[str, dict[str, tuple[float | None, ...]]] = {
     "lenet": {
         "kfac": (6.5, 3.3, 3.3),

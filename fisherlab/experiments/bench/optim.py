@@ -26,7 +26,7 @@ from fisherlab.experiments.bench.setting import OURS, Setting, title
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.natural_gradient import NaturalGradient
 
-# of a run under way: without the refreshes of its first steps
+# a run under way, without the refreshes of its first steps
 INTERVALS: dict[str, Any] = {"statistics_every": 10, "basis_every": 100, "warmup": 0}
 EVERY_STEP: dict[str, Any] = {"statistics_every": 1, "basis_every": 1}
 FEW: dict[str, Any] = {"statistics_examples": 32}
@@ -163,7 +163,7 @@ def measure(
     that `takes` refuses is left out; none is repeated once it is `late`.
     Raises `AssertionError` where a state changed more or less often than the row says.
     """
-    # of one repeat, at least: SGD beside something that is no faster
+    # at least one repeat: SGD beside something that is no faster
     seconds_of_sgd = 2 * steps * Run(build, Row("sgd"), batches).seconds(1)
     for row in rows:
         if not takes(row.title, seconds_of_sgd):

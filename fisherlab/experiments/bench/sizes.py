@@ -1,4 +1,4 @@
-"""What a comparison costs at the sizes that people train: GPT-2 small and ResNet-50."""
+"""Cost of a comparison at the sizes that people train: GPT-2 small and ResNet-50."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def about(self) -> dict[str, str]:
-        """What its row is of."""
+        """The subject of its row."""
         batch = "x".join(map(str, self.size)) + (" tokens" if self.tokens else "")
         work = f"compare, {len(METHODS)} approximations, {self.examples} of {batch}"
         return {

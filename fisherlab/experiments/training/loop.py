@@ -23,7 +23,7 @@ from fisherlab.experiments.training.settings import Entry, Settings, SettingsErr
 from fisherlab.experiments.training.task import Task
 from fisherlab.extract import CaptureError
 
-# What a method may say to a model, a batch or a number; anything else is a bug.
+# Errors by which a method may refuse a model, a batch or a number; any other is a bug.
 REFUSALS: tuple[type[Exception], ...] = (
     optim.OptimizerError,
     BlockError,

@@ -9,7 +9,7 @@ from typing import Any
 from fisherlab.experiments import checkpoint
 from fisherlab.experiments.training.settings import Entry, Settings
 
-# What a checkpoint says; a run that is none of these was interrupted.
+# The states in a checkpoint; a run in none of them was interrupted.
 FINAL = ("done", "diverged", "refused")
 
 
@@ -26,7 +26,7 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
-    traceback: str = ""  # of a failure, which is a bug of ours
+    traceback: str = ""  # traceback of a failure, which is a bug of ours
 
     @property
     def path(self) -> Path:

@@ -45,15 +45,15 @@ COLUMNS = {
     "accuracy": "share of right answers on the test set",
     "rmse": "root mean squared error on the test set, in the units of the source",
     "perplexity": "exp(test_loss)",
-    "bleu": "of greedy translations of the test set, 0 to 100, on lower-case words and marks",
+    "bleu": "score of greedy translations of the test set, 0 to 100, of lower-case words",
     "clipped_share": "share of the epoch's steps that kl_clip or max_norm shortened; a step that "
     "kl_clip shortens is as long at any larger lr",
     "seconds_per_step": "forward, backward and step; medians over the timed steps so far of each "
     "kind (ordinary, statistics due, basis due, ...), by the kind's share of them",
-    "forward_seconds": "of a step, with the loss; mean over the timed steps so far",
-    "backward_seconds": "of a step; what an optimizer's hooks record is in it",
-    "update_seconds": "of a step: the optimizer's, inverses included",
-    "refresh_seconds": "of a step that makes an inverse anew; median, empty where none was timed",
+    "forward_seconds": "time of a step's forward, with the loss; mean over the timed steps so far",
+    "backward_seconds": "time of a step's backward, with the recording of an optimizer's hooks",
+    "update_seconds": "time of the optimizer's part of a step, inverses included",
+    "refresh_seconds": "time of a step that makes an inverse anew, median; empty where none is",
     "timed_steps": "steps so far without the first 2 of a process; where none is left, "
     "seconds_per_step is of those",
     "sgd_seconds_per_step": "SGD with momentum on the same model, between the steps so far; median",

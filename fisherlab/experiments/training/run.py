@@ -101,7 +101,7 @@ class Run:
     def train_epoch(self, reference: SGDReference, stepped: Callable[[float], None]) -> None:
         """Train one epoch with SGD timed between its steps, and evaluate."""
         task, memory = self.task, PeakMemory(self.task.x.device)
-        # of a model's own draws, such as dropout; each epoch starts its own stream
+        # seed of a model's own draws, such as dropout; each epoch starts its own stream
         torch.manual_seed(1_000_003 * self.record.seed + self.epoch)
         every = max(1, task.steps_per_epoch // WINDOWS)
         every_turn = max(1, task.steps_per_epoch // TURNS)

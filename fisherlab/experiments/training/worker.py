@@ -23,7 +23,7 @@ PROGRAM = (
     "import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(130)); "
     f"from {__name__} import main; main()"
 )
-# Of every library that a worker may use, before it is imported.
+# Settings of every library that a worker may use, before it is imported.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -111,7 +111,7 @@ def trained(job: dict[str, Any], watch: Watch) -> dict[str, str]:
 
 def main() -> None:
     """Train a folder per line of standard input, and answer each with a line."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # prints of a library are no answer
     torch.set_num_threads(1)
     watch = Stops()
     for line in sys.stdin:
