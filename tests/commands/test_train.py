@@ -469,12 +469,13 @@ def test_the_reference_draws_nothing_and_one_slow_step_does_not_move_it(monkeypa
     reference.turn(x, y)
     assert torch.equal(torch.rand(3), expected)
     spent = iter([9.0, 0.9, 0.1, 0.1, 9.0, 0.9, 0.2, 2.0])  # the first two of a turn are not timed
-    monkeypatch.setattr(reference, "_step", lambda x, y: next(spent))
+    monkeypatch.setattr(reference, "_step", lambda x, y: (step := next(spent), step / 10))
     monkeypatch.setattr("fisherlab.experiments.training.cost.ENOUGH", 100.0)
     reference.begin()
     reference.turn(x, y)
     reference.turn(x, y)
     assert reference.seconds_per_step() == pytest.approx(0.15)
+    assert reference.worked == pytest.approx([0.01, 0.01, 0.02, 0.2])
 
 
 def test_the_share_of_shortened_steps_is_a_column(tmp_path):
