@@ -11,6 +11,7 @@ import math
 import reprlib
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,20 @@ def choice(
     if value not in known:
         raise error(f"unknown {what} {value!r}; one of {', '.join(known)}")
     return value
+
+
+def name(value: object, what: str, *, error: type[Exception] = ValueError) -> str:
+    """A name, which is a string."""
+    if not isinstance(value, str):
+        raise error(f"{what} must be a name, a string; got {said(value)}")
+    return value
+
+
+def place(value: object, what: str, *, error: type[Exception] = ValueError) -> Path:
+    """A file or a folder, as a string or a path."""
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise error(f"{what} must be a path, got {said(value)}")
+    return Path(value)
 
 
 def tensor(

@@ -67,7 +67,7 @@ class Registry(dict[str, T]):
 
     def named(self, name: str) -> T:
         """The thing of a name; an unknown one is refused with the nearest names."""
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise self.error(unknown(self.what, name, sorted(self)))
         return self[name]
 
@@ -94,6 +94,8 @@ def imported(place: str) -> Any:
         ImportError: there is no such module, or the name is missing from it.
     """
     module, _, name = place.rpartition(":")
+    if not module.strip() or not name or "\0" in place:
+        raise ImportError(f"{place!r} names no function of a module")
     if module.endswith(".py"):
         found = executed(Path(module))
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.approximations.means import Means
 from fisherlab.approximations.memo import Memo
 from fisherlab.blocks import Block, BlockError
@@ -76,14 +77,30 @@ class Approximation:
             cls.__annotations__[key] = inherited[key].type if key in inherited else "Statistic"
 
     def __new__(cls, *args: Any, **options: Any) -> Approximation:
+        cls._dress()
+        cls._check_fields(args, options)
+        return super().__new__(cls)
+
+    @classmethod
+    def _dress(cls) -> None:
+        """Make a dataclass of each class that names fields under no decorator."""
         for base in reversed(cls.__mro__):
-            # a class body that names fields under no decorator
             if issubclass(base, Approximation) and "__dataclass_fields__" not in vars(base):
                 own = vars(base).get("__annotations__", {})
                 inherited = getattr(base, "__dataclass_fields__", {})
                 if any(key in inherited or _is_statistic(vars(base).get(key)) for key in own):
                     dataclass(frozen=True)(base)
-        return super().__new__(cls)
+
+    @classmethod
+    def _check_fields(cls, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Refuse a value that is not of its field's type, such as a word for a number."""
+        own: tuple[Field[Any], ...] = fields(cls) if is_dataclass(cls) else ()
+        given = dict(zip((f.name for f in own if not f.kw_only), args, strict=False)) | options
+        for field in (field for field in own if field.name in given):
+            kind, _, optional = str(field.type).partition(" | ")
+            value = given[field.name]
+            if value is not field.default and not (optional and value is None):
+                _check_field(kind, value, f"{field.name} of {cls.__name__}")
 
     @cached_property
     def statistics_by_name(self) -> dict[str, Statistic]:
@@ -159,9 +176,9 @@ class Approximation:
             BlockError: the value is unknown, or a field has the statistic of another value.
         """
         value, method = getattr(self, option), type(self).__name__
-        if value not in choices:
+        if not isinstance(value, str | int) or value not in choices:
             known = " or ".join(map(repr, choices))
-            raise BlockError(f"{method}'s {option} is {known}, got {value!r}")
+            raise BlockError(f"{method}'s {option} is {known}, got {doors.said(value)}")
         for key, statistic in choices[value].items():
             own = getattr(self, key)
             if own is BY_OPTION:
@@ -229,6 +246,26 @@ class Approximation:
         return Memo(layers).block(self)
 
 
+def check_iteration(tolerance: object, iterations: object) -> None:
+    """Refuse what no iteration ends at: a tolerance None or above 0, iterations at least 1."""
+    doors.count(iterations, "iterations", error=BlockError)
+    if tolerance is not None:
+        doors.number(tolerance, "tolerance", above=0.0, error=BlockError)
+
+
+def _check_field(kind: str, value: object, what: str) -> None:
+    if kind == "float":
+        doors.number(value, what, error=BlockError)
+    elif kind == "int":
+        doors.count(value, what, error=BlockError)
+    elif kind == "bool":
+        doors.flag(value, what, error=BlockError)
+    elif kind == "Statistic" and not isinstance(value, Statistic):
+        raise BlockError(f"{what} must be a Statistic, got {doors.said(value)}")
+    elif kind == "Approximation" and not isinstance(value, Approximation):
+        raise BlockError(f"{what} must be an approximation, such as fl.KFAC(); got {value!r:.80}")
+
+
 def _is_statistic(value: object) -> bool:
     return isinstance(value, Statistic)
 
@@ -245,7 +282,7 @@ def of_one_batch() -> list[str]:
 
 def get(name: str) -> type[Approximation]:
     """The class registered under a name; an unknown one is refused with the nearest names."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         near = nearest(name, _REGISTRY, names())
         raise ValueError(f"no approximation named {name!r}; nearest: {near}")
     return _REGISTRY[name]

@@ -40,9 +40,11 @@ def trace_ratio_pi(block: Kronecker) -> Tensor:
     return torch.where(both, (A / torch.where(both, G, 1)).sqrt(), 1)
 
 
-def check_placement(placement: str) -> None:
-    """Refuse an unknown placement by name."""
+def check_placement(placement: str, pi: float | None = None) -> None:
+    """Refuse an unknown placement, and what is no ratio of factors."""
     doors.choice(placement, "placement", PLACEMENTS, error=BlockError)
+    if pi is not None:
+        doors.number(pi, "pi", above=0.0, error=BlockError)
 
 
 def place(

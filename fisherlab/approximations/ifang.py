@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.approximations.base import BY_OPTION
 from fisherlab.approximations.eva import Eva, direction
 from fisherlab.approximations.means import Means
@@ -40,8 +41,7 @@ class IFANG(Eva, name="ifang"):
     g: Statistic = BY_OPTION
 
     def __post_init__(self) -> None:
-        if int(self.rows) != self.rows or self.rows < 1:
-            raise BlockError(f"rows counts the groups of a batch, at least 1; got {self.rows!r}")
+        doors.count(self.rows, "rows, which counts the groups of a batch,", error=BlockError)
         others = {getattr(S, "groups", 1) for S in (self.a, self.g)} | {self.rows}
         self._choose("rows", {k: {"a": MeanInput(k), "g": MeanGradient(k)} for k in others})
 

@@ -58,7 +58,7 @@ class KFAC(Approximation, name="kfac"):
     G: Statistic = BY_OPTION
 
     def __post_init__(self) -> None:
-        check_placement(self.placement)
+        check_placement(self.placement, self.pi)
         self._choose("weight_sharing", {"expand": EXPAND, "reduce": REDUCE})
 
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherlab.approximations.base import Approximation
+from fisherlab import doors
+from fisherlab.approximations.base import Approximation, check_iteration
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
 from fisherlab.blocks.columns import Columns, joined
 from fisherlab.blocks.contractions import left_moment, right_moment
@@ -55,10 +56,9 @@ class KLOptimal(Approximation, name="kl_optimal"):
     iterations: int = 500
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise BlockError(f"iterations counts alternations, at least 1; got {self.iterations}")
-        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
-            raise BlockError(f"ridge is a finite number >= 0, got {self.ridge!r}")
+        check_iteration(self.tolerance, self.iterations)
+        if self.ridge is not None:
+            doors.number(self.ridge, "ridge", least=0.0, error=BlockError)
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         of = joined([x.columns for x in layers]) if len(layers) > 1 else layers[0].columns
@@ -127,7 +127,7 @@ class KLOptimal(Approximation, name="kl_optimal"):
     def _check_interior(G: Tensor, A: Tensor) -> None:
         """Refuse a product at the edge of the positive ones, where no optimum is."""
         for name, S in (("G", G), ("A", A)):
-            values = torch.linalg.eigvalsh(S)
+            values, _ = eigh(S, f"factor {name}")
             if values[0] < EDGE * values[-1]:
                 raise BlockError(
                     f"factor {name} of the KL-optimal product runs into a singular one "

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherlab import blocks
-from fisherlab.approximations.base import Approximation
+from fisherlab import blocks, doors
+from fisherlab.approximations.base import Approximation, check_iteration
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.columns import joined
 from fisherlab.blocks.factor import Subspace
@@ -141,6 +141,9 @@ class KroneckerOptimal(Approximation, name="kronecker_optimal"):
     tolerance: float | None = None
     iterations: int = 100
 
+    def __post_init__(self) -> None:
+        check_iteration(self.tolerance, self.iterations)
+
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         operator = _Rearranged(layers)
         if operator.flat:
@@ -179,8 +182,8 @@ class KroneckerSum(Approximation, name="kronecker_sum"):
     iterations: int = 300
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise BlockError(f"a Kronecker sum has at least one term, got rank={self.rank}")
+        doors.count(self.rank, "rank, the number of terms,", error=BlockError)
+        check_iteration(self.tolerance, self.iterations)
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         operator = _Rearranged(layers)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means, Sums, add, divide
 from fisherlab.approximations.recursive import Recursive
@@ -64,15 +65,18 @@ class Running:
         largest_factor: int = LARGEST_FACTOR,
         ema: str = "corrected",
     ) -> None:
-        if ema not in EMAS:
-            raise BlockError(f"ema is one of {', '.join(EMAS)}; got {ema!r}")
+        if not isinstance(approximation, Approximation):
+            raise BlockError(
+                f"approximation must be one such as fl.KFAC(), got {doors.said(approximation)}"
+            )
+        doors.choice(ema, "ema", EMAS, error=BlockError)
+        doors.number(decay, "decay, the weight of the past,", least=0.0, most=1.0, error=BlockError)
+        doors.count(largest_factor, "largest_factor", 0, error=BlockError)
         if not (approximation.additive or approximation.recursive):
             raise BlockError(
                 f"{type(approximation).__name__} has no memory: its blocks are of the current "
                 "batch; call it on the captures instead"
             )
-        if not 0 <= decay <= 1:
-            raise BlockError(f"decay is the weight of the past, in [0, 1]; got {decay}")
         self.approximation, self.decay, self.reduce = approximation, decay, reduce
         self.largest_factor = largest_factor
         self.weights = {

@@ -52,7 +52,7 @@ class TKFAC(Approximation, name="tkfac"):
     trace: Statistic = BY_OPTION
 
     def __post_init__(self) -> None:
-        check_placement(self.placement)
+        check_placement(self.placement, self.pi)
         self._choose("weight_sharing", {"partial": PARTIAL, "expand": EXPAND})
 
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:

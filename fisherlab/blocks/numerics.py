@@ -95,32 +95,29 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     """`S = Q diag(values) Q^T`, eigenvalues ascending.
 
     Raises:
-        BlockError: the matrix is not finite, or LAPACK fails in float64, on the CPU, and with
-            jitter.
+        BlockError: the matrix is not finite, or LAPACK fails in float64, on the CPU, and for a
+            shifted matrix.
     """
     _check_finite(matrix, name, "eigendecomposition")
     symmetric = symmetrise(matrix)
     attempts = (
-        lambda: symmetric,
-        lambda: symmetric.double(),
-        lambda: symmetric.double().cpu(),
-        lambda: (
-            symmetric.double().cpu()
-            + 1e-14
-            * symmetric.abs().amax().double().cpu()
-            * torch.eye(symmetric.shape[-1]).double()
-        ),
+        lambda: (symmetric, None),
+        lambda: (symmetric.double(), None),
+        lambda: (symmetric.double().cpu(), None),
+        lambda: _shifted(symmetric.double().cpu()),
     )
     for attempt in attempts:
+        tried, shift = attempt()
         try:
-            values, vectors = torch.linalg.eigh(attempt())
+            values, vectors = torch.linalg.eigh(tried)
         except torch.linalg.LinAlgError:
             continue
         if all_finite(values, vectors) and _orthonormal(vectors):
+            values = values if shift is None else values - shift
             return values.to(matrix), vectors.to(matrix)
     raise BlockError(
         f"eigendecomposition of {name}, shape {tuple(matrix.shape)}, failed in {matrix.dtype}, in "
-        "float64, on the CPU and with jitter; the matrix is finite but LAPACK did not converge"
+        "float64, on the CPU and shifted; the matrix is finite but LAPACK did not converge"
     )
 
 
@@ -153,6 +150,12 @@ def alike(matrices: Sequence[Tensor]) -> list[list[int]]:
         alone = k if len(matrix) > STACKED else None
         groups.setdefault((matrix.shape, matrix.dtype, matrix.device, alone), []).append(k)
     return list(groups.values())
+
+
+def _shifted(S: Tensor) -> tuple[Tensor, Tensor]:
+    """`S + c I` and `c`, a little of the largest entry: its eigenvectors are those of `S`."""
+    shift = 1e-14 * S.abs().amax()
+    return S + shift * torch.eye(S.shape[-1], dtype=S.dtype), shift
 
 
 def _orthonormal(Q: Tensor) -> bool:

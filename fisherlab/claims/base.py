@@ -12,6 +12,7 @@ import torch
 from scipy.stats import binomtest, linregress
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.names import Registry, nearest
 
 # Tensors, numbers and strings: what `torch.load(weights_only=True)` gives back.
@@ -244,7 +245,7 @@ def get(name: str) -> Claim:
     Raises:
         ClaimError: the name is unknown; the message names the nearest.
     """
-    if name not in _REGISTRY:
+    if doors.name(name, "name", error=ClaimError) not in _REGISTRY:
         papers = sorted({get(claim).paper.lower() for claim in _REGISTRY})
         containing = [claim for claim in _REGISTRY if name.lower() in claim]
         near = nearest(name.lower(), [*papers, *_REGISTRY], containing)

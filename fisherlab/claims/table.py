@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fisherlab import whole
+from fisherlab import doors, whole
 from fisherlab.blocks import BlockError
 from fisherlab.claims import base, real, search
 from fisherlab.claims.base import (
@@ -186,14 +186,15 @@ def load(path: str | Path) -> Case:
         The case.
     """
     read = lambda path: torch.load(path, weights_only=True)  # noqa: E731
-    return whole.read(Path(path), read, "saved counterexample")
+    return whole.read(doors.place(path, "path"), read, "saved counterexample")
 
 
 def chosen(names: str | Iterable[str] | None) -> list[str]:
     """The claims of names, of the keys of papers, or all."""
     if names is None:
         return base.names()
-    wanted = [names] if isinstance(names, str) else list(names)
+    several = list(names) if isinstance(names, list | tuple | set) else [names]
+    wanted = [doors.name(name, "each of names", error=ClaimError) for name in several]
     papers: dict[str, list[str]] = {}
     for name in base.names():
         papers.setdefault(base.get(name).paper.lower(), []).append(name)
@@ -225,16 +226,19 @@ def verify(
     Raises:
         ClaimError: the name is unknown, or `trials` is below 1.
     """
-    return Verdicts(tried(chosen(names), seed, trials, on), on or "")
+    return Verdicts(tried(chosen(names), seed, trials, on), "" if on is None else on)
 
 
 def tried(
     names: Iterable[str], seed: int = 0, trials: int | None = None, on: str | None = None
 ) -> Iterator[Verdict]:
     """The verdicts of `verify`, one by one."""
-    if trials is not None and trials < 1:
-        raise ClaimError(f"trials is at least 1, got {trials}")
-    reals = list(real.real_cases(on, seed)) if on else None
+    if trials is not None:
+        trials = doors.count(trials, "trials", error=ClaimError)
+    doors.count(seed, "seed", -(2**63), error=ClaimError)
+    if on is not None:
+        doors.name(on, "on", error=ClaimError)
+    reals = None if on is None else list(real.real_cases(on, seed))
     for name in names:
         claim = base.get(name)
         # a generator takes 32 bits of its seed

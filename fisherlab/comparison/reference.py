@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.direct_sum import parts_of
-from fisherlab.blocks.numerics import dot, is_rounding
+from fisherlab.blocks.numerics import RANK_TOLERANCE, dot, is_rounding
 from fisherlab.comparison.table import STEP_ROUNDING
 from fisherlab.metrics.direction import Step
 
@@ -41,11 +41,17 @@ class RotatedGradient:
         return cls(block, rotated, holds, time.perf_counter() - start)
 
     def product(self, P: Eigen, gradient: Tensor, damping: float) -> Tensor:
-        """`P g`. If the part of `g` where `P` is 1 / damping is rounding, it counts as zero."""
+        """`P g`. If the part of `g` where the block is zero is rounding, it counts as zero.
+
+        An eigenvalue is zero up to rounding of the largest; `P` is 1 / damping there.
+        """
         if not self.holds:
             return P.times(gradient, self.rotated)
         spectrum, rotated = P.spectrum.to(P.dtype), self.rotated
-        rest = rotated.masked_fill(spectrum * damping < 0.5, 0)
+        values = 1 / P.spectrum.double() - damping
+        floor = RANK_TOLERANCE * torch.finfo(P.dtype).eps * values.amax()
+        zero = (values <= floor) & (spectrum * damping >= 0.5)
+        rest = rotated.masked_fill(~zero, 0)
         if is_rounding(dot(rest, rest), dot(rotated, rotated), rotated.dtype):
             rotated = rotated - rest
         return P.from_bases(spectrum * rotated)

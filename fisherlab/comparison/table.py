@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import fisherlab
-from fisherlab import whole
+from fisherlab import doors, whole
 from fisherlab.comparison import display
 from fisherlab.comparison.orders import order_counts, paired, unseen_values
 from fisherlab.metrics.population import UNKNOWN
@@ -72,6 +72,11 @@ class Comparison:
     config: dict[str, Any] = field(default_factory=dict)
     # the share of each unseen example in each approximation's error, for `order` and `orders`
     unseen: pd.DataFrame = field(default_factory=lambda: unseen_values([]), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no table."""
+        if not isinstance(self.frame, pd.DataFrame):
+            raise ValueError(f"frame must be a DataFrame, got {doors.said(self.frame)}")
 
     @property
     def noisy(self) -> bool:
@@ -258,7 +263,7 @@ class Comparison:
             raise ValueError(
                 "an order is told by unseen examples, and the table has none: pass `reference=`"
             )
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             raise ValueError(unknown("approximation", name, names))
 
     def save(self, folder: str | Path) -> Path:
@@ -268,7 +273,7 @@ class Comparison:
 
         A folder that a command wrote is refused: its figures and page would be of another table.
         """
-        folder = Path(folder)
+        folder = doors.place(folder, "folder")
         if _is_of_a_command(folder / "config.json"):
             raise FileExistsError(
                 f"{folder} is the folder of a `fisherlab` run, whose figures and report would stay "
@@ -292,7 +297,7 @@ class Comparison:
             FileNotFoundError: a file of it is missing.
             ValueError: one is damaged.
         """
-        folder = Path(folder)
+        folder = doors.place(folder, "folder")
         if not (folder / "comparison.parquet").is_file():
             raise FileNotFoundError(
                 f"{folder} holds no comparison.parquet, which `save` writes into a folder"
@@ -312,6 +317,9 @@ class Comparison:
 
         In `config` a value that differs is a list of them all.
         """
+        several = list(tables) if isinstance(tables, Sequence) else []
+        if not several or not all(isinstance(table, Comparison) for table in several):
+            raise ValueError(f"tables must be a list of comparisons, got {doors.said(tables)}")
         frame = pd.concat([table.frame for table in tables], ignore_index=True)
         unseen = [table.unseen for table in tables if len(table.unseen)]
         values = pd.concat(unseen, ignore_index=True) if unseen else unseen_values([])
@@ -322,8 +330,8 @@ class Comparison:
         # loaded when called: a table does not depend on its pictures
         plots: Any = fisherlab.plots
         known = [name for name in plots.__all__ if _takes_a_table(getattr(plots, name))]
-        if kind not in known:
-            other = f" (fl.plots.{kind} draws other data)" if kind in plots.__all__ else ""
+        if not isinstance(kind, str) or kind not in known:
+            other = f" (fl.plots.{kind} draws other data)" if str(kind) in plots.__all__ else ""
             near = nearest(kind, known, known)
             raise ValueError(f"no picture of a table is named {kind!r}{other}; nearest: {near}")
         return getattr(plots, kind)(self, **options)

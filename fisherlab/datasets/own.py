@@ -147,7 +147,10 @@ def function(name: str, rest: str) -> Dataset:
             f"{name} returns a {type(found).__name__}; "
             "a Dataset or (x, y, x_test, y_test) is needed"
         )
-    x, y, x_test, y_test = map(torch.as_tensor, found)
+    try:
+        x, y, x_test, y_test = map(torch.as_tensor, found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DatasetError(f"{name} returns no arrays of numbers: {error}") from None
     for part, inputs, targets in (("training", x, y), ("test", x_test, y_test)):
         if not len(inputs) == len(targets) > 0 or inputs.shape[1:] != x.shape[1:]:
             raise DatasetError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
+from fisherlab import doors
 from fisherlab.datasets.card import Card, DatasetError
 from fisherlab.datasets.files import data_folder, verified
 from fisherlab.extras import named
@@ -77,7 +78,7 @@ def check(name: str) -> None:
     Raises:
         DatasetError: the name is unknown.
     """
-    if ":" not in name:
+    if ":" not in doors.name(name, "name", error=DatasetError):
         _REGISTRY.named(name)
 
 
@@ -112,6 +113,7 @@ def card(name: str) -> Card:
         >>> fl.datasets.card("digits").num_classes
         10
     """
+    doors.name(name, "name", error=DatasetError)
     return load(name).card if ":" in name else _REGISTRY.named(name)[0]
 
 
@@ -132,7 +134,7 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
         MissingPackage: a package that reads it is not installed.
     """
     with named():
-        if ":" in name:
+        if ":" in doors.name(name, "name", error=DatasetError):
             kind, _, rest = name.partition(":")
             return _SCHEMES[kind if kind in _SCHEMES else ""](name, rest)
         card, loader = _REGISTRY.named(name)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.blocks.numerics import eigh
 from fisherlab.extract.geometry import CaptureError
 
@@ -166,6 +167,10 @@ def register_criterion(
         )
     if kind in _FUNCTIONS or (kind in _REGISTRY and _REGISTRY[kind].proven):
         raise ValueError(f"{kind.__name__} is known to FisherLab; register a class of your own")
+    functions = {"terms": terms, "root": root, "sample": sample, "weights": weights}
+    for name, given in {**functions, "check": check}.items():
+        if given is not None and not callable(given):
+            raise TypeError(f"{name} must be a function, got {doors.said(given)}")
     if terms is None and root is None and sample is None:
         raise ValueError(f"nothing is said about {kind.__name__}: pass terms, root or sample")
     if weights is not None and terms is None:

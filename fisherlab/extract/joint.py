@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks
 from fisherlab.extract.api import Captures
+from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.layer import LayerCapture, Raw
 
 
@@ -20,6 +22,9 @@ def one_sample(layers: Sequence[LayerCapture]) -> tuple[LayerCapture, ...]:
     class weights make these differ per example, the gradients take the factor of the whole,
     `c / c_b`. The vectors of a Hessian take its root.
     """
+    for layer in layers:
+        if not hasattr(layer, "term_scale"):
+            raise CaptureError(f"a layer must be that of fl.capture, got {doors.said(layer)}")
     scales = {layer.term_scale for layer in layers}
     if len(scales) == 1:
         return tuple(layers)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fisherlab import doors
 from fisherlab.extract.geometry import Convolution
 
 
@@ -92,6 +93,9 @@ def register_product(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         ... def scaled(x, weight, bias=None):
         ...     return x.matmul(weight.T) if bias is None else x.matmul(weight.T) + bias
     """
+
+    if not callable(function):
+        raise TypeError(f"function must be f(x, W, b), got {doors.said(function)}")
 
     @wraps(function)
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherlab import doors
 from fisherlab.names import Registry, unknown
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -118,7 +118,7 @@ def check(name: str) -> None:
     Raises:
         ModelError: the name is unknown.
     """
-    if ":" not in name:
+    if ":" not in doors.name(name, "name", error=ModelError):
         _REGISTRY.named(name)
 
 
@@ -181,6 +181,15 @@ def create(
         >>> model(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
     """
+    doors.name(name, "name", error=ModelError)
+    doors.name(activation, "activation", error=ModelError)
+    doors.number(width, "width", above=0.0, error=ModelError)
+    if batch_norm is not None:
+        doors.flag(batch_norm, "batch_norm", error=ModelError)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ModelError(f"generator must be a torch.Generator, got {doors.said(generator)}")
+    num_classes = doors.count(num_classes, "num_classes", error=ModelError)
+    in_channels = doors.count(in_channels, "in_channels", error=ModelError)
     if ":" in name:
         given = {
             "width": width != 1.0,
@@ -191,11 +200,6 @@ def create(
         return _own(name, num_classes, in_channels, input_size, options, generator)
     builder = _REGISTRY.named(name)
     _check_options(name, builder, options)
-    for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(f"{key} must be a positive integer, got {value!r}")
-    if not 0 < width < math.inf:
-        raise ModelError(f"width must be positive and finite, got {width!r}")
     if activation not in ACTIVATIONS:
         raise ModelError(unknown("activation", activation, sorted(ACTIVATIONS)))
     channels, size = _input_shape(name, in_channels, input_size)
@@ -259,8 +263,8 @@ def _input_shape(
         flat = name in ("mlp", "autoencoder")
         size = (input_size,) if flat else (input_size, input_size)
     else:
-        size = tuple(input_size)
-    if not 1 <= len(size) <= 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        size = tuple(input_size) if isinstance(input_size, tuple | list | torch.Size) else ()
+    if not 1 <= len(size) <= 3 or not all(type(n) is int and n > 0 for n in size):
         raise ModelError(
             f"input_size must be an int, (features,), (h, w) or (c, h, w), all positive; "
             f"got {input_size!r}"

@@ -22,6 +22,7 @@ from fisherlab.optim.step import (
     UNCLIPPED,
     Clip,
     Directions,
+    evaluated,
     group_options,
     placed_before,
     predicted_kl,
@@ -178,7 +179,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = evaluated(closure)
         self.coverage.check(self.model)
         directions = self._attempt.take(
             lambda: self.coverage.finite(self.nonfinite),

@@ -19,7 +19,7 @@ from fisherlab.optim.options import gathered
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.schedule import Schedule
-from fisherlab.optim.step import UNCLIPPED
+from fisherlab.optim.step import UNCLIPPED, evaluated
 from fisherlab.optim.weight import undelivered
 
 
@@ -74,7 +74,7 @@ class KBFGSOptimizer(NaturalGradient):
             )
         self.preconditioner.forget()
         with torch.enable_grad():
-            loss = closure()
+            loss = evaluated(closure)
         if not self.coverage.finite(self.nonfinite):
             self.preconditioner.forget()
             return loss

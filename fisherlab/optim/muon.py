@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
+from fisherlab.optim.step import evaluated
+
 
 class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` of the matrices, `torch.optim.AdamW` of everything else.
@@ -36,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     Raises:
         TypeError: torch has no Muon, which it has from 2.9 on.
-        ValueError: an option is out of its range, in torch's words.
+        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -56,6 +59,18 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise TypeError(f"torch {torch.__version__} has no Muon; it has from 2.9 on")
+        numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
+        for name, value in numbers.items():
+            doors.number(value, name, least=0.0)
+        doors.flag(nesterov, "nesterov")
+        doors.count(ns_steps, "ns_steps")
+        if not isinstance(ns_coefficients, tuple | list) or len(ns_coefficients) != 3:
+            raise ValueError(f"ns_coefficients are three, got {doors.said(ns_coefficients)}")
+        for coefficient in ns_coefficients:
+            doors.number(coefficient, "each of ns_coefficients")
+        if rest is not None and not isinstance(rest, dict):
+            raise ValueError(f"rest is a dict of AdamW's options, got {doors.said(rest)}")
+        doors.module(model)
         every = list(model.parameters() if params is None else params)
         groups = every if every and isinstance(every[0], dict) else [{"params": every}]
         looked_up = {
@@ -98,7 +113,7 @@ class Muon(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = evaluated(closure)
         self._bind()
         for part in self._parts.values():
             part.step()

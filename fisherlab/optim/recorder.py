@@ -162,7 +162,8 @@ class Recorder:
 
     def _record(self, use: Use, output: Tensor) -> Tensor:
         current, weight = self._open, self.weights.get(use.name)
-        if current is None:
+        # an expert that no token was sent to has no examples
+        if current is None or not use.product.x.numel():
             return output
         known = use.name in self.watch.tape.others or use.kind != "map"
         if weight is None and not known and (weight := self.coverage.adopt(use)) is not None:

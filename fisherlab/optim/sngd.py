@@ -206,9 +206,10 @@ def reconstruct(
     """
     doors.module(model)
     _check_numbers(every, decay, eps, rank)
-    if method not in ("newton_schulz", "denman_beavers", "eigh", "nystroem"):
-        raise ValueError(f"unknown method {method!r}")
+    doors.choice(method, "method", ("newton_schulz", "denman_beavers", "eigh", "nystroem"))
     doors.choice(variant, "variant", VARIANTS)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {doors.said(optimizer)}")
     layers = _layers(model)
     for name in activations or {}:
         if name not in layers:

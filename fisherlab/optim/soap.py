@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.energies import carried
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite, eigh_each
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.step import evaluated
 
 
 class SOAP(torch.optim.Optimizer):
@@ -55,12 +57,13 @@ class SOAP(torch.optim.Optimizer):
         largest_factor: int = LARGEST_FACTOR,
     ) -> None:
         for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is a finite number >= 0, got {value!r}")
-        if not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"betas are weights of the past, in [0, 1); got {betas!r}")
-        if basis_every < 1:
-            raise ValueError(f"basis_every counts steps, at least 1; got {basis_every!r}")
+            doors.number(value, name, least=0.0)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas are two weights of the past, got {doors.said(betas)}")
+        for b in betas:
+            doors.number(b, "each of betas", least=0.0, below=1.0)
+        doors.count(basis_every, "basis_every, which counts steps,")
+        doors.count(largest_factor, "largest_factor", 0)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, {**defaults, "basis_every": basis_every, "largest_factor": largest_factor}
@@ -76,7 +79,7 @@ class SOAP(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = evaluated(closure)
         found = [(p, group) for group in self.param_groups for p in group["params"]]
         found = [(p, group) for p, group in found if p.grad is not None]
         _check([p.grad for p, _ in found if p.grad is not None])

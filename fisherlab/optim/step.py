@@ -19,6 +19,17 @@ DECAY_PLACEMENTS = ("after", "before", "loss")
 Directions = Mapping[nn.Parameter, Tensor]
 
 
+def evaluated(closure: Callable[[], Tensor]) -> Tensor:
+    """The loss that a closure of the training loop returns.
+
+    Raises:
+        TypeError: it is no function.
+    """
+    if not callable(closure):
+        raise TypeError(f"closure must be a function that returns the loss, got {closure!r}")
+    return closure()
+
+
 @dataclass(frozen=True)
 class Clip:
     """How long a step may be: all directions together are multiplied by at most 1.

@@ -299,6 +299,8 @@ class WeightedLayers:
         self.scale.begin()
 
     def _record(self, use: Use, output: Tensor) -> Tensor:
+        if not use.product.x.numel():
+            return output
         weight, others = self.weights.get(use.name), self.watch.tape.others
         if weight is None and use.name not in others and use.kind == "map":
             weight = self.coverage.adopt(use)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations.damping import Rule, gram_norm, lambdas, unexpanded
 from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
@@ -76,8 +77,7 @@ class Woodbury(CurvatureOptimizer):
         for name, value in {"damping": damping, "alpha": alpha}.items():
             if value is None or callable(value):
                 continue
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive, got {value!r}")
+            doors.number(value, name, above=0.0)
         if damping is not None:
             unexpanded(damping, type(self).__name__)
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)

@@ -4,4 +4,13 @@
 the table of outcomes.
 """
 
-KINDS = ("blocks", "metrics", "capture", "optimizers", "scales", "files", "around")
+KINDS = (
+    "blocks",
+    "metrics",
+    "capture",
+    "optimizers",
+    "scales",
+    "files",
+    "around",
+    "library",
+)

@@ -98,7 +98,7 @@ def adapters(draw: random.Random) -> Case:
         "to_backpack(bias)": lambda: fl.adapters.to_backpack(block, no_flag),
         "from_backpack(model)": lambda: fl.adapters.from_backpack(no_model),
         "from_backpack(quantity)": lambda: fl.adapters.from_backpack(model, bad),
-        "curvlinops(method)": lambda: fl.adapters.curvlinops(bad),
+        "curvlinops(method)": lambda: fl.adapters.curvlinops("kafc" if bad == "kfac" else bad),
         "from_kronfluence(factors)": lambda: fl.adapters.from_kronfluence(bad, 4),
         "from_kronfluence(examples)": lambda: fl.adapters.from_kronfluence(covariances, no_count),
         "to_kronfluence(block)": lambda: fl.adapters.to_kronfluence(bad),

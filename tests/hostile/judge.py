@@ -73,7 +73,7 @@ def judged(case: Case) -> Verdict:
         changed = before.changes(World.of(case.model))
         if not changed and case.after is not None:
             changed = case.after(error)
-        verdict = _refusal(case, error) if error is not None else _result(case, result)
+        verdict = _result(case, result) if error is None else refusal(error, case.label, case.words)
     if changed and verdict.good:
         return Verdict(case.label, "changed world", changed, verdict.trace)
     return verdict
@@ -98,20 +98,23 @@ def text(value: object) -> str:
         return f"an object whose repr fails: {error}"
 
 
-def _refusal(case: Case, error: BaseException) -> Verdict:
+def refusal(error: BaseException, label: str = "", words: tuple[str, ...] = ()) -> Verdict:
+    """Whether an error names what is wrong, or is torch's own."""
     frames = traceback.extract_tb(error.__traceback__)
     said, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
     last = frames[-1]
     ours = Path(last.filename).is_relative_to(PACKAGE)
     named = isinstance(error, NAMED)
     if ours and named and last.lineno in raises(last.filename):
-        missing = [word for word in case.words if word not in str(error)]
+        missing = [word for word in words if word not in str(error)]
         if missing or len(str(error)) < 15:
-            return Verdict(case.label, "internal error", f"names no {missing}: {said}", trace)
-        return Verdict(case.label, "refused by name", said)
+            return Verdict(label, "internal error", f"names no {missing}: {said}", trace)
+        return Verdict(label, "refused by name", said)
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return Verdict(label, "refused by name", said)
     if _of_torch(frames):
-        return Verdict(case.label, "torch's own error", said)
-    return Verdict(case.label, "internal error", said, trace)
+        return Verdict(label, "torch's own error", said)
+    return Verdict(label, "internal error", said, trace)
 
 
 def _of_torch(frames: traceback.StackSummary) -> bool:

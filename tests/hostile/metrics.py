@@ -146,6 +146,7 @@ def good(draw: random.Random) -> dict[str, object]:
     square = psd(draw, 4)
     return {
         "X": X,
+        "Y": X,
         "F": F,
         "G": X,
         "H": X,
@@ -231,7 +232,11 @@ def _bad(draw: random.Random, name: str, key: str, value: object) -> object:
         return draw.choice([None, "ab", 3, ["a", "b"], [None, None], object()])
     if key == "beside":
         return draw.choice([None, "no", 1, 0.0, []])
-    if key in ("X", "F", "G", "H", "reference", "mc") and draw.random() < 0.3 and name not in SOLO:
+    if (
+        key in ("X", "Y", "F", "G", "H", "reference", "mc")
+        and draw.random() < 0.3
+        and name not in SOLO
+    ):
         o, i = value.shape  # type: ignore[attr-defined]
         return exact(draw, o + 1, i)
     if key in ("layers", "states", "correlations", "blocks"):

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import fisherlab as fl
 from fisherlab.optim.base import CurvatureOptimizer
 from hostile import junk, models
-from hostile.judge import Case, bits
+from hostile.judge import Case, bits, refusal
 
 with torch.random.fork_rng():
     NAMES = [
@@ -170,18 +171,21 @@ def loops(draw: random.Random) -> Case:
             before = parameters(model), frozen(optimizer.state_dict())
             try:
                 EVENTS[event](optimizer, model, x, y)
-            except (ValueError, RuntimeError, KeyboardInterrupt, TypeError) as error:
+            except (Exception, KeyboardInterrupt) as error:
+                ours = isinstance(error, Exception) and event not in THEIRS
+                if ours and not (told := refusal(error)).good:
+                    complaints.append(f"{event}: {told.detail}")
                 if (parameters(model), frozen(optimizer.state_dict())) != before:
                     complaints.append(f"{event}, refused as {error}, changed something")
             else:
-                if event in REFUSED and name not in FREE:
+                if event in REFUSED:
                     complaints.append(f"{event} was taken")
         return parameters(model) == parameters(twin)
 
     def check(same: object) -> str:
         if complaints:
             return complaints[0]
-        return "" if same or set(events) & TAKEN else "other steps than without the bad batches"
+        return "" if same else "other steps than without the bad batches"
 
     return Case(label, call, check)
 
@@ -242,6 +246,54 @@ def _bad_state(optimizer, model, x, y) -> None:
     optimizer.load_state_dict({})
 
 
+def _own_state(optimizer, model, x, y) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def _audited(optimizer, model, x, y) -> None:
+    if optimizer.steps:
+        fl.audit(optimizer, model, nn.CrossEntropyLoss(), x, y, approximations=["diagonal"])
+
+
+def _captured(optimizer, model, x, y) -> None:
+    fl.capture(model, nn.MSELoss(), x, torch.ones(len(x), 3).double(), fisher_type="empirical")
+
+
+def _another(optimizer, model, x, y) -> None:
+    """A second optimizer of the same model, made, used without a step, and taken away."""
+    other = fl.optim.create("kfac", model)
+    F.cross_entropy(model(x), y).backward()
+    other.zero_grad()
+    other.remove()
+
+
+def _deep_copies(optimizer, model, x, y) -> None:
+    """A copy of the model is trained by an optimizer of its own."""
+    other = copy.deepcopy(model)
+    stepped(fl.optim.create("ekfac", other), other, x, y)
+
+
+def _fails_forward(optimizer, model, x, y) -> None:
+    stepped(optimizer, model, x[:, :2], y)
+
+
+def _fails_in_loss(optimizer, model, x, y) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y + 99).backward()
+
+
+def _wrong_dtype(optimizer, model, x, y) -> None:
+    stepped(optimizer, model, x.float(), y)
+
+
+def _infinite(optimizer, model, x, y) -> None:
+    stepped(optimizer, model, torch.full_like(x, 1e308) * 10, y)
+
+
+def _junk_closure(optimizer, model, x, y) -> None:
+    optimizer.step("a closure")
+
+
 EVENTS: dict[str, Callable] = {
     "skipped": _skipped,
     "NaN batch": _nan_batch,
@@ -252,10 +304,21 @@ EVENTS: dict[str, Callable] = {
     "compared": _compared,
     "copied": _copied,
     "bad state": _bad_state,
+    "own state": _own_state,
+    "audited": _audited,
+    "captured": _captured,
+    "another optimizer": _another,
+    "a copy trained": _deep_copies,
+    "fails in forward": _fails_forward,
+    "fails in the loss": _fails_in_loss,
+    "another dtype": _wrong_dtype,
+    "infinite batch": _infinite,
+    "a closure that is none": _junk_closure,
 }
-REFUSED = {"NaN batch", "no backward", "interrupted", "bad state"}
-TAKEN: set[str] = set()
-FREE: set[str] = set()
+REFUSED = {"NaN batch", "no backward", "interrupted", "bad state", "infinite batch"}
+# the fault of the loop's own code
+THEIRS = {"fails in forward", "fails in the loss", "another dtype"}
+REFUSED |= {"fails in forward", "fails in the loss", "another dtype", "a closure that is none"}
 
 
 def states(draw: random.Random) -> Case:
@@ -325,6 +388,60 @@ def damage(draw: random.Random, state: dict[str, Any]) -> str:
     return f"{'.'.join(map(str, path))} {how}"
 
 
+def together(draw: random.Random) -> Case:
+    """Optimizers of several models, at once in threads, step as each does alone."""
+    names = [draw.choice(NAMES) for _ in range(3)]
+    seeds = [draw.randrange(100) for _ in names]
+    batches = [[batch(draw) for _ in range(3)] for _ in names]
+
+    def run(k: int) -> list[object]:
+        model = net(seeds[k])
+        optimizer = fl.optim.create(names[k], model)
+        for x, y in batches[k]:
+            stepped(optimizer, model, x, y)
+        return parameters(model)
+
+    def call() -> object:
+        alone = [run(k) for k in range(len(names))]
+        with ThreadPoolExecutor(len(names)) as pool:
+            return alone, list(pool.map(run, range(len(names))))
+
+    def check(found: Any) -> str:
+        alone, threads = found
+        wrong = [n for n, one, two in zip(names, alone, threads, strict=True) if one != two]
+        return f"other steps in threads: {wrong}" if wrong else ""
+
+    return Case(f"threads: {', '.join(names)}", call, check)
+
+
+class Experts(nn.Module):
+    """A network beside which a second layer takes some rows of the batch, or none."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.main, self.expert, self.rows = net(1), net(2), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.main(x)
+        return found + self.expert(x[: self.rows]).sum() if self.rows >= 0 else found
+
+
+def experts(draw: random.Random) -> Case:
+    """A layer that no example was sent to: the others step as without it."""
+    name = draw.choice(NAMES)
+    model, twin = Experts(0), Experts(-1)
+    batches = [batch(draw) for _ in range(3)]
+
+    def call() -> object:
+        for one in (model, twin):
+            optimizer = fl.optim.create(name, one)
+            for x, y in batches:
+                stepped(optimizer, one, x, y)
+        return parameters(model.main) == parameters(twin.main)
+
+    return Case(f"{name} with an expert of no rows", call, lambda same: "" if same else "others")
+
+
 def networks(draw: random.Random) -> Case:
     """Three steps on a hostile network."""
     one = models.brought(draw, True)
@@ -338,13 +455,17 @@ def networks(draw: random.Random) -> Case:
                 stepped(optimizer, one.model, one.x, y)
         return one.model
 
+    infinite = one.name in ("inf weight", "NaN weight")
+
     def check(model: object) -> str:
         finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
-        return "" if finite else "parameters that are not finite"
+        return "" if finite or infinite else "parameters that are not finite"
 
     return Case(f"{name} on a network: {one.name}", call, check)
 
 
 def case(seed: int) -> Case:
     draw = random.Random(seed)
-    return draw.choice([options, options, things, loops, loops, states, states, networks])(draw)
+    kinds = [options, options, things, loops, loops, loops, states, states, networks, together]
+    kinds.append(experts)
+    return draw.choice(kinds)(draw)

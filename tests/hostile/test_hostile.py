@@ -18,6 +18,7 @@ FEW = {
     "scales": 20,
     "files": 10,
     "around": 30,
+    "library": 60,
 }
 
 

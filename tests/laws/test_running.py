@@ -202,7 +202,7 @@ def test_what_has_no_memory_is_refused_by_name():
         with pytest.raises(BlockError, match=f"{type(made).__name__} has no memory"):
             Running(made)
     for decay in (-0.1, 1.1, float("nan")):
-        with pytest.raises(BlockError, match="decay is the weight of the past"):
+        with pytest.raises(BlockError, match="decay, the weight of the past, must be"):
             Running(fl.KFAC(), decay)
 
 

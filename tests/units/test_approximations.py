@@ -134,7 +134,7 @@ def test_bad_arguments_are_refused_by_name():
         (lambda: fl.KFAC(placement="inside"), "unknown placement 'inside'; one of tikhonov"),
         (lambda: fl.Shampoo(form="cube"), "'root' or 'squared', got 'cube'"),
         (lambda: fl.Shampoo(statistics="all"), "'per_example' or 'gradient', got 'all'"),
-        (lambda: fl.KroneckerSum(rank=0), "at least one term, got rank=0"),
+        (lambda: fl.KroneckerSum(rank=0), "rank of KroneckerSum must be a whole number >= 1"),
         (
             lambda: fl.KBFGS(damping=0),
             r"damping of K-BFGS must be a finite number > 0, got 0 \(int\)",

@@ -246,8 +246,8 @@ def test_activations(activation):
         ({"name": "lenet", "in_channels": 1, "input_size": (2, 8, 8)}, "contradicts"),
         ({"name": "lenet", "input_size": 3}, "3 x 3 is below 4 x 4"),
         ({"name": "resnet20", "input_size": (30,)}, "takes images"),
-        ({"name": "lenet", "num_classes": 0}, "num_classes must be a positive integer, got 0"),
-        ({"name": "lenet", "width": 0.0}, "width must be positive"),
+        ({"name": "lenet", "num_classes": 0}, "num_classes must be a whole number >= 1, got 0"),
+        ({"name": "lenet", "width": 0.0}, "width must be a finite number > 0"),
         ({"name": "lstm", "layers": 0}, "layers must be positive, got 0"),
     ],
 )
