@@ -61,11 +61,12 @@ def _parsed(path: Path) -> dict[str, Any]:
     if path.suffix == ".toml":
         return tomllib.loads(text)
     content = json.loads(text)
-    if not isinstance(content, dict) or "typed" not in content:
+    typed = content.get("typed") if isinstance(content, dict) else None
+    if not isinstance(typed, dict) or not isinstance(typed.get("options"), dict):
         raise ValueError(
             "it is no TOML file (name.toml), and no config.json of a run of the command line"
         )
-    return {"command": content["typed"]["command"], **content["typed"]["options"]}
+    return {"command": typed.get("command"), **typed["options"]}
 
 
 def _defaults(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,10 +45,17 @@ def rerun(
             typer.echo(f"{name}: {now} here, {there[name]} in {folder}")
     out = out or folder.with_name(f"{folder.name}-rerun")
     typed = config.get("typed", {})
-    if typed.get("command") == config.get("command") and typed["command"] in COMMANDS:
-        options: dict[str, Any] = {**typed["options"], "out": out}
-        TYPED.set({"command": typed["command"], "options": options})
-        COMMANDS[typed["command"]](**options)
+    name, told = str(typed.get("command")), typed.get("options")
+    if name == config.get("command") and name in COMMANDS and isinstance(told, dict):
+        options: dict[str, Any] = {**told, "out": out}
+        other = options.keys() - inspect.signature(COMMANDS[name]).parameters.keys()
+        if other:
+            raise UserError(
+                f"{folder} is of another version: `fisherlab {name}` takes no "
+                f"{', '.join(sorted(other))}"
+            )
+        TYPED.set({"command": name, "options": options})
+        COMMANDS[name](**options)
     elif config.get("command") == "train":
         TYPED.set(None)
         train.trained(train.training.Settings.load(folder), out)

@@ -41,6 +41,8 @@ Candidate = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[st
 
 # The share of a block's trace that rounding may hide before a row says so.
 TRACE_BELOW_ROUNDING = 1e-3
+# The share of its step that may lie there.
+UNSURE_STEP = 0.01
 
 
 class LayerMeasurement:
@@ -184,7 +186,8 @@ class LayerMeasurement:
                 found, at, step = self._retried(
                     self._damped, maker, X, near, reference, share * unit
                 )
-                row |= found
+                doubt = found.pop("note", "")
+                row |= found | {"note": "; ".join(filter(None, (note, doubt)))}
                 self._retried(at.add, row, step, share * unit)
                 rows.append(row)
             except BlockError as error:
@@ -313,6 +316,9 @@ class LayerMeasurement:
             "solve_seconds": inverted + seconds,
             "clamped": X.clamped,
         }
+        # a root cuts eigenvalues as rounding, and 1 / damping stands for what they were
+        if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE_STEP:
+            found["note"] = f"up to {min(share, 1.0):.1%} of its step {ROUNDING}"
         return found, at, -product
 
     def _preconditioner(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,17 @@ from torch import Tensor
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.direct_sum import parts_of
-from fisherlab.blocks.numerics import RANK_TOLERANCE, dot, is_rounding
+from fisherlab.blocks.numerics import RESIDUAL_EPS, dot, is_rounding
 from fisherlab.comparison.table import STEP_ROUNDING
 from fisherlab.metrics.direction import Step
 
 # The share of the exact step that rounding may make before a row says so.
 STEP_BELOW_ROUNDING = 0.01
+
+# Up to this many eps of the gradient, times the root of its entries, a part of it is rounding.
+ROUNDING_OF_FEW = 8.0
+# An inverse this near to 1 / damping is that of an eigenvalue zero.
+AT_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,22 @@ class RotatedGradient:
         return cls(block, rotated, holds, time.perf_counter() - start)
 
     def product(self, P: Eigen, gradient: Tensor, damping: float) -> Tensor:
-        """`P g`. If the part of `g` where the block is zero is rounding, it counts as zero.
-
-        An eigenvalue is zero up to rounding of the largest; `P` is 1 / damping there.
-        """
+        """`P g`. If the part of `g` where `P` is 1 / damping is rounding, it counts as zero."""
         if not self.holds:
             return P.times(gradient, self.rotated)
         spectrum, rotated = P.spectrum.to(P.dtype), self.rotated
-        values = 1 / P.spectrum.double() - damping
-        floor = RANK_TOLERANCE * torch.finfo(P.dtype).eps * values.amax()
-        zero = (values <= floor) & (spectrum * damping >= 0.5)
-        rest = rotated.masked_fill(~zero, 0)
-        if is_rounding(dot(rest, rest), dot(rotated, rotated), rotated.dtype):
+        rest = rotated.masked_fill(spectrum * damping < 0.5, 0)
+        # the rounding of few numbers is small: more than it is the gradient's own, in raw units
+        share = min(1.0, ROUNDING_OF_FEW * math.sqrt(rotated.numel()) / RESIDUAL_EPS)
+        if is_rounding(dot(rest, rest), share**2 * dot(rotated, rotated), rotated.dtype):
             rotated = rotated - rest
         return P.from_bases(spectrum * rotated)
+
+    def share_at_zero(self, P: Eigen, damping: float) -> float:
+        """The share of `P g`, rounding included, in directions where the block is zero."""
+        step = P.spectrum.double() * self.rotated.double()
+        inside = step.masked_fill(P.spectrum.double() * damping < 1 - AT_ZERO, 0)
+        return float(inside.norm() / step.norm().clamp(min=1e-300))
 
 
 class ExactReference:
@@ -107,6 +115,13 @@ class ExactReference:
         else:
             result = P @ gradient if X is None else X.solve(gradient, damping)
         return result, time.perf_counter() - start + shared
+
+    def share_at_zero(self, P: Block, damping: float) -> float:
+        """The share of a product that was made, where its block is zero; 0 where not known."""
+        if not isinstance(P, Eigen):
+            return 0.0
+        key = id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()
+        return self._bases[key].share_at_zero(P, damping) if key in self._bases else 0.0
 
     def add(self, row: dict[str, Any], ours: Tensor, damping: float) -> None:
         """A step whose worth is still missing in its row."""

@@ -178,7 +178,7 @@ class Comparison:
             return ""
         names, layers = rows["approximation"].unique(), rows["layer"].nunique()
         return (
-            f"Of {', '.join(names)}, part of the trace {ROUNDING} (see `note`, "
+            f"Of {', '.join(names)}, part of the trace or of the step {ROUNDING} (see `note`, "
             f"{layers} layer{'s' * (layers > 1)})."
         )
 

@@ -151,19 +151,23 @@ def _title(run: RunDir) -> str:
     what, name = config.get("command", "run"), run.folder.name
     on = f"{settings.get('model')} on {settings.get('data')}"
     if what == "train":
-        entries = [entry["label"] for entry in settings.get("entries", ())]
+        entries = [str(e.get("label")) for e in _listed(settings, "entries") if isinstance(e, dict)]
         return f"Training {on}: {few(entries)}"
     if what == "sweep":
         return f"Settings of {few(list(config.get('grid', {})))} for {on}"
     if what == "verify":
-        names = settings.get("names") or "all"
-        words = [] if names == "all" else [name.replace("_", " ") for name in names]
+        words = [str(name).replace("_", " ") for name in _listed(settings, "names")]
         claims = few(words) if words else "all papers"
         return f"Claims of {claims}" + (f" on {settings['on']}" if settings.get("on") else "")
     if what == "bench":
-        return f"Time and memory on {settings.get('device')}: {few(settings.get('parts', []))}"
+        return f"Time and memory on {settings.get('device')}: {few(_listed(settings, 'parts'))}"
     title = config.get("title")
     return f"Approximations of {title}" if what == "compare" and title else title or f"Run {name}"
+
+
+def _listed(settings: dict[str, Any], key: str) -> list[Any]:
+    found = settings.get(key)
+    return found if isinstance(found, list) else []
 
 
 def _sections(run: RunDir) -> Iterator[Section]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fisherlab import comparison, whole
+from fisherlab import comparison, doors, whole
 from fisherlab.metrics import GramStudy
 
 CONFIG = "config.json"
@@ -25,6 +25,14 @@ GRAMS = "grams.npz"
 
 # The command and all options of the command line; None in a program.
 TYPED: ContextVar[dict[str, Any] | None] = ContextVar("typed", default=None)
+
+
+# What pages and commands read of a config.json.
+FORM: dict[str, type] = {
+    **dict.fromkeys(("command", "title", "status"), str),
+    **dict.fromkeys(("settings", "grid", "typed", "versions"), dict),
+    "notes": list,
+}
 
 
 class RunDirError(ValueError):
@@ -90,7 +98,15 @@ class RunDir:
         path = self.folder / CONFIG
         if not path.is_file():
             raise RunDirError(f"{self.folder} holds no run: there is no {CONFIG} in it")
-        return whole.read_json(path, RunDirError)
+        found = whole.read_json(path, RunDirError)
+        for key, kind in FORM.items():
+            nothing = found.get(key) is None and (key not in found or kind is str)
+            if not nothing and not isinstance(found[key], kind):
+                raise RunDirError(
+                    f"{path} is damaged: its {key!r} is {doors.said(found[key])}, no "
+                    f"{kind.__name__}; run it again"
+                )
+        return found
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A table of the run; None if it has not been written."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import fisherlab as fl
 from fisherlab import blocks, comparison
-from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, work
+from fisherlab.blocks import BlockError, BlockTooLarge, columns, mini_block, roots, work
 from fisherlab.comparison import Interrupted, pool
 from fisherlab.comparison.measurement import LayerMeasurement
 from fisherlab.statistics import GroupedMoment, InputMoment, LeftMoment
@@ -862,3 +862,33 @@ def test_a_step_of_rounding_says_so(dtype):
     ordinary = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     table = fl.compare(model, criterion, ordinary, y, approximations=both)
     assert not table.frame["note"].str.contains("rounding").any()
+
+
+def in_two_dtypes(model, criterion, x, y, method):
+    """The rows of a method in float32 and in float64."""
+    for dtype in (torch.float32, torch.float64):
+        batch = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+        model = model.to(dtype)
+        yield fl.compare(
+            model, criterion, *batch, approximations=[method], fisher_type="empirical"
+        ).frame
+
+
+def test_a_gradient_in_raw_units_keeps_its_small_part_in_float32():
+    model, x = nn.Linear(4, 2), 1000 * torch.randn(12, 4)
+    nn.init.ones_(model.weight)
+    for method in ("ekfac", "kfac"):
+        single, double = in_two_dtypes(model, nn.MSELoss(), x, torch.zeros(12, 2), method)
+        assert (single.direction_cosine - double.direction_cosine).abs().max() < 1e-3
+
+
+def test_a_step_in_eigenvalues_that_a_root_cut_says_so(monkeypatch):
+    model, x = nn.Linear(12, 12).double(), torch.randn(40, 12).double()
+    x, y = x * torch.logspace(0, -4, 12), torch.zeros(40, 12).double()
+    asked = {"approximations": ["shampoo"], "fisher_type": "empirical"}
+    whole = fl.compare(model, nn.MSELoss(), x, y, **asked).frame
+    monkeypatch.setattr(roots, "_noise", lambda values: 1e-4 * values.max())
+    cut = fl.compare(model, nn.MSELoss(), x, y, **asked).frame
+    off = (cut.direction_cosine - whole.direction_cosine).abs() > 0.02
+    assert off.any() and cut.note[off].str.contains("of its step lies in eigenvalues").all()
+    assert not whole.note.str.contains("of its step").any()
