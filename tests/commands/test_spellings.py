@@ -76,7 +76,7 @@ WRONG = [
     ("kfac", "weight_sharing=some", "'expand' or 'reduce'"),
     ("kfac", "ema=other", "corrected, averaged, literal"),
     ("kfac", "preset=papr", "stable or paper"),
-    ("ifang", "rows=0", "at least 1"),
+    ("ifang", "rows=0", "a whole number >= 1"),
     ("ang", "path=line", "sphere, chord, sum"),
     ("sngd", "root=eigh", "unknown sngd option 'root'"),
     ("ekfac", "placement=eigenvalue", "unknown ekfac option 'placement'"),
