@@ -9,6 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from weakref import WeakValueDictionary
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
 
 import pandas as pd
 import torch
@@ -56,6 +62,48 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, stream)
         except RuntimeError as error:  # torch's zip writer says so of any write that fails
             raise OSError(errno.EIO, "cannot be written whole; is the disk full?") from error
+
+
+class FolderBusy(ValueError):
+    """A folder into which another process writes."""
+
+
+class Held:
+    """A folder that is this process's own until the object is gone, however the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderBusy(
+                f"another process writes into {folder}; wait for its end, or name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def __del__(self) -> None:
+        with suppress(OSError, AttributeError):
+            os.close(self._handle)
+
+
+_HELD: WeakValueDictionary[Path, Held] = WeakValueDictionary()
+
+
+def hold(folder: Path) -> Held | None:
+    """Keep other processes out of a folder for as long as the result lives.
+
+    Raises:
+        FolderBusy: another process is in it.
+    """
+    if fcntl is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    found = _HELD.get(key)
+    if found is None:
+        found = _HELD[key] = Held(folder)
+    return found
 
 
 def sweep_parts(folder: Path) -> None:

@@ -117,7 +117,7 @@ def _opened(path: Path, side: int | None, Image: Any) -> np.ndarray:
     try:
         with Image.open(path) as stream:
             image = stream.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # a damaged image, or one of too many pixels, fails in any way
         raise DatasetError(f"{path} cannot be read as an image: {error}") from None
     if side is not None:
         short = min(image.size)

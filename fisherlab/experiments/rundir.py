@@ -44,6 +44,7 @@ class RunDir:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._held: whole.Held | None = None
 
     def check(self, overwrite: bool = False, tables: tuple[str, ...] = ()) -> None:
         """Refuse a folder that is a file, or holds a run that may not be overwritten."""
@@ -58,7 +59,7 @@ class RunDir:
 
     def begin(self, config: dict[str, Any], tables: tuple[str, ...] = ()) -> None:
         """Clear what an earlier run left, and write down what this one is before it starts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held = whole.hold(self.folder)
         whole.sweep_parts(self.folder)
         for path in self._files(tables):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

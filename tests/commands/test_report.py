@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 from drawn import frame
 from typer.testing import CliRunner
 
-from fisherlab import comparison
+from fisherlab import comparison, whole
 from fisherlab.cli import app
 from fisherlab.experiments import pages, report
 from fisherlab.experiments.columns import MEANING
@@ -151,3 +153,23 @@ def test_the_command_rebuilds_and_refuses(tmp_path, table):
     assert missing.exit_code == 2 and "is not a folder" in missing.output
     config = json.loads((run.folder / "config.json").read_text())
     assert config["versions"]["fisherlab"] in out.read_text()
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom fisherlab import whole\n"
+        "held = whole.hold(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(whole.FolderBusy, match="another process writes into"):
+            RunDir(tmp_path).begin({"command": "compare"})
+        assert not list(tmp_path.iterdir())
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    run = RunDir(tmp_path)
+    run.begin({"command": "compare"})
+    RunDir(tmp_path).begin({"command": "compare"})  # this process's own

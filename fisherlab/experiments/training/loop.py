@@ -64,6 +64,7 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     """
     folder, watch = Path(folder), watch or Watch()
     _check_same(settings, folder)
+    _held = whole.hold(folder)  # until this function returns
     task = Task(settings)
     records = [Record(entry, seed) for seed in settings.seeds for entry in settings.entries]
     whole.sweep_parts(folder)
