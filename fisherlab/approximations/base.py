@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -176,7 +176,7 @@ class Approximation:
             BlockError: the value is unknown, or a field has the statistic of another value.
         """
         value, method = getattr(self, option), type(self).__name__
-        if not isinstance(value, str | int) or value not in choices:
+        if not isinstance(value, Hashable) or value not in choices:
             known = " or ".join(map(repr, choices))
             raise BlockError(f"{method}'s {option} is {known}, got {doors.said(value)}")
         for key, statistic in choices[value].items():
