@@ -85,10 +85,12 @@ def _of_sides(block: Block, damping: float, placement: str, pi: float | None) ->
     damping = check_damping(damping, block.dtype)
     if placement == "factored":
         ratio: Any = trace_ratio_pi(block) if pi is None else doors.number(pi, "pi", above=0.0)
-        if isinstance(ratio, Tensor) and together() is None:
-            ratio = float(ratio)
+        later = isinstance(ratio, Tensor) and together() is not None
+        ratio = ratio if later else float(ratio)
         root = damping.sqrt() if isinstance(damping, Tensor) else math.sqrt(damping)
-        return root / ratio, root * ratio
+        # not `root * (1 / ratio)`, as a number over a tensor is
+        over = torch.as_tensor(root, dtype=torch.float64).to(ratio) if later else root
+        return over / ratio, root * ratio
     return (damping, damping) if placement == "factorwise" else None
 
 

@@ -404,12 +404,52 @@ class Columns:
         return (self.g @ self.g.mT).sum(0)
 
 
+# Bytes of float64 gradients above which they are converted anew in every product.
+STREAMED = 64 * 1024**2
+
+
 class Doubled(Columns):
-    """Columns converted to float64. Their Gram matrix is the original's, in float64 already."""
+    """Columns converted to float64 where they are asked for, large gradients in every product.
+
+    Their Gram matrix is the original's, in float64 already.
+    """
 
     def __init__(self, single: Columns) -> None:
-        super().__init__(single.a.double(), single.g.double(), single.room)
-        self.single = single
+        self.single, self.room = single, single.room
+        self.shape, self.sizes, self.device = single.shape, single.sizes, single.device
+
+    @cached_property
+    def a(self) -> Tensor:  # type: ignore[override]
+        """`[n, t, i]`."""
+        return self.single.a.double()
+
+    @cached_property
+    def g(self) -> Tensor:  # type: ignore[override]
+        """`[m, n, t, o]`."""
+        return self.single.g.double()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return torch.float64
+
+    @property
+    def positions(self) -> int:
+        return self.single.positions
+
+    @property
+    def _streamed(self) -> bool:
+        formed = self.single.formed
+        return formed is not None and 8 * formed.numel() > STREAMED
+
+    def project(self, V: Tensor, exact: bool = False) -> Tensor:
+        return self.single.project(V, True) if self._streamed else super().project(V, exact)
+
+    def combine(self, weights: Tensor, exact: bool = False) -> Tensor:
+        return (
+            self.single.combine(weights, True)
+            if self._streamed
+            else super().combine(weights, exact)
+        )
 
     @cached
     def formed(self) -> Tensor | None:
@@ -475,7 +515,8 @@ def span_of(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     flat = rows.reshape(-1, rows.shape[-1])
     if not few(*flat.shape):
         return None
-    entries = flat.count_nonzero(1)
+    # a count that makes no copy of all entries
+    entries = torch.linalg.vector_norm(flat, 0, 1)
     sparse = entries <= SPARSE * flat.shape[1]
     features = flat[sparse].any(0).nonzero()[:, 0]
     # a basis has at least one vector, of rows that are all zero as well

@@ -11,7 +11,7 @@ multiplications; the counts stand beside the choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,6 +63,24 @@ def slices(length: int, bytes_each: int, like: Tensor | None = None) -> Iterator
     step = max(1, int(room // max(1, bytes_each)))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """`torch.cat(parts, axis)`: without a copy of parts that lie so in one tensor."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    kinds = {(x.stride(), x.untyped_storage().data_ptr(), x.dtype) for x in parts}
+    others = {(x.shape[:axis], x.shape[axis + 1 :]) for x in parts}
+    step, start, lying = first.stride(axis), first.storage_offset(), len(kinds | others) == 2
+    for part in parts:
+        lying &= step > 0 and part.storage_offset() == start
+        start += part.shape[axis] * step
+    if not lying:
+        return torch.cat(list(parts), axis)
+    length = sum(part.shape[axis] for part in parts)
+    shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
+    return first.as_strided(shape, first.stride(), first.storage_offset())
 
 
 def _sizes(a: Tensor, g: Tensor) -> tuple[int, int, int, int, int]:

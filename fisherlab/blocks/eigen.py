@@ -59,7 +59,7 @@ class Complement:
     @property
     def at_hand(self) -> tuple[bool, Tensor | None]:
         """`zero` and `level`, or that neither is known while reads of the device wait."""
-        if together() is None:
+        if together() is None or not self.values:
             return self.zero, self.level
         return vars(self).get("zero", False), vars(self).get("level")
 
@@ -255,7 +255,10 @@ class Eigen(Block):
             return spectrum_power(values, exponent, damping, name)
 
         rest = self.complement.mapped(powered)
-        return Eigen(self.Q_G, self.Q_A, powered(self.spectrum), rest.G, rest.A, rest.both)
+        found = Eigen(self.Q_G, self.Q_A, powered(self.spectrum), rest.G, rest.A, rest.both)
+        # which knows its level
+        found.complement = rest
+        return found
 
     def quadratic(self, V: Tensor) -> Tensor:
         rotated = (self.Q_G.mT @ V @ self.Q_A).double().square()

@@ -74,10 +74,10 @@ class OfColumns(Block):
     @property
     def operations(self) -> int:
         """Multiplications in one product with a matrix."""
-        m, n, t, o = self.g.shape
+        (m, n), t, (o, i) = self.columns.sizes, self.columns.positions, self.shape
         if self.columns.formed is not None:
             return 2 * self.num_columns * self.size
-        return 2 * n * t * o * (self.shape[1] + m)
+        return 2 * n * t * o * (i + m)
 
     def gram(self) -> Tensor:
         """`K = U^T U`, `[R, R]` in float64, without the `1/M`; computed once."""

@@ -24,6 +24,9 @@ from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.rows import order, take, whole_rows
 from fisherlab.extract.tape import Call
 
+# Bytes of a weight's gradients from which on those of several calls lie in one tensor.
+LARGE = 64 * 1024**2
+
 
 @dataclass(frozen=True)
 class Form:
@@ -184,10 +187,10 @@ def capture_of(
         columns: gives each call's output gradients `[m, n, ...]`; None for the labels alone.
         rest: further fields of the captures.
     """
-    label = tuple(part.gradient(labels(part.call)[None])[0] for part in parts)
+    label = side_by_side(tuple(part.gradient(labels(part.call)[None])[0] for part in parts), 1)
     found = None
     if columns is not None:
-        found = tuple(part.gradient(columns(part.call)) for part in parts)
+        found = side_by_side(tuple(part.gradient(columns(part.call)) for part in parts), 2)
     inputs = tuple(_as(part.raw_input, g) for part, g in zip(parts, label, strict=True))
     outputs = None
     if not any(part.sums or part.call.output is None for part in parts):
@@ -210,6 +213,18 @@ def capture_of(
             **rest,
         )
     return captured
+
+
+def side_by_side(parts: tuple[Tensor, ...], axis: int) -> tuple[Tensor, ...]:
+    """Rows `[..., t, o]` of several calls as views of one tensor, if they are large and alike.
+
+    Whoever joins them along `axis` then needs no second copy of them all (`contractions.joined`).
+    """
+    alike = len({(x.ndim, x.shape[:axis], x.shape[axis + 1 :], x.dtype) for x in parts}) == 1
+    large = sum(x.numel() * x.element_size() for x in parts) >= LARGE
+    if len(parts) < 2 or not alike or parts[0].ndim != axis + 2 or not large:
+        return parts
+    return torch.cat(parts, axis).split([x.shape[axis] for x in parts], axis)
 
 
 def _as(raw: Tensor, gradients: Tensor) -> Tensor:

@@ -163,14 +163,14 @@ class LayerCapture:
         """`g` `[m, n, t, o]` of the per-example loss, the column scale inside."""
         raw = self._present("raw_output_gradients", "output_gradients")
         calls = [map_.outputs(x, 2) for map_, x in self.calls(raw)]
-        return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 2))
+        return self._scaled(contractions.joined(calls, 2))
 
     @property
     def label_gradients(self) -> Tensor:
         """`g` `[n, t, o]` of the per-example loss at the observed labels."""
         raw = self._present("raw_label_gradients", "label_gradients")
         calls = [map_.outputs(x) for map_, x in self.calls(raw)]
-        return self._scaled(calls[0] if len(calls) == 1 else torch.cat(calls, 1))
+        return self._scaled(contractions.joined(calls, 1))
 
     @property
     def label_gradient_sum(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Layers of many outputs: everything is measured in the few dimensions that their columns span."""
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -157,3 +158,35 @@ def test_blocks_within_the_space_of_their_outputs(generator):
     assert Eigen(Q_G, Q_A, spectrum).restricted_to(space) is not None
     for tails in ({"tail_G": draw(2)}, {"tail_A": draw(2)}, {"tail": draw(())}):
         assert Eigen(Q_G, Q_A, spectrum, **tails).restricted_to(space) is None
+
+
+def test_the_roles_of_a_large_weight_lie_in_one_tensor(monkeypatch):
+    """The table has the same digits, and the columns are no copy of the capture's gradients."""
+    model = Language(tied=True)
+    x = torch.randint(60, (3, 4), generator=torch.Generator().manual_seed(0))
+    names, found = ("kfac", "ekfac", "diagonal"), []
+    for large in (2**40, 0):
+        monkeypatch.setattr("fisherlab.extract.assemble.LARGE", large)
+        layer = fl.capture(model, CE, x, x, fisher_type="mc", layers=["words.weight"])
+        g = layer["words"].output_gradients
+        first = layer["words"].raw_output_gradients[0]
+        assert (g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()) == (not large)
+        table = fl.compare(
+            *(model, CE, x, x),
+            **{"fisher_type": "mc", "layers": ["words"], "approximations": names},
+        ).frame
+        found.append(table[[c for c in table if "seconds" not in c]])
+    pd.testing.assert_frame_equal(*found, check_exact=True)
+
+
+def test_float64_columns_of_large_gradients_are_made_a_part_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    a, g = (torch.randn(*s, generator=generator) for s in ((5, 9, 4), (1, 5, 9, 3)))
+    whole, streamed = (fl.blocks.Outer(a, g).double for _ in range(2))
+    V = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    assert whole.columns.formed is not None
+    expected = whole @ V
+    monkeypatch.setattr("fisherlab.blocks.columns.STREAMED", 0)
+    torch.testing.assert_close(streamed @ V, expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(streamed.solve(V, 0.1), whole.solve(V, 0.1), rtol=1e-11, atol=1e-11)
+    assert not {"g", "_cached formed"} & vars(streamed.columns).keys()
