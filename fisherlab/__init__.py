@@ -34,13 +34,14 @@ if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a n
     )
     from fisherlab.extract.support import support
     from fisherlab.heap import keep_freed_memory
+    from fisherlab.storing import load, save
 
 __version__ = "0.1.0"
 
 PARTS = (
     "adapters", "approximations", "auditing", "blocks", "callbacks", "claims", "comparison",
     "datasets", "distributed", "experiments", "extract", "metrics", "models", "monitoring",
-    "network", "optim", "plots", "statistics", "testing",
+    "network", "optim", "plots", "statistics", "storing", "testing",
 )  # fmt: skip
 # `import fisherlab` imports nothing else, not even torch: `fisherlab --version` answers at once.
 HOMES = {
@@ -74,9 +75,11 @@ HOMES = {
     "capture": "extract",
     "compare": "comparison",
     "keep_freed_memory": "heap",
+    "load": "storing",
     "register_criterion": "extract",
     "register_product": "extract",
     "reproduce": "experiments.reproduce",
+    "save": "storing",
     "support": "extract.support",
 }
 
@@ -129,8 +132,10 @@ __all__ = [
     "compare",
     "distributed",
     "keep_freed_memory",
+    "load",
     "metrics",
     "register_criterion",
     "register_product",
+    "save",
     "support",
 ]

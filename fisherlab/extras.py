@@ -25,6 +25,7 @@ PACKAGES = {
     "psutil": "fisherlab[cli]",
     "pyarrow": "fisherlab[cli]",
     "rich": "fisherlab[cli]",
+    "safetensors": "fisherlab[data]",
     "sacrebleu": "fisherlab[data]",
     "seaborn": "fisherlab[plots]",
     "sklearn": "fisherlab[data]",

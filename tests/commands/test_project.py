@@ -27,7 +27,16 @@ ROWS = [
     {"statistics"},
     {"approximations", "adapters"},
     {"comparison", "network", "optim"},
-    {"auditing", "callbacks", "claims", "experiments", "monitoring", "plots", "testing"},
+    {
+        "auditing",
+        "callbacks",
+        "claims",
+        "experiments",
+        "monitoring",
+        "plots",
+        "storing",
+        "testing",
+    },
     {"cli", "commands"},
 ]
 WITHIN = {

@@ -18,7 +18,7 @@ class Without:
         self.finder = finder
 
     def find_spec(self, name, *args):
-        gone = name.partition(".")[0] in {*PACKAGES, "safetensors"}
+        gone = name.partition(".")[0] in PACKAGES
         return None if gone else self.finder.find_spec(name, *args)
 
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
