@@ -27,6 +27,7 @@ PACKAGES = {
     "optim": "The same definitions as optimizers",
     "auditing": "The state of a running optimizer as blocks",
     "monitoring": "The same during a training loop, every so many steps",
+    "storing": "Captures, blocks and tables on the disk",
     "adapters": "Other libraries' approximations as blocks of ours",
     "testing": "The laws as a kit, for methods of your own",
     "plots": "Tables to figures",
