@@ -189,6 +189,8 @@ def _say(results: training.Results, out: Path, target: float | None = None) -> N
     for line in _shortened(summary, results.settings.entries):
         say(line)
     say(_trained(results))
+    if results.covered:
+        say(results.covered)
     show(_readable(summary), f"{results.metric.capitalize()} on the test set", rest="summary.csv")
     if target is not None and "final" in summary:
         show(results.reaching(target), f"To a {results.metric} of {target:g} on the test set")
@@ -214,8 +216,8 @@ def _trained(results: training.Results) -> str:
     seeds, epochs = len(of.seeds), of.epochs
     return (
         f"{of.model} on {card.name}: {epochs} epoch{'s' * (epochs != 1)} of "
-        f"{results.steps_per_epoch:,} steps with {of.batch_size} examples, "
-        f"{seeds} seed{'s' * (seeds != 1)}, {of.dtype}."
+        f"{results.steps_per_epoch:,} steps with {results.batch_size} of {results.examples:,} "
+        f"training examples, {seeds} seed{'s' * (seeds != 1)}, {of.dtype}."
     )
 
 

@@ -42,6 +42,8 @@ def test_train_prints_a_table_and_leaves_pictures(tmp_path):
     assert "±" in result.stdout and "×SGD" in result.stdout
     assert "wild (diverged): step 1, layer" in result.stdout
     assert "[10/10] fngd_control, seed 1: done" in result.stderr
+    assert "with 64 of 192 training examples" in " ".join(result.stdout.split())
+    assert "100.0% by " in result.stdout and "(empirical Fisher)" in result.stdout
     for name in ("curves", "cost", "comparisons"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "fngd_control" in (tmp_path / "report.html").read_text()

@@ -65,6 +65,9 @@ COLUMNS = {
     "train_cpu_seconds": "seconds of the processor in steps so far",
     "peak_memory_bytes": "peak of the allocator (GPU) or of the process (Linux) in the epoch",
     "state_bytes": "tensors in the optimizer's state_dict",
+    "covered_share": "share of the trainable parameters that have a block; the rest takes plain "
+    "steps; empty for an optimizer without blocks",
+    "fisher_type": "labels of the gradients that blocks are made of; empty where none is recorded",
 }
 
 
@@ -75,7 +78,8 @@ class Results:
         self.settings, self.records = task.settings, records
         self.card, self.metric = task.card, task.metric
         self.higher_is_better = task.metric in HIGHER_IS_BETTER
-        self.steps_per_epoch = task.steps_per_epoch
+        self.steps_per_epoch, self.batch_size = task.steps_per_epoch, task.batch_size
+        self.examples = len(task.x)
         self.interrupted = False
 
     @property
@@ -187,7 +191,22 @@ class Results:
             "clipped_share": epochs["clipped_share"].astype(float).mean(),
             "peak_memory_bytes": rows["peak_memory_bytes"].max(),
             "state_bytes": rows["state_bytes"].max(),
+            "covered_share": last["covered_share"].astype(float).min(),
+            "fisher_type": str(last["fisher_type"].fillna("").iloc[0]),
         }
+
+    @property
+    def covered(self) -> str:
+        """How many parameters have a block: a sentence for the table of `summary`; "" for none."""
+        summary = self.summary()
+        if "covered_share" not in summary:
+            return ""
+        known = summary.dropna(subset=["covered_share"])
+        parts = []
+        for (share, kind), mine in known.groupby(["covered_share", "fisher_type"], sort=False):
+            labels = f" ({kind} Fisher)" if kind else ""
+            parts.append(f"{share:.1%} by {', '.join(mine['optimizer'])}{labels}")
+        return f"Parameters with a block: {'; '.join(parts)}." if parts else ""
 
     def reaching(self, target: float) -> pd.DataFrame:
         """Where each optimizer first has the metric: epoch, step, seconds; means over the seeds.

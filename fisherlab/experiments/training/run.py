@@ -151,6 +151,8 @@ class Run:
                 **self._of_processor(),
                 "peak_memory_bytes": math.nan if peak is None else float(peak),
                 "state_bytes": state,
+                "covered_share": getattr(self.optimizer, "covered_share", math.nan),
+                "fisher_type": self._fisher_type(),
             }
         )
 
@@ -162,6 +164,12 @@ class Run:
             "train_cpu_seconds": self.cpu_seconds,
         }
         return found if self.task.x.device.type == "cpu" else dict.fromkeys(found, math.nan)
+
+    def _fisher_type(self) -> str:
+        """The labels behind the optimizer's gradients; "" where no recorded gradient is used."""
+        preconditioner = getattr(self.optimizer, "preconditioner", None)
+        recorder = getattr(preconditioner, "recorder", None)
+        return recorder.fisher_type if getattr(recorder, "gradients", False) else ""
 
     def step(self, indices: Tensor, x: Tensor, y: Tensor) -> float:
         """One step on one batch; returns its loss, before the step."""
