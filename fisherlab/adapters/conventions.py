@@ -162,8 +162,8 @@ traces, diagonals and spectral densities.
 
 ## Not run here
 
-* **bergson** 2.5.1 asks for torchvision, torchaudio and bitsandbytes, which cannot all be imported
-  beside torch 2.13 on a processor, so that there is no adapter. Its `tkfac`, as its source has it,
+* **bergson** 2.5.1 was not run, so there is no adapter: it requires torchvision, whose wheel does
+  not load beside the torch of the constraints. Its `tkfac`, as its source has it,
   adds `tr(sum g g^T) sum a a^T` of each batch: KFAC's `A` times one number a batch, where TKFAC
   weighs each example by its own `|g|^2`. A test on that formula has the cosine to KFAC's `A` at 1.
 * **ASDL** is the package `asdfghjkl` (0.1a5); the one that is called `asdl` is another project's.
