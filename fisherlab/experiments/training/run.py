@@ -168,8 +168,10 @@ class Run:
     def _fisher_type(self) -> str:
         """The labels behind the optimizer's gradients; "" where no recorded gradient is used."""
         preconditioner = getattr(self.optimizer, "preconditioner", None)
-        recorder = getattr(preconditioner, "recorder", None)
-        return recorder.fisher_type if getattr(recorder, "gradients", False) else ""
+        if preconditioner is None or preconditioner.recorder is None:
+            return ""
+        needs = preconditioner.recorder.needs
+        return needs.fisher_type if needs.gradients else ""
 
     def step(self, indices: Tensor, x: Tensor, y: Tensor) -> float:
         """One step on one batch; returns its loss, before the step."""
