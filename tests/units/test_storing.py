@@ -76,7 +76,7 @@ def test_every_approximation_comes_back_to_the_bit(batch, tmp_path):
         assert same(fl.blocks.to_dict(block), fl.blocks.to_dict(again[name])), name
         # a factor's thin basis is made anew from its matrix
         ours, theirs = block.solve(V, 0.1), again[name].solve(V, 0.1)
-        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_a_table_comes_back(batch, tmp_path):
