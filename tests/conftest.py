@@ -43,6 +43,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"in random order: FISHERLAB_ORDER={ORDER}")
 
 
+# folders that torch and pytest itself make, once per process
+THEIRS = ("torchinductor_", "pytest-of-")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def temporary(tmp_path_factory) -> Iterator[Path]:
     """Where temporary files go, in this process and in those that tests start."""
@@ -60,7 +64,7 @@ def nothing_left(temporary) -> Iterator[None]:
     before = set(temporary.iterdir())
     yield
     new = {path.name for path in set(temporary.iterdir()) - before}
-    left = sorted(name for name in new if not name.startswith("torchinductor_"))  # torch's own
+    left = sorted(name for name in new if not name.startswith(THEIRS))
     assert not left, f"left in the folder of temporary files: {left}"
 
 

@@ -146,22 +146,23 @@ HEAD = """# Defaults
 
 `fl.optim.create(name, model)` and `fisherlab train` take these where nothing else is said. One rule
 is behind all of them: damping `c tr F / sqrt(N)` per layer (`damping.geometric(c)`), a learning
-rate that decides the step's length, momentum 0.6, and `kl_clip` as a guard against divergence,
-which grows over the first 20 steps. Factors of 3 in the learning rate are different runs.
+rate that decides the step's length, and momentum 0.6. `kl_clip` is a guard against divergence that
+grows over the first 20 steps. Factors of 3 in the learning rate are different runs.
 
-Training loss, the mean over the last fifth of the steps (each before its step), and in parentheses
-the loss on held-out examples; mean over the seeds in `data/results/defaults.csv`, whose number
-stands at each task. *old* are the defaults of commit 1ef8e6a, in which `kl_clip` (1e-5 to 1e-4)
-shortened nearly every step. **Bold**: the new loss is above the old one by more than the standard
-error of the difference. *clipped*: share of the new run's steps after the 20th. The settings were
-chosen on seeds 7, 8 and 9, which are not in the table. Two looked at it: eva's were chosen on seed
-0, and kronecker_sum's again on seed 7 after its first rows here were poor.
+The tables hold the training loss, the mean over the last fifth of the steps (each before its step),
+and in parentheses the loss on held-out examples. Both are means over the seeds in
+`data/results/defaults.csv`; their number stands at each task. *old* are the defaults of commit
+1ef8e6a, in which `kl_clip` (1e-5 to 1e-4) shortened nearly every step. **Bold**: the new loss is
+above the old one by more than the standard error of the difference. *clipped*: share of the new
+run's steps after the 20th. The settings were chosen on seeds 7, 8 and 9, which are not in the
+table. Two looked at it: eva's were chosen on seed 0, and kronecker_sum's again on seed 7 after its
+first rows here were poor.
 
-What limits a common rule: the noise in `q = lr^2 <direction, gradient>` is `lr^2` times the number
-of eigenvalues above the damping over the batch: 2e-4 on digits, 1e-2 on LeNet for kfac at lr 0.01.
-With momentum 0.9 the velocity outlives the early curvature of a LeNet, which grows 10^4-fold in ten
-steps; 0.6 lets one learning rate serve both. SNGD has no output gradients and Eva's damping is in
-its factors: their `q` is not on the scale of `F`, so no common bound fits it. ANG takes the
+A common rule is limited by noise. The noise in `q = lr^2 <direction, gradient>` is `lr^2` times the
+number of eigenvalues above the damping over the batch: 2e-4 on digits, 1e-2 on LeNet for kfac at lr
+0.01. With momentum 0.9 the velocity outlives the early curvature of a LeNet, which grows 10^4-fold
+in ten steps; 0.6 lets one learning rate serve both. SNGD has no output gradients, and Eva's damping
+is in its factors. Their `q` is not on the scale of `F`, so no common bound fits it. ANG takes the
 gradient's direction at the natural length, and Fisher's diagonal knows no coupling: a LeNet at its
 start throws both off.
 
@@ -181,9 +182,9 @@ def _missed(rows: pd.DataFrame) -> str:
         behind += [f"{where} ({', '.join(worse)})"] * bool(worse)
         bound += [f"{where} ({', '.join(tight)})"] * bool(tight)
     return (
-        f"What these defaults do not reach. Behind the old ones: {'; '.join(behind)}. A tenth of "
-        f"the steps or more shortened, so that a factor in the learning rate changes less: "
-        f"{'; '.join(bound)}.\n"
+        f"These defaults fall short in some places. Behind the old ones: {'; '.join(behind)}. A "
+        "tenth of the steps or more are shortened, so that a factor in the learning rate changes "
+        f"less, in: {'; '.join(bound)}.\n"
     )
 
 

@@ -71,6 +71,10 @@ class Block(ABC):
         """`N = o i`, the number of parameters and the side of the dense matrix."""
         return self.shape[0] * self.shape[1]
 
+    def look(self) -> Block:
+        """The block, which has looked now at the values that choose how products are taken."""
+        return self
+
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         """`(F + damping I)^exponent` as a block; exponent -1 is the damped inverse."""
         return Dense(self.dense(), self.shape).power(exponent, damping)

@@ -246,6 +246,10 @@ class Eigen(Block):
         near = Eigen(C_G, C_A, self.spectrum, self.tail_G, self.tail_A)
         return near if self._factor_values is None else near.of_factors(*self._factor_values)
 
+    def look(self) -> Block:
+        _ = self.complement.zero, self.complement.level
+        return self
+
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent == 1 and damping == 0:
             return self

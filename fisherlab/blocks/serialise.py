@@ -110,4 +110,4 @@ def from_dict(state: dict[str, Any]) -> Block:
         elif isinstance(value, list):
             value = [from_dict(part) for part in value]
         values.append(value)
-    return form(*values)
+    return form(*values).look()

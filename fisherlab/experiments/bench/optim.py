@@ -12,7 +12,7 @@ turn hide that (an SNGD that kept its gradients: 18,000 page faults a step in sl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import models, optim
+from fisherlab.approximations import Approximation
+from fisherlab.blocks import Block
 from fisherlab.experiments.bench.setting import OURS, Setting, title
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.natural_gradient import NaturalGradient
@@ -110,19 +112,31 @@ class Counter:
                     for method in ("update", "refresh_basis", "correct"):
                         self._count(part.running, method)
             self.layers = len(parts)
-            self._count(optimizer.approximation, "damped", frozen=True)
+            self._count_damped(optimizer.approximation)
         elif isinstance(optimizer, FNGD):
             self.layers = len(optimizer.weights)
             self._count(optimizer, "solve")
 
-    def _count(self, owner: object, method: str, frozen: bool = False) -> None:
+    def _add(self, name: str, number: int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + number
+
+    def _count(self, owner: object, method: str) -> None:
         inner = getattr(owner, method)
 
         def counted(*args: Any, **options: Any) -> Any:
-            self.counts[method] = self.counts.get(method, 0) + 1
+            self._add(method)
             return inner(*args, **options)
 
-        (object.__setattr__ if frozen else setattr)(owner, method, counted)
+        setattr(owner, method, counted)
+
+    def _count_damped(self, approximation: Approximation) -> None:
+        inner = approximation.damped_each
+
+        def counted(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Block]:
+            self._add("damped", len(blocks))
+            return inner(blocks, dampings)
+
+        object.__setattr__(approximation, "damped_each", counted)  # which is frozen
 
     def per_layer(self) -> dict[str, float]:
         """The changes of each state, over the layers."""

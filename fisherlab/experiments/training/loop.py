@@ -64,9 +64,9 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     """
     folder, watch = Path(folder), watch or Watch()
     _check_same(settings, folder)
-    _held = whole.hold(folder)  # until this function returns
     task = Task(settings)
     records = [Record(entry, seed) for seed in settings.seeds for entry in settings.entries]
+    _held = whole.hold(folder)  # until this function returns
     whole.sweep_parts(folder)
     for record in records:
         record.restore(folder, settings)
