@@ -13,4 +13,5 @@ KINDS = (
     "files",
     "around",
     "library",
+    "commands",
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from typer.testing import CliRunner
 
 from fisherlab import cli
@@ -54,9 +55,8 @@ def commands() -> dict[tuple[str, ...], Any]:
 
 def parameters(command: Any) -> list[Any]:
     """The options and arguments of a command."""
-    return [
-        one for one in command.get_params(command.make_context("x", [], resilient_parsing=True))
-    ]
+    context = command.make_context("x", [], resilient_parsing=True)
+    return list(command.get_params(context))
 
 
 def typed(draw: random.Random) -> Case:
@@ -106,7 +106,10 @@ def ended(words: list[str]) -> tuple[int, str]:
             (Path(folder) / "file").write_text("no table")
             (Path(folder) / "binary").write_bytes(bytes(range(256)))
             given = [word.format(file="file", folder=".", binary="binary") for word in words]
-            result = CliRunner().invoke(cli.app, given)
+            state = random.getstate()
+            with torch.random.fork_rng():  # a command's process is its own
+                result = CliRunner().invoke(cli.app, given)
+            random.setstate(state)
             text = result.output
             for log in Path(folder).glob("fisherlab-*.log"):
                 text += log.read_text()

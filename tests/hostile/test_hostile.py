@@ -19,6 +19,7 @@ FEW = {
     "files": 10,
     "around": 30,
     "library": 60,
+    "commands": 20,
 }
 
 
