@@ -47,7 +47,7 @@ class Shampoo(Approximation, name="shampoo"):
     right: Statistic = BY_OPTION
 
     def __post_init__(self) -> None:
-        if self.form not in ("root", "squared"):
+        if not isinstance(self.form, str) or self.form not in ("root", "squared"):
             raise BlockError(f"Shampoo's form is 'root' or 'squared', got {self.form!r}")
         self._choose("statistics", {"per_example": PER_EXAMPLE, "gradient": GRADIENT})
 

@@ -254,6 +254,7 @@ def _ok(bad: Tensor, key: str) -> bool:
 SOLO = {
     "gram_correlation",
     "zero_gradients",
+    "spectral_density",
     "diagonal_share",
     "example_coefficients",
     "spectral_gap",

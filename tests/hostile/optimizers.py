@@ -395,11 +395,12 @@ def damage(draw: random.Random, state: dict[str, Any]) -> str:
 def together(draw: random.Random) -> Case:
     """Optimizers of several models, at once in threads, step as each does alone."""
     names = [draw.choice(NAMES) for _ in range(3)]
-    seeds = [draw.randrange(100) for _ in names]
+    # torch's random stream, from which weights are drawn, is one for all threads
+    starts = [net(draw.randrange(100)) for _ in names]
     batches = [[batch(draw) for _ in range(3)] for _ in names]
 
     def run(k: int) -> list[object]:
-        model = net(seeds[k])
+        model = copy.deepcopy(starts[k])
         optimizer = fl.optim.create(names[k], model)
         for x, y in batches[k]:
             stepped(optimizer, model, x, y)
