@@ -73,9 +73,14 @@ def named(url: str, *others: type[Exception]) -> Iterator[None]:
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
+    wrong: tuple[type[Exception], ...] = (
+        SQLAlchemyError,
+        optuna.exceptions.OptunaError,
+        *others,
+    )
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, *others) as error:
+    except wrong as error:
         cause = error.__cause__ or error
         said = str(getattr(cause, "orig", None) or cause).splitlines()[0]
         raise SettingsError(

@@ -47,10 +47,14 @@ def ended(words: list[str], temporary: Path, after: float | None = None) -> tupl
     return job.returncode, time.monotonic() - start
 
 
+# of columns that hold seconds, or ratios of them
+CLOCKS = ("second", "_ms", "time", "ratio_to_sgd")
+
+
 def table(path: Path) -> pd.DataFrame:
     """A table without its clocks."""
     frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    clocks = [name for name in frame if any(w in name for w in ("second", "_ms", "time"))]
+    clocks = [name for name in frame if any(w in name for w in CLOCKS)]
     return frame.drop(columns=clocks)
 
 
