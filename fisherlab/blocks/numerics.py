@@ -266,12 +266,17 @@ def damped_inverse(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
     """`(S + damping I)^{-1}` by Cholesky, a fifth of an eigendecomposition.
 
     None where rounding could exceed the damping: take the eigenvectors then.
+
+    Args:
+        matrix: `[..., d, d]`, one or several of a shape.
+        damping: a number, or `[..., 1]`.
     """
-    rounding = RANK_TOLERANCE * torch.finfo(matrix.dtype).eps * matrix.diagonal().sum()
+    traces = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    rounding = RANK_TOLERANCE * torch.finfo(matrix.dtype).eps * traces
     damped = symmetrise(matrix)
-    damped.diagonal().add_(damping)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    fits = holds((damping > rounding) & (info == 0).all())
+    fits = holds((damping > rounding).all() & (info == 0).all())
     return torch.cholesky_inverse(factor) if fits else None
 
 
@@ -284,15 +289,11 @@ def damped_inverses(
         stacked = torch.stack([matrices[k] for k in group])
         exact = [torch.as_tensor(dampings[k], dtype=torch.float64) for k in group]
         added = torch.stack([x.to(stacked) for x in exact])
-        traces = stacked.diagonal(dim1=-2, dim2=-1).sum(-1)
-        rounding = RANK_TOLERANCE * torch.finfo(stacked.dtype).eps * traces
-        damped = symmetrise(stacked)
-        damped.diagonal(dim1=-2, dim2=-1).add_(added[:, None])
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if holds(((added > rounding) & (info == 0)).all()):
-            found |= zip(group, torch.cholesky_inverse(factor), strict=True)
-        else:
+        inverses = damped_inverse(stacked, added[:, None])
+        if inverses is None:
             found |= {k: damped_inverse(matrices[k], dampings[k]) for k in group}
+        else:
+            found |= zip(group, inverses, strict=True)
     return [found[k] for k in range(len(matrices))]
 
 
