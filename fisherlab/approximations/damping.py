@@ -78,7 +78,7 @@ def place_each(
 
 
 def _of_sides(block: Block, damping: float, placement: str, pi: float | None) -> Any:
-    """What the output and the input factor are damped by; None where the whole block is."""
+    """The dampings of the output and the input factor; None where the whole block has one."""
     check_placement(placement)
     if not isinstance(block, Kronecker):
         raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")
@@ -119,6 +119,13 @@ def lambdas(rule: Rule, blocks: Mapping[str, Block]) -> dict[str, float]:
             "return one for every layer that it is given"
         )
     return {name: _returned(found[name], name) for name in blocks}
+
+
+def _asked_for(found: dict[str, Tensor]) -> dict[str, Any]:
+    """The lambdas of a rule as numbers, in one read; as tensors while reads of the device wait."""
+    if together() is not None or not found:
+        return found
+    return dict(zip(found, numbers_of(list(found.values())), strict=True))
 
 
 def _returned(value: object, name: str) -> Any:
@@ -164,19 +171,12 @@ class Share:
             doors.number(getattr(self, key), key, least=0.0)
 
     def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
-        blocks = _checked(blocks)
-        if not blocks:
-            return {}
-        traces = {name: block.trace() for name, block in blocks.items()}
-        sizes = {name: block.size**self.power for name, block in blocks.items()}
-        if together() is not None:
-            return {
-                name: (self.share * trace / sizes[name]).clamp(min=self.floor)
-                for name, trace in traces.items()
+        return _asked_for(
+            {
+                name: (self.share * block.trace() / block.size**self.power).clamp(min=self.floor)
+                for name, block in _checked(blocks).items()
             }
-        # one read of the device, whatever the number of layers
-        found = zip(traces, numbers_of(list(traces.values())), strict=True)
-        return {name: max(self.share * trace / sizes[name], self.floor) for name, trace in found}
+        )
 
     def __repr__(self) -> str:
         return f"{self.name}({self.share:g})"
@@ -222,15 +222,12 @@ def trace(
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
         blocks = _checked(blocks)
-        named = [name for name in blocks if name in convolutions]
-        found = dict.fromkeys(blocks, constant)
-        traces: Any = [blocks[name].trace() for name in named]
-        if together() is not None:
-            larger = [one.clamp(min=vartheta) for one in traces]
-        else:
-            larger = [max(one, vartheta) for one in numbers_of(traces)] if named else []
-        sizes = {name: one / blocks[name].size for name, one in zip(named, larger, strict=True)}
-        return found | sizes
+        own = {
+            name: block.trace().clamp(min=vartheta) / block.size
+            for name, block in blocks.items()
+            if name in convolutions
+        }
+        return dict.fromkeys(blocks, constant) | _asked_for(own)
 
     rule.expands = fc_expansion and bool(convolutions)  # type: ignore[attr-defined]
     rule.fully_connected_scale = lambda lambdas: (  # type: ignore[attr-defined]
@@ -273,11 +270,8 @@ def gram_norm(alpha: float) -> Rule:
                     f"gram_norm needs the exact block of each layer; {name!r} is a "
                     f"{type(block).__name__}"
                 )
-            norms[name] = block.gram().norm()
-        if together() is not None:
-            return {name: alpha * norm for name, norm in norms.items()}
-        found = numbers_of(list(norms.values())) if norms else []
-        return {name: alpha * norm for name, norm in zip(norms, found, strict=True)}
+            norms[name] = alpha * block.gram().norm()
+        return _asked_for(norms)
 
     return rule
 

@@ -186,13 +186,13 @@ class Running:
             return terms
         past, new = self.weights
         for key, value in total.items():
-            # what may have to be taken back is not overwritten
+            # sums that may have to be taken back are not overwritten
             old = into[key].mul_(past) if together() is None else into[key] * past
             into[key] = old.add_(value, alpha=new)
         return past * count + new * terms
 
     def kept(self) -> Callable[[], None]:
-        """What takes everything back that is computed `Together` from now on."""
+        """A call that takes back everything computed `Together` from now on."""
         parts = dict(self.sums), self.count, dict(self.basis)
         corrected = dict(self.corrections), self.corrections_count
 

@@ -1,4 +1,4 @@
-"""What the host reads of a device: a number at a time, or all that a step asks for together."""
+"""Reads of a device by the host: a number at a time, or all that a step asks for together."""
 
 from __future__ import annotations
 

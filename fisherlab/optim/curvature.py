@@ -227,7 +227,7 @@ class Curvature:
             with_next_read(list(later.values()), take)
 
     def kept(self) -> Callable[[], None]:
-        """What takes everything back that is computed `Together` from now on."""
+        """A call that takes back everything computed `Together` from now on."""
         every = [part for w in self.coverage.weights.values() for part in self.parts_of(w)]
         parts = [(part, part.block, part.inverse) for part in every]
         running = [part.running.kept() for part in every if part.running is not None]
