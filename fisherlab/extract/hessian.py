@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,17 +58,7 @@ class HessianBlock(Block):
         bias = self._leaves[1:]
         parts = [v[:, :-1] if bias else v, *([v[:, -1]] if bias else [])]
         given = [part.reshape(leaf.shape) for part, leaf in zip(parts, self._leaves, strict=True)]
-        pairs = [(g, x) for g, x in zip(self._gradients, given, strict=True) if g.requires_grad]
-        if not pairs:  # the gradient does not depend on any weight
-            return torch.zeros_like(v)
-        found = torch.autograd.grad(
-            [g for g, _ in pairs],
-            self._leaves,
-            [x.to(g) for g, x in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        found = hessian_product(self._gradients, self._leaves, given)
         rows = [found[0].flatten(1), *(b[:, None] for b in found[1:])]
         return self._scale * torch.cat(rows, 1)
 
@@ -81,6 +71,58 @@ class HessianBlock(Block):
         check_dense(self.size, self.dtype, self.device, type(self).__name__)
         rows = torch.cat([part for _, part in self.rows()])
         return Dense(symmetrise(rows), self.shape)
+
+
+def hessian_product(
+    gradients: Sequence[Tensor], leaves: Sequence[Tensor], directions: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """`sum_k (d g_k / d leaf) v_k` for each leaf, by one backward pass through the graph of `g`.
+
+    Args:
+        gradients: `g`, one per leaf, with their graph, which is kept.
+        leaves: the parameters.
+        directions: `v`, in the shapes of the leaves.
+
+    Returns:
+        One tensor per leaf; zeros where no gradient depends on it.
+    """
+    pairs = [(g, v) for g, v in zip(gradients, directions, strict=True) if g.requires_grad]
+    if not pairs:  # the gradient does not depend on any parameter
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(
+        [g for g, _ in pairs],
+        leaves,
+        [v.to(g) for g, v in pairs],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def checked(
+    model: nn.Module, criterion: Callable[..., Any], x: object, y: Tensor | None
+) -> tuple[nn.Module, Callable[..., Any], object, Tensor]:
+    """The model without its wrappers, the criterion as a module, the batch and its labels.
+
+    Raises:
+        CaptureError: one of them is none.
+    """
+    criterion = as_module(criterion)
+    criteria.reduction_of(criterion)
+    model = unwrapped(model)
+    batch, labels = split_batch(x, y)
+    check_model(model)
+    check_batch(batch, labels, model)
+    return model, criterion, batch, labels
+
+
+def loss_gradients(
+    outputs: Tensor, criterion: Callable[..., Any], labels: Tensor, leaves: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], float]:
+    """The gradients of the loss, with their graph, and the mean per-example loss over the loss."""
+    loss = criterion(criteria.arranged(criterion, outputs, labels), labels)
+    found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    return found, 1 / len(labels) if criteria.reduction_of(criterion) == "sum" else 1.0
 
 
 def hessian_blocks(
@@ -114,12 +156,7 @@ def hessian_blocks(
     Raises:
         CaptureError: a layer named in full is no such module, or the batch is none.
     """
-    criterion = as_module(criterion)
-    reduction = criteria.reduction_of(criterion)
-    model = unwrapped(model)
-    batch, labels = split_batch(x, y)
-    check_model(model)
-    check_batch(batch, labels, model)
+    model, criterion, batch, labels = checked(model, criterion, x, y)
     with isolated(model, batch):
         weights = weights_of(model)
         names, named = chosen(weights, layers, skip)
@@ -133,12 +170,10 @@ def hessian_blocks(
                     f"{name!r} is no weight of a linear layer or a convolution, and the Hessian's "
                     "block is known of these"
                 )
-        outputs = criteria.arranged(criterion, _forward(model, batch, forward), labels)
-        loss = criterion(outputs, labels)
-        scale = 1 / len(labels) if reduction == "sum" else 1.0
+        outputs = _forward(model, batch, forward)
         leaves = {name: _leaves(module) for name, module in owners.items()}
         flat = [leaf for parts in leaves.values() for leaf in parts]
-        found = torch.autograd.grad(loss, flat, create_graph=True, materialize_grads=True)
+        found, scale = loss_gradients(outputs, criterion, labels, flat)
         gradients = dict(zip(map(id, flat), found, strict=True))
     return {
         name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, scale)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fisherlab.distributed import unwrapped
-from fisherlab.extract import CaptureError, criteria
-from fisherlab.extract.api import Forward, _forward, split_batch
-from fisherlab.extract.fisher import as_module
+from fisherlab.extract import CaptureError
+from fisherlab.extract.api import Forward, _forward
+from fisherlab.extract.hessian import checked, hessian_product, loss_gradients
 from fisherlab.extract.isolation import isolated
-from fisherlab.extract.select import check_batch, check_model
 from fisherlab.network.base import NetworkMatrix, Weights
 
 
@@ -47,12 +44,7 @@ class NetworkHessian(NetworkMatrix):
         *,
         forward: Forward | None = None,
     ) -> None:
-        criterion = as_module(criterion)
-        reduction = criteria.reduction_of(criterion)
-        model = unwrapped(model)
-        batch, labels = split_batch(x, y)
-        check_model(model)
-        check_batch(batch, labels, model)
+        model, criterion, batch, labels = checked(model, criterion, x, y)
         leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kinds = {(p.dtype, p.device) for p in leaves.values()}
         if len(kinds) != 1:
@@ -64,28 +56,10 @@ class NetworkHessian(NetworkMatrix):
         ((self.dtype, self.device),) = kinds
         self._leaves = tuple(leaves.values())
         with isolated(model, batch):
-            outputs = criteria.arranged(criterion, _forward(model, batch, forward), labels)
-            loss = criterion(outputs, labels)
-            self._scale = 1 / len(labels) if reduction == "sum" else 1.0
-            self._gradients = torch.autograd.grad(
-                loss, self._leaves, create_graph=True, materialize_grads=True
-            )
+            outputs = _forward(model, batch, forward)
+            self._gradients, self._scale = loss_gradients(outputs, criterion, labels, self._leaves)
 
     def __matmul__(self, V: Mapping[str, Tensor]) -> Weights:
         self.check(V)
-        pairs = [
-            (g, V[name].to(g))
-            for name, g in zip(self.shapes, self._gradients, strict=True)
-            if g.requires_grad
-        ]
-        if not pairs:  # the gradient does not depend on any parameter
-            return {name: torch.zeros_like(V[name]) for name in self.shapes}
-        found = torch.autograd.grad(
-            [g for g, _ in pairs],
-            self._leaves,
-            [v for _, v in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        found = hessian_product(self._gradients, self._leaves, [V[name] for name in self.shapes])
         return {name: self._scale * h for name, h in zip(self.shapes, found, strict=True)}
