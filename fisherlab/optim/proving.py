@@ -6,6 +6,7 @@ such as a penalty on the weights, are not in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -84,10 +85,8 @@ class Proof:
         ]
         if not folded:
             return
-        calls = [call for _, call in folded]
-        whys = find_examples(output, calls, edges(calls), [call.shape for call in calls])
         new: dict[str, str] = {}
-        for (name, call), why in zip(folded, whys, strict=True):
+        for name, call, why in _with_examples(output, folded):
             examples, call.examples = call.examples, None
             if not why and examples is not None:
                 counts = torch.bincount(examples[examples >= 0], minlength=n)
@@ -99,10 +98,9 @@ class Proof:
         self.coverage.leave_out(new)
 
     def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
-        n, calls = len(output), [call for _, call in doubtful]
-        whys = find_examples(output, calls, edges(calls), [call.shape for call in calls])
+        n = len(output)
         new: dict[str, str] = {}
-        for (name, call), why in zip(doubtful, whys, strict=True):
+        for name, call, why in _with_examples(output, doubtful):
             same = call.shape[0] == n == len(call.raw_input)
             if why or (same and in_order(call, n)):
                 # examples that interact, as under batch norm, keep the rows that they have
@@ -148,6 +146,16 @@ class Proof:
                 extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
                 new[name] = not_a_product(error, *extra)
         self.coverage.leave_out(new)
+
+
+def _with_examples(
+    output: Tensor, named: list[tuple[str, Call]]
+) -> Iterator[tuple[str, Call, str]]:
+    """Each call with the examples of its rows, which it then knows, or why it has none."""
+    calls = [call for _, call in named]
+    whys = find_examples(output, calls, edges(calls), [call.shape for call in calls])
+    for (name, call), why in zip(named, whys, strict=True):
+        yield name, call, why
 
 
 def edges(calls: list[Call]) -> list[GradientEdge]:
