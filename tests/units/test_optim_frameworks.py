@@ -114,12 +114,8 @@ def plain_loop(name: str, every: int = 1) -> Tensor:
     return entries(model)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of Lightning, about workers and loggers
-@pytest.mark.parametrize("name", ["kfac", "fngd"])
-def test_lightning_takes_the_steps_of_a_plain_loop(name: str) -> None:
-    lightning = package("lightning")
-    model = network()
+def lightning_fit(lightning, model: nn.Module, name: str, **options) -> None:
+    """One epoch of a network under Lightning's Trainer, by the optimizer of a name."""
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -135,8 +131,17 @@ def test_lightning_takes_the_steps_of_a_plain_loop(name: str) -> None:
     silent = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **silent)
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **silent, **options)
     trainer.fit(Module(), loader())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about workers and loggers
+@pytest.mark.parametrize("name", ["kfac", "fngd"])
+def test_lightning_takes_the_steps_of_a_plain_loop(name: str) -> None:
+    lightning = package("lightning")
+    model = network()
+    lightning_fit(lightning, model, name)
     gc.collect()  # Lightning's wrappers imitate the optimizer's class
     assert torch.equal(entries(model), plain_loop(name))
 
@@ -161,35 +166,13 @@ def monitored(every: int = 1) -> tuple[fl.Monitor, Tensor]:
 def test_a_callback_of_lightning_sees_what_a_plain_loop_sees(every: int) -> None:
     lightning = package("lightning")
     model, logged = network(), {}
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = model
-
-        def training_step(self, batch, index):
-            return F.cross_entropy(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return fl.optim.create("soap", self.net)
-
-    silent = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
     callback = fl.callbacks.lightning(
         nn.CrossEntropyLoss(),
         model=model,
         every=2,
         log=lambda values, step: logged.update({step: values}),
     )
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[callback],
-        accumulate_grad_batches=every,
-        **silent,
-    )
-    trainer.fit(Module(), loader())
+    lightning_fit(lightning, model, "soap", callbacks=[callback], accumulate_grad_batches=every)
     plain, ended = monitored(every)
     assert torch.equal(entries(model), ended) and len(logged) == len(plain.rows) > 0
     assert callback.watch.monitor.rows == plain.rows
