@@ -91,14 +91,14 @@ _HELD: WeakValueDictionary[Path, Held] = WeakValueDictionary()
 
 
 def hold(folder: Path) -> Held | None:
-    """Keep other processes out of a folder for as long as the result lives.
+    """Make a folder, and keep other processes out of it for as long as the result lives.
 
     Raises:
         FolderBusy: another process is in it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
     found = _HELD.get(key)
     if found is None:

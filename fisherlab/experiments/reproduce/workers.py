@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -10,17 +9,17 @@ from pathlib import Path
 
 from fisherlab.experiments import training
 from fisherlab.experiments.reproduce.plan import Planned, seconds_of
+from fisherlab.experiments.rundir import RunDir
 from fisherlab.experiments.training.worker import COMPLETE, Worker
 
 
 def complete(plan: Planned, folder: Path) -> bool:
     """Whether a run folder holds these settings, trained to their end."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         same = training.Settings.load(folder) == plan.settings
+        return same and RunDir(folder).config.get("status") == COMPLETE
     except (OSError, ValueError):
         return False
-    return same and config.get("status") == COMPLETE
 
 
 def train_all(
