@@ -1,5 +1,6 @@
 """From a model and a batch to the inputs and output gradients of every layer."""
 
+import fisherlab.extract.losses  # noqa: F401  makes torch's criteria known
 from fisherlab.extract.api import Captures, Report, capture
 from fisherlab.extract.criteria import register_criterion
 from fisherlab.extract.geometry import CaptureError, Geometry
