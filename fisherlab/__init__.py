@@ -6,7 +6,26 @@ from typing import TYPE_CHECKING, Any
 from fisherlab.extras import named
 
 if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a name is first used
-    from fisherlab import approximations, blocks, distributed, metrics
+    from fisherlab import adapters as adapters
+    from fisherlab import approximations as approximations
+    from fisherlab import auditing as auditing
+    from fisherlab import blocks as blocks
+    from fisherlab import callbacks as callbacks
+    from fisherlab import claims as claims
+    from fisherlab import comparison as comparison
+    from fisherlab import datasets as datasets
+    from fisherlab import distributed as distributed
+    from fisherlab import experiments as experiments
+    from fisherlab import extract as extract
+    from fisherlab import metrics as metrics
+    from fisherlab import models as models
+    from fisherlab import monitoring as monitoring
+    from fisherlab import network as network
+    from fisherlab import optim as optim
+    from fisherlab import plots as plots
+    from fisherlab import statistics as statistics
+    from fisherlab import storing as storing
+    from fisherlab import testing as testing
     from fisherlab.approximations.diagonal import Diagonal
     from fisherlab.approximations.dykaf import DyKAF
     from fisherlab.approximations.eigen_corrected import EKFAC, TEKFAC, EigenCorrected
@@ -24,7 +43,9 @@ if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a n
     from fisherlab.approximations.sngd import SNGD
     from fisherlab.approximations.soap import SOAP
     from fisherlab.approximations.tkfac import TKFAC, TKFACExpand
+    from fisherlab.auditing import audit
     from fisherlab.comparison import Comparison, compare
+    from fisherlab.experiments.reproduce import reproduce
     from fisherlab.extract import (
         CaptureError,
         LayerCapture,
@@ -34,6 +55,7 @@ if TYPE_CHECKING:  # for readers and type checkers; HOMES says the same when a n
     )
     from fisherlab.extract.support import support
     from fisherlab.heap import keep_freed_memory
+    from fisherlab.monitoring import Monitor
     from fisherlab.storing import load, save
 
 __version__ = "0.1.0"
@@ -45,31 +67,31 @@ PARTS = (
 )  # fmt: skip
 # `import fisherlab` imports nothing else, not even torch: `fisherlab --version` answers at once.
 HOMES = {
-    "EKFAC": "approximations.eigen_corrected",
-    "IFANG": "approximations.ifang",
-    "KBFGS": "approximations.kbfgs",
-    "KFAC": "approximations.kfac",
-    "KLOptimal": "approximations.kl_optimal",
-    "KLShampoo": "approximations.kl_shampoo",
-    "SNGD": "approximations.sngd",
-    "SOAP": "approximations.soap",
-    "TEKFAC": "approximations.eigen_corrected",
-    "TKFAC": "approximations.tkfac",
     "CaptureError": "extract",
     "Comparison": "comparison",
     "Diagonal": "approximations.diagonal",
-    "EigenCorrected": "approximations.eigen_corrected",
     "DyKAF": "approximations.dykaf",
+    "EKFAC": "approximations.eigen_corrected",
+    "EigenCorrected": "approximations.eigen_corrected",
     "Eva": "approximations.eva",
     "Exact": "approximations.exact",
+    "IFANG": "approximations.ifang",
+    "KBFGS": "approximations.kbfgs",
+    "KFAC": "approximations.kfac",
     "KFACReduce": "approximations.kfac",
+    "KLOptimal": "approximations.kl_optimal",
+    "KLShampoo": "approximations.kl_shampoo",
     "KroneckerOptimal": "approximations.kronecker_optimal",
     "KroneckerSum": "approximations.kronecker_optimal",
     "LayerCapture": "extract",
     "MiniBlock": "approximations.mini_block",
     "Monitor": "monitoring",
     "Nystrom": "approximations.nystrom",
+    "SNGD": "approximations.sngd",
+    "SOAP": "approximations.soap",
     "Shampoo": "approximations.shampoo",
+    "TEKFAC": "approximations.eigen_corrected",
+    "TKFAC": "approximations.tkfac",
     "TKFACExpand": "approximations.tkfac",
     "audit": "auditing",
     "capture": "extract",
@@ -123,10 +145,12 @@ __all__ = [
     "KroneckerSum",
     "LayerCapture",
     "MiniBlock",
+    "Monitor",
     "Nystrom",
     "Shampoo",
     "TKFACExpand",
     "approximations",
+    "audit",
     "blocks",
     "capture",
     "compare",
@@ -136,6 +160,7 @@ __all__ = [
     "metrics",
     "register_criterion",
     "register_product",
+    "reproduce",
     "save",
     "support",
 ]

@@ -299,10 +299,7 @@ def test_names_of_the_package_have_one_home():
         for alias in node.names
     }
     homes = {name: home for name, home in named.items() if name not in fl.PARTS}
-    assert homes == {
-        name: home
-        for name, home in fl.HOMES.items()
-        if name not in ("reproduce", "audit", "Monitor")
-    }
-    assert set(fl.__all__) <= {*fl.PARTS, *fl.HOMES}
+    assert homes == fl.HOMES
+    assert set(named) == {*fl.PARTS, *fl.HOMES}, "editors and type checkers see every name"
+    assert set(fl.HOMES) <= set(fl.__all__) <= {*fl.PARTS, *fl.HOMES}
     assert all(getattr(fl, name) is not None for name in dir(fl))
