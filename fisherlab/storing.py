@@ -26,7 +26,7 @@ from fisherlab.extract.geometry import Convolution, Geometry
 
 FORMAT = "1"
 KINDS = {kind.__name__: kind for kind in (Convolution, Geometry, LayerCapture, Report)}
-# What a capture holds while it is measured.
+# Fields that a capture has only while it is measured.
 PASSING = ("shared", "brief")
 
 
@@ -155,7 +155,7 @@ class _Store:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self.places:
             self.places[key] = len(self.tensors)
-            # of its own: a file has no views, and no two tensors in one place
+            # a copy: a file has no views, and no two tensors in one place
             own = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             self.tensors.append(own)
             self.met.append(tensor)

@@ -90,7 +90,7 @@ class Together:
 
 
 def together() -> Together | None:
-    """What collects conditions in this thread now, if anything does."""
+    """The collector of conditions that this thread has entered, or None."""
     return getattr(_LOCAL, "together", None)
 
 

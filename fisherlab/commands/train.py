@@ -27,7 +27,7 @@ from fisherlab.experiments import training
 from fisherlab.experiments.training.task import AUGMENTED
 
 PATH = Path  # typer reads the annotation
-GROUPS = {  # what --help puts together
+GROUPS = {  # --help puts these together
     "Network and data": "data model examples test_examples augment carry width hidden depth"
     " activation batch_norm device dtype",
     "Training": "optimizer epochs seeds seed lr assign control batch_size schedule",

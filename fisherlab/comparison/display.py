@@ -13,7 +13,7 @@ from fisherlab.extract import LayerCapture
 ERRORS = ("relative_error", "population_error")  # 0 is best; of the others 1
 FIRST = (*ERRORS, "trace_ratio", "cosine", "direction_cosine")
 ORDER = "order"  # in words
-# Of a column's best value the margin within which another is as good.
+# A value within this share of its column's best is as good.
 EQUAL = 1e-6
 LIGHT, DARK = (247, 251, 255), (8, 69, 148)
 STYLE = """<style scoped>

@@ -58,7 +58,7 @@ class Request:
     memory: int | None
     step: int
     ranks: Ranks | None
-    # those of `capture`
+    # options of `capture`
     options: dict[str, Any]
 
     @property

@@ -30,15 +30,15 @@ class Card:
     title: str
     task: Literal["classification", "regression"]
     num_classes: int | None  # None for a regression
-    input_shape: tuple[int, ...]  # of one example
+    input_shape: tuple[int, ...]  # one example's
     source: str
     licence: str
     split: str  # how train and test were made
     files: tuple[File, ...] = ()  # empty: bundled or generated
-    preparation: str = ""  # what was done to inputs and targets
+    preparation: str = ""  # how inputs and targets were made
     notes: str = ""
     obtain: str = ""  # how to get files that no address serves
-    train_examples: int | None = None  # of the training set; None: not known before it is read
+    train_examples: int | None = None  # size of the training set; None: not known before it is read
     ignore_index: int | None = None  # the label that stands for no label
 
     @property

@@ -24,7 +24,7 @@ class Dataset:
     card: Card
     valid: TensorDataset | None = None  # where the source has one
     vocabulary: tuple[str, ...] = ()  # the word of every token
-    references: tuple[str, ...] = ()  # of a translation: the test targets, in all their words
+    references: tuple[str, ...] = ()  # a translation's test targets, in all their words
     # A regression target is `target_mean + target_std * y` in the units of the source.
     target_mean: float = 0.0
     target_std: float = 1.0

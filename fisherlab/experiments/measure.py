@@ -27,7 +27,7 @@ from fisherlab.names import unknown
 
 PHASES = ("start", "middle", "end")
 SMALL_MODEL = 50_000  # parameters
-# Of the config of a comparison, what its first lines are made of.
+# Entries of a comparison's config that its first lines are made of.
 ABOUT = ("mc_samples", "fisher_type_asked", "parameters", "skipped", "layers")
 LARGEST_GRAM = 256  # examples: beyond it the picture of a Gram matrix is grey
 Progress = Callable[[Sequence[str]], Iterable[str]]
@@ -93,8 +93,8 @@ class Study:
     def __init__(self, settings: Settings) -> None:
         s = self.settings = settings
         self.notes: list[str] = []  # seeds whose training diverged
-        self.measured: dict[str, Any] = {}  # what the comparisons say about themselves
-        self.grams: dict[int, GramStudy] = {}  # by step, of the first seed
+        self.measured: dict[str, Any] = {}  # entries of the config that the comparisons give
+        self.grams: dict[int, GramStudy] = {}  # step -> study, for the first seed
         self.names = list(s.approximations or approximations.of_one_batch())
         self.makers = {name: approximations.get(name)() for name in self.names}
         self._assign()

@@ -27,7 +27,7 @@ GRAMS = "grams.npz"
 TYPED: ContextVar[dict[str, Any] | None] = ContextVar("typed", default=None)
 
 
-# What pages and commands read of a config.json.
+# Entries of a config.json that pages and commands read.
 FORM: dict[str, type] = {
     **dict.fromkeys(("command", "title", "status"), str),
     **dict.fromkeys(("settings", "grid", "typed", "versions"), dict),

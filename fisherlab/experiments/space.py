@@ -1,4 +1,4 @@
-"""What a search tries: the values or the range of every option, and a point's measurements."""
+"""A search space: the values or the range of every option, and a point's measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fisherlab.experiments.training import entries as parse
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})")
-AT_THE_EDGE = 0.05  # of a range: a choice so near an end may be better beyond it
+AT_THE_EDGE = 0.05  # share of a range: a choice so near an end may be better beyond it
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Search:
     tried: list[Point]
     chosen: tuple[Entry, ...] = ()
     final: Results | None = None  # None: interrupted before, or other workers are not done
-    stopped: bool = False  # by Ctrl-C, before the choice
+    stopped: bool = False  # interrupted before the choice
     elsewhere: int = 0  # points that other workers have
     importance: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -151,7 +151,7 @@ def _alike(points: Sequence[Point]) -> str:
 
 
 class _Point(Watch):
-    """What watches one point: it ends a run that has diverged, and reports the metric."""
+    """One point under watch: a run that has diverged ends, and its metric is reported."""
 
     def __init__(
         self, watch: Watch, metric: str, report: Callable[[float, int], None] | None

@@ -77,8 +77,8 @@ class Call:
     raw_input: Tensor
     weight_shape: tuple[int, ...]
     output: Tensor | None = None
-    # of an element-wise product: the factor of the weight, and the axis where the weight starts;
-    # `weight_shape` is then that of the part that is used
+    # an element-wise product has the factor of the weight, and the axis where the weight starts;
+    # `weight_shape` is then the shape of the part that is used
     scale: Tensor | None = None
     axis: int | None = None
     # the coarsest that the weight was cast to

@@ -29,7 +29,7 @@ class Step:
     exact_slope: Tensor  # g.d*, which is -g^T (F + lambda I)^{-1} g
     square: Tensor  # d.d
     exact_square: Tensor  # d*.d*
-    beside: float = 0.0  # of both squares, what both steps have in common beside these tensors
+    beside: float = 0.0  # the part of both squares and of d.d* outside these tensors
 
     @classmethod
     def of(

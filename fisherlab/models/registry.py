@@ -36,7 +36,7 @@ class Spec:
 
     num_classes: int
     in_channels: int
-    size: tuple[int, ...] | None  # of one example, no channels; None: the model's default
+    size: tuple[int, ...] | None  # one example's, no channels; None: the model's default
     width: float
     batch_norm: bool
     activation: str

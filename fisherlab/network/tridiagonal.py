@@ -63,7 +63,7 @@ class Tridiagonal(NetworkMatrix):
             for x, y in zip(a, g, strict=True)
         ]
         self._G, self._A = ([pair[side] for pair in factors] for side in (1, 0))
-        # of each layer given the next: P_k as the factors of its Kronecker product
+        # each layer given the next: P_k as the factors of its Kronecker product
         self._P = [
             (
                 _divided(g[k].mT @ g[k + 1] / M, self._G[k + 1], "output"),

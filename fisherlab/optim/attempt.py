@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kept:
-    """What a step may change, as it was before."""
+    """The state that a step may change, as it was before."""
 
     # takes everything back, and says whether the step can be computed again
     back: Callable[[], bool]

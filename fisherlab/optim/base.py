@@ -76,10 +76,10 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
 
     data_parallel: ClassVar[bool] = False
 
-    # those that a method can take
+    # the placements that a method can take
     decay_placements: ClassVar[tuple[str, ...]] = DECAY_PLACEMENTS
 
-    # what takes options that the constructors pass on, and parts that take flat ones
+    # functions whose options the constructors pass on, and parts that take flat ones
     takers: ClassVar[tuple[Callable[..., Any], ...]] = (group_options,)
     parts: ClassVar[dict[str, Any]] = {"clip": UNCLIPPED}
 

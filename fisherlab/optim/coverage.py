@@ -74,7 +74,7 @@ class Coverage:
 
     @property
     def others(self) -> Mapping[str, set[str]]:
-        """By name: the functions that use a weight in another way than by a product."""
+        """Weight -> the functions that use it in another way than by a product."""
         return {} if self.tape is None else self.tape.others
 
     def renew(self, model: nn.Module) -> None:

@@ -47,7 +47,7 @@ Maker = Callable[..., torch.optim.Optimizer]
 # decides a step's length, and a momentum that forgets in a few steps: at 0.9 the velocity outlives
 # the curvature it was made of, and a LeNet's loss doubles. kl_clip is a guard against divergence.
 LR, MOMENTUM, KL_CLIP = 0.015, 0.6, 0.1
-# of running means; a share inside both factors damps the larger eigenvalues as well
+# shares for running means; one inside both factors damps the larger eigenvalues as well
 SHARE, FACTORED_SHARE = 0.03, 0.02
 # shares for a single batch's block, which that batch's gradient overfits, and for all layers'
 BATCH_SHARE, EXACT_SHARE, JOINT_SHARE = 0.1, 0.3, 1.0

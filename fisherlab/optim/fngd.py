@@ -81,7 +81,7 @@ class FNGD(Woodbury):
         self.batch_size: int | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
-        # of the second phase, whose sums no longer change: the means where they are needed
+        # means of the second phase, whose sums no longer change, where they are needed
         self._settled: dict[str, Tensor] = {}
         self._indices: Tensor | None = None
         # `M v` of the step's passes, one after another
@@ -102,7 +102,7 @@ class FNGD(Woodbury):
         """`coefficients` in the first phase."""
         return (*super().due(), *(("coefficients",) if self.collecting else ()))
 
-    # of the second phase alone
+    # the control begins with the second phase
     controls_solve = False
 
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:

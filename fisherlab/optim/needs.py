@@ -1,10 +1,10 @@
-"""What of a model's passes an approximation needs, and so what a recorder keeps of them."""
+"""An approximation needs parts of a model's passes; a recorder keeps these alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# of a capture: what sums of the raw tensors over the examples determine
+# fields of a capture that sums of the raw tensors over the examples determine
 SUMS = frozenset({"mean_input_sum", "label_gradient_sum"})
 
 

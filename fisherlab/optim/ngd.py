@@ -106,7 +106,7 @@ class NGD(CurvatureOptimizer):
             self._attempt.worthwhile = False
         # the captures of a step that may be taken back
         self._passes: list[dict[str, LayerCapture]] | None = None
-        # of the last step: size, damping and, for the spectrum, the Gram matrices
+        # the last step's size, damping and, for the spectrum, its Gram matrices
         self._last: dict[str, tuple[int, float, list[Tensor]]] = {}
 
     def _check_size(self) -> None:

@@ -15,7 +15,7 @@ from fisherlab.optim.step import Clip
 
 PARTS: dict[str, type] = {"schedule": Schedule, "clip": Clip}
 
-# by flat name: the parts, and the field of each
+# a flat name -> the parts that have it, and the field of each
 FLAT = {
     "statistics_every": {"schedule": "statistics"},
     "basis_every": {"schedule": "basis"},

@@ -45,7 +45,7 @@ class Pass:
     output: Tensor | None = None
     output_gradient: Tensor | None = None
     loss_scale: Tensor | None = None
-    # what arrived at the loss that the model itself returned
+    # the gradient that arrived at the loss that the model itself returned
     own_scale: Tensor | None = None
     labels: Tensor | None = None
     # whether a gradient came through that has a graph of its own (create_graph=True)

@@ -166,7 +166,7 @@ class Preconditioner(Covered):
         """Take the hooks off the model."""
         self._hooks.remove()
 
-    # what is due --------------------------------------------------------------------------------
+    # schedule -----------------------------------------------------------------------------------
 
     @property
     def over(self) -> bool:
@@ -318,7 +318,7 @@ class Preconditioner(Covered):
                 raise OptimizerError(undelivered(weight.name))
         return found
 
-    # what a user looks at -----------------------------------------------------------------------
+    # inspection ---------------------------------------------------------------------------------
 
     def blocks(self) -> dict[str, Block]:
         """The current block of each layer: goes into `fl.compare(approximations=...)` as it is."""

@@ -63,7 +63,7 @@ def _adam(p: Tensor, state: State, group: Group) -> Divisor:
 
 
 def _rmsprop(p: Tensor, state: State, group: Group) -> Divisor:
-    square = state["square_avg"].clone()  # what a step changes in place
+    square = state["square_avg"].clone()  # a step changes it in place
     if group["centered"]:
         square = square - state["grad_avg"].square()
     return Divisor(square.sqrt() + group["eps"], square)
@@ -76,8 +76,8 @@ def _adagrad(p: Tensor, state: State, group: Group) -> Divisor:
 def _muon(p: Tensor, state: State, group: Group) -> Divisor:
     B = state["momentum_buffer"]
     o, i = B.shape
-    # the smaller side, as the Newton-Schulz iteration does
-    # of B itself: the root of a square of B has half of the digits
+    # the smaller side, as the Newton-Schulz iteration does;
+    # B itself and no square of it, whose root has half of the digits
     U, s, Vh = svd(B, "momentum of Muon")
     Q = U if o <= i else Vh.mT
     root, square = (symmetrise((Q * values) @ Q.mT) for values in (s, s.square()))

@@ -87,10 +87,10 @@ class Recorder:
         self.needs = Needs(frozenset(needs), fisher_type, examples)
         self.mc_samples, self.ranks = mc_samples, ranks
         self.generator = generator or torch.Generator().manual_seed(0)
-        # of the passes last captured: what turned dL/ds into per-example gradients
+        # a factor for each pass last captured: it turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
-        # those that a backward pass has reached; the graph alone keeps the others
+        # passes that a backward pass has reached; the graph alone keeps the others
         self.passes: list[Pass] = []
         self._latest: weakref.ref[Pass] | None = None
         # the backward pass that reached the last of them
@@ -177,7 +177,7 @@ class Recorder:
         x = use.product.x
         x = x if x.layout == torch.strided else x.to_dense()
         part = x.detach()[: self.needs.examples]
-        # of a linear map over positions, those without a gradient are left out of the sum
+        # positions without a gradient are left out of a linear map's sum
         waiting = self.needs.summed and weight.is_linear and part.ndim > 2
         call = Call(
             use.geometry,
@@ -332,7 +332,7 @@ class Recorder:
                 f"is of the outputs of {len(passes)} together; take a loss of each, or 'empirical'"
             )
         if len(passes) != 1:
-            return  # of several passes: the gradient at each output tells the scale
+            return  # the gradient at each output tells the scale of several passes
         (current,) = passes
         labels = args[1] if len(args) > 1 else kwargs.get("target")
         current.labels = labels.detach() if isinstance(labels, Tensor) else None
@@ -385,7 +385,7 @@ class Recorder:
             return list(found.values())
         return [] if latest is None else [latest]
 
-    # what the passes delivered ------------------------------------------------------------------
+    # delivery -----------------------------------------------------------------------------------
 
     def captures(self) -> list[dict[str, LayerCapture]]:
         """One dict of captures per forward and backward since the last step, checked and scaled."""

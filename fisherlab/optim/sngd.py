@@ -430,7 +430,7 @@ def _roots_of(layers: list[tuple[nn.Module, LocalFisher]]) -> list[tuple[Tensor,
     try:
         with Together():
             return [fisher.roots() for _, fisher in layers]
-    except Exception:  # of any kind: after a condition that failed, anything may follow
+    except Exception:  # any kind may follow a condition that failed
         return [fisher.roots() for _, fisher in layers]
 
 

@@ -58,7 +58,7 @@ def check_form(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the state is damaged; the message names the parts.
     """
-    if "form" not in state:  # of an earlier version
+    if "form" not in state:  # an earlier version saved none
         return
     saved = state["form"]
     if not isinstance(saved, Mapping):

@@ -64,7 +64,7 @@ class _Layer:
     # the examples of the batch, and where they are in the rows of the input
     examples: int = 0
     layout: str = ""
-    # of a layer called several times: they share one Gram matrix, so all must have arrived
+    # calls of a layer called several times: they share one Gram matrix, so all must have arrived
     arrived: Calls = field(default_factory=list)
 
     def weighted(self) -> Tensor:
@@ -287,7 +287,7 @@ class WeightedLayers:
         # layers whose rows were proven to be examples, or their positions one after another
         self._proven: set[str] = set()
         self._layouts: dict[str, str] = {}
-        # of the latest forward: each layer, with its parameters on their way to its calls
+        # each layer of the latest forward, with its parameters on their way to its calls
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
         self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
@@ -310,7 +310,7 @@ class WeightedLayers:
             return output
         if use.name in self.coverage.left_out:
             return output
-        # of the call: an image may have its border already
+        # the call's geometry: an image may have its border already
         weight = replace(weight, geometry=replace(use.geometry, bias=weight.bias is not None))
         if (
             use.name in self._layers

@@ -84,7 +84,7 @@ class Woodbury(CurvatureOptimizer):
         self.alpha, self.fold = alpha, fold
         # per layer, the backward passes that `.grad` holds
         self._taken: dict[str, list[Taken]] = {}
-        # of the last step: size, damping and, for the spectrum, the Gram matrices
+        # the last step's size, damping and, for the spectrum, its Gram matrices
         self._last: dict[str, tuple[int, Any, list[tuple[float, Tensor]]]] = {}
         self.layers = WeightedLayers(model, self.coverage, _unowned(self.rows), criterion)
         self._install(self.layers)
@@ -108,7 +108,7 @@ class Woodbury(CurvatureOptimizer):
         taken = Taken(weight, calls, rows[:, mine], factor, rows, products)
         taken.waiting, taken.check = waiting, check
         self._take(weight, taken)
-        # of gradients that were formed for their Gram matrix, or joined, their sum is free
+        # the sum of gradients is free if they were formed for their Gram matrix, or joined
         joined = len(calls) > 1 or all(isinstance(each, ImageColumns) for each in columns)
         if self.ranks is None and joined:
             return rows, of_columns(columns, rows) / factor
@@ -273,11 +273,11 @@ class Taken:
 
     # as the pass multiplied it
     weight: Weight
-    # of this rank
+    # this rank's own
     calls: Calls
     rows: Tensor
     factor: float
-    # of all ranks together
+    # all ranks together
     every: Tensor
     # `<d, g>` and `||d||^2` of its direction and gradient, if they were at hand
     products: tuple[Tensor, Tensor] | None = None

@@ -93,8 +93,9 @@ GUIDE: dict[str, Any] = {"color": "#444444", "lw": 0.8, "ls": "--", "zorder": 0}
 # The two hues of pictures that compare no approximations.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
-# Colours differ in CIELAB for deuteranopes and protanopes, too: any two by at least 8.9, methods
-# by 12.7, methods of one dash by 20. Contrast on white is at least 3. Markers separate the rest.
+# Colours differ in CIELAB for deuteranopes and protanopes, too. Any two differ by at least 8.9,
+# methods by 12.7, methods of one dash by 20. Contrast on white is at least 3. Markers separate
+# the rest.
 # A user's name has a look of its own letters, if that is free.
 LOOKS = {
     "exact": ("#000000", "o", "-"),

@@ -18,7 +18,7 @@ from fisherlab.experiments.atlas.cells import STAGES, UNSEEN, Cell
 from fisherlab.extract import Captures, LayerCapture, capture
 from fisherlab.metrics.population import order
 
-# What every cell measures; others are added by name. Pairs are against the first.
+# Every cell measures these; others are added by name. Pairs are against the first.
 BASE = "kfac"
 FURTHER = ("kfac_reduce", "ekfac", "tkfac", "tekfac", "diagonal", "shampoo", "kronecker_optimal")
 APPROXIMATIONS = (BASE, *FURTHER)

@@ -21,7 +21,7 @@ from fisherlab.optim.ang import CURVES
 
 STRATEGIES = {"strategy1": "concave", "strategy2": "linear", "strategy3": "convex"}
 POINTS = 51
-# Of figure 3 of FNGD: the batch, the steps before it, and the size of a step's batch.
+# FNGD, figure 3: the batch, the steps before it, and the size of a step's batch.
 BATCH, STEPS, STEP_BATCH = 128, 8, 32
 
 

@@ -33,7 +33,7 @@ DATA = {
     ),
     "ecoli": (stated("ecoli", "NGM 4.2, footnote 3"), "", 150),
 }
-# By linear least squares, the logarithms of the loss are -4.60 and -1.20: of the paper's size.
+# Linear least squares give logarithms of the loss of -4.60 and -1.20, near the paper's.
 VARIANTS = {
     "weather_apparent": (
         inferred("weather_apparent", "NGM table 1 has losses that the 5 features cannot reach"),

@@ -23,7 +23,7 @@ REPRODUCED, DIFFERS, NOT, CANNOT = (
 )
 # Neither confirmed nor contradicted: one seed, or differences within their error.
 UNDECIDED = "undecided"
-# Of Welch's t between two arms (two-sided 95 %): two or three seeds make it wide.
+# Level of Welch's t between two arms (two-sided 95 %): two or three seeds make it wide.
 LEVEL = 0.975
 # Standard errors by which the paper's own numbers lie apart, and by which ours count as others.
 SURE, FAR = 2.0, 3.0

@@ -19,8 +19,8 @@ from fisherlab import optim
 WARM_UP = 2
 TURNS, TURN = 5, 4  # times per epoch that the reference takes so many steps
 ENOUGH = 5.0  # seconds of reference per epoch
-PARTS = ("forward", "backward", "update")  # of a step
-REFRESHES = {"basis", "roots", "coefficients"}  # what is due where an inverse is made anew
+PARTS = ("forward", "backward", "update")  # the parts of a step
+REFRESHES = {"basis", "roots", "coefficients"}  # due where an inverse is made anew
 FEWEST = 8  # timed steps from which a ratio says something
 
 
