@@ -22,6 +22,14 @@ Model = Annotated[
 ]
 Width = Annotated[float, typer.Option(help="Multiplies every hidden width.")]
 Hidden = Annotated[str | None, typer.Option(help="Widths of the hidden layers of an mlp: 80,80.")]
+Depth = Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")]
+BatchNorm = Annotated[
+    bool | None, typer.Option(help="On in vgg and resnet by default; mlp and lstm can have it.")
+]
+Augment = Annotated[bool | None, typer.Option(help="Crop and flip images; by default on CIFAR.")]
+Carry = Annotated[
+    bool | None, typer.Option(help="Carry an lstm's state along the text; by default on ptb.")
+]
 Activation = Annotated[str, typer.Option(help="relu, tanh, sigmoid, ...")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32 or float64.")]
@@ -41,3 +49,15 @@ Trials = Annotated[
         help="How many to try: cases of a claim (default its own number), points of an optimizer."
     ),
 ]
+
+
+def augments(given: bool | None, data: str) -> bool:
+    """Whether images are cropped and flipped: CIFAR's are, if nothing is said."""
+    from fisherlab.experiments.training.task import AUGMENTED
+
+    return data in AUGMENTED if given is None else given
+
+
+def carries(given: bool | None, data: str, model: str) -> bool:
+    """Whether an LSTM's state goes along the text: on Penn Treebank, if nothing is said."""
+    return (data, model) == ("ptb", "lstm") if given is None else given

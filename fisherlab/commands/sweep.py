@@ -26,7 +26,6 @@ from fisherlab.experiments.space import grid
 from fisherlab.experiments.study import shown
 from fisherlab.experiments.sweep import sweep as search
 from fisherlab.experiments.training.settings import check_known
-from fisherlab.experiments.training.task import AUGMENTED
 
 PATH = Path  # typer reads the annotation
 
@@ -57,9 +56,15 @@ def sweep(
     seeds: options.Seeds = "3",
     batch_size: options.BatchSize = 128,
     schedule: options.Schedule = "constant",
+    augment: options.Augment = None,
+    carry: options.Carry = None,
     width: options.Width = 1.0,
     hidden: options.Hidden = None,
+    depth: options.Depth = None,
+    activation: options.Activation = "relu",
+    batch_norm: options.BatchNorm = None,
     device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
     out: Annotated[
         PATH | None, typer.Option("--out", "-o", help="Run folder; runs/sweep-DATA-MODEL.")
     ] = None,
@@ -91,8 +96,13 @@ def sweep(
         hidden=None if hidden is None else tuple(numbers("--hidden", hidden, int)),
         examples=examples,
         validation=validation,
-        augment=data in AUGMENTED,
+        augment=options.augments(augment, data),
+        carry=options.carries(carry, data, model),
+        layers=depth,
+        activation=activation,
+        batch_norm=batch_norm,
         device=device,
+        dtype=dtype,
     )
     final = {"epochs": final_epochs, "examples": final_examples, "seeds": seeds_of(seeds)}
     out = out or Path("runs") / file_name(f"sweep-{data}-{model}")

@@ -24,7 +24,6 @@ from fisherlab.commands.common import (
     show,
 )
 from fisherlab.experiments import training
-from fisherlab.experiments.training.task import AUGMENTED
 
 PATH = Path  # typer reads the annotation
 GROUPS = {  # --help puts these together
@@ -58,19 +57,13 @@ def train(
     examples: Annotated[int | None, typer.Option(help="Train on this many examples.")] = None,
     test_examples: Annotated[int | None, typer.Option(help="Test on this many.")] = None,
     schedule: options.Schedule = "constant",
-    augment: Annotated[
-        bool | None, typer.Option(help="Crop and flip images; by default on CIFAR.")
-    ] = None,
-    carry: Annotated[
-        bool | None, typer.Option(help="Carry an lstm's state along the text; by default on ptb.")
-    ] = None,
+    augment: options.Augment = None,
+    carry: options.Carry = None,
     width: options.Width = 1.0,
     hidden: options.Hidden = None,
-    depth: Annotated[int | None, typer.Option(help="Layers of an lstm or transformer.")] = None,
+    depth: options.Depth = None,
     activation: options.Activation = "relu",
-    batch_norm: Annotated[
-        bool | None, typer.Option(help="On in vgg and resnet by default; mlp and lstm can have it.")
-    ] = None,
+    batch_norm: options.BatchNorm = None,
     compare_every: Annotated[
         int | None,
         typer.Option(help="Epochs between measurements of the blocks against the exact ones."),
@@ -116,8 +109,8 @@ def train(
         schedule=schedule,
         examples=examples,
         test_examples=test_examples,
-        augment=data in AUGMENTED if augment is None else augment,
-        carry=(data, model) == ("ptb", "lstm") if carry is None else carry,
+        augment=options.augments(augment, data),
+        carry=options.carries(carry, data, model),
         device=device,
         dtype=dtype,
         compare_every=compare_every,

@@ -1,7 +1,7 @@
 """Optimizers: one for every approximation, and those that are more than a preconditioner."""
 
 from fisherlab.optim.ang import ANG, TruncatedNaturalGradient
-from fisherlab.optim.create import create, names
+from fisherlab.optim.create import create, names, option_names
 from fisherlab.optim.fngd import FNGD
 from fisherlab.optim.kbfgs import KBFGSOptimizer
 from fisherlab.optim.muon import Muon
@@ -32,6 +32,7 @@ __all__ = [
     "TruncatedNaturalGradient",
     "create",
     "names",
+    "option_names",
     "reconstruct",
     "refresh",
     "restore",

@@ -77,7 +77,10 @@ class ANG(NaturalGradient):
         options = {"curve": curve, **respelled(options)}
         curve = options.pop("curve")
         if not callable(curve) and not (isinstance(curve, str) and curve in CURVES):
-            raise ValueError(f"curve {curve!r} is none of {', '.join(CURVES)} or a callable")
+            raise ValueError(
+                f"curve must be {', '.join(CURVES)} or a callable, got {doors.said(curve)}; "
+                "a `schedule` that is no Schedule is read as `curve`"
+            )
         if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
             raise ValueError(
                 f"scope is 'layer' or 'global' and amplitude 'natural' or 'blended', got {scope!r} "
@@ -179,10 +182,9 @@ class TruncatedNaturalGradient(NaturalGradient):
     def __init__(
         self, model: nn.Module, approximation: Approximation, *, switch_step: int, **options: Any
     ) -> None:
-        if switch_step < 1:
-            raise ValueError(f"switch_step counts steps, at least 1; got {switch_step}")
+        until = doors.count(switch_step, "switch_step")
         options = gathered({**self.parts, **options})
-        options["schedule"] = replace(options["schedule"], until=switch_step)
+        options["schedule"] = replace(options["schedule"], until=until)
         super().__init__(model, approximation, **options)
 
     def _directions(self) -> dict[nn.Parameter, Tensor]:

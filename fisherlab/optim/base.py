@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
@@ -101,6 +102,12 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         clip = options.pop("clip")
         defaults = {**group_options(**options), **(groups or {})}
         check_nonfinite(nonfinite)
+        doors.flag(control, "control")
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(
+                "params must be parameters, pairs of a name and one, or dicts with 'params'; got "
+                f"{doors.said(params)}"
+            )
         self.ranks = Ranks.of(model)
         if self.ranks is not None and not self.data_parallel:
             raise ValueError(

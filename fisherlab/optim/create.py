@@ -77,10 +77,26 @@ ABSENT = "–"
 KRONECKER_SUM_LAYER = 1_500
 
 
+def _check_like_defaults(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Refuse options of torch's own optimizers that torch lets pass, such as NaN."""
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value, default = options.get(name, parameter.default), parameter.default
+        if value is default:
+            continue
+        if isinstance(default, bool) or "bool" in str(parameter.annotation):
+            doors.flag(value, name)
+        elif isinstance(default, tuple):
+            if not isinstance(value, tuple | list) or len(value) != len(default):
+                raise ValueError(f"{name} must be {len(default)} numbers, got {doors.said(value)}")
+            for each in value:
+                doors.number(each, f"each of {name}", least=0.0, below=1.0)
+        elif isinstance(default, float | int) or name == "lr":
+            doors.number(value, name, least=0.0)
+
+
 def _plain(kind: type[torch.optim.Optimizer], **defaults: Any) -> Maker:
     def make(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.Optimizer:
-        lr = options.get("lr", 0)
-        doors.number(lr, "lr", least=0.0)  # torch lets a NaN pass
+        _check_like_defaults(kind, options)
         return kind(model.parameters() if params is None else params, **{**defaults, **options})
 
     return make
@@ -247,7 +263,7 @@ def create(
         model: the model, in the state to train.
         preset: "stable" has the defaults that train six small tasks. "paper" has the options of the
             method's paper: `optim.presets.PAPER` names each option, its value and its source.
-        options: options of the method, such as `lr=0.01`; `option_names(name)` lists them.
+        options: options of the method, such as `lr=0.01`; `fl.optim.option_names(name)` lists them.
 
     Returns:
         The optimizer, ready to step.
@@ -288,7 +304,12 @@ def create(
 
 
 def option_names(name: str, preset: str = "stable") -> list[str]:
-    """The options that an optimizer takes, read off its constructors and those of its parts."""
+    """The options that an optimizer takes, read off its constructors and those of its parts.
+
+    Args:
+        name: a name of `fl.optim.names()`.
+        preset: "stable" or "paper".
+    """
     optimizer = create(name, _tiny(), preset=preset)
     kind = type(optimizer)
     flat = flat_names(kind.parts) if issubclass(kind, CurvatureOptimizer) else []

@@ -71,12 +71,12 @@ class FNGD(Woodbury):
     ) -> None:
         if share not in ("position", "example", "none"):
             raise ValueError(f"share is 'position', 'example' or 'none', got {share!r}")
-        if int(coefficient_steps) != coefficient_steps or coefficient_steps < 1:
-            raise ValueError(f"coefficient_steps counts steps, at least 1; got {coefficient_steps}")
+        steps = doors.count(coefficient_steps, "coefficient_steps")
+        doors.flag(control, "control")
         super().__init__(
             model, criterion=criterion, params=params, lr=lr, alpha=alpha, fold=fold, **options
         )
-        self.share, self.control, self.coefficient_steps = share, control, coefficient_steps
+        self.share, self.control, self.coefficient_steps = share, control, steps
         self.accelerated = doors.flag(accelerated, "accelerated")
         self.batch_size: int | None = None
         self._sums: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
@@ -60,6 +61,7 @@ class KBFGSOptimizer(NaturalGradient):
             if steps != 1:
                 raise ValueError(f"K-BFGS updates at every step; {name} cannot be changed")
         approximation = approximation or KBFGS(damping=damping)
+        doors.number(gradient_decay, "gradient_decay", least=0.0, below=1.0)
         self.root = approximation.damping**0.5
         super().__init__(model, approximation, lr=lr, damping=approximation.damping, **options)
         self.gradient_decay = gradient_decay

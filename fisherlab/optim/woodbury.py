@@ -81,7 +81,7 @@ class Woodbury(CurvatureOptimizer):
             unexpanded(damping, type(self).__name__)
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
-        self.alpha, self.fold = alpha, fold
+        self.alpha, self.fold = alpha, doors.flag(fold, "fold")
         # per layer, the backward passes that `.grad` holds
         self._taken: dict[str, list[Taken]] = {}
         # the last step's size, damping and, for the spectrum, its Gram matrices

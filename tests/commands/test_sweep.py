@@ -158,6 +158,22 @@ LR = {"lr": ["0.1", "0.2", "0.3"], "momentum": ["0", "0.9"]}
 RANGES = {"lr": Range(1e-3, 1.0), "batch": Range(1, 8), "kind": ["a", "b"]}
 
 
+def test_a_search_says_network_and_data_as_train_does(monkeypatch):
+    asked = []
+
+    def search(settings, *rest, **more):
+        asked.append(settings)
+        raise SettingsError("enough")
+
+    monkeypatch.setattr("fisherlab.commands.sweep.search", search)
+    words = "--data ptb --model lstm --depth 2 --batch-norm --dtype float64 --no-carry".split()
+    for said, carries in ((words, False), (words[:-1], True)):
+        CliRunner().invoke(cli.app, ["sweep", "--grid", "kfac.lr=0.1", *said])
+        settings = asked.pop()
+        assert (settings.carry, settings.layers, settings.batch_norm) == (carries, 2, True)
+        assert settings.dtype == "float64" and not settings.augment
+
+
 def opened(folder, space=LR, trials=None, higher_is_better=True):
     url = study.url_of(folder, None)
     return study.Study(url, "sgd", space, {}, higher_is_better=higher_is_better, trials=trials)

@@ -185,6 +185,22 @@ def test_options_out_of_range(options: dict, match: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+# what has no type of its own: a criterion and a rule are callables, and some options may be absent
+OPEN = {"params", "criterion"}
+JUNK = ("junk", 1j, float("nan"), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", fl.optim.names())
+def test_junk_for_any_option_is_refused_by_the_option_s_name(name: str) -> None:
+    model = small()
+    for option in set(fl.optim.option_names(name)) - OPEN:
+        for junk in JUNK:
+            with pytest.raises((ValueError, TypeError)) as refusal:
+                fl.optim.create(name, model, **{option: junk})
+            said = str(refusal.value).lower()
+            assert any(word in said for word in option.removesuffix("s").split("_")), option
+
+
 @pytest.mark.parametrize("name", CURVATURE)
 def test_unknown_option_and_name(name: str) -> None:
     with pytest.raises(TypeError, match=f"optimizer '{name}' has no option 'colour'"):
