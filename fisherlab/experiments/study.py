@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,10 +84,31 @@ def named(url: str, *others: type[Exception]) -> Iterator[None]:
     except wrong as error:
         cause = error.__cause__ or error
         said = str(getattr(cause, "orig", None) or cause).splitlines()[0]
+        damaged = "not a database" in said or "malformed" in said
+        step = "delete the damaged file" if damaged else "try again"
         raise SettingsError(
-            f"{shown(url)} is no database for a search: {said}; give another --storage, "
-            "or delete a damaged file"
+            f"{shown(url)} is no database for a search: {said}; {step}, or give another --storage"
         ) from None
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    """The database, with its tables; two workers that begin together may both make them."""
+    import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError
+
+    for wait in (0.1, 0.3, 1.0, 3.0, None):
+        try:
+            return optuna.storages.RDBStorage(
+                url,
+                heartbeat_interval=BEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=again,
+            )
+        except (IntegrityError, OperationalError):
+            if wait is None:
+                raise
+            time.sleep(wait)  # the other worker's tables are there by then
+    raise AssertionError  # the last turn returns or raises
 
 
 class Study:
@@ -126,12 +148,7 @@ class Study:
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
         with named(url, ImportError, RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.RDBStorage(
-                url,
-                heartbeat_interval=BEAT,
-                grace_period=GRACE,
-                heartbeat_stale_trial_callback=again,
-            )
+            storage = _storage(url)
             self.study = optuna.create_study(
                 storage=storage,
                 sampler=self._sampler(),

@@ -143,8 +143,17 @@ def coverage(
     weights: Mapping[str, Weight], captured: Mapping[str, LayerCapture]
 ) -> tuple[int, int]:
     """How many parameters are trained, and how many of them have a block."""
-    total = sum(w.tensor.numel() for w in weights.values() if w.tensor.requires_grad)
+    made = {name: weight.parameters for name, weight in weights.items()}
+    total = sum(
+        p.numel()
+        for name, weight in weights.items()
+        for p in (made[name].values() or (weight.tensor,))
+        if p.requires_grad
+    )
     inside = sum(layer.shape[0] * layer.shape[1] for layer in captured.values())
+    # a block of a computed weight is none of the parameters that it is computed of
+    names = {layer.name for layer in captured.values()}
+    inside -= sum(weights[name].tensor.numel() for name in names & set(made) if made[name])
     return total, min(total, inside)
 
 
@@ -209,6 +218,8 @@ def _skipped(
     found: dict[str, str] = {}
     for name, weight in weights.items():
         if id(weight.tensor) in covered:
+            for part in weight.parameters:
+                found[part] = f"the weight of {name!r} is computed of it, and that has the block"
             continue
         if name not in record.calls and name not in failures:
             if not weight.tensor.requires_grad and weight.local == "weight":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,8 +67,40 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Embeddings with `max_norm`, which a pass rescales, are afterwards as before.
+
+    A warning names any other parameter that a forward pass writes into.
+    """
+    kept = {
+        id(weight): (weight, weight.detach().clone())
+        for module in model.modules()
+        if getattr(module, "max_norm", None) is not None
+        and isinstance(weight := getattr(module, "weight", None), Tensor)
+    }
+    others = {
+        name: (p, p._version)
+        for name, p in model.named_parameters()
+        if id(p) not in kept and not p.is_inference()
+    }
+    try:
+        yield
+    finally:
+        for weight, before in kept.values():
+            weight.data.copy_(before)  # no new version: a live graph may hold the weight
+        changed = [name for name, (p, version) in others.items() if p._version != version]
+        if changed:
+            warnings.warn(
+                f"the forward pass writes into the parameter{'s' * (len(changed) > 1)} "
+                f"{', '.join(changed)}, also when FisherLab runs it; the numbers are of the values "
+                "after that",
+                stacklevel=2,
+            )
+
+
+@contextmanager
 def isolated(model: nn.Module, x: object) -> Iterator[None]:
-    """Gradients on; random streams, buffers and training flags are put back at the end.
+    """Gradients on; random streams, buffers, weights and training flags are put back at the end.
 
     Compiled modules run as the Python they were made of, so that their functions are seen.
 
@@ -82,6 +115,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
     try:
         with (
             buffers_kept(model),
+            parameters_kept(model),
             torch.enable_grad(),
             torch.random.fork_rng(devices=devices),
             _uncompiled(),

@@ -29,6 +29,16 @@ class Weight:
     aliases: tuple[str, ...] = ()
 
     @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that a parametrized module's weight is computed of, by name; or none."""
+        made = getattr(self.module, "parametrizations", {})
+        if self.local not in made or self.local in self.module._parameters:
+            return {}
+        prefix = self.name.removesuffix(f".{self.local}")
+        at = f"{prefix}.parametrizations.{self.local}"
+        return {f"{at}.{name}": p for name, p in made[self.local].named_parameters()}
+
+    @property
     def unfit(self) -> str:
         """Why no product with it has a block, whatever the model does; or ""."""
         if self.tensor.is_complex():

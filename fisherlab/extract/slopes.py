@@ -128,12 +128,13 @@ def _plus(one: Field, other: Field) -> Field:
 
 def _summed(reading: _Reading | None, edge: Edge) -> Slopes:
     shape, device = _shape(edge), edge[0]._input_metadata[edge[1]].device
-    empty = torch.zeros(shape[0], 2, dtype=torch.float64, device=device)
+    count_of_rows = shape[0] if len(shape) > 1 else 1  # one row of features may have no other axis
+    empty = torch.zeros(count_of_rows, 2, dtype=torch.float64, device=device)
     if reading is None:
         return Slopes(empty, "the outputs of the model do not depend on it")
 
     def rows(field: Field) -> Tensor:
-        return torch.as_tensor(field, device=device).expand(shape).flatten(1)
+        return torch.as_tensor(field, device=device).expand(shape).reshape(count_of_rows, -1)
 
     if isinstance(reading.count, float) and reading.count > 0:
         terms = rows(reading.slope)

@@ -159,6 +159,8 @@ def _row(
     if reason or not uses:
         return row | {"reason": reason or "not called"}
     costs = _costs(uses, bias is not None, rate, examples)
+    if weight.parameters:
+        row["reason"] = "its weight is computed; optimizers take the parameters' plain gradient"
     return row | {"status": "exact", "backend": "hooks", **costs}
 
 

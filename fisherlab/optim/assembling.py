@@ -90,6 +90,11 @@ def _layer(
 
 def _check_axis(name: str, index: int, call: Call, batch: int, needs: Needs) -> None:
     """Refuse a call whose first axis is not the example; a sum over positions becomes a mean."""
+    if len(call.shape) < 2:
+        raise OptimizerError(
+            f"call {index} of layer {name!r} received one row without an axis of examples, in a "
+            f"batch of {batch}: call it on the batch, [n, features]"
+        )
     if call.positions > 1:
         # a mean over positions, as of `[n, t, i]`
         call.raw_input, call.count = call.raw_input / call.positions, batch

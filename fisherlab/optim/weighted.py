@@ -129,6 +129,14 @@ class _Weighted(torch.autograd.Function):
                 "operation out of place"
             )
         given = x.shape
+        own = layer.loss.is_own()  # it asks for the examples of rows, or proves a product
+        if g.ndim < 2:
+            if not (layer.plain or own):
+                raise OptimizerError(
+                    f"layer {layer.weight.name!r} received one row {tuple(given)} without an axis "
+                    "of examples: call it on the batch, [n, features]; no parameter was changed"
+                )
+            x, g = x[None], g[None]
         moved = layer.examples and len(x) != layer.examples
         if moved and not (layer.layout or layer.plain):
             raise OptimizerError(
@@ -138,7 +146,6 @@ class _Weighted(torch.autograd.Function):
         if layer.layout:
             x, g = _examples_first(x, layer), _examples_first(g, layer)
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
-        own = layer.loss.is_own()  # it asks for the examples of rows, or proves a product
         if not own:
             layer.state.reached.add(weight.name)
         rows = found = None
@@ -179,8 +186,8 @@ def _examples_first(rows: Tensor, layer: _Layer) -> Tensor:
 
 def _as_given(grad: Tensor | None, layer: _Layer, shape: torch.Size) -> Tensor | None:
     """The gradient of the input in the input's own layout."""
-    if grad is None or not layer.layout:
-        return grad
+    if grad is None:
+        return None
     return (grad.transpose(0, 1) if layer.layout == TURNED else grad).reshape(shape)
 
 

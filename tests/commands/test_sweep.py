@@ -330,6 +330,27 @@ def test_a_search_by_tpe_leaves_a_page_and_its_pictures(tmp_path, monkeypatch):
 
 
 @needs_optuna
+def test_workers_that_make_the_tables_at_once_both_have_them(tmp_path, monkeypatch):
+    import optuna
+    from sqlalchemy.exc import IntegrityError
+
+    real, failures = optuna.storages.RDBStorage.__init__, [2]
+
+    def begin(self, *args, **kwargs):
+        if failures[0]:
+            failures[0] -= 1
+            raise IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed"))
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", begin)
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    assert opened(tmp_path).elsewhere == 0
+    failures[0] = 9
+    with pytest.raises(SettingsError, match="UNIQUE constraint failed; try again, or give another"):
+        opened(tmp_path)
+
+
+@needs_optuna
 def test_a_file_that_is_no_database_is_refused_and_no_password_is_written(tmp_path):
     (tmp_path / study.FILE).write_bytes(b"not a database" * 100)
     with pytest.raises(SettingsError, match=r"study\.db is no database for a search"):

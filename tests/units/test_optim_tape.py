@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tape import Conv1D, Plain, TimeFirst, Tokens
+from test_tape import Conv1D, Plain, RowByRow, TimeFirst, Tokens
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +34,22 @@ def trained(model, name, steps=3, x=None, y=None, **options):
         CE(model(x), y).backward()
         optimizer.step()
     return optimizer
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_single_rows_are_refused_or_left_out_by_name(name):
+    model = RowByRow()
+    before = copy.deepcopy(model.state_dict())
+    if name == "shampoo":  # it sees gradients alone
+        trained(model, name)
+    elif name in ("eva", "fngd", "tengrad"):
+        with pytest.warns(UserWarning, match="plain gradient"):
+            optimizer = trained(model, name)
+        assert set(optimizer.left_out) >= {"a", "b"}
+    else:
+        with pytest.raises(fl.optim.OptimizerError, match="'a' received one row without an axis"):
+            trained(model, name)
+        assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", METHODS)

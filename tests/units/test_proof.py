@@ -290,6 +290,42 @@ def test_buffers_and_training_flags_come_back(make):
         assert buffer is same and torch.equal(buffer, before), name
 
 
+def test_embeddings_that_a_pass_rescales_come_back():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3)).double()
+    before = model[0].weight.detach().clone()
+    x, y = torch.arange(12).view(6, 2) % 7, torch.arange(6) % 3
+    found = fl.capture(model, CE, x, y)["2"]
+    fl.network.NetworkHessian(model, CE, x, y)
+    fl.support(model, x)
+    assert torch.equal(model[0].weight, before)
+    model(x)  # torch's own pass writes
+    assert not torch.equal(model[0].weight, before)
+    assert torch.equal(found.label_gradients, fl.capture(model, CE, x, y)["2"].label_gradients)
+
+
+def test_a_pass_that_writes_into_its_weights_is_said():
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    with pytest.warns(UserWarning, match="the forward pass writes into the parameter weight"):
+        fl.capture(Clipped(5, 3).double(), CE, *batch())
+
+
+def test_a_block_of_a_computed_weight_is_none_of_its_parameters():
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = batch()
+    report = fl.capture(model, CE, x, y).report
+    assert (report.trained, report.covered) == (sum(p.numel() for p in model.parameters()), 4 + 15)
+    parts = {name for name, _ in model.named_parameters() if "parametrizations" in name}
+    assert set(report.skipped) == parts and len(parts) == 2
+    reasons = fl.support(model, x).set_index("layer")["reason"]
+    assert "its weight is computed" in reasons["0"] and reasons["2"] == ""
+
+
 def test_a_graph_that_holds_buffers_survives_a_capture_between_its_passes():
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().eval()
     x, y = batch()

@@ -225,12 +225,24 @@ def upsampling(groups=1, **options):
     )
 
 
+class RowByRow(nn.Module):
+    """Each call has one row and no axis of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.stack([self.b(torch.tanh(self.a(row))) for row in x])
+
+
 FLAT = {
     "conv1d of gpt-2": (lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(4, 3)), ["0", "2"]),
     "operator": (lambda: nn.Sequential(Plain(5, 4), nn.Tanh(), nn.Linear(4, 3)), ["0.W", "2"]),
     "activation inside": (lambda: nn.Sequential(Squashed(5, 4), nn.Linear(4, 3)), ["0", "1"]),
     "transposed use": (TiedDecoder, ["a", "b"]),
     "functional use": (Functional, ["a", "b"]),
+    "row by row": (RowByRow, ["a", "b"]),
     "user's hook": (hooked, ["0", "2"]),
     "one weight, two biases": (lambda: tied_pair("weight"), ["0", "4"]),
     "one bias, two weights": (lambda: tied_pair("bias"), ["4"]),
