@@ -33,8 +33,8 @@ class TKFAC(Approximation, name="tkfac"):
     Args:
         weight_sharing: "partial" or "expand".
         placement: where the damping goes: "tikhonov", "factored", "factorwise" or "eigenvalue".
-        pi: for "factored", where `Phi` gets `pi sqrt(lambda)` and `Psi` gets `sqrt(lambda) / pi`;
-            None: the trace rule.
+        pi: for "factored", where `sqrt(sigma) Phi` gets `pi sqrt(lambda)` and `sqrt(sigma) Psi`
+            gets `sqrt(lambda) / pi`; None: the trace rule.
         left: statistic of `Psi` `[o, o]`; default: given by `weight_sharing`.
         right: statistic of `Phi` `[i, i]`; default: given by `weight_sharing`.
         trace: statistic of `sigma`; default: given by `weight_sharing`.

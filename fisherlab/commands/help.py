@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from rich.markup import escape
 from typer.core import TyperCommand
 
 
@@ -12,15 +13,16 @@ class Command(TyperCommand):
     """A command whose help fits any terminal.
 
     Paragraphs of the docstring lose their source's line breaks; what stands indented, an example,
-    keeps them. A flag has no type. `GROUPS` of the command's module names panels of options.
+    keeps them, and brackets are brackets. A flag has no type. `GROUPS` of the command's module names panels of options.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.help = flowing(self.help or "")
+        self.help = escape(flowing(self.help or ""))
         groups = getattr(inspect.getmodule(inspect.unwrap(self.callback)), "GROUPS", {})  # type: ignore[arg-type]
         panel = {name: title for title, names in groups.items() for name in names.split()}
         for option in self.params:
+            option.help = escape(option.help or "")  # type: ignore[attr-defined]
             if option.name in panel:
                 option.rich_help_panel = panel[option.name]  # type: ignore[attr-defined]
 

@@ -256,7 +256,9 @@ def create(
 
     The learning rate sets the length of the step. Most curvature methods have a default `kl_clip`,
     which guards against divergence. Once KL clipping is active, a larger learning rate no longer
-    lengthens the step; `opt.clipped` counts these steps. `kl_clip=None` turns it off.
+    lengthens the step; `opt.clipped` counts these steps. `kl_clip=None` turns it off. With
+    `criterion=torch.nn.MSELoss()` most methods have other defaults: labels drawn from the model, no
+    momentum, another `lr` and a smaller `kl_clip`.
 
     Args:
         name: a name of `fl.optim.names()`, such as "kfac", "ekfac" or "sgd".

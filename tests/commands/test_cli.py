@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -434,13 +435,19 @@ def test_a_method_that_one_batch_cannot_make_leaves_its_reason_and_no_report(tmp
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+BRACKETED = defaultdict(tuple, sweep=("fisherlab[sweep]", "[@SIDE]"), compare=("[@SIDE]",))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example_and_the_line_of_the_list(name):
     made = command(name)
     for one in getattr(made, "commands", {"": made}).values():
         examples = [line for line in one.help.splitlines() if line.startswith("    fisherlab ")]
         assert examples and max(map(len, examples)) < 78, one.name
-        assert "<bool>" not in call(*dict.fromkeys((name, one.name)), "--help").output
+        shown = call(*dict.fromkeys((name, one.name)), "--help").output
+        assert "<bool>" not in shown
+        # brackets of the texts are text, not styles
+        assert all(word in " ".join(shown.split()) for word in BRACKETED[name])
     if name != "data":
         assert made.help.startswith(COMMANDS[name])
 

@@ -63,8 +63,7 @@ class Case:
         Raises:
             ModelError: the library that builds the model does not import.
         """
-        shape = self.size[0] if self.tokens else self.size
-        model = models.create(self.network, num_classes=self.classes, input_size=shape)
+        model = models.create(self.network, num_classes=self.classes, input_size=self.size)
         generator = torch.Generator().manual_seed(0)
         if self.tokens:
             x, y = torch.randint(self.classes, (2, self.examples, *self.size), generator=generator)
