@@ -129,25 +129,32 @@ train(Settings.load(folder.parent / "whole"), folder, watch=Kill())
 """
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing killed, in folder `whole`, and the folder that it lies in."""
+    folder = tmp_path_factory.mktemp("killed")
+    return train(settings("kfac,sgd", epochs=3), folder / "whole"), folder
+
+
 @pytest.mark.parametrize("moment", ["step", "save"])
-def test_a_killed_run_loses_at_most_the_current_epoch(moment, tmp_path):
-    s = settings("kfac,sgd", epochs=3)
-    whole = train(s, tmp_path / "whole")
+def test_a_killed_run_loses_at_most_the_current_epoch(moment, unbroken):
+    s, (whole, folder) = settings("kfac,sgd", epochs=3), unbroken
+    killed = folder / moment
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path / "killed", moment],
+        [sys.executable, "-c", KILLED, killed, moment],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         cwd=Path(__file__).parents[2],
         check=False,
     )
     assert ended.returncode == -signal.SIGKILL
     left = Record(s.entries[0], 0)
-    left.restore(tmp_path / "killed", s)
+    left.restore(killed, s)
     assert [row["epoch"] for row in left.rows] == [0, 1]  # both died within the second epoch
-    parts = list((tmp_path / "killed").rglob("*.part"))
+    parts = list((killed).rglob("*.part"))
     assert len(parts) == (moment == "save")
-    resumed = train(s, tmp_path / "killed")
+    resumed = train(s, killed)
     assert_same(resumed, whole)
-    assert not list((tmp_path / "killed").rglob("*.part"))
+    assert not list((killed).rglob("*.part"))
 
 
 def test_a_finished_run_is_taken_over_as_it_is(tmp_path):

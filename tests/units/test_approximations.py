@@ -98,13 +98,12 @@ def test_chunks_and_batches_are_the_whole(case, fisher_type):
     column = sum(x.numel() * 8 for x in (one.inputs, one.output_gradients))
     budgets = [column, 2 * column + 8, 4 * column]
     assert len(list(layer.chunks(column))) == len(layer.inputs) * layer.columns_per_example
+    pieces = [halves, *(list(layer.chunks(budget)) for budget in budgets)]
+    memos = [fl.approximations.Memo([layer], budget) for budget in budgets]
     for approximation in buildable():
         whole = approximation(layer).dense()
-        pieces = [halves, *(list(layer.chunks(budget)) for budget in budgets)]
         found = [approximation(*parts) for parts in pieces]
-        found += [
-            fl.approximations.Memo([layer], budget).block(approximation) for budget in budgets
-        ]
+        found += [memo.block(approximation) for memo in memos]
         for block in found:
             assert relative(block.dense(), whole) < 1e-12, approximation.name
 

@@ -12,9 +12,8 @@ from fisherlab.approximations.damping import relative
 
 DAMPING, LR = 0.3, 0.1
 NAMES = pytest.mark.parametrize("name", ["tengrad", "ngd_smw", "fngd"])
-REDUCTIONS = pytest.mark.parametrize(
-    ("reduction", "scale"), [("mean", 1.0), ("sum", 1.0), ("mean", 0.25), ("mean", 1024.0)]
-)
+SCALES = (("mean", 1.0), ("sum", 1.0), ("mean", 0.25), ("mean", 1024.0))
+REDUCTIONS = pytest.mark.parametrize(("reduction", "scale"), SCALES)
 
 
 class Recurrent(nn.Module):
@@ -308,12 +307,18 @@ def test_passes_whose_forwards_come_first_are_not_merged(name, kind):
     opt.remove()
 
 
+SIZES = ((6,), (3, 3), (1, 5), (2, 2, 2))
+# each value of each setting with each value of every other one
+TWO_BY_TWO = [
+    (*reduction, sizes, (LR, 0.03)[(i + j) % 2], bool((i // 2 + j // 2) % 2))
+    for i, reduction in enumerate(SCALES)
+    for j, sizes in enumerate(SIZES)
+]
+
+
 @NAMES
-@pytest.mark.parametrize("kind", [Recurrent, SharedConv])
-@REDUCTIONS
-@pytest.mark.parametrize("sizes", [(6,), (3, 3), (1, 5), (2, 2, 2)])
-@pytest.mark.parametrize("bias_lr", [LR, 0.03])
-@pytest.mark.parametrize("unscaled", [False, True])
+@MODELS
+@pytest.mark.parametrize(("reduction", "scale", "sizes", "bias_lr", "unscaled"), TWO_BY_TWO)
 def test_clipping_counts_every_pass_that_the_gradient_holds(
     name, kind, reduction, scale, sizes, bias_lr, unscaled
 ):
