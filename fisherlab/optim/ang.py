@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fisherlab import doors
 from fisherlab.approximations import Approximation
 from fisherlab.blocks.numerics import dot
-from fisherlab.blocks.reads import numbers_of, with_next_read
+from fisherlab.blocks.reads import with_next_read
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
 from fisherlab.optim.schedule import Schedule
@@ -120,13 +120,14 @@ class ANG(NaturalGradient):
         return {n: piece.view_as(directions[n]) for n, piece in zip(names, pieces, strict=True)}
 
     def _blended(self, directions: Matrices, gradients: Matrices) -> Matrices:
-        pairs = {name: (d, gradients[name]) for name, d in directions.items()}
-        found = numbers_of(
-            [x for d, t in pairs.values() for x in (dot(d, d), dot(t, t), dot(d, t))]
-        )
+        pairs = [(d, gradients[name]) for name, d in directions.items()]
+        # layers may be on several devices
+        device = pairs[0][0].device
+        found = torch.stack([products(d, t).to(device) for d, t in pairs])
+        shares = shares_of(found, self.blend, self.amplitude, self.path)
         return {
-            name: between(d, t, found[3 * k : 3 * k + 3], self.blend, self.amplitude, self.path)
-            for k, (name, (d, t)) in enumerate(pairs.items())
+            name: mixed(d, t, share)
+            for name, (d, t), share in zip(directions, pairs, shares, strict=True)
         }
 
 
@@ -145,25 +146,45 @@ def blended(
 
     On the chord for (6), their sum for (5).
     """
-    return between(d, t, numbers_of([dot(d, d), dot(t, t), dot(d, t)]), s, amplitude, path)
+    return mixed(d, t, shares_of(products(d, t), s, amplitude, path))
 
 
-def between(
-    d: Tensor, t: Tensor, products: list[float], s: float, amplitude: str, path: str
-) -> Tensor:
-    """The same of known `products`, `<d, d>`, `<t, t>` and `<d, t>`."""
-    dd, tt, dt = products
-    if dd == 0 or tt == 0:
-        return d
-    if dt < 0:
-        return t
-    rho, size = math.sqrt(dd), math.sqrt(tt)
-    omega = math.acos(min(1.0, dt / (rho * size)))
-    toward_d, toward_t = (1.0, 1.0) if path == "sum" else (1 - s, s)
-    if path == "sphere" and omega >= 1e-4:
-        toward_d, toward_t = (math.sin(part * omega) / math.sin(omega) for part in (1 - s, s))
+def products(d: Tensor, t: Tensor) -> Tensor:
+    """`<d, d>`, `<t, t>` and `<d, t>`, `[3]` float64."""
+    return torch.stack([dot(d, d), dot(t, t), dot(d, t)])
+
+
+def mixed(d: Tensor, t: Tensor, shares: Tensor) -> Tensor:
+    """`a d + b t` of the shares `a`, `b`, `[2]`."""
+    wide = torch.promote_types(d.dtype, torch.float32)
+    of_d, of_t = shares.to(d.device, wide).unbind()
+    return torch.add(of_d * d.to(wide), of_t * t.to(wide)).to(d.dtype)
+
+
+def shares_of(products: Tensor, s: float, amplitude: str, path: str) -> Tensor:
+    """The shares of `d` and of `t` in the step.
+
+    Args:
+        products: `<d, d>`, `<t, t>` and `<d, t>`, `[..., 3]`; the host reads none of them.
+        s: from 0, natural, to 1, Euclidean.
+        amplitude: "natural" or "blended".
+        path: "sphere", "chord" or "sum".
+
+    Returns:
+        `[..., 2]`.
+    """
+    dd, tt, dt = products.unbind(-1)
+    rho, size = dd.sqrt(), tt.sqrt()
+    parts = (1.0, 1.0) if path == "sum" else (1 - s, s)
+    toward = torch.stack([torch.full_like(rho, part) for part in parts], -1)
+    if path == "sphere":
+        omega = (dt / (rho * size)).clamp(max=1).acos()[..., None]
+        toward = torch.where(omega >= 1e-4, (toward * omega).sin() / omega.sin(), toward)
     length = rho if amplitude == "natural" else rho ** (1 - s) * size**s
-    return torch.add(toward_d * length / rho * d, t, alpha=toward_t * length / size)
+    shares = toward * (length[..., None] / torch.stack([rho, size], -1))
+    alone = torch.eye(2, dtype=products.dtype, device=products.device)
+    shares = torch.where((dt < 0)[..., None], alone[1], shares)
+    return torch.where(((dd == 0) | (tt == 0))[..., None], alone[0], shares)
 
 
 class TruncatedNaturalGradient(NaturalGradient):

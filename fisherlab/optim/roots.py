@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +50,58 @@ def newton_schulz(
     norm = S.norm() if scale else torch.ones_like(S.norm())
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     Y, Z = S / norm, eye
+
+    def advance(Y: Tensor, Z: Tensor, ZY: Tensor) -> tuple[Tensor, Tensor]:
+        half = (3 * eye - ZY) / 2
+        return Y @ half, half @ Z
+
+    Y, Z, residuals = _iterated(advance, Y, Z, tolerance, 1e6, iterations)
+    return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, scale)
+
+
+def denman_beavers(S: Tensor, tolerance: float | None = None, iterations: int = 100) -> Roots:
+    """`Y <- (Y + Z^{-1})/2`, `Z <- (Z + Y^{-1})/2` from `Y = S`, `Z = I`.      SNGD (14)."""
+    tolerance = tolerance or 4 * torch.finfo(S.dtype).eps * len(S)
+    norm = S.norm()
+
+    def advance(Y: Tensor, Z: Tensor, ZY: Tensor) -> tuple[Tensor, Tensor]:
+        return (Y + inverse(Z, "a root")) / 2, (Z + inverse(Y, "a root")) / 2
+
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    Y, Z, residuals = _iterated(advance, S / norm, eye, tolerance, 1e12, iterations)
+    return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, True)
+
+
+def _iterated(
+    advance: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    Y: Tensor,
+    Z: Tensor,
+    tolerance: float,
+    largest: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """`Y, Z <- advance(Y, Z, Z Y)` until `||I - Z Y||` is small, too large or stalls.
+
+    Args:
+        advance: one iteration.
+        Y: `[d, d]`, on its way to the root.
+        Z: `[d, d]`, on its way to the inverse of the root, from `I`.
+        tolerance: a residual at which the iteration ends.
+        largest: a residual beyond which it ends.
+        iterations: at most so many.
+
+    Returns:
+        `Y`, `Z`, and the residual after each iteration.
+    """
+    eye = Z
     residuals: list[float] = []
     waiting: list[Tensor] = []
     before, over = torch.tensor(0.0), torch.tensor(False)
-    together = 1 if S.device.type == "cpu" else TOGETHER
+    together = 1 if Y.device.type == "cpu" else TOGETHER
     for k in range(1, iterations + 1):
         ZY = Z @ Y
         size = (eye - ZY).norm().double()
-        over = over | (size <= tolerance) | ~(size < 1e6)
+        over = over | (size <= tolerance) | ~(size < largest)
         if k > 3:
             over = over | (size < 0.1) & (size >= 0.5 * before)
         before = size
@@ -68,27 +113,13 @@ def newton_schulz(
             residuals += seen[::2][: going + 1]
             if going < len(seen) // 2:
                 break
-        half = (3 * eye - ZY) / 2
-        # where it is over the rest of the iterations change nothing
-        Y, Z = torch.where(over, Y, Y @ half), torch.where(over, Z, half @ Z)
-    return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, scale)
-
-
-def denman_beavers(S: Tensor, tolerance: float | None = None, iterations: int = 100) -> Roots:
-    """`Y <- (Y + Z^{-1})/2`, `Z <- (Z + Y^{-1})/2` from `Y = S`, `Z = I`.      SNGD (14)."""
-    tolerance = tolerance or 4 * torch.finfo(S.dtype).eps * len(S)
-    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    norm = S.norm()
-    Y, Z = S / norm, eye
-    residuals: list[float] = []
-    for _ in range(iterations):
-        residual = (eye - Z @ Y).norm().item()
-        residuals.append(residual)
-        stalled = len(residuals) > 3 and residual < 0.1 and residual >= 0.5 * residuals[-2]
-        if residual <= tolerance or stalled or not residual < 1e12:
-            break
-        Y, Z = (Y + inverse(Z, "a root")) / 2, (Z + inverse(Y, "a root")) / 2
-    return _finished(S, norm.sqrt() * Y, Z / norm.sqrt(), residuals, tolerance, True)
+        if together == 1:
+            Y, Z = advance(Y, Z, ZY)
+            continue
+        # where it is over the rest of the iterations change nothing, and meet no wild number
+        there = advance(*(torch.where(over, eye, X) for X in (Y, Z, ZY)))
+        Y, Z = (torch.where(over, X, new) for X, new in zip((Y, Z), there, strict=True))
+    return Y, Z, residuals
 
 
 def nystroem(S: Tensor, rank: int, eps: float) -> Roots:

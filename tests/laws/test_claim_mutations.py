@@ -345,7 +345,7 @@ MUTATIONS = {
         ifang.IFANG, "damped", lambda self, block, damping: block.power(-1, damping)
     ),
     "ang_factors_as_printed": put(ang.PrintedFactors, "right", ang.Factors.right),
-    "ang_ends_as_sgd_up_to_a_layer_factor": wrap(optim.ang, "between", times(0.5)),
+    "ang_ends_as_sgd_up_to_a_layer_factor": wrap(optim.ang, "mixed", times(0.5)),
     "ang_ends_as_sgd": put(ang.AngIsSGD, "factor", ang.AngEnd.factor),
     # SNGD
     "sngd_step_is_a_natural_step": wrap(network, "by_eigh", inverse_for_inverse_root),
