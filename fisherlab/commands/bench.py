@@ -108,14 +108,15 @@ def bench(
                 now = time.monotonic()
                 setting.part(now + (end - now) / (len(chosen) - k))
                 frame = record.measure(part, setting, rundir)
-                show(_shown(part, frame), TITLES[part], wrap=("work", "note", "limit"))
+                if len(frame):
+                    show(_shown(part, frame), TITLES[part], wrap=("work", "note", "limit"))
                 progress.update(1)
         except KeyboardInterrupt:
             status = "interrupted"
     if setting.left:
         notes.append(
-            f"no time for {len(setting.left)} rows ({', '.join(setting.left[:3])}"
-            f"{', ...' if len(setting.left) > 3 else ''}): take --resume, or more --minutes"
+            f"no time for {len(setting.left)} rows: take --resume, or more --minutes; not "
+            f"measured: {', '.join(setting.left)}"
         )
     record.finish(rundir, config | {"status": status}, setting)
     from fisherlab.experiments import pages, report  # noqa: F401  pages: what it shows

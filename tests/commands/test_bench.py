@@ -307,6 +307,17 @@ def test_rows_that_there_is_no_time_for_are_left_and_named(monkeypatch):
     assert setting.takes("of unknown length")
 
 
+def test_a_part_without_time_has_no_table_and_all_its_rows_are_named(tmp_path):
+    words = ["bench", "optim", "--quick", "--no-peers", "--minutes", "1e-9", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert f"no time for {len(optim.RESNET_ROWS)} rows: take --resume" in said
+    assert all(f"mlp: {row.title} (fisherlab)" in said for row in optim.RESNET_ROWS)
+    assert not (tmp_path / "optim.parquet").exists()
+    assert json.loads((tmp_path / "bench.json").read_text())["parts"] == {}
+
+
 def test_every_row_is_written_as_it_is_measured(tmp_path, monkeypatch):
     folder = RunDir(tmp_path)
     seen = []

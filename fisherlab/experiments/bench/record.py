@@ -31,7 +31,8 @@ JSON = "bench.json"
 def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
     """Measure one part, write each row as it is measured, and draw them.
 
-    Rows that the folder holds are kept as they are.
+    Rows that the folder holds are kept as they are. Where there was no time for any, the table is
+    empty, and nothing is written.
     """
     before = rundir.table(part)
     records = [] if before is None else before.to_dict("records")
@@ -40,6 +41,8 @@ def measure(part: str, setting: Setting, rundir: RunDir) -> pd.DataFrame:
         records.append(record)
         rundir.write_table(part, pd.DataFrame(records))
     frame = pd.DataFrame(records)
+    if frame.empty:
+        return frame
     drawn = pictures.scaling(frame) if part == "scaling" else pictures.ratios(frame, part)
     whole.write(rundir.folder / FIGURES / f"{part}.png", drawn.png(DPI))
     return frame
