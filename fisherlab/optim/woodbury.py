@@ -237,7 +237,7 @@ class Woodbury(CurvatureOptimizer):
         # .grad is the direction already, unscaled, clipped or averaged over ranks since: what
         # backward left of direction and gradient, at the scale that the two lengths tell
         every = list(directions)
-        norms = torch._foreach_norm([directions[p].double() for p in every])
+        norms = torch._foreach_norm([directions[p] for p in every], 2, dtype=torch.float64)
         lengths = dict(zip(every, torch.stack(norms).square(), strict=True))
         total = torch.zeros_like(next(iter(lengths.values())))
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}

@@ -258,18 +258,20 @@ DISGUISED = {"ngd_smw", "fngd"}
 def test_after_an_epoch_no_default_is_the_gradient_in_disguise(name: str) -> None:
     """Eva by name averaged its signed means away: median cosine 0.9996 to the gradient."""
     x, y, *_ = digits(torch.float32)
-    model = net(name)
+    model, plain = net(name), net(name)
     optimizer = fl.optim.create(name, model, momentum=0.0)
     cosines = []
-    for part in batches(x, 64, 30):
+    for k, part in enumerate(batches(x, 64, 30)):
         optimizer.zero_grad()
         backward(model, x[part], y[part])
-        plain = net(name)
+        if k < 20:
+            optimizer.step()
+            continue
         plain.load_state_dict(model.state_dict())
         backward(plain, x[part], y[part])
         gradient = torch.cat([p.grad.flatten() for p in plain.parameters()])
         cosines.append(F.cosine_similarity(-moved(model, optimizer.step), gradient, 0))
-    assert torch.stack(cosines[-10:]).median() < 0.98
+    assert torch.stack(cosines).median() < 0.98
     if name not in ("eva", "ifang"):  # their one eigenvalue
         assert (optimizer.summary()["eigenvalues_above_damping"] > 0).all()
 
