@@ -1,22 +1,25 @@
-"""What every test shares, and the variants of an environment that no number may depend on."""
+"""What every test shares, and the variants of an environment that no number may depend on.
+
+Neither torch nor matplotlib is loaded here: the process that hands tests to others needs neither.
+"""
+
+from __future__ import annotations
 
 import os
 import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
 
-from fisherlab.plots import theme
+if TYPE_CHECKING:
+    import torch
 
 hypothesis.settings.register_profile("fisherlab", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fisherlab")
-
-# on matrices this small, two threads mostly wait for each other
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 # FISHERLAB_ORDER=7: files, and the tests in each, in the random order of seed 7.
 ORDER = os.environ.get("FISHERLAB_ORDER")
@@ -58,6 +61,14 @@ def temporary(tmp_path_factory) -> Iterator[Path]:
         tempfile.tempdir = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """On matrices this small, two threads mostly wait for each other."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(temporary) -> Iterator[None]:
     """No test leaves a temporary file behind."""
@@ -71,11 +82,18 @@ def nothing_left(temporary) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """A test draws the same, whichever tests ran before it in its process."""
-    torch.manual_seed(0)
+    import torch
+
+    # torch.manual_seed keeps the stack, as text, for each kind of accelerator that is not there
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(0)
 
 
@@ -87,6 +105,8 @@ def quick_pictures(monkeypatch):
 
 def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `quick_pictures` does, for a fixture of a whole module."""
+    from fisherlab.plots import theme
+
     monkeypatch.setattr(theme, "DPI", 50)
     monkeypatch.setitem(theme.STYLE, "savefig.dpi", 50)
     monkeypatch.setitem(theme.STYLE, "pdf.fonttype", 3)
@@ -101,6 +121,8 @@ def real_pictures(quick_pictures) -> None:
 def square(tmp_path_factory):
     """One small picture, as PNG and PDF."""
     import matplotlib.pyplot as plt
+
+    from fisherlab.plots import theme
 
     figure = plt.figure(figsize=(1, 1))
     paths = theme.save(figure, tmp_path_factory.mktemp("square") / "square")
