@@ -81,9 +81,11 @@ try:
     test_readme.test_the_table_of_approximations_is_what_is_registered()
 except AssertionError:
     print("the README misses it")
-# last: pytest has imports of its own
+# last: pytest has imports of its own, and plugins with many
+import os, pytest
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 laws = ["tests/laws/test_registry_laws.py", "-q", "-k", "neuron", "-p", "no:cacheprovider"]
-raise SystemExit(__import__("pytest").main(laws))
+raise SystemExit(pytest.main(laws))
 """
 
 
