@@ -8,6 +8,7 @@ A *claim* is the paper's. An *extension* is ours: a correction, or a theorem tak
 from fisherlab.claims import foundations, geometry, steps, losses  # isort: skip
 from fisherlab.claims import tekfac, kronecker, memory, ang, sngd, fngd  # isort: skip
 from fisherlab.claims import convergence, complexity, pooled, today  # isort: skip
+from fisherlab.claims import followed, sketch, chain  # isort: skip
 from fisherlab.claims.base import KINDS, PAPERS, Claim, ClaimError, get, names
 from fisherlab.claims.table import Verdicts, load, verify
 
@@ -18,9 +19,11 @@ __all__ = [
     "ClaimError",
     "Verdicts",
     "ang",
+    "chain",
     "complexity",
     "convergence",
     "fngd",
+    "followed",
     "foundations",
     "geometry",
     "get",
@@ -30,6 +33,7 @@ __all__ = [
     "memory",
     "names",
     "pooled",
+    "sketch",
     "sngd",
     "steps",
     "tekfac",

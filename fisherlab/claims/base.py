@@ -20,9 +20,12 @@ Case = dict[str, Any]
 
 PAPERS = {
     "ANG": "ANG: Tang et al. 2021",
+    "DyKAF": "DyKAF: Yudin et al. 2025",
     "FNGD": "FNGD: Ou et al.",
+    "KFAC": "KFAC: Martens and Grosse 2015",
     "KL-Shampoo": "KL-Shampoo: Lin et al. 2025",
     "NGM": "NGM: Shrestha",
+    "Nystrom": "Nystrom: Frangella et al. 2023",
     "SNGD": "SNGD: Liu et al.",
     "SOAP": "SOAP: Vyas et al. 2024",
     "TEKFAC": "TEKFAC: Gao et al. 2021",

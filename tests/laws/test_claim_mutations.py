@@ -7,29 +7,37 @@ import torch
 
 from fisherlab import optim
 from fisherlab.approximations import eigen_corrected, exact, ifang, kronecker_optimal
+from fisherlab.approximations.dykaf import DyKAF
 from fisherlab.approximations.kfac import KFAC, KFACReduce
+from fisherlab.approximations.kl_optimal import KLOptimal
+from fisherlab.approximations.kl_shampoo import KLShampoo
+from fisherlab.approximations.nystrom import Nystrom
 from fisherlab.approximations.running import Running
 from fisherlab.approximations.tkfac import TKFAC
 from fisherlab.blocks import Outer, contractions
 from fisherlab.blocks.basis import matrix_of
 from fisherlab.claims import (
     ang,
+    chain,
     complexity,
     convergence,
     dense,
     fngd,
+    followed,
     foundations,
     get,
     kronecker,
     memory,
     names,
     pooled,
+    sketch,
     sngd,
     tekfac,
     today,
     verify,
 )
 from fisherlab.extract import LayerCapture, fisher
+from fisherlab.network import Tridiagonal
 from fisherlab.optim import ngd, woodbury
 from fisherlab.optim import sngd as network
 from fisherlab.statistics import (
@@ -227,6 +235,19 @@ def second_moments(a, g):
     return [x.flatten(0, -2).mT @ x.flatten(0, -2) for x in (a, g)]
 
 
+def nearest_product(_, case):
+    """The Kronecker product nearest to the averaged block, from its singular vectors."""
+    o, i = case["g"][0].shape[-1], case["a"][0].shape[-1]
+    F = followed.averaged([dense.block(batch) for batch in memory.parts(case)])
+    R = F.view(o, i, o, i).permute(0, 2, 1, 3).reshape(o * o, i * i)
+    U, s, Vh = torch.linalg.svd(R)
+    return s[0] * torch.kron(U[:, 0].view(o, o), Vh[0].view(i, i))
+
+
+def damping_times(factor):
+    return put(chain, "Tridiagonal", lambda layers, damping: Tridiagonal(layers, factor * damping))
+
+
 MUTATIONS = {
     # foundations
     "score_has_mean_zero": wrap(fisher, "label_vectors", lambda f: lambda *a: f(*a) + 0.1),
@@ -308,6 +329,37 @@ MUTATIONS = {
     "kl_optimal_kronecker_product_is_a_lower_bound": put(today.KLBound, "approximation", KFAC()),
     "kl_optimal_kronecker_product_is_a_fixed_point": put(
         today.KLFixedPoint, "approximation", KFAC()
+    ),
+    "soap_is_the_best_diagonal_in_shampoos_basis": wrap(EigenCorrected, "corrections", transposed),
+    "shampoo_is_kl_optimal_for_one_factor": total(
+        LeftMoment, lambda x, layer: OutputMoment().total(layer)
+    ),
+    "kl_shampoo_comes_to_rest_at_the_kl_optimum": wrap(KLShampoo, "_inverse", times(1.1)),
+    "shampoo_is_kl_optimal_for_two_factors": put(today, "Shampoo", lambda form: KLOptimal()),
+    # over time
+    "dykaf_is_nearer_to_a_moving_block_usually": put(
+        followed.DykafUsually, "approximation", KLShampoo()
+    ),
+    "dykaf_is_nearer_to_a_moving_block": put(followed, "followed", nearest_product),
+    "dykaf_is_exact_while_one_factor_rests": wrap(
+        DyKAF, "step", lambda f: lambda self, F, G, A, past: f(self, F, G, A, past**2)
+    ),
+    "dykaf_is_exact_for_kronecker_products": put(followed.DykafMoving, "rests", True),
+    "kl_shampoo_is_nearer_in_kl_usually": wrap(KLShampoo, "_inverse", times(10)),
+    # sketches
+    "nystrom_is_never_above_the_block": put(sketch, "Nystrom", lambda rank: Nystrom(rank, 1)),
+    "nystrom_error_at_most_the_tail": put(sketch, "Nystrom", lambda rank, seed: Nystrom(1, seed)),
+    "nystrom_preconditioner_has_condition_28": put(
+        sketch, "Nystrom", lambda rank, seed: Nystrom(1, seed)
+    ),
+    "nystrom_preconditioner_of_any_rank_has_condition_28": put(
+        sketch.NystromAnyRank, "draw", sketch.NystromPreconditioner.draw
+    ),
+    # layers that follow each other
+    "tridiagonal_kfac_has_a_tridiagonal_inverse": damping_times(1.1),
+    "tridiagonal_kfac_is_nearer_in_kl_than_block_diagonal": damping_times(100),
+    "tridiagonal_kfac_is_nearer_in_kl_to_the_fisher": put(
+        chain.TridiagonalOfFisher, "target", chain.TridiagonalGain.target
     ),
     "optimal_kronecker_product_is_a_lower_bound": put(kronecker, "KroneckerOptimal", KFAC),
     "optimal_kronecker_product_is_a_singular_vector": put(kronecker, "KroneckerOptimal", TKFAC),

@@ -28,7 +28,7 @@ from fisherlab.plots import claims as pictures
 
 run = CliRunner().invoke
 LEFT_ALONE = ("__del__", "remove", "__repr__")  # what takes an object down
-THEIRS = re.compile(r"fisherlab\.(approximations|blocks|extract|metrics|optim)")
+THEIRS = re.compile(r"fisherlab\.(approximations|blocks|extract|metrics|network|optim)")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,7 @@ DENIED_BY_THE_PAPERS = {
     "empirical_fisher_is_fisher",
     "kfac_is_exact_for_networks",
     "kfac_keeps_the_trace",
+    "shampoo_is_kl_optimal_for_two_factors",
 }
 
 
