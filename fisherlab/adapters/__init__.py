@@ -11,6 +11,7 @@ from fisherlab.adapters.library import AdapterError
 from fisherlab.adapters.operators import as_curvlinops_operator
 from fisherlab.adapters.through_asdl import from_asdl
 from fisherlab.adapters.through_backpack import from_backpack, to_backpack
+from fisherlab.adapters.through_bergson import from_bergson
 from fisherlab.adapters.through_curvlinops import curvlinops, from_curvlinops, to_curvlinops
 from fisherlab.adapters.through_kronfluence import from_kronfluence, to_kronfluence
 from fisherlab.adapters.through_nngeometry import from_nngeometry, to_nngeometry
@@ -22,6 +23,7 @@ __all__ = [
     "curvlinops",
     "from_asdl",
     "from_backpack",
+    "from_bergson",
     "from_curvlinops",
     "from_kronfluence",
     "from_nngeometry",

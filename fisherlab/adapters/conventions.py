@@ -65,6 +65,13 @@ CONVENTIONS: tuple[Convention, ...] = (
         "0.4 takes inputs [n, i] only; its development version lacks a 1/S there",
     ),
     *_both("Kronfluence", "KFAC", _MEAN_A, "(1/NS) sum g g^T", "the 1/S of B"),
+    Convention(
+        "bergson", "KFAC", "convolution", "", "", "", REFUSED,
+        "its hooks take inputs [n, s, i] only",
+    ),
+    Convention(
+        "bergson", "KFAC", "sequence", _MEAN_A, "(1/NS) sum g g^T", "the 1/S of B", EQUAL,
+    ),
     Convention("ASDL", "KFAC", "convolution", _MEAN_A, _MEAN_B, "nothing", EQUAL),
     Convention(
         "ASDL", "KFAC", "sequence", _SUM_A, _MEAN_B, "the S of A, by `positions=`", EQUAL,
@@ -86,6 +93,11 @@ CONVENTIONS: tuple[Convention, ...] = (
         )
         for layer in LAYERS
     ),
+    Convention(
+        "bergson", "EKFAC", "convolution", "", "", "", REFUSED,
+        "its hooks take inputs [n, s, i] only",
+    ),
+    Convention("bergson", "EKFAC", "sequence", _BASIS, _VALUES, "nothing", EQUAL),
     *_both("Kronfluence", "EKFAC", _BASIS, f"{_VALUES}, kept as a sum", "the sum over N"),
 )  # fmt: skip
 
@@ -152,19 +164,18 @@ table = fl.compare(model, criterion, x, y, approximations={"Kronfluence": blocks
 ```
 
 `fl.adapters.curvlinops(method)` runs curvlinops on the inputs and output gradients of a capture.
-`from_curvlinops`, `from_backpack`, `from_nngeometry`, `from_kronfluence` and `from_asdl` take what
-a library has computed on a whole model; `to_curvlinops`, `to_backpack`, `to_nngeometry` and
-`to_kronfluence` are the way back. BackPACK and ASDL keep weight and bias apart, and so does
+`from_curvlinops`, `from_backpack`, `from_nngeometry`, `from_kronfluence`, `from_bergson` and
+`from_asdl` take what a library has computed on a whole model; `to_curvlinops`, `to_backpack`,
+`to_nngeometry` and `to_kronfluence` are the way back. BackPACK and ASDL keep weight and bias apart, and so does
 curvlinops by default: their blocks have no entry between the two, and *equal* is of all others.
 ASDL has no way back: its preconditioners make their factors themselves.
 `as_curvlinops_operator` lends a block, or a matrix of a network, to curvlinops' estimators of
 traces, diagonals and spectral densities.
 
-## Not run here
+## Beside these
 
-* **bergson** 2.5.1 was not run, so there is no adapter: it requires torchvision, whose wheel does
-  not load beside the torch of the constraints. Its `tkfac`, as its source has it,
-  adds `tr(sum g g^T) sum a a^T` of each batch: KFAC's `A` times one number a batch, where TKFAC
-  weighs each example by its own `|g|^2`. A test on that formula has the cosine to KFAC's `A` at 1.
+* **bergson**'s `tkfac` (2.5.1) adds `tr(sum g g^T) sum a a^T` of each batch: KFAC's `A` times one
+  number a batch, where TKFAC weighs each example by its own `|g|^2`. It is run on one batch in a
+  test. bergson requires torchvision, but never imports it: where that wheel fails to load, hide it.
 * **ASDL** is the package `asdfghjkl` (0.1a5); the one that is called `asdl` is another project's.
 """.strip().split("\n")

@@ -20,6 +20,7 @@ PACKAGES = {
     "backpack": "backpack-for-pytorch",
     "curvlinops": "curvlinops-for-pytorch",
     "nngeometry": "nngeometry",
+    "safetensors": "safetensors",
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -128,6 +129,51 @@ def through_kronfluence(method, model, x, y):
         return adapters.from_kronfluence(factors, examples=len(x)), "empirical"
 
 
+def bergson(module: str):
+    """A module of bergson, which never imports the torchvision that transformers would look for."""
+    if "transformers" not in sys.modules:
+        theirs, sys.modules["torchvision"] = sys.modules.get("torchvision"), None
+        try:
+            needs("bergson")
+        finally:
+            del sys.modules["torchvision"]
+            if theirs is not None:
+                sys.modules["torchvision"] = theirs
+    needs("bergson")
+    return importlib.import_module(f"bergson.hessians.{module}")
+
+
+def collected(kind, model, x, y, folder, **options):
+    """A collector's files of the first layer, at the observed labels."""
+    from bergson.gradients import GradientProcessor
+
+    theirs = GradientProcessor(include_bias=True)
+    options |= {"target_modules": {"0"}, "dtype": torch.float64, "path": folder}
+    collector = kind(model=model, processor=theirs, **options)
+    with collector.with_batch(torch.ones(x.shape[:2], dtype=torch.bool)):
+        nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    collector.teardown()
+
+
+def through_bergson(method, model, x, y):
+    kfac, eigenvectors = bergson("kfac"), bergson("eigenvectors")
+    positions = x[..., 0].numel()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            collected(kfac.CovarianceCollector, model, x, y, folder)
+        except AssertionError as refusal:
+            raise RuntimeError from refusal
+        if method == "EKFAC":
+            for side in ("activation", "gradient"):
+                eigenvectors.compute_eigendecomposition(f"{folder}/{side}_sharded", positions)
+            options = {"num_documents": len(x)}
+            collected(eigenvectors.LambdaCollector, model, x, y, folder, **options)
+            return adapters.from_bergson(folder), "empirical"
+        with pytest.raises(ValueError, match="pass examples= and positions="):
+            adapters.from_bergson(folder, examples=len(x))
+        return adapters.from_bergson(folder, len(x), positions), "empirical"
+
+
 def through_asdl(method, model, x, y):
     asdl = needs("asdl")
     if method == "EKFAC":
@@ -155,6 +201,7 @@ RUN = {
     "NNGeometry": through_nngeometry,
     "Kronfluence": through_kronfluence,
     "ASDL": through_asdl,
+    "bergson": through_bergson,
 }
 
 
@@ -200,7 +247,7 @@ def test_the_page_is_what_the_table_makes():
     assert written.read_text(encoding="utf-8") == conventions_page()
     table = conventions()
     assert set(table.library) == set(RUN)
-    assert len(table) == 24 == len(table[["library", "method", "layer"]].drop_duplicates())
+    assert len(table) == 28 == len(table[["library", "method", "layer"]].drop_duplicates())
     assert (table.query("verdict != 'equal to 1e-8'").reason != "").all()
 
 
@@ -342,6 +389,24 @@ def test_bergsons_tkfac_is_kfacs_input_factor_times_a_number():
     ours = torch.einsum("ni,nj,n->ij", a, a, (g**2).sum((0, 2)))
     assert cosine(ours, fl.TKFAC()(layer).A) == pytest.approx(1, abs=1e-12)
     assert cosine(theirs, ours) < 0.9999
+
+
+@pytest.mark.peers
+def test_bergsons_tkfac_as_it_runs_is_kfac(tmp_path):
+    tkfac = bergson("tkfac")
+    model, x, y = problem("sequence")
+    collected(tkfac.TraceCovarianceCollector, model, x, y, tmp_path)
+    theirs = adapters.from_bergson(tmp_path, len(x), x[..., 0].numel())["0"]
+    layer = fl.capture(model, CE, x, y, fisher_type="empirical")["0"]
+    ours = {name: method(layer) for name, method in (("KFAC", fl.KFAC()), ("TKFAC", fl.TKFAC()))}
+    assert cosine(theirs.A, ours["KFAC"].A) == pytest.approx(1, abs=1e-12)
+    assert cosine(theirs.G, ours["KFAC"].G) == pytest.approx(1, abs=1e-12)
+    assert cosine(theirs.A, ours["TKFAC"].A) < 0.9999
+
+
+def test_a_folder_without_bergsons_files_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match=r"has no shard_\*\.safetensors"):
+        adapters.from_bergson(tmp_path, 4, 4)
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
