@@ -166,9 +166,9 @@ table = fl.compare(model, criterion, x, y, approximations={"Kronfluence": blocks
 `fl.adapters.curvlinops(method)` runs curvlinops on the inputs and output gradients of a capture.
 `from_curvlinops`, `from_backpack`, `from_nngeometry`, `from_kronfluence`, `from_bergson` and
 `from_asdl` take what a library has computed on a whole model; `to_curvlinops`, `to_backpack`,
-`to_nngeometry` and `to_kronfluence` are the way back. BackPACK and ASDL keep weight and bias apart, and so does
-curvlinops by default: their blocks have no entry between the two, and *equal* is of all others.
-ASDL has no way back: its preconditioners make their factors themselves.
+`to_nngeometry` and `to_kronfluence` are the way back. BackPACK and ASDL keep weight and bias apart,
+and so does curvlinops by default: their blocks have no entry between the two, and *equal* is of all
+others. ASDL has no way back: its preconditioners make their factors themselves.
 `as_curvlinops_operator` lends a block, or a matrix of a network, to curvlinops' estimators of
 traces, diagonals and spectral densities.
 
