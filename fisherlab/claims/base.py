@@ -226,13 +226,24 @@ class Usually(AtMost):
         return (REFUTED, high - 0.5, note) if high < 0.5 else (UNDECIDED, low - 0.5, note)
 
 
-def names() -> list[str]:
+def names(paper: str | None = None) -> list[str]:
     """Every registered claim, grouped by paper, in the order of the files.
+
+    Args:
+        paper: the claims of this paper alone, such as "tekfac".
 
     Returns:
         Names for `verify` and `get`.
+
+    Raises:
+        ClaimError: no claim is of that paper.
     """
     found = list(_REGISTRY)
+    if paper is not None:
+        of = {name: get(name).paper.lower() for name in found}
+        wanted = doors.name(paper, "paper", error=ClaimError).lower()
+        doors.choice(wanted, "paper", sorted(set(of.values())), error=ClaimError)
+        found = [name for name in found if of[name] == wanted]
     return sorted(found, key=lambda name: (get(name).paper, found.index(name)))
 
 

@@ -95,7 +95,8 @@ Verdict = tuple[dict[str, Any], Trials]
 class Verdicts:
     """The table of a `verify`: a row per claim, the smallest counterexample of each refuted.
 
-    Its `repr` counts by kind: only a refuted "claim" is an error of a paper.
+    Its `repr` counts by kind: only a refuted "claim" is an error of a paper. `frame` has the least
+    margin of each claim, `margins` that of every case.
 
     Args:
         verdicts: the rows and trials.
@@ -120,6 +121,20 @@ class Verdicts:
         if self.on:
             wrong &= (frame.expected == HOLDS) & (frame.verdict == REFUTED)
         return list(frame.claim[wrong])
+
+    @property
+    def margins(self) -> pd.DataFrame:
+        """Every case that was tried: `claim`, `trial`, `margin` (negative: violated).
+
+        `left` and `right` are the sides of the claim where both are numbers, else NaN.
+        """
+        rows: list[tuple[str, int, float, float, float]] = []
+        for name, found in self.trials.items():
+            numbers = len(found.pairs) == len(found.margins)
+            sides = found.pairs if numbers else [(math.nan, math.nan)] * len(found.margins)
+            pairs = enumerate(zip(found.margins, sides, strict=True))
+            rows += [(name, trial, margin, *pair) for trial, (margin, pair) in pairs]
+        return pd.DataFrame(rows, columns=["claim", "trial", "margin", "left", "right"])
 
     def counterexample(self, name: str) -> Case | None:
         """The smallest counterexample found to a claim, or None."""

@@ -13,7 +13,8 @@ class Command(TyperCommand):
     """A command whose help fits any terminal.
 
     Paragraphs of the docstring lose their source's line breaks; what stands indented, an example,
-    keeps them, and brackets are brackets. A flag has no type. `GROUPS` of the command's module names panels of options.
+    keeps them. Brackets are brackets. A flag has no type. `GROUPS` of the command's module names
+    panels of options.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -224,7 +224,14 @@ def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
     """Refuse an empty batch, NaN or inf, and inputs on another device than the model's."""
     check_arrays(x)
     if not isinstance(y, Tensor):
-        raise CaptureError(f"y is no tensor but {type(y).__name__}; pass torch.as_tensor(y)")
+        several = isinstance(y, tuple | Mapping) and any(isinstance(part, Tensor) for part in y)
+        step = (
+            "join the labels in one tensor, and say what the loss is made of by "
+            "fl.register_criterion (docs/howto/own-loss.md)"
+            if several or isinstance(y, Mapping)
+            else "pass torch.as_tensor(y)"
+        )
+        raise CaptureError(f"y is no tensor but {type(y).__name__}; {step}")
     if nn.parameter.is_lazy(y) or y.layout != torch.strided:
         raise CaptureError(f"y is {doors.said(y)}; pass y.to_dense()")
     for tensor, role in (*tensors_of(x), (y, "y")):

@@ -62,6 +62,12 @@ def test_the_table_has_the_columns_that_are_promised(table):
     html = table._repr_html_()
     assert "fngd_theorem_as_printed" in html and "<table" in html
     assert "all as on record" in repr(table)
+    sizes = table.margins.groupby("claim").size()
+    assert (sizes[table.frame.claim].to_numpy() == table.frame.trials).all()
+    name = "tekfac_error_at_most_tkfac"
+    one = table.margins.set_index("claim").loc[name]
+    assert one.margin.min() == table.frame.set_index("claim").margin[name]
+    assert (one.left <= one.right).all()
 
 
 def test_every_claim_says_what_and_where():
@@ -425,7 +431,9 @@ def test_unknown_claims_are_refused_with_the_nearest():
 def test_papers_name_their_claims():
     frame = claims.verify("sngd", trials=2).frame
     assert set(frame.paper) == {"SNGD"}
-    assert len(frame) == sum(claims.get(n).paper == "SNGD" for n in claims.names())
+    assert list(frame.claim) == claims.names("sngd") == claims.names("SNGD")
+    with pytest.raises(claims.ClaimError, match="unknown paper 'sgd'; one of ang"):
+        claims.names("sgd")
 
 
 def test_an_assumption_that_nothing_meets_is_said():
