@@ -16,7 +16,8 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-RESULTS = Path(__file__).parents[1] / "data" / "results" / "reproduce" / "minutes"
+MEASURED = Path(__file__).parents[1] / "data" / "results"
+RESULTS = MEASURED / "reproduce" / "minutes"
 PACKAGES = {
     "comparison": "Compare approximations of every layer",
     "extract": "Capture what the passes leave at each layer",
@@ -64,6 +65,8 @@ def on_files(files: Files, config: Any) -> Files:
     for name in ("sngd/fig3", "fngd/fig9", "ang/fig2"):
         picture = (RESULTS / f"{name}.png").read_bytes()
         add(files, config, f"results/{name.replace('/', '_')}.png", picture)
+    for name in ("influence.md", "influence.png"):
+        add(files, config, f"results/{name}", (MEASURED / name).read_bytes())
     add(files, config, "glossary.md", glossary())
     add(files, config, "cli.md", command_line())
     for name, subject in PACKAGES.items():
