@@ -338,7 +338,7 @@ class Steps:
             share = {"kl_shampoo": 1e-2, "dykaf": 1.0}[name]
             return power(F + share * F.trace() / len(F) * eye(len(F)), -0.5)
         if name == "nystrom":
-            return inverse(nystrom(mean(settled, exact, 10), 16), 0.1)
+            return inverse(nystrom(mean(settled, exact, 10), 16), 0.3)
         if name == "diagonal":
             F = mean(settled, exact, 10)
             return inverse(torch.diag(F.diagonal()), 0.1)

@@ -225,8 +225,8 @@ _MAKERS: dict[str, Maker] = {
     "kbfgs": _with(KBFGSOptimizer, lr=0.3),
     "kronecker_sum": _kronecker_sum,
     "kfac_reduce": _natural(KFACReduce()),
-    # beside its directions there is nothing but the damping
-    "nystrom": _natural(Nystrom(), 0.1),
+    # beside its directions there is nothing but the damping, which a LeNet's start needs larger
+    "nystrom": _natural(Nystrom(), 0.3, lr=2 * LR),
     "diagonal": _natural(Diagonal(), 0.1, lr=0.02),
     "mini_block": _natural(MiniBlock()),
 }
