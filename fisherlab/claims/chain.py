@@ -151,7 +151,7 @@ class TridiagonalOfFisher(TridiagonalGain, name="tridiagonal_kfac_is_nearer_in_k
     latex = r"\mathrm{KL}(F + \lambda I, \hat F) \le \mathrm{KL}(F + \lambda I, \breve F)"
     expected = REFUTED
     trials = 24
-    effort = 30
+    effort = 15
     free: ClassVar[tuple[str, ...]] = ("a", "g")
 
     def draw(self, generator: torch.Generator, size: float) -> Case:

@@ -161,7 +161,7 @@ class DykafAlways(_Nearer, name="dykaf_is_nearer_to_a_moving_block"):
     kind = EXTENSION
     latex = r"\|\bar F - X_{\mathrm{DyKAF}}\|_F \le \|\bar F - X_{\mathrm{Shampoo}}\|_F"
     expected = REFUTED
-    effort = 40
+    effort = 15
     free: ClassVar[tuple[str, ...]] = ("a", "g")
 
 
