@@ -197,15 +197,15 @@ class Block(ABC):
         return (self.eigenvalues().clamp(min=0) + damping).log().sum()
 
     def sample(self, damping: float, generator: torch.Generator | None = None) -> Tensor:
-        """One draw `[o, i]` from `N(0, (F + damping I)^{-1})`, the Laplace posterior of a layer.
+        """`w ~ N(0, (F + damping I)^{-1})`, `[o, i]`: a draw of the layer's Laplace posterior.
 
-        `generator` None is a fresh one seeded with 0, so such calls return the same draw: pass one
-        to draw anew. The global stream is never used.
+        Args:
+            damping: `> 0`.
+            generator: the source of the draw; None: torch's global one, which `torch.manual_seed`
+                sets. The noise is drawn on the generator's device, the global one's on the CPU.
         """
-        generator = generator or torch.Generator().manual_seed(0)
-        noise = torch.randn(
-            self.shape, generator=generator, dtype=self.dtype, device=generator.device
-        )
+        device = "cpu" if generator is None else generator.device
+        noise = torch.randn(self.shape, generator=generator, dtype=self.dtype, device=device)
         return self.power(-0.5, damping) @ noise.to(self.device)
 
     def dense(self) -> Tensor:

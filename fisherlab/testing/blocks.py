@@ -234,20 +234,23 @@ def law_pairs(block: Block, F: Tensor, dtype: torch.dtype) -> None:
 
 
 def law_sample(block: Block, F: Tensor, dtype: torch.dtype) -> None:
-    """`sample` is `(F + damping I)^(-1/2)` of its own noise; torch's stream stays where it was."""
+    """`sample` is `(F + damping I)^(-1/2)` of the noise of its generator, or of torch's."""
     damping = 0.5 * spectrum(F)[0].item() or 0.5
-    noise = torch.randn(block.shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
+    root = matrix_power(F, -0.5, damping)
     before = torch.get_rng_state()
-    draw = block.sample(damping, torch.Generator().manual_seed(7))
-    near(vec(draw), matrix_power(F, -0.5, damping) @ vec(noise), dtype)
-    torch.manual_seed(123)
-    one = block.sample(damping)
-    torch.manual_seed(321)
-    same = torch.equal(one, block.sample(damping))
-    torch.set_rng_state(before)
-    assert same, "a sample without a generator depends on torch's global stream"
-    block.sample(damping)
-    assert torch.equal(before, torch.get_rng_state()), "a sample moves torch's global stream"
+    try:
+        noise = torch.randn(block.shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
+        draw = block.sample(damping, torch.Generator().manual_seed(7))
+        near(vec(draw), root @ vec(noise), dtype)
+        same = torch.equal(before, torch.get_rng_state())
+        assert same, "a sample of a generator moves torch's global stream"
+        torch.manual_seed(123)
+        first, second = (torch.randn(block.shape, dtype=dtype) for _ in range(2))
+        torch.manual_seed(123)
+        near(vec(block.sample(damping)), root @ vec(first), dtype)
+        near(vec(block.sample(damping)), root @ vec(second), dtype)
+    finally:
+        torch.set_rng_state(before)
 
 
 def law_linear_operator(block: Block, F: Tensor, dtype: torch.dtype) -> None:
