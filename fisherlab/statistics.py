@@ -19,6 +19,31 @@ from fisherlab.blocks.factor import Rows, within_span
 from fisherlab.blocks.mini_block import check_blocks
 from fisherlab.extract import LayerCapture
 
+__all__ = [
+    "Energy",
+    "EnergyProduct",
+    "GradientLeft",
+    "GradientRight",
+    "GroupedMoment",
+    "InputMoment",
+    "LeftMoment",
+    "LeftProduct",
+    "MeanGradient",
+    "MeanInput",
+    "OutputMoment",
+    "ReducedInput",
+    "ReducedOutput",
+    "RightMoment",
+    "RightProduct",
+    "RowMoments",
+    "Slope",
+    "Squares",
+    "Statistic",
+    "Ungrouped",
+    "View",
+    "totals",
+]
+
 COLUMNS = frozenset({"inputs", "output_gradients"})
 
 

@@ -22,6 +22,10 @@ from fisherlab.claims.base import (
 )
 from fisherlab.claims.instances import captured, log_uniform, normal, orthogonal, without_one
 
+__all__ = [
+    "spectrum",
+]
+
 STEPS = 20
 
 

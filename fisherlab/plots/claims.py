@@ -14,6 +14,13 @@ from torch import Tensor
 
 from fisherlab.plots import theme
 
+__all__ = [
+    "claim",
+    "formula",
+    "verdicts",
+    "worth_drawing",
+]
+
 TRUE, FALSE, LINE = theme.BLUE, theme.ORANGE, theme.GUIDE["color"]
 POINTS = 300
 COLOURS = {"holds": TRUE, "refuted": FALSE, "undecided": "#999999"}

@@ -1,13 +1,18 @@
 """The kept notebooks: a question, pictures of a clean run, and a last cell that can fail."""
 
+import ast
+import importlib
 import json
 import os
 import re
 import runpy
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
+
+import fisherlab
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -63,6 +68,50 @@ def test_its_outputs_are_those_of_its_code_in_full(notebook):
     assert stamp is not None, "not kept by `make notebooks-keep`"
     assert stamp["fast"] is False
     assert stamp["code"] == digest(notebook)
+
+
+def test_it_uses_public_names_alone(notebook):
+    """Each is in the `__all__` of its package, or an attribute of `fl` that `dir(fl)` lists."""
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    tree = ast.parse(code)
+    brought = {  # the user's name -> the module's
+        name.asname or name.name: name.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for name in node.names
+        if name.name.split(".")[0] == "fisherlab"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "fisherlab":
+            for name in node.names:
+                found = public(f"{node.module}.{name.name}")
+                if isinstance(found, types.ModuleType):
+                    brought[name.asname or name.name] = found.__name__
+    for node in ast.walk(tree):
+        words = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
+        if words and words[0] in brought and all(word.isidentifier() for word in words):
+            public(".".join([brought[words[0]], *words[1:]]))
+
+
+def public(dotted):
+    """What a dotted name of ours is, as far as it goes through modules."""
+    here = fisherlab
+    for word in dotted.split(".")[1:]:
+        if not isinstance(here, types.ModuleType):
+            break
+        listed = set(dir(here) if here is fisherlab else getattr(here, "__all__", ()))
+        package = Path(here.__file__).parent / word / "__init__.py"
+        inside = Path(here.__file__).name == "__init__.py" and package.is_file()
+        assert word in listed or inside, f"{dotted}: {word} is not public"
+        here = importlib.import_module(f"{here.__name__}.{word}") if inside else getattr(here, word)
+    return here
+
+
+def test_a_name_that_is_not_public_is_found():
+    assert public("fisherlab.plots.claims.claim") is fisherlab.plots.claims.claim
+    for name in ("plots.theme.LOOKS", "experiments.atlas.page.load", "optim.presets", "heap"):
+        with pytest.raises(AssertionError, match="not public"):
+            public(f"fisherlab.{name}")
 
 
 def test_it_names_no_machine(notebook):

@@ -2,7 +2,7 @@
 
 from fisherlab.experiments.atlas.cells import CELLS, STAGES, Cell, named
 from fisherlab.experiments.atlas.measure import APPROXIMATIONS, kept, measured, wanted
-from fisherlab.experiments.atlas.page import load, markdown
+from fisherlab.experiments.atlas.page import load, markdown, median_interval
 
 __all__ = [
     "APPROXIMATIONS",
@@ -13,6 +13,7 @@ __all__ = [
     "load",
     "markdown",
     "measured",
+    "median_interval",
     "named",
     "wanted",
 ]

@@ -11,7 +11,7 @@ from fisherlab.experiments.reproduce.plan import (
     in_words,
     settings_of,
 )
-from fisherlab.experiments.reproduce.runs import Listener, announcement, reproduce
+from fisherlab.experiments.reproduce.runs import Listener, announcement, reproduce, verdicts
 
 __all__ = [
     "ITEMS",
@@ -29,4 +29,5 @@ __all__ = [
     "items",
     "reproduce",
     "settings_of",
+    "verdicts",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pandas as pd
 from fisherlab import doors, plots, whole
 from fisherlab.experiments import training
 from fisherlab.experiments.reproduce import outcome, page, workers
-from fisherlab.experiments.reproduce.catalogue import items
-from fisherlab.experiments.reproduce.item import Experiment, Item
+from fisherlab.experiments.reproduce.catalogue import ITEMS, items
+from fisherlab.experiments.reproduce.item import SCALES, Experiment, Item
 from fisherlab.experiments.reproduce.outcome import CANNOT, Outcome
 from fisherlab.experiments.reproduce.plan import (
     Planned,
@@ -109,6 +109,15 @@ def announcement(item: Item, scale: str, control: bool = False) -> str:
         return f"not an experiment: {item.why}" if item.illustration else f"{CANNOT}: {item.why}"
     spent = in_words(cost(item, scale, control))
     return f"about {spent} on one core, less what is done already"
+
+
+def verdicts(out: Path) -> Iterator[dict[str, Any]]:
+    """The verdict of every item in a folder of results, and of every item that is not there."""
+    for item in ITEMS:
+        found = [out / scale / item.paper / f"{item.key}.json" for scale in SCALES]
+        there = [whole.read_json(path) for path in found if path.is_file()]
+        verdict = "not run yet" if item.runnable else announcement(item, SCALES[0])
+        yield from there or [{"paper": item.paper, "item": item.key, "verdict": verdict}]
 
 
 def _train_beforehand(

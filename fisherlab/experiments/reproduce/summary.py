@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fisherlab import whole
 from fisherlab.experiments.reproduce.catalogue import ITEMS, numbered
 from fisherlab.experiments.reproduce.item import SCALES
 from fisherlab.experiments.reproduce.outcome import has_equal_time, laid_out
-from fisherlab.experiments.reproduce.runs import announcement, markdown_table
+from fisherlab.experiments.reproduce.runs import markdown_table, verdicts
 
 KEPT = (".md", ".csv", ".parquet", ".json", ".png")
 HEAD = """# Reproduction: the papers' tables and figures
@@ -47,21 +46,15 @@ contradict no paper.**
 """
 
 
-def rows(out: Path) -> Iterator[dict[str, Any]]:
-    """The verdict of every item in a folder of results, and of every item that is not there."""
-    for item in ITEMS:
-        found = [out / scale / item.paper / f"{item.key}.json" for scale in SCALES]
-        there = [whole.read_json(path) for path in found if path.is_file()]
-        verdict = "not run yet" if item.runnable else announcement(item, SCALES[0])
-        yield from there or [{"paper": item.paper, "item": item.key, "verdict": verdict}]
-
-
 def page(out: Path) -> str:
     """The page of the docs."""
     names = ("paper", "item", "title", "scale", "verdict", "because", "at_equal_time")
     titles = {(item.paper, item.key): item.title for item in ITEMS}
     table = pd.DataFrame(
-        [{n: row.get(n, "") for n in names} | {"title": _title(row, titles)} for row in rows(out)]
+        [
+            {n: row.get(n, "") for n in names} | {"title": _title(row, titles)}
+            for row in verdicts(out)
+        ]
     )
     lines = [HEAD, f"## All {numbered('table')} tables and {numbered('figure')} figures", ""]
     lines += [markdown_table(table), ""]
