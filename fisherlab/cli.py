@@ -81,10 +81,11 @@ class Commands(Group):
 
 def command(name: str) -> Any:
     """The command of a name, made of the function or the group in its module."""
-    from fisherlab.commands.common import guarded
+    from fisherlab.commands.common import guarded, loading
     from fisherlab.commands.config import from_file
 
-    module = import_module(f"fisherlab.commands.{name}")
+    with loading(name):
+        module = import_module(f"fisherlab.commands.{name}")
     group = module.COMMANDS if name == "data" else None
     made = typer.Typer(cls=Group, add_completion=False, no_args_is_help=group is not None)
     for function in group or [getattr(module, name)]:

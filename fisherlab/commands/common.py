@@ -9,14 +9,13 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import pandas as pd
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -24,9 +23,12 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from fisherlab.experiments.rundir import TYPED
+from fisherlab.experiments.typed import TYPED
 from fisherlab.extras import missing
 from fisherlab.names import unknown
+
+if TYPE_CHECKING:  # a command that lists needs neither
+    import pandas as pd
 
 T = TypeVar("T")
 
@@ -90,7 +92,7 @@ def _mistake(error: Exception) -> str | None:
         error = missing(error)
     if type(error).__module__.split(".")[0] == "fisherlab":
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return f"out of memory: {_line(error)}; take a smaller batch, model or --memory"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -219,6 +221,19 @@ def size(text: str | None) -> int | None:
 # Shown to the user ------------------------------------------------------------------------------
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """A line on a terminal while modules are imported, which takes seconds; then it is gone."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"loading {what}", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def progress(items: Iterable[T], description: str = "", total: int | None = None) -> Iterable[T]:
     """A bar on a terminal's standard error, nothing elsewhere."""
     return tqdm(items, desc=description, total=total, leave=False, disable=None, file=sys.stderr)
@@ -270,7 +285,7 @@ def show(
         widths |= {name: min(whole[name], widths[name] + room) for name in last}
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in shown:
-        numeric = pd.api.types.is_numeric_dtype(frame[name])
+        numeric = frame[name].dtype.kind in "biufc"
         table.add_column(
             escape(_heading(name)), justify="right" if numeric else "left", no_wrap=True
         )

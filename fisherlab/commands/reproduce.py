@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
-from fisherlab.commands.common import CtrlC, show
-from fisherlab.commands.train import Bars
-from fisherlab.experiments import reproduce as papers
+from fisherlab.commands.common import loading, show
 
 PATH = Path  # typer reads the annotation
+# What `--list` prints of all items, so that it imports no torch.
+LISTING = Path(__file__).with_name("reproduce.json")
 
 
 def reproduce(
@@ -50,67 +51,24 @@ def reproduce(
         fisherlab reproduce sngd --scale hours --out results
         fisherlab reproduce tekfac table3 --control --jobs 2
     """
-    papers.check_scale(scale)
-    chosen = papers.items(paper, item)
-    if listed:
-        show(_listing(chosen), wrap=("title", "runs"))
-        return
-    total = sum(papers.cost(one, scale, control) for one in chosen)
-    typer.echo(
-        f"{len(chosen)} items, about {papers.in_words(total)} on one core at most: "
-        "items of one experiment share its runs, and what is done is not done again"
-    )
-    with CtrlC() as interrupt:
-        try:
-            found = papers.reproduce(
-                paper,
-                item,
-                scale=scale,
-                out=out,
-                control=control,
-                jobs=jobs,
-                listener=Terminal(interrupt),
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted; the same command goes on from what is in {out}"
-            ) from None
-    show(found[["paper", "item", "verdict", "because"]], wrap=("verdict", "because"))
-    typer.echo(f"tables, pictures and report.html are in {out}")
+    rows = _listed(paper, item, scale) if listed else []
+    if not rows:
+        with loading("reproduce"):
+            from fisherlab.commands import reproducing
+
+        chosen = reproducing.chosen(paper, item, scale)
+        if not listed:
+            reproducing.run(paper, item, scale, out, control, jobs)
+            return
+        rows = reproducing.listing(chosen)
+    show(pd.DataFrame(rows), wrap=("title", "runs"))
 
 
-def _listing(chosen: list[papers.Item]) -> pd.DataFrame:
-    """The list of items: kind, title, costs, and whether it runs."""
-    rows = []
-    for one in chosen:
-        costs = {
-            f"scale {s}": papers.in_words(papers.cost(one, s)) if one.runnable else "–"
-            for s in papers.SCALES
-        }
-        said = "yes" if one.runnable else papers.announcement(one, "minutes")
-        stands = one.experiment and any(cell.stand_in for cell in one.experiment.cells)
-        said = "on a stand-in" if one.runnable and stands else said
-        rows.append(
-            {"paper": one.paper, "item": one.key, "title": one.title, **costs, "runs": said}
-        )
-    return pd.DataFrame(rows)
-
-
-class Terminal(papers.Listener):
-    """A line per item, a bar per run."""
-
-    def __init__(self, interrupt: CtrlC) -> None:
-        self.interrupt = interrupt
-
-    def item(self, item: papers.Item, said: str) -> None:
-        typer.echo(f"{item.name}: {item.title}; {said}")
-
-    def ended(self, item: papers.Item, found: papers.Outcome) -> None:
-        typer.echo(f"{item.name}: {found.verdict}. {found.because}".rstrip(". "))
-
-    def worked(self, plan: papers.Planned, status: str, left: int) -> None:
-        labels = ", ".join(arm.label for arm in plan.arms)
-        typer.echo(f"{plan.settings.data}, {plan.folder} ({labels}): {status}; {left} folders left")
-
-    def watch(self, plan: papers.Planned) -> Bars:
-        return Bars(self.interrupt)
+def _listed(paper: str | None, item: str | None, scale: str) -> list[dict[str, str]]:
+    """The rows of these names as they are written in `LISTING`; none where a name is another."""
+    rows: list[dict[str, str]] = json.loads(LISTING.read_text(encoding="utf-8"))
+    return [
+        row
+        for row in rows
+        if paper in (None, row["paper"]) and item in (None, row["item"]) and f"scale {scale}" in row
+    ]

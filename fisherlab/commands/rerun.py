@@ -11,7 +11,8 @@ import typer
 
 from fisherlab.commands import bench, compare, reproduce, sweep, train, verify
 from fisherlab.commands.common import UserError, exists
-from fisherlab.experiments.rundir import TYPED, RunDir, versions
+from fisherlab.experiments.rundir import RunDir, versions
+from fisherlab.experiments.typed import TYPED
 
 PATH = Path  # typer reads the annotation
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -21,11 +21,11 @@ from fisherlab.commands.common import (
 )
 from fisherlab.commands.train import Bars, pictures
 from fisherlab.experiments import training
-from fisherlab.experiments.rundir import TYPED
 from fisherlab.experiments.space import grid
 from fisherlab.experiments.study import shown
 from fisherlab.experiments.sweep import sweep as search
 from fisherlab.experiments.training.settings import check_known
+from fisherlab.experiments.typed import TYPED
 
 PATH = Path  # typer reads the annotation
 

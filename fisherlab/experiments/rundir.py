@@ -6,7 +6,6 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,13 @@ import pandas as pd
 import torch
 
 from fisherlab import comparison, doors, whole
+from fisherlab.experiments.typed import TYPED
 from fisherlab.metrics import GramStudy
 
 CONFIG = "config.json"
 FIGURES = "figures"
 REPORT = "report.html"
 GRAMS = "grams.npz"
-
-
-# The command and all options of the command line; None in a program.
-TYPED: ContextVar[dict[str, Any] | None] = ContextVar("typed", default=None)
 
 
 # Entries of a config.json that pages and commands read.

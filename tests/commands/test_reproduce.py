@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from typer.testing import CliRunner
 
 import fisherlab as fl
 from fisherlab.cli import app
+from fisherlab.commands import reproducing
+from fisherlab.commands.reproduce import LISTING
 from fisherlab.experiments import reproduce as papers
 from fisherlab.experiments.reproduce import catalogue, drawn, outcome, plan, runs, workers
 from fisherlab.experiments.reproduce import presets as page_of_presets
@@ -465,6 +469,19 @@ def test_a_verdict_on_seconds_says_how_they_were_measured():
     assert list(outcome.measured(of, {"c": rows})["ours"]) == [20.0, 20.0]
     ratios = outcome.measured(replace(of, quantity="ratio_to_sgd"), {"c": rows})
     assert list(ratios["ours"]) == [4.0, 4.0]
+
+
+def test_the_list_is_that_of_the_items():
+    said = "python -m fisherlab.commands.reproducing"
+    assert json.loads(LISTING.read_text("utf-8")) == reproducing.listing(papers.items()), said
+
+
+def test_the_list_imports_no_torch():
+    code = "import sys; from fisherlab.cli import app; app(standalone_mode=False)"
+    code += "; sys.exit('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, "reproduce", "ngm", "--list"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "table1" in done.stdout and "fngd" not in done.stdout
 
 
 def test_the_command_lists_and_refuses(tmp_path):
