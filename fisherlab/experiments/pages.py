@@ -186,7 +186,8 @@ def of_sweep(run: RunDir) -> Iterator[Section]:
         raise RunDirError(f"{run.folder} holds a search without a choice; run it again")
     found = whole.read_json(path, RunDirError)
     table, metric = pd.DataFrame(found["table"]), found["metric"]
-    chosen = [f"{row['optimizer']}: {row['options']}" for row in found["table"]]
+    table["options"] = table["options"].replace("", "defaults")
+    chosen = table["optimizer"] + ": " + table["options"]
     text = [f"Chosen by the {metric} on held-out training examples: {'; '.join(chosen)}."]
     if "final" in table:
         ended = table.sort_values("final", ascending=metric not in HIGHER_IS_BETTER)
@@ -206,7 +207,7 @@ def of_sweep(run: RunDir) -> Iterator[Section]:
     )
     yield Section("Option by option", pictures=shown[1:])
     tried["options"] = [
-        ", ".join(f"{option}={value}" for option, value in options.items())
+        ", ".join(f"{option}={value}" for option, value in options.items()) or "defaults"
         for options in tried["options"]
     ]
     tried = tried[["label", "options", "value", "status", "note"]]

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fisherlab import cli
-from fisherlab.experiments import study, sweep, training
+from fisherlab.experiments import pages, study, sweep, training
+from fisherlab.experiments.rundir import RunDir
 from fisherlab.experiments.space import Point, Range
 from fisherlab.experiments.training import Settings, SettingsError
 
@@ -79,6 +80,10 @@ def test_a_sweep_chooses_on_held_out_examples_and_tests_the_best(tmp_path, loop)
     }
     report = (tmp_path / "report.html").read_text()
     assert "ends best, with accuracy" in report and "sgd-3" in report
+    found["table"][0]["options"] = ""  # as where no grid names the optimizer
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    said = next(iter(pages.of_sweep(RunDir(tmp_path)))).text
+    assert f"{found['table'][0]['optimizer']}: defaults" in " ".join(said)
 
 
 def test_a_choice_at_the_end_of_its_grid_is_said():
