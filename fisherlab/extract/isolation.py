@@ -129,10 +129,9 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
 
 def _uncompiled() -> AbstractContextManager[Any]:
     # nothing is compiled where the compiler was never loaded, which takes seconds
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if "torch._dynamo" not in sys.modules or set_stance is None:
+    if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    return set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -38,7 +38,6 @@ class Muon(torch.optim.Optimizer):
         adjust_lr_fn: `s`, "original" or "match_rms_adamw".
 
     Raises:
-        TypeError: torch has no Muon, which it has from 2.9 on.
         ValueError: an option is out of its range.
     """
 
@@ -57,8 +56,6 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-7,
         adjust_lr_fn: str | None = "match_rms_adamw",
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise TypeError(f"torch {torch.__version__} has no Muon; it has from 2.9 on")
         numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
         for name, value in numbers.items():
             doors.number(value, name, least=0.0)

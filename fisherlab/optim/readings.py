@@ -149,8 +149,7 @@ READERS: dict[type[torch.optim.Optimizer], Reader] = {
         "a layer that Muon and AdamW share differ in scale",
     ),
 }
-if hasattr(torch.optim, "Muon"):
-    READERS[torch.optim.Muon] = Reader(_muon, READERS[Muon].root, READERS[Muon].square)
+READERS[torch.optim.Muon] = Reader(_muon, READERS[Muon].root, READERS[Muon].square)
 
 
 def read(optimizer: torch.optim.Optimizer | Preconditioner, model: nn.Module) -> Reading:

@@ -154,6 +154,14 @@ def test_constraints_are_exact():
     assert not [line for line in CONSTRAINTS if re.match("nvidia|cuda|triton", line)]
 
 
+def test_the_oldest_constraints_are_the_lower_bounds():
+    text = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
+    pinned = [line for line in text.splitlines() if not line.startswith("#")]
+    bounds = {line.replace(">=", "==") for line in requirements() if "[" not in line}
+    assert pinned == sorted(bounds)
+    assert len({line.split("==")[0] for line in bounds}) == len(bounds), "two bounds of a package"
+
+
 def test_everything_asked_for_is_pinned():
     pinned = {normal(line.split("==")[0]) for line in CONSTRAINTS}
     extras = PROJECT["optional-dependencies"]
