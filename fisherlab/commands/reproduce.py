@@ -72,3 +72,10 @@ def _listed(paper: str | None, item: str | None, scale: str) -> list[dict[str, s
         for row in rows
         if paper in (None, row["paper"]) and item in (None, row["item"]) and f"scale {scale}" in row
     ]
+
+
+if __name__ == "__main__":  # write the list anew
+    from fisherlab.commands.reproducing import chosen, listing
+
+    text = json.dumps(listing(chosen(None, None, "minutes")), indent=1, ensure_ascii=False)
+    LISTING.write_text(f"{text}\n", encoding="utf-8")

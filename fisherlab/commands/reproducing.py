@@ -1,15 +1,12 @@
-"""The run behind `fisherlab reproduce`, and the file of its list."""
+"""The run behind `fisherlab reproduce`, and its list."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
 
-from fisherlab import whole
 from fisherlab.commands.common import CtrlC, show
-from fisherlab.commands.reproduce import LISTING
 from fisherlab.commands.train import Bars
 from fisherlab.experiments import reproduce as papers
 
@@ -54,7 +51,7 @@ def run(
 
 
 def listing(wanted: list[papers.Item]) -> list[dict[str, str]]:
-    """The list of items: paper, key, title, costs, and whether each runs."""
+    """A row per item, as in `reproduce.json`: paper, key, title, costs, and whether it runs."""
     rows = []
     for one in wanted:
         costs = {
@@ -88,8 +85,3 @@ class Terminal(papers.Listener):
 
     def watch(self, plan: papers.Planned) -> Bars:
         return Bars(self.interrupt)
-
-
-if __name__ == "__main__":
-    text = json.dumps(listing(papers.items()), indent=1, ensure_ascii=False)
-    whole.write(LISTING, text + "\n")

@@ -472,7 +472,7 @@ def test_a_verdict_on_seconds_says_how_they_were_measured():
 
 
 def test_the_list_is_that_of_the_items():
-    said = "python -m fisherlab.commands.reproducing"
+    said = "python -m fisherlab.commands.reproduce"
     assert json.loads(LISTING.read_text("utf-8")) == reproducing.listing(papers.items()), said
 
 
