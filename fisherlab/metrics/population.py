@@ -149,6 +149,7 @@ def population_estimate(X: Block, reference: Block) -> PopulationEstimate:
     return PopulationEstimate(squared, numbers[0], numbers[1], numbers[2], numbers[3], M, *more)
 
 
+@entered
 def population_order(X: Block, Y: Block, reference: Block) -> PopulationOrder:
     """Which of two approximations is nearer to the population's block, by unseen examples.
 

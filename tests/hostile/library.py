@@ -109,7 +109,8 @@ def clipped(**bad: Junk) -> Call:
 def preconditioned(**bad: Junk) -> Call:
     def call(model: Any = None, approximation: Any = None, **given: Any) -> object:
         model, given = net(0) if model is None else model, {"damping": 0.1} | given
-        made = fl.optim.Preconditioner(model, approximation or fl.KFAC(), **given)
+        approximation = fl.KFAC() if approximation is None else approximation
+        made = fl.optim.Preconditioner(model, approximation, **given)
         x, y = batch(random.Random(0))
         CRITERION(model(x), y).backward()
         made.step()

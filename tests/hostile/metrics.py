@@ -212,7 +212,7 @@ def wrong(draw: random.Random) -> Case:
 def _bad(draw: random.Random, name: str, key: str, value: object) -> object:
     if key == "damping":
         return junk.number(draw)
-    if key == "alpha":
+    if key in ("alpha", "width"):
         return junk.number(draw, zero=True)
     if key == "rtol":
         return junk.number(draw)
