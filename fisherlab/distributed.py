@@ -72,7 +72,7 @@ class Ranks:
 
     def total(self, value: float) -> float:
         """`sum_r` of a number."""
-        return float(self.sum({"": torch.tensor(value, dtype=torch.float64)})[""])
+        return float(self.sum({"": torch.tensor(value, dtype=torch.float64, device="cpu")})[""])
 
     def gather(self, tensor: Tensor, dim: int = 0, to: int | None = None) -> Tensor:
         """Every rank's tensor, concatenated along `dim` in rank order; sizes there may differ.
@@ -100,7 +100,7 @@ class Ranks:
         """Each rank's size along `dim`; the other axes must agree."""
         shape = [tensor.ndim, *tensor.shape]
         mine = torch.zeros(_MAX_DIMS + 1, dtype=torch.long, device=self.device or tensor.device)
-        mine[: len(shape)] = torch.tensor(shape)
+        mine[: len(shape)] = torch.tensor(shape, device="cpu")
         every = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(every, mine, group=self.group)
         shapes = [tuple(one[1 : 1 + int(one[0])].tolist()) for one in every]

@@ -82,7 +82,7 @@ def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
         ValueError: `positions` is no count.
     """
     doors.count(positions, "positions")
-    one = torch.ones(1, dtype=torch.int64)
+    one = torch.ones(1, dtype=torch.int64, device="cpu")
     if isinstance(block, Kronecker):
         return {
             "activation_covariance": block.A,
@@ -97,7 +97,7 @@ def to_kronfluence(block: Block, positions: int = 1) -> dict[str, Tensor]:
         }
         for key, side in (("activation_eigenvectors", 1), ("gradient_eigenvectors", 0)):
             if vectors[key] is None:
-                vectors[key] = torch.eye(block.shape[side], dtype=block.dtype)
+                vectors[key] = torch.eye(block.shape[side], dtype=block.dtype, device="cpu")
         return {**vectors, "lambda_matrix": block.spectrum, "num_lambda_processed": one}
     raise AdapterError(
         f"Kronfluence keeps Kronecker products and full Kronecker eigenbases, got "

@@ -126,9 +126,9 @@ def order(shape: tuple[int, int], bias: bool) -> Tensor:
     """Where each entry of our `[W | b]` lies in `[vec W, b]`."""
     o, i = shape
     if not bias:
-        return torch.arange(o * i)
-    weights = torch.arange(o * (i - 1)).view(o, i - 1)
-    return torch.cat([weights, o * (i - 1) + torch.arange(o)[:, None]], 1).flatten()
+        return torch.arange(o * i, device="cpu")
+    weights = torch.arange(o * (i - 1), device="cpu").view(o, i - 1)
+    return torch.cat([weights, o * (i - 1) + torch.arange(o, device="cpu")[:, None]], 1).flatten()
 
 
 def _diagonal(matrix: Any, key: Any, module: Any) -> Block:

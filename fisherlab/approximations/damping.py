@@ -89,7 +89,9 @@ def _of_sides(block: Block, damping: float, placement: str, pi: float | None) ->
         ratio = ratio if later else float(ratio)
         root = damping.sqrt() if isinstance(damping, Tensor) else math.sqrt(damping)
         # not `root * (1 / ratio)`, as a number over a tensor is
-        over = torch.as_tensor(root, dtype=torch.float64).to(ratio) if later else root
+        over: Any = root
+        if later:
+            over = torch.as_tensor(root, dtype=torch.float64, device=ratio.device).to(ratio)
         return over / ratio, root * ratio
     return (damping, damping) if placement == "factorwise" else None
 

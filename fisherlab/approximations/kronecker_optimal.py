@@ -70,12 +70,14 @@ class _Rearranged:
         forth, back = (self.left, self.right) if i <= o else (self.right, self.left)
         d = min(o, i)
         if d * d <= _WIDTH * max(width, 4):
-            start = torch.eye(d * d).view(-1, d, d)
+            start = torch.eye(d * d, device="cpu").view(-1, d, d)
         else:
             # the identity is near the leading factor; the rest, antisymmetric parts too, is random
             generator = torch.Generator().manual_seed(0)
-            start = torch.randn(width, d, d, generator=generator, dtype=torch.float64)
-            start[0] = torch.eye(d)
+            start = torch.randn(
+                width, d, d, generator=generator, dtype=torch.float64, device=generator.device
+            )
+            start[0] = torch.eye(d, device="cpu")
         found = _leading(
             lambda X: back(forth(X)),
             start.to(self.device, self.dtype),

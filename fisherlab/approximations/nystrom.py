@@ -20,7 +20,9 @@ def directions(shape: tuple[int, int], rank: int, seed: int) -> Tensor:
     """`W`, orthonormal random directions `[k, o, i]` in float64, `k <= o i`."""
     size = shape[0] * shape[1]
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(min(rank, size), size, generator=generator, dtype=torch.float64)
+    draws = torch.randn(
+        min(rank, size), size, generator=generator, dtype=torch.float64, device=generator.device
+    )
     return qr(draws.mT, "random directions")[0].mT.reshape(-1, *shape)
 
 

@@ -43,7 +43,9 @@ class BatchProducts:
         self.shape = self.layers[0].shape
         like = self.layers[0].gradient if gradient else self.layers[0].columns.a
         self.dtype, self.device = like.dtype, like.device
-        counted = torch.tensor(sum(x.examples for x in self.layers), dtype=torch.float64)
+        counted = torch.tensor(
+            sum(x.examples for x in self.layers), dtype=torch.float64, device="cpu"
+        )
         self.examples = float(self._reduced(count=counted)["count"])
 
     def _reduced(self, **sums: Tensor) -> Sums:

@@ -178,7 +178,7 @@ class Running:
 
     def _blend(self, into: Sums, count: float, total: Sums, terms: float) -> float:
         if self.reduce is not None:
-            counted = torch.tensor(terms, dtype=torch.float64)
+            counted = torch.tensor(terms, dtype=torch.float64, device="cpu")
             *reduced, counted = self.reduce({**total, "count": counted}).values()
             total, terms = dict(zip(total, reduced, strict=True)), float(counted)
         if not count:
@@ -207,8 +207,10 @@ class Running:
         state = {f"sums.{k}": v for k, v in self.sums.items()}
         state |= {f"basis.{k}": v for k, v in self.basis.items()}
         state |= {f"corrections.{k}": v for k, v in self.corrections.items()}
-        counts = torch.tensor([self.count, self.corrections_count], dtype=torch.float64)
-        return {**state, "counts": counts, "shape": torch.tensor(self.shape)}
+        counts = torch.tensor(
+            [self.count, self.corrections_count], dtype=torch.float64, device="cpu"
+        )
+        return {**state, "counts": counts, "shape": torch.tensor(self.shape, device="cpu")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned, dtypes included.

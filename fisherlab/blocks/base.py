@@ -220,7 +220,8 @@ class Block(ABC):
         for start in range(0, self.size, step):
             stop = min(start + step, self.size)
             unit = torch.zeros(stop - start, self.size, dtype=self.dtype, device=self.device)
-            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            index = torch.arange(start, stop, device="cpu")
+            unit[index - start, index] = 1
             product = self @ unit.view(-1, *self.shape)
             yield slice(start, stop), product.reshape(stop - start, self.size)
 
@@ -233,7 +234,7 @@ class Block(ABC):
             product = self @ V.reshape(-1, *self.shape)
             return product.reshape(V.shape[0], self.size).mT.cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
             (self.size, self.size),
             matvec=lambda v: matmat(v.reshape(-1, 1))[:, 0],

@@ -73,7 +73,7 @@ class Diagonal(Block):
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, flat = self.entries.double().flatten().topk(min(k, self.size))
         vectors = torch.zeros(len(flat), self.size, dtype=self.dtype, device=self.device)
-        vectors[torch.arange(len(flat)), flat] = 1
+        vectors[torch.arange(len(flat), device="cpu"), flat] = 1
         return values, vectors.view(-1, *self.shape)
 
     def leading_values(self, k: int) -> Tensor:

@@ -155,7 +155,7 @@ def alike(matrices: Sequence[Tensor]) -> list[list[int]]:
 def _shifted(S: Tensor) -> tuple[Tensor, Tensor]:
     """`S + c I` and `c`, a little of the largest entry: its eigenvectors are those of `S`."""
     shift = 1e-14 * S.abs().amax()
-    return S + shift * torch.eye(S.shape[-1], dtype=S.dtype), shift
+    return S + shift * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), shift
 
 
 def _orthonormal(Q: Tensor) -> bool:
@@ -287,7 +287,9 @@ def damped_inverses(
     found: dict[int, Tensor | None] = {}
     for group in alike(matrices):
         stacked = torch.stack([matrices[k] for k in group])
-        exact = [torch.as_tensor(dampings[k], dtype=torch.float64) for k in group]
+        exact = [
+            torch.as_tensor(dampings[k], dtype=torch.float64, device=stacked.device) for k in group
+        ]
         added = torch.stack([x.to(stacked) for x in exact])
         inverses = damped_inverse(stacked, added[:, None])
         if inverses is None:

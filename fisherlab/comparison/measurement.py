@@ -32,6 +32,7 @@ from fisherlab.comparison.pool import Stopped, Work
 from fisherlab.comparison.reference import ExactReference
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
+from fisherlab.doors import said
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
 from fisherlab.metrics.alignment import default_rank
@@ -101,7 +102,11 @@ class LayerMeasurement:
                 f"a callable makes the block of one capture, and layer {self.name!r} has "
                 f"{len(self.parts[0])}, one per batch: pass one batch, or an Approximation"
             )
-        return layer_block([maker(part[0]) for part in self.parts])
+        made = [maker(part[0]) for part in self.parts]
+        for block in made:
+            if not isinstance(block, Block):
+                raise BlockError(f"the function made no block of fl.blocks, but {said(block)}")
+        return layer_block(made)
 
     def rows(
         self,

@@ -42,7 +42,7 @@ def paired(unseen: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
 
 def _order(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     x, y, norms = (
-        torch.tensor(list(values), dtype=torch.float64)
+        torch.tensor(list(values), dtype=torch.float64, device="cpu")
         for values in (first[VALUES], second[VALUES], first[NORMS])
     )
     eps = torch.finfo(getattr(torch, first["dtype"])).eps

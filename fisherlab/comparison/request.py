@@ -196,8 +196,8 @@ def checked(
         ranks.check_model(model)
         _check_counts(ranks, batches)
     shares = _shares(dampings)
-    if memory is not None and (not isinstance(memory, int) or memory < 1 or memory is True):
-        raise ValueError(f"memory is a number of bytes, such as 800_000_000; got {memory!r}")
+    if memory is not None:
+        memory = doors.count(memory, "memory is a number of bytes, such as 800_000_000, which")
     makers = named_makers(approximations, model)
     if not makers:
         raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
@@ -232,8 +232,9 @@ def checked(
 
 def _shares(dampings: object) -> list[float]:
     """The dampings as a list of positive numbers."""
-    listed = isinstance(dampings, Iterable) and not isinstance(dampings, str | bytes)
-    shares: list[Any] = list(dampings) if listed else [dampings]  # type: ignore[call-overload]
+    alone = doors.real(dampings) is not None
+    listed = isinstance(dampings, Iterable) and not isinstance(dampings, str | bytes | Mapping)
+    shares: list[Any] = [dampings] if alone or not listed else list(dampings)  # type: ignore[call-overload]
     if not shares or any((d := doors.real(s)) is None or not 0 < d < math.inf for s in shares):
         raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
     return [float(share) for share in shares]
@@ -273,7 +274,7 @@ def _default_type(
     """The default Fisher type, and why it is the empirical one."""
     criterion = as_module(criterion)
     if rules_of(criterion) is None:  # no forward pass is needed to know
-        return default_type(criterion, torch.empty(0))
+        return default_type(criterion, torch.empty(0, device="cpu"))
     with isolated(model, x), torch.no_grad():
         outputs = _forward(model, x, forward)
         return default_type(criterion, outputs if y is None else arranged(criterion, outputs, y))

@@ -1,4 +1,11 @@
-"""The meaning of every column of a comparison, in the words of the report."""
+"""The meaning of every column of a comparison, in the words of the report; which are clocks."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+# In the name of every column, of any table, that a second run with the same seed does not repeat.
+CLOCKS = ("seconds", "ratio_to_sgd", "timed_steps", "peak_memory_bytes")
 
 MEANING = {
     "layer": "name of the module whose weight (bias as last column) the block is of",
@@ -58,3 +65,8 @@ MEANING = {
     "clamped": "share of the absolute spectrum that was negative and set to zero",
     "note": "why a row has no numbers, or what to mind about them",
 }
+
+
+def steady(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without its clocks: what the same seed repeats to the last byte, on one thread."""
+    return table.drop(columns=[name for name in table if any(word in name for word in CLOCKS)])

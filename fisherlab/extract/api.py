@@ -22,12 +22,19 @@ from fisherlab.extract.geometry import CaptureError, NoBlock
 from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
-from fisherlab.extract.isolation import floated, in_float32, is_half, isolated, random_state
+from fisherlab.extract.isolation import (
+    floated,
+    in_float32,
+    is_half,
+    isolated,
+    random_state,
+    streams_kept,
+)
 from fisherlab.extract.layer import LayerCapture
+from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.outputs import loss_of, output_of
 from fisherlab.extract.padding import Masked, bare, mask_of, masks
 from fisherlab.extract.proof import CHECKS
-from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.select import (
     Names,
     check_batch,
@@ -190,7 +197,7 @@ def capture(
     _check_kinds(kinds, examples, forward, ranks)
     fisher_type = _asked(fisher_type, inside)
     _check_options(fisher_type, backend, check, generator)
-    fisher.check_draws(mc_samples)
+    mc_samples = fisher.check_draws(mc_samples)
     if inside and (fisher_type != "empirical" or backend == "backpack" or mask is not None):
         raise CaptureError(
             "a loss inside the model has the empirical Fisher of the hooks backend without a mask "
@@ -217,7 +224,7 @@ def capture(
 
     start = time.perf_counter()
     backend, reason = _choose(backend, x if isinstance(x, Tensor) else labels)
-    with isolated(model, x), reentrant_named(CaptureError), ExitStack() as stack:
+    with isolated(model, x), no_gradient_named(CaptureError), ExitStack() as stack:
         weights = weights_of(model)
         wanted, named = chosen(weights, layers, skip)
         half = [name for name in wanted if is_half(weights[name].tensor)]
@@ -430,7 +437,8 @@ def split_batches(
             "pass labels y, or a loader of (x, y) batches as x, such as "
             f"torch.utils.data.DataLoader(data, 128); got {type(x).__name__}"
         )
-    batches = [split_batch(batch, None, inside) for batch in x]
+    with streams_kept():  # a loader draws its order, and a number for its workers
+        batches = [split_batch(batch, None, inside) for batch in x]
     if not batches:
         raise CaptureError("the loader is empty")
     return batches

@@ -198,7 +198,7 @@ def _slopes(
     plain = all(not piece.sums and piece.rows is None for piece in parts)
     if plain and all(call.slopes is not None for call in calls):
         return joined_slopes(name, calls)
-    return torch.zeros(n, 2, dtype=torch.float64), (
+    return torch.zeros(n, 2, dtype=torch.float64, device="cpu"), (
         f"layer {name!r} has no slope nu: it is no linear map of the examples' rows"
     )
 

@@ -337,7 +337,7 @@ def prove(criterion: Any, outputs: Tensor, y: Tensor, gradient: Tensor) -> None:
             )
     if rules.root is not None and rules.root is not _hessian_root and rules.sample is None:
         draw = torch.Generator().manual_seed(0)
-        v = torch.randn(outputs.shape, generator=draw, dtype=torch.float64).to(outputs)
+        v = noise(outputs, draw)
         expected = _hessian_product(criterion, outputs, y, v)
         made = torch.zeros_like(v)
         for S in rules.root(criterion, outputs, y):
@@ -389,6 +389,13 @@ def _hessian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor
     S = (vectors * values.clamp(min=0).sqrt()[:, None]).to(outputs)
     for k in range(width):
         yield S[:, :, k].view_as(outputs)
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers in the shape of `like`, drawn in float64 where the generator is."""
+    return torch.randn(
+        like.shape, generator=generator, dtype=torch.float64, device=generator.device
+    ).to(like)
 
 
 def autograd_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks
 from fisherlab.extract import criteria
 from fisherlab.extract.criteria import Rules, as_module, name_of, reduction_of, rules_of
@@ -206,10 +207,9 @@ def exact_vectors(
         yield vector if root == 1 else root * vector
 
 
-def check_draws(mc_samples: int) -> None:
-    """Refuse a number of draws that is none."""
-    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
-        raise CaptureError(f"mc_samples must be a whole number of at least 1, got {mc_samples!r}")
+def check_draws(mc_samples: int) -> int:
+    """The number of draws; refuses what is none."""
+    return doors.count(mc_samples, "mc_samples", error=CaptureError)
 
 
 def mc_vectors(
@@ -225,7 +225,7 @@ def mc_vectors(
     Every one of `ranks` draws for the joint batch and keeps its own rows. Two ranks never share a
     draw, their generators stay in step, and the draws equal those of a single process.
     """
-    check_draws(draws)
+    draws = check_draws(draws)
     terms = terms_of(criterion, outputs, y, "mc", ranks)
     score = known(criterion, outputs, "mc").score
     assert score is not None

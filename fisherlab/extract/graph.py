@@ -83,7 +83,8 @@ def _are_all_uses(W: Tensor, calls: Sequence[Recorded], users: dict[Edge, list[A
     """Whether the graph uses a weight, and the bias of its calls, in the calls' products alone."""
     biases = {id(call.bias): call.bias for call in calls if call.bias is not None}
     leaves = [W, *biases.values()]
-    if len(biases) > 1 or any(leaf._backward_hooks for leaf in leaves):
+    # a forward pass may have frozen one
+    if len(biases) > 1 or any(f._backward_hooks or not f.requires_grad for f in leaves):
         return False
     expected: dict[Edge, set[Any]] = {_edge(leaf): set() for leaf in leaves}
     products = set()

@@ -82,7 +82,8 @@ class Inside(WithRules):
         m, scale = n // 2, self.reduction
         if n < 2:
             return {}
-        half = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2].sort().values
+        generator = torch.Generator().manual_seed(0)
+        half = torch.randperm(n, generator=generator, device="cpu")[: n // 2].sort().values
         with again.tape:
             loss = run(rows_of(x, n, half))
         again.labels = self.gradient(loss, m, None)

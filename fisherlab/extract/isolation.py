@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import warnings
 from collections import Counter
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
@@ -99,6 +101,18 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def streams_kept(*devices: torch.device) -> Iterator[None]:
+    """The random streams of Python, NumPy and torch are afterwards as before."""
+    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)  # noqa: NPY002
+
+
+@contextmanager
 def isolated(model: nn.Module, x: object) -> Iterator[None]:
     """Gradients on; random streams, buffers, weights and training flags are put back at the end.
 
@@ -117,7 +131,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
             buffers_kept(model),
             parameters_kept(model),
             torch.enable_grad(),
-            torch.random.fork_rng(devices=devices),
+            streams_kept(*devices),
             _uncompiled(),
         ):
             yield

@@ -22,6 +22,7 @@ from fisherlab.extract.criteria import (
     autograd_score,
     know,
     name_of,
+    noise,
     ones,
     terms_at,
 )
@@ -204,16 +205,12 @@ def _diagonal(criterion: Any, outputs: Tensor, y: Tensor, entries: Terms) -> Ite
         yield vector.view_as(found)
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-
 def _squared_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
     return torch.full_like(outputs, math.sqrt(2.0))
 
 
 def _draw_gaussian(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
-    return outputs + _noise(outputs, generator) * math.sqrt(0.5)
+    return outputs + noise(outputs, generator) * math.sqrt(0.5)
 
 
 def _bernoulli_factor(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor | None:
@@ -232,7 +229,9 @@ def _bernoulli_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _draw_bits(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(
+        outputs.shape, generator=generator, dtype=torch.float64, device=generator.device
+    )
     return (uniform.to(outputs.device) < outputs.sigmoid()).to(outputs)
 
 
@@ -302,7 +301,7 @@ def _gaussian_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 def _draw_pairs(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
     mean, v = _mean_and_variance(criterion, outputs)
-    return mean + v.sqrt() * _noise(mean, generator)
+    return mean + v.sqrt() * noise(mean, generator)
 
 
 _built_in = partial(Rules, terms=terms_at, proven=True)

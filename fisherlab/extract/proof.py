@@ -33,7 +33,9 @@ class Weighted:
     def __init__(self, outputs: Tensor, labels: Tensor, calls: Sequence[Recorded]) -> None:
         generator = torch.Generator().manual_seed(0)
         n = len(outputs)
-        exponents = torch.randint(-EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator)
+        exponents = torch.randint(
+            -EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator, device=generator.device
+        )
         self.weights = (2.0**exponents).to(outputs)
         weighted = labels * self.weights.view(-1, *[1] * (labels.ndim - 1))
         found = pulled_back(outputs, weighted, [call.edge for call in calls])
@@ -73,7 +75,7 @@ def gradient_error(
         geometry = part.geometry
         i, o = geometry.in_features, geometry.out_features
         width = i + (bias is not None)
-        v = torch.randn(width, generator=generator, dtype=torch.float64)
+        v = torch.randn(width, generator=generator, dtype=torch.float64, device=generator.device)
         v = v.to(part.raw_inputs[0])
         expected = geometry.matrix(leaf).to(v) @ v[:i]
         if bias is not None:

@@ -61,7 +61,8 @@ def find_examples(
         return ["the outputs have no rows"] * len(calls)
     base = max(2, math.isqrt(n - 1) + 1)
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(outputs.shape, generator=generator).to(outputs) + 0.1
+    vector = torch.randn(outputs.shape, generator=generator, device=generator.device)
+    vector = vector.to(outputs) + 0.1
     index = torch.arange(n, device=outputs.device)
     digits = (index // base, index % base)
     plain = _arrived(outputs, vector, edges, shapes)

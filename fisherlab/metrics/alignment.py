@@ -46,7 +46,7 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
 
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
-    values = F.leading_values(k) if k else torch.zeros(0)
+    values = F.leading_values(k) if k else torch.zeros(0, device="cpu")
     if not len(values) or values[0] <= 0:
         return 0
     return int((values > _noise(F) * values[0]).sum())

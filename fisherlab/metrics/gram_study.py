@@ -88,7 +88,8 @@ class GramStudy:
         """The study that `arrays` gave."""
         tensors = {f.name: arrays[f.name] for f in fields(cls) if f.name != "layers"}
         layers = [str(name) for name in arrays["layers"]]
-        return cls(layers, **{name: torch.as_tensor(value) for name, value in tensors.items()})
+        studied = {k: torch.as_tensor(value, device="cpu") for k, value in tensors.items()}
+        return cls(layers, **studied)
 
 
 @entered

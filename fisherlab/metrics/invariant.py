@@ -184,7 +184,9 @@ def _largest(A: Together, B_inverse: Together) -> Tensor:
     """The largest `theta` in `A_k v = theta B_k v` of every pair, `[b]`, by Lanczos in lockstep."""
     generator = torch.Generator().manual_seed(0)
     first = A.blocks[0]
-    start = torch.randn(first.size, generator=generator, dtype=torch.float64).to(first.device)
+    start = torch.randn(
+        first.size, generator=generator, dtype=torch.float64, device=generator.device
+    ).to(first.device)
     runs = [_lanczos(start) for _ in A.blocks]
     vectors = {k: next(run) for k, run in enumerate(runs)}
     values = start.new_zeros(len(runs))

@@ -92,8 +92,8 @@ class PopulationEstimate:
     high: Tensor
     examples: int
     # `||X||^2 - 2 <F_n, X>` and the pseudo-values of u, `[n]`: what an order is told by
-    values: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
-    norms: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    values: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"), repr=False)
+    norms: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"), repr=False)
     cosine: Interval = Interval()
     trace_ratio: Interval = Interval()
 

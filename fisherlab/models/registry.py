@@ -259,16 +259,18 @@ def _input_shape(
     if input_size is None:
         return in_channels, None
     size: tuple[int, ...]
-    if isinstance(input_size, int):
+    if doors.real(input_size) is not None:
+        input_size = doors.count(input_size, "input_size", error=ModelError)
         flat = name in ("mlp", "autoencoder")
         size = (input_size,) if flat else (input_size, input_size)
     else:
         size = tuple(input_size) if isinstance(input_size, tuple | list | torch.Size) else ()
-    if not 1 <= len(size) <= 3 or not all(type(n) is int and n > 0 for n in size):
+    if not 1 <= len(size) <= 3:
         raise ModelError(
             f"input_size must be an int, (features,), (h, w) or (c, h, w), all positive; "
             f"got {input_size!r}"
         )
+    size = tuple(doors.count(n, "each number of input_size", error=ModelError) for n in size)
     if len(size) < 3:
         return in_channels, size
     if in_channels not in (3, size[0]):

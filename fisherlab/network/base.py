@@ -82,11 +82,11 @@ class NetworkMatrix(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def matvec(v: np.ndarray) -> np.ndarray:
-            vector = torch.as_tensor(np.ascontiguousarray(v.reshape(-1)))
+            vector = torch.as_tensor(np.ascontiguousarray(v.reshape(-1)), device="cpu")
             found = self @ self.split(vector.to(self.device, self.dtype))
             return torch.cat([x.flatten() for x in found.values()]).cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator((self.size,) * 2, matvec=matvec, rmatvec=matvec, dtype=dtype)
 
     def leading(self, k: int, which: str = "LA", tol: float = 0.0) -> tuple[Tensor, list[Weights]]:
@@ -104,13 +104,13 @@ class NetworkMatrix(ABC):
 
         k = min(doors.count(k, "k", error=BlockError), self.size - 1)
         doors.choice(which, "which", ("LA", "SA", "LM"), error=BlockError)
-        start = torch.randn(
-            self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(self.size, generator=generator, dtype=torch.float64, device="cpu")
         operator = self.as_linear_operator()
         values, vectors = eigsh(
             operator, k=k, which=which, tol=tol, v0=start.numpy().astype(operator.dtype)
         )
         order = np.argsort(values)[::-1].copy()
         found = torch.as_tensor(vectors[:, order].T.copy(), dtype=self.dtype, device=self.device)
-        return torch.as_tensor(values[order].copy()).double(), [self.split(v) for v in found]
+        largest = torch.as_tensor(values[order].copy(), device="cpu").double()
+        return largest, [self.split(v) for v in found]

@@ -38,7 +38,8 @@ class AdditiveLaw:
     def add(self, weight: Weight) -> None:
         """A matrix whose passes are to be told apart."""
         self.weights[weight.name] = weight
-        v = torch.randn(weight.shape[1], generator=self._generator, dtype=torch.float64)
+        draw = self._generator
+        v = torch.randn(weight.shape[1], generator=draw, dtype=torch.float64, device=draw.device)
         self.vectors[weight.name] = v.to(weight.weight)
         for leaf in (weight.weight, weight.bias):
             if leaf is not None and leaf.requires_grad:

@@ -85,12 +85,12 @@ class FNGD(Woodbury):
         self._settled: dict[str, Tensor] = {}
         self._indices: Tensor | None = None
         # `M v` of the step's passes, one after another
-        self._coefficients = torch.zeros(0)
+        self._coefficients = torch.zeros(0, device="cpu")
         self._told = False
 
     def set_batch(self, indices: Tensor) -> None:
         """The data-set indices of the next batch, for `share="example"`; under DDP on each rank."""
-        indices = torch.as_tensor(indices, dtype=torch.long).cpu()
+        indices = torch.as_tensor(indices, dtype=torch.long, device="cpu")
         self._indices = indices if self.ranks is None else self.ranks.gather(indices)
 
     @property
@@ -122,7 +122,7 @@ class FNGD(Woodbury):
     def _shared(self, weight: Weight, n: int) -> Tensor:
         """`M v~` of this layer for a batch of n, `[groups, n]`."""
         if weight.name not in self._sums:
-            return torch.ones(weight.groups, n, dtype=torch.float64)
+            return torch.ones(weight.groups, n, dtype=torch.float64, device="cpu")
         if weight.name not in self._settled:
             self._settled[weight.name] = self._mean(weight.name).to(weight.weight)
         mean = self._settled[weight.name]
@@ -159,7 +159,7 @@ class FNGD(Woodbury):
         return directions
 
     def _note(self, numbers: list[float]) -> None:
-        self._coefficients = torch.tensor(numbers, dtype=torch.float64)
+        self._coefficients = torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def _apply(self, directions: Directions) -> None:
         if self.collecting and self.share != "none":
@@ -182,7 +182,7 @@ class FNGD(Woodbury):
             elif n == self.batch_size:
                 if name not in self._sums:
                     self._sums[name] = torch.zeros_like(rows)
-                    self._counts[name] = torch.zeros(n, dtype=torch.float64)
+                    self._counts[name] = torch.zeros(n, dtype=torch.float64, device="cpu")
                 self._sums[name] += rows
                 self._counts[name] += 1
 
@@ -192,14 +192,14 @@ class FNGD(Woodbury):
                 "share='example' needs opt.set_batch(indices) before each forward pass"
             )
         size = int(indices.max()) + 1
-        known = self._counts.get(name, torch.zeros(0, dtype=torch.float64))
+        known = self._counts.get(name, torch.zeros(0, dtype=torch.float64, device="cpu"))
         if len(known) < size:
-            grown = torch.zeros(len(rows), size, dtype=torch.float64)
+            grown = torch.zeros(len(rows), size, dtype=torch.float64, device="cpu")
             grown[:, : len(known)] = self._sums.get(name, grown[:, :0])
             self._sums[name] = grown
             self._counts[name] = torch.cat([known, known.new_zeros(size - len(known))])
         self._sums[name].index_add_(1, indices, rows)
-        ones = torch.ones(len(indices), dtype=torch.float64)
+        ones = torch.ones(len(indices), dtype=torch.float64, device="cpu")
         self._counts[name].index_add_(0, indices, ones)
 
     def _tell(self) -> None:

@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge
 
 from fisherlab.extract.assemble import capture_of
 from fisherlab.extract.backward import pulled_back
+from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
-from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.rows import find_examples, in_order
 from fisherlab.extract.tape import or_zero
 from fisherlab.optim.coverage import Coverage
@@ -40,7 +40,7 @@ class Proof:
         self._proven: set[str] = set()
         self._coded: set[str] = set()
 
-    @reentrant_named(OptimizerError)
+    @no_gradient_named(OptimizerError)
     def prove(self, current: Pass, output: Tensor) -> None:
         """Leave out layers without a proof, and give rows back to their examples.
 
@@ -65,7 +65,7 @@ class Proof:
             self._proven |= fresh
             self._find_products(current, output, fresh - set(self.coverage.left_out))
 
-    @reentrant_named(OptimizerError)
+    @no_gradient_named(OptimizerError)
     def count_positions(self, current: Pass, output: Tensor) -> None:
         """Give each example as many positions of the summed rows, or leave the layer out.
 
@@ -113,7 +113,7 @@ class Proof:
 
     def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
         generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(output.shape, generator=generator).to(output)
+        vector = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
         joined = {name: calls for name, calls in current.calls.items() if name in names}
         every = [call for calls in joined.values() for call in calls]
         leaves = [

@@ -31,8 +31,8 @@ from fisherlab.extract.dead import seen_at, stopping
 from fisherlab.extract.isolation import in_own_pass, is_isolated, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
+from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.padding import weighed_input
-from fisherlab.extract.reentrant import reentrant_named
 from fisherlab.extract.slopes import slopes
 from fisherlab.extract.tape import Use
 from fisherlab.names import unknown
@@ -282,7 +282,7 @@ class Recorder:
                 new[name] = f"it is used by {functions}, not by a product FisherLab knows"
         self.coverage.leave_out(new)
 
-    @reentrant_named(OptimizerError)
+    @no_gradient_named(OptimizerError)
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
         """The model's own output vectors, on the live graph and only as far as layer outputs.
 

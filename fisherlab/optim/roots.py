@@ -96,7 +96,7 @@ def _iterated(
     eye = Z
     residuals: list[float] = []
     waiting: list[Tensor] = []
-    before, over = torch.tensor(0.0), torch.tensor(False)
+    before, over = torch.tensor(0.0, device="cpu"), torch.tensor(False, device="cpu")
     together = 1 if Y.device.type == "cpu" else TOGETHER
     for k in range(1, iterations + 1):
         ZY = Z @ Y

@@ -96,7 +96,7 @@ class SOAP(torch.optim.Optimizer):
         assert p.grad is not None
         G = matrix(p.grad.float() if p.grad.element_size() < 4 else p.grad)
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
         state["step"] += 1
         t = int(state["step"])

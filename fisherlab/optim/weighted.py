@@ -24,7 +24,7 @@ from fisherlab.extract.geometry import Convolution
 from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.isolation import in_own_pass, own_pass
 from fisherlab.extract.layer import LayerCapture
-from fisherlab.extract.reentrant import reentrant_named
+from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.rows import find_examples, in_order
 from fisherlab.extract.tape import Call, Use
 from fisherlab.optim.coverage import Coverage
@@ -354,7 +354,7 @@ class WeightedLayers:
         for name, (layer, *_) in self._layers.items():
             layer.examples, layer.layout = n, self._layouts.get(name, "")
 
-    @reentrant_named(OptimizerError)
+    @no_gradient_named(OptimizerError)
     def _find_rows(self, output: Tensor) -> None:
         n, asked = len(output), self._asked
         calls, edges = [call for _, call, _ in asked], [edge for *_, edge in asked]

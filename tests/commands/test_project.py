@@ -311,3 +311,29 @@ def test_names_of_the_package_have_one_home():
     assert set(named) == {*fl.PARTS, *fl.HOMES}, "editors and type checkers see every name"
     assert set(fl.HOMES) <= set(fl.__all__) <= {*fl.PARTS, *fl.HOMES}
     assert all(getattr(fl, name) is not None for name in dir(fl))
+
+
+# functions that make a tensor where torch.set_default_device says, unless a device is named
+MAKERS = set("arange as_tensor empty eye full linspace ones rand randint randn randperm".split())
+MAKERS |= {"tensor", "zeros"}
+# numbers on the user's own device, in a process of the user's
+ON_A_DEVICE = ("adapters", "approximations", "blocks", "comparison", "extract", "metrics")
+ON_A_DEVICE += ("network", "optim")
+
+
+def made_anywhere(tree):
+    """The lines that make a tensor and name no device."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in calls:
+        of_torch = ast.unparse(call.func).partition(".")
+        if of_torch[0] == "torch" and of_torch[2] in MAKERS:
+            if not any(word.arg in ("device", None) for word in call.keywords):
+                yield call.lineno
+
+
+def test_every_tensor_is_made_on_a_named_device():
+    paths = [path for part in ON_A_DEVICE for path in sorted((PACKAGE / part).rglob("*.py"))]
+    found = {p: list(made_anywhere(ast.parse(p.read_text(encoding="utf-8")))) for p in paths}
+    assert not {path: lines for path, lines in found.items() if lines}
+    wrong = ast.parse("torch.ones(3)\ntorch.eye(2, device=d)\ntorch.relu(x)")
+    assert list(made_anywhere(wrong)) == [1]

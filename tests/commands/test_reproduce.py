@@ -20,10 +20,11 @@ from fisherlab.cli import app
 from fisherlab.commands import reproducing
 from fisherlab.commands.reproduce import LISTING
 from fisherlab.experiments import reproduce as papers
+from fisherlab.experiments.columns import steady
 from fisherlab.experiments.reproduce import catalogue, drawn, outcome, plan, runs, workers
 from fisherlab.experiments.reproduce import presets as page_of_presets
 from fisherlab.experiments.reproduce.item import Arm, Cell, Experiment, Item, Number, Order, Size
-from fisherlab.experiments.training import CLOCK, Entry, Settings, SettingsError, Watch
+from fisherlab.experiments.training import Entry, Settings, SettingsError, Watch
 from fisherlab.experiments.training.entries import entries, make
 from fisherlab.experiments.training.settings import schedule_of
 from fisherlab.experiments.training.worker import trained
@@ -327,8 +328,7 @@ class Stop(papers.Listener):
 
 
 def rows_of(folder):
-    found = pd.read_parquet(folder / "rows.parquet")
-    return found.drop(columns=[name for name in CLOCK if name in found])
+    return steady(pd.read_parquet(folder / "rows.parquet"))
 
 
 TWO = replace(

@@ -8,7 +8,8 @@ from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from fisherlab.cli import app
-from fisherlab.experiments.training import CLOCK, Settings, entries, train
+from fisherlab.experiments.columns import steady
+from fisherlab.experiments.training import Settings, entries, train
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -34,8 +35,7 @@ def call(*words):
 
 
 def rows(folder, name="rows"):
-    frame = pd.read_parquet(folder / f"{name}.parquet")
-    return frame.drop(columns=[column for column in CLOCK if column in frame])
+    return steady(pd.read_parquet(folder / f"{name}.parquet"))
 
 
 def test_a_run_of_train_again_has_the_same_rows(tmp_path):

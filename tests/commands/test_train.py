@@ -18,7 +18,8 @@ from torch import nn
 from fisherlab import optim
 from fisherlab.blocks import BlockError
 from fisherlab.experiments import checkpoint
-from fisherlab.experiments.training import CLOCK, Settings, SettingsError, Watch, entries, train
+from fisherlab.experiments.columns import steady
+from fisherlab.experiments.training import Settings, SettingsError, Watch, entries, train
 from fisherlab.experiments.training.cost import Clock, SGDReference, due
 from fisherlab.experiments.training.divergence import blame, weight_norms
 from fisherlab.experiments.training.record import Record
@@ -30,11 +31,6 @@ TINY = {"data": "digits", "hidden": (4,), "examples": 192, "test_examples": 50, 
 
 def settings(wanted, assignments=(), **options):
     return Settings(**{**TINY, "entries": entries(wanted, assignments), "epochs": 2, **options})
-
-
-def steady(frame):
-    """What a resumed run must repeat."""
-    return frame.drop(columns=[name for name in CLOCK if name in frame])
 
 
 def assert_same(results, others):

@@ -110,7 +110,7 @@ def adapters(draw: random.Random) -> Case:
         "to_backpack(bias)": lambda: fl.adapters.to_backpack(block, no_flag),
         "from_backpack(model)": lambda: fl.adapters.from_backpack(no_model),
         "from_backpack(quantity)": lambda: fl.adapters.from_backpack(model, bad),
-        "curvlinops(method)": lambda: fl.adapters.curvlinops("kafc" if bad == "kfac" else bad),
+        "curvlinops(method)": lambda: fl.adapters.curvlinops(no_method),
         "from_kronfluence(factors)": lambda: fl.adapters.from_kronfluence(bad, 4),
         "from_kronfluence(examples)": lambda: fl.adapters.from_kronfluence(covariances, no_count),
         "to_kronfluence(block)": lambda: fl.adapters.to_kronfluence(bad),
@@ -120,6 +120,7 @@ def adapters(draw: random.Random) -> Case:
     }
     no_flag, no_model = junk.anything(draw, bool), junk.anything(draw, nn.Module)
     no_count, no_dict = junk.count(draw), junk.anything(draw, dict)
+    no_method = "kafc" if isinstance(bad, str) else bad
     name = draw.choice(list(calls))
     return Case(f"{name} = {str(bad)[:30]}", calls[name], None)
 

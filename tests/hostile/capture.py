@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
 from references import Reference
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherlab as fl
 from fisherlab.extract import Captures
@@ -282,7 +284,22 @@ def options(draw: random.Random) -> Case:
                 True,
                 [""],
             ],
-            "dampings": [[], -1, "x", [0.0], [math.nan], None, ["a"], Odd(), True, [True], 1j],
+            "dampings": [
+                [],
+                -1,
+                "x",
+                {0.1: 1},
+                np.array(["a"]),
+                b"1",
+                [0.0],
+                [math.nan],
+                None,
+                ["a"],
+                Odd(),
+                True,
+                [True],
+                1j,
+            ],
             "reference": ["x", 3, one.x, Odd(), [], {}, True, [(one.x, None)], (one.x,)],
             "memory": [0, -1, "x", 1.5, math.nan, [], True, Odd()],
             "step": ["x", 1.5, Odd(), [], math.nan],
@@ -308,6 +325,61 @@ def options(draw: random.Random) -> Case:
     )
 
 
+WORLDS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no_grad": torch.no_grad,
+    "a default device": lambda: torch.device("meta"),
+    "a default dtype": lambda: default_dtype(torch.float16),
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
+    "tensors saved elsewhere": torch.autograd.graph.save_on_cpu,
+}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def worlds(draw: random.Random) -> Case:
+    """A call inside a setting of torch, with a loader that draws, numbers of NumPy's, functions."""
+    one = models.brought(draw, False)
+    criterion, y = models.labelled(draw, one)
+    kind, name = draw.choice(["exact", "empirical"]), draw.choice(list(WORLDS))
+    if draw.random() < 0.5:
+
+        def call() -> object:
+            with WORLDS[name]():
+                return fl.capture(one.model, criterion, one.x, y, fisher_type=kind)
+
+        check = checked(one.model, criterion, one.x, y, kind, 1e-8)
+        return Case(f"capture {one.name} under {name}", call, check, (), one.model)
+    given = draw.choice([np.array([0.1]), np.float32(0.1), torch.tensor(0.1), (d for d in [0.1])])
+    whole: object = DataLoader(TensorDataset(one.x, y), 2, shuffle=True)
+    if name == "a default device":  # torch's own loader draws its seed there
+        whole = list(zip(one.x.split(2), y.split(2), strict=True))
+    methods = {"given": lambda layer: fl.KFAC()(layer), "junk": lambda layer: layer.raw_inputs}
+
+    def call() -> object:
+        with WORLDS[name]():
+            return fl.compare(one.model, criterion, one.x, y, approximations=methods), fl.compare(
+                one.model, criterion, whole, approximations=["kfac"], dampings=given
+            )
+
+    def right(found: object) -> str:
+        first, second = (table.frame for table in found)  # type: ignore[attr-defined]
+        named = first[first.approximation == "junk"].note.str.contains("no block")
+        ours = first[first.approximation == "given"].groupby("layer").relative_error.first()
+        loaded = second.groupby("layer").relative_error.first()
+        away = (ours - loaded).abs().max()
+        return "" if named.all() and not away > 1e-8 else f"junk: {named.all()}, off by {away}"
+
+    return Case(f"compare {one.name} under {name}", call, right, (), one.model)
+
+
 def case(seed: int) -> Case:
     draw = random.Random(seed)
-    return draw.choice([sound, sound, compared, networks, criteria, batches, options])(draw)
+    return draw.choice([sound, sound, compared, networks, criteria, batches, options, worlds])(draw)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +64,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.inner(x, x, x)[0].mean(1))
+
+
+class Inside(nn.Module):
+    """A forward pass that does what belongs outside."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.linear, self.what = nn.Linear(4, 3), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.linear(x)
+        if self.what == "in place":
+            x.mul_(1.0)
+        elif self.what == "a backward":
+            with torch.enable_grad():
+                torch.autograd.grad(found.sum(), found)
+            found = found.relu()
+        elif self.what == "random":
+            found = found * (1 + 0 * random.random() + 0 * np.random.rand())  # noqa: NPY002
+        return found
 
 
 def dead() -> nn.Module:
@@ -176,6 +197,9 @@ HOSTILE: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "lstm": lambda: (Returns(nn.LSTM(4, 3, batch_first=True), lambda f: f[0][:, -1]), (3, 4)),
     "embedding": lambda: (nn.Embedding(7, 3), ()),
     "quantised": lambda: (_quantised(), (4,)),
+    "writes into its input": lambda: (Inside("in place"), (4,)),
+    "calls backward": lambda: (Inside("a backward"), (4,)),
+    "draws from Python": lambda: (Inside("random"), (4,)),
 }
 
 

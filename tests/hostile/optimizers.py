@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.extract.isolation import streams_kept
 from fisherlab.optim.base import CurvatureOptimizer
 from hostile import junk, models
 from hostile.judge import Case, bits, refusal
@@ -450,7 +451,7 @@ def networks(draw: random.Random) -> Case:
     y = torch.arange(len(one.x)) % 3
 
     def call() -> object:
-        with torch.random.fork_rng():  # dropout draws
+        with streams_kept():  # the forward pass of training draws
             optimizer = fl.optim.create(name, one.model)
             for _ in range(2):
                 stepped(optimizer, one.model, one.x, y)

@@ -3,11 +3,10 @@
 from fisherlab.experiments.training.entries import bounds, entries
 from fisherlab.experiments.training.loop import Watch, train
 from fisherlab.experiments.training.record import Record
-from fisherlab.experiments.training.results import CLOCK, COLUMNS, Results
+from fisherlab.experiments.training.results import COLUMNS, Results
 from fisherlab.experiments.training.settings import Entry, Settings, SettingsError
 
 __all__ = [
-    "CLOCK",
     "COLUMNS",
     "Entry",
     "Record",

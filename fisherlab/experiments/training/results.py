@@ -14,23 +14,6 @@ from fisherlab.experiments.training.cost import FEWEST, WARM_UP
 from fisherlab.experiments.training.record import Record
 from fisherlab.experiments.training.task import HIGHER_IS_BETTER, Task
 
-# The columns that a resumed run cannot repeat.
-CLOCK = (
-    "seconds_per_step",
-    "forward_seconds",
-    "backward_seconds",
-    "update_seconds",
-    "refresh_seconds",
-    "timed_steps",
-    "sgd_seconds_per_step",
-    "ratio_to_sgd",
-    "train_seconds",
-    "cpu_seconds_per_step",
-    "cpu_ratio_to_sgd",
-    "train_cpu_seconds",
-    "peak_memory_bytes",
-)
-
 SPLIT = ("forward_seconds", "backward_seconds", "update_seconds", "refresh_seconds")
 
 COLUMNS = {
