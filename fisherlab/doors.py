@@ -189,7 +189,7 @@ def function(value: object, call: str, *, error: type[Exception] = ValueError) -
     if not callable(value):
         raise error(f"{what} must be callable, as {call}; got {said(value)}")
     try:
-        inspect.signature(value).bind(*names.split(", "))
+        inspect.signature(value).bind(*filter(None, names.split(", ")))
     except TypeError:
         raise error(f"{what} is called as {call}, which {said(value)} does not take") from None
     except ValueError:  # no signature is known

@@ -14,7 +14,7 @@ from fisherlab.approximations.recursive import Recursive
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import all_finite
-from fisherlab.blocks.reads import together
+from fisherlab.blocks.reads import is_revocable
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import one_sample
 
@@ -187,18 +187,18 @@ class Running:
         past, new = self.weights
         for key, value in total.items():
             # sums that may have to be taken back are not overwritten
-            old = into[key].mul_(past) if together() is None else into[key] * past
+            old = into[key].mul_(past) if not is_revocable() else into[key] * past
             into[key] = old.add_(value, alpha=new)
         return past * count + new * terms
 
     def kept(self) -> Callable[[], None]:
-        """A call that takes back everything computed `Together` from now on."""
-        parts = dict(self.sums), self.count, dict(self.basis)
-        corrected = dict(self.corrections), self.corrections_count
+        """A call that takes back everything computed from now on, where it is revocable."""
+        sums, basis, corrections = dict(self.sums), dict(self.basis), dict(self.corrections)
+        counts = self.count, self.corrections_count
 
         def back() -> None:
-            self.sums, self.count, self.basis = parts
-            self.corrections, self.corrections_count = corrected
+            self.sums, self.basis, self.corrections = dict(sums), dict(basis), dict(corrections)
+            self.count, self.corrections_count = counts
 
         return back
 

@@ -14,6 +14,21 @@ _LOCAL = threading.local()
 Taker = Callable[[list[float]], None]
 
 
+@contextmanager
+def revocable() -> Iterator[None]:
+    """Inside, nothing that may have to be put back is overwritten."""
+    before, _LOCAL.revocable = is_revocable(), True
+    try:
+        yield
+    finally:
+        _LOCAL.revocable = before
+
+
+def is_revocable() -> bool:
+    """Whether what was there before may have to be put back."""
+    return together() is not None or getattr(_LOCAL, "revocable", False)
+
+
 class Unmet(Exception):
     """A condition did not hold, and what was computed since is void."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fisherlab.blocks.reads import Together
+from fisherlab.blocks.reads import Together, revocable
 
 T = TypeVar("T")
 
@@ -44,8 +44,10 @@ class Attempt:
         Returns:
             None where the gradients are not finite.
         """
-        if keep is None or not self.worthwhile:
+        if keep is None:
             return compute() if finite() else None
+        if not self.worthwhile:
+            return _whole(compute, keep()) if finite() else None
         kept = keep()
         try:
             try:
@@ -58,8 +60,18 @@ class Attempt:
                     return None
                 if not again:
                     raise
-            found = compute()
+            found = _whole(compute, kept)
             self.worthwhile = False
             return found
         finally:
             kept.release()
+
+
+def _whole(compute: Callable[[], T], kept: Kept) -> T:
+    """What `compute` returns; where it raises, the state is as it was."""
+    try:
+        with revocable():
+            return compute()
+    except Exception:
+        kept.back()
+        raise

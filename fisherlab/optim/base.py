@@ -23,6 +23,7 @@ from fisherlab.optim.step import (
     UNCLIPPED,
     Clip,
     Directions,
+    check_group,
     evaluated,
     group_options,
     placed_before,
@@ -183,6 +184,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
+        for group in self.param_groups:
+            check_group(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -276,6 +279,13 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         """Check `_extra_state`, and return what takes it over, dtypes included."""
         return lambda: None
 
+    def __getstate__(self) -> Any:
+        """Refuse to be copied or pickled: the hooks would stay with the first model."""
+        raise TypeError(
+            f"{type(self).__name__} has hooks on its model, which no copy would have; copy the "
+            "model, make a new optimizer of it, and load this one's state_dict()"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """torch's own state, and under "fisherlab" what the method remembers."""
         state = super().state_dict()
@@ -320,6 +330,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                     f"a parameter group of this state lacks {', '.join(missing)}; nothing was "
                     "loaded"
                 )
+        for group in rest["param_groups"]:
+            check_group(group)
         check_form(extra)
         self._check_momentum(rest)
         take = self._reading(extra)

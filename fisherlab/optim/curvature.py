@@ -227,14 +227,14 @@ class Curvature:
             with_next_read(list(later.values()), take)
 
     def kept(self) -> Callable[[], None]:
-        """A call that takes back everything computed `Together` from now on."""
+        """A call that takes back everything computed from now on, where it is revocable."""
         every = [part for w in self.coverage.weights.values() for part in self.parts_of(w)]
         parts = [(part, part.block, part.inverse) for part in every]
         running = [part.running.kept() for part in every if part.running is not None]
         dampings, scale = dict(self.dampings), dict(self._scale)
 
         def back() -> None:
-            self.dampings, self._scale = dampings, scale
+            self.dampings, self._scale = dict(dampings), dict(scale)
             for part, block, inverse in parts:
                 part.block, part.inverse = block, inverse
             for means_back in running:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
+from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
+
+# state of a parameter with a gradient, by the rule of its group
+_KEPT = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Refuse options that are none; a loop may write into a group between two steps."""
+    muon = group.get("rule") == "muon"
+    for name in ("lr", "weight_decay", *(("momentum", "eps") if muon else ())):
+        doors.number(group.get(name), name, least=0.0)
+    if not muon:
+        return
+    doors.flag(group.get("nesterov"), "nesterov")
+    doors.count(group.get("ns_steps"), "ns_steps")
+    coefficients = group.get("ns_coefficients")
+    if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
+        raise ValueError(f"ns_coefficients are three, got {doors.said(coefficients)}")
+    for coefficient in coefficients:
+        doors.number(coefficient, "each of ns_coefficients")
 
 
 class Muon(torch.optim.Optimizer):
@@ -56,15 +76,11 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-7,
         adjust_lr_fn: str | None = "match_rms_adamw",
     ) -> None:
-        numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
-        for name, value in numbers.items():
-            doors.number(value, name, least=0.0)
-        doors.flag(nesterov, "nesterov")
-        doors.count(ns_steps, "ns_steps")
-        if not isinstance(ns_coefficients, tuple | list) or len(ns_coefficients) != 3:
-            raise ValueError(f"ns_coefficients are three, got {doors.said(ns_coefficients)}")
-        for coefficient in ns_coefficients:
-            doors.number(coefficient, "each of ns_coefficients")
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        muon = {**shared, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        muon |= {"ns_coefficients": ns_coefficients, "eps": eps}
+        _check_group({**muon, "rule": "muon"})
+        muon["adjust_lr_fn"] = adjust_lr_fn
         if rest is not None and not isinstance(rest, dict):
             raise ValueError(f"rest is a dict of AdamW's options, got {doors.said(rest)}")
         doors.module(model)
@@ -82,9 +98,6 @@ class Muon(torch.optim.Optimizer):
             matrices.append({**group, "params": own, "rule": "muon"})
             left = [p for p in ours if id(p) not in rows]
             others.append({**group, "params": left, "rule": "adamw"})
-        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        muon = {**shared, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-        muon |= {"ns_coefficients": ns_coefficients, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
         self._parts: dict[str, torch.optim.Optimizer] = {}
         for name, kind, found, options in (
             ("muon", torch.optim.Muon, matrices, muon),
@@ -98,6 +111,15 @@ class Muon(torch.optim.Optimizer):
         # torch has copied the dicts of the groups; their options are all there
         self._bind()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: torch's own, and torch's two optimizers."""
+        return {**super().__getstate__(), "_parts": self._parts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; raises `ValueError` for one that is none, of which nothing is loaded."""
+        check_loaded(self, state_dict, _check_group, lambda group: _KEPT[group["rule"]])
+        super().load_state_dict(state_dict)
+
     def _bind(self) -> None:
         """Give torch's optimizers the groups and the state of this one, loaded ones included."""
         for name, part in self._parts.items():
@@ -106,11 +128,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step of both."""
+        """One step of both.
+
+        Raises:
+            OptimizerError: a gradient has NaN or inf, or is sparse; no parameter was changed.
+            ValueError: an option of a group was changed to what is none; no parameter was changed.
+        """
+        for group in self.param_groups:
+            _check_group(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = evaluated(closure)
+        every = [p for group in self.param_groups for p in group["params"]]
+        check_gradients("Muon", [p for p in every if p.grad is not None], self.state)
         self._bind()
         for part in self._parts.values():
             part.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,25 @@ from fisherlab import doors
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.energies import carried
 from fisherlab.blocks.factor import LARGEST_FACTOR
-from fisherlab.blocks.numerics import all_finite, eigh_each
-from fisherlab.optim.scale import OptimizerError
+from fisherlab.blocks.numerics import eigh_each
+from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
+
+# what each parameter with a gradient keeps
+_KEPT = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Refuse options that are none; a loop may write into a group between two steps."""
+    for name in ("lr", "eps", "weight_decay"):
+        doors.number(group.get(name), name, least=0.0)
+    betas = group.get("betas")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas are two weights of the past, got {doors.said(betas)}")
+    for b in betas:
+        doors.number(b, "each of betas", least=0.0, below=1.0)
+    doors.count(group.get("basis_every"), "basis_every, which counts steps,")
+    doors.count(group.get("largest_factor"), "largest_factor", 0)
 
 
 class SOAP(torch.optim.Optimizer):
@@ -56,18 +72,15 @@ class SOAP(torch.optim.Optimizer):
         basis_every: int = 10,
         largest_factor: int = LARGEST_FACTOR,
     ) -> None:
-        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-            doors.number(value, name, least=0.0)
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ValueError(f"betas are two weights of the past, got {doors.said(betas)}")
-        for b in betas:
-            doors.number(b, "each of betas", least=0.0, below=1.0)
-        doors.count(basis_every, "basis_every, which counts steps,")
-        doors.count(largest_factor, "largest_factor", 0)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params, {**defaults, "basis_every": basis_every, "largest_factor": largest_factor}
-        )
+        defaults |= {"basis_every": basis_every, "largest_factor": largest_factor}
+        _check_group(defaults)
+        super().__init__(params, defaults)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; raises `ValueError` for one that is none, of which nothing is loaded."""
+        check_loaded(self, state_dict, _check_group, lambda group: _KEPT)
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -75,14 +88,17 @@ class SOAP(torch.optim.Optimizer):
 
         Raises:
             OptimizerError: a gradient has NaN or inf, or is sparse; no parameter was changed.
+            ValueError: an option of a group was changed to what is none; no parameter was changed.
         """
+        for group in self.param_groups:
+            _check_group(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = evaluated(closure)
         found = [(p, group) for group in self.param_groups for p in group["params"]]
         found = [(p, group) for p, group in found if p.grad is not None]
-        _check([p.grad for p, _ in found if p.grad is not None])
+        check_gradients("SOAP", [p for p, _ in found], self.state)
         turning = []
         for p, group in found:
             if self._step(p, group):
@@ -144,23 +160,3 @@ def bases(state: dict[str, Any], like: Tensor) -> tuple[Basis, Basis]:
         Coordinates(like[:, 0]) if Q_L is None else Q_L,
         Coordinates(like[0]) if Q_R is None else Q_R,
     )
-
-
-def _check(gradients: list[Tensor]) -> None:
-    dense = gradients and not any(gradient.is_sparse for gradient in gradients)
-    # in one read: the sum of sums is not finite where an entry is not
-    if dense and all_finite(
-        torch.stack([g.sum().to(gradients[0].device).float() for g in gradients])
-    ):
-        return
-    for gradient in gradients:
-        if gradient.is_sparse:
-            raise OptimizerError(
-                f"SOAP takes dense gradients, and that of a parameter of shape "
-                f"{tuple(gradient.shape)} is sparse: make the embedding with sparse=False"
-            )
-        if not bool(torch.isfinite(gradient.sum())) and not bool(torch.isfinite(gradient).all()):
-            raise OptimizerError(
-                f"the gradient of a parameter of shape {tuple(gradient.shape)} has NaN or inf "
-                "entries; no parameter was changed. Lower the learning rate"
-            )

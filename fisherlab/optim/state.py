@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,14 +51,30 @@ def _form(value: object) -> object:
     return "number" if isinstance(value, int | float) else type(value).__name__
 
 
+def is_finite(value: object) -> bool:
+    """Whether a nest of dicts and lists has no NaN and no inf."""
+    if isinstance(value, Mapping):
+        return all(map(is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_finite, value))
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def check_form(state: Mapping[str, Any]) -> None:
     """Refuse a part that has another form than when it was saved.
 
     A check that can say more precisely what a state has comes before this one.
 
     Raises:
-        ValueError: the state is damaged; the message names the parts.
+        ValueError: the state is damaged, or has NaN or inf; the message names the parts.
     """
+    if wrong := sorted(key for key, value in state.items() if not is_finite(value)):
+        raise ValueError(
+            f"this state holds NaN or inf in {', '.join(wrong)}, which every later step would "
+            "have; load one from before; nothing was loaded"
+        )
     if "form" not in state:  # an earlier version saved none
         return
     saved = state["form"]

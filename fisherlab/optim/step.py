@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fisherlab import doors
+from fisherlab.approximations.damping import as_rule
 from fisherlab.blocks.reads import numbers_of
 
 DECAY_PLACEMENTS = ("after", "before", "loss")
@@ -23,10 +25,9 @@ def evaluated(closure: Callable[[], Tensor]) -> Tensor:
     """The loss that a closure of the training loop returns.
 
     Raises:
-        TypeError: it is no function.
+        TypeError: it is no function, or takes arguments.
     """
-    if not callable(closure):
-        raise TypeError(f"closure must be a function that returns the loss, got {closure!r}")
+    doors.function(closure, "closure()", error=TypeError)
     return closure()
 
 
@@ -126,6 +127,26 @@ def group_options(
     }
 
 
+# what every group has; a schedule of learning rates or a loop may write there between two steps
+STEP_OPTIONS = tuple(inspect.signature(group_options).parameters)
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse a parameter group with an option that no optimizer takes.
+
+    Raises:
+        ValueError: an option is missing, or out of its range.
+    """
+    if missing := [name for name in STEP_OPTIONS if name not in group]:
+        raise ValueError(
+            f"a parameter group lacks {', '.join(missing)}; put it back, or make a new optimizer"
+        )
+    group_options(**{name: group[name] for name in STEP_OPTIONS})
+    doors.choice(group["weight_decay_placement"], "weight_decay_placement", DECAY_PLACEMENTS)
+    if group.get("damping") is not None:
+        as_rule(group["damping"])
+
+
 def placed_before(group: Mapping[str, Any]) -> bool:
     """Whether the weight decay of a group is in the gradient that is preconditioned."""
     return group["weight_decay_placement"] != "after" and not group["decoupled"]
@@ -142,7 +163,7 @@ def decayed(p: Tensor, group: Mapping[str, Any]) -> Tensor:
 def predicted_kl(groups: list[dict[str, Any]], directions: Directions) -> Tensor:
     """`sum lr^2 <direction, gradient>`, 0-d."""
     products = [
-        group["lr"] ** 2 * torch.dot(directions[p].flatten(), decayed(p, group).flatten())
+        group["lr"] * group["lr"] * torch.dot(directions[p].flatten(), decayed(p, group).flatten())
         for group in groups
         for p in group["params"]
         if p in directions

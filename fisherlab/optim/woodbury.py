@@ -106,7 +106,9 @@ class Woodbury(CurvatureOptimizer):
         with waiting.noting() if self.ranks is None else nullcontext():
             rows, products, check = self.solve(weight, columns)
         # in the scale of the gradient that backward leaves
-        scale = (factor * (1 if self.ranks is None else self.ranks.size)) ** -2
+        # divided twice: a square may overflow
+        of_all = factor * (1 if self.ranks is None else self.ranks.size)
+        scale = 1 / of_all / of_all
         products = products[0] * scale, products[1] * scale
         taken = Taken(weight, calls, rows[:, mine], factor, rows, products)
         taken.waiting, taken.check = waiting, check
@@ -160,7 +162,7 @@ class Woodbury(CurvatureOptimizer):
             ratio = square / torch.where(plain > 0, plain, 1)
             factor = torch.where(plain > 0, ratio, 0).sqrt()
             found = [factor.expand_as(rows) for rows in found]
-            change, square = factor * plain, factor**2 * plain
+            change, square = factor * plain, factor * factor * plain
         size = sum(block.size for block in blocks)
         scaled = [(block.core, K) for block, K in zip(blocks, grams, strict=True)]
         self._last[weight.name] = size, sum(lambdas) / len(lambdas), scaled
@@ -248,6 +250,8 @@ class Woodbury(CurvatureOptimizer):
             weight = self.weights[name]
             params = [p for p in (weight.weight, weight.bias) if p is not None]
             lrs = {p: rates[p] for p in params if p in directions}
+            if not lrs:  # frozen since, or no part of this loss
+                continue
             change, square = self._products(weight, passes, lrs)
             length = sum_of(lengths[p] for p in lrs)
             ratio = change * length / torch.where(square != 0, square, 1)
@@ -260,13 +264,14 @@ class Woodbury(CurvatureOptimizer):
         """`sum lr^2 <d, g>` and `||d||^2` of what the passes together left in a layer."""
         known = passes[0].products
         if len(passes) == 1 and known is not None and len(set(lrs.values())) == 1:
-            return known[0] * next(iter(lrs.values())) ** 2, known[1]
+            lr = next(iter(lrs.values()))
+            return known[0] * (lr * lr), known[1]
         steps, gradients = zip(*(taken.pair() for taken in passes), strict=True)
         found = {"d": sum_of(steps), "g": sum_of(gradients)}
         if self.ranks is not None:
             found = {key: sums / self.ranks.size for key, sums in self.ranks.sum(found).items()}
         d, g = (weight.split(found[key]) for key in "dg")
-        change = sum_of(lr**2 * dot(d[p], g[p]) for p, lr in lrs.items())
+        change = sum_of(lr * lr * dot(d[p], g[p]) for p, lr in lrs.items())
         return change, dot(found["d"], found["d"])
 
 

@@ -466,8 +466,127 @@ def networks(draw: random.Random) -> Case:
     return Case(f"{name} on a network: {one.name}", call, check)
 
 
+def _good(optimizer, model, x, y) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+
+
+def _group(key: str, bad: Callable[[random.Random], object]) -> Callable:
+    def change(draw: random.Random, optimizer, model) -> None:
+        draw.choice(optimizer.param_groups)[key] = bad(draw)
+
+    return change
+
+
+def _dropped(draw: random.Random, optimizer, model) -> None:
+    del draw.choice(optimizer.param_groups)["lr"]
+
+
+def _gradient(value: float) -> Callable:
+    def change(draw: random.Random, optimizer, model) -> None:
+        draw.choice(list(model.parameters())).grad.view(-1)[0] = value
+
+    return change
+
+
+def _reshaped(draw: random.Random, optimizer, model) -> None:
+    model[0].weight.data = torch.ones(7, 4, dtype=torch.float64)
+
+
+def _cast(draw: random.Random, optimizer, model) -> None:
+    model.float()
+
+
+# what a loop may do to groups, gradients and the model between backward and the next step
+CHANGES: dict[str, Callable] = {
+    "lr": _group("lr", _number),
+    "momentum": _group("momentum", _number),
+    "weight_decay": _group("weight_decay", _number),
+    "nesterov": _group("nesterov", _flag),
+    "damping": _group("damping", lambda draw: draw.choice([-1.0, math.nan, "x", None, [], 1j])),
+    "no lr": _dropped,
+    "a NaN gradient": _gradient(math.nan),
+    "an infinite gradient": _gradient(math.inf),
+    "a huge gradient": _gradient(1e200),
+    "another shape": _reshaped,
+    "another dtype": _cast,
+}
+PLAIN = ["soap", "muon"]
+
+
+def changed(draw: random.Random) -> Case:
+    """Groups, gradients or the model are changed: the step is refused, and changes nothing."""
+    without = [name for name in NAMES if name != "kbfgs"]  # which runs the closure anew
+    name, what, model = draw.choice([*without, *PLAIN]), draw.choice(list(CHANGES)), net(0)
+    optimizer = fl.optim.create(name, model)
+    batches = [batch(draw) for _ in range(3)]
+    for x, y in batches[:-1]:
+        _good(optimizer, model, x, y)
+        optimizer.step()
+    _good(optimizer, model, *batches[-1])
+    given = [{**group} for group in optimizer.param_groups]
+    CHANGES[what](draw, optimizer, model)
+    now = [{**group} for group in optimizer.param_groups]
+    unread = name == "muon" and what == "momentum"  # of AdamW's group
+    unread |= what in ("momentum", "nesterov") and name == "soap"
+    unread |= what == "damping" and any(group.get("damping") is None for group in given)
+    unread |= what == "nesterov" and name == "muon"
+    before = parameters(model), frozen(optimizer.state_dict())
+
+    def after(error: BaseException | None) -> str:
+        same = (parameters(model), frozen(optimizer.state_dict())) == before
+        return "" if error is None or same else f"the refused step changed something ({error})"
+
+    label = f"{name}, {what} changed: {[str(group.get(what))[:20] for group in now]}"
+    check = (lambda found: "") if unread else None
+    return Case(label, optimizer.step, check, after=after)
+
+
+def copied(draw: random.Random) -> Case:
+    """A copy or a pickle of an optimizer steps as the first does, or is refused."""
+    name, model, (x, y) = draw.choice([*NAMES, *PLAIN]), net(0), batch(draw)
+    optimizer = fl.optim.create(name, model)
+    stepped(optimizer, model, x, y)
+
+    def call() -> object:
+        pair = copy.deepcopy((model, optimizer))
+        for one, its in (pair, (model, optimizer)):
+            stepped(its, one, x, y)
+        return parameters(pair[0]) == parameters(model)
+
+    return Case(f"{name} copied", call, lambda same: "" if same else "the copy steps elsewhere")
+
+
+def not_finite(draw: random.Random) -> Case:
+    """A state with NaN is refused whole."""
+    name, model = draw.choice([*NAMES, *PLAIN]), net(0)
+    optimizer = fl.optim.create(name, model)
+    stepped(optimizer, model, *batch(draw))
+    state = copy.deepcopy(optimizer.state_dict())
+    tensors = [t for t in leaves(state) if t.is_floating_point() and t.numel()]
+    if not tensors:
+        return states(draw)
+    draw.choice(tensors).fill_(draw.choice([math.nan, math.inf]))
+    before = frozen(optimizer.state_dict())
+
+    def after(error: BaseException | None) -> str:
+        same = frozen(optimizer.state_dict()) == before
+        return "" if error is None or same else "the refused state was loaded in part"
+
+    return Case(f"{name}: a state with NaN", lambda: optimizer.load_state_dict(state), after=after)
+
+
+def leaves(value: object) -> list[Tensor]:
+    """The tensors of a nest."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
 def case(seed: int) -> Case:
     draw = random.Random(seed)
     kinds = [options, options, things, loops, loops, loops, states, states, networks, together]
+    kinds += [changed, changed, changed, copied, not_finite]
     kinds.append(experts)
     return draw.choice(kinds)(draw)
