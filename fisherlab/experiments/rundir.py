@@ -21,6 +21,7 @@ CONFIG = "config.json"
 FIGURES = "figures"
 REPORT = "report.html"
 GRAMS = "grams.npz"
+COUNTEREXAMPLES = "counterexamples"
 
 
 # Entries of a config.json that pages and commands read.
@@ -113,8 +114,9 @@ class RunDir:
         return whole.read_table(path, RunDirError)
 
     def _files(self, tables: tuple[str, ...]) -> list[Path]:
-        names = [f"{name}{suffix}" for name in tables for suffix in (".csv", ".parquet")]
-        return [self.folder / name for name in (CONFIG, *names, GRAMS, REPORT, FIGURES)]
+        names = [f"{name}{end}" for name in tables for end in (".csv", ".parquet", ".json")]
+        others = (GRAMS, REPORT, FIGURES, COUNTEREXAMPLES)
+        return [self.folder / name for name in (CONFIG, *names, *others)]
 
 
 def _studies(path: Path) -> dict[int, GramStudy]:

@@ -130,6 +130,18 @@ def test_overwrite_replaces_the_run_and_leaves_other_files(tmp_path):
     assert not stale.exists() and (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_new_run_of_verify_has_no_counterexample_of_the_old_one(tmp_path):
+    old = tmp_path / "counterexamples" / "old_claim.pt"
+    old.parent.mkdir()
+    for path in (old, tmp_path / "claims.json", tmp_path / "notes.txt"):
+        path.write_text("of the run before")
+    words = ["verify", "kfac_keeps_the_trace", "--trials", "1", "--out", tmp_path]
+    assert "claims.json" in refused(*words)
+    assert call(*words, "--overwrite").exit_code == 0
+    assert not old.exists() and (tmp_path / "notes.txt").exists()
+    assert "of the run" not in (tmp_path / "claims.json").read_text()
+
+
 WRONG = {
     "data": (["--data", "digit"], "unknown data set 'digit'; did you mean 'digits'?"),
     "model": (["--model", "resnet2"], "or 'resnet20'"),
