@@ -12,11 +12,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+import fisherlab
 
 # Sent ahead of a tensor: its dtype cannot differ between ranks of one model, its shape can.
 _MAX_DIMS = 8
@@ -172,9 +175,42 @@ class Ranks:
             if message:
                 raise RankError(f"rank {rank} failed while {doing}: {message}")
 
-    def check_model(self, model: nn.Module) -> None:
+    def meet(self) -> None:
+        """Wait for every rank, and refuse ranks of other versions.
+
+        The wait is the group's own timeout, which the user gave `init_process_group`.
+
+        Raises:
+            RankError: some did not come, or run another version; the message names them.
+        """
+        if "gloo" in dist.get_backend(self.group):  # nccl cannot say who is missing
+            try:
+                dist.monitored_barrier(self.group, self._timeout(), wait_all_ranks=True)
+            except RuntimeError as error:
+                said = str(error).partition("\n")[0]
+                raise RankError(
+                    f"a rank died, is late, or does something else, as rank {self.index} waited: "
+                    f"{said}; start the job anew, whose finished work is taken over, or pass "
+                    "init_process_group a longer timeout"
+                ) from error
+        every = self.objects({"fisherlab": fisherlab.__version__, "torch": str(torch.__version__)})
+        for rank, other in enumerate(every):
+            for package, theirs in other.items():
+                if theirs != every[0][package]:
+                    raise RankError(
+                        f"the ranks run different versions: {package} {every[0][package]} on "
+                        f"rank 0 and {theirs} on rank {rank}; install one on every machine"
+                    )
+
+    def _timeout(self) -> timedelta | None:
+        """The gloo group's timeout, which torch's own barrier does not read; None: torch's own."""
+        group = dist.group.WORLD if self.group is None else self.group
+        options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+        return getattr(options, "_timeout", None)
+
+    def check_model(self, model: nn.Module, buffers: bool = True) -> None:
         """Refuse models that differ between ranks, naming the first tensor and the rank."""
-        described = self.objects(_described(model))
+        described = self.objects(_described(model, buffers))
         first = described[0]
         for rank, other in enumerate(described[1:], 1):
             for name in [*first, *(n for n in other if n not in first)]:
@@ -209,10 +245,11 @@ def _outline(tree: Any, tensors: list[Tensor]) -> Any:
     return _Tensor(tree)
 
 
-def _described(model: nn.Module) -> dict[str, tuple[str, str, str]]:
-    """Shape, dtype and digest of the values of every parameter and buffer."""
-    found = {}
-    for name, tensor in unwrapped(model).state_dict().items():
+def _described(model: nn.Module, buffers: bool) -> dict[str, tuple[str, str, str]]:
+    """Shape, dtype and digest of the values of every parameter and, if asked for, buffer."""
+    found, model = {}, unwrapped(model)
+    kept = model.state_dict() if buffers else dict(model.named_parameters())
+    for name, tensor in kept.items():
         if isinstance(tensor, Tensor):
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             digest = hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()

@@ -1,6 +1,7 @@
 """What every rank of `test_distributed.py` does, and what a single process does instead."""
 
 import datetime
+import time
 
 import torch
 import torch.distributed as dist
@@ -164,7 +165,34 @@ def _not_parallel(rank):
     fl.optim.create("kbfgs", DistributedDataParallel(net()))
 
 
+def _late(rank):
+    """A rank that comes after the others' timeout, of a group of their own."""
+    brief = dist.new_group(timeout=datetime.timedelta(seconds=1))
+    if rank == 1:
+        time.sleep(1.5)
+    fl.distributed.Ranks(brief).meet()
+
+
+def _other_version(rank):
+    before = fl.__version__
+    fl.__version__ = f"{before}.{rank}"
+    try:
+        fl.compare(net(), nn.CrossEntropyLoss(), *shard(rank, 12, *data()))
+    finally:
+        fl.__version__ = before
+
+
+def _changed_since(rank):
+    """Weights that one rank loaded after DistributedDataParallel had spread those of rank 0."""
+    wrapped = DistributedDataParallel(net())
+    with torch.no_grad():
+        wrapped.module[0].bias += rank
+    OPTIMIZERS["kfac"](wrapped)
+
+
 REFUSALS = {
+    "other version": _other_version,
+    "changed since": _changed_since,
     "other weights": _other_weights,
     "other shapes": _other_shapes,
     "bad batch": _bad_batch,
@@ -214,6 +242,7 @@ def work(rank, folder):
         "trained": {name: trained(name, rank) for name in OPTIMIZERS},
         "scaled": _scaled(rank),
         "refused": {name: _refused(rank, act) for name, act in REFUSALS.items()},
+        "late": _refused(rank, _late),
     }
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()

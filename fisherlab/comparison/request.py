@@ -186,6 +186,8 @@ def checked(
         doors.choice(fisher_type, "fisher_type", FISHER_TYPES, error=CaptureError)
     ranks = None if alone else Ranks.current()
     model = unwrapped(model)
+    if ranks:
+        ranks.meet()
     with ranks.together("checking its batch") if ranks else nullcontext():
         criterion = criterion_of(criterion, loss_scale)
         batches = split_batches(x, y, isinstance(criterion, Inside))

@@ -116,6 +116,9 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                 "or NGD, or pass the model without DistributedDataParallel in a single process"
             )
         self.model = model = unwrapped(model)
+        if self.ranks is not None:
+            self.ranks.meet()
+            self.ranks.check_model(model, buffers=False)  # DDP spreads those of rank 0
         super().__init__(model.parameters() if params is None else params, defaults)
         self.clip, self.nonfinite, self.control = clip, nonfinite, control
         self.steps = self.clipped = 0

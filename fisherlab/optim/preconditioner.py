@@ -121,6 +121,9 @@ class Preconditioner(Covered):
         self.approximation, self.schedule = approximation, schedule
         self.largest_factor, self.graft, self.nonfinite = largest_factor, graft, nonfinite
         if not isinstance(params, Coverage):
+            if self.ranks is not None:
+                self.ranks.meet()
+                self.ranks.check_model(model, buffers=False)
             params = Coverage(model, _groups(model, params), layers, skip)
             for group in params.groups:
                 for key, value in {"damping": damping, **schedule.intervals}.items():

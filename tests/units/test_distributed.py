@@ -87,6 +87,8 @@ def test_unequal_batches_with_scaled_losses_take_the_joint_step(found):
     ("case", "parts"),
     [
         ("other weights", ["'0.weight' is of one value on rank 0 and of another on rank 1"]),
+        ("other version", ["run different versions: fisherlab", "on rank 0", "on rank 1"]),
+        ("changed since", ["'0.bias' is of one value on rank 0 and of another on rank 1"]),
         ("other shapes", ["'4.weight' is (5, 12)", "on rank 0 and (4, 12)", "on rank 1"]),
         ("loaders", ["[1, 2] batches", "the same number"]),
         ("not parallel", ["KBFGSOptimizer is not data-parallel", "NaturalGradient"]),
@@ -102,6 +104,11 @@ def test_ranks_that_cannot_work_together_are_refused(found, case, parts):
     for one in found:
         message = one["refused"][case]
         assert all(part in message for part in parts), message
+
+
+def test_a_rank_that_is_late_is_named_within_the_timeout_of_the_group(found):
+    said = found[0]["late"]
+    assert "a rank died, is late" in said and "rank 0 waited" in said and "Ranks 1 failed" in said
 
 
 def test_a_bad_batch_on_one_rank_stops_every_rank_and_is_named(found):
