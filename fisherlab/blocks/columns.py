@@ -165,7 +165,10 @@ class Columns:
         else:
             D = self.formed.double()
         values, V = eigh(D.mT @ D, "Gram matrix")
-        return values, D @ (V / values.clamp(min=1e-300).sqrt())
+        # D v has the length of its eigenvalue's root. Divided by it, the rounding of v along the
+        # largest would stay in the smallest: QR takes it out, the largest first.
+        Q, _ = qr((D @ V).flip(1), "eigenvectors of the Gram matrix")
+        return values, Q.flip(1)
 
     def _independent_eigen(self) -> tuple[Tensor, Tensor]:
         """`gram_eigen` within what each example's own columns span.

@@ -240,3 +240,20 @@ def test_a_float32_sum_of_products_is_that_of_float64(generator: torch.Generator
     square = one.T @ one
     assert numerics.trace_of(square).dtype == torch.float64
     torch.testing.assert_close(numerics.trace_of(square), square.double().trace())
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1e-6, 1e-7])
+def test_a_solve_among_columns_of_one_large_direction(unit: float) -> None:
+    """Inputs of `unit` beside a bias: eigenvalues of `unit^2` under one of 2."""
+    draw = torch.Generator().manual_seed(5)
+    a = torch.cat([unit * torch.randn(12, 1, 4, generator=draw), torch.ones(12, 1, 1)], 2)
+    g = 1 + 10 * unit * torch.randn(1, 12, 1, 2, generator=draw)
+    F = blocks.Outer(a, g)
+    U = torch.einsum("nti,mnto->mnoi", a.double(), g.double()).reshape(12, 10)
+    gradient = U.mean(0).float().view(2, 5)
+    dense = U.mT @ U / 12 + 2e-4 * torch.eye(10, dtype=torch.float64)
+    expected = torch.linalg.solve(dense, gradient.double().flatten())
+    found = F.solve(gradient, 2e-4).flatten().double()
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    _, Z = F.columns.gram_eigen
+    torch.testing.assert_close(Z.mT @ Z, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12)
