@@ -125,15 +125,22 @@ def small_cnn() -> nn.Module:
         )
 
 
+# methods that decompose matrices of many parameters
+NARROWER = {
+    **dict.fromkeys(("ngd_dense", "blockwise_ngd", "kronecker_sum"), (12,)),
+    **dict.fromkeys(("kl_optimal", "kronecker_optimal", "mini_block", "exact"), (32, 32)),
+}
+
+
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("name", fl.optim.names())
 def test_defaults_train(name: str, kind: str) -> None:
     x, y, x_test, y_test = digits(torch.float32)
     if kind == "mlp":
         generator = torch.Generator().manual_seed(0)
-        wide = name not in ("ngd_dense", "blockwise_ngd", "kronecker_sum")
-        hidden = (64, 64) if wide else (12,)
-        model = fl.models.create("mlp", input_size=64, hidden=hidden, generator=generator)
+        model = fl.models.create(
+            "mlp", input_size=64, hidden=NARROWER.get(name, (64, 64)), generator=generator
+        )
     else:
         model = small_cnn()
     optimizer = fl.optim.create(name, model)
