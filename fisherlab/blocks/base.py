@@ -83,6 +83,10 @@ class Block(ABC):
         """`(F + damping I)^{-1} vec(V)` for each matrix of `V`."""
         return self.power(-1, damping) @ V
 
+    def without_rounding(self, V: Tensor) -> Tensor:
+        """`V` without what is rounding of `V` beside the block's range; `V` where not known."""
+        return V
+
     def quadratic(self, V: Tensor) -> Tensor:
         """`<V, F V>` per matrix, `[...]` in float64."""
         return torch.linalg.vecdot(V, (self @ V).to(V)).sum(-1, dtype=torch.float64)

@@ -85,6 +85,9 @@ class Parted(Block):
     def solve(self, V: Tensor, damping: float) -> Tensor:
         return torch.cat(self._each(V, lambda part, v: part.solve(v, damping)), self.axis)
 
+    def without_rounding(self, V: Tensor) -> Tensor:
+        return torch.cat(self._each(V, lambda part, v: part.without_rounding(v)), self.axis)
+
     def quadratic(self, V: Tensor) -> Tensor:
         return torch.stack(self._each(V, lambda part, v: part.quadratic(v.contiguous()))).sum(0)
 

@@ -256,6 +256,12 @@ class Outer(OfColumns):
         w = (w @ W * (values / (values + damping))) @ W.mT / self.core
         return self.columns.combine(w.reshape(*V.shape[:-2], *self.columns.sizes), True).to(V.dtype)
 
+    def without_rounding(self, V: Tensor) -> Tensor:
+        w = None if self.shift or not self.core > 0 else self._combination(V)
+        if w is None:
+            return V
+        return self.columns.combine(w.reshape(*V.shape[:-2], *self.columns.sizes), True).to(V.dtype)
+
     def _damped_gram(self, damping: float) -> Tensor:
         """Lower `L` with `K + damping I = L L^T`."""
         damped = self.gram().clone()

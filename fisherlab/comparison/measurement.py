@@ -40,10 +40,22 @@ from fisherlab.metrics.frobenius import Pair
 
 Candidate = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
 
+# Measures that are finite wherever the blocks are, and how a row says that they are not.
+FINITE = ("relative_error", "trace_ratio", "cosine", "scaled_error", "direction_cosine")
+OVERFLOW = "numbers pass the range of the dtype: rescale inputs or targets, or measure in float64"
 # The share of a block's trace that rounding may hide before a row says so.
 TRACE_BELOW_ROUNDING = 1e-3
 # The share of its step that may lie there.
 UNSURE_STEP = 0.01
+
+
+def _refuse_overflow(row: dict[str, Any]) -> None:
+    """Take numbers out of a row that passed the range of the capture's dtype, with the reason."""
+    beyond = [name for name in FINITE if math.isinf(row[name])]
+    silent = [name for name in FINITE if math.isnan(row[name])] if not row["note"] else []
+    if beyond or silent:
+        row |= dict.fromkeys(beyond, math.nan)
+        row["note"] = "; ".join(filter(None, (row["note"], OVERFLOW)))
 
 
 class LayerMeasurement:
@@ -149,6 +161,7 @@ class LayerMeasurement:
             # for the Hessian another product is the best
             known = bool(best) and self.hessian is None
             row["optimality_gap"] = row["relative_error"] - best[0] if known else math.nan
+            _refuse_overflow(row)
         return rows
 
     def _measure(self, maker: Candidate, dampings: Sequence[float]) -> Iterator[dict[str, Any]]:

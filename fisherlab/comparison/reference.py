@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class ExactReference:
     """The exact block, its gradient and its natural-gradient steps."""
 
     def __init__(self, F: Outer | DirectSum, gradient: Tensor) -> None:
-        self.F, self.gradient = F, gradient.to(F.dtype)
+        self.F, self.given = F, gradient.to(F.dtype)
         self._steps: dict[float, Tensor] = {}
         self._bases: dict[Any, RotatedGradient] = {}
         self._added: list[tuple[dict[str, Any], Tensor, float]] = []
@@ -77,13 +78,18 @@ class ExactReference:
         self.beside = 0.0
         self._inside: InsideReference | None = None
 
+    @cached_property
+    def gradient(self) -> Tensor:
+        """`g`, for both steps without the rounding that the exact one leaves out."""
+        return self.F.without_rounding(self.given)
+
     def inside(self) -> InsideReference | None:
         """The same in a space that holds all columns, if it has clearly fewer dimensions."""
         space = self.F.columns.space if isinstance(self.F, Outer) else None
         F = None if space is None else self.F.restricted_to(space)
         if not isinstance(F, Outer) or space is None:
             return None
-        self._inside = InsideReference(F, self.gradient, space)
+        self._inside = InsideReference(F, self.given, space)
         # before any method, whose seconds they would count for
         _ = F.energies(), F.columns.gram_eigen, F.squared_norm()
         return self._inside
@@ -154,7 +160,7 @@ class ExactReference:
     def _doubts(self, dampings: list[float]) -> dict[float, float]:
         """The share of each step that may be rounding."""
         parts = parts_of(self.F)
-        pieces = self.gradient.split([part.shape[0] for part in parts])
+        pieces = self.given.split([part.shape[0] for part in parts])
         shares = [
             part.rounding_of_solves(g, dampings)
             for part, g in zip(parts, pieces, strict=True)
@@ -189,7 +195,7 @@ class InsideReference(ExactReference):
         self.space = space
         self.rest: Tensor | None = None
         if space.G is not None:
-            rest = gradient - space.lifted(self.gradient)
+            rest = gradient - space.lifted(self.given)
             square = dot(rest, rest)
             if not is_rounding(square, dot(gradient, gradient), gradient.dtype):
                 self.rest, self.beside = rest, square.item()

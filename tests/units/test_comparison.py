@@ -882,6 +882,26 @@ def test_a_gradient_in_raw_units_keeps_its_small_part_in_float32():
         assert (single.direction_cosine - double.direction_cosine).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("seed", [1750742955, 448011273])
+def test_equal_inputs_in_float32_have_the_directions_of_float64(seed):
+    """Mean gradients that cancel: their rounding beside the block, divided by the damping."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, y = torch.randn(12, 4)[:1].expand(12, 4), torch.arange(12) % 2
+    for method in ("ekfac", "kronecker_optimal", "kfac"):
+        single, double = in_two_dtypes(copy.deepcopy(model), CE, x, y, method)
+        off = (single.direction_cosine - double.direction_cosine).abs() > 1e-2
+        assert single.note[off].str.contains("rounding").all(), (method, single.note.tolist())
+
+
+def test_numbers_beyond_the_range_of_float32_are_left_out_with_the_reason():
+    model, x = nn.Linear(4, 2), 10 * torch.randn(12, 4)
+    y = 1e18 * torch.stack([x[:, 0], x[:, 1]], 1) / 10
+    single, double = in_two_dtypes(model, nn.MSELoss(), x, y, "kfac")
+    assert single.relative_error.isna().all() and single.note.str.contains("pass the range").all()
+    assert double.relative_error.notna().all() and (double.note == "").all()
+
+
 def test_a_step_in_eigenvalues_that_a_root_cut_says_so(monkeypatch):
     model, x = nn.Linear(12, 12).double(), torch.randn(40, 12).double()
     x, y = x * torch.logspace(0, -4, 12), torch.zeros(40, 12).double()
