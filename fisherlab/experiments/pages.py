@@ -262,4 +262,5 @@ BENCH = {
     "compare": "Whole comparisons",
     "optim": "Training steps, multiples of SGD's",
     "scaling": "Fitted exponents of time and memory",
+    "sizes": "Comparisons of every weight, multiples of one forward and backward",
 }

@@ -160,7 +160,8 @@ def _title(run: RunDir) -> str:
         claims = few(words) if words else "all papers"
         return f"Claims of {claims}" + (f" on {settings['on']}" if settings.get("on") else "")
     if what == "bench":
-        return f"Time and memory on {settings.get('device')}: {few(_listed(settings, 'parts'))}"
+        parts = sorted(path.stem for path in run.folder.glob("*.parquet"))
+        return f"Time and memory on {settings.get('device')}" + (f": {few(parts)}" if parts else "")
     title = config.get("title")
     return f"Approximations of {title}" if what == "compare" and title else title or f"Run {name}"
 

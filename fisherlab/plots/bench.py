@@ -24,7 +24,8 @@ def ratios(frame: pd.DataFrame, heading: str) -> theme.Picture:
     places = np.arange(len(frame))
     colours = [OURS if by == "fisherlab" else PEER for by in frame["by"]]
     low, high = frame["ratio"] - frame["lowest"], frame["highest"] - frame["ratio"]
-    ax.barh(places, frame["ratio"], color=colours, height=0.7)
+    # from the reference, 1: a logarithmic axis has no other beginning
+    ax.barh(places, frame["ratio"] - 1, left=1, color=colours, height=0.7)
     ax.errorbar(
         frame["ratio"],
         places,

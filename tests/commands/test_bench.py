@@ -12,6 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from fisherlab.cli import app
+from fisherlab.commands.bench import PARTS
+from fisherlab.experiments import pages
 from fisherlab.experiments.bench import (
     build,
     capture,
@@ -265,6 +267,8 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path):
     assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
     assert "exponents are noise" in (tmp_path / "report.html").read_text()
     content = json.loads((tmp_path / "bench.json").read_text())
+    assert "Time and memory on cpu: capture<" in (tmp_path / "report.html").read_text()
+    assert set(pages.BENCH) == set(PARTS), "every part has its place on the page"
     assert content["machine"]["float32"] > 0
     assert len(content["parts"]["capture"]) == 8
     assert (tmp_path / "figures" / "capture.png").read_bytes()[:4] == b"\x89PNG"
