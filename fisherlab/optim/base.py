@@ -184,11 +184,16 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         """
         return ()
 
+    @property
+    def damped(self) -> bool:
+        """Whether every group has a damping."""
+        return True
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
         for group in self.param_groups:
-            check_group(group)
+            check_group(group, self.damped)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -334,7 +339,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                     "loaded"
                 )
         for group in rest["param_groups"]:
-            check_group(group)
+            check_group(group, self.damped)
         check_form(extra)
         self._check_momentum(rest)
         take = self._reading(extra)

@@ -20,7 +20,7 @@ from fisherlab.optim.options import gathered
 from fisherlab.optim.passes import delivered
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.schedule import Schedule
-from fisherlab.optim.step import UNCLIPPED, evaluated
+from fisherlab.optim.step import UNCLIPPED, check_group, evaluated
 from fisherlab.optim.weight import undelivered
 
 
@@ -74,6 +74,8 @@ class KBFGSOptimizer(NaturalGradient):
             raise OptimizerError(
                 "K-BFGS needs step(closure): it evaluates the same batch again after the step"
             )
+        for group in self.param_groups:
+            check_group(group)
         self.preconditioner.forget()
         with torch.enable_grad():
             loss = evaluated(closure)

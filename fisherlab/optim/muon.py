@@ -18,7 +18,7 @@ _KEPT = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq"
 
 def _check_group(group: Mapping[str, Any]) -> None:
     """Refuse options that are none; a loop may write into a group between two steps."""
-    muon = group.get("rule") == "muon"
+    muon = doors.choice(group.get("rule"), "rule", _KEPT) == "muon"
     for name in ("lr", "weight_decay", *(("momentum", "eps") if muon else ())):
         doors.number(group.get(name), name, least=0.0)
     if not muon:

@@ -131,8 +131,12 @@ def group_options(
 STEP_OPTIONS = tuple(inspect.signature(group_options).parameters)
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], damped: bool = True) -> None:
     """Refuse a parameter group with an option that no optimizer takes.
+
+    Args:
+        group: as a loop or a state left it.
+        damped: whether its damping must be there; another option may stand for it.
 
     Raises:
         ValueError: an option is missing, or out of its range.
@@ -143,8 +147,13 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     group_options(**{name: group[name] for name in STEP_OPTIONS})
     doors.choice(group["weight_decay_placement"], "weight_decay_placement", DECAY_PLACEMENTS)
+    for name in ("statistics_every", "basis_every", "corrections_every"):
+        if name in group and (group[name] is not None or name != "corrections_every"):
+            doors.count(group[name], name)
     if group.get("damping") is not None:
         as_rule(group["damping"])
+    elif damped and "damping" in group:
+        raise ValueError("damping must be a number > 0 or a rule, got None")
 
 
 def placed_before(group: Mapping[str, Any]) -> bool:

@@ -56,6 +56,11 @@ class Woodbury(CurvatureOptimizer):
     # `P (g + w W)` needs the columns of the whole weight, which no backward pass has
     decay_placements = ("after",)
 
+    @property
+    def damped(self) -> bool:
+        """Whether every group has a damping; `alpha` takes its place."""
+        return self.alpha is None
+
     # whether `control` makes the coefficients of every batch equal
     controls_solve: ClassVar[bool] = True
 

@@ -185,6 +185,28 @@ def test_options_out_of_range(options: dict, match: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("name", CURVATURE)
+def test_an_option_that_a_loop_takes_out_of_a_group_is_refused_before_any_change(name: str) -> None:
+    model = small()
+    optimizer = fl.optim.create(name, model)
+    x, y = data()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    may_be_none = {"params", "corrections_every"}
+    may_be_none |= {"damping"} if getattr(optimizer, "alpha", None) is not None else set()
+    for group in optimizer.param_groups:
+        for option in sorted(group.keys() - may_be_none):
+            value, group[option] = group[option], None
+            refused(model, lambda: optimizer.step(closure), ValueError, option)
+            group[option] = value
+    optimizer.step(closure)
+
+
 # what has no type of its own: a criterion and a rule are callables, and some options may be absent
 OPEN = {"params", "criterion"}
 JUNK = ("junk", 1j, float("nan"), torch.ones(2))
