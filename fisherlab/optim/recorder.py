@@ -42,7 +42,7 @@ from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.needs import Needs
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.proving import Proof, edges
-from fisherlab.optim.scale import OptimizerError, ignored_terms, scale_factor
+from fisherlab.optim.scale import OptimizerError, check_criterion, ignored_terms, scale_factor
 from fisherlab.optim.watch import Hook, Watch
 from fisherlab.optim.weight import Weight
 
@@ -480,11 +480,7 @@ def check_draw(criterion: object, mc_samples: int, generator: object) -> None:
     Raises:
         ValueError: one of them, by name.
     """
-    if criterion is not None and (not callable(criterion) or isinstance(criterion, type)):
-        raise ValueError(
-            "criterion is the module or the function that the loop calls, or None; got "
-            f"{doors.said(criterion)}"
-        )
+    check_criterion(criterion)
     fisher.check_draws(mc_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator is a torch.Generator or None, got {doors.said(generator)}")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.blocks.reads import numbers_of
 from fisherlab.distributed import Ranks
 from fisherlab.extract import fisher
@@ -220,6 +221,19 @@ class Loss:
         """The gradient that arrives at the criterion's own loss."""
         if not self.is_own():
             self._scale, self._known = gradient.detach(), None
+
+
+def check_criterion(criterion: object) -> None:
+    """Refuse what no loop calls as its loss, a class of losses among it; None is allowed.
+
+    Raises:
+        ValueError: it is neither a module nor a function.
+    """
+    if criterion is not None and (not callable(criterion) or isinstance(criterion, type)):
+        raise ValueError(
+            "criterion is the module or the function that the loop calls, or None; got "
+            f"{doors.said(criterion)}"
+        )
 
 
 class LossScale:

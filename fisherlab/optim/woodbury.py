@@ -22,7 +22,7 @@ from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
-from fisherlab.optim.scale import OptimizerError, check_ranks
+from fisherlab.optim.scale import OptimizerError, check_criterion, check_ranks
 from fisherlab.optim.step import Directions
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
@@ -76,6 +76,7 @@ class Woodbury(CurvatureOptimizer):
         fold: bool = False,
         **options: Any,
     ) -> None:
+        check_criterion(criterion)
         if (damping is None) == (alpha is None):
             raise ValueError(
                 "give either damping (lambda) or alpha (lambda = alpha ||K||_F), got damping "

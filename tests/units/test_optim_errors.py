@@ -207,6 +207,12 @@ def test_an_option_that_a_loop_takes_out_of_a_group_is_refused_before_any_change
     optimizer.step(closure)
 
 
+@pytest.mark.parametrize("name", CURVATURE)
+def test_a_class_is_no_criterion(name: str) -> None:
+    with pytest.raises(ValueError, match="criterion is the module or the function"):
+        fl.optim.create(name, small(), criterion=nn.CrossEntropyLoss)
+
+
 # what has no type of its own: a criterion and a rule are callables, and some options may be absent
 OPEN = {"params", "criterion"}
 JUNK = ("junk", 1j, float("nan"), torch.ones(2))
