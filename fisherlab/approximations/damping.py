@@ -98,7 +98,7 @@ def _of_sides(block: Block, damping: float, placement: str, pi: float | None) ->
 
 def as_rule(damping: float | Rule) -> Rule:
     """A rule as it is; a finite number >= 0 as the constant rule."""
-    if callable(damping):
+    if callable(damping) and not isinstance(damping, type):
         return damping
     return constant(doors.number(damping, "damping, if it is no rule,", least=0.0))
 

