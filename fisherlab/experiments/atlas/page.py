@@ -25,7 +25,7 @@ HEAD = f"""# Atlas: which approximation is nearest
 Each number compares an approximation X, made of one batch, with the population's block `E F`, which
 {UNSEEN} unseen examples tell, paired with KFAC's on the same layer and the same examples:
 
-    difference = (||X - E F||^2 - ||KFAC - E F||^2) / ||E F||^2,   negative: X is nearer than KFAC
+    difference = (||X - E F||^2 - ||KFAC - E F||^2) / ||E F||^2    (below 0: X is nearer)
 
 It is known without a root, so that no approximation is left out because it is too near.
 
