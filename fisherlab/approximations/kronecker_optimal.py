@@ -13,7 +13,7 @@ from fisherlab.approximations.base import Approximation, check_iteration
 from fisherlab.blocks import Block, BlockError, Kronecker, contractions
 from fisherlab.blocks.columns import joined
 from fisherlab.blocks.factor import Subspace
-from fisherlab.blocks.numerics import eigh, length_of, qr, sum_of, symmetrise
+from fisherlab.blocks.numerics import eigh, length_of, normal, qr, sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -74,9 +74,7 @@ class _Rearranged:
         else:
             # the identity is near the leading factor; the rest, antisymmetric parts too, is random
             generator = torch.Generator().manual_seed(0)
-            start = torch.randn(
-                width, d, d, generator=generator, dtype=torch.float64, device=generator.device
-            )
+            start = normal(generator, width, d, d)
             start[0] = torch.eye(d, device="cpu")
         found = _leading(
             lambda X: back(forth(X)),

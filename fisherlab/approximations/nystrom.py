@@ -11,7 +11,7 @@ from fisherlab import doors
 from fisherlab.approximations.base import BY_OPTION, Approximation
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block, BlockError, Leading, Outer
-from fisherlab.blocks.numerics import cholesky, qr, svd
+from fisherlab.blocks.numerics import cholesky, normal, qr, svd
 from fisherlab.extract import LayerCapture
 from fisherlab.statistics import Statistic
 
@@ -20,9 +20,7 @@ def directions(shape: tuple[int, int], rank: int, seed: int) -> Tensor:
     """`W`, orthonormal random directions `[k, o, i]` in float64, `k <= o i`."""
     size = shape[0] * shape[1]
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(
-        min(rank, size), size, generator=generator, dtype=torch.float64, device=generator.device
-    )
+    draws = normal(generator, min(rank, size), size)
     return qr(draws.mT, "random directions")[0].mT.reshape(-1, *shape)
 
 

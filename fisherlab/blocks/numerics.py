@@ -199,6 +199,11 @@ def decomposed(
     )
 
 
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64, drawn where the generator is."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+
+
 def svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """`X = U diag(s) V^T`, thin: `U` `[..., m, r]`, `s` `[..., r]`, `V^T` `[..., r, n]`."""
     U, sizes, V = decomposed(

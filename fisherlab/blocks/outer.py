@@ -249,18 +249,20 @@ class Outer(OfColumns):
         A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify. In
         a layer of 10^6 parameters, a damping of 1e-3 tr F / N is 1e-8 of the eigenvalues.
         """
-        w = self._combination(V) if damping and not self.shift and self.core > 0 else None
+        w = self._combination(V) if damping else None
         if w is None:
             return super().solve(V, damping)
         values, W = self._range
-        w = (w @ W * (values / (values + damping))) @ W.mT / self.core
-        return self.columns.combine(w.reshape(*V.shape[:-2], *self.columns.sizes), True).to(V.dtype)
+        return self._combined((w @ W * (values / (values + damping))) @ W.mT / self.core, V)
 
     def without_rounding(self, V: Tensor) -> Tensor:
-        w = None if self.shift or not self.core > 0 else self._combination(V)
-        if w is None:
-            return V
-        return self.columns.combine(w.reshape(*V.shape[:-2], *self.columns.sizes), True).to(V.dtype)
+        w = self._combination(V)
+        return V if w is None else self._combined(w, V)
+
+    def _combined(self, w: Tensor, like: Tensor) -> Tensor:
+        """`U w` in the dtype of `like`, summed in float64."""
+        weights = w.reshape(*like.shape[:-2], *self.columns.sizes)
+        return self.columns.combine(weights, True).to(like.dtype)
 
     def _damped_gram(self, damping: float) -> Tensor:
         """Lower `L` with `K + damping I = L L^T`."""
@@ -271,10 +273,10 @@ class Outer(OfColumns):
     def _combination(self, V: Tensor) -> Tensor | None:
         """`w` `[..., R]` with `V = U w` up to the rounding of `V`; None where there is none.
 
-        Nor in float64, whose rounding a damping does not make visible.
+        Nor in float64, whose rounding a damping does not make visible, nor beside a shift.
         """
         eps = torch.finfo(V.dtype).eps
-        if eps**2 < torch.finfo(torch.float64).eps:
+        if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
             return None
         inner = self.columns.project(V, True).flatten(-2)
         _, W = self._range

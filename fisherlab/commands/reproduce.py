@@ -12,7 +12,7 @@ import typer
 from fisherlab.commands.common import loading, show
 
 PATH = Path  # typer reads the annotation
-# What `--list` prints of all items, so that it imports no torch.
+# `--list` prints these lines of all items, and so imports no torch.
 LISTING = Path(__file__).with_name("reproduce.json")
 
 

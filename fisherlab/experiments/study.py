@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -96,19 +97,19 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     import optuna
     from sqlalchemy.exc import IntegrityError, OperationalError
 
-    for wait in (0.1, 0.3, 1.0, 3.0, None):
+    opened = partial(
+        optuna.storages.RDBStorage,
+        url,
+        heartbeat_interval=BEAT,
+        grace_period=GRACE,
+        heartbeat_stale_trial_callback=again,
+    )
+    for wait in (0.1, 0.3, 1.0, 3.0):
         try:
-            return optuna.storages.RDBStorage(
-                url,
-                heartbeat_interval=BEAT,
-                grace_period=GRACE,
-                heartbeat_stale_trial_callback=again,
-            )
+            return opened()
         except (IntegrityError, OperationalError):
-            if wait is None:
-                raise
             time.sleep(wait)  # the other worker's tables are there by then
-    raise AssertionError  # the last turn returns or raises
+    return opened()
 
 
 class Study:

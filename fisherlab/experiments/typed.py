@@ -1,4 +1,4 @@
-"""What the user typed, for the files of a run: no package is imported for it."""
+"""The command and options that the user typed, for the files of a run; imports no package."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherlab import doors
-from fisherlab.blocks.numerics import eigh
+from fisherlab.blocks.numerics import eigh, normal
 from fisherlab.extract.geometry import CaptureError
 
 # Entries that the Hessians of all examples may have, where they are formed by autograd.
@@ -393,9 +393,7 @@ def _hessian_root(criterion: Any, outputs: Tensor, y: Tensor) -> Iterator[Tensor
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal numbers in the shape of `like`, drawn in float64 where the generator is."""
-    return torch.randn(
-        like.shape, generator=generator, dtype=torch.float64, device=generator.device
-    ).to(like)
+    return normal(generator, *like.shape).to(like)
 
 
 def autograd_score(criterion: Any, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:

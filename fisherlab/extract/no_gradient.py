@@ -9,7 +9,7 @@ REENTRANT = (
     "the model calls torch.utils.checkpoint in its reentrant form, through which autograd gives no "
     "gradient at a layer's output: pass use_reentrant=False to checkpoint"
 )
-# what autograd says of a graph that was changed or freed, or has no such leaf
+# autograd's words for a graph that was changed or freed, or has no such leaf
 _SAID = (
     "modified by an inplace operation",
     "through the graph a second time",

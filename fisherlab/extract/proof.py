@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fisherlab.blocks.numerics import normal
 from fisherlab.extract.backward import pulled_back
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.rows import as_rows
@@ -75,8 +76,7 @@ def gradient_error(
         geometry = part.geometry
         i, o = geometry.in_features, geometry.out_features
         width = i + (bias is not None)
-        v = torch.randn(width, generator=generator, dtype=torch.float64, device=generator.device)
-        v = v.to(part.raw_inputs[0])
+        v = normal(generator, width).to(part.raw_inputs[0])
         expected = geometry.matrix(leaf).to(v) @ v[:i]
         if bias is not None:
             rows = bias.reshape(-1)[geometry.group * o : (geometry.group + 1) * o]

@@ -224,7 +224,7 @@ def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
     """Refuse an empty batch, NaN or inf, and inputs on another device than the model's."""
     check_arrays(x)
     if not isinstance(y, Tensor):
-        several = isinstance(y, tuple | Mapping) and any(isinstance(part, Tensor) for part in y)
+        several = isinstance(y, tuple) and any(isinstance(part, Tensor) for part in y)
         step = (
             "join the labels in one tensor, and say what the loss is made of by "
             "fl.register_criterion (docs/howto/own-loss.md)"

@@ -26,7 +26,7 @@ from fisherlab.blocks import (
 )
 from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.direct_sum import parts_of
-from fisherlab.blocks.numerics import qr, svdvals
+from fisherlab.blocks.numerics import normal, qr, svdvals
 from fisherlab.blocks.serialise import cast
 from fisherlab.metrics.entry import entered
 from fisherlab.metrics.frobenius import same
@@ -184,9 +184,7 @@ def _largest(A: Together, B_inverse: Together) -> Tensor:
     """The largest `theta` in `A_k v = theta B_k v` of every pair, `[b]`, by Lanczos in lockstep."""
     generator = torch.Generator().manual_seed(0)
     first = A.blocks[0]
-    start = torch.randn(
-        first.size, generator=generator, dtype=torch.float64, device=generator.device
-    ).to(first.device)
+    start = normal(generator, first.size).to(first.device)
     runs = [_lanczos(start) for _ in A.blocks]
     vectors = {k: next(run) for k, run in enumerate(runs)}
     values = start.new_zeros(len(runs))

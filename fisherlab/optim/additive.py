@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.numerics import least_norm
+from fisherlab.blocks.numerics import least_norm, normal
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.proof import projected_gradient
 from fisherlab.optim.weight import Weight
@@ -38,8 +38,7 @@ class AdditiveLaw:
     def add(self, weight: Weight) -> None:
         """A matrix whose passes are to be told apart."""
         self.weights[weight.name] = weight
-        draw = self._generator
-        v = torch.randn(weight.shape[1], generator=draw, dtype=torch.float64, device=draw.device)
+        v = normal(self._generator, weight.shape[1])
         self.vectors[weight.name] = v.to(weight.weight)
         for leaf in (weight.weight, weight.bias):
             if leaf is not None and leaf.requires_grad:

@@ -34,7 +34,7 @@ class Attempt:
     def take(
         self, finite: Callable[[], bool], compute: Callable[[], T], keep: Callable[[], Kept] | None
     ) -> T | None:
-        """What `compute` returns.
+        """The result of `compute`, by few reads if its conditions hold.
 
         Args:
             finite: whether there are finite gradients; raises or says no where there are none.
@@ -68,7 +68,7 @@ class Attempt:
 
 
 def _whole(compute: Callable[[], T], kept: Kept) -> T:
-    """What `compute` returns; where it raises, the state is as it was."""
+    """The result of `compute`; where it raises, the state is as it was."""
     try:
         with revocable():
             return compute()

@@ -25,6 +25,20 @@ def data(n: int = 12) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 4, (n,), generator=generator)
 
 
+def closing(optimizer, model: nn.Module, spoil=lambda: None):
+    """A closure of one batch; `spoil` may change what its backward pass left."""
+    x, y = data()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        spoil()
+        return loss
+
+    return closure
+
+
 def refused(model: nn.Module, step, error: type[Exception], match: str) -> None:
     before = weights(model).clone()
     with pytest.raises(error, match=match):
@@ -36,19 +50,15 @@ def refused(model: nn.Module, step, error: type[Exception], match: str) -> None:
 def test_non_finite_gradient(name: str) -> None:
     model = small()
     optimizer = fl.optim.create(name, model)
-    x, y = data()
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
+    def spoil() -> None:
         model[2].weight.grad[0, 0] = torch.nan
-        return loss
 
+    closure = closing(optimizer, model, spoil)
     refused(model, lambda: optimizer.step(closure), OptimizerError, "layers? .*2.* NaN")
     optimizer = fl.optim.create(name, model, nonfinite="skip")
     before = weights(model).clone()
-    optimizer.step(closure)
+    optimizer.step(closing(optimizer, model, spoil))
     assert torch.equal(weights(model), before) and optimizer.steps == 0
 
 
@@ -189,14 +199,7 @@ def test_options_out_of_range(options: dict, match: str) -> None:
 def test_an_option_that_a_loop_takes_out_of_a_group_is_refused_before_any_change(name: str) -> None:
     model = small()
     optimizer = fl.optim.create(name, model)
-    x, y = data()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
+    closure = closing(optimizer, model)
     may_be_none = {"params", "corrections_every"}
     may_be_none |= {"damping"} if getattr(optimizer, "alpha", None) is not None else set()
     for group in optimizer.param_groups:
