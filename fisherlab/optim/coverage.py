@@ -366,8 +366,12 @@ def shown(model: nn.Module, coverage: Coverage) -> Watch:
     def trained() -> int:
         return sum(p.requires_grad for group in coverage.groups for p in group["params"])
 
+    def due() -> bool:
+        return trained() != known
+
     def record(use: Use, output: Tensor) -> Tensor:
-        used.setdefault(use.name, []).append(use)
+        if due():  # hooks of modules tell every product, in later passes too
+            used.setdefault(use.name, []).append(use)
         return output
 
     def end(output: Tensor | None) -> None:
@@ -378,6 +382,6 @@ def shown(model: nn.Module, coverage: Coverage) -> Watch:
                 coverage.adopt(uses[0])
         used.clear()
 
-    watch = Watch(model, coverage.weights, lambda: trained() != known, lambda: None, record, end)
+    watch = Watch(model, coverage.weights, due, lambda: None, record, end)
     coverage.tape = watch.tape
     return watch

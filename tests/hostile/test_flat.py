@@ -1,9 +1,10 @@
-"""Hundreds of captures and steps: memory stays flat, no hook is left."""
+"""Hundreds of captures and steps: memory stays flat, no tensor, thread, file or hook is left."""
 
 from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ TIMES = 300
 
 
 def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    return nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 10))
 
 
 def memory() -> int:
@@ -52,35 +53,46 @@ def act(optimizer: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
     optimizer.step(closure)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["capture", "kfac", "fngd", "tekfac"])
-def test_memory_is_flat(kind: str) -> None:
-    net, x, y = model(), torch.randn(64, 64), torch.arange(64) % 10
+def handles() -> tuple[int, int]:
+    """Threads and open files of this process."""
+    return threading.active_count(), psutil.Process().num_fds()
+
+
+def started(kind: str, steps: int) -> tuple[nn.Module, Any, Callable[[], None]]:
+    """A model after some steps, its optimizer, and what takes another step."""
+    net, x, y = model(), torch.randn(32, 16), torch.arange(32) % 10
     optimizer = None if kind == "capture" else fl.optim.create(kind, net)
-    for _ in range(TIMES // 3):
+    for _ in range(steps):
         act(optimizer, net, x, y)
-    before = memory()
-    for _ in range(TIMES):
-        act(optimizer, net, x, y)
-    assert memory() < 1.02 * before
-    if optimizer is not None:
-        optimizer.remove()
-    assert hooks(net) == 0
+    return net, optimizer, lambda: act(optimizer, net, x, y)
+
+
+KINDS = ["capture", *fl.optim.names()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_stays(kind: str) -> None:
+    _, _, again = started(kind, 5)
+    before = tensors()
+    for _ in range(40):
+        again()
+    # what waits for the next refresh differs by its phase; one tensor a step would be 40
+    assert tensors() < before + 25
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fl.optim.names())
-def test_every_optimizer_keeps_as_many_tensors_and_threads(name: str) -> None:
-    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).double()
-    x, y = torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 4
-    optimizer = fl.optim.create(name, net)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_and_handles_stay(kind: str) -> None:
     # intervals are of 10 or 100 steps: the first of each has happened
-    for _ in range(TIMES // 3 + 10):
-        act(optimizer, net, x, y)
-    before = tensors(), threading.active_count()
+    net, optimizer, again = started(kind, TIMES // 3 + 10)
+    before, held, alive = memory(), handles(), tensors()
     for _ in range(TIMES):
-        act(optimizer, net, x, y)
-    assert (tensors(), threading.active_count()) == before
+        again()
+    grown, more = memory() / before - 1, tensors() - alive
+    print(f"{kind}: memory grew by {grown:.2%}, tensors by {more}")
+    assert grown < 0.02
+    assert more < TIMES / 10
+    assert handles() == held
     if hasattr(optimizer, "remove"):
         optimizer.remove()
     assert hooks(net) == 0
