@@ -25,6 +25,7 @@ from fisherlab.blocks.numerics import (
     eigh,
     spectrum_power,
     symmetrise,
+    turned,
 )
 from fisherlab.blocks.work import cached, once
 
@@ -182,7 +183,8 @@ class Block(ABC):
     def chosen(self, other: Block) -> Tensor:
         """How far `sum diagonal_of(other)^2` may move with an eigensolver's choice; 0-d float64.
 
-        Above 0 where `other` has energy in a null space of this block, whose basis nothing defines.
+        Above 0 where `other` has energy in a null space of this block, or is no multiple of the
+        identity on a space of equal eigenvalues: nothing defines a basis there.
         """
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -372,8 +374,13 @@ class Dense(Block):
         return found[1]
 
     def chosen(self, other: Block) -> Tensor:
-        values, _ = self.leading(self.size)
-        return chosen_squares(self.diagonal_of(other)[None], None, values, other.trace())
+        found, (values, vectors) = self.diagonal_of(other), self.leading(self.size)
+        width = chosen_squares(found[None], None, values, other.trace())
+        turn = turned(vectors.flatten(1).mT, values.to(self.dtype))
+        if turn is None:
+            return width
+        moved = other.quadratic(turn.mT.reshape(vectors.shape)).double().square().sum()
+        return width + (moved - found.double().square().sum()).abs()
 
     def _inner(self, other: Block) -> Tensor | None:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -17,6 +17,7 @@ from fisherlab.blocks.numerics import (
     check_alike,
     chosen_squares,
     spectrum_power,
+    turned,
 )
 from fisherlab.blocks.reads import together
 
@@ -368,7 +369,15 @@ class Eigen(Block):
             None if isinstance(Q, Coordinates) else values
             for values, Q in zip(self._factor_values, (self.Q_G, self.Q_A), strict=True)
         )
-        return chosen_squares(self.diagonal_of(other), values_G, values_A, other.trace())
+        found = self.diagonal_of(other)
+        width = chosen_squares(found, values_G, values_A, other.trace())
+        sides = ((self.Q_G, values_G), (self.Q_A, values_A))
+        turns = [None if values is None else turned(matrix_of(Q), values) for Q, values in sides]
+        if all(turn is None for turn in turns):
+            return width
+        Q_G, Q_A = (Q if turn is None else turn for (Q, _), turn in zip(sides, turns, strict=True))
+        moved = other.rotated_diagonal(Q_G, Q_A).double().square().sum()
+        return width + (moved - found.double().square().sum()).abs()
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()

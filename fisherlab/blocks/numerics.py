@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -351,9 +352,39 @@ def null_of(values: Tensor) -> Tensor:
     """Which eigenvalues, along the last axis, are rounding of the largest."""
     if not values.numel():
         return torch.zeros_like(values, dtype=torch.bool)
+    return values.abs() <= _rounding_of(values)
+
+
+def _rounding_of(values: Tensor) -> Tensor:
+    """How far eigenvalues, along the last axis, may be wrong, `[..., 1]`."""
     multiple = max(RANK_TOLERANCE, math.sqrt(values.shape[-1]))
-    floor = multiple * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    return values.abs() <= floor
+    return multiple * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+
+
+def turned(Q: Tensor, values: Tensor) -> Tensor | None:
+    """Eigenvectors with another basis of each space of equal eigenvalues, the null space apart.
+
+    Args:
+        Q: `[n, r]`, the eigenvectors as columns.
+        values: `[r]`, their eigenvalues.
+
+    Returns:
+        An eigenbasis as good as `Q`; None where all eigenvalues are apart.
+    """
+    if len(values) < 2:
+        return None
+    ordered, order = values.sort(descending=True)
+    apart = (ordered[:-1] - ordered[1:] > _rounding_of(values)).nonzero()[:, 0] + 1
+    starts = [0, *apart.tolist(), len(values)]
+    null = null_of(ordered)
+    spaces = [order[a:b] for a, b in pairwise(starts) if b - a > 1 and not null[a]]
+    if not spaces:
+        return None
+    Q, draws = Q.clone(), torch.Generator().manual_seed(0)
+    for space in spaces:
+        turn, _ = qr(normal(draws, len(space), len(space)), "turn of a space")
+        Q[:, space] = Q[:, space] @ turn.to(Q)
+    return Q
 
 
 def spectrum_power(

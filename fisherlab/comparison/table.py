@@ -45,9 +45,11 @@ COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
 # How a row says that its eigenbasis is no basis of its own.
 CHOSEN = (
-    "F has energy in a null space of its factors, where the eigensolver picks the basis: no "
-    "diagonalisation, and corrected eigenvalues there are of that basis"
+    "F has energy in a null space of its factors, or in one of equal eigenvalues, where the "
+    "eigensolver picks the basis: no diagonalisation, and corrected eigenvalues are of that basis"
 )
+# How it says that a subspace of F or of its own is none.
+NO_GAP = "no gap beyond rounding behind its leading eigenvalues or those of F: no subspace_overlap"
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 # And how the worth of its step does.

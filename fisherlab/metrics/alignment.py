@@ -27,7 +27,8 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
 
     Returns:
         0-d float64. 1: only the eigenvalues of `X` can be wrong. NaN if `F` has energy in a null
-        space of `X`: the value would depend on the eigensolver's choice of a basis there.
+        space of `X`, or more than one eigenvalue in a space where those of `X` are equal: the value
+        would depend on the eigensolver's choice of a basis there.
 
     Example:
         >>> import torch
@@ -52,12 +53,47 @@ def default_rank(F: Block, k: int = 10) -> int:
     return int((values > _noise(F) * values[0]).sum())
 
 
+# Eigenvalues nearer to each other than this, relatively, count as equal.
+EQUAL = 1e-4
+# An eigenvalue above this many times its rounding has an eigenvector to two digits.
+SURE = 10.0
+
+
+def defined_rank(X: Block, F: Block, k: int = 10) -> int:
+    """k, lowered to the last gap of `F`; 0 where `F` or `X` does not define such a subspace."""
+    k = default_rank(F, k)
+    values = F.leading_values(k + 1)
+    while k and not _ends(values, k, _rounding(F)):
+        k -= 1
+    if not k:
+        return 0
+    share, rounding = values[k - 1] / values[0], _rounding(X)
+    values = X.leading_values(k + 1)
+    misses = len(values) < k or bool(values[k - 1] == 0)
+    if misses or values[k - 1].abs() <= rounding * values[0]:
+        # directions of F are missed, or the rounding of X hides whether they are
+        return k if misses or share > rounding else 0
+    return k if _ends(values, k, rounding) else 0
+
+
+def _ends(values: Tensor, k: int, rounding: float) -> bool:
+    """Whether a gap behind the k-th of descending eigenvalues defines the leading k-subspace."""
+    if len(values) <= k:
+        return True
+    gap = values[k - 1] - values[k]
+    return bool(gap > EQUAL * values[k - 1].abs() and gap > rounding * values[0])
+
+
 def _noise(block: Block) -> float:
     """Share of the largest eigenvalue below which an eigenvector is an eigensolver's choice."""
+    return max(1e-8, _rounding(block) / SURE)
+
+
+def _rounding(block: Block) -> float:
+    """Share of the largest eigenvalue below which one has no eigenvector to two digits."""
     part = block.parts[0] if isinstance(block, DirectSum) else block
-    # an exact block knows its eigenvalues from a Gram matrix in float64
-    eps = 0.0 if isinstance(part, Outer) else torch.finfo(part.dtype).eps
-    return max(1e-12, eps)
+    # an exact block knows its eigenvalues, relatively, from a Gram matrix in float64
+    return 0.0 if isinstance(part, Outer) else SURE * torch.finfo(part.dtype).eps
 
 
 def _products(X: Block, F: Block, k: int) -> Tensor:
@@ -84,15 +120,15 @@ def _products(X: Block, F: Block, k: int) -> Tensor:
 def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
     """`||Q_k^T V_k||_F^2 / k` in [0, 1] for the leading k eigenvectors of `X` and of `F`.
 
-    It is undefined where the k-th gap closes: see `spectral_gap`.
-
     Args:
         X: the approximation; directions that a smaller rank misses count as 0.
         F: the exact block, in the shape of `X`.
-        k: number of eigenvectors, lowered to the rank of `F`.
+        k: number of eigenvectors, lowered to the rank of `F`, then to its last gap: a part of a
+            space of equal eigenvalues (to 1e-4) is an eigensolver's choice.
 
     Returns:
-        0-d float64.
+        0-d float64. NaN where the leading eigenvalues of `F` are all equal, or `X` has no gap
+        behind its k-th eigenvalue, or rounding hides its eigenvectors: see `spectral_gap`.
 
     Example:
         >>> import torch
@@ -102,9 +138,11 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
         >>> round(float(metrics.subspace_overlap(X, F, k=2)), 3)
         0.5
     """
-    k = default_rank(F, k)
-    if k == 0:
+    if not default_rank(F, k):
         return torch.ones((), dtype=torch.float64, device=F.device)
+    k = defined_rank(X, F, k)
+    if not k:
+        return torch.full((), math.nan, dtype=torch.float64, device=F.device)
     # vectors that are orthonormal up to rounding may seem to hold more than the whole
     return (_products(X, F, k).square().sum() / k).clamp(max=1)
 
@@ -142,10 +180,10 @@ def principal_angles(X: Block, F: Block, k: int = 10) -> Tensor:
     Args:
         X: the approximation; the angle to a direction that a smaller rank misses is `pi / 2`.
         F: the exact block, in the shape of `X`.
-        k: number of eigenvectors, lowered to the rank of `F`.
+        k: number of eigenvectors, lowered as in `subspace_overlap`.
 
     Returns:
-        `[k]` float64, radians, ascending.
+        `[k]` float64, radians, ascending; NaN where `subspace_overlap` is.
 
     Example:
         >>> import torch
@@ -155,7 +193,10 @@ def principal_angles(X: Block, F: Block, k: int = 10) -> Tensor:
         >>> metrics.principal_angles(X, F, k=2).round(decimals=3).tolist()
         [0.0, 1.571]
     """
-    return svdvals(_products(X, F, default_rank(F, k)), "overlaps").clamp(max=1).arccos()
+    rank, defined = default_rank(F, k), defined_rank(X, F, k)
+    if rank and not defined:
+        return torch.full((rank,), math.nan, dtype=torch.float64, device=F.device)
+    return svdvals(_products(X, F, defined), "overlaps").clamp(max=1).arccos()
 
 
 @entered

@@ -238,7 +238,7 @@ def test_factors_that_are_rounding_beside_the_block_define_no_basis():
     g[:, :, 1] = -g[:, :, 0] * (1 + 1e-16 * draw(1, 5, 3, seed=2))  # sums over positions cancel
     F = blocks.Outer(draw(5, 2, 4), g)
     sums = draw(9, 3, seed=3) * 1e-17
-    X = blocks.Kronecker(sums.mT @ sums, torch.eye(4, dtype=torch.float64))
+    X = blocks.Kronecker(sums.mT @ sums, torch.arange(1.0, 5).double().diag())
     assert math.isnan(metrics.diagonalisation(X, F))
     assert not math.isnan(metrics.diagonalisation(blocks.Kronecker(X.G * 1e34, X.A), F))
 

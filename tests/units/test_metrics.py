@@ -191,6 +191,53 @@ def test_subspaces_of_repeated_eigenvalues_and_of_low_rank():
     near(metrics.subspace_overlap(X, low, 10), expected, 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "kronecker_sum", "mini_block"])
+def test_a_subspace_ends_at_a_gap_of_the_exact_block(name, dtype):
+    """The last layer under a squared error: `F = I (x) A`, where the tenth gap is none."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).to(dtype)
+    x, y = (randn(20, d, seed=d).to(dtype) for d in (5, 3))
+    layer = fl.capture(model, nn.MSELoss(), x, y, fisher_type="exact")["linear"]
+    X, F = fl.approximations.get(name)()(layer), fl.Exact()(layer)
+    assert float(metrics.spectral_gap(F, 10)) == pytest.approx(0, abs=1e-6)
+    near(metrics.subspace_overlap(X, F, 10), 1, 1e-6)
+    assert metrics.principal_angles(X, F, 10).shape == (9,)
+    assert math.isnan(metrics.subspace_overlap(X, F, 2))  # the first space has three
+
+
+@pytest.mark.parametrize("form", ["eigen", "dense"])
+def test_equal_eigenvalues_of_an_approximation_define_no_basis(form):
+    F = blocks.Dense(psd(12, seed=1), (3, 4))
+    Q_G, Q_A = orthonormal(3, 3, seed=2), orthonormal(4, 4, seed=3)
+    l_G = torch.tensor([2.0, 1.0, 1.0]).double()
+    X = blocks.Kronecker((Q_G * l_G) @ Q_G.mT, (Q_A * torch.arange(1.0, 5).double()) @ Q_A.mT)
+    if form == "dense":
+        X = blocks.Dense(X.dense(), X.shape)
+    assert math.isnan(metrics.diagonalisation(X, F))
+    assert math.isnan(metrics.subspace_overlap(X, F, 3))  # 8, 6, then two of 4
+    near(metrics.diagonalisation(X, X), 1)  # a multiple of the identity on each space
+    assert not math.isnan(metrics.subspace_overlap(X, F, 2))
+
+
+def test_an_eigenvector_that_float32_hides_is_in_no_subspace():
+    F = exact_of([2.0, 3e-4])
+    assert math.isnan(metrics.subspace_overlap(graded(torch.float32), F))
+    near(metrics.subspace_overlap(graded(torch.float64), F), 1, 1e-6)
+
+
+def exact_of(lengths):
+    """A float32 block of two examples, whose gradients are orthogonal and of these lengths."""
+    g = torch.tensor(lengths)[None, :, None, None] * torch.eye(3)[:2].view(1, 2, 1, 3)
+    return blocks.Outer(torch.eye(4)[:2].view(2, 1, 4), g)
+
+
+def graded(dtype):
+    """The same eigenvectors and eigenvalues, as a float32 matrix or a float64 one."""
+    F = exact_of([2.0, 3e-4])
+    return blocks.Dense(F.dense().to(dtype), F.shape)
+
+
 @pytest.mark.parametrize("case", [*CASES, "groups"])
 def test_spectra(case):
     _, F, _, f, _ = measured(case, "kfac")
