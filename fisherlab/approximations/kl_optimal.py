@@ -22,6 +22,9 @@ _TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7}
 RIDGE = 1e-3
 # Ratio of a factor's eigenvalues below which, without a ridge, it is taken to run off.
 EDGE = 1e-8
+# The rounding of a moment of columns in float32. It decides the rank of a float64 one too, or the
+# ridge of one network would differ between the two.
+FLOOR = RANK_TOLERANCE * torch.finfo(torch.float32).eps ** 2
 # Parameters up to which a block is tested for full rank by its eigenvalues.
 TESTED = 1024
 
@@ -64,8 +67,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
         of = joined([x.columns for x in layers]) if len(layers) > 1 else layers[0].columns
         a, g, dtype = of.a.double(), of.g.double(), of.dtype
         examples = sum(layer.examples for layer in layers)
-        V_G = _span(left_moment(a, g), dtype, "sum D D^T")
-        V_A = _span(right_moment(a, g), dtype, "sum D^T D")
+        V_G = _span(left_moment(a, g), "sum D D^T")
+        V_A = _span(right_moment(a, g), "sum D^T D")
         if not V_G.shape[1] or not V_A.shape[1]:
             o, i = of.shape
             return Kronecker(of.a.new_zeros(o, o), of.a.new_zeros(i, i))
@@ -87,7 +90,7 @@ class KLOptimal(Approximation, name="kl_optimal"):
         what comes out is positive definite.
         """
         o, i = of.shape
-        damping = self._damping(of, examples, dtype)
+        damping = self._damping(of, examples)
         eye_G, eye_A = (torch.eye(d, dtype=of.dtype, device=of.device) for d in (o, i))
         tolerance = self.tolerance or _TOLERANCE.get(dtype, 1e-7)
 
@@ -135,34 +138,29 @@ class KLOptimal(Approximation, name="kl_optimal"):
                     "has no such optimum; pass a ridge such as 1e-3"
                 )
 
-    def _damping(self, of: Columns, examples: float, dtype: torch.dtype) -> float:
+    def _damping(self, of: Columns, examples: float) -> float:
         """`lambda`: of the ridge given, or of the rule for None."""
         mean = float(of.trace) / examples / (of.shape[0] * of.shape[1])
         if self.ridge is not None:
             return self.ridge * mean
-        return 0.0 if _full_rank(of, dtype) else RIDGE * mean
+        return 0.0 if _full_rank(of) else RIDGE * mean
 
 
-def _floor(dtype: torch.dtype) -> float:
-    """The rounding of a float64 moment, or of the numbers captured, whose squares it has."""
-    return max(torch.finfo(torch.float64).eps, RANK_TOLERANCE * torch.finfo(dtype).eps ** 2)
-
-
-def _span(moment: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _span(moment: Tensor, name: str) -> Tensor:
     """The eigenvectors of a moment above its rounding, `[d, r]`."""
     values, vectors = eigh(moment, name)
-    return vectors[:, len(values) - rank_of(values, _floor(dtype)) :]
+    return vectors[:, len(values) - rank_of(values, FLOOR) :]
 
 
 def _whole(V: Tensor) -> bool:
     return V.shape[0] == V.shape[1]
 
 
-def _full_rank(of: Columns, dtype: torch.dtype) -> bool:
+def _full_rank(of: Columns) -> bool:
     size = of.shape[0] * of.shape[1]
     if of.count < size or size > TESTED:
         return False
-    return rank_of(Outer.over(of).eigenvalues(), _floor(dtype)) == size
+    return rank_of(Outer.over(of).eigenvalues(), FLOOR) == size
 
 
 def _extrapolated(first: Tensor, second: Tensor, third: Tensor, Q: Tensor) -> Tensor:

@@ -31,11 +31,10 @@ from fisherlab.comparison.orders import NORMS, VALUES
 from fisherlab.comparison.pool import Stopped, Work
 from fisherlab.comparison.reference import ExactReference
 from fisherlab.comparison.samples import Samples, by_layer
-from fisherlab.comparison.table import CHOSEN, MEASURES, ROUNDING
+from fisherlab.comparison.table import CHOSEN, MEASURES, NO_GAP, ROUNDING, STEP_ROUNDING
 from fisherlab.doors import said
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
-from fisherlab.metrics.alignment import default_rank
 from fisherlab.metrics.frobenius import Pair
 
 Candidate = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[str, Block]
@@ -297,11 +296,12 @@ class LayerMeasurement:
         reason = ""
         try:
             spectral["diagonalisation"] = metrics.diagonalisation(X, F).item()
-            spectral["subspace_overlap"] = metrics.subspace_overlap(X, F, default_rank(F)).item()
+            spectral["subspace_overlap"] = metrics.subspace_overlap(X, F).item()
         except BlockError as refusal:
             reason = str(refusal)
-        if not reason and math.isnan(spectral["diagonalisation"]):
-            reason = CHOSEN
+        else:
+            reasons = {"diagonalisation": CHOSEN, "subspace_overlap": NO_GAP}
+            reason = "; ".join(reasons[key] for key, x in spectral.items() if math.isnan(x))
         # after the diagonalisation, whose rotated gradients the inner product uses
         pair = Pair(X, F)
         return {
@@ -326,6 +326,7 @@ class LayerMeasurement:
         at, P = (reference, near.power(-1, damping)) if P is None else (self.whole, P)
         inverted = time.perf_counter() - start
         product, seconds = at.product(P, damping, near if plain else None)
+        most = 1 / damping if plain else math.inf
         at.step(damping)  # refused here where the Gram matrix would be too large
         loss = metrics.stein_loss(near, reference.F, damping, P if plain else None)
         found = {
@@ -337,6 +338,8 @@ class LayerMeasurement:
         # a root cuts eigenvalues as rounding, and 1 / damping stands for what they were
         if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE_STEP:
             found["note"] = f"up to {min(share, 1.0):.1%} of its step {ROUNDING}"
+        elif (share := at.rounding_of(product, P, most)) > UNSURE_STEP:
+            found["note"] = f"up to {min(share, 1.0):.1%} of its step {STEP_ROUNDING}"
         return found, at, -product
 
     def _preconditioner(

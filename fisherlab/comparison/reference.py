@@ -14,12 +14,14 @@ from torch import Tensor
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.direct_sum import parts_of
-from fisherlab.blocks.numerics import RESIDUAL_EPS, dot, is_rounding
+from fisherlab.blocks.numerics import RESIDUAL_EPS, dot, is_rounding, normal
 from fisherlab.comparison.table import STEP_ROUNDING
 from fisherlab.metrics.direction import Step
 
 # The share of the exact step that rounding may make before a row says so.
 STEP_BELOW_ROUNDING = 0.01
+# The roundings of a gradient, and of the eigenvectors that it is taken to, in eps of its length.
+ROUNDED = 8.0
 
 # Up to this many eps of the gradient, times the root of its entries, a part of it is rounding.
 ROUNDING_OF_FEW = 8.0
@@ -128,6 +130,27 @@ class ExactReference:
             return 0.0
         key = id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()
         return self._bases[key].share_at_zero(P, damping) if key in self._bases else 0.0
+
+    def rounding_of(self, product: Tensor, P: Block, largest: float) -> float:
+        """The share of `P g` that is rounding of `g`: `||P d|| / ||P g||`, `d` drawn by entry.
+
+        Args:
+            product: `P g`.
+            P: an inverse with some damping.
+            largest: no eigenvalue of `P` is above it; infinite where none is known.
+
+        Returns:
+            The share, or a bound of it below `STEP_BELOW_ROUNDING`; 0 in float64.
+        """
+        g, eps = self.gradient, torch.finfo(self.F.dtype).eps
+        if eps**2 < torch.finfo(torch.float64).eps:
+            return 0.0  # as for the exact step
+        length = product.double().norm().clamp(min=1e-300)
+        bound = float(ROUNDED * eps * g.double().norm() / length * largest)
+        if bound < STEP_BELOW_ROUNDING:
+            return bound
+        drawn = normal(torch.Generator().manual_seed(0), *g.shape).to(g)
+        return float((P @ (ROUNDED * eps * g * drawn).to(P.dtype)).double().norm() / length)
 
     def add(self, row: dict[str, Any], ours: Tensor, damping: float) -> None:
         """A step whose worth is still missing in its row."""

@@ -19,8 +19,10 @@ import fisherlab as fl
 from hostile.judge import Case
 from hostile.optimizers import NAMES, batch, net, parameters, stepped
 
-METHODS = ("kfac", "ekfac", "tkfac", "diagonal", "kronecker_optimal", "shampoo", "eva")
-COLUMNS = ("relative_error", "trace_ratio", "cosine", "direction_cosine")
+METHODS = fl.approximations.names()
+COLUMNS = ["relative_error", "trace_ratio", "cosine", "scaled_error", "diagonal_share"]
+COLUMNS += ["diagonalisation", "subspace_overlap", "direction_cosine", "direction_error"]
+COLUMNS += ["quadratic_decrease", "quadratic_decrease_scaled", "stein_loss"]
 
 
 def scaled(draw: random.Random) -> Case:

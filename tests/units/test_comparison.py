@@ -912,3 +912,27 @@ def test_a_step_in_eigenvalues_that_a_root_cut_says_so(monkeypatch):
     off = (cut.direction_cosine - whole.direction_cosine).abs() > 0.02
     assert off.any() and cut.note[off].str.contains("of its step lies in eigenvalues").all()
     assert not whole.note.str.contains("of its step").any()
+
+
+def test_a_step_that_its_inverse_makes_of_rounding_says_so():
+    """IFANG's inverse takes what is beside its rows by `1 / damping^2`."""
+    torch.manual_seed(0)
+    x = torch.randn(12, 4) / 10
+    model = nn.Linear(4, 2)
+    model.load_state_dict({"weight": torch.ones(2, 4), "bias": torch.ones(2)})
+    frames = [
+        fl.compare(
+            copy.deepcopy(model).to(dtype),
+            nn.MSELoss(),
+            x.to(dtype),
+            1e-10 * x[:, :2].to(dtype),
+            approximations=["ifang", "kfac"],
+            fisher_type="empirical",
+        ).frame.set_index(["approximation", "damping_relative"])
+        for dtype in (torch.float32, torch.float64)
+    ]
+    one, two = (frame["direction_cosine"] for frame in frames)
+    noted = frames[0]["note"].str.contains("rounding of a float32 gradient")
+    assert noted["ifang", 1e-3] and not noted.drop(("ifang", 1e-3)).any()
+    assert (one - two).abs()[~noted].max() < 1e-3
+    assert not frames[1]["note"].any()
