@@ -201,7 +201,7 @@ def wrong(draw: random.Random) -> Case:
     bad = _bad(draw, name, key, arguments[key])
     label = f"{name}: {key} = {str(bad)[:40]}"
     given = {**arguments, key: bad}
-    if name == "staleness" and bad == {}:
+    if name == "staleness" and isinstance(bad, dict) and not bad:
         return Case(label, lambda: list(measure(**given)), lambda found: "" if found == [] else "?")
     if bad is None and parameters[key].default is None:
         return Case(label, lambda: measure(**given), lambda found: "")
