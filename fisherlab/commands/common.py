@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -40,7 +40,8 @@ class Code(IntEnum):
     NOTHING = 1  # nothing succeeded, or a claim's verdict is not the recorded one
     MISTAKE = 2  # the user's: a message, no traceback
     BUG = 70  # ours: a short message, and a file with the traceback
-    INTERRUPTED = 130  # what was done so far is kept
+    INTERRUPTED = 130  # by Ctrl-C; what was done so far is kept
+    TERMINATED = 143  # by SIGTERM; the same
 
 
 class UserError(ValueError):
@@ -58,12 +59,18 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def run(*args: Any, **options: Any) -> Any:
         told = TYPED.set({"command": command.__name__, "options": options})
+        CtrlC.code = Code.INTERRUPTED
         try:
-            return command(*args, **options)
-        except (typer.Exit, typer.Abort):
+            with CtrlC():
+                return command(*args, **options)
+        except typer.Exit as end:
+            if end.exit_code == Code.INTERRUPTED:
+                raise typer.Exit(CtrlC.code) from None
+            raise
+        except typer.Abort:
             raise
         except KeyboardInterrupt as stop:
-            leave(Code.INTERRUPTED, str(stop) or "interrupted")
+            leave(CtrlC.code, str(stop) or "interrupted")
         except BrokenPipeError:  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(Code.DONE) from None
@@ -122,21 +129,26 @@ class CtrlC:
     """Ctrl-C that cannot get lost: `KeyboardInterrupt` at once, and again at the next `check`.
 
     Python drops an exception in a destructor or in the callback of a weak reference, this one too.
+    SIGTERM, by which clusters and containers end a process, is Ctrl-C with an exit code of its own.
     """
 
     asked = False
+    # the exit code for the signal that came last
+    code: ClassVar[Code] = Code.INTERRUPTED
 
     def __enter__(self) -> CtrlC:
-        self._main = threading.current_thread() is threading.main_thread()
-        self._before = signal.signal(signal.SIGINT, self._raise) if self._main else None
+        main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._before = {number: signal.signal(number, self._raise) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _raise(self, *_: object) -> NoReturn:
+    def _raise(self, number: int, _: object) -> NoReturn:
         self.asked = True
+        CtrlC.code = Code.TERMINATED if number == signal.SIGTERM else Code.INTERRUPTED
         raise KeyboardInterrupt
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 # In the name of every column, of any table, that a second run with the same seed does not repeat.
-CLOCKS = ("seconds", "ratio_to_sgd", "timed_steps", "peak_memory_bytes")
+CLOCKS = ("seconds", "ratio_to_sgd", "timed_steps", "peak_memory_bytes", "at_equal_time")
 
 MEANING = {
     "layer": "name of the module whose weight (bias as last column) the block is of",

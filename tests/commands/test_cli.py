@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from itertools import pairwise
@@ -251,7 +254,7 @@ def test_bad_numbers_in_the_data(what, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def interrupting(after):
+def interrupting(after, number=signal.SIGINT):
     """A progress bar whose user presses Ctrl-C after so many layers, over all bars together."""
     seen = 0
 
@@ -259,23 +262,37 @@ def interrupting(after):
         nonlocal seen
         for name in names:
             if seen == after:
-                raise KeyboardInterrupt
+                signal.raise_signal(number)
             seen += 1
             yield name
 
     return progress
 
 
-@pytest.mark.parametrize(("after", "layers"), [(1, 1), (3, 3)])
-def test_ctrl_c_keeps_the_layers_that_were_measured(after, layers, tmp_path, monkeypatch):
-    monkeypatch.setattr("fisherlab.commands.compare.progress", interrupting(after))
+@pytest.mark.parametrize(
+    ("after", "number", "code"), [(1, signal.SIGTERM, 143), (3, signal.SIGINT, 130)]
+)
+def test_ctrl_c_keeps_the_layers_that_were_measured(after, number, code, tmp_path, monkeypatch):
+    monkeypatch.setattr("fisherlab.commands.compare.progress", interrupting(after, number))
     result = call("compare", *TINY, "--out", tmp_path)
-    assert result.exit_code == 130, result.output
+    assert result.exit_code == code, result.output
     assert "interrupted" in result.output and "Traceback" not in result.output
     frame = pd.read_csv(tmp_path / "comparison.csv")
-    assert len(frame.drop_duplicates(["step", "layer"])) == layers
+    assert len(frame.drop_duplicates(["step", "layer"])) == after
     assert json.loads((tmp_path / "config.json").read_text())["status"] == "interrupted"
     assert "interrupted" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_among_the_imports_ends_the_process_with_its_code(name, code):
+    """`named` stands where the first import does."""
+    program = (
+        "import os, signal, fisherlab.__main__ as entry\n"
+        f"entry.named = lambda: os.kill(os.getpid(), signal.{name})\n"
+        "entry.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, b"interrupted\n")
 
 
 def test_ctrl_c_before_the_first_layer(tmp_path, monkeypatch):

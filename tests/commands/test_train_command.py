@@ -189,15 +189,16 @@ def test_ctrl_c_is_130_and_keeps_the_results(tmp_path):
     assert set(rows["optimizer"]) == {"sgd"}
 
 
-def test_ctrl_c_that_somebody_swallowed_is_raised_at_the_next_step():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_that_somebody_swallowed_is_raised_at_the_next_step(number):
     # a shell starts what runs in its background with interrupts ignored
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
     with common.CtrlC() as interrupt:
         interrupt.check()
         with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt):
             interrupt.check()
         interrupt.check()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(number) is signal.default_int_handler
+    signal.signal(number, before)

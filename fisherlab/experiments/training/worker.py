@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,10 +20,10 @@ from fisherlab.experiments.training.loop import Watch, train
 from fisherlab.experiments.training.settings import Settings, SettingsError
 
 COMPLETE, INTERRUPTED = "complete", "interrupted"
-# Ctrl-C before the worker has begun leaves nothing to keep.
+# Ctrl-C before the worker has begun leaves nothing to keep; its one argument is the parent.
 PROGRAM = (
-    "import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(130)); "
-    f"from {__name__} import main; main()"
+    "import os, signal, sys; signal.signal(signal.SIGINT, lambda *_: os._exit(130)); "
+    f"from {__name__} import main; main(int(sys.argv[1]))"
 )
 # Settings of every library that a worker may use, before it is imported.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -34,7 +36,7 @@ class Worker:
         here = str(Path(fisherlab.__file__).parents[1])
         paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", PROGRAM, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -84,10 +86,10 @@ class Worker:
 
 
 class Stops(Watch):
-    """Ends the training at a step where Ctrl-C came before, or the parent is gone."""
+    """Ends the training at a step where Ctrl-C came before."""
 
     def __init__(self) -> None:
-        self.parent, self.asked = os.getppid(), False
+        self.asked = False
         # an exception of a handler would get lost in a destructor
         signal.signal(signal.SIGINT, self.ask)
 
@@ -96,7 +98,7 @@ class Stops(Watch):
         self.asked = True
 
     def stepped(self, loss: float) -> None:
-        if self.asked or os.getppid() != self.parent:
+        if self.asked:
             raise KeyboardInterrupt
 
 
@@ -109,8 +111,20 @@ def trained(job: dict[str, Any], watch: Watch) -> dict[str, str]:
     return {"status": INTERRUPTED if results.interrupted else COMPLETE}
 
 
-def main() -> None:
-    """Train a folder per line of standard input, and answer each with a line."""
+def end_with(parent: int) -> None:
+    """End this process as soon as its parent is gone: it keeps the folder from the next run."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
+
+
+def main(parent: int) -> None:
+    """Train a folder per line of standard input, and answer each with a line.
+
+    Args:
+        parent: the process that sends the lines; it may be gone already.
+    """
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     answers, sys.stdout = sys.stdout, sys.stderr  # prints of a library are no answer
     torch.set_num_threads(1)
     watch = Stops()
