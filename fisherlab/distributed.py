@@ -3,6 +3,9 @@
 Everything that travels between processes goes through `Ranks`: gloo on CPU, nccl on GPU (nccl has
 not been run). Without a process group, or with a single process, there are no ranks (None) and
 nothing here is called.
+
+Ranks send by a group of their own, a `Line`. A rank that fails closes it, so that the others fail
+at once. Its last word is in the job's store, from which they name it.
 """
 
 from __future__ import annotations
@@ -10,10 +13,14 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,10 +30,81 @@ import fisherlab
 
 # Sent ahead of a tensor: its dtype cannot differ between ranks of one model, its shape can.
 _MAX_DIMS = 8
+# Seconds in which a rank that is alive says so, once another has failed.
+ANSWER = 10.0
+
+
+AGAIN = (
+    "start the job anew, whose finished work is taken over, or pass init_process_group a longer "
+    "timeout"
+)
 
 
 class RankError(ValueError):
     """Ranks that cannot work together: other models, other shapes, a rank that failed."""
+
+
+class Line:
+    """A group of the same processes as another, by which nothing else of the program sends.
+
+    Args:
+        group: the other one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.members, self.backend = dist.get_process_group_ranks(group), dist.get_backend(group)
+        # torch's own barrier does not read it; None: torch's default
+        options = None
+        if "gloo" in self.backend:
+            options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+        self.timeout: timedelta | None = getattr(options, "_timeout", None)
+        self.own: dist.ProcessGroup | None = None
+        # how often a group was made, the same number on all ranks
+        self._made = 0
+
+    def open(self) -> None:
+        """Make the group; every member does."""
+        self._made += 1
+        self.own = dist.new_group(
+            self.members, self.timeout, self.backend, use_local_synchronization=True
+        )
+
+    def close(self, index: int, word: str) -> None:
+        """Leave this rank's last word, and close the group: the others fail at once."""
+        with suppress(RuntimeError):
+            _store().set(self._key(index), word)
+        own, self.own = self.own, None
+        if own is not None:
+            with suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(own)
+
+    def words(self, indices: list[int]) -> dict[int, str | None]:
+        """The last word of each rank; None for one that says nothing within `ANSWER` seconds."""
+        found: dict[int, str | None] = dict.fromkeys(indices)
+        end = time.monotonic() + ANSWER
+        for index in indices:
+            left = timedelta(seconds=max(0.1, end - time.monotonic()))
+            with suppress(RuntimeError):
+                _store().wait([self._key(index)], left)
+                found[index] = _store().get(self._key(index)).decode()
+        return found
+
+    def _key(self, index: int) -> str:
+        return f"fisherlab/{self.members}/{self._made}/{index}"
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+_LINES: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
+
+
+def _line(group: Any) -> Line:
+    """The one line beside a group."""
+    if group not in _LINES:
+        _LINES[group] = Line(group)
+    return _LINES[group]
 
 
 class Ranks:
@@ -37,6 +115,9 @@ class Ranks:
         self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl = "nccl" in dist.get_backend(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        self._line = _line(dist.group.WORLD if group is None else group)
+        # a failure that all ranks know of
+        self._told: BaseException | None = None
 
     @classmethod
     def current(cls) -> Ranks | None:
@@ -56,7 +137,8 @@ class Ranks:
     def objects(self, value: Any) -> list[Any]:
         """The objects that the ranks passed, in rank order: for small things."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, self.group)
+        with self._sending() as group:
+            dist.all_gather_object(found, value, group)
         return found
 
     def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,7 +148,8 @@ class Ranks:
         for value in values:
             dtype = torch.promote_types(dtype, value.dtype)
         flat = torch.cat([v.to(device, dtype).flatten() for v in values])
-        dist.all_reduce(flat, group=self.group)
+        with self._sending() as group:
+            dist.all_reduce(flat, group=group)
         parts = flat.split([v.numel() for v in values])
         return {
             name: part.view(value.shape).to(value)
@@ -89,11 +172,11 @@ class Ranks:
         padded[: len(mine)] = mine
         wanted = to is None or to == self.index
         parts = [torch.empty_like(padded) for _ in sizes] if wanted else None
-        if to is None:
-            dist.all_gather(parts, padded, group=self.group)
-        else:
-            target = to if self.group is None else dist.get_global_rank(self.group, to)
-            dist.gather(padded, parts, dst=target, group=self.group)
+        with self._sending() as group:
+            if to is None:
+                dist.all_gather(parts, padded, group=group)
+            else:
+                dist.gather(padded, parts, dst=dist.get_global_rank(group, to), group=group)
         if parts is None:
             return tensor
         joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
@@ -105,7 +188,8 @@ class Ranks:
         mine = torch.zeros(_MAX_DIMS + 1, dtype=torch.long, device=self.device or tensor.device)
         mine[: len(shape)] = torch.tensor(shape, device="cpu")
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine, group=self.group)
+        with self._sending() as group:
+            dist.all_gather(every, mine, group=group)
         shapes = [tuple(one[1 : 1 + int(one[0])].tolist()) for one in every]
         rest = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
         if len(rest) > 1:
@@ -129,8 +213,9 @@ class Ranks:
         """The `source`'s nest of dicts, lists and tensors, on every rank."""
         tensors: list[Tensor] = []
         outline = [_outline(tree, tensors) if self.index == source else None]
-        first = source if self.group is None else dist.get_global_rank(self.group, source)
-        dist.broadcast_object_list(outline, first, self.group)
+        with self._sending() as group:
+            first = dist.get_global_rank(group, source)
+            dist.broadcast_object_list(outline, first, group)
         received = iter(tensors)
 
         def fill(part: Any) -> Any:
@@ -141,12 +226,13 @@ class Ranks:
             if not isinstance(part, _Tensor):
                 return part
             if self.index == source:
-                value = next(received)
-                sent = value.contiguous()
+                # laid out as the others have it, with which products round alike
+                value = next(received).contiguous()
             else:
                 device = self.device or torch.device("cpu")
-                value = sent = torch.empty(part.shape, dtype=part.dtype, device=device)
-            dist.broadcast(sent.to(self.device or sent.device), first, group=self.group)
+                value = torch.empty(part.shape, dtype=part.dtype, device=device)
+            with self._sending() as group:
+                dist.broadcast(value.to(self.device or value.device), first, group=group)
             return value
 
         return fill(outline[0])
@@ -170,10 +256,53 @@ class Ranks:
             failure = error
         messages = self.objects(failure and f"{type(failure).__name__}: {failure}")
         if failure is not None:
+            self._told = failure
             raise failure
         for rank, message in enumerate(messages):
             if message:
                 raise RankError(f"rank {rank} failed while {doing}: {message}")
+
+    @contextmanager
+    def answering(self, doing: str) -> Iterator[None]:
+        """Work with collectives: where it fails on one rank, the others name it at their next one.
+
+        A `RankError`, and what `together` raised, are known to all.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException as error:
+            if error is not self._told:
+                self._line.close(self.index, f"{doing}: {type(error).__name__}: {error}")
+            self._told = None
+            raise
+
+    @contextmanager
+    def _sending(self) -> Iterator[dist.ProcessGroup]:
+        """The group to send by; `RankError` with the names of lost ranks where that fails."""
+        if self._line.own is None:
+            self._barrier(self.group)
+            self._line.open()
+        assert self._line.own is not None
+        try:
+            yield self._line.own
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> RankError:
+        """The ranks that failed or do not answer, after a collective that did not end."""
+        self._line.close(self.index, "")
+        words = self._line.words([rank for rank in range(self.size) if rank != self.index])
+        for rank, word in words.items():
+            if word:
+                return RankError(f"rank {rank} failed while {word}")
+        silent = [str(rank) for rank, word in words.items() if word is None]
+        who = f"rank {' and '.join(silent)} died, is late, or does something else"
+        return RankError(
+            f"{who if silent else 'a rank died or is late'}, as rank {self.index} waited: "
+            f"{_first_line(error)}; {AGAIN}"
+        )
 
     def meet(self) -> None:
         """Wait for every rank, and refuse ranks of other versions.
@@ -183,36 +312,54 @@ class Ranks:
         Raises:
             RankError: some did not come, or run another version; the message names them.
         """
-        if "gloo" in dist.get_backend(self.group):  # nccl cannot say who is missing
-            try:
-                dist.monitored_barrier(self.group, self._timeout(), wait_all_ranks=True)
-            except RuntimeError as error:
-                said = str(error).partition("\n")[0]
-                raise RankError(
-                    f"a rank died, is late, or does something else, as rank {self.index} waited: "
-                    f"{said}; start the job anew, whose finished work is taken over, or pass "
-                    "init_process_group a longer timeout"
-                ) from error
-        every = self.objects({"fisherlab": fisherlab.__version__, "torch": str(torch.__version__)})
-        for rank, other in enumerate(every):
-            for package, theirs in other.items():
-                if theirs != every[0][package]:
-                    raise RankError(
-                        f"the ranks run different versions: {package} {every[0][package]} on "
-                        f"rank 0 and {theirs} on rank {rank}; install one on every machine"
-                    )
+        if self._line.own is not None:
+            with self._sending() as group:
+                self._barrier(group)
+        self.check_same(
+            {"fisherlab": fisherlab.__version__, "torch": str(torch.__version__)},
+            "run different versions",
+            "install one on every machine",
+        )
 
-    def _timeout(self) -> timedelta | None:
-        """The gloo group's timeout, which torch's own barrier does not read; None: torch's own."""
-        group = dist.group.WORLD if self.group is None else self.group
-        options = getattr(group._get_backend(torch.device("cpu")), "options", None)
-        return getattr(options, "_timeout", None)
+    def _barrier(self, group: dist.ProcessGroup | None) -> None:
+        if "gloo" not in self._line.backend:  # nccl cannot say who is missing
+            return
+        try:
+            dist.monitored_barrier(group, self._line.timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise RankError(
+                f"a rank died, is late, or does something else, as rank {self.index} waited: "
+                f"{_first_line(error)}; {AGAIN}"
+            ) from error
+
+    def check_same(self, described: Mapping[str, str], doing: str, advice: str) -> None:
+        """Refuse ranks of which one has another value of something, by its name.
+
+        Args:
+            described: what must be the same, in words.
+            doing: what they do in different ways: "run different versions".
+            advice: what to do about it.
+        """
+        every = self.objects(dict(described))
+        for rank, other in enumerate(every):
+            for name in [*every[0], *(n for n in other if n not in every[0])]:
+                first, theirs = every[0].get(name, "absent"), other.get(name, "absent")
+                if theirs != first:
+                    raise RankError(
+                        f"the ranks {doing}: {name} {first} on rank 0 and {theirs} on rank "
+                        f"{rank}; {advice}"
+                    )
 
     def check_model(self, model: nn.Module, buffers: bool = True) -> None:
         """Refuse models that differ between ranks, naming the first tensor and the rank."""
         described = self.objects(_described(model, buffers))
         first = described[0]
         for rank, other in enumerate(described[1:], 1):
+            if first.keys() == other.keys() and list(first) != list(other):
+                raise RankError(
+                    f"the models of the ranks have their layers in different orders: {list(first)} "
+                    f"on rank 0 and {list(other)} on rank {rank}; register them in one order"
+                )
             for name in [*first, *(n for n in other if n not in first)]:
                 if first.get(name) == other.get(name):
                     continue
@@ -251,14 +398,51 @@ def _described(model: nn.Module, buffers: bool) -> dict[str, tuple[str, str, str
     kept = model.state_dict() if buffers else dict(model.named_parameters())
     for name, tensor in kept.items():
         if isinstance(tensor, Tensor):
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest = hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
-            found[name] = (str(tuple(tensor.shape)), str(tensor.dtype), digest)
+            found[name] = _digested(tensor)
     return found
+
+
+def _digested(tensor: Tensor) -> tuple[str, str, str]:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
+    return str(tuple(tensor.shape)), str(tensor.dtype), digest
 
 
 def _told(described: tuple[str, str, str] | None) -> str:
     return "absent" if described is None else " ".join(described[:2])
+
+
+def _first_line(error: RuntimeError) -> str:
+    line = str(error).partition("\n")[0].partition(" This is typically")[0]
+    return re.sub(r"^\[\S*\] ", "", line).rstrip(".")
+
+
+def answering(ranks: Ranks | None, doing: str) -> AbstractContextManager[None]:
+    """`ranks.answering(doing)`, and nothing for a single process."""
+    return nullcontext() if ranks is None else ranks.answering(doing)
+
+
+def in_words(value: Any) -> str:
+    """A value in words that are the same in every process: no address, digests for tensors."""
+    if isinstance(value, Tensor):
+        return " ".join(_digested(value))
+    if isinstance(value, torch.Generator):
+        return f"Generator {_digested(value.get_state())[-1]}"
+    if isinstance(value, nn.Module):
+        state = [" ".join(found) for found in _described(value, buffers=True).values()]
+        return " ".join([repr(value), *state])
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {in_words(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_words, value))}]"
+    if isinstance(value, set | frozenset):
+        return f"[{', '.join(sorted(map(in_words, value)))}]"
+    if is_dataclass(value) and not isinstance(value, type):
+        found = [f"{each.name}={in_words(getattr(value, each.name))}" for each in fields(value)]
+        return f"{type(value).__name__}({', '.join(found)})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from fisherlab.comparison.request import Candidates, checked
 from fisherlab.comparison.run import Progress, measured
 from fisherlab.comparison.table import Comparison
 from fisherlab.comparison.turns import in_turns
+from fisherlab.distributed import answering
 from fisherlab.extract.api import Forward
 from fisherlab.extract.select import Names
 
@@ -126,12 +127,14 @@ def compare(
         step=step,
         alone=alone,
         loss_scale=loss_scale,
+        layers_at_once=layers_at_once,
         skip=skip,
         generator=generator,
         backend=backend,
         mc_samples=mc_samples,
         mask=mask,
     )
-    if layers_at_once is None:
-        return measured(request, request.samples(), progress)
-    return in_turns(request, layers_at_once, progress)
+    with answering(request.ranks, "comparing"):
+        if layers_at_once is None:
+            return measured(request, request.samples(), progress)
+        return in_turns(request, layers_at_once, progress)

@@ -21,7 +21,7 @@ from fisherlab.blocks import Block, BlockError, Dense
 from fisherlab.comparison.display import described
 from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
-from fisherlab.distributed import RankError, Ranks, unwrapped
+from fisherlab.distributed import RankError, Ranks, answering, in_words, unwrapped
 from fisherlab.extract import CaptureError, Captures
 from fisherlab.extract.api import Forward, _forward, check_forward, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
@@ -36,6 +36,8 @@ from fisherlab.extract.tape import KINDS
 # references by name that are no Fisher type, and the type that has the same block
 FISHER_OF = {"ggn": "exact"}
 REFERENCES = (*FISHER_TYPES, *FISHER_OF, "hessian")
+
+DIFFERENT = "were asked for different comparisons"
 
 Candidates = Mapping[str, Candidate] | Iterable[str | Approximation] | None
 Batch = tuple[object, Tensor]
@@ -100,6 +102,8 @@ class Request:
             given = (self.reference, None, True) if self.inside else pair
             others = split_batches(*given)
             _check_held_out(self.batches, others)
+            if self.ranks is not None:
+                _check_counts(self.ranks, others)
             held_out = self._captured(others, self.fisher_type)
         _check_blocks(self.makers, captures[0])
         check_memory(captures[0], self.memory)
@@ -172,6 +176,7 @@ def checked(
     step: int,
     alone: bool,
     loss_scale: str | None,
+    layers_at_once: int | None,
     **options: Any,
 ) -> Request:
     """The request of `compare`'s arguments; `options` are those of `capture`.
@@ -188,31 +193,52 @@ def checked(
     model = unwrapped(model)
     if ranks:
         ranks.meet()
-    with ranks.together("checking its batch") if ranks else nullcontext():
+        words = {
+            "approximations": approximations,
+            "fisher_type": fisher_type,
+            "dampings": dampings,
+            "reference": reference if isinstance(reference, str | None) else "of examples",
+            "layers": layers,
+            "layers_at_once": layers_at_once,
+            "forward": forward,
+            "step": step,
+            "loss_scale": loss_scale,
+            "criterion": criterion,
+            **options,
+            "mask": "of this batch" if isinstance(options["mask"], Tensor) else options["mask"],
+        }
+        ranks.check_same(
+            {name: in_words(value) for name, value in words.items()},
+            DIFFERENT,
+            "pass all of them the same",
+        )
+    doing = "checking its batch"
+    with answering(ranks, doing), ranks.together(doing) if ranks else nullcontext():
         criterion = criterion_of(criterion, loss_scale)
         batches = split_batches(x, y, isinstance(criterion, Inside))
         check_model(model)
         for batch in batches:
             check_batch(*batch, model)
+        shares = _shares(dampings)
+        if memory is not None:
+            memory = doors.count(memory, "memory is a number of bytes, such as 800_000_000, which")
+        makers = named_makers(approximations, model)
+        if not makers:
+            raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
+        asked, why_empirical = fisher_type is not None, ""
+        if fisher_type is None:
+            fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
+        _check_reference(reference, batches, options["mask"])
+        masked = options["mask"] is not None
+        if reference == "hessian" and (ranks or isinstance(criterion, Inside) or masked):
+            raise ValueError(
+                "reference='hessian' is that of a criterion outside the model, without a mask, in "
+                "one process; measure against another reference, or pass the criterion"
+            )
     if ranks:
         ranks.check_model(model)
         _check_counts(ranks, batches)
-    shares = _shares(dampings)
-    if memory is not None:
-        memory = doors.count(memory, "memory is a number of bytes, such as 800_000_000, which")
-    makers = named_makers(approximations, model)
-    if not makers:
-        raise ValueError(f"no approximation to compare; known: {', '.join(registry.names())}")
-    asked, why_empirical = fisher_type is not None, ""
-    if fisher_type is None:
-        fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
-    _check_reference(reference, batches, options["mask"])
-    masked = options["mask"] is not None
-    if reference == "hessian" and (ranks or isinstance(criterion, Inside) or masked):
-        raise ValueError(
-            "reference='hessian' is that of a criterion outside the model, without a mask, in one "
-            "process; measure against another reference, or pass the criterion"
-        )
+        ranks.check_same({"fisher_type": fisher_type}, DIFFERENT, "name it")
     # the approximations are of linear maps; others are compared where they are named
     options |= {"kinds": ("map",) if layers is None else KINDS}
     return Request(

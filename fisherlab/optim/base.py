@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
-from fisherlab.distributed import Ranks, unwrapped
+from fisherlab.distributed import Ranks, answering, in_words, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
+from fisherlab.optim.alike import check_alike, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
@@ -119,6 +120,9 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         if self.ranks is not None:
             self.ranks.meet()
             self.ranks.check_model(model, buffers=False)  # DDP spreads those of rank 0
+            check_alike(self.ranks, {"the class": type(self).__name__})
+        # whether the ranks were seen to have one and the same optimizer
+        self._alike = self.ranks is None
         super().__init__(model.parameters() if params is None else params, defaults)
         self.clip, self.nonfinite, self.control = clip, nonfinite, control
         self.steps = self.clipped = 0
@@ -192,6 +196,10 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
+        with answering(self.ranks, "taking a step"):
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         for group in self.param_groups:
             check_group(group, self.damped)
         loss = None
@@ -199,6 +207,9 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = evaluated(closure)
         self.coverage.check(self.model)
+        if self.ranks is not None and not self._alike:
+            check_alike(self.ranks, self._described())
+        self._alike = True
         directions = self._attempt.take(
             lambda: self.coverage.finite(self.nonfinite),
             lambda: self._clipped(self._directions()),
@@ -212,6 +223,16 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         if self.steps == 1:
             self.coverage.warn_of_share(stacklevel=4)
         return loss
+
+    def _described(self) -> dict[str, str]:
+        """The options and the count of steps, in words that all ranks must share."""
+        groups = {
+            f"{key} of group {k}": in_words(value)
+            for k, group in enumerate(self.param_groups)
+            for key, value in group.items()
+            if key not in ("params", "param_names")
+        }
+        return {**groups, **options_of(self)}
 
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:

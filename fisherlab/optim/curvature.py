@@ -177,7 +177,8 @@ class Curvature:
             return {key: make(key) for key in keys}
         sides = {key: self.parts[key].weight.shape for key in keys}
         owners = self.ranks.owners({key: float(o**3 + i**3) for key, (o, i) in sides.items()})
-        mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
+        with self.ranks.together("making a basis or an inverse"):
+            mine = {key: make(key) for key in keys if owners[key] == self.ranks.index}
         return {key: self.ranks.broadcast(mine.get(key), owners[key]) for key in keys}
 
     def damp(self, parts: Iterable[Part] | None = None) -> None:

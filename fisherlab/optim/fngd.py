@@ -105,14 +105,14 @@ class FNGD(Woodbury):
     # the control begins with the second phase
     controls_solve = False
 
-    def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         if self.collecting:
-            found = super().rows(weight, calls, factor)
+            found = super()._rows(weight, calls, factor)
             self._taken[weight.name][-1].indices = self._indices
             return found
-        n, device = len(calls[0][1]), calls[0][1].device
-        mine = slice(None) if self.ranks is None else self.ranks.own_examples(n)
-        every = self._shared(weight, n if self.ranks is None else self.ranks.size * n).to(device)
+        device = calls[0][1].device
+        mine, total = self._places(weight, calls, factor)
+        every = self._shared(weight, total).to(device)
         self._take(weight, Taken(weight, calls, every[:, mine], factor, every))
         if self.accelerated:
             return every[:, mine], None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fisherlab.approximations import Approximation
 from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.blocks import Block
+from fisherlab.distributed import answering
 from fisherlab.optim.adaptive import adapting, second_look
 from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
@@ -121,8 +122,12 @@ class NaturalGradient(CurvatureOptimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
         if adapting(self.param_groups, self.steps) and not self.preconditioner.over:
-            return second_look(self.preconditioner, super().step, closure)
+            with answering(self.ranks, "looking at the loss of a step"):
+                return second_look(self.preconditioner, super().step, closure)
         return super().step(closure)
+
+    def _described(self) -> dict[str, str]:
+        return {**super()._described(), **self.preconditioner.described()}
 
     def _keep(self) -> Kept:
         return self.preconditioner.keep()

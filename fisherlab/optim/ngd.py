@@ -17,11 +17,12 @@ from fisherlab.blocks.reads import together, with_next_read
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import joined
+from fisherlab.optim.alike import options_of
 from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.passes import delivered
-from fisherlab.optim.recorder import Recorder
-from fisherlab.optim.scale import OptimizerError, check_ranks
+from fisherlab.optim.recorder import Recorder, captured
+from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.state import generator_state
 from fisherlab.optim.summary import last_steps
 from fisherlab.optim.weight import has_gradient, undelivered
@@ -128,6 +129,9 @@ class NGD(CurvatureOptimizer):
     def _discard(self) -> None:
         self.recorder.clear()
 
+    def _described(self) -> dict[str, str]:
+        return {**super()._described(), **options_of(self.recorder)}
+
     def _keep(self) -> Kept:
         last = self._last
 
@@ -144,8 +148,7 @@ class NGD(CurvatureOptimizer):
         passes = self._passes
         if passes is None:
             try:
-                passes = self.recorder.captures()
-                check_ranks(self.ranks, self.recorder.factors)
+                passes = captured(self.ranks, self.recorder, f"step {self.steps}")
             finally:
                 self.recorder.clear()
         if together() is not None:

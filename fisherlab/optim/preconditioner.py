@@ -20,16 +20,17 @@ from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.reads import together
-from fisherlab.distributed import Ranks, unwrapped
+from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names
+from fisherlab.optim.alike import check_alike, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
 from fisherlab.optim.passes import delivered
-from fisherlab.optim.recorder import Recorder, check_draw, check_fisher_type
-from fisherlab.optim.scale import OptimizerError, check_ranks
+from fisherlab.optim.recorder import Recorder, captured, check_draw, check_fisher_type
+from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.schedule import USUAL, Schedule
 from fisherlab.optim.state import FORMAT, check_form, check_state, generator_state, sealed
 from fisherlab.optim.summary import summary_row
@@ -140,6 +141,8 @@ class Preconditioner(Covered):
         make = partial(Running, approximation, schedule.decay, reduce, largest_factor, schedule.ema)
         self.curvature = Curvature(self.coverage, approximation, make, self.ranks)
         self.steps = 0
+        # whether the ranks were seen to have one and the same preconditioner
+        self._alike = self.ranks is None
         self._attempt = Attempt()
         # the captures of a step that may be taken back
         self._batch: dict[str, list[LayerCapture]] | None = None
@@ -200,7 +203,18 @@ class Preconditioner(Covered):
         Raises:
             OptimizerError: a step that cannot be taken; no gradient was changed.
         """
+        with answering(self.ranks, "preconditioning"):
+            self._step()
+
+    def described(self) -> dict[str, str]:
+        """The options, in words that all ranks must share."""
+        return options_of(self, self.recorder)
+
+    def _step(self) -> None:
         self.coverage.check(self.model)
+        if self.ranks is not None and not self._alike:
+            check_alike(self.ranks, self.described())
+        self._alike = True
         if self._left is not None:
             p, gradient, version = self._left
             # zeroed and accumulated it would be two versions on
@@ -312,8 +326,7 @@ class Preconditioner(Covered):
             }
         if not names:
             return {}
-        passes = self.recorder.captures()
-        check_ranks(self.ranks, self.recorder.factors)
+        passes = captured(self.ranks, self.recorder, f"step {self.steps} of {', '.join(names)}")
         found = {key: delivered(passes, key) for weight in weights for key in weight.keys}
         for weight in weights:
             missing = weight.name not in self.left_out and not found[weight.keys[0]]

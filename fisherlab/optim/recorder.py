@@ -42,7 +42,13 @@ from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.needs import Needs
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.proving import Proof, edges
-from fisherlab.optim.scale import OptimizerError, check_criterion, ignored_terms, scale_factor
+from fisherlab.optim.scale import (
+    OptimizerError,
+    check_criterion,
+    check_ranks,
+    ignored_terms,
+    scale_factor,
+)
 from fisherlab.optim.watch import Hook, Watch
 from fisherlab.optim.weight import Weight
 
@@ -466,6 +472,23 @@ class Recorder:
             *(one.output, one.output_gradient, one.loss_scale, self.criterion, one.own_scale),
             last=not self.needs.columns,
         )
+
+
+def captured(ranks: Ranks | None, recorder: Recorder, at: str) -> list[dict[str, LayerCapture]]:
+    """`recorder.captures()`; among ranks, refused by all where it is by one, or where they differ.
+
+    Args:
+        ranks: the processes that hold the other shards, if any.
+        recorder: the recorder.
+        at: the step, and what is captured for.
+    """
+    if ranks is None:
+        return recorder.captures()
+    with ranks.together("capturing its batch"):
+        passes = recorder.captures()
+    calls = [f"{key} {len(layer.raw_inputs)}" for one in passes for key, layer in one.items()]
+    check_ranks(ranks, recorder.factors, f"{at}; {', '.join(calls)}")
+    return passes
 
 
 def check_fisher_type(fisher_type: str) -> None:

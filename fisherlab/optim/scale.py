@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherlab import doors
 from fisherlab.blocks.reads import numbers_of
-from fisherlab.distributed import Ranks
+from fisherlab.distributed import RankError, Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import is_a
 from fisherlab.extract.isolation import is_isolated
@@ -138,15 +138,29 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     return kappa, round(seen), round(terms)
 
 
-def check_ranks(ranks: Ranks | None, factors: list[float]) -> None:
-    """Refuse ranks whose examples DDP weighs differently.
+def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int = 0) -> list[int]:
+    """The counts of all ranks; ranks whose examples DDP weighs differently are refused.
 
-    `factors` turn each pass's `dL/ds` into the gradient of the per-example loss: the number of
-    examples for a mean. DDP's `p.grad` is that of the joint batch where they agree.
+    Args:
+        ranks: the ranks.
+        factors: of each pass, from `dL/ds` to the gradient of the per-example loss: the number of
+            examples for a mean. DDP's `p.grad` is that of the joint batch where they agree.
+        at: what this rank is about to send, which must be the same on all.
+        count: this rank's.
+
+    Raises:
+        OptimizerError: the factors differ.
+        RankError: the ranks are about to send different things.
     """
-    if ranks is None:
-        return
-    every = ranks.objects(factors)
+    told = ranks.objects((at, factors, count))
+    for rank, (theirs, *_) in enumerate(told):
+        if theirs != told[0][0]:
+            raise RankError(
+                f"rank 0 is at {told[0][0]} and rank {rank} at {theirs}; give every rank the same "
+                "model, whose forward pass takes the same way for every batch, and load the same "
+                "checkpoint; no parameter was changed"
+            )
+    every = [factors for _, factors, _ in told]
     for rank, theirs in enumerate(every):
         ours = every[0]
         if len(theirs) != len(ours) or any(
@@ -161,6 +175,7 @@ def check_ranks(ranks: Ranks | None, factors: list[float]) -> None:
                 "number of examples (drop_last=True), or scale the loss of each by world_size "
                 "* its examples / all examples; no parameter was changed"
             )
+    return [count for *_, count in told]
 
 
 def ignored_terms(output: Tensor, gradient: Tensor) -> bool:

@@ -17,7 +17,7 @@ from fisherlab.blocks import DirectSum, Outer
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.numerics import cholesky, dot, sum_of
 from fisherlab.blocks.reads import Together, Unmet, together
-from fisherlab.distributed import unwrapped
+from fisherlab.distributed import answering, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.image import ImageColumns
 from fisherlab.optim.attempt import Kept
@@ -105,7 +105,11 @@ class Woodbury(CurvatureOptimizer):
 
     def rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
         """`M v`, `[groups, n]`, for a layer's calls, and the weighted gradient where cheap."""
-        every, mine = self._gathered(calls, factor)
+        with answering(self.ranks, f"solving for layer {weight.name!r}"):
+            return self._rows(weight, calls, factor)
+
+    def _rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
+        every, mine = self._gathered(weight, calls, factor)
         columns = columns_of(weight, every, factor)
         waiting = Together()
         # the step looks at the conditions of all layers; ranks differ in theirs
@@ -134,13 +138,22 @@ class Woodbury(CurvatureOptimizer):
             taken.calls = []
         passes.append(taken)
 
-    def _gathered(self, calls: Calls, factor: float) -> tuple[Calls, slice]:
+    def _gathered(self, weight: Weight, calls: Calls, factor: float) -> tuple[Calls, slice]:
         """The raw pairs of the joint batch, and which of its rows are this rank's."""
         if self.ranks is None:
             return calls, slice(None)
-        check_ranks(self.ranks, [factor])
-        mine = self.ranks.own_examples(len(calls[0][1]))
+        mine, _ = self._places(weight, calls, factor)
         return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
+
+    def _places(self, weight: Weight, calls: Calls, factor: float) -> tuple[slice, int]:
+        """This rank's rows in the joint batch, and how many that has."""
+        n = len(calls[0][1])
+        if self.ranks is None:
+            return slice(None), n
+        at = f"layer {weight.name!r} of step {self.steps}, called {len(calls)} times"
+        counts = check_ranks(self.ranks, [factor], at, n)
+        start = sum(counts[: self.ranks.index])
+        return slice(start, start + n), sum(counts)
 
     def solve(
         self, weight: Weight, columns: list[Columns]

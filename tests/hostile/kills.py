@@ -31,17 +31,16 @@ from conftest import THEIRS
 from fisherlab.experiments.columns import CLOCKS, steady
 
 ROOT = Path(__file__).parents[2]
-TRAIN = "train --data digits --model mlp --optimizer kfac,sgd --epochs 2"
-COMPARE = "compare --data digits --model mlp --epochs 1 --approximations kfac,ekfac --overwrite"
-SWEEP = "sweep --data digits --model mlp --optimizer sgd --epochs 1 --final-epochs 2 --seeds 2"
-VERIFY = "verify kfac_keeps_the_trace tekfac_keeps_the_trace --overwrite"
+NET = "--data iris --model mlp --hidden 8"
+COMPARED = "--epochs 1 --at end --compare-examples 8 --reference 16 --dampings 0.1"
 COMMANDS = {
-    "train": f"{TRAIN} --out run",
-    "sweep": f"{SWEEP} --grid sgd.lr=0.1,0.01 --out run",
-    "compare": f"{COMPARE} --out run",
-    "reproduce": "reproduce ngm fig2b --out run",
+    "train": f"train {NET} --optimizer kfac,sgd --epochs 4 --out run",
+    "sweep": f"sweep {NET} --optimizer sgd --grid sgd.lr=0.1,0.01 --epochs 1 --validation 30 "
+    "--final-epochs 2 --seeds 2 --out run",
+    "compare": f"compare {NET} {COMPARED} --approximations kfac,ekfac --overwrite --out run",
+    "reproduce": "reproduce ang fig2 --out run",
     "reproduce --jobs 2": "reproduce ngm fig2b --jobs 2 --out run",
-    "verify": f"{VERIFY} --out run",
+    "verify": "verify kfac_keeps_the_trace tekfac_keeps_the_trace --overwrite --out run",
     "report": "report run",
 }
 # what a command needs in its folder before it begins
