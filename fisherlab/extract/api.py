@@ -23,6 +23,7 @@ from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import (
+    copied,
     floated,
     in_float32,
     is_half,
@@ -261,7 +262,7 @@ def capture(
                 from fisherlab.extract import backpack
             outputs = backpack.run(model, record, run, checked, columns)
         else:
-            outputs = _by_tape(record, run, checked, columns, len(labels) if check != "off" else 0)
+            outputs = _by_tape(record, run, checked, columns, len(labels), check != "off")
         if check == "full" and not torch.equal(before, random_state(x)):
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
@@ -445,11 +446,12 @@ def split_batches(
 
 
 def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
-    """The model's own result for a batch of its arguments.
+    """The model's own result for a batch of its arguments, into which it may write: it has a copy.
 
     Raises:
         CaptureError: for arguments that the model does not take, in number, name or dtype.
     """
+    x = copied(x)
     args: tuple[Any, ...] = tuple(x) if isinstance(x, tuple | list) else (x,)
     names = dict(x) if isinstance(x, Mapping) else {}
     try:
@@ -571,18 +573,18 @@ def _by_tape(
     check: Callable[[Tensor], Tensor],
     vectors: Callable[[Tensor], Iterator[Tensor]] | None,
     examples: int,
+    proves: bool,
 ) -> Tensor:
-    """The outputs; their gradients are left on the record, proven if the examples are counted."""
+    """The outputs; their gradients are left on the record, with the parameters' if it `proves`."""
     with record.tape:
         outputs = forward()
     labels = record.labels = check(outputs)
     if outputs.ndim and outputs.requires_grad:
         spread(outputs, record.every(), len(outputs))
-        if examples:
-            read(outputs, record, examples)
+        read(outputs, record, examples)
     columns = None if vectors is None else partial(vectors, outputs.detach())
     if record.every():
-        fill(outputs, record, labels, columns, examples > 0)
+        fill(outputs, record, labels, columns, proves)
     record.check_inputs()
     set_slopes(outputs, [call for call in record.every() if call.is_map])
     return outputs

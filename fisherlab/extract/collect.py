@@ -61,10 +61,11 @@ def collect(
     if proves and leaves:
         record.keep(leaves, pulled_back(outputs, record.labels, leaves))
     weighted = None
-    if check == "full" and outputs.ndim:
+    if outputs.ndim:
         doubtful = [call for call in record.every() if examples is not None or not call.own_rows]
-        weighted = Weighted(outputs, record.labels, doubtful)
-    failures = shared_biases(calls) | _find_rows(calls, outputs, n, weighted, examples)
+        weighted = Weighted(outputs, record.labels, doubtful, fisher_type == "empirical")
+    failures = shared_biases(calls)
+    failures |= _find_rows(calls, outputs, n, weighted, examples, check == "full")
     failures |= left_out or {}
     captured: dict[str, LayerCapture] = {}
     covered: set[int] = set()
@@ -163,15 +164,19 @@ def _find_rows(
     n: int,
     weighted: Weighted | None,
     examples: Tensor | None,
+    proves: bool,
 ) -> dict[str, str]:
-    """Set the examples of rows that are in another order than the batch's; why some have none."""
+    """Set the examples of rows that are in another order than the batch's; why some have none.
+
+    Unless it `proves`, as many rows as examples count as these where examples interact.
+    """
     doubtful: list[tuple[str, Recorded]] = []
     failures: dict[str, str] = {}
     for name, call in ((name, call) for name, found in calls.items() for call in found):
         rows = len(as_rows(call, call.output))
         if examples is not None and rows == len(examples):
             call.examples = examples.to(call.output.device)
-            if weighted is not None and not weighted.belong(call):
+            if proves and weighted is not None and not weighted.belong(call):
                 failures[name] = f"with the given examples, {SEVERAL}"
         elif len(call.output) != n or len(call.raw_input) != n:
             doubtful.append((name, call))
@@ -188,7 +193,11 @@ def _find_rows(
         found = [call for _, call in doubtful]
         edges, shapes = [call.edge for call in found], [call.output.shape for call in found]
         reasons = find_examples(outputs, found, edges, shapes)
-        failures |= {name: why for (name, _), why in zip(doubtful, reasons, strict=True) if why}
+        failures |= {
+            name: why
+            for (name, call), why in zip(doubtful, reasons, strict=True)
+            if why and (proves or len(call.output) != n or len(call.raw_input) != n)
+        }
     return failures
 
 

@@ -83,7 +83,8 @@ def label_vectors(
     free = outputs.detach().contiguous().requires_grad_()
     try:
         with torch.enable_grad():
-            loss = rules.call(criterion, free, y)
+            given = free.clone(), y.clone()
+            loss = rules.call(criterion, *given)
     except CaptureError:
         raise
     except Exception as error:
@@ -94,6 +95,12 @@ def label_vectors(
     if not isinstance(loss, Tensor) or loss.ndim:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise CaptureError(f"{name_of(criterion)} returned {got}, not a number")
+    for tensor, role in zip(given, ("outputs", "labels"), strict=True):
+        if tensor._version:
+            raise CaptureError(
+                f"{name_of(criterion)} writes into the {role}, and a capture calls it several "
+                "times: make that operation out of place"
+            )
     if not torch.isfinite(loss):
         raise CaptureError(f"the loss is {loss.item()}; check data, labels and weights")
     (gradient,) = torch.autograd.grad(loss, free)

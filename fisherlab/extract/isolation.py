@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -180,6 +181,24 @@ def floated(x: Any) -> Any:
     if isinstance(x, Mapping):
         return {key: floated(value) for key, value in x.items()}
     return type(x)(map(floated, x)) if type(x) in (tuple, list) else x
+
+
+def copied(x: Any) -> Any:
+    """A batch of the user's with tensors of its own, into which a forward pass may write.
+
+    Tensors that require a gradient, and objects that are no mappings, tuples or lists, are not
+    copied.
+    """
+    if isinstance(x, Tensor):
+        return x if x.requires_grad or nn.parameter.is_lazy(x) else x.clone()
+    if isinstance(x, MutableMapping):
+        again = copy.copy(x)
+        for key, value in x.items():
+            again[key] = copied(value)
+        return again
+    if isinstance(x, tuple) and hasattr(x, "_make"):
+        return x._make(map(copied, x))
+    return type(x)(map(copied, x)) if type(x) in (tuple, list) else x
 
 
 def random_state(x: object) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 REENTRANT = (
     "the model calls torch.utils.checkpoint in its reentrant form, through which autograd gives no "
@@ -17,6 +20,12 @@ _SAID = (
 )
 
 
+def _in_backward(error: BaseException) -> bool:
+    """Whether torch raised an error while it went back through a graph."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "_engine_run_backward" for frame in frames)
+
+
 @contextmanager
 def no_gradient_named(error: type[Exception]) -> Iterator[None]:
     """Raise `error` with the cause where torch refuses the gradients of a user's graph."""
@@ -27,7 +36,11 @@ def no_gradient_named(error: type[Exception]) -> Iterator[None]:
         if "use_reentrant" in said:
             raise error(REENTRANT) from raised
         if not any(words in said for words in _SAID):
-            raise
+            if not _in_backward(raised) or isinstance(raised, torch.OutOfMemoryError):
+                raise
+            raise error(
+                f"a backward pass of the model fails, as its loss.backward() does: {said[:200]}"
+            ) from raised
         raise error(
             f"the forward pass leaves a graph without the gradients of its layers: {said[:200]}; "
             "change no tensor in place and no requires_grad in forward, and call no backward there"

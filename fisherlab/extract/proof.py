@@ -29,22 +29,36 @@ class Weighted:
         outputs: the model's outputs `[n, ...]`, with their graph.
         labels: the gradient of the summed per-example loss there.
         calls: those whose rows are asked for.
+        alone: whether no other vector is sent back than the labels. Else an example whose labels
+            send nothing back would prove nothing, and random vectors take their place.
     """
 
-    def __init__(self, outputs: Tensor, labels: Tensor, calls: Sequence[Recorded]) -> None:
+    def __init__(
+        self, outputs: Tensor, labels: Tensor, calls: Sequence[Recorded], alone: bool = True
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         n = len(outputs)
         exponents = torch.randint(
             -EXPONENTS // 2, EXPONENTS // 2, (n,), generator=generator, device=generator.device
         )
         self.weights = (2.0**exponents).to(outputs)
-        weighted = labels * self.weights.view(-1, *[1] * (labels.ndim - 1))
-        found = pulled_back(outputs, weighted, [call.edge for call in calls])
-        self.rows = {id(c): or_zero(g, c.label_gradient) for g, c in zip(found, calls, strict=True)}
+        edges = [call.edge for call in calls]
+        plain = [call.label_gradient for call in calls]
+
+        def arrived(vector: Tensor) -> list[Tensor]:
+            found = pulled_back(outputs, vector, edges)
+            return [or_zero(g, like) for g, like in zip(found, plain, strict=True)]
+
+        if not alone and calls and not bool(labels.reshape(len(labels), -1).any(1).all()):
+            labels = normal(generator, *labels.shape).to(labels)
+            plain = arrived(labels)
+        weighted = arrived(labels * self.weights.view(-1, *[1] * (labels.ndim - 1)))
+        names = [id(call) for call in calls]
+        self.rows = dict(zip(names, zip(weighted, plain, strict=True), strict=True))
 
     def belong(self, call: Recorded) -> bool:
         """Whether each row of a call depends on its example alone: `g_w[n, t] = w_n g[n, t]`."""
-        row, g = self.rows[id(call)], call.label_gradient
+        row, g = self.rows[id(call)]
         weights = self.weights.to(g)
         if call.examples is not None:
             row, g = as_rows(call, row), as_rows(call, g)

@@ -23,6 +23,8 @@ SEVERAL = (
 )
 # Part of the step between two codes that rounding may take up.
 SLACK = 0.1
+# The rounding of one row that its proof may keep, by bytes of a number; coarser ones go by halves.
+ROUNDING = {8: 1e-10, 4: 1e-4}
 
 
 def whole_rows(call: Call) -> bool:
@@ -46,7 +48,8 @@ def find_examples(
 
     Loss terms are sent back with codes for weights: a row of example n returns `w_n` times its
     gradient, which tells n. Two codes, the digits of n in base `sqrt(n)`, keep the steps between
-    codes far above rounding. Three backward passes to the layers' outputs, O(1) in n. Where large
+    codes far above rounding. Several examples may make a code together by chance: random weights
+    then prove what was read. Four backward passes to the layers' outputs, O(1) in n. Where large
     terms of a row's gradient cancel, rounding hides the codes. Calls that are not clear are asked
     once more, by halves.
 
@@ -67,6 +70,9 @@ def find_examples(
     digits = (index // base, index % base)
     plain = _arrived(outputs, vector, edges, shapes)
     coded = [_arrived(outputs, _times(vector, 1 + digit / base), edges, shapes) for digit in digits]
+    drawn = 0.5 + torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+    drawn = drawn.to(outputs)
+    proof = _arrived(outputs, _times(vector, drawn), edges, shapes)
     reasons = []
     for k, call in enumerate(calls):
         g = as_rows(call, plain[k]).double()
@@ -83,7 +89,11 @@ def find_examples(
             clean &= ((code - digit).abs() < SLACK) & (rest < SLACK * square.sqrt())
             example += place * digit.long()
         example = example.where(there, torch.full_like(example, -1))
-        right = bool((clean | ~there).all()) and bool((example < n).all())
+        right = bool((clean | ~there).all()) and bool(((example >= -1) & (example < n)).all())
+        if right:
+            left = as_rows(call, proof[k]).double() - drawn[example].double()[:, None] * g
+            bound = ROUNDING.get(plain[k].element_size(), 0.0) * square.sqrt()
+            right = bool((left.norm(dim=1) <= bound).all())
         call.examples = example if right else None
         reasons.append("" if right else SEVERAL)
     doubtful = [k for k, why in enumerate(reasons) if why]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 # A tensor of the graph: the node that made it, and which of the node's outputs it is.
@@ -482,9 +483,17 @@ def _call(node: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The node's gradients of its inputs; straight from the node, so that no hook runs."""
     # nothing was made of a second output, such as the buffer of a log-sigmoid
     gradients += (None,) * (len(node._input_metadata) - len(gradients))
-    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-    found = node.apply(*gradients) if custom else node(*gradients)
+    if isinstance(node, BackwardCFunction):
+        return _of_tensors(node, node.apply(*gradients))
+    found = node(*gradients)
     return found if isinstance(found, tuple) else (found,)
+
+
+def _of_tensors(node: Any, found: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that a user's own function has for each argument, tensor or not, by source."""
+    given = found if isinstance(found, tuple) else (found,)
+    needed = iter([g for g, need in zip(given, node.needs_input_grad, strict=False) if need])
+    return tuple(None if source is None else next(needed, None) for source in _sources(node))
 
 
 def _by_a_tensor(node: Any, sources: list[Edge | None]) -> bool:
@@ -501,7 +510,7 @@ def _is_diagonal(node: Any, k: int) -> bool:
     name = _name(node)
     if name in _MIXING:
         return False
-    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    custom = isinstance(node, BackwardCFunction)
     if custom or name not in _DIAGONAL:
         ones = _ones((node, 0))
         with torch.no_grad():
