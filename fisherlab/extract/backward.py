@@ -37,8 +37,19 @@ def pulled_back(
     # the gradient of the number <f, v>: given v itself, autograd loads a package, 2 s once
     with torch.enable_grad():
         product = (outputs * vector).sum()
-    wanted: list[Any] = list(sources)
-    return torch.autograd.grad(product, wanted, retain_graph=True, allow_unused=True)
+    wanted: list[Any] = [*sources, *_read_by_group_norms(sources)]
+    found = torch.autograd.grad(product, wanted, retain_graph=True, allow_unused=True)
+    return found[: len(sources)]
+
+
+def _read_by_group_norms(sources: Sequence[GradientEdge | Tensor]) -> list[GradientEdge]:
+    """The inputs of group normalisations, which torch's kernel has to be asked for as well.
+
+    In channels-last layout on the CPU it ends the process where the weight alone is asked for.
+    """
+    nodes = {source.node for source in sources if isinstance(source, GradientEdge)}
+    found = [n.next_functions[0] for n in nodes if n.name().startswith("NativeGroupNorm")]
+    return [GradientEdge(node, number) for node, number in found if node is not None]
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ def randn(*shape, seed=0):
 
 def expected(model, loss, x, y, weight):
     """The gradient of each example's own loss, by a pass of this example alone."""
-    rows = range(len(x))
+    rows, leaves = range(len(x)), [weight, *model.parameters()]
     losses = [loss(model(x[n : n + 1].clone()), y[n : n + 1]) for n in rows]
-    return torch.stack([torch.autograd.grad(each, weight)[0] for each in losses])
+    return torch.stack([torch.autograd.grad(each, leaves)[0] for each in losses])
 
 
 def at_labels(layer):
@@ -184,3 +184,18 @@ def test_scores_in_the_last_axis_behind_batch_norm():
 
     true = expected(model, loss, x, y, model[0].weight).flatten(2)
     assert (at_labels(layer)[..., :2] - true).norm() < 1e-12 * true.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_group_norm_of_channels_last(groups):
+    # its kernel on the CPU ends the process where the gradient of the weight alone is asked for
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.GroupNorm(groups, 2), nn.Flatten(), nn.Linear(8, 2)
+    )
+    model, x, y = model.double(), randn(3, 1, 3, 3), torch.tensor([0, 1, 1])
+    batch = x.to(memory_format=torch.channels_last)
+    model[0].register_forward_hook(lambda _, __, h: h.contiguous(memory_format=torch.channels_last))
+    layer = fl.capture(model, CE, batch, y, kinds=["factors"])["1"]
+    true = expected(model, CE, x, y, model[1].weight)
+    assert (at_labels(layer)[..., 0] - true).norm() < 1e-12 * true.norm()
