@@ -26,6 +26,18 @@ def is_isolated() -> bool:
     return _ISOLATED.get()
 
 
+def is_traced() -> bool:
+    """Whether the current pass is traced, exported or transformed by `torch.func`.
+
+    Its tensors have no numbers to read, and hooks would be written into the program.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    found = any(torch._C._get_dispatch_mode(mode) for mode in modes)
+    return found or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 # The models whose graphs a pass of FisherLab's own runs through, and how many do. A variable of the
 # context would not do: on an accelerator autograd calls hooks from threads of its own.
 _SENT_THROUGH: Counter[int] = Counter()

@@ -144,7 +144,8 @@ def _class_root(
 
 def _draw_classes(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
     p = outputs.softmax(1).movedim(1, -1)
-    flat = p.reshape(-1, p.shape[-1]).double().to(generator.device)
+    # outputs with NaN have vectors with NaN, whatever the draw
+    flat = p.reshape(-1, p.shape[-1]).double().nan_to_num(1.0).to(generator.device)
     drawn = torch.multinomial(flat, 1, generator=generator).view(p.shape[:-1])
     return drawn.to(outputs.device)
 
@@ -259,7 +260,7 @@ def _poisson_entries(criterion: Any, outputs: Tensor, y: Tensor) -> Tensor:
 
 def _draw_counts(criterion: Any, outputs: Tensor, generator: torch.Generator) -> Tensor:
     rates = (outputs.exp() if criterion.log_input else outputs).double().to(generator.device)
-    return torch.poisson(rates, generator).to(outputs)
+    return torch.poisson(rates.nan_to_num(0.0), generator).to(outputs)
 
 
 # A mean and a variance ------------------------------------------------------------------------

@@ -54,8 +54,11 @@ class Attempt:
                 with Together():
                     finite()
                     return compute()
-            except Exception:
+            except BaseException as error:
                 again = kept.back()
+                # an interrupted step is not taken again
+                if not isinstance(error, Exception):
+                    raise
                 if not finite():
                     return None
                 if not again:
@@ -68,10 +71,10 @@ class Attempt:
 
 
 def _whole(compute: Callable[[], T], kept: Kept) -> T:
-    """The result of `compute`; where it raises, the state is as it was."""
+    """The result of `compute`; where it raises or is interrupted, the state is as it was."""
     try:
         with revocable():
             return compute()
-    except Exception:
+    except BaseException:
         kept.back()
         raise

@@ -18,7 +18,14 @@ from fisherlab.optim.alike import check_alike, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
-from fisherlab.optim.state import FORMAT, check_form, check_state, sealed
+from fisherlab.optim.state import (
+    FORMAT,
+    check_form,
+    check_params,
+    check_state,
+    sealed,
+    state_of,
+)
 from fisherlab.optim.step import (
     DECAY_PLACEMENTS,
     UNCLIPPED,
@@ -145,7 +152,9 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as `torch.optim` does; refuse a decay that cannot be placed."""
+        """Add a group, as `torch.optim` does; refuse an option that no group takes."""
+        if not isinstance(param_group, Mapping):
+            raise TypeError(f"a parameter group is a dict, got {doors.said(param_group)}")
         options = {**self.defaults, **param_group}
         placement = options["weight_decay_placement"]
         if placement not in DECAY_PLACEMENTS:
@@ -162,6 +171,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                 f"decoupled weight decay is no part of the gradient; leave out "
                 f"weight_decay_placement={placement!r}, or decoupled=True"
             )
+        check_group(options, self.damped)
         super().add_param_group(param_group)
         if "coverage" in vars(self):
             self.coverage.renew(self.model)
@@ -219,6 +229,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             self._discard()
             return loss
         self._apply(directions)
+        self.coverage.stepped()
         self.steps += 1
         if self.steps == 1:
             self.coverage.warn_of_share(stacklevel=4)
@@ -267,6 +278,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return {**directions, **found}
 
     def _clipped(self, directions: dict[nn.Parameter, Tensor]) -> Directions:
+        # a parameter whose gradient was taken away does not move
+        directions = {p: d for p, d in directions.items() if p.grad is not None}
         if not directions:
             return directions
         if self.control:
@@ -361,6 +374,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
                 )
         for group in rest["param_groups"]:
             check_group(group, self.damped)
+            check_params(group)
         check_form(extra)
         self._check_momentum(rest)
         take = self._reading(extra)
@@ -369,13 +383,22 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         self.coverage.groups = self.param_groups
         self.steps, self.clipped = extra["steps"], extra["clipped"]
         take()
+        self.coverage.stepped()
 
     def _check_momentum(self, state: dict[str, Any]) -> None:
         for ours, theirs in zip(self.param_groups, state["param_groups"], strict=True):
             # lengths that differ are torch's to refuse
             for p, index in zip(ours["params"], theirs["params"], strict=False):
-                buffer = state["state"].get(index, {}).get("momentum_buffer")
-                if buffer is not None and buffer.shape != p.shape:
+                kept = state_of(state["state"], index)
+                buffer = kept.get("momentum_buffer")
+                if buffer is None:
+                    continue
+                if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
+                    raise ValueError(
+                        f"this state is damaged: the momentum of parameter {index} is "
+                        f"{doors.said(buffer)}; nothing was loaded"
+                    )
+                if buffer.shape != p.shape:
                     raise ValueError(
                         f"this state is of another model: parameter {index} has shape "
                         f"{tuple(buffer.shape)} there and {tuple(p.shape)} here"

@@ -62,7 +62,7 @@ class Coverage:
         self.left_out: dict[str, str] = {}
         # the tape that sees the products of the weights
         self.tape: Tape | None = None
-        # shape and dtype of each matrix as it was first seen
+        # the shape of each matrix as it was first seen, its dtype at the last step
         self._shapes: dict[str, torch.Size] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         where = self.where()
@@ -138,10 +138,11 @@ class Coverage:
     def check(self, model: nn.Module) -> None:
         """Refuse layers that are no longer those which the hooks and the blocks belong to."""
         for name, w in self.weights.items():
-            dtype = self._dtypes.setdefault(name, w.weight.dtype)
-            if dtype in (torch.float16, torch.bfloat16):
+            dtype = self._dtypes.get(name, w.weight.dtype)
+            now = w.weight.dtype
+            if now in (torch.float16, torch.bfloat16):
                 raise OptimizerError(
-                    f"the weight of layer {name!r} is {dtype}; curvature in half precision is "
+                    f"the weight of layer {name!r} is {now}; curvature in half precision is "
                     "noise: keep the model in float32 and use autocast; no parameter was changed"
                 )
             change = ""
@@ -150,13 +151,17 @@ class Coverage:
             elif w.weight.shape != self._shapes[name]:
                 before, now = tuple(self._shapes[name]), tuple(w.weight.shape)
                 change = f"had a weight of shape {before} and now has {now}"
-            elif w.weight.dtype != dtype:
-                change = f"was {dtype} at the first step and now is {w.weight.dtype}"
+            elif now != dtype:
+                change = f"was {dtype} at the last step and now is {now}"
             if change:
                 raise OptimizerError(
                     f"the model was changed under the optimizer: layer {name!r} {change}; make a "
                     "new optimizer for the changed model; no parameter was changed"
                 )
+
+    def stepped(self) -> None:
+        """Note the dtypes that a step was taken in, or that a state was loaded for."""
+        self._dtypes |= {name: w.weight.dtype for name, w in self.weights.items()}
 
     def finite(self, nonfinite: str) -> bool:
         """Whether there are finite gradients.
@@ -376,10 +381,11 @@ def shown(model: nn.Module, coverage: Coverage) -> Watch:
 
     def end(output: Tensor | None) -> None:
         nonlocal known
-        known = trained()
-        for name, uses in used.items():
-            if name not in watch.tape.others and all(use.kind == "map" for use in uses):
-                coverage.adopt(uses[0])
+        if watch.returned:  # a pass that broke off shows no more than a part
+            known = trained()
+            for name, uses in used.items():
+                if name not in watch.tape.others and all(use.kind == "map" for use in uses):
+                    coverage.adopt(uses[0])
         used.clear()
 
     watch = Watch(model, coverage.weights, due, lambda: None, record, end)

@@ -14,6 +14,7 @@ from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import cholesky, sum_of
+from fisherlab.blocks.reads import revocable
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
@@ -76,12 +77,49 @@ class KBFGSOptimizer(NaturalGradient):
             )
         for group in self.param_groups:
             check_group(group)
+        self.coverage.check(self.model)
         self.preconditioner.forget()
         with torch.enable_grad():
             loss = evaluated(closure)
         if not self.coverage.finite(self.nonfinite):
             self.preconditioner.forget()
             return loss
+        back = self._kept()
+        try:
+            with revocable():
+                self._move(closure)
+        except BaseException:
+            back()
+            raise
+        self.coverage.stepped()
+        self.steps += 1
+        self.preconditioner.steps += 1
+        return loss
+
+    def _kept(self) -> Callable[[], None]:
+        """A call that takes a step back that its second evaluation refuses."""
+        curvature, clipped = self.preconditioner.curvature.kept(), self.clipped
+        mean = dict(self._mean_gradient)
+        before = {p: p.clone() for p in self.coverage.where() if p.grad is not None}
+        velocities: dict[Any, dict[str, Any]] = {
+            p: {key: buffer.clone() for key, buffer in self.state[p].items()}
+            for p in before
+            if p in self.state
+        }
+
+        def back() -> None:
+            curvature()
+            self.clipped, self._mean_gradient = clipped, mean
+            for p, value in before.items():
+                p.copy_(value)
+                self.state.pop(p, None)
+            self.state.update(velocities)
+            self.preconditioner.forget()
+
+        return back
+
+    def _move(self, closure: Callable[[], Tensor]) -> None:
+        """The step, and the update of the blocks by what it changed."""
         before = self._captures()
         gradients = self.gradients()
         parts = {
@@ -101,9 +139,6 @@ class KBFGSOptimizer(NaturalGradient):
         after = self._captures()
         for part in (part for name in gradients for part in parts[name]):
             _learn(part, delivered(before, part.key), delivered(after, part.key))
-        self.steps += 1
-        self.preconditioner.steps += 1
-        return loss
 
     def _captures(self) -> list[dict[Any, Any]]:
         recorder = self.preconditioner.recorder

@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.optim.scale import OptimizerError
-from fisherlab.optim.state import is_finite
+from fisherlab.optim.state import check_params, is_finite
 
 
 def check_gradients(method: str, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
@@ -89,6 +89,7 @@ def check_loaded(
             lacks = ", ".join(missing) if isinstance(group, Mapping) else "its options"
             raise ValueError(f"a group of this state lacks {lacks}; nothing was loaded")
         check_group(group)
+        check_params(group)
         if len(group["params"]) != len(ours["params"]):
             raise ValueError(f"this state is of another model than that of {name}")
         for p, index in zip(ours["params"], group["params"], strict=True):

@@ -239,6 +239,7 @@ class Preconditioner(Covered):
                 if p.grad is not None:
                     p.grad.copy_(d)
                     self._left = p, p.grad, p.grad._version
+        self.coverage.stepped()
         if self.steps == 1:
             self.coverage.warn_of_share(stacklevel=4)
 
@@ -429,6 +430,7 @@ class Preconditioner(Covered):
                     group["damping"].share = share
             if self.recorder is not None and drawn is not None:
                 self.recorder.generator.set_state(drawn)
+            self.coverage.stepped()
             self._prepare()
 
         return take

@@ -227,6 +227,8 @@ class Recorder:
         if not current.calls:
             return
         current.output = output.detach()
+        if not len(output):  # the step refuses it
+            return
 
         def arrive(gradient: Tensor) -> None:
             self._arrived(current)
@@ -459,6 +461,8 @@ class Recorder:
                 "the model returned no tensor with a graph, so the examples of its batch are not "
                 "known; return the outputs (a tensor, a tuple, a dict); no parameter was changed"
             )
+        if not len(one.output):
+            raise OptimizerError("the batch has no example; leave it out; no parameter was changed")
         if self.needs.columns and one.loss_scale is None and one.output_gradient is not None:
             # columns were sent for every label, an ignored one included
             if ignored_terms(one.output, one.output_gradient):

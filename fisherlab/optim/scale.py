@@ -36,6 +36,11 @@ def scale_factor(
 ) -> float:
     """From the criterion's own loss tensor where it was seen, else from the output's gradient."""
     if loss_scale is not None:
+        if loss_scale == 0:
+            raise OptimizerError(
+                "the loss is multiplied by 0, so the gradients of its examples are not known; "
+                "leave the batch out; no parameter was changed"
+            )
         mean = criterion is not None and fisher.reduction_of(criterion) == "mean"
         return (len(output) if mean else 1.0) / float(loss_scale)
     if output_gradient is None:
@@ -208,7 +213,13 @@ class Loss:
 
     @property
     def factor(self) -> float:
-        """The factor from `dL/ds` to the gradient of the per-example loss."""
+        """The factor from `dL/ds` to the gradient of the per-example loss.
+
+        NaN where what arrived has NaN or inf: the backward pass goes on, and the step refuses it.
+        """
+        arrived = self._gradient if self._scale is None else self._scale
+        if self._known is None and arrived is not None and not bool(arrived.isfinite().all()):
+            return math.nan
         if self._known is None:
             if self._output is None:
                 raise OptimizerError("a backward pass came without a forward of the model itself")

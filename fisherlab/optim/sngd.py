@@ -22,7 +22,7 @@ from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.reads import Together
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
-from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.isolation import is_isolated, is_traced
 from fisherlab.extract.slopes import Slopes, slopes
 from fisherlab.names import unknown
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
@@ -291,7 +291,8 @@ class _Observer:
             fisher.handles = handles
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self.calls = {} if torch.is_grad_enabled() and not is_isolated() else None
+        recorded = torch.is_grad_enabled() and not is_isolated() and not is_traced()
+        self.calls = {} if recorded else None
 
     def remember(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], output: Tensor

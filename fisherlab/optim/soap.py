@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,18 +100,34 @@ class SOAP(torch.optim.Optimizer):
         found = [(p, group) for group in self.param_groups for p in group["params"]]
         found = [(p, group) for p, group in found if p.grad is not None]
         check_gradients("SOAP", [p for p, _ in found], self.state)
-        turning = []
-        for p, group in found:
-            if self._step(p, group):
-                turning.append((self.state[p], matrix(p)))
-        _turn(turning)
+        new = [self._factors(p, group) for p, group in found]
+        # a decomposition may fail, so it comes before any change
+        vectors = _eigenvectors(new)
+        for (p, group), factors, turned in zip(found, new, vectors, strict=True):
+            self._step(p, group)
+            state = self.state[p]
+            before = bases(state, matrix(p))
+            state |= {**factors.sides, **turned}
+            if factors.due:
+                _carry(state, before, bases(state, matrix(p)))
         return loss
 
-    def _step(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Move a parameter; whether its bases are due then."""
-        state, (b1, b2) = self.state[p], group["betas"]
-        assert p.grad is not None
-        G = matrix(p.grad.float() if p.grad.element_size() < 4 else p.grad)
+    def _factors(self, p: Tensor, group: dict[str, Any]) -> _Factors:
+        """The factors `L` and `R` after this step, and whether bases are due."""
+        state, G, (_, b2) = self.state.get(p, {}), _gradient(p), group["betas"]
+        t = int(state.get("step", 0)) + 1
+        if p.ndim < 2:
+            return _Factors({}, False)
+        sides = {
+            name: state.get(name, torch.zeros_like(factor)).lerp(factor, 1 - b2)
+            for name, factor in (("L", G @ G.mT), ("R", G.mT @ G))
+            if len(factor) <= group["largest_factor"]
+        }
+        return _Factors(sides, t == 1 or t % group["basis_every"] == 0)
+
+    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Move a parameter and its two moments."""
+        state, G, (b1, b2) = self.state[p], _gradient(p), group["betas"]
         if not state:
             state["step"] = torch.zeros((), device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
@@ -124,28 +141,38 @@ class SOAP(torch.optim.Optimizer):
         N = Q_L @ ((Q_L.mT @ (M @ Q_R)) / size) @ Q_R.mT
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(N.view(p.shape).to(p.dtype), alpha=-group["lr"] / (1 - b1**t))
-        if p.ndim < 2:
-            return False
-        for name, factor in (("L", G @ G.mT), ("R", G.mT @ G)):
-            if len(factor) <= group["largest_factor"]:
-                state[name] = state.get(name, torch.zeros_like(factor)).lerp(factor, 1 - b2)
-        return t == 1 or t % group["basis_every"] == 0
 
 
-def _turn(states: list[tuple[dict[str, Any], Tensor]]) -> None:
-    """New bases of parameters, and `V` in them."""
-    sides = [(state, name) for state, _ in states for name in ("L", "R") if name in state]
-    found = eigh_each([state[name] for state, name in sides], [f"SOAP's {n}" for _, n in sides])
-    before = [bases(state, like) for state, like in states]
-    for (state, name), (_, vectors) in zip(sides, found, strict=True):
+@dataclass(frozen=True)
+class _Factors:
+    """`L` and `R` of a parameter by name, and whether their bases are due."""
+
+    sides: dict[str, Tensor]
+    due: bool
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """The gradient as a matrix, in float32 at least."""
+    assert p.grad is not None
+    return matrix(p.grad.float() if p.grad.element_size() < 4 else p.grad)
+
+
+def _eigenvectors(every: list[_Factors]) -> list[dict[str, Tensor]]:
+    """`Q_L` and `Q_R` of each parameter whose bases are due."""
+    sides = [(k, n) for k, each in enumerate(every) if each.due for n in each.sides]
+    factors = [every[k].sides[name] for k, name in sides]
+    found: list[dict[str, Tensor]] = [{} for _ in every]
+    decomposed = eigh_each(factors, [f"SOAP's {name}" for _, name in sides])
+    for (k, name), (_, vectors) in zip(sides, decomposed, strict=True):
         # the largest first, as the authors' order is
-        state[f"Q_{name}"] = vectors.flip(1)
-    for (state, like), old in zip(states, before, strict=True):
-        pair = [
-            dict(zip(("Q_G", "Q_A"), map(matrix_of, each), strict=True))
-            for each in (old, bases(state, like))
-        ]
-        state["exp_avg_sq"] = carried(state["exp_avg_sq"], *pair)
+        found[k][f"Q_{name}"] = vectors.flip(1)
+    return found
+
+
+def _carry(state: dict[str, Any], old: tuple[Basis, Basis], new: tuple[Basis, Basis]) -> None:
+    """`V` in new bases."""
+    pair = [dict(zip(("Q_G", "Q_A"), map(matrix_of, each), strict=True)) for each in (old, new)]
+    state["exp_avg_sq"] = carried(state["exp_avg_sq"], *pair)
 
 
 def matrix(tensor: Tensor) -> Tensor:

@@ -62,6 +62,35 @@ def is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def check_params(group: Mapping[str, Any]) -> None:
+    """Refuse a saved parameter group whose `params` are no list of numbers.
+
+    Raises:
+        ValueError: the message says what they are.
+    """
+    params = group.get("params")
+    if not isinstance(params, list) or not all(isinstance(index, int) for index in params):
+        raise ValueError(
+            "this state is damaged: the params of a group are a list of whole numbers, got "
+            f"{doors.said(params)}; nothing was loaded"
+        )
+
+
+def state_of(state: Any, index: int) -> Mapping[str, Any]:
+    """The saved state of a parameter; empty where it has none.
+
+    Raises:
+        ValueError: the states, or that of the parameter, are no dict.
+    """
+    found = state.get(index, {}) if isinstance(state, Mapping) else state
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"this state is damaged: that of parameter {index} is no dict but {doors.said(found)}; "
+            "nothing was loaded"
+        )
+    return found
+
+
 def check_form(state: Mapping[str, Any]) -> None:
     """Refuse a part that has another form than when it was saved.
 

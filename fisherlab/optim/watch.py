@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.isolation import is_isolated, is_traced
 from fisherlab.extract.outputs import loss_of, output_of
 from fisherlab.extract.products import Product
 from fisherlab.extract.select import on_tape, weights_of
@@ -25,6 +26,8 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any:
         """The function, told whether the caller is compiled: its graph has a break here."""
+        if torch.compiler.is_exporting():  # a program of the model has no optimizer in it
+            return None
         # the break itself costs an uncompiled model 15 us a call
         compiled = torch.compiler.is_compiling()
         return self._breaking(True, *args) if compiled else self.function(False, *args)
@@ -74,8 +77,11 @@ class Watch:
         self.single = True
         # the loss that the latest pass returned beside its outputs
         self.loss: Tensor | None = None
-        # a recorded pass runs; in compiled code
-        self._running = self._compiled = False
+        # whether the latest pass returned anything, or broke off
+        self.returned = False
+        # a recorded pass runs in this thread; in compiled code
+        self._passes = threading.local()
+        self._compiled = False
         # the weights whose own modules tell their products
         self.hooked = {name for name, weight in weights.items() if weight.local == "weight"}
         self._handles = [
@@ -90,6 +96,14 @@ class Watch:
             model.register_forward_hook(Hook(self._end), always_call=True),
         ]
 
+    @property
+    def _running(self) -> bool:
+        return getattr(self._passes, "running", False)
+
+    @_running.setter
+    def _running(self, running: bool) -> None:
+        self._passes.running = running
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
@@ -100,7 +114,7 @@ class Watch:
         # a deep copy of the model carries these hooks along
         if model is not self.model() or is_isolated():
             return
-        self._running = self.wanted() and torch.is_grad_enabled()
+        self._running = not is_traced() and self.wanted() and torch.is_grad_enabled()
         if not self._running:
             return
         self.begin()
@@ -115,7 +129,7 @@ class Watch:
             return
         self._running = False
         self.tape.leave()
-        found = output_of(output)
+        found, self.returned = output_of(output), output is not None
         self.single, loss = isinstance(found, Tensor), loss_of(output)
         if isinstance(loss, Tensor) and loss.requires_grad and not loss.ndim:
             self.loss = loss
@@ -131,7 +145,9 @@ class Watch:
         output: Tensor,
     ) -> Tensor | None:
         """A module's own product where no tape sees it: compiled, or computed again."""
-        if (self._running and not self._compiled) or module is not weight.module or is_isolated():
+        if (self._running and not self._compiled) or module is not weight.module:
+            return None
+        if is_isolated() or is_traced():
             return None
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None

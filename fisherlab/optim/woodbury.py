@@ -88,9 +88,10 @@ class Woodbury(CurvatureOptimizer):
             doors.number(value, name, above=0.0)
         if damping is not None:
             unexpanded(damping, type(self).__name__)
+        self.alpha = alpha  # its groups need no damping then
         super().__init__(model, params, lr=lr, groups={"damping": damping}, **options)
         model = unwrapped(model)
-        self.alpha, self.fold = alpha, doors.flag(fold, "fold")
+        self.fold = doors.flag(fold, "fold")
         # per layer, the backward passes that `.grad` holds
         self._taken: dict[str, list[Taken]] = {}
         # the last step's size, damping and, for the spectrum, its Gram matrices
