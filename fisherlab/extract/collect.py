@@ -100,7 +100,7 @@ def collect(
             leaf = record.gradients[id(weights[name].tensor)]
             bias = None if form.bias is None else record.gradients[id(form.bias)]
             error = gradient_error(list(layers.values()), leaf, bias)
-            if error > max(call_tolerance(call) for call in found):
+            if not error <= max(call_tolerance(call) for call in found):
                 failures[name] = not_a_product(error, *_why(record, name))
                 continue
         try:

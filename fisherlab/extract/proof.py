@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -83,6 +84,9 @@ def gradient_error(
         parts: captures of the weight, one per group, whose label gradients are those of `leaf`.
         leaf: the gradient of the weight.
         bias: the gradient of the bias; None where the block has none.
+
+    Returns:
+        The error; NaN where the numbers have NaN, or overflow, and prove nothing.
     """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -97,6 +101,8 @@ def gradient_error(
             expected = expected + rows.to(v) * v[-1]
         total, size = projected_gradient(part, v)
         error = float((total - expected).norm())
+        if not math.isfinite(error + size):
+            return math.nan
         # without any captured gradient, the whole gradient of the weight is unexplained
         worst = max(worst, error / size if size else (float("inf") if error else 0.0))
     return worst

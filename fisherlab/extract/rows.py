@@ -21,6 +21,8 @@ SEVERAL = (
     "its rows are not one example each: examples interact (batch statistics, a graph, a mean over "
     "the batch), or one row serves several examples"
 )
+# A batch that says nothing about a layer, which another one may.
+UNTOLD = "its rows cannot be told from a batch without examples, or whose gradients overflow"
 # Part of the step between two codes that rounding may take up.
 SLACK = 0.1
 # The rounding of one row that its proof may keep, by bytes of a number; coarser ones go by halves.
@@ -61,7 +63,7 @@ def find_examples(
     """
     n = outputs.shape[0]
     if not n:
-        return ["the outputs have no rows"] * len(calls)
+        return [UNTOLD] * len(calls)
     base = max(2, math.isqrt(n - 1) + 1)
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(outputs.shape, generator=generator, device=generator.device)
@@ -89,14 +91,19 @@ def find_examples(
             clean &= ((code - digit).abs() < SLACK) & (rest < SLACK * square.sqrt())
             example += place * digit.long()
         example = example.where(there, torch.full_like(example, -1))
-        right = bool((clean | ~there).all()) and bool(((example >= -1) & (example < n)).all())
-        if right:
+        finite, right = torch.stack(
+            [
+                square.isfinite().all(),
+                ((clean | ~there) & (example >= -1) & (example < n)).all(),
+            ]
+        ).tolist()
+        if finite and right:
             left = as_rows(call, proof[k]).double() - drawn[example].double()[:, None] * g
             bound = ROUNDING.get(plain[k].element_size(), 0.0) * square.sqrt()
             right = bool((left.norm(dim=1) <= bound).all())
-        call.examples = example if right else None
-        reasons.append("" if right else SEVERAL)
-    doubtful = [k for k, why in enumerate(reasons) if why]
+        call.examples = example if finite and right else None
+        reasons.append(UNTOLD if not finite else "" if right else SEVERAL)
+    doubtful = [k for k, why in enumerate(reasons) if why == SEVERAL]
     if doubtful:
         asked = [calls[k] for k in doubtful]
         found = _by_halves(

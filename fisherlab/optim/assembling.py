@@ -44,6 +44,10 @@ def captures_of(
     for name, calls in one.calls.items():
         arrived = [call for call in calls if call.arrived]
         if arrived and name not in coverage.left_out:
+            if why := one.untold.get(name):
+                raise OptimizerError(
+                    f"layer {name!r}: {why}; leave the batch out; no parameter was changed"
+                )
             found |= _layer(coverage.weights[name], arrived, factor, needs, batch)
     return found
 

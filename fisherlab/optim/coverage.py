@@ -149,8 +149,8 @@ class Coverage:
             if not w.is_in(model):
                 change = "was replaced"
             elif w.weight.shape != self._shapes[name]:
-                before, now = tuple(self._shapes[name]), tuple(w.weight.shape)
-                change = f"had a weight of shape {before} and now has {now}"
+                before, after = tuple(self._shapes[name]), tuple(w.weight.shape)
+                change = f"had a weight of shape {before} and now has {after}"
             elif now != dtype:
                 change = f"was {dtype} at the last step and now is {now}"
             if change:

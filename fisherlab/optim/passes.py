@@ -50,6 +50,8 @@ class Pass:
     labels: Tensor | None = None
     # whether a gradient came through that has a graph of its own (create_graph=True)
     twice: bool = False
+    # layers that this pass could not tell to have a block, each with the reason
+    untold: dict[str, str] = field(default_factory=dict)
     # the tensor whose columns were sent back
     criterion_saw: Tensor | None = None
 

@@ -6,7 +6,9 @@ such as a penalty on the weights, are not in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -17,11 +19,12 @@ from fisherlab.extract.assemble import capture_of
 from fisherlab.extract.backward import pulled_back
 from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.proof import gradient_error, not_a_product, tolerance
-from fisherlab.extract.rows import find_examples, in_order
+from fisherlab.extract.rows import UNTOLD, find_examples, in_order
 from fisherlab.extract.tape import or_zero
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.passes import Call, Pass
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.weight import Weight
 
 
 class Proof:
@@ -60,10 +63,11 @@ class Proof:
             if name in fresh or name in self._coded or call.shape[0] != n
         ]
         if doubtful:
-            self._find_rows(output, doubtful)
+            self._find_rows(current, output, doubtful)
         if fresh:
-            self._proven |= fresh
             self._find_products(current, output, fresh - set(self.coverage.left_out))
+            whole = {n for n in fresh if not _frozen_bias(self.weights[n])}
+            self._proven |= whole - current.untold.keys()
 
     @no_gradient_named(OptimizerError)
     def count_positions(self, current: Pass, output: Tensor) -> None:
@@ -88,6 +92,9 @@ class Proof:
         new: dict[str, str] = {}
         for name, call, why in _with_examples(output, folded):
             examples, call.examples = call.examples, None
+            if why == UNTOLD:
+                current.untold[name] = why
+                continue
             if not why and examples is not None:
                 counts = torch.bincount(examples[examples >= 0], minlength=n)
                 whole = int(counts.min()) * n == len(examples) and len(call.shape) == 2
@@ -97,10 +104,13 @@ class Proof:
                 new[name] = why
         self.coverage.leave_out(new)
 
-    def _find_rows(self, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
+    def _find_rows(self, current: Pass, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
         n = len(output)
         new: dict[str, str] = {}
         for name, call, why in _with_examples(output, doubtful):
+            if why == UNTOLD:
+                current.untold[name] = why
+                continue
             same = call.shape[0] == n == len(call.raw_input)
             if why or (same and in_order(call, n)):
                 # examples that interact, as under batch norm, keep the rows that they have
@@ -116,12 +126,8 @@ class Proof:
         vector = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
         joined = {name: calls for name, calls in current.calls.items() if name in names}
         every = [call for calls in joined.values() for call in calls]
-        leaves = [
-            leaf
-            for name in joined
-            for leaf in (self.weights[name].weight, self.weights[name].bias)
-            if leaf is not None
-        ]
+        weights = {name: _trained(self.weights[name]) for name in joined}
+        leaves = [leaf for w in weights.values() for leaf in (w.weight, w.bias) if leaf is not None]
         if not every:
             return
         found = pulled_back(output, vector, [*edges(every), *leaves])
@@ -132,7 +138,7 @@ class Proof:
         gradients = iter(found[len(every) :])
         new: dict[str, str] = {}
         for name, calls in joined.items():
-            weight = self.weights[name]
+            weight = weights[name]
             leaf = or_zero(next(gradients), weight.weight)
             bias = None if weight.bias is None else or_zero(next(gradients), weight.bias)
             parts, why = weight.pieces(calls, len(output))
@@ -141,11 +147,25 @@ class Proof:
                 continue
             layers = capture_of(name, "", parts, weight.form, lambda c: rows[id(c)])
             error = gradient_error(list(layers.values()), leaf, bias)
-            if error > max(tolerance(t) for c in calls for t in (c.raw_input, rows[id(c)])):
+            if math.isnan(error):
+                current.untold[name] = "the gradients of its batch have NaN, or overflow"
+            elif error > max(tolerance(t) for c in calls for t in (c.raw_input, rows[id(c)])):
                 others = self.coverage.others.get(name)
                 extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
                 new[name] = not_a_product(error, *extra)
         self.coverage.leave_out(new)
+
+
+def _frozen_bias(weight: Weight) -> bool:
+    """Whether its bias was frozen since."""
+    return weight.bias is not None and not weight.bias.requires_grad
+
+
+def _trained(weight: Weight) -> Weight:
+    """The matrix without a bias that has no gradient."""
+    if not _frozen_bias(weight):
+        return weight
+    return replace(weight, bias=None, geometry=replace(weight.geometry, bias=False))
 
 
 def _with_examples(

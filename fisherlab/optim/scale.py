@@ -26,6 +26,10 @@ class OptimizerError(RuntimeError):
     """A step that cannot be taken; nothing has been changed."""
 
 
+class NotFinite(OptimizerError):
+    """What tells the scale of a loss has NaN or inf, and so will the gradients have."""
+
+
 def scale_factor(
     output: Tensor,
     output_gradient: Tensor | None,
@@ -36,13 +40,16 @@ def scale_factor(
 ) -> float:
     """From the criterion's own loss tensor where it was seen, else from the output's gradient."""
     if loss_scale is not None:
-        if loss_scale == 0:
+        scale = float(loss_scale)
+        if not math.isfinite(scale):
+            raise NotFinite("the gradient at the loss is NaN or inf: the loss is multiplied by it")
+        if scale == 0:
             raise OptimizerError(
                 "the loss is multiplied by 0, so the gradients of its examples are not known; "
                 "leave the batch out; no parameter was changed"
             )
         mean = criterion is not None and fisher.reduction_of(criterion) == "mean"
-        return (len(output) if mean else 1.0) / float(loss_scale)
+        return (len(output) if mean else 1.0) / scale
     if output_gradient is None:
         raise OptimizerError(
             "no gradient arrived at the model's output in this backward pass; call the model "
@@ -86,7 +93,7 @@ def recognised_factor(
     if found is None and last and output.ndim > 2:
         found = _softmax(output.transpose(1, -1), gradient.transpose(1, -1), smoothing)
     if found is None and not bool(torch.isfinite(gradient).all()):
-        raise OptimizerError(
+        raise NotFinite(
             "the gradient at the model's output has NaN or inf entries: the loss has diverged, or "
             "the data or the model hold such values"
         )
@@ -217,15 +224,15 @@ class Loss:
 
         NaN where what arrived has NaN or inf: the backward pass goes on, and the step refuses it.
         """
-        arrived = self._gradient if self._scale is None else self._scale
-        if self._known is None and arrived is not None and not bool(arrived.isfinite().all()):
-            return math.nan
         if self._known is None:
             if self._output is None:
                 raise OptimizerError("a backward pass came without a forward of the model itself")
-            self._known = scale_factor(
-                self._output, self._gradient, self._scale, self.criterion, self._own
-            )
+            try:
+                self._known = scale_factor(
+                    self._output, self._gradient, self._scale, self.criterion, self._own
+                )
+            except NotFinite:
+                self._known = math.nan
         return self._known
 
     def follow(self, output: Tensor, own: Tensor | None) -> None:

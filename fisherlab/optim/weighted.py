@@ -25,7 +25,7 @@ from fisherlab.extract.image import ImageColumns
 from fisherlab.extract.isolation import in_own_pass, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.no_gradient import no_gradient_named
-from fisherlab.extract.rows import find_examples, in_order
+from fisherlab.extract.rows import UNTOLD, find_examples, in_order
 from fisherlab.extract.tape import Call, Use
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.scale import Loss, LossScale, OptimizerError
@@ -56,8 +56,9 @@ class _Layer:
     loss: Loss
     state: _State
     count: int = 0
-    # whether the weight keeps its plain gradient
+    # whether the weight keeps its plain gradient; because this batch tells nothing of its rows
     plain: bool = False
+    untold: bool = False
     # whether inputs are kept by hand: what no hook of a module computes again, checkpointing would
     # miss among the saved tensors
     kept: bool = False
@@ -146,7 +147,7 @@ class _Weighted(torch.autograd.Function):
         if layer.layout:
             x, g = _examples_first(x, layer), _examples_first(g, layer)
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
-        if not own:
+        if not own and not layer.untold:
             layer.state.reached.add(weight.name)
         rows = found = None
         if layer.plain or own:
@@ -311,6 +312,9 @@ class WeightedLayers:
         weight, others = self.weights.get(use.name), self.watch.tape.others
         if weight is None and use.name not in others and use.kind == "map":
             weight = self.coverage.adopt(use)
+        if weight is not None and weight.bias is not None and not weight.bias.requires_grad:
+            # frozen since: this pass leaves the gradient of the weight alone
+            weight = replace(weight, bias=None)
         fits = weight is not None and weight.fits(use) and use.geometry.width is None and use.plain
         if weight is None or not fits or not (weight.bias is None or weight.bias is use.bias):
             others.setdefault(use.name, set()).add(use.function)
@@ -363,6 +367,10 @@ class WeightedLayers:
         with own_pass(self.watch.model()):
             whys = find_examples(output, calls, edges, shapes)
         for (name, call, _), why in zip(asked, whys, strict=True):
+            if why == UNTOLD:
+                layer = self._layers[name][0]
+                layer.plain = layer.untold = True
+                continue
             self._proven.add(name)
             same = len(cast(Tensor, call.output)) == n == len(call.raw_input)
             if same and (why or in_order(call, n)):

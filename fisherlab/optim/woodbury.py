@@ -266,8 +266,8 @@ class Woodbury(CurvatureOptimizer):
         lengths = dict(zip(every, torch.stack(norms).square(), strict=True))
         total = torch.zeros_like(next(iter(lengths.values())))
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        for name, passes in self._taken.items():
-            weight = self.weights[name]
+        for passes in self._taken.values():
+            weight = passes[0].weight
             params = [p for p in (weight.weight, weight.bias) if p is not None]
             lrs = {p: rates[p] for p in params if p in directions}
             if not lrs:  # frozen since, or no part of this loss

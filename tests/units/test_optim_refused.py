@@ -265,3 +265,42 @@ def test_a_state_with_junk_in_the_place_of_its_parameters_is_refused(method, jun
     with pytest.raises(ValueError, match="damaged|not of"):
         optimizer.load_state_dict(state)
     assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize("method", ["exact", "ngd", "tengrad", "kfac"])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_a_first_batch_that_overflows_demotes_no_layer(method: str, value: float) -> None:
+    model, twin, (x, y) = small().float(), small().float(), data()
+    optimizer, other = fl.optim.create(method, model), fl.optim.create(method, twin)
+    x = x.float()
+    wild = torch.full_like(x, value)
+    F.cross_entropy(model(wild), y).backward()
+    with pytest.raises(OptimizerError):
+        optimizer.step()
+    for network, stepped in ((model, optimizer), (twin, other)):
+        stepped.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        stepped.step()
+    assert flat(model.state_dict()) == flat(twin.state_dict())
+    assert not optimizer.left_out  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["tengrad", "fngd", "kfac"])
+def test_a_bias_that_is_frozen_for_a_pass_costs_no_block(method: str) -> None:
+    """Its step is that of a layer whose bias the optimizer does not have."""
+    model, twin, (x, y) = small(), small(), data()
+    options = {} if method == "fngd" else {"damping": 0.1}
+    optimizer = fl.optim.create(method, model, momentum=0.0, kl_clip=None, **options)
+    model[0].bias.requires_grad_(False)
+    twin[0].bias.requires_grad_(False)
+    other = fl.optim.create(method, twin, momentum=0.0, kl_clip=None, **options)
+    for network, stepped in ((model, optimizer), (twin, other)):
+        F.cross_entropy(network(x), y).backward()
+        stepped.step()
+    if method != "kfac":  # whose input factor has a row for the bias
+        assert torch.allclose(model[0].weight, twin[0].weight, rtol=1e-12, atol=0)
+    assert torch.equal(model[0].bias, twin[0].bias)
+    model[0].bias.requires_grad_(True)
+    optimizer.step(closure(model, optimizer))
+    assert not optimizer.left_out  # type: ignore[attr-defined]
+    assert not torch.equal(model[0].bias, twin[0].bias)
