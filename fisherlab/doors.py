@@ -9,15 +9,21 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# A check of one argument by its name: the argument, as what it is taken for; None: as it is.
+Door = Callable[[Any, str], Any]
+Call = TypeVar("Call", bound=Callable[..., Any])
 # a decomposition of these exists on every device
 _DTYPES = (torch.float32, torch.float64)
 
@@ -78,6 +84,7 @@ def real(value: object) -> float | None:
     if isinstance(value, Tensor):
         fits = (
             not value.is_nested
+            and not nn.parameter.is_lazy(value)
             and value.numel() == 1
             and value.dtype != torch.bool
             and not (value.is_complex() or value.is_quantized or value.is_meta)
@@ -105,6 +112,75 @@ def flag(value: object, what: str, *, error: type[Exception] = ValueError) -> bo
     if not isinstance(value, bool):
         raise error(f"{what} must be True or False, got {said(value)}")
     return value
+
+
+def listed(value: object, what: str, *, error: type[Exception] = ValueError) -> Sequence[Any]:
+    """A list of things, which may be a tuple; no string, no generator."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise error(f"{what} must be a list, got {said(value)}")
+    return value
+
+
+def numbers(
+    value: object, what: str, *, least: float = -math.inf, error: type[Exception] = ValueError
+) -> list[float]:
+    """A list, an array or a tensor of numbers in one axis, as floats; NaN only without a bound."""
+    if isinstance(value, Tensor):
+        plain = value.double() if _is_integer(value) else value
+        value = tensor(plain, what, ndim=(1,), error=error).tolist()
+    elif isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    found = listed(value, what, error=error)
+    if least > -math.inf:
+        return [number(x, f"each of {what}", least=least, error=error) for x in found]
+    reals = [real(x) for x in found]
+    if None in reals:
+        raise error(f"{what} must be numbers, got {said(found[reals.index(None)])} among them")
+    return [x for x in reals if x is not None]
+
+
+def _is_integer(value: Tensor) -> bool:
+    plain = not (value.is_nested or nn.parameter.is_lazy(value) or value.is_meta)
+    return plain and value.layout == torch.strided and value.dtype in _INTEGERS
+
+
+def instance(value: object, what: str, kind: type | tuple[type, ...], wanted: str) -> Any:
+    """An object of a class; `wanted` says which one, and how it is made."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {wanted}, got {said(value)}")
+    return value
+
+
+def optional(door: Door) -> Door:
+    """A door that lets None pass."""
+    return lambda value, what: None if value is None else door(value, what)
+
+
+def entered(**doors: Door) -> Callable[[Call], Call]:
+    """A function whose arguments, by name, pass doors; what a door returns is what it gets.
+
+    None out of a door that only checks leaves the argument as it is.
+    """
+
+    def around(function: Call) -> Call:
+        places = {name: k for k, name in enumerate(inspect.signature(function).parameters)}
+        checks = [(places[name], name, door) for name, door in doors.items()]
+
+        @wraps(function)
+        def checked(*args: Any, **named: Any) -> Any:
+            given = list(args)
+            for place, name, door in checks:
+                if place < len(given):
+                    found = door(given[place], name)
+                    given[place] = given[place] if found is None else found
+                elif name in named:
+                    found = door(named[name], name)
+                    named[name] = named[name] if found is None else found
+            return function(*given, **named)
+
+        return checked  # type: ignore[return-value]
+
+    return around
 
 
 def choice(

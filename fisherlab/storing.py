@@ -30,6 +30,9 @@ KINDS = {kind.__name__: kind for kind in (Convolution, Geometry, LayerCapture, R
 PASSING = ("shared", "brief")
 
 
+_TAKES = "fl.save takes captures, blocks and dicts of them, and a Comparison"
+
+
 class StoredError(ValueError):
     """A value that cannot be stored, or a file that `save` did not write."""
 
@@ -55,11 +58,13 @@ def save(value: Any, path: str | Path) -> Path:
         [[2.0, 3.0]]
         >>> path.unlink()
     """
-    path = Path(path)
+    path = doors.place(path, "path", error=StoredError)
     if isinstance(value, Comparison):
         return value.save(path)
     if path.is_dir():
         raise StoredError(f"{path} is a folder; name a file, such as {path / 'file.safetensors'}")
+    if value is None or isinstance(value, bool | int | float | str):
+        raise StoredError(f"the value is {doors.said(value)}; {_TAKES}")
     with extras.named():
         from safetensors.torch import save as to_bytes
     store = _Store()
@@ -85,7 +90,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         FileNotFoundError: there is no such file.
         StoredError: it is damaged, or `save` did not write it.
     """
-    path = Path(path)
+    path = doors.place(path, "path", error=StoredError)
+    device = _device(device)
     if path.is_dir():
         return Comparison.load(path)
     with extras.named():
@@ -112,6 +118,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     return whole.read(path, unpacked, "file of fl.save", StoredError)
 
 
+def _device(device: object) -> torch.device:
+    """A device of torch, by its name."""
+    if isinstance(device, str | torch.device):
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            pass
+    got = doors.said(device)
+    raise StoredError(f"device must be one of torch, such as 'cpu' or 'cuda:0', got {got}")
+
+
 def _sum(tensor: Tensor) -> int:
     """A checksum of a tensor's bytes."""
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -130,7 +147,7 @@ class _Store:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Tensor):
-            return {"tensor": self._place(value)}
+            return {"tensor": self._place(value, what)}
         if isinstance(value, Captures):
             layers = {name: self.packed(layer, name) for name, layer in value.items()}
             rest = [self.packed(v, what) for v in (value.report, value.outputs, value.labels)]
@@ -146,12 +163,16 @@ class _Store:
         if isinstance(value, list | tuple):
             items = [self.packed(v, f"{what}[{k}]") for k, v in enumerate(value)]
             return {"tuple" if isinstance(value, tuple) else "list": items}
-        raise StoredError(
-            f"{what} is {doors.said(value)}; fl.save takes captures, blocks and dicts of them, and "
-            "a Comparison"
-        )
+        raise StoredError(f"{what} is {doors.said(value)}; {_TAKES}")
 
-    def _place(self, tensor: Tensor) -> int:
+    def _place(self, tensor: Tensor, what: str) -> int:
+        lazy = torch.nn.parameter.is_lazy(tensor)
+        if lazy or tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+            raise StoredError(
+                f"{what} must be a dense tensor with numbers, got {doors.said(tensor)}"
+            )
+        if tensor.is_quantized:
+            raise StoredError(f"{what} is quantised; pass {what}.dequantize()")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self.places:
             self.places[key] = len(self.tensors)

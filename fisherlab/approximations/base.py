@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from fisherlab import doors
+from fisherlab.approximations.entry import DOORS
 from fisherlab.approximations.means import Means
 from fisherlab.approximations.memo import Memo
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.entry import guard
 from fisherlab.blocks.factor import Factor
 from fisherlab.extract import LayerCapture
 from fisherlab.names import Registry, nearest
@@ -20,8 +23,14 @@ from fisherlab.statistics import COLUMNS, Statistic
 
 _REGISTRY: Registry[type[Approximation]] = Registry("approximation", ValueError)
 
+
+class _ByOption:
+    def __repr__(self) -> str:
+        return "given by an option"
+
+
 # A field whose statistic follows from an option of the method.
-BY_OPTION = cast(Statistic, None)
+BY_OPTION = cast(Statistic, _ByOption())
 
 # Methods of the contract before statistics were values; no code would call them.
 RETIRED = ("sums", "diagonals", "moments", "of_whole")
@@ -49,6 +58,7 @@ class Approximation:
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         super().__init_subclass__()
+        guard(cls, DOORS)
         retired = [old for old in RETIRED if callable(getattr(cls, old, None))]
         if retired:
             raise TypeError(
@@ -246,6 +256,9 @@ class Approximation:
         return Memo(layers).block(self)
 
 
+guard(Approximation, DOORS)
+
+
 def check_iteration(tolerance: object, iterations: object) -> None:
     """Refuse what no iteration ends at: a tolerance None or above 0, iterations at least 1."""
     doors.count(iterations, "iterations", error=BlockError)
@@ -254,16 +267,22 @@ def check_iteration(tolerance: object, iterations: object) -> None:
 
 
 def _check_field(kind: str, value: object, what: str) -> None:
+    if kind in ("float", "int") and not isinstance(value, Real):
+        wanted = "a number" if kind == "float" else "a whole number"
+        raise BlockError(f"{what} must be {wanted} of Python, got {doors.said(value)}")
     if kind == "float":
         doors.number(value, what, error=BlockError)
     elif kind == "int":
         doors.count(value, what, error=BlockError)
+        if not isinstance(value, Integral):
+            raise BlockError(f"{what} must be an int, got {doors.said(value)}")
     elif kind == "bool":
         doors.flag(value, what, error=BlockError)
     elif kind == "Statistic" and not isinstance(value, Statistic):
         raise BlockError(f"{what} must be a Statistic, got {doors.said(value)}")
     elif kind == "Approximation" and not isinstance(value, Approximation):
-        raise BlockError(f"{what} must be an approximation, such as fl.KFAC(); got {value!r:.80}")
+        got = doors.said(value)
+        raise BlockError(f"{what} must be an approximation, such as fl.KFAC(); got {got}")
 
 
 def _is_statistic(value: object) -> bool:
@@ -283,6 +302,8 @@ def of_one_batch() -> list[str]:
 def get(name: str) -> type[Approximation]:
     """The class registered under a name; an unknown one is refused with the nearest names."""
     if not isinstance(name, str) or name not in _REGISTRY:
+        if not isinstance(name, str):
+            raise ValueError(f"name must be that of an approximation, got {doors.said(name)}")
         near = nearest(name, _REGISTRY, names())
         raise ValueError(f"no approximation named {name!r}; nearest: {near}")
     return _REGISTRY[name]

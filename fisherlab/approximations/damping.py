@@ -14,9 +14,9 @@ How much: a number, or a rule `dict[layer, Block] -> dict[layer, lambda]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,17 +24,19 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks import Block, BlockError, Kronecker, Outer
 from fisherlab.blocks.factor import decompose
-from fisherlab.blocks.numerics import check_damping
+from fisherlab.blocks.numerics import check_damping, check_exponent
 from fisherlab.blocks.reads import holds, numbers_of, together
 
 PLACEMENTS = ("tikhonov", "factored", "factorwise", "eigenvalue")
 # Placements whose damped block is `(F + lambda I)^p`.
 PLAIN = ("tikhonov", "eigenvalue")
+Own = TypeVar("Own", bound=Block)
 Rule = Callable[[dict[str, Block]], dict[str, float]]
 
 
 def trace_ratio_pi(block: Kronecker) -> Tensor:
     """`pi = sqrt((tr A / dim A) / (tr G / dim G))`, 0-d; 1 where a trace is zero."""
+    doors.instance(block, "block", Kronecker, "a Kronecker product")
     G, A = (trace / d for trace, d in zip(block.traces, block.shape, strict=True))
     both = (A > 0) & (G > 0)
     return torch.where(both, (A / torch.where(both, G, 1)).sqrt(), 1)
@@ -58,6 +60,39 @@ def place(
     return block.factored_power(exponent, *sides)
 
 
+def pairs_of(blocks: object, dampings: object) -> list[tuple[Block, Any]]:
+    """Blocks with their dampings, as many of each.
+
+    Raises:
+        BlockError: it is no list of blocks, or there are not as many dampings.
+    """
+    found = doors.listed(blocks, "blocks", error=BlockError)
+    for position, block in enumerate(found):
+        check_block(block, f"blocks[{position}]")
+    given = doors.listed(dampings, "dampings", error=BlockError)
+    if len(given) != len(found):
+        raise BlockError(f"{len(found)} blocks need as many dampings, got {len(given)}")
+    return [(F, check_damping(x, F.dtype)) for F, x in zip(found, given, strict=True)]
+
+
+def check_own(block: object, kind: type[Own], method: str) -> Own:
+    """A block of the form that a method makes.
+
+    Raises:
+        BlockError: it is of another.
+    """
+    if not isinstance(block, kind):
+        raise BlockError(f"{method} damps blocks that it made, got {doors.said(block)}")
+    return block
+
+
+def check_block(block: object, what: str = "block") -> Block:
+    """Refuse what is no block."""
+    if not isinstance(block, Block):
+        raise BlockError(f"{what} must be a block of fl.blocks, got {doors.said(block)}")
+    return block
+
+
 def place_each(
     blocks: Sequence[Block],
     exponent: float,
@@ -66,7 +101,9 @@ def place_each(
     pi: float | None = None,
 ) -> list[Block]:
     """`place` of several blocks, whose small factors are decomposed together by their shapes."""
-    pairs = list(zip(blocks, dampings, strict=True))
+    check_placement(placement, pi)
+    pairs = pairs_of(blocks, dampings)
+    exponent = check_exponent(exponent)
     if not all(isinstance(block, Kronecker) for block in blocks) or exponent != -1:
         return [place(block, exponent, damping, placement, pi) for block, damping in pairs]
     products = cast(Sequence[Kronecker], blocks)
@@ -81,7 +118,8 @@ def _of_sides(block: Block, damping: float, placement: str, pi: float | None) ->
     """The dampings of the output and the input factor; None where the whole block has one."""
     check_placement(placement)
     if not isinstance(block, Kronecker):
-        raise BlockError(f"placement {placement!r} is for a Kronecker product, got a {block!r}")
+        got = doors.said(block)
+        raise BlockError(f"placement {placement!r} is for a Kronecker product, got {got}")
     damping = check_damping(damping, block.dtype)
     if placement == "factored":
         ratio: Any = trace_ratio_pi(block) if pi is None else doors.number(pi, "pi", above=0.0)
@@ -109,7 +147,8 @@ def lambdas(rule: Rule, blocks: Mapping[str, Block]) -> dict[str, float]:
     Raises:
         BlockError: the rule returned no dict, left a layer out, or gave one no number >= 0.
     """
-    found = rule(dict(blocks))
+    doors.function(rule, "rule(blocks)", error=BlockError)
+    found = rule(_checked(blocks))
     if not isinstance(found, Mapping):
         raise BlockError(
             f"a damping rule returns a dict of layer -> lambda, got {doors.said(found)}"
@@ -155,7 +194,8 @@ def _checked(blocks: object) -> dict[str, Block]:
 
 def constant(damping: float) -> Rule:
     """`lambda_l = damping` for every layer."""
-    return lambda blocks: dict.fromkeys(blocks, float(damping))
+    value = doors.number(damping, "damping", least=0.0)
+    return lambda blocks: dict.fromkeys(_checked(blocks), value)
 
 
 @dataclass(frozen=True)
@@ -169,8 +209,9 @@ class Share:
 
     def __post_init__(self) -> None:
         """Refuse what is no share and no floor."""
-        for key in ("share", "floor"):
-            doors.number(getattr(self, key), key, least=0.0)
+        for key in ("share", "floor", "power"):
+            object.__setattr__(self, key, doors.number(getattr(self, key), key, least=0.0))
+        doors.name(self.name, "name")
 
     def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
         return _asked_for(
@@ -215,8 +256,9 @@ def trace(
     """
     doors.number(vartheta, "vartheta", least=0.0)
     doors.number(constant, "constant", least=0.0)
+    vartheta, constant = float(vartheta), float(constant)
     doors.flag(fc_expansion, "fc_expansion")
-    names = isinstance(convolutions, Collection) and not isinstance(convolutions, str | bytes)
+    names = isinstance(convolutions, Set | list | tuple)
     if not names or not all(isinstance(name, str) for name in convolutions):
         raise ValueError(
             f"convolutions must be a set of layers' names, got {doors.said(convolutions)}"
@@ -262,7 +304,7 @@ def unexpanded(damping: float | Rule, method: str) -> Rule:
 
 def gram_norm(alpha: float) -> Rule:
     """`lambda_l = alpha ||U_l^T U_l||_F`, of exact blocks only.      FNGD (14)."""
-    doors.number(alpha, "alpha", least=0.0)
+    alpha = doors.number(alpha, "alpha", least=0.0)
 
     def rule(blocks: dict[str, Block]) -> dict[str, float]:
         norms = {}
@@ -298,16 +340,31 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         """Refuse what is out of its range."""
-        doors.number(self.omega, "omega", above=0.0, below=1.0)
-        doors.count(self.every, "every")
+        self.omega = doors.number(self.omega, "omega", above=0.0, below=1.0)
+        self.every = doors.count(self.every, "every")
         for key in ("share", "smallest", "largest"):
-            doors.number(getattr(self, key), key, above=0.0)
+            setattr(self, key, doors.number(getattr(self, key), key, above=0.0))
+        if self.smallest > self.largest:
+            raise ValueError(
+                f"smallest, {self.smallest:g}, must not exceed largest, {self.largest:g}"
+            )
 
     def __call__(self, blocks: dict[str, Block]) -> dict[str, float]:
         return relative(self.share)(blocks)
 
     def adapt(self, ratio: float) -> None:
-        """Less damping after a step that was predicted well, more after one that was not."""
+        """Less damping after a step that was predicted well, more after one that was not.
+
+        Args:
+            ratio: rho; NaN, of a loss that is none, counts as a bad prediction.
+
+        Raises:
+            ValueError: it is no number.
+        """
+        value = doors.real(ratio)
+        if value is None:
+            raise ValueError(f"ratio must be a number, got {doors.said(ratio)}")
+        ratio = value
         factor = self.omega**self.every
         if ratio > 0.75:
             self.share = max(self.share * factor, self.smallest)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.approximations.base import BY_OPTION
+from fisherlab.approximations.damping import check_own
 from fisherlab.approximations.eva import Eva, direction
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import Block
@@ -50,8 +51,7 @@ class IFANG(Eva, name="ifang"):
         return Pair(Q_G, Q_A, g, a)
 
     def damped(self, block: Block, damping: float) -> Block:
-        assert isinstance(block, Pair)
-        return block.factorwise_inverse(damping, "IFANG")
+        return check_own(block, Pair, "IFANG").factorwise_inverse(damping, "IFANG")
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from fisherlab import doors
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Means, Sums
 from fisherlab.blocks import Block, BlockError, FromInverse, Kronecker
+from fisherlab.blocks.factor import Dense
 from fisherlab.blocks.numerics import RANK_TOLERANCE, cholesky, sum_of, trace_of
 from fisherlab.extract import LayerCapture
 from fisherlab.statistics import InputMoment, Statistic
@@ -132,7 +133,7 @@ class KBFGS(Approximation, name="kbfgs"):
         return {"H_a": H_a, "H_g": H_g}
 
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:
-        return FromInverse(Kronecker(mean.basis["H_g"], mean.basis["H_a"]))
+        return FromInverse(Kronecker(Dense(mean.basis["H_g"]), Dense(mean.basis["H_a"])))
 
     def damped(self, block: Block, damping: float) -> Block:
         return block.power(-1, 0.0)

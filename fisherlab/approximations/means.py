@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.factor import Factor, factor_of
 from fisherlab.blocks.work import once
@@ -36,6 +37,23 @@ def divide(sums: Sums, count: float | Tensor) -> Sums:
     return {key: value / count for key, value in sums.items()}
 
 
+def check_approximation(approximation: object) -> None:
+    """Refuse what is no method, known by what it does: its class is further down the imports."""
+    if isinstance(approximation, type) or not hasattr(approximation, "statistics_by_name"):
+        raise BlockError(
+            f"approximation must be one such as fl.KFAC(), got {doors.said(approximation)}"
+        )
+
+
+class _Named(dict[str, Tensor]):
+    """A basis that says what it lacks."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise BlockError(
+            f"the mean has no basis with {key!r}: pass mean.given(method.basis(mean), corrections)"
+        )
+
+
 class Means:
     """`mean(S)`: the total of a statistic over the number of loss terms, as a tensor.
 
@@ -51,6 +69,12 @@ class Means:
     def __init__(
         self, total: Callable[[Statistic], Tensor | View], count: float, shape: tuple[int, int]
     ) -> None:
+        if not callable(total) or isinstance(total, type):
+            raise BlockError(
+                f"total must be callable, as total(statistic); got {doors.said(total)}"
+            )
+        if not isinstance(count, Tensor) or count.ndim:
+            count = doors.number(count, "count", least=0.0, error=BlockError)
         self._total, self.count, self.shape = total, count, shape
         self._views: dict[Statistic, Tensor | View] = {}
         self._factors: dict[Statistic, Factor] = {}
@@ -62,15 +86,19 @@ class Means:
 
     def read_by(self, approximation: Approximation) -> Means:
         """The same means for one method, which gets those of its own statistics."""
+        check_approximation(approximation)
         other = copy(self)
-        other._reader, other.basis, other.corrections = approximation, {}, {}
+        other._reader, other.basis, other.corrections = approximation, _Named(), {}
         other._named = frozenset(approximation.statistics_by_name.values())
         return other
 
     def given(self, basis: Sums, corrections: Sums) -> Means:
         """The same means, with a basis and the means of the corrections in it."""
+        for sums, what in ((basis, "basis"), (corrections, "corrections")):
+            if not isinstance(sums, Mapping):
+                raise BlockError(f"{what} must be a dict of tensors, got {doors.said(sums)}")
         other = copy(self)
-        other.basis, other.corrections = basis, corrections
+        other.basis, other.corrections = _Named(basis), corrections
         return other
 
     def __call__(self, statistic: Statistic) -> Tensor:
@@ -81,8 +109,10 @@ class Means:
         """A mean in the fewest numbers known: as rows where these are few, else the tensor.
 
         Raises:
-            BlockError: the statistic is no field of the method.
+            BlockError: the statistic is none, or no field of the method.
         """
+        if not isinstance(statistic, Statistic):
+            raise BlockError(f"statistic must be a Statistic, got {doors.said(statistic)}")
         if self._reader is not None and statistic not in self._named:
             raise BlockError(
                 f"{type(self._reader).__name__} asks for the mean of {statistic!r}, which is none "
@@ -107,6 +137,7 @@ class Means:
 
     def block(self, approximation: Approximation) -> Block:
         """The block of a method that needs nothing but its means and their basis; made once."""
+        check_approximation(approximation)
         return once(self._blocks, approximation, lambda: self._block(approximation))
 
     def _block(self, approximation: Approximation) -> Block:

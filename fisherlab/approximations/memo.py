@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fisherlab.approximations.means import Means, Sums, add, divide
-from fisherlab.blocks import Block
+from fisherlab import doors
+from fisherlab.approximations.means import Means, Sums, add, check_approximation, divide
+from fisherlab.blocks import Block, BlockError
 from fisherlab.blocks.work import once
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.image import sharing
@@ -29,6 +30,8 @@ class Memo:
 
     def __init__(self, layers: Sequence[LayerCapture], memory: int | None = None) -> None:
         whole = one_sample(layers)
+        if memory is not None:
+            memory = doors.count(memory, "memory", error=BlockError)
         self.layers = tuple(sharing(replace(layer, shared={})) for layer in whole)
         self.memory = memory
         self.count = sum(layer.examples for layer in self.layers)
@@ -39,6 +42,7 @@ class Memo:
 
     def means(self, approximation: Approximation) -> Means:
         """The means of the statistics of an approximation."""
+        check_approximation(approximation)
         if self._whole() is None:
             # all of them of a chunk while it is at hand
             self._collect(approximation.statistics_by_name.values())
@@ -67,12 +71,14 @@ class Memo:
 
     def basis(self, approximation: Approximation) -> Sums:
         """The basis of the approximation, from its means."""
+        check_approximation(approximation)
         return once(
             self._basis, approximation, lambda: approximation.basis(self.means(approximation))
         )
 
     def block(self, approximation: Approximation) -> Block:
         """The block of the approximation."""
+        check_approximation(approximation)
         return once(self._blocks, approximation, lambda: self._make(approximation))
 
     def _make(self, approximation: Approximation) -> Block:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.approximations.base import Approximation
 from fisherlab.approximations.means import Sums
 from fisherlab.blocks import Block, BlockError, Kronecker
 from fisherlab.blocks.contractions import left_moment, right_moment
+from fisherlab.blocks.factor import Dense
 from fisherlab.blocks.numerics import sum_of, symmetrise
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import one_sample
@@ -97,11 +99,9 @@ class Recursive(Approximation):
     statistics: str = "per_example"
 
     def __post_init__(self) -> None:
-        if self.statistics not in STATISTICS:
-            raise BlockError(
-                f"{type(self).__name__}'s statistics is {' or '.join(map(repr, STATISTICS))}, got "
-                f"{self.statistics!r}"
-            )
+        if not isinstance(self.statistics, str) or self.statistics not in STATISTICS:
+            known, got = " or ".join(map(repr, STATISTICS)), doors.said(self.statistics)
+            raise BlockError(f"{type(self).__name__}'s statistics is {known}, got {got}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -139,7 +139,7 @@ class Recursive(Approximation):
 
     def factors(self, state: Sums) -> Block:
         """The block of the factors."""
-        return Kronecker(state["G"], state["A"])
+        return Kronecker(Dense(state["G"]), Dense(state["A"]))
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
         return self.factors(self.advance(layers, {}, lambda _: 0.0)[0])

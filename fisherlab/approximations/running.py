@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -70,8 +70,11 @@ class Running:
                 f"approximation must be one such as fl.KFAC(), got {doors.said(approximation)}"
             )
         doors.choice(ema, "ema", EMAS, error=BlockError)
-        doors.number(decay, "decay, the weight of the past,", least=0.0, most=1.0, error=BlockError)
-        doors.count(largest_factor, "largest_factor", 0, error=BlockError)
+        what = "decay, the weight of the past,"
+        decay = doors.number(decay, what, least=0.0, most=1.0, error=BlockError)
+        largest_factor = doors.count(largest_factor, "largest_factor", 0, error=BlockError)
+        if reduce is not None:
+            doors.function(reduce, "reduce(sums)", error=BlockError)
         if not (approximation.additive or approximation.recursive):
             raise BlockError(
                 f"{type(approximation).__name__} has no memory: its blocks are of the current "
@@ -148,11 +151,21 @@ class Running:
 
     def new_basis(self, means: Means | None = None) -> Sums:
         """The basis of the current means, which a caller may hold: the expensive part."""
-        return self.approximation.basis(means or self.means, self.basis or None)
+        return self.approximation.basis(self._held(means), self.basis or None)
+
+    def _held(self, means: Means | None) -> Means:
+        """The means that a caller holds, or the current ones."""
+        if means is not None and not isinstance(means, Means):
+            raise BlockError(f"means must be those of `means`, or None; got {doors.said(means)}")
+        if not self.sums:
+            raise BlockError("no batch has been seen yet: call update() first")
+        return self.means if means is None else means
 
     def refresh_basis(self, new: Sums | None = None) -> None:
         """Take the basis of the means, or one made elsewhere; corrections are carried into it."""
         new = self.new_basis() if new is None else new
+        if not isinstance(new, Mapping):
+            raise BlockError(f"new must be a basis, a dict of tensors, got {doors.said(new)}")
         if self.basis and self.corrections:
             self.corrections = self.approximation.carry(self.corrections, self.basis, new)
         self.basis = new
@@ -168,12 +181,15 @@ class Running:
 
     def block(self, means: Means | None = None) -> Block:
         """The block of the current means, which a caller may hold, basis and corrections."""
-        if not self.sums:
-            raise BlockError("no batch has been seen yet: call update() first")
+        means = self._held(means)
         if isinstance(self.approximation, Recursive):
             return self.approximation.factors(self.sums)
+        if not self.basis and type(self.approximation).basis is not Approximation.basis:
+            raise BlockError(
+                f"{type(self.approximation).__name__} has no basis yet: call refresh_basis() first"
+            )
         corrections = divide(self.corrections, self.corrections_count) if self.corrections else {}
-        means = (means or self.means).given(self.basis, corrections)
+        means = means.given(self.basis, corrections)
         return self.approximation.block(means, self.shape)
 
     def _blend(self, into: Sums, count: float, total: Sums, terms: float) -> float:
@@ -216,19 +232,38 @@ class Running:
         """Restore what `state_dict` returned, dtypes included.
 
         Raises:
-            ValueError: the state has no shape, as those of versions before statistics.
+            ValueError: it is no such state, or has no shape, as before statistics were values.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be a dict of tensors, got {doors.said(state)}")
         if "shape" not in state:
             raise ValueError(
                 "this state of running means lacks the layer's shape, so an earlier version of "
                 "FisherLab wrote it; start the run anew, or resume it with that version"
             )
-        self.sums, self.basis, self.corrections = {}, {}, {}
-        groups = {"sums": self.sums, "basis": self.basis, "corrections": self.corrections}
+        groups: dict[str, Sums] = {"sums": {}, "basis": {}, "corrections": {}}
         for key, value in state.items():
-            group, _, field = key.partition(".")
+            group, _, field = str(key).partition(".")
+            if field and group not in groups:
+                raise ValueError(f"state has {key!r}, which is none of {', '.join(groups)}")
             if field:
-                groups[group][field] = value.clone()
-        self.count, self.corrections_count = state["counts"].tolist()
-        o, i = state["shape"].tolist()
-        self.shape = o, i
+                groups[group][field] = doors.tensor(value, f"state[{key!r}]").clone()
+        count, corrections = self._pair(state, "counts", 0.0)
+        o, i = self._pair(state, "shape", 0.0)
+        if set(groups["sums"]) - self._kept_names():
+            lost = ", ".join(sorted(set(groups["sums"]) - self._kept_names()))
+            raise ValueError(f"state is of another method: {lost} are no statistics of this one")
+        self.sums, self.basis, self.corrections = groups.values()
+        self.count, self.corrections_count, self.shape = count, corrections, (int(o), int(i))
+
+    def _kept_names(self) -> set[str]:
+        """The names that `sums` may have."""
+        recursive = isinstance(self.approximation, Recursive)
+        return {"G", "A"} if recursive else set(self.statistics)
+
+    @staticmethod
+    def _pair(state: Mapping[str, Tensor], key: str, least: float) -> list[float]:
+        found = doors.numbers(state.get(key), f"state[{key!r}]", least=least)
+        if len(found) != 2:
+            raise ValueError(f"state[{key!r}] must be two numbers, got {len(found)}")
+        return found

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fisherlab import doors
 from fisherlab import statistics as of
 from fisherlab.approximations.base import BY_OPTION, Approximation
+from fisherlab.approximations.damping import check_own
 from fisherlab.approximations.means import Means
 from fisherlab.approximations.tkfac import PARTIAL
 from fisherlab.blocks import Block, BlockError, Kronecker
@@ -48,7 +50,8 @@ class Shampoo(Approximation, name="shampoo"):
 
     def __post_init__(self) -> None:
         if not isinstance(self.form, str) or self.form not in ("root", "squared"):
-            raise BlockError(f"Shampoo's form is 'root' or 'squared', got {self.form!r}")
+            got = doors.said(self.form)
+            raise BlockError(f"Shampoo's form is 'root' or 'squared', got {got}")
         self._choose("statistics", {"per_example": PER_EXAMPLE, "gradient": GRADIENT})
 
     def block(self, mean: Means, shape: tuple[int, int]) -> Block:
@@ -62,7 +65,7 @@ class Shampoo(Approximation, name="shampoo"):
         return mean.factor(self.left), mean.factor(self.right)
 
     def damped(self, block: Block, damping: float) -> Block:
-        assert isinstance(block, Sided)
+        block = check_own(block, Sided, "Shampoo")
         root = self.form == "root"
         left, right = block.of_moments(self.exponent / (2 if root else 1), check_damping(damping))
         return Kronecker(

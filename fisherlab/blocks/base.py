@@ -20,6 +20,7 @@ from fisherlab.blocks.numerics import (
     BlockError,
     BlockTooLarge,
     check_dense,
+    check_symmetric,
     chosen_squares,
     dense_budget,
     eigh,
@@ -152,7 +153,10 @@ class Block(ABC):
         return eigh(self.dense().double(), type(self).__name__)[0].flip(0)
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues `[k]` and their unit eigenvectors `[k, o, i]`."""
+        """The k largest eigenvalues `[k]` and their unit eigenvectors `[k, o, i]`.
+
+        A low-rank form knows those of its range, which may be fewer.
+        """
         values, vectors = eigh(self.dense().double(), type(self).__name__)
         k = min(k, self.size)
         top = vectors[:, -k:].flip(1).mT.reshape(k, *self.shape)
@@ -340,6 +344,7 @@ class Dense(Block):
                 f"a dense block on a weight {shape} is {shape[0] * shape[1]} x "
                 f"{shape[0] * shape[1]}, got {tuple(matrix.shape)}"
             )
+        check_symmetric(matrix, "matrix")
         self.matrix = symmetrise(matrix)
         self._shape = shape
         # `diagonal_of` by the id of a block, and that block, which keeps its id

@@ -144,7 +144,7 @@ def per_example_chunks(a: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
     buffer = a.new_empty(parts[0].stop, m * o, i)
     for part in parts:
         out = buffer[: part.stop - part.start]
-        torch.bmm(stacked(g[:, part]), a[part], out=out)
+        torch.bmm(stacked(g[:, part]).detach(), a[part].detach(), out=out)
         yield part, out.view(-1, m, o, i).transpose(0, 1)
 
 
@@ -359,7 +359,7 @@ def rotated_diagonal(a: Tensor, g: Tensor, Q_G: Basis, Q_A: Basis) -> Tensor:
             # one buffer for all parts: new memory costs as much as a tenth of the product
             buffer = rows.new_empty(len(rows), j) if buffer is None else buffer
             if isinstance(Q_A, Tensor):
-                inputs = torch.mm(rows, Q_A, out=buffer[: len(rows)])
+                inputs = torch.mm(rows.detach(), Q_A.detach(), out=buffer[: len(rows)])
             else:
                 inputs = rows @ Q_A
             # g^T first: the gradients are stacked by rows [o', t], which are contiguous so

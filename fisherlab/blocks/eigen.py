@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis, Coordinates, Space, Thin, matrix_of, size_of
+from fisherlab.blocks.entry import check_rotated
 from fisherlab.blocks.numerics import (
     BlockError,
     check_alike,
@@ -149,9 +150,9 @@ class Eigen(Block):
             self.complement = Complement.empty(spectrum, missing)
             return
         self.complement = Complement(
-            _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],)),
-            _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],)),
-            _tail(tail, "tail", spectrum, ()),
+            _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],), missing[1]),
+            _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],), missing[0]),
+            _tail(tail, "tail", spectrum, (), missing[0] * missing[1]),
             missing,
         )
 
@@ -220,6 +221,8 @@ class Eigen(Block):
 
     def times(self, V: Tensor, rotated: Tensor) -> Tensor:
         """The product with a `V` whose `rotated` is known."""
+        self.check(V)
+        check_rotated(self, rotated)
         spectrum, (zero, level) = self.spectrum.to(self.dtype), self.complement.at_hand
         if zero:
             return self.from_bases(spectrum * rotated)
@@ -397,12 +400,14 @@ class Eigen(Block):
         return float(negative / self._sum(torch.abs).clamp(min=1e-300))
 
 
-def _tail(values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Eigenvalues beside a thin basis; None: zeros."""
+def _tail(
+    values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...], missing: int
+) -> Tensor:
+    """Eigenvalues beside a thin basis; zeros of None, and where nothing is beside it."""
     if values is None:
         return spectrum.new_zeros(shape)
     doors.tensor(values, what, error=BlockError)
     if tuple(values.shape) != shape:
         raise BlockError(f"{what} must have shape {shape}, got {tuple(values.shape)}")
     check_alike(values, spectrum)
-    return values
+    return values if missing else torch.zeros_like(values)

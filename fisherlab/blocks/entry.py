@@ -6,7 +6,7 @@ is checked again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -18,9 +18,9 @@ from fisherlab.blocks.basis import Coordinates, Thin
 from fisherlab.blocks.numerics import BlockError, check_damping, check_exponent
 
 
-def guard(form: type) -> None:
-    """Put the doors in front of the methods that a class of blocks defines itself."""
-    for name, door in DOORS.items():
+def guard(form: type, doors: Mapping[str, Callable[..., Any]] | None = None) -> None:
+    """Put the doors in front of the methods that a class defines itself; None: those of blocks."""
+    for name, door in (DOORS if doors is None else doors).items():
         method = form.__dict__.get(name)
         if callable(method) and not getattr(method, "__isabstractmethod__", False):
             setattr(form, name, door(method))
@@ -109,12 +109,86 @@ def _bases(method: Callable[..., Any]) -> Callable[..., Any]:
     def entered(self: Any, Q_G: Any, Q_A: Any) -> Any:
         for Q, what, length in ((Q_G, "Q_G", self.shape[0]), (Q_A, "Q_A", self.shape[1])):
             if not isinstance(Q, Thin | Coordinates):
-                doors.tensor(Q, what, ndim=(2,), error=BlockError)
+                _check_side(self, Q, what)
             if len(Q) != length:
                 raise BlockError(f"{what} must have {length} rows, got {tuple(Q.shape)}")
+        if Q_G.dtype != Q_A.dtype:
+            raise BlockError(f"Q_G and Q_A must have one dtype, got {Q_G.dtype} and {Q_A.dtype}")
+        if not (Q_G.shape[1] and Q_A.shape[1]):
+            none = Q_G.shape[1], Q_A.shape[1]
+            return torch.zeros(none, dtype=torch.float64, device=self.device)
         return method(self, Q_G, Q_A)
 
     return entered
+
+
+def _check_side(block: Any, Q: Tensor, what: str) -> None:
+    """Refuse what is no matrix of the block's kind."""
+    doors.tensor(Q, what, ndim=(2,), error=BlockError)
+    if Q.device != block.device:
+        raise BlockError(f"{what} must be on {block.device} as the block is, got {Q.device}")
+
+
+def _products(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def entered(self: Any, k: int, q_G: Tensor, q_A: Tensor) -> Any:
+        _check_side(self, q_G, "q_G")
+        _check_side(self, q_A, "q_A")
+        for q, what, length in ((q_G, "q_G", self.shape[0]), (q_A, "q_A", self.shape[1])):
+            if q.shape != (length, q_A.shape[1]):
+                raise BlockError(
+                    f"{what} must be [{length}, j], as many columns as q_A, got {tuple(q.shape)}"
+                )
+        return method(self, doors.count(k, "k", error=BlockError), q_G, q_A)
+
+    return entered
+
+
+def _rows(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def entered(self: Any, budget: int | None = None) -> Any:
+        known = None if budget is None else doors.count(budget, "budget", error=BlockError)
+        return method(self, known)
+
+    return entered
+
+
+def _rotated(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def entered(self: Any, rotated: Tensor) -> Any:
+        check_rotated(self, rotated)
+        return method(self, rotated)
+
+    return entered
+
+
+def check_rotated(block: Any, rotated: object) -> None:
+    """Refuse what are no weights in the bases of a block of eigenvalues."""
+    found = doors.tensor(rotated, "rotated", error=BlockError)
+    if found.shape[-2:] != block.spectrum.shape:
+        o, i = block.spectrum.shape
+        raise BlockError(f"rotated must be [..., {o}, {i}], got {tuple(found.shape)}")
+    if found.dtype != block.dtype or found.device != block.device:
+        raise BlockError(
+            f"rotated must be {block.dtype} on {block.device}, got {doors.said(found)}"
+        )
+
+
+def _given_columns(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def entered(self: Any, columns: Any) -> Any:
+        check_held(columns, self.shape)
+        return method(self, columns)
+
+    return entered
+
+
+def check_held(columns: Any, shape: tuple[int, int] | None = None) -> None:
+    """Refuse what are no columns of a weight, known by what they do."""
+    if not hasattr(columns, "grouped_moments"):
+        raise BlockError(f"columns must be those of an exact block, got {doors.said(columns)}")
+    if shape is not None and tuple(columns.shape) != tuple(shape):
+        raise BlockError(f"columns must be of a weight {shape}, got {columns.shape}")
 
 
 def _sample(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,6 +221,12 @@ def check_columns(a: object, g: object, shape: tuple[int, int] | None = None) ->
 DOORS = {
     "__matmul__": _weights,
     "quadratic": _weights,
+    "without_rounding": _weights,
+    "in_bases": _weights,
+    "from_bases": _rotated,
+    "rows": _rows,
+    "leading_products": _products,
+    "inner_with_columns": _given_columns,
     "power": _power,
     "solve": _solve,
     "logdet": _logdet,

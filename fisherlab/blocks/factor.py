@@ -17,6 +17,7 @@ from fisherlab.blocks.numerics import (
     BlockError,
     check_damping,
     check_dense,
+    check_symmetric,
     damped_inverse,
     damped_inverses,
     dot,
@@ -373,6 +374,7 @@ def factor_of(S: Tensor | Factor, role: str = "") -> Factor:
         return Diagonal(S)
     if S.shape[-1] != S.shape[-2]:
         raise BlockError(f"the {role} factor must be square, got {tuple(S.shape)}")
+    check_symmetric(S, f"the {role} factor")
     return Dense(S)
 
 

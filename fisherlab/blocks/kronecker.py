@@ -15,12 +15,14 @@ from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block, Dense
 from fisherlab.blocks.basis import Basis, Space, coordinates
 from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.factor import Dense as Matrix
 from fisherlab.blocks.factor import Factor, Spectral, Spectrum, factor_of, inverses
 from fisherlab.blocks.numerics import (
     BlockError,
     check_alike,
     check_damping,
     check_dense,
+    check_exponent,
     dot,
     is_none,
     sum_of,
@@ -116,6 +118,7 @@ class Kronecker(Block):
     def factored_power(self, exponent: float, damping_G: float, damping_A: float) -> Kronecker:
         """`(G + damping_G I)^exponent (x) (A + damping_A I)^exponent`: damping in the factors."""
         G, A = self.factors
+        exponent = check_exponent(exponent)
         return Kronecker(
             G.power(exponent, damping_G, "output factor G"),
             A.power(exponent, damping_A, "input factor A"),
@@ -124,6 +127,13 @@ class Kronecker(Block):
     @staticmethod
     def inverses(products: Sequence[Kronecker], dampings: Sequence[tuple[Any, Any]]) -> list[Block]:
         """`factored_power(-1, *dampings)` of each product, small factors of one shape together."""
+        for product in doors.listed(products, "products", error=BlockError):
+            doors.instance(product, "each of products", Kronecker, "a Kronecker product")
+        for pair in doors.listed(dampings, "dampings", error=BlockError):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise BlockError(f"dampings must be pairs, of G and A, got {doors.said(pair)}")
+        if len(dampings) != len(products):
+            raise BlockError(f"{len(products)} products need as many pairs, got {len(dampings)}")
         factors = [F for product in products for F in product.factors]
         each = [check_damping(x) for pair in dampings for x in pair]
         names = ["output factor G", "input factor A"] * len(products)
@@ -220,7 +230,8 @@ class KroneckerSum(Block):
                 f"{tuple(G.shape)} and {tuple(A.shape)}"
             )
         for factors, role in ((G, "output"), (A, "input")):
-            factor_of(factors[0], role)
+            if factors.shape[1] != factors.shape[2]:
+                raise BlockError(f"the {role} factors must be square, got {tuple(factors.shape)}")
         check_alike(G, A)
         self.G, self.A = G, A
 
@@ -239,7 +250,8 @@ class KroneckerSum(Block):
     @property
     def terms(self) -> list[Kronecker]:
         """The products, largest first as the approximation ordered them."""
-        return [Kronecker(G, A) for G, A in zip(self.G, self.A, strict=True)]
+        pairs = zip(self.G, self.A, strict=True)
+        return [Kronecker(Matrix(G), Matrix(A)) for G, A in pairs]
 
     @cached
     def _form(self) -> Block:

@@ -12,6 +12,7 @@ from fisherlab.blocks.serialise import remembers
 
 
 @remembers("vectors", "values", "level")
+@remembers("vectors", "values", "level")
 class Leading(Block):
     """`F = V diag(values) V^T + level (I - V V^T)`.
 
@@ -34,7 +35,8 @@ class Leading(Block):
     def __init__(self, vectors: Tensor, values: Tensor, level: Tensor | None = None) -> None:
         self.vectors = doors.tensor(vectors, "vectors", ndim=(3,), error=BlockError)
         self.values = doors.tensor(values, "values", ndim=(1,), error=BlockError)
-        self.level = values.new_zeros(()) if level is None else level
+        level = values.new_zeros(()) if level is None else level
+        self.level = doors.tensor(level, "level", ndim=(0,), error=BlockError)
         check_alike(vectors, values, self.level)
         if len(values) != len(vectors):
             raise BlockError(f"{len(vectors)} eigenvectors have {len(values)} eigenvalues")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.eigen import Eigen
-from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping, is_none
+from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping, check_fits, is_none
 from fisherlab.blocks.serialise import remembers
 
 
@@ -47,6 +47,7 @@ class Pair(LowRank):
                 f"{name}'s factors have rank {len(self.g_energies)} at most, so their inverse "
                 "needs damping > 0"
             )
+        check_fits(damping, -2, self.dtype, name)
         along_G, along_A = damping + self.g_energies, damping + self.a_energies
         return Eigen(
             self.Q_G,

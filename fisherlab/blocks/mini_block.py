@@ -12,12 +12,14 @@ from fisherlab.blocks import contractions
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.columns import Columns
-from fisherlab.blocks.entry import check_columns
+from fisherlab.blocks.entry import check_columns, check_held
 from fisherlab.blocks.numerics import (
     GIB,
     BlockError,
     BlockTooLarge,
     check_alike,
+    check_dense,
+    check_symmetric,
     dense_budget,
     dot,
     eigh,
@@ -43,6 +45,7 @@ class MiniBlock(Block):
         doors.tensor(blocks, "blocks", ndim=(4,), full=True, error=BlockError)
         if blocks.shape[-1] != blocks.shape[-2]:
             raise BlockError(f"mini-blocks are [o, c, k, k], got {tuple(blocks.shape)}")
+        check_symmetric(blocks, "each of blocks")
         if bias is not None:
             doors.tensor(bias, "bias", ndim=(1,), error=BlockError)
             if len(bias) != len(blocks):
@@ -67,23 +70,23 @@ class MiniBlock(Block):
     def _eigh(self) -> tuple[Tensor, Tensor]:
         return eigh(self.blocks, "mini-blocks")
 
-    def split(self, V: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _split(self, V: Tensor) -> tuple[Tensor, Tensor | None]:
         """`V [..., o, i]` as `[..., o, c, k]` and the bias column `[..., o]`."""
         o, c, k, _ = self.blocks.shape
         body = V[..., : c * k].reshape(*V.shape[:-2], o, c, k)
         return body, None if self.bias is None else V[..., -1]
 
-    def join(self, body: Tensor, column: Tensor | None) -> Tensor:
+    def _join(self, body: Tensor, column: Tensor | None) -> Tensor:
         """The inverse of `split`."""
         flat = body.flatten(-2)
         return flat if column is None else torch.cat([flat, column[..., None]], -1)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        body, column = self.split(V)
+        body, column = self._split(V)
         product = torch.einsum("ockl,...ocl->...ock", self.blocks, body)
         if column is None or self.bias is None:
-            return self.join(product, None)
-        return self.join(product, column * self.bias)
+            return self._join(product, None)
+        return self._join(product, column * self.bias)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         values, vectors = self._eigh
@@ -113,7 +116,7 @@ class MiniBlock(Block):
         return value if self.bias is None else value + dot(self.bias, self.bias)
 
     def diagonal(self) -> Tensor:
-        return self.join(self.blocks.diagonal(0, -2, -1), self.bias)
+        return self._join(self.blocks.diagonal(0, -2, -1), self.bias)
 
     def eigenvalues(self) -> Tensor:
         values = self._eigh[0].double().flatten()
@@ -143,17 +146,21 @@ class MiniBlock(Block):
         if isinstance(other, MiniBlock) and other.blocks.shape == self.blocks.shape:
             Q = self._eigh[1]
             rotated = (other.blocks @ Q * Q).sum(-2, dtype=torch.float64)
-            return self.join(rotated, None if other.bias is None else other.bias.double())
+            return self._join(rotated, None if other.bias is None else other.bias.double())
         if isinstance(other, Outer):
             rotated = contractions.grouped_diagonal(other.a, other.g, self._eigh[1])
             column = None
             if self.bias is not None:
                 column = contractions.diagonal(other.a[..., -1:], other.g)[:, 0]
-            return other.core * self.join(rotated, column).double() + other.shift
-        return super().diagonal_of(other)
+            return other.core * self._join(rotated, column).double() + other.shift
+        check_dense(self.size, self.dtype, self.device, type(self).__name__)
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        units, column = self._split(eye.view(-1, *self.shape))
+        vectors = torch.einsum("ockl,...ocl->...ock", self._eigh[1], units)
+        return other.quadratic(self._join(vectors, column).to(other.dtype)).view(self.shape)
 
     def chosen(self, other: Block) -> Tensor:
-        rotated, _ = self.split(self.diagonal_of(other).double())
+        rotated, _ = self._split(self.diagonal_of(other).double())
         null = null_of(self._eigh[0])
         sums, directions = (rotated * null).sum(-1), null.sum(-1).clamp(min=1)
         return (sums.square() * (1 - 1 / directions)).sum()
@@ -182,6 +189,8 @@ class RowBlocks(MiniBlock):
         doors.number(scale, "scale", error=BlockError)
         if a.shape[1] != 1:
             raise BlockError(f"RowBlocks is for one position, got {a.shape[1]}")
+        if columns is not None:
+            check_held(columns, (g.shape[-1], a.shape[-1]))
         self.columns = Columns(a, g) if columns is None else columns
         self.scale = scale
 

@@ -256,6 +256,17 @@ def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
         )
 
 
+def check_symmetric(matrix: Tensor, what: str) -> None:
+    """Refuse matrices `[..., d, d]` that differ from their transposes by more than rounding."""
+    away = (matrix - matrix.mT).abs().amax() if matrix.numel() else matrix.new_zeros(())
+    # NaN is named by the decomposition
+    if not holds(~(away > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * matrix.abs().amax())):
+        raise BlockError(
+            f"{what} must be symmetric, and differs from its transpose by {float(away):.1e}; pass "
+            "(S + S.mT) / 2 where that is rounding"
+        )
+
+
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Lower `L` with `S = L L^T`; `BlockError` names a matrix that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
@@ -398,6 +409,8 @@ def spectrum_power(
     shifted = values.clamp(min=0) + damping
     if exponent >= 0 or not shifted.numel():
         _check_finite(values, name, "power")
+        if exponent > 1 and shifted.numel():
+            check_fits(shifted.max(), exponent, values.dtype, name)
     else:
         extremes = torch.stack([shifted.min(), shifted.max(), values.sum()]).double()
         floor = 0.0
@@ -405,7 +418,10 @@ def spectrum_power(
             # LAPACK: 1 to 3 eps up to d = 500, 13 eps at 1500
             multiple = max(RANK_TOLERANCE, math.sqrt(values.shape[-1] if values.ndim else 1))
             floor = multiple * torch.finfo(values.dtype).eps
-        if not holds((extremes[0] > floor * extremes[1]) & torch.isfinite(extremes[2])):
+        # the smallest that has such a power in this dtype
+        least = torch.finfo(values.dtype).max ** (1 / exponent)
+        fits = (extremes[0] > floor * extremes[1]) & (extremes[0] >= least)
+        if not holds(fits & torch.isfinite(extremes[2])):
             smallest, largest, total = extremes.tolist()
             if not math.isfinite(total):
                 _check_finite(values, name, "power")
@@ -414,7 +430,22 @@ def spectrum_power(
                     f"{name} is singular (smallest eigenvalue {smallest:.2e}, largest "
                     f"{largest:.2e}), so its power {exponent:g} needs damping > 0"
                 )
+            check_fits(extremes[0], exponent, values.dtype, name)
     return shifted.pow(exponent)
+
+
+def check_fits(extreme: float | Tensor, exponent: float, dtype: torch.dtype, name: str) -> None:
+    """Refuse a power that the dtype cannot hold; a zero eigenvalue is named elsewhere."""
+    most = math.log(torch.finfo(dtype).max)
+    if isinstance(extreme, Tensor):
+        fits = holds(~(exponent * extreme.double().log() > most))
+    else:
+        fits = extreme <= 0 or exponent * math.log(extreme) <= most
+    if not fits:
+        raise BlockError(
+            f"the power {exponent:g} of {name}, with the eigenvalue {float(extreme):.2e}, "
+            f"overflows {dtype}; take the block in float64, or another damping"
+        )
 
 
 def is_none(damping: float | Tensor) -> bool:
@@ -428,6 +459,8 @@ def check_damping(damping: Any, dtype: torch.dtype = torch.float64) -> Any:
     Raises:
         BlockError: it is no finite number >= 0, or overflows.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise BlockError(f"dtype must be a floating dtype of torch, got {doors.said(dtype)}")
     most = math.inf if dtype == torch.float64 else torch.finfo(dtype).max
     if isinstance(damping, Tensor) and damping.ndim == 0 and together() is not None:
         holds((damping >= 0) & (damping <= most) & (damping < math.inf))
@@ -436,13 +469,12 @@ def check_damping(damping: Any, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def check_exponent(exponent: float) -> float:
-    """The exponent of a power, as it is.
+    """The exponent of a power.
 
     Raises:
         BlockError: it is no finite number.
     """
-    doors.number(exponent, "exponent", error=BlockError)
-    return exponent
+    return doors.number(exponent, "exponent", error=BlockError)
 
 
 def rank_of(values: Tensor, eps: float) -> int:

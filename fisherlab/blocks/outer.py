@@ -18,10 +18,15 @@ from fisherlab.blocks.basis import Basis, Space
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.entry import check_held
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import (
     RANK_TOLERANCE,
     BlockError,
+    check_alike,
+    check_damping,
+    check_fits,
+    check_symmetric,
     cholesky,
     dot,
     eigh,
@@ -111,6 +116,8 @@ class OfColumns(Block):
                 f"this block has rank {len(values)} of {self.size}, so its power {exponent:g} "
                 "needs damping > 0"
             )
+        if base:
+            check_fits(base, exponent, self.dtype, "outer block")
         powers = spectrum_power(values + base, exponent, 0.0, "outer block")
         rest = 0.0 if base == 0 else base**exponent
         return OuterSum.over(self.columns, W, powers - rest, rest, True)
@@ -185,20 +192,20 @@ class Outer(OfColumns):
         return super().__new__(cls)
 
     def __init__(self, a: Tensor, g: Tensor, core: float | None = None, shift: float = 0.0) -> None:
-        if core is not None:
-            core = doors.number(core, "core", error=BlockError)
         self._hold(Columns(a, g), core, doors.number(shift, "shift", error=BlockError))
 
     @classmethod
     def over(cls, columns: Columns, core: float | None = None, shift: float = 0.0) -> Outer:
         """The block over columns that others hold as well; what is known of them stays known."""
+        check_held(columns)
         block = object.__new__(cls)
-        block._hold(columns, core, shift)
+        block._hold(columns, core, doors.number(shift, "shift", error=BlockError))
         return block
 
     def _hold(self, columns: Columns, core: float | None, shift: float) -> None:
         self.columns, self.shift = columns, float(shift)
-        self.core = 1.0 / columns.sizes[1] if core is None else core
+        known = None if core is None else doors.number(core, "core", error=BlockError)
+        self.core = 1.0 / columns.sizes[1] if known is None else known
 
     @property
     def double(self) -> Outer:
@@ -291,6 +298,9 @@ class Outer(OfColumns):
         Columns of one direction, such as those of equal inputs, have eigenvalues beside it that
         are rounding; a mean of columns that cancel is no longer than it. 0 in float64.
         """
+        self.check(V)
+        for damping in doors.listed(dampings, "dampings", error=BlockError):
+            check_damping(damping)
         eps = torch.finfo(V.dtype).eps
         if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
             return [0.0] * len(dampings)
@@ -445,6 +455,7 @@ class OuterSum(OfColumns):
                 f"core must be [R, R] for the R = {columns.count} columns of a and g, got "
                 f"{tuple(core.shape)}"
             )
+        check_symmetric(core, "core")
         d, W = eigh(core.double(), "core of an outer block")
         self._hold(columns, W, d, doors.number(shift, "shift", error=BlockError), False)
 
@@ -458,8 +469,17 @@ class OuterSum(OfColumns):
         orthonormal: bool = False,
     ) -> OuterSum:
         """The block of any `W` and `d`; `orthonormal`: the `v_k` are."""
+        check_held(columns)
+        doors.tensor(W, "W", ndim=(2,), error=BlockError)
+        doors.tensor(d, "d", ndim=(1,), error=BlockError)
+        if W.shape != (columns.count, len(d)):
+            raise BlockError(
+                f"W must be [{columns.count}, r], of {len(d)} eigenvalues d, got {tuple(W.shape)}"
+            )
+        check_alike(W, d)
+        shift = doors.number(shift, "shift", error=BlockError)
         block = cls.__new__(cls)
-        block._hold(columns, W, d, shift, orthonormal)
+        block._hold(columns, W, d, shift, doors.flag(orthonormal, "orthonormal", error=BlockError))
         return block
 
     def _hold(
@@ -581,7 +601,7 @@ class OuterSum(OfColumns):
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         a, g = self.a.double(), self.g.double()
-        columns = Columns(a @ Q_A.to(a), g @ Q_G.to(g))
+        columns = Columns(a @ Q_A.double(), g @ Q_G.double())
         value = OuterSum.over(columns, self.W, self.d).diagonal()
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block, Dense, Powered
 from fisherlab.blocks.diagonal import Diagonal
 from fisherlab.blocks.direct_sum import DirectSum
@@ -62,7 +63,12 @@ def to_dict(block: Block) -> dict[str, Any]:
         >>> blocks.from_dict(blocks.to_dict(F)).dense().tolist()
         [[2.0, 0.0], [0.0, 3.0]]
     """
-    form = next(form for form in type(block).__mro__ if form in _FIELDS)
+    if not isinstance(block, Block):
+        raise BlockError(f"block must be a block of fl.blocks, got {doors.said(block)}")
+    form = next((form for form in type(block).__mro__ if form in _FIELDS), None)
+    if form is None:
+        known = ", ".join(_FORMS)
+        raise BlockError(f"a {type(block).__name__} cannot be saved; one of {known} can")
     state: dict[str, Any] = {"form": form.__name__}
     for name in _FIELDS[form]:
         value = block.saved(name)
@@ -97,11 +103,11 @@ def from_dict(state: dict[str, Any]) -> Block:
         A block of the same form with equal tensors.
 
     Raises:
-        BlockError: the form is unknown.
+        BlockError: the form is unknown, or its parts do not fit together.
     """
-    if state.get("form") not in _FORMS:
-        raise BlockError(f"unknown block form {state.get('form')!r}; known: {', '.join(_FORMS)}")
-    form = _FORMS[state["form"]]
+    if not isinstance(state, Mapping) or "form" not in state:
+        raise BlockError(f"state must be a dict made by to_dict, got {doors.said(state)}")
+    form = _FORMS[doors.choice(state["form"], "block form", _FORMS, error=BlockError)]
     values = []
     for name in _FIELDS[form]:
         value = state.get(name)

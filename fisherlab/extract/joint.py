@@ -22,15 +22,24 @@ def one_sample(layers: Sequence[LayerCapture]) -> tuple[LayerCapture, ...]:
     class weights make these differ per example, the gradients take the factor of the whole,
     `c / c_b`. The vectors of a Hessian take its root.
     """
-    for layer in layers:
-        if not hasattr(layer, "term_scale"):
-            raise CaptureError(f"a layer must be that of fl.capture, got {doors.said(layer)}")
+    layers = check_layers(layers)
     scales = {layer.term_scale for layer in layers}
     if len(scales) == 1:
         return tuple(layers)
     M = sum(layer.examples for layer in layers)
     c = M / sum(layer.examples / layer.term_scale for layer in layers)
     return tuple(_under(layer, c) for layer in layers)
+
+
+def check_layers(layers: object) -> tuple[LayerCapture, ...]:
+    """Refuse what are no captures, at least one."""
+    found = tuple(doors.listed(layers, "layers", error=CaptureError))
+    if not found:
+        raise CaptureError("layers must be captures of one layer, at least one; got none")
+    for layer in found:
+        if isinstance(layer, type) or not hasattr(layer, "term_scale"):
+            raise CaptureError(f"a layer must be that of fl.capture, got {doors.said(layer)}")
+    return found
 
 
 def _under(layer: LayerCapture, c: float) -> LayerCapture:

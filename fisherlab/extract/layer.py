@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.blocks.columns import Columns, compact, few, formed_gram
 from fisherlab.blocks.numerics import sum_of
@@ -62,6 +63,31 @@ class LayerCapture:
     shared: dict[str, Columns] | None = field(default=None, repr=False)
     # whether they are shared by a few sums only: their gradients are not kept
     brief: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no capture: users may make one of other libraries' tensors."""
+        if not isinstance(self.geometry, Geometry):
+            raise CaptureError(f"geometry must be a Geometry, got {doors.said(self.geometry)}")
+        for name in ("raw_inputs", "raw_output_gradients", "raw_label_gradients", "raw_outputs"):
+            raw = getattr(self, name)
+            if raw is None and name != "raw_inputs":
+                continue
+            tensors = isinstance(raw, tuple) and all(isinstance(x, Tensor) for x in raw)
+            if not tensors or not raw:
+                raise CaptureError(f"{name} must be a tuple of tensors, got {doors.said(raw)}")
+        for name, kind in (("counted", Tensor), ("slopes", Tensor), ("after", LayerCapture)):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                wanted = f"a {kind.__name__} or None"
+                raise CaptureError(f"{name} must be {wanted}, got {doors.said(given)}")
+        if self.maps is not None and not (
+            isinstance(self.maps, tuple) and all(isinstance(m, Geometry) for m in self.maps)
+        ):
+            raise CaptureError(f"maps must be a tuple of Geometry, got {doors.said(self.maps)}")
+        for name in ("gradient_scale", "summed", "term_scale", "column_share"):
+            if doors.real(getattr(self, name)) is None:
+                got = doors.said(getattr(self, name))
+                raise CaptureError(f"{name} must be a number, got {got}")
 
     def __repr__(self) -> str:
         o, i = self.shape
@@ -113,11 +139,16 @@ class LayerCapture:
 
     def weighed(self, a: Tensor, power: float = 0.5) -> Tensor:
         """Rows `[n, ...]` times `(T / T_n)^power`, so that means over `T` are means over `T_n`."""
+        doors.tensor(a, "a", error=CaptureError)
+        power = doors.number(power, "power", error=CaptureError)
         weights = self.position_weights
         return a if weights is None else a * (weights**power).view(-1, *[1] * (a.ndim - 1))
 
     def position_mean(self, a: Tensor) -> Tensor:
         """Means of rows `[n, t, ...]` over the positions that count, `[n, ...]`."""
+        doors.tensor(a, "a", error=CaptureError)
+        if a.ndim < 2:
+            raise CaptureError(f"a must be [n, t, ...], got {doors.said(a)}")
         return self.weighed(a.mean(1), 1.0)
 
     @property
@@ -256,6 +287,9 @@ class LayerCapture:
         itself). Sums over the chunks are the sums over the whole. `whole` examples keep all their
         output vectors, at any size.
         """
+        if memory is not None:
+            memory = doors.count(memory, "memory", error=CaptureError)
+        doors.flag(whole, "whole", error=CaptureError)
         n = self.raw_inputs[0].shape[0]
         columns = self.columns_per_example
         o, i = self.shape
@@ -294,10 +328,15 @@ class LayerCapture:
 
     def calls(self, raw: tuple[Tensor, ...]) -> Iterator[tuple[Geometry, Tensor]]:
         """The geometry and the raw tensor of each call."""
+        if not isinstance(raw, tuple) or not all(isinstance(x, Tensor) for x in raw):
+            raise CaptureError(f"raw must be a tuple of tensors, got {doors.said(raw)}")
         return zip(self.maps or [self.geometry] * len(raw), raw, strict=True)
 
     def part(self, examples: slice, columns: slice = slice(None)) -> LayerCapture:
         """The capture of some examples and some of their output vectors."""
+        for given, what in ((examples, "examples"), (columns, "columns")):
+            if not isinstance(given, slice):
+                raise CaptureError(f"{what} must be a slice, got {doors.said(given)}")
 
         def cut(raw: Raw, *index: slice) -> Raw:
             return None if raw is None else tuple(x[index] for x in raw)
@@ -319,6 +358,7 @@ class LayerCapture:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerCapture:
         """The capture with `function` (a move, a cast) applied to every raw tensor."""
+        doors.function(function, "function(tensor)", error=CaptureError)
 
         def each(raw: Raw) -> Raw:
             return None if raw is None else tuple(function(x) for x in raw)

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fisherlab.blocks import Block, DirectSum, Outer
-from fisherlab.blocks.numerics import svdvals
+from fisherlab.blocks import Block, ColumnSum, DirectSum, Eigen, Outer, OuterSum
+from fisherlab.blocks.numerics import check_dense, svdvals
 from fisherlab.metrics.entry import entered
 
 
@@ -48,6 +48,8 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
     values = F.leading_values(k) if k else torch.zeros(0, device="cpu")
+    for part in F.parts if isinstance(F, DirectSum | ColumnSum) else (F,):
+        _check_beside(part)
     if not len(values) or values[0] <= 0:
         return 0
     return int((values > _noise(F) * values[0]).sum())
@@ -84,6 +86,20 @@ def _ends(values: Tensor, k: int, rounding: float) -> bool:
     return bool(gap > EQUAL * values[k - 1].abs() and gap > rounding * values[0])
 
 
+def _check_beside(block: Block) -> None:
+    """Refuse a block whose largest eigenvalues have no vectors: they lie beside its range."""
+    shifted = isinstance(block, Outer | OuterSum) and block.shift
+    if not shifted and (not isinstance(block, Eigen) or block.confined):
+        return
+    beside = block.eigenvalues()
+    inside = block.leading_values(block.size)
+    if len(inside) and bool((beside[: len(inside)] > inside * (1 + 1e-6)).any()):
+        raise ValueError(
+            f"some of the largest eigenvalues of this {block!r} lie beside its range: nothing "
+            "defines their vectors; pass blocks.Dense(block.dense(), block.shape)"
+        )
+
+
 def _noise(block: Block) -> float:
     """Share of the largest eigenvalue below which an eigenvector is an eigensolver's choice."""
     return max(1e-8, _rounding(block) / SURE)
@@ -103,12 +119,13 @@ def _products(X: Block, F: Block, k: int) -> Tensor:
     zeros, even where an eigensolver would return some basis of the null space.
     """
     rows, columns = default_rank(F, k), default_rank(X, k)
+    check_dense(k, torch.float64, F.device, "overlap matrix")
     products = torch.zeros(k, k, dtype=torch.float64, device=F.device)
     if not rows or not columns:
         return products
     factors = X.leading_factors(columns)
     if factors is not None:
-        found = F.leading_products(rows, *factors)
+        found = F.leading_products(rows, *(q.to(F.dtype) for q in factors))
     else:
         Q, V = (B.leading(r)[1].double().flatten(1) for B, r in ((X, columns), (F, rows)))
         found = V @ Q.mT
@@ -169,7 +186,8 @@ def spectral_gap(F: Block, k: int = 10) -> Tensor:
     k = default_rank(F, k)
     if k == 0:
         return torch.zeros((), dtype=torch.float64, device=F.device)
-    following = values[k] if len(values) > k else torch.zeros_like(values[0])
+    # a block may have fewer vectors than eigenvalues: those beside its range are lower
+    following = values[k] if len(values) > k else F.eigenvalues()[k : k + 1].sum()
     return (values[k - 1] - following) / values[0]
 
 

@@ -24,6 +24,7 @@ from fisherlab.blocks import (
     Outer,
 )
 from fisherlab.blocks.numerics import eigh
+from fisherlab.blocks.serialise import cast
 from fisherlab.metrics.entry import entered
 from fisherlab.metrics.frobenius import same
 from fisherlab.metrics.invariant import orthonormal
@@ -59,7 +60,7 @@ def von_neumann_divergence(X: Block, F: Block, damping: float) -> Tensor:
     if same(X, F):
         return torch.zeros((), dtype=torch.float64, device=F.device)
     exact = F.eigenvalues().clamp(min=0) + damping
-    log = _log(X, damping)
+    log, F = _log(X, damping), F if F.dtype == torch.float64 else cast(F, torch.float64)
     found = torch.special.xlogy(exact, exact).sum() - F.inner(log) - damping * log.trace()
     return found - F.trace() + X.trace()
 
@@ -76,7 +77,8 @@ def _log(X: Block, damping: float) -> Block:
         values = _log_of(X.spectrum, damping)
         rest = X.complement.mapped(lambda tail: _log_of(tail, damping))
         Q_G, Q_A = orthonormal(X.Q_G), orthonormal(X.Q_A)
-        return Eigen(Q_G, Q_A, values, rest.G, rest.A, rest.both)
+        tails = (tail.double() for tail in (rest.G, rest.A, rest.both))
+        return Eigen(Q_G, Q_A, values, *tails)
     if isinstance(X, Outer):
         values, vectors = X.double.leading(X.size)
         level = values.new_tensor(X.shift)

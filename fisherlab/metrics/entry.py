@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from numbers import Real
 from typing import Any, TypeVar
 
-import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherlab import doors
 from fisherlab.blocks import Block, Outer
@@ -34,17 +32,18 @@ def entered(measure: Measure) -> Measure:
 
     @wraps(measure)
     def checked(*args: Any, **named: Any) -> Any:
-        found = {}
+        found, given = {}, list(args)
         for position, name, door in checks:
-            if position < len(args):
-                found[name] = args[position]
-            elif name in named:
-                found[name] = named[name]
-            else:
+            places: Any = given if position < len(given) else named
+            place: Any = position if position < len(given) else name
+            if places is named and name not in named:
                 continue
-            door(found[name], name)
+            taken = door(places[place], name)
+            if taken is not None:
+                places[place] = taken  # a number in a tensor is a number inside
+            found[name] = places[place]
         _check_pair(found)
-        return measure(*args, **named)
+        return measure(*given, **named)
 
     return checked  # type: ignore[return-value]
 
@@ -58,12 +57,16 @@ def _check_pair(found: Mapping[str, Any]) -> None:
     if len({value.device for value in blocks.values()}) > 1:
         devices = ", ".join(f"{name} {value.device}" for name, value in blocks.items())
         raise ValueError(f"the blocks are on different devices: {devices}")
-    gradient = found.get("gradient")
-    for value in [] if gradient is None else blocks.values():
-        if tuple(gradient.shape) != tuple(value.shape):
-            raise ValueError(
-                f"gradient must be that of one weight {value.shape}, got {doors.said(gradient)}"
-            )
+    if "reference" in found and len({value.dtype for value in blocks.values()}) > 1:
+        dtypes = ", ".join(f"{name} {value.dtype}" for name, value in blocks.items())
+        raise ValueError(f"the blocks are in different dtypes: {dtypes}; make both in one")
+    weights = {k: found[k] for k in ("gradient", "exact") if isinstance(found.get(k), Tensor)}
+    for name, weight in weights.items():
+        for value in blocks.values():
+            if tuple(weight.shape) != tuple(value.shape):
+                raise ValueError(
+                    f"{name} must be that of one weight {value.shape}, got {doors.said(weight)}"
+                )
 
 
 def _block(value: object, what: str) -> None:
@@ -91,12 +94,14 @@ def _blocks(value: object, what: str) -> None:
 def _layers(value: object, what: str) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"{what} must be a dict of name -> block, got {doors.said(value)}")
+    if not value:
+        raise ValueError(f"{what} must have a layer, got an empty dict")
     for name, layer in value.items():
         _with_gram(layer, f"{what}[{name!r}]")
 
 
 def _with_gram(value: object, what: str) -> None:
-    if not callable(getattr(value, "gram", None)):
+    if isinstance(value, type) or not callable(getattr(value, "gram", None)):
         raise TypeError(
             f"{what} must have a Gram matrix, as an exact block or a capture has; got "
             f"{doors.said(value)}"
@@ -104,7 +109,7 @@ def _with_gram(value: object, what: str) -> None:
 
 
 def _with_eigenvalues(value: object, what: str) -> None:
-    if not callable(getattr(value, "eigenvalues", None)):
+    if isinstance(value, type) or not callable(getattr(value, "eigenvalues", None)):
         raise TypeError(
             f"{what} must be a block or the Fisher of a network, got {doors.said(value)}"
         )
@@ -118,23 +123,9 @@ def _states(value: object, what: str) -> None:
         _block(block, f"{what}[{step!r}]")
 
 
-def _dampings(value: object, what: str) -> None:
-    if not isinstance(value, Sequence | Tensor) or isinstance(value, str) or not len(value):
-        raise ValueError(f"{what} must be a list of numbers >= 0, got {doors.said(value)}")
-    for damping in value:
-        doors.number(damping, f"each of {what}", least=0.0)
-
-
-def _numbers(value: object, what: str) -> None:
-    if not isinstance(value, Sequence | Tensor | np.ndarray) or isinstance(value, str):
-        raise ValueError(f"{what} must be a list of numbers, got {doors.said(value)}")
-    for point in value:
-        if not isinstance(point, Real | Tensor):
-            raise ValueError(f"{what} must be a list of numbers, got {doors.said(point)} in it")
-
-
 def _labels(value: object, what: str) -> None:
-    if not isinstance(value, Tensor) or value.ndim != 1:
+    lazy = isinstance(value, Tensor) and nn.parameter.is_lazy(value)
+    if not isinstance(value, Tensor) or lazy or value.ndim != 1:
         raise ValueError(f"{what} must be a tensor [M] of classes, got {doors.said(value)}")
 
 
@@ -145,12 +136,22 @@ def _square(value: object, what: str) -> None:
 
 
 def _squares(value: object, what: str) -> None:
-    if not isinstance(value, Sequence | Tensor) or isinstance(value, str) or not len(value):
+    if isinstance(value, Tensor):
+        value = list(doors.tensor(value, what, ndim=(3,)))
+    found = doors.listed(value, what)
+    if not found:
         raise ValueError(f"{what} must be a list of square matrices, got {doors.said(value)}")
-    for position, matrix in enumerate(value):
+    for position, matrix in enumerate(found):
         _square(matrix, f"{what}[{position}]")
-    if len({matrix.shape for matrix in value}) > 1:
+    if len({matrix.shape for matrix in found}) > 1:
         raise ValueError(f"{what} must be matrices of one size, got {doors.said(value)}")
+
+
+def _some(value: object, what: str, least: float) -> list[float]:
+    found = doors.numbers(value, what, least=least)
+    if not found:
+        raise ValueError(f"{what} must have a number, got {doors.said(value)}")
+    return found
 
 
 # checks by annotation
@@ -163,14 +164,16 @@ KINDS: dict[str, Callable[[Any, str], object]] = {
     "Sequence[Block]": _blocks,
     "Mapping[str, HasGram]": _layers,
     "Mapping[int, Block]": _states,
-    "Sequence[float]": _numbers,
+    "Sequence[float]": doors.numbers,
     "bool": doors.flag,
+    "Tensor | None": doors.optional(partial(doors.tensor, ndim=(2,))),
+    "Mapping[str, np.ndarray]": partial(doors.instance, kind=Mapping, wanted="a dict of arrays"),
 }
 # checks by name: numbers and tensors of one annotation mean several things
 NAMES: dict[str, Callable[[Any, str], object]] = {
     "gradient": partial(doors.tensor, ndim=(2,)),
     "damping": partial(doors.number, least=0.0),
-    "dampings": _dampings,
+    "dampings": partial(_some, least=0.0),
     "k": partial(doors.count, least=0),
     "rtol": partial(doors.number, least=0.0),
     "alpha": partial(doors.number, above=0.0),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.metrics.coefficients import example_coefficients
 from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import (
@@ -85,7 +86,16 @@ class GramStudy:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> GramStudy:
-        """The study that `arrays` gave."""
+        """The study that `arrays` gave.
+
+        Raises:
+            ValueError: an array is missing.
+        """
+        missing = {f.name for f in fields(cls)} - set(
+            doors.instance(arrays, "arrays", Mapping, "a dict of arrays, as `arrays` makes")
+        )
+        if missing:
+            raise ValueError(f"arrays must be those of a study; {', '.join(sorted(missing))} lack")
         tensors = {f.name: arrays[f.name] for f in fields(cls) if f.name != "layers"}
         layers = [str(name) for name in arrays["layers"]]
         studied = {k: torch.as_tensor(value, device="cpu") for k, value in tensors.items()}

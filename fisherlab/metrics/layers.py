@@ -35,7 +35,7 @@ def layer_masses(layers: Mapping[str, HasGram], examples: int) -> Tensor:
         sizes = {name: len(layer.gram()) for name, layer in layers.items()}
         raise ValueError(f"the layers have different numbers of columns: {sizes}; capture together")
     K = torch.stack(grams)
-    return (K @ K.mT).clamp(min=0).sqrt() / examples
+    return (K @ K.mT).clamp(min=0).sqrt() / float(examples)
 
 
 @entered

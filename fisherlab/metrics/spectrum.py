@@ -165,7 +165,7 @@ def spectral_density(F: HasEigenvalues, grid: Tensor, width: float) -> Tensor:
     values, at = F.eigenvalues().double(), grid.double()[:, None]
 
     def bumps(centres: Tensor) -> Tensor:
-        return torch.exp(-((at - centres) ** 2) / (2 * width**2)).sum(1)
+        return torch.exp(-(((at - centres) / width) ** 2) / 2).sum(1)
 
     zeros = F.size - len(values)
     total = bumps(values) + zeros * bumps(values.new_zeros(1))

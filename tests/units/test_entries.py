@@ -1,0 +1,149 @@
+"""Doors of blocks, means and metrics: junk is refused by name, and rare forms have right values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherlab as fl
+from fisherlab import blocks, metrics
+from fisherlab.approximations import damping
+
+one = torch.ones
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def psd(d: int, seed: int = 0) -> Tensor:
+    X = randn(d, d, seed=seed)
+    return X @ X.mT
+
+
+@pytest.fixture(scope="module")
+def layer() -> Any:
+    model = nn.Linear(3, 3)
+    return fl.capture(model, nn.CrossEntropyLoss(), one(5, 3), torch.arange(5) % 3)["linear"]
+
+
+KRONECKER = blocks.Kronecker(psd(3), psd(4))
+OUTER = blocks.Outer(randn(5, 1, 4), randn(2, 5, 1, 3))
+JUNK: list[tuple[Callable[[], object], str]] = [
+    (lambda: blocks.Kronecker(randn(3, 3), psd(4)), "output factor must be symmetric"),
+    (lambda: blocks.Dense(randn(4, 4), (2, 2)), "matrix must be symmetric"),
+    (lambda: blocks.Leading(one(1, 2, 2), one(1), "x"), "level must be a tensor"),
+    (lambda: blocks.Outer.over(None), "columns must be those of an exact block"),
+    (lambda: blocks.to_dict(None), "block must be a block"),
+    (lambda: blocks.from_dict({"form": []}), "block form must be one of"),
+    (lambda: blocks.from_dict(None), "state must be a dict"),
+    (lambda: list(OUTER.rows(-1)), "budget must be a whole number"),
+    (lambda: OUTER.leading_products(1, one(3, 1), "x"), "q_A must be a tensor"),
+    (lambda: KRONECKER.factored_power(None, 0.1, 0.1), "exponent must be a finite number"),
+    (lambda: KRONECKER.eigen.in_bases(None), "V must be a tensor"),
+    (lambda: blocks.Diagonal(one(2, 2).double() * 0).power(-2, 1e-300), "overflows torch.float64"),
+    (lambda: OUTER.power(-2, 1e-300), "overflows torch.float64"),
+    (lambda: KRONECKER.solve(one(3, 4).double(), nn.LazyLinear(2).weight), "damping must be"),
+    (lambda: fl.KFAC(A=None), "A of KFAC must be a Statistic, got None"),
+    (lambda: fl.KLOptimal(iterations=torch.tensor(3)), "must be a whole number of Python"),
+    (lambda: fl.KFAC().damped(None, 0.1), "block must be a block"),
+    (lambda: fl.IFANG().damped(KRONECKER, 0.1), "IFANG damps blocks that it made"),
+    (lambda: fl.KFAC().damped_each([KRONECKER], []), "1 blocks need as many dampings"),
+    (lambda: fl.approximations.Memo([]), "at least one"),
+    (lambda: fl.approximations.Memo([fl.LayerCapture]), "a layer must be that of fl.capture"),
+    (lambda: damping.constant("x"), "damping must be a finite number"),
+    (lambda: damping.levenberg_marquardt().adapt(None), "ratio must be a number"),
+    (lambda: damping.LevenbergMarquardt(smallest=2.0, largest=1.0), "must not exceed largest"),
+    (lambda: damping.lambdas(None, {}), "rule must be callable"),
+    (lambda: damping.trace_ratio_pi(OUTER), "must be a Kronecker product"),
+    (lambda: metrics.gram_study({}, one(3)), "layers must have a layer"),
+    (lambda: metrics.pareto_front(torch.tensor(1.0), [1.0]), "costs must have 1 axes"),
+    (lambda: metrics.condition_curve(OUTER, b"x"), "dampings must be a list"),
+    (lambda: metrics.GramStudy.of_arrays({}), "arrays must be those of a study"),
+    (lambda: fl.save(None, "nowhere"), "the value is None"),
+    (lambda: fl.save(one(2).to_sparse(), "nowhere"), "must be a dense tensor"),
+    (lambda: fl.load("nowhere", device=3), "device must be one of torch"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), JUNK)
+def test_junk_is_refused_by_name(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+def test_of_a_capture(layer: Any) -> None:
+    means = fl.approximations.Memo([layer]).means(fl.EKFAC())
+    for call, message in (
+        (lambda: layer.part(None), "examples must be a slice"),
+        (lambda: list(layer.chunks("x")), "memory must be a whole number"),
+        (lambda: layer.map(None), "function must be callable"),
+        (lambda: layer.weighed(None), "a must be a tensor"),
+        (lambda: fl.approximations.Memo([layer], "x"), "memory must be a whole number"),
+        (lambda: fl.approximations.Memo([layer]).block(fl.KFAC), "approximation must be one"),
+        (lambda: fl.EKFAC().block(means, (3, 4)), "no basis with 'l_G'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_state_of_running_means_is_refused_whole(layer: Any) -> None:
+    running = fl.approximations.Running(fl.KFAC())
+    running.update(layer)
+    good, before = running.state_dict(), running.block().dense()
+    for bad in (None, good | {"sums.A": "x"}, good | {"counts": one(3)}, good | {"sums.B": one(3)}):
+        with pytest.raises(ValueError, match="state"):
+            running.load_state_dict(bad)
+        assert torch.equal(running.block().dense(), before)
+
+
+def test_von_neumann_in_float32() -> None:
+    G, A, F = psd(3).float(), psd(4, 1).float(), blocks.Outer(OUTER.a.float(), OUTER.g.float())
+
+    def log(S: Tensor) -> Tensor:
+        values, Q = torch.linalg.eigh(S.double() + 0.1 * torch.eye(12))
+        return Q * values.log() @ Q.mT
+
+    X, E = torch.kron(G, A), F.dense()
+    right = ((E + 0.1 * torch.eye(12)).double() @ (log(E) - log(X))).trace() - (E - X).trace()
+    found = metrics.von_neumann_divergence(blocks.Kronecker(G, A), F, 0.1)
+    assert float(found) == pytest.approx(float(right), rel=1e-4)
+
+
+def test_diagonalisation_of_mini_blocks_beside_a_dense_matrix() -> None:
+    parts = torch.stack([psd(2, k) for k in range(6)]).view(3, 2, 2, 2)
+    X, F = blocks.MiniBlock(parts), psd(12, 9)
+    Q = torch.block_diag(*torch.linalg.eigh(parts.flatten(0, 1))[1])
+    right = (Q.mT @ F @ Q).diagonal()
+    assert torch.allclose(X.diagonal_of(blocks.Dense(F, (3, 4))).flatten(), right)
+    share = metrics.diagonalisation(X, blocks.Dense(F, (3, 4)))
+    assert float(share) == pytest.approx(float(right.square().sum() / F.square().sum()))
+
+
+def test_a_diagonal_side_beside_an_outer_sum() -> None:
+    F = blocks.OuterSum(OUTER.a, OUTER.g, psd(10))
+    X, A = blocks.Kronecker(one(3).double(), psd(4)), torch.linalg.eigh(psd(4))[1]
+    Q = torch.block_diag(A, A, A)
+    assert torch.allclose(X.diagonal_of(F).flatten(), (Q.mT @ F.dense() @ Q).diagonal())
+
+
+def test_a_tail_of_a_whole_basis_counts_for_nothing() -> None:
+    Q_G, Q_A = torch.linalg.qr(randn(3, 2))[0], torch.linalg.qr(randn(4, 4))[0]
+    spectrum, beside = randn(2, 4).square(), randn(4).square()
+    X = blocks.Eigen(Q_G, Q_A, spectrum, torch.full((2,), 1e15).double(), beside)
+    V, whole = randn(3, 4, seed=3), torch.eye(12) + X.dense()
+    right = torch.linalg.solve(whole, V.flatten()).view(3, 4)
+    assert torch.allclose(X.power(0.5).power(2).solve(V, 1.0), right)
+
+
+def test_what_lies_beside_a_range() -> None:
+    F = blocks.Outer(OUTER.a, OUTER.g, shift=2.0)
+    values = torch.linalg.eigvalsh(F.dense()).flip(0)
+    rank = len(F.leading_values(12))
+    right = (values[rank - 1] - values[rank]) / values[0] if rank < 12 else values[-1] / values[0]
+    assert float(metrics.spectral_gap(F, rank)) == pytest.approx(float(right))
+    with pytest.raises(ValueError, match="lie beside its range"):
+        metrics.subspace_overlap(blocks.Outer(OUTER.a[:2], OUTER.g[:, :2]).power(-1, 0.1), OUTER)
