@@ -47,7 +47,7 @@ TRACE_BELOW_ROUNDING = 1e-3
 # The share of its step that may lie there.
 UNSURE_STEP = 0.01
 # The same of the eigenvalues of its block, an estimate that is rarely too low.
-UNSURE_EIGENVALUES = 0.02
+UNSURE_EIGENVALUES = 0.03
 
 
 def _refuse_overflow(row: dict[str, Any]) -> None:

@@ -175,7 +175,12 @@ class ExactReference:
         if bound < STEP_BELOW_ROUNDING:
             return bound
         drawn = normal(torch.Generator().manual_seed(0), *g.shape).to(g)
-        return float((P @ (ROUNDED * eps * g * drawn).to(P.dtype)).double().norm() / length)
+        d = ROUNDED * eps * drawn * self._rounded_entries()
+        return float((P @ d.to(P.dtype)).double().norm() / length)
+
+    def _rounded_entries(self) -> Tensor:
+        """What each entry of the gradient has a rounding of: itself."""
+        return self.gradient
 
     def add(self, row: dict[str, Any], ours: Tensor, damping: float) -> None:
         """A step whose worth is still missing in its row."""
@@ -247,3 +252,8 @@ class InsideReference(ExactReference):
             square = dot(rest, rest)
             if not is_rounding(square, dot(gradient, gradient), gradient.dtype):
                 self.rest, self.beside = rest, square.item()
+
+    def _rounded_entries(self) -> Tensor:
+        # coordinates are sums of entries: each has the rounding of all
+        square = self.gradient.double().square().mean()
+        return square.sqrt().to(self.gradient).expand_as(self.gradient)
