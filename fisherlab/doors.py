@@ -140,7 +140,7 @@ def numbers(
 
 
 def _is_integer(value: Tensor) -> bool:
-    plain = not (value.is_nested or nn.parameter.is_lazy(value) or value.is_meta)
+    plain = not (value.is_nested or nn.parameter.is_lazy(value))
     return plain and value.layout == torch.strided and value.dtype in _INTEGERS
 
 

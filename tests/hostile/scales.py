@@ -215,7 +215,9 @@ def measured(draw: random.Random) -> Case:
             for column in COLUMNS:
                 if np.isnan(row[column]) and not row["note"]:
                     return f"{column} is NaN without a note"
-                if not np.isnan(row[column]) and abs(row[column] - wanted[column]) > 1e-5:
+                if not np.isnan(row[column]) and abs(row[column] - wanted[column]) > 1e-5 * (
+                    1 + abs(wanted[column])
+                ):
                     return f"{column} is {row[column]} for {wanted[column]}"
         return ""
 
