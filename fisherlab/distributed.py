@@ -352,6 +352,11 @@ class Ranks:
 
     def check_model(self, model: nn.Module, buffers: bool = True) -> None:
         """Refuse models that differ between ranks, naming the first tensor and the rank."""
+        self.check_same(
+            modules_in_words(model, modes=buffers),
+            "have different models",
+            "build the same one on every rank",
+        )
         described = self.objects(_described(model, buffers))
         first = described[0]
         for rank, other in enumerate(described[1:], 1):
@@ -430,7 +435,7 @@ def in_words(value: Any) -> str:
         return f"Generator {_digested(value.get_state())[-1]}"
     if isinstance(value, nn.Module):
         state = [" ".join(found) for found in _described(value, buffers=True).values()]
-        return " ".join([repr(value), *state])
+        return " ".join([*modules_in_words(value).values(), *state])
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {in_words(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
@@ -443,6 +448,28 @@ def in_words(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def modules_in_words(model: nn.Module, modes: bool = False) -> dict[str, str]:
+    """Every module's class, and the options of torch's own; with `modes` also which one trains."""
+    found = {}
+    for name, module in unwrapped(model).named_modules():
+        kept = ("training",) if modes else ()
+        if type(module).__module__.startswith("torch.nn"):
+            kept = tuple(k for k in vars(module) if k[0] != "_" and (modes or k != "training"))
+        kinds = (bool, int, float, str, tuple, type(None))
+        options = {k: vars(module)[k] for k in kept if isinstance(vars(module)[k], kinds)}
+        said = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        found[f"module {name!r}" if name else "the model"] = f"{type(module).__name__}({said})"
+    return found
+
+
+def parallel(model: nn.Module) -> bool:
+    """Whether several ranks train the model, or one that holds it and whose forward pass runs."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module() or model
+    return Ranks.of(wrapper) is not None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

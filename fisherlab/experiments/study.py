@@ -224,17 +224,34 @@ class Study:
 
     def _left(self) -> bool:
         """Whether a point waits, or may still be made."""
+        import optuna
         from optuna.trial import TrialState
 
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
         for trial in self._of(TrialState.RUNNING):
             host, process = trial.user_attrs.get("worker", ("", 0))
-            if host == socket.gethostname() and not whole.alive(process):
+            # a number of this process is that of an earlier one: between two points it has none
+            dead = process == os.getpid() or not whole.alive(process)
+            if host == socket.gethostname() and dead:
                 again(self.study, trial)
-                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self._fail(trial)
         if self._of(TrialState.WAITING):
             return True
         taken = self._taken()
         return len(taken if self.grid is None else set(map(_place, taken))) < self.trials
+
+    def _fail(self, trial: FrozenTrial) -> None:
+        """End the trial of a killed worker by another sampler: a grid's own stops a study here."""
+        import optuna
+
+        plain = optuna.load_study(
+            study_name=self.study.study_name,
+            storage=self.study._storage,
+            sampler=optuna.samplers.RandomSampler(),
+        )
+        plain.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _late(self, trial: Trial) -> bool:
         """Whether another worker took the same place, or the last one, in the same moment."""

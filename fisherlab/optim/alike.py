@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fisherlab.distributed import Ranks, in_words
+from fisherlab.optim.coverage import Coverage
 
 KINDS = (bool, int, float, str, torch.Generator, type(None))
 
@@ -26,6 +27,17 @@ def options_of(*parts: Any) -> dict[str, str]:
         for name, value in vars(part).items()
         if not name.startswith("_") and (isinstance(value, KINDS) or is_dataclass(value))
     }
+
+
+def groups_of(coverage: Coverage) -> dict[str, str]:
+    """The options of the parameter groups, and the layers that were asked for, in words."""
+    groups = {
+        f"{key} of group {k}": in_words(value)
+        for k, group in enumerate(coverage.groups)
+        for key, value in group.items()
+        if key not in ("params", "param_names")
+    }
+    return {**groups, **{n: in_words(v) for n, v in coverage.asked.items()}}
 
 
 def check_alike(ranks: Ranks, options: Mapping[str, str]) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
-from fisherlab.distributed import Ranks, answering, in_words, unwrapped
+from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
-from fisherlab.optim.alike import check_alike, options_of
+from fisherlab.optim.alike import check_alike, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
@@ -237,13 +237,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
 
     def _described(self) -> dict[str, str]:
         """The options and the count of steps, in words that all ranks must share."""
-        groups = {
-            f"{key} of group {k}": in_words(value)
-            for k, group in enumerate(self.param_groups)
-            for key, value in group.items()
-            if key not in ("params", "param_names")
-        }
-        return {**groups, **options_of(self)}
+        return {**groups_of(self.coverage), **options_of(self)}
 
     @abstractmethod
     def _directions(self) -> dict[nn.Parameter, Tensor]:

@@ -55,7 +55,7 @@ class Coverage:
     ) -> None:
         check_initialised(model)
         self.groups, self._takes = groups, takes
-        self._asked = layers, skip
+        self.asked: dict[str, Names] = {"layers": layers, "skip": skip}
         self.owners = weights_of(model, computed=False)
         self._wanted = _meant(self.owners, layers, skip)
         self.weights: dict[str, Weight] = {}
@@ -80,7 +80,7 @@ class Coverage:
     def renew(self, model: nn.Module) -> None:
         """Know the weights of modules that the model was given since; their calls join them."""
         self.owners = weights_of(model, computed=False)
-        self._wanted = _meant(self.owners, *self._asked)
+        self._wanted = _meant(self.owners, *self.asked.values())
         if self.tape is not None:
             self.tape.track(on_tape(self.owners))
 

@@ -23,7 +23,7 @@ from fisherlab.blocks.reads import together
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names
-from fisherlab.optim.alike import check_alike, options_of
+from fisherlab.optim.alike import check_alike, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
@@ -208,7 +208,7 @@ class Preconditioner(Covered):
 
     def described(self) -> dict[str, str]:
         """The options, in words that all ranks must share."""
-        return options_of(self, self.recorder)
+        return {**groups_of(self.coverage), **options_of(self, self.recorder)}
 
     def _step(self) -> None:
         self.coverage.check(self.model)

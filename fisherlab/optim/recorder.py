@@ -490,8 +490,8 @@ def captured(ranks: Ranks | None, recorder: Recorder, at: str) -> list[dict[str,
         return recorder.captures()
     with ranks.together("capturing its batch"):
         passes = recorder.captures()
-    calls = [f"{key} {len(layer.raw_inputs)}" for one in passes for key, layer in one.items()]
-    check_ranks(ranks, recorder.factors, f"{at}; {', '.join(calls)}")
+    calls = [f"{key} x {len(layer.raw_inputs)}" for one in passes for key, layer in one.items()]
+    check_ranks(ranks, recorder.factors, f"{at}, with {', '.join(calls)}", len(calls))
     return passes
 
 

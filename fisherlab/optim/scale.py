@@ -150,7 +150,7 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     return kappa, round(seen), round(terms)
 
 
-def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int = 0) -> list[int]:
+def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int) -> list[int]:
     """The counts of all ranks; ranks whose examples DDP weighs differently are refused.
 
     Args:
@@ -158,13 +158,19 @@ def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int = 0) -> 
         factors: of each pass, from `dL/ds` to the gradient of the per-example loss: the number of
             examples for a mean. DDP's `p.grad` is that of the joint batch where they agree.
         at: what this rank is about to send, which must be the same on all.
-        count: this rank's.
+        count: of this rank's examples, or of the layers they reach.
 
     Raises:
         OptimizerError: the factors differ.
-        RankError: the ranks are about to send different things.
+        RankError: the ranks are about to send different things, or one has nothing.
     """
     told = ranks.objects((at, factors, count))
+    counts = [count for *_, count in told]
+    if 0 in counts and any(counts):
+        raise RankError(
+            f"rank {counts.index(0)} has no example that reaches a layer, and others have; give "
+            "every rank at least one (drop_last=True); no parameter was changed"
+        )
     for rank, (theirs, *_) in enumerate(told):
         if theirs != told[0][0]:
             raise RankError(
@@ -187,7 +193,7 @@ def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int = 0) -> 
                 "number of examples (drop_last=True), or scale the loss of each by world_size "
                 "* its examples / all examples; no parameter was changed"
             )
-    return [count for *_, count in told]
+    return counts
 
 
 def ignored_terms(output: Tensor, gradient: Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.reads import Together
+from fisherlab.distributed import parallel
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
 from fisherlab.extract.isolation import is_isolated, is_traced
 from fisherlab.extract.slopes import Slopes, slopes
@@ -202,9 +203,11 @@ def reconstruct(
 
     Raises:
         ValueError: the method, the variant or a layer of `activations` is unknown, a number is out
-            of range, or the units' matrices of a layer are more than memory is for.
+            of range, the units' matrices of a layer are more than memory is for, or several ranks
+            train the model.
     """
     doors.module(model)
+    _check_single(model)
     _check_numbers(every, decay, eps, rank)
     doors.choice(method, "method", ("newton_schulz", "denman_beavers", "eigh", "nystroem"))
     doors.choice(variant, "variant", VARIANTS)
@@ -237,6 +240,14 @@ def reconstruct(
 
         optimizer.register_step_post_hook(after_step)
     return model
+
+
+def _check_single(model: nn.Module) -> None:
+    if parallel(model):
+        raise ValueError(
+            "a reconstructed network is not data-parallel: each rank would have a metric of its "
+            "own examples; train it in a single process, or take NaturalGradient(model, fl.SNGD())"
+        )
 
 
 def _units(layers: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -293,6 +304,8 @@ class _Observer:
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         recorded = torch.is_grad_enabled() and not is_isolated() and not is_traced()
         self.calls = {} if recorded else None
+        if recorded:
+            _check_single(model)
 
     def remember(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], output: Tensor

@@ -272,6 +272,31 @@ def test_points_of_a_killed_worker_are_taken_over_and_those_of_another_machine_l
         assert mine.points[0].label == "sgd-1"
 
 
+@needs_optuna
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+@pytest.mark.parametrize("reused", [False, True])
+def test_the_last_point_of_a_killed_worker_is_taken_over(tmp_path, trained, reused):
+    """Its process number is nobody's, or that of this process, as after a container's restart."""
+    train, calls = trained
+    whole = opened(tmp_path / "whole")
+    whole.run(train)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine = opened(tmp_path)
+
+    def stopped(entry, report):
+        if len(calls) == 2 * len(mine.grid) - 1:
+            raise KeyboardInterrupt
+        return train(entry, report)
+
+    with pytest.raises(KeyboardInterrupt):
+        mine.run(stopped)
+    trial = mine.study.ask()  # the last one, which waits
+    trial.set_user_attr("worker", [socket.gethostname(), os.getpid() if reused else gone.pid])
+    mine.run(train)
+    assert mine.points == whole.points and not mine.elsewhere
+
+
 WORKER = """
 import os, sys, time
 from pathlib import Path
