@@ -64,9 +64,13 @@ class Line:
 
     def open(self) -> None:
         """Make the group; every member does."""
+        # processes that are no members make no group with these, and torch then has one name for it
+        few = len(self.members) < dist.get_world_size()
+        if few and self._made:
+            raise RankError(f"the ranks {self.members} lost each other before; {AGAIN}")
         self._made += 1
         self.own = dist.new_group(
-            self.members, self.timeout, self.backend, use_local_synchronization=True
+            self.members, self.timeout, self.backend, use_local_synchronization=few
         )
 
     def close(self, index: int, word: str) -> None:
@@ -352,11 +356,6 @@ class Ranks:
 
     def check_model(self, model: nn.Module, buffers: bool = True) -> None:
         """Refuse models that differ between ranks, naming the first tensor and the rank."""
-        self.check_same(
-            modules_in_words(model, modes=buffers),
-            "have different models",
-            "build the same one on every rank",
-        )
         described = self.objects(_described(model, buffers))
         first = described[0]
         for rank, other in enumerate(described[1:], 1):
@@ -376,6 +375,11 @@ class Ranks:
                     f"rank {rank}; load the same weights on every rank, or wrap the model in "
                     "DistributedDataParallel (which leaves each rank its own batch-norm statistics)"
                 )
+        self.check_same(
+            modules_in_words(model, modes=buffers),
+            "have different models",
+            "build the same one on every rank",
+        )
 
 
 class _Tensor:

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from fisherlab.approximations.damping import levenberg_marquardt
 from fisherlab.optim import FNGD, NGD, NaturalGradient, TENGraD
 
 WORLD = 2
-CUTS = (12, 17)  # equal ranks, and unequal ones
+# where the batch is cut, by the number of ranks: into equal shards, and unequal ones
+CUTS = {"equal": {2: (12,), 4: (6, 12, 18)}, "unequal": {2: (17,), 4: (3, 12, 13)}}
 APPROXIMATIONS = ["kfac", "tekfac", "eva", "sngd", "mini_block"]
 OPTIONS = {"lr": 0.1, "decay": 0.9, "statistics_every": 1, "basis_every": 2}
 OPTIMIZERS = {
@@ -58,8 +60,9 @@ def data(seed=1, n=24):
 
 
 def shard(rank, cut, *tensors):
-    rows = slice(0, cut) if rank == 0 else slice(cut, None)
-    return tuple(tensor[rows] for tensor in tensors)
+    """The rows of a rank: `cut` is where the next one's begin, or all of these places."""
+    cut = (cut,) if isinstance(cut, int) else cut
+    return tuple(tensor.tensor_split(cut)[rank] for tensor in tensors)
 
 
 def ignoring(y):
@@ -69,36 +72,39 @@ def ignoring(y):
     return y
 
 
-def comparisons(rank=None):
+def comparisons(rank=None, world=WORLD):
     """Name -> frame of the joint batch; `rank` None is a single process."""
     x, y = data()
     unseen = data(2)
     found = {}
-    for cut in CUTS:
+    for name, places in CUTS.items():
+        cut = places[world]
+        back = tuple(24 - place for place in reversed(cut))
         for kind in ("exact", "mc", "empirical"):
             labels = ignoring(y) if kind != "mc" else y
             sample = (x, labels) if rank is None else shard(rank, cut, x, labels)
-            reference = unseen if rank is None else shard(rank, 24 - cut, *unseen)
+            reference = unseen if rank is None else shard(rank, back, *unseen)
             options = {"fisher_type": kind, "reference": reference}
             # a smaller damping multiplies the rounding that two orders of summation differ by
             options |= {"approximations": APPROXIMATIONS, "dampings": (0.1,)}
             table = fl.compare(net(), nn.CrossEntropyLoss(), *sample, **options)
-            found[f"{kind}-{cut}"] = table.frame
+            found[f"{kind}-{name}"] = table.frame
     return found
 
 
-def trained(name, rank=None):
+def trained(name, rank=None, world=WORLD):
     """The parameters after a few steps of one optimizer."""
+    cut = CUTS["equal"][world]
     model = net()
     wrapped = model if rank is None else DistributedDataParallel(model)
     opt = OPTIMIZERS[name](wrapped)
     for step in range(STEPS):
         batch = data(10 + step)
-        x, y = batch if rank is None else shard(rank, 12, *batch)
+        x, y = batch if rank is None else shard(rank, cut, *batch)
         if name == "fngd_example":
             generator = torch.Generator().manual_seed(step)
             indices = torch.randperm(40, generator=generator)[:24]
-            opt.set_batch(indices if rank is None else shard(rank, 12, indices)[0])
+            opt.set_batch(indices if rank is None else shard(rank, cut, indices)[0])
 
         def closure(x=x, y=y):
             opt.zero_grad()
@@ -165,6 +171,96 @@ def _not_parallel(rank):
     fl.optim.create("kbfgs", DistributedDataParallel(net()))
 
 
+def _compared(rank, **options):
+    """A comparison of shards, for which the ranks pass options of their own."""
+    x, y = shard(rank, 12, *data())
+    given = {"model": net(), "criterion": nn.CrossEntropyLoss(), "x": x, "y": y}
+    fl.compare(**{**given, "approximations": ["kfac"], "dampings": 0.1, **options})
+
+
+def _other_module(rank):
+    model = net()
+    model[1] = (nn.Tanh, nn.ReLU)[rank]()
+    _compared(rank, model=model)
+
+
+def _other_order(rank):
+    names = ["ab", "ba"][rank]
+    model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4).double()) for name in names))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    x, y = data()
+    _compared(rank, model=model, x=x.flatten(1)[:, :4], y=y)
+
+
+def _other_criterion(rank):
+    _compared(rank, criterion=nn.CrossEntropyLoss(label_smoothing=0.1 * rank))
+
+
+class _Breaks(nn.Module):
+    """A network whose outputs are NaN on rank 1, once no batch is checked any more."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.inner, self.factor = net(), torch.tensor([1.0, torch.nan][rank])
+
+    def forward(self, x):
+        return self.inner(x) * self.factor
+
+
+def _steps(rank, make, cut=12, steps=1):
+    """Steps of an optimizer on shards."""
+    wrapped = DistributedDataParallel(net())
+    opt = make(wrapped)
+    for step in range(steps):
+        x, y = shard(rank, cut if step == steps - 1 else 12, *data(10 + step))
+        opt.zero_grad()
+        nn.functional.cross_entropy(wrapped(x), y).backward()
+        opt.step()
+
+
+def _with(**options):
+    return lambda model: NaturalGradient(model, fl.KFAC(), **{"lr": 0.1, "damping": 0.1, **options})
+
+
+def _of_checkpoint(rank, model):
+    """An optimizer that took over a checkpoint on rank 1 alone."""
+    opt = OPTIMIZERS["kfac"](model)
+    if rank == 1:
+        other = net()
+        first = OPTIMIZERS["kfac"](other)
+        nn.functional.cross_entropy(other(data()[0]), data()[1]).backward()
+        first.step()
+        opt.load_state_dict(first.state_dict())
+    return opt
+
+
+class _OtherWay(nn.Module):
+    """Two layers, which the ranks call in different orders."""
+
+    def __init__(self, rank):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.rank = nn.Linear(4, 4).double(), nn.Linear(4, 4).double(), rank
+
+    def forward(self, x):
+        first, second = (self.a, self.b) if self.rank == 0 else (self.b, self.a)
+        return second(torch.tanh(first(x)))
+
+
+def _other_way(rank):
+    wrapped = DistributedDataParallel(_OtherWay(rank))
+    opt = TENGraD(wrapped, lr=0.1, damping=0.1)
+    x, y = data()
+    nn.functional.cross_entropy(wrapped(x.flatten(1)[:, :4]), y).backward()
+    opt.step()
+
+
+def _reconstructed(rank):
+    wrapped = DistributedDataParallel(fl.optim.reconstruct(net()))
+    wrapped(data()[0])
+
+
 def _late(rank):
     """A rank that comes after the others' timeout, of a group of their own."""
     brief = dist.new_group(timeout=datetime.timedelta(seconds=1))
@@ -198,6 +294,21 @@ REFUSALS = {
     "bad batch": _bad_batch,
     "loaders": _loaders,
     "not parallel": _not_parallel,
+    "reconstructed": _reconstructed,
+    "other dampings": lambda rank: _compared(rank, dampings=[0.1, 0.2][rank]),
+    "other seed": lambda rank: _compared(rank, generator=torch.Generator().manual_seed(rank)),
+    "other criterion": _other_criterion,
+    "other module": _other_module,
+    "other order": _other_order,
+    "no example": lambda rank: _compared(rank, x=data()[0][rank * 24 :], y=data()[1][rank * 24 :]),
+    "nan outputs": lambda rank: _compared(rank, model=_Breaks(rank)),
+    "other class": lambda rank: _steps(rank, OPTIMIZERS[["kfac", "tengrad"][rank]]),
+    "other method": lambda rank: _steps(rank, OPTIMIZERS[["kfac", "ekfac"][rank]]),
+    "other layers": lambda rank: _steps(rank, _with(skip=[None, ["4"]][rank])),
+    "other checkpoint": lambda rank: _steps(rank, lambda model: _of_checkpoint(rank, model)),
+    "other way": _other_way,
+    "no example in a step": lambda rank: _steps(rank, OPTIMIZERS["kfac"], 24),
+    "unequal in the second phase": lambda rank: _steps(rank, OPTIMIZERS["fngd"], 14, 4),
     "fsdp": _sharded,
     "unequal kfac": lambda rank: _unequal(rank, OPTIMIZERS["kfac"]),
     "unequal tengrad": lambda rank: _unequal(rank, OPTIMIZERS["tengrad"]),
@@ -226,24 +337,25 @@ def pieces(rank):
     }
 
 
-def work(rank, folder):
-    """Everything, on one rank; the results go to a file of its own."""
+def work(rank, folder, world=WORLD):
+    """Everything, on one rank; the results go to its own file. Of four ranks: the equalities."""
     torch.set_num_threads(1)
+    fl.distributed.ANSWER = 1.0
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
     found = {
-        "pieces": pieces(rank),
-        "comparisons": comparisons(rank),
-        "trained": {name: trained(name, rank) for name in OPTIMIZERS},
-        "scaled": _scaled(rank),
-        "refused": {name: _refused(rank, act) for name, act in REFUSALS.items()},
-        "late": _refused(rank, _late),
+        "comparisons": comparisons(rank, world),
+        "trained": {name: trained(name, rank, world) for name in OPTIMIZERS},
     }
+    if world == WORLD:
+        found["pieces"], found["scaled"] = pieces(rank), _scaled(rank)
+        found["refused"] = {name: _refused(rank, act) for name, act in REFUSALS.items()}
+        found["late"] = _refused(rank, _late)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

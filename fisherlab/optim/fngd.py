@@ -111,7 +111,7 @@ class FNGD(Woodbury):
             self._taken[weight.name][-1].indices = self._indices
             return found
         device = calls[0][1].device
-        mine, total = self._places(weight, calls, factor)
+        mine, total, factor = self._places(weight, calls, factor)
         every = self._shared(weight, total).to(device)
         self._take(weight, Taken(weight, calls, every[:, mine], factor, every))
         if self.accelerated:

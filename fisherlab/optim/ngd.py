@@ -21,7 +21,7 @@ from fisherlab.optim.alike import options_of
 from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer
 from fisherlab.optim.passes import delivered
-from fisherlab.optim.recorder import Recorder, captured
+from fisherlab.optim.recorder import Recorder
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.state import generator_state
 from fisherlab.optim.summary import last_steps
@@ -148,7 +148,7 @@ class NGD(CurvatureOptimizer):
         passes = self._passes
         if passes is None:
             try:
-                passes = captured(self.ranks, self.recorder, f"step {self.steps}")
+                passes = self.recorder.captures(f"step {self.steps}")
             finally:
                 self.recorder.clear()
         if together() is not None:

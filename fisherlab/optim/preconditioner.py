@@ -29,7 +29,7 @@ from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
 from fisherlab.optim.passes import delivered
-from fisherlab.optim.recorder import Recorder, captured, check_draw, check_fisher_type
+from fisherlab.optim.recorder import Recorder, check_draw, check_fisher_type
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.schedule import USUAL, Schedule
 from fisherlab.optim.state import FORMAT, check_form, check_state, generator_state, sealed
@@ -327,7 +327,7 @@ class Preconditioner(Covered):
             }
         if not names:
             return {}
-        passes = captured(self.ranks, self.recorder, f"step {self.steps} of {', '.join(names)}")
+        passes = self.recorder.captures(f"step {self.steps} for {', '.join(names)}")
         found = {key: delivered(passes, key) for weight in weights for key in weight.keys}
         for weight in weights:
             missing = weight.name not in self.left_out and not found[weight.keys[0]]

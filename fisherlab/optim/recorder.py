@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -395,10 +396,19 @@ class Recorder:
 
     # delivery -----------------------------------------------------------------------------------
 
-    def captures(self) -> list[dict[str, LayerCapture]]:
-        """One dict of captures per forward and backward since the last step, checked and scaled."""
+    def captures(self, at: str = "") -> list[dict[str, LayerCapture]]:
+        """One dict of captures per forward and backward since the last step, checked and scaled.
+
+        Args:
+            at: the step, and what it captures for; ranks that are elsewhere are refused.
+        """
         arrived = [p for p in self.passes if p.arrived]
-        self.factors = [self._factor(p) for p in arrived]
+        with self.ranks.together("reading its batch") if self.ranks else nullcontext():
+            self.factors = [self._factor(p) for p in arrived]
+        if self.ranks is not None:
+            calls = [f"{name} x {len(each)}" for p in arrived for name, each in p.calls.items()]
+            at = f"{at}, with {', '.join(calls)}"
+            self.factors, _ = check_ranks(self.ranks, self.factors, at, len(calls))
         found = [
             captures_of(one, factor, self.needs, self.coverage)
             for one, factor in zip(arrived, self.factors, strict=True)
@@ -476,23 +486,6 @@ class Recorder:
             *(one.output, one.output_gradient, one.loss_scale, self.criterion, one.own_scale),
             last=not self.needs.columns,
         )
-
-
-def captured(ranks: Ranks | None, recorder: Recorder, at: str) -> list[dict[str, LayerCapture]]:
-    """`recorder.captures()`; among ranks, refused by all where it is by one, or where they differ.
-
-    Args:
-        ranks: the processes that hold the other shards, if any.
-        recorder: the recorder.
-        at: the step, and what is captured for.
-    """
-    if ranks is None:
-        return recorder.captures()
-    with ranks.together("capturing its batch"):
-        passes = recorder.captures()
-    calls = [f"{key} x {len(layer.raw_inputs)}" for one in passes for key, layer in one.items()]
-    check_ranks(ranks, recorder.factors, f"{at}, with {', '.join(calls)}", len(calls))
-    return passes
 
 
 def check_fisher_type(fisher_type: str) -> None:

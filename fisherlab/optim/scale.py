@@ -150,8 +150,12 @@ def _softmax(output: Tensor, gradient: Tensor, smoothing: float) -> tuple[float,
     return kappa, round(seen), round(terms)
 
 
-def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int) -> list[int]:
-    """The counts of all ranks; ranks whose examples DDP weighs differently are refused.
+def check_ranks(
+    ranks: Ranks, factors: list[float], at: str, count: int
+) -> tuple[list[float], list[int]]:
+    """The factors, with one rounding for all, and every rank's count.
+
+    Ranks whose examples DDP weighs differently are refused.
 
     Args:
         ranks: the ranks.
@@ -193,7 +197,7 @@ def check_ranks(ranks: Ranks, factors: list[float], at: str, count: int) -> list
                 "number of examples (drop_last=True), or scale the loss of each by world_size "
                 "* its examples / all examples; no parameter was changed"
             )
-    return counts
+    return every[0], counts
 
 
 def ignored_terms(output: Tensor, gradient: Tensor) -> bool:

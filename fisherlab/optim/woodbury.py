@@ -110,7 +110,8 @@ class Woodbury(CurvatureOptimizer):
             return self._rows(weight, calls, factor)
 
     def _rows(self, weight: Weight, calls: Calls, factor: float) -> tuple[Tensor, Tensor | None]:
-        every, mine = self._gathered(weight, calls, factor)
+        mine, _, factor = self._places(weight, calls, factor)
+        every = self._gathered(calls)
         columns = columns_of(weight, every, factor)
         waiting = Together()
         # the step looks at the conditions of all layers; ranks differ in theirs
@@ -139,22 +140,21 @@ class Woodbury(CurvatureOptimizer):
             taken.calls = []
         passes.append(taken)
 
-    def _gathered(self, weight: Weight, calls: Calls, factor: float) -> tuple[Calls, slice]:
-        """The raw pairs of the joint batch, and which of its rows are this rank's."""
+    def _gathered(self, calls: Calls) -> Calls:
+        """The raw pairs of the joint batch."""
         if self.ranks is None:
-            return calls, slice(None)
-        mine, _ = self._places(weight, calls, factor)
-        return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls], mine
+            return calls
+        return [(self.ranks.gather(x), self.ranks.gather(g)) for x, g in calls]
 
-    def _places(self, weight: Weight, calls: Calls, factor: float) -> tuple[slice, int]:
-        """This rank's rows in the joint batch, and how many that has."""
+    def _places(self, weight: Weight, calls: Calls, factor: float) -> tuple[slice, int, float]:
+        """This rank's rows in the joint batch, how many that has, and the ranks' one factor."""
         n = len(calls[0][1])
         if self.ranks is None:
-            return slice(None), n
+            return slice(None), n, factor
         at = f"layer {weight.name!r} of step {self.steps}, called {len(calls)} times"
-        counts = check_ranks(self.ranks, [factor], at, n)
+        (shared,), counts = check_ranks(self.ranks, [factor], at, n)
         start = sum(counts[: self.ranks.index])
-        return slice(start, start + n), sum(counts)
+        return slice(start, start + n), sum(counts), shared
 
     def solve(
         self, weight: Weight, columns: list[Columns]

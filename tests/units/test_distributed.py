@@ -23,8 +23,12 @@ ROOT = Path(__file__).parents[2]
 def found(tmp_path_factory):
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(ranks.work, (str(folder),), nprocs=ranks.WORLD)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(ranks.WORLD)]
+    return found_by(ranks.WORLD, folder)
+
+
+def found_by(world, folder):
+    multiprocessing.spawn(ranks.work, (str(folder), world), nprocs=world)
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,17 @@ def test_ddp_steps_are_those_of_the_joint_batch(found, name):
     assert moved > 1e-3
     for one in found:
         assert (one["trained"][name] - expected).abs().max() < 1e-10
+        assert torch.equal(one["trained"][name], found[0]["trained"][name])
+
+
+@pytest.mark.slow
+def test_four_ranks_are_one_process(alone, tmp_path):
+    found = found_by(4, tmp_path)
+    for kind in ("exact", "mc", "empirical"):
+        for cut in ranks.CUTS:
+            test_compare_of_shards_is_that_of_the_joint_batch(found, alone, kind, cut)
+    for name in ranks.OPTIMIZERS:
+        test_ddp_steps_are_those_of_the_joint_batch(found, name)
 
 
 def test_unequal_batches_with_scaled_losses_take_the_joint_step(found):
@@ -90,6 +105,19 @@ def test_unequal_batches_with_scaled_losses_take_the_joint_step(found):
         ("other version", ["run different versions: fisherlab", "on rank 0", "on rank 1"]),
         ("changed since", ["'0.bias' is of one value on rank 0 and of another on rank 1"]),
         ("other shapes", ["'4.weight' is (5, 12)", "on rank 0 and (4, 12)", "on rank 1"]),
+        ("other dampings", ["different comparisons: dampings 0.1 on rank 0 and 0.2 on rank 1"]),
+        ("other seed", ["different comparisons: generator", "on rank 0", "on rank 1"]),
+        ("other criterion", ["different comparisons: criterion", "label_smoothing=0.1) on rank 1"]),
+        ("other module", ["different models: module '1' Tanh(", "on rank 0 and ReLU("]),
+        ("other order", ["layers in different orders: ['a.weight', ", "on rank 1"]),
+        ("other class", ["different optimizers: the class NaturalGradient on rank 0 and TENGraD"]),
+        ("other method", ["different optimizers: approximation KFAC(", "rank 0 and EKFAC("]),
+        ("other layers", ["different optimizers: skip None on rank 0 and ['4'] on rank 1"]),
+        ("other checkpoint", ["different optimizers: steps 0 on rank 0 and 1 on rank 1"]),
+        ("other way", ["rank 0 is at layer 'b' of step 0", "rank 1 at layer 'a' of step 0"]),
+        ("no example in a step", ["rank 1 has no example", "give every rank at least one"]),
+        ("unequal in the second phase", ["1/14 on rank 0 and 1/10 on rank 1", "drop_last"]),
+        ("reconstructed", ["a reconstructed network is not data-parallel", "fl.SNGD()"]),
         ("loaders", ["[1, 2] batches", "the same number"]),
         ("not parallel", ["KBFGSOptimizer is not data-parallel", "NaturalGradient"]),
         ("fsdp", ["parameter '0.weight' is sharded (FSDP)", "DistributedDataParallel"]),
@@ -111,10 +139,18 @@ def test_a_rank_that_is_late_is_named_within_the_timeout_of_the_group(found):
     assert "a rank died, is late" in said and "rank 0 waited" in said and "Ranks 1 failed" in said
 
 
-def test_a_bad_batch_on_one_rank_stops_every_rank_and_is_named(found):
-    first, second = (one["refused"]["bad batch"] for one in found)
-    assert first == f"rank 1 failed while checking its batch: CaptureError: {second}"
-    assert second == "x has NaN or inf entries, first in row 2"
+@pytest.mark.parametrize(
+    ("case", "doing", "said"),
+    [
+        ("bad batch", "checking its batch", "x has NaN or inf entries, first in row 2"),
+        ("no example", "checking its batch", "x is an empty batch"),
+        ("nan outputs", "comparing", "the model's outputs have NaN or inf entries"),
+    ],
+)
+def test_a_failure_on_one_rank_stops_every_rank_and_is_named(found, case, doing, said):
+    first, second = (one["refused"][case] for one in found)
+    assert first == f"rank 1 failed while {doing}: CaptureError: {second}"
+    assert second.startswith(said)
 
 
 def test_without_a_process_group_there_are_no_ranks(monkeypatch):
