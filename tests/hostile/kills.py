@@ -1,7 +1,7 @@
 """Commands that are ended from outside at random, begun again, and held to what they give unharmed.
 
-`PYTHONPATH=tests python -m hostile.kills --kills 12 > docs/kills.md` runs the campaign and writes
-its table. Two unharmed runs say which files hold clocks; every other file is compared by its bytes.
+`PYTHONPATH=tests python -m hostile.kills 2> kills.log` runs a campaign, of which `--page kills.log`
+prints the page. Two unharmed runs say which files hold clocks; the others are compared by bytes.
 """
 
 from __future__ import annotations
@@ -263,17 +263,74 @@ def killed(command: str, seeds: range, folder: Path) -> list[Killed]:
     return found
 
 
+LINE = re.compile(
+    r"(?P<command>.+) seed \d+: (?P<signal>SIG\w+) at \d+% \((?P<at>\w+)\): (?P<end>.+)"
+)
+RANKS = re.compile(r"(?P<world>\d) ranks, (?P<what>\w+), seed \d+: (?P<end>.+)")
+PAGE = """\
+# Kills
+
+Commands and ranks that are ended from outside at random moments, begun again, and compared with an
+unharmed run. Files are compared by their bytes; where two unharmed runs differ, without their
+clocks (`fisherlab.experiments.columns.CLOCKS`). Nothing may be left over: no half-written file, no
+lock, no journal of a database.
+
+## Commands
+
+SIGKILL at any moment; SIGTERM and SIGINT end with 143 and 130, a message, and what was done.
+
+| command | kills | before a file | running | writing | of it SIGTERM, SIGINT | identical |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+{commands}
+
+## Ranks
+
+One rank of a gloo job is killed before, in or after one of its collectives. The others name it, and
+the job begun again goes on from its checkpoint to the same bits.
+
+| ranks | kills | identical | of |
+| ---: | ---: | ---: | --- |
+{ranks}
+
+`PYTHONPATH=tests python -m hostile.kills` and `python -m hostile.deaths` write the log of a
+campaign; `python -m hostile.kills --page LOG` makes this page of it.
+"""
+
+
+def page(log: str) -> str:
+    """The page of the docs, from the lines of campaigns."""
+    kills = [found.groupdict() for line in log.splitlines() if (found := LINE.fullmatch(line))]
+    died = [found.groupdict() for line in log.splitlines() if (found := RANKS.fullmatch(line))]
+    rows: dict[str, list[str]] = {"commands": [], "ranks": []}
+    for command in [*COMMANDS, None]:
+        mine = [kill for kill in kills if command in (None, kill["command"])]
+        at, signals = (Counter(kill[key] for kill in mine) for key in ("at", "signal"))
+        identical = sum(kill["end"] == "identical" for kill in mine)
+        numbers = [len(mine), at["imports"], at["running"], at["writing"]]
+        numbers += [len(mine) - signals["SIGKILL"], identical]
+        rows["commands"].append(f"| {command or 'all'} | {' | '.join(map(str, numbers))} |")
+    for world in sorted({death["world"] for death in died}):
+        ours = [death for death in died if death["world"] == world]
+        identical = sum(death["end"] == "identical" for death in ours)
+        works = ", ".join(sorted({death["what"] for death in ours}))
+        rows["ranks"].append(f"| {world} | {len(ours)} | {identical} | {works} |")
+    return PAGE.format(**{name: "\n".join(lines) for name, lines in rows.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=12, help="of each command")
+    parser.add_argument("--kills", type=int, default=8, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="*", default=COMMANDS)
     parser.add_argument("--folder", type=Path, help="keeps what ended badly")
+    parser.add_argument("--page", type=Path, help="print the page of this log, and kill nothing")
     asked = parser.parse_args()
+    if asked.page is not None:
+        print(page(asked.page.read_text()), end="")
+        return
     folder = asked.folder or Path(tempfile.mkdtemp())
     for command in asked.commands:
-        found = killed(command, range(asked.seed, asked.seed + asked.kills), folder / command)
-        print(command, Counter((k.signal, k.at, not k.fault) for k in found), flush=True)
+        killed(command, range(asked.seed, asked.seed + asked.kills), folder / command)
 
 
 if __name__ == "__main__":
