@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import fisherlab
 
+T = TypeVar("T", bound=BaseException)
 # Sent ahead of a tensor: its dtype cannot differ between ranks of one model, its shape can.
 _MAX_DIMS = 8
 # Seconds in which a rank that is alive says so, once another has failed.
@@ -53,22 +54,22 @@ class Line:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.members, self.backend = dist.get_process_group_ranks(group), dist.get_backend(group)
+        self._name = group.group_name
         # torch's own barrier does not read it; None: torch's default
         options = None
         if "gloo" in self.backend:
             options = getattr(group._get_backend(torch.device("cpu")), "options", None)
         self.timeout: timedelta | None = getattr(options, "_timeout", None)
         self.own: dist.ProcessGroup | None = None
-        # how often a group was made, the same number on all ranks
-        self._made = 0
+        # how often a rank was lost, the same number on all
+        self._losses = 0
 
     def open(self) -> None:
         """Make the group; every member does."""
         # processes that are no members make no group with these, and torch then has one name for it
         few = len(self.members) < dist.get_world_size()
-        if few and self._made:
+        if few and self._losses:
             raise RankError(f"the ranks {self.members} lost each other before; {AGAIN}")
-        self._made += 1
         self.own = dist.new_group(
             self.members, self.timeout, self.backend, use_local_synchronization=few
         )
@@ -76,25 +77,27 @@ class Line:
     def close(self, index: int, word: str) -> None:
         """Leave this rank's last word, and close the group: the others fail at once."""
         with suppress(RuntimeError):
-            _store().set(self._key(index), word)
+            _store().set(self._key(index, self._losses), word)
+        self._losses += 1
         own, self.own = self.own, None
         if own is not None:
             with suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(own)
 
     def words(self, indices: list[int]) -> dict[int, str | None]:
-        """The last word of each rank; None for one that says nothing within `ANSWER` seconds."""
+        """Each rank's word at the last loss; None if it says none within `ANSWER` seconds."""
         found: dict[int, str | None] = dict.fromkeys(indices)
         end = time.monotonic() + ANSWER
         for index in indices:
             left = timedelta(seconds=max(0.1, end - time.monotonic()))
+            key = self._key(index, self._losses - 1)
             with suppress(RuntimeError):
-                _store().wait([self._key(index)], left)
-                found[index] = _store().get(self._key(index)).decode()
+                _store().wait([key], left)
+                found[index] = _store().get(key).decode()
         return found
 
-    def _key(self, index: int) -> str:
-        return f"fisherlab/{self.members}/{self._made}/{index}"
+    def _key(self, index: int, loss: int) -> str:
+        return f"fisherlab/{self._name}/{loss}/{index}"
 
 
 def _store() -> dist.Store:
@@ -120,8 +123,6 @@ class Ranks:
         nccl = "nccl" in dist.get_backend(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         self._line = _line(dist.group.WORLD if group is None else group)
-        # a failure that all ranks know of
-        self._told: BaseException | None = None
 
     @classmethod
     def current(cls) -> Ranks | None:
@@ -260,8 +261,7 @@ class Ranks:
             failure = error
         messages = self.objects(failure and f"{type(failure).__name__}: {failure}")
         if failure is not None:
-            self._told = failure
-            raise failure
+            raise _known(failure)
         for rank, message in enumerate(messages):
             if message:
                 raise RankError(f"rank {rank} failed while {doing}: {message}")
@@ -274,22 +274,20 @@ class Ranks:
         """
         try:
             yield
-        except RankError:
-            raise
         except BaseException as error:
-            if error is not self._told:
+            if not _is_known(error):
                 self._line.close(self.index, f"{doing}: {type(error).__name__}: {error}")
-            self._told = None
+            _known(error)
             raise
 
     @contextmanager
     def _sending(self) -> Iterator[dist.ProcessGroup]:
         """The group to send by; `RankError` with the names of lost ranks where that fails."""
-        if self._line.own is None:
-            self._barrier(self.group)
-            self._line.open()
-        assert self._line.own is not None
         try:
+            if self._line.own is None:
+                self._barrier(self.group)
+                self._line.open()
+            assert self._line.own is not None
             yield self._line.own
         except RuntimeError as error:
             raise self._lost(error) from error
@@ -302,9 +300,9 @@ class Ranks:
             if word:
                 return RankError(f"rank {rank} failed while {word}")
         silent = [str(rank) for rank, word in words.items() if word is None]
-        who = f"rank {' and '.join(silent)} died, is late, or does something else"
+        who = f"rank {' and '.join(silent)}" if silent else "a rank"
         return RankError(
-            f"{who if silent else 'a rank died or is late'}, as rank {self.index} waited: "
+            f"{who} died, is late, or does something else, as rank {self.index} waited: "
             f"{_first_line(error)}; {AGAIN}"
         )
 
@@ -326,15 +324,8 @@ class Ranks:
         )
 
     def _barrier(self, group: dist.ProcessGroup | None) -> None:
-        if "gloo" not in self._line.backend:  # nccl cannot say who is missing
-            return
-        try:
+        if "gloo" in self._line.backend:  # nccl cannot say who is missing
             dist.monitored_barrier(group, self._line.timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise RankError(
-                f"a rank died, is late, or does something else, as rank {self.index} waited: "
-                f"{_first_line(error)}; {AGAIN}"
-            ) from error
 
     def check_same(self, described: Mapping[str, str], doing: str, advice: str) -> None:
         """Refuse ranks of which one has another value of something, by its name.
@@ -419,6 +410,21 @@ def _digested(tensor: Tensor) -> tuple[str, str, str]:
 
 def _told(described: tuple[str, str, str] | None) -> str:
     return "absent" if described is None else " ".join(described[:2])
+
+
+def _known(error: T) -> T:
+    """An error of which all ranks know."""
+    error.known_to_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether all ranks know of an error, or of the one that it was made of."""
+    while error is not None:
+        if isinstance(error, RankError) or getattr(error, "known_to_ranks", False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: RuntimeError) -> str:
