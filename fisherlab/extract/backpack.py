@@ -84,6 +84,10 @@ MEANS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 PASSED |= dict.fromkeys((*MEANS, *ADAPTIVE, nn.Identity, nn.Unflatten, nn.ZeroPad2d), LinearRule)
 _ADVICE = "use backend='hooks', which takes any model"
+_NOT_A_MODULE = (
+    "what follows the layer is not the module BackPACK took it for (a functional transpose, an "
+    "in-place operation)"
+)
 
 
 class OutputVectors(_Loss):
@@ -203,8 +207,13 @@ def fill(
     # from the outputs on, so that the layer named is the one in front of the mistake
     layers = [*zip(names, record.every(), arrived, strict=True)]
     for name, call, expected in reversed(layers):
-        left = follower.columns.pop(name, expected.new_zeros(1)).to(expected.dtype)
-        left = left.expand(len(columns) + 1, *expected.shape)
+        shape = (len(columns) + 1, *expected.shape)
+        left = follower.columns.pop(name, expected.new_zeros(()).expand(shape)).to(expected.dtype)
+        if left.shape != shape:
+            raise CaptureError(
+                f"BackPACK's gradients at the output of layer {name!r} have shape "
+                f"{tuple(left.shape)}, autograd's {shape}: {_NOT_A_MODULE}; {_ADVICE}"
+            )
         _compare(name, left[-1], expected, len(follower.called))
         call.label_gradient = torch.zeros_like(expected) if vanished else expected
         call.gradients = left[:-1] if columns else left
@@ -216,8 +225,7 @@ def _compare(name: str, probe: Tensor, expected: Tensor, modules: int) -> None:
     if error > tolerance * size:
         raise CaptureError(
             f"BackPACK's gradient at the output of layer {name!r} differs from autograd's by "
-            f"{error / size:.1e} relative: what follows the layer is not the module BackPACK took "
-            f"it for (a functional transpose, an in-place operation); {_ADVICE}"
+            f"{error / size:.1e} relative: {_NOT_A_MODULE}; {_ADVICE}"
         )
 
 

@@ -185,7 +185,7 @@ class LayerCapture:
         """`sum_n mean_t a`, `[i]`, over the positions that count."""
         if self.counted is not None:
             return self.weighed(self.inputs.sum(1), 1.0).sum(0) / self.positions
-        sums = [self.geometry.input_sum(raw, self.summed) for raw in self.raw_inputs]
+        sums = [map_.input_sum(raw, self.summed) for map_, raw in self.calls(self.raw_inputs)]
         total = sums[0][0] if len(sums) == 1 else torch.stack([s for s, _ in sums]).sum(0)
         return total / sum(positions for _, positions in sums)
 

@@ -199,3 +199,34 @@ def test_group_norm_of_channels_last(groups):
     layer = fl.capture(model, CE, batch, y, kinds=["factors"])["1"]
     true = expected(model, CE, x, y, model[1].weight)
     assert (at_labels(layer)[..., 0] - true).norm() < 1e-12 * true.norm()
+
+
+def test_backpack_behind_an_operation_that_is_no_module():
+    class Unflatten(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 6), nn.Flatten()
+
+        def forward(self, x):
+            return self.last(self.first(x).unflatten(1, (3, 2)))
+
+    y = torch.zeros(2, 6, dtype=torch.float64)
+    with pytest.raises(CaptureError, match=r"'first' have shape \(7, 2, 3, 2\).*backend='hooks'"):
+        fl.capture(Unflatten().double(), MSE, randn(2, 2), y, backend="backpack")
+
+
+def test_the_mean_input_of_calls_of_which_one_adds_the_bias():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(F.linear(torch.tanh(self.map(x)), self.map.weight.T))
+
+    torch.manual_seed(0)
+    layer = fl.capture(Tied().double(), CE, randn(5, 3), torch.arange(5) % 2)["map"]
+    a, g = layer.inputs.mean((0, 1)), layer.label_gradients.sum(1).mean(0)
+    assert torch.allclose(layer.mean_input_sum / 5, a, rtol=1e-12)
+    true = torch.kron(g.outer(g), a.outer(a))
+    assert (fl.Eva()(layer).dense() - true).norm() < 1e-12 * true.norm()
