@@ -269,6 +269,8 @@ class LeftMoment(Statistic):
     def rows(self, layer: LayerCapture) -> Rows | None:
         # D = g^T a, so that sum D D^T = g^T (a a^T) g
         columns = layer.columns
+        if columns.cancels:
+            return None
         return _output_rows(layer, _same, weight=lambda g: columns.input_products @ g)
 
 
@@ -286,6 +288,8 @@ class RightMoment(Statistic):
     def rows(self, layer: LayerCapture) -> Rows | None:
         # sum D^T D = a^T (sum_m g g^T) a
         columns = layer.columns
+        if columns.cancels:
+            return None
         return _input_rows(layer, _same, 1.0, lambda a: columns.gradient_products @ a)
 
 

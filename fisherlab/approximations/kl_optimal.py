@@ -64,7 +64,8 @@ class KLOptimal(Approximation, name="kl_optimal"):
             doors.number(self.ridge, "ridge", least=0.0, error=BlockError)
 
     def of_batch(self, layers: tuple[LayerCapture, ...]) -> Block:
-        of = joined([x.columns for x in layers]) if len(layers) > 1 else layers[0].columns
+        columns = [x.columns.apart for x in layers]
+        of = joined(columns) if len(columns) > 1 else columns[0]
         a, g, dtype = of.a.double(), of.g.double(), of.dtype
         examples = sum(layer.examples for layer in layers)
         V_G = _span(left_moment(a, g), "sum D D^T")

@@ -37,6 +37,7 @@ class _Rearranged:
             assert self.columns[0].of_inputs is not None
             self.space = self.columns[0].input_span[0]
             self.columns = [self.columns[0].of_inputs]
+        self.columns = [of.apart for of in self.columns]
         self.count = sum(layer.examples for layer in layers)
         self.share_columns = len(layers) == 1 or all(x.whole for x in layers)
         self.dtype, self.device = layers[0].dtype, layers[0].device

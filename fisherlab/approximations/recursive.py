@@ -70,12 +70,14 @@ class BatchProducts:
     def _left(self, layer: LayerCapture, A: Tensor) -> Tensor:
         if self.gradient:
             return layer.examples * layer.gradient @ A @ layer.gradient.mT
-        return left_moment(layer.columns.a, layer.columns.g, A)
+        columns = layer.columns.apart
+        return left_moment(columns.a, columns.g, A)
 
     def _right(self, layer: LayerCapture, G: Tensor) -> Tensor:
         if self.gradient:
             return layer.examples * layer.gradient.mT @ G @ layer.gradient
-        return right_moment(layer.columns.a, layer.columns.g, G)
+        columns = layer.columns.apart
+        return right_moment(columns.a, columns.g, G)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fisherlab.blocks.numerics import (
     eigh,
     qr,
     sum_of,
+    svd,
     symmetrise,
     trace_of,
 )
@@ -35,12 +36,13 @@ class Columns:
 
     Everything here is a sum over columns, without any `1/M`, and is computed once. All holders of
     the same object share it: the exact block, the approximations of a layer, the metrics. `room` is
-    how many bytes the gradients may take to be kept, where many products are to come.
+    how many bytes the gradients may take to be kept, where many products are to come. `careful`
+    columns ask whether their positions cancel.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, room: int = 0) -> None:
+    def __init__(self, a: Tensor, g: Tensor, room: int = 0, careful: bool = False) -> None:
         check_columns(a, g)
-        self.a, self.g, self.room = a, g, room
+        self.a, self.g, self.room, self.careful = a, g, room, careful
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -93,6 +95,34 @@ class Columns:
             return None
         return contractions.per_example(self.a, self.g).reshape(self.count, -1)
 
+    @cached_property
+    def cancellation(self) -> float:
+        """`sum ||D||^2` over `sum_{m,n} (sum_t |g| |a|)^2`; 1 at one position."""
+        if self.positions == 1:
+            return 1.0
+        lengths = torch.linalg.vector_norm(self.a, dim=-1, dtype=torch.float64)
+        slopes = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float64)
+        size = float((slopes * lengths).sum(-1).square().sum())
+        known = self.formed is not None
+        found = self.energies if known else contractions.energies(self.a, self.g)
+        return float(found.sum()) / size if size else 1.0
+
+    @property
+    def cancels(self) -> bool:
+        """Whether positions cancel so far that products of their pairs keep half of the digits."""
+        return self.careful and self.cancellation < torch.finfo(self.dtype).eps ** 0.5
+
+    @cached_property
+    def apart(self) -> Columns:
+        """The same columns of positions that do not cancel; themselves where theirs do not.
+
+        With `a = U S V^T` of each example, `D = sum_r (U^T g)_r (S V^T)_r^T`.
+        """
+        if not self.cancels:
+            return self
+        U, S, V = svd(self.a, "inputs of an example")
+        return Columns(S[..., None] * V, U.mT @ self.g, self.room)
+
     @property
     def matrices(self) -> Tensor:
         """`formed` as `[R, o, i]`."""
@@ -104,7 +134,7 @@ class Columns:
         """`K = U^T U`, `[R, R]` in float64; raises `BlockTooLarge` past the memory budget."""
         check_gram(self.count, self.device)
         if self.formed is None:
-            return symmetrise(contractions.gram(self.a, self.g))
+            return symmetrise(contractions.gram(self.apart.a, self.apart.g))
         # the same materialised gradients as in products: the inverse relies on exact cancellation
         return formed_gram(self.formed)
 
@@ -209,13 +239,13 @@ class Columns:
         if self.formed is not None:
             squares = (torch.linalg.vecdot(D, D).double() for D in self._parts())
             return sum_of(squares).view(self.sizes)
-        return contractions.energies(self.a, self.g)
+        return contractions.energies(self.apart.a, self.apart.g)
 
     @cached
     def left(self) -> Tensor:
         """`sum D D^T`, `[o, o]`."""
         if not self.short:
-            return contractions.left_moment(self.a, self.g)
+            return contractions.left_moment(self.apart.a, self.apart.g)
         flat = self.matrices.transpose(0, 1).reshape(self.shape[0], -1)
         return symmetrise(flat @ flat.mT)
 
@@ -223,7 +253,7 @@ class Columns:
     def right(self) -> Tensor:
         """`sum D^T D`, `[i, i]`."""
         if not self.short:
-            return contractions.right_moment(self.a, self.g)
+            return contractions.right_moment(self.apart.a, self.apart.g)
         return contractions.second_moment(self.matrices.reshape(-1, self.shape[1]))
 
     def left_diagonal(self, Q: Basis) -> Tensor:
@@ -369,7 +399,7 @@ class Columns:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_span is None:
             return None
-        return Columns(self.input_span[1], self.g, self.room)
+        return Columns(self.input_span[1], self.g, self.room, self.careful)
 
     @cached_property
     def space(self) -> Space | None:
@@ -386,7 +416,7 @@ class Columns:
         if outputs is None:
             return self.of_inputs
         a = self.a if self.input_span is None else self.input_span[1]
-        return Columns(a, outputs[1], self.room)
+        return Columns(a, outputs[1], self.room, self.careful)
 
     @property
     def known_inside(self) -> Columns | None:
@@ -418,7 +448,7 @@ class Doubled(Columns):
     """
 
     def __init__(self, single: Columns) -> None:
-        self.single, self.room = single, single.room
+        self.single, self.room, self.careful = single, single.room, single.careful
         self.shape, self.sizes, self.device = single.shape, single.sizes, single.device
 
     @cached_property
@@ -458,6 +488,14 @@ class Doubled(Columns):
     def formed(self) -> Tensor | None:
         # the choice that made the Gram matrix, not the one that float64 would make
         return None if self.single.formed is None else self.single.formed.double()
+
+    @cached_property
+    def cancellation(self) -> float:
+        return self.single.cancellation
+
+    @property
+    def cancels(self) -> bool:
+        return self.single.cancels
 
     @property
     def gram(self) -> Tensor:

@@ -44,10 +44,17 @@ FINITE = ("relative_error", "trace_ratio", "cosine", "scaled_error", "direction_
 OVERFLOW = "numbers pass the range of the dtype: rescale inputs or targets, or measure in float64"
 # The share of a block's trace that rounding may hide before a row says so.
 TRACE_BELOW_ROUNDING = 1e-3
-# The share of its step that may lie there.
-UNSURE_STEP = 0.01
+# The share of its step, or of the gradients themselves, that may lie there.
+UNSURE = 0.01
 # The same of the eigenvalues of its block, an estimate that is rarely too low.
 UNSURE_EIGENVALUES = 0.03
+# A Stein loss is at least 0; below this it is rounding, as the other numbers at its damping.
+STEIN_BELOW = -1e-3
+BELOW_DAMPING = (
+    "its eigenvalues are rounded by more than this damping, so there is no Stein loss, and the "
+    "condition and the step have few digits: measure in a finer dtype"
+)
+CANCELS = "its positions cancel, so measure in a finer dtype"
 
 
 def _refuse_overflow(row: dict[str, Any]) -> None:
@@ -94,6 +101,9 @@ class LayerMeasurement:
                 f"a convolution of {groups} groups: its exact block is taken as the direct sum of "
                 "the groups' blocks, without what lies between groups"
             )
+        if (share := max(_rounded(memo) for memo in self.memos)) > UNSURE:
+            doubt = f"up to {min(share, 1.0):.1%} of its gradients may be rounding: {CANCELS}"
+            self.remark = "; ".join(filter(None, (self.remark, doubt)))
         self.reference_examples = (
             float(sum(batch.labels.shape[0] for batch in held_out)) if held_out else math.nan
         )
@@ -306,13 +316,15 @@ class LayerMeasurement:
             reason = "; ".join(reasons[key] for key, x in spectral.items() if math.isnan(x))
         # after the diagonalisation, whose rotated gradients the inner product uses
         pair = Pair(X, F)
+        # a block whose entries' squares are below the range has no cosine
+        below = pair.own_norm == 0 and X.trace() != 0
         return {
             **spectral,
             "relative_error": pair.relative_error.item(),
             **population,
             "trace_ratio": metrics.trace_ratio(X, F).item(),
-            "cosine": pair.cosine.item(),
-            "scaled_error": pair.scaled_error.item(),
+            "cosine": math.nan if below else pair.cosine.item(),
+            "scaled_error": math.nan if below else pair.scaled_error.item(),
         }, (reason, few)
 
     def _damped(
@@ -331,19 +343,25 @@ class LayerMeasurement:
         most = 1 / damping if plain else math.inf
         at.step(damping)  # refused here where the Gram matrix would be too large
         loss = metrics.stein_loss(near, reference.F, damping, P if plain else None)
-        found = {
+        found: dict[str, Any] = {
             "placement": placement,
             "stein_loss": loss.item(),
             "solve_seconds": inverted + seconds,
             "clamped": X.clamped,
         }
+        if loss < STEIN_BELOW:
+            found |= {"stein_loss": math.nan, "note": BELOW_DAMPING}
         # a root cuts eigenvalues as rounding, and 1 / damping stands for what they were
-        if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE_STEP:
-            found["note"] = f"up to {min(share, 1.0):.1%} of its step {ROUNDING}"
+        doubt = ""
+        if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE:
+            doubt = ROUNDING
         elif plain and (share := at.hidden_share(product, P, near, damping)) > UNSURE_EIGENVALUES:
-            found["note"] = f"up to {min(share, 1.0):.1%} of its step {ROUNDING}"
-        elif (share := at.rounding_of(product, P, most)) > UNSURE_STEP:
-            found["note"] = f"up to {min(share, 1.0):.1%} of its step {STEP_ROUNDING}"
+            doubt = ROUNDING
+        elif (share := at.rounding_of(product, P, most)) > UNSURE:
+            doubt = STEP_ROUNDING
+        if doubt:
+            doubt = f"up to {min(share, 1.0):.1%} of its step {doubt}"
+            found["note"] = "; ".join(filter(None, (found.get("note"), doubt)))
         return found, at, -product
 
     def _preconditioner(
@@ -358,6 +376,12 @@ class LayerMeasurement:
         if isinstance(X, DirectSum):
             return DirectSum([maker.damped(part, damping) for part in X.parts]), maker.placement
         return maker.damped(X, damping), maker.placement
+
+
+def _rounded(memo: Memo) -> float:
+    """The share of the gradients that rounding may be, where their positions cancel."""
+    found = [layer.columns for layer in memo.layers]
+    return max(torch.finfo(of.dtype).eps / max(of.cancellation, 1e-300) ** 0.5 for of in found)
 
 
 def _exact(memo: Memo) -> Outer:

@@ -63,7 +63,7 @@ class ImageColumns(Columns):
     """
 
     def __init__(self, layer: LayerCapture) -> None:
-        self.layer, self.room = layer, 0
+        self.layer, self.room, self.careful = layer, 0, False
 
     @staticmethod
     def of(layer: LayerCapture) -> ImageColumns | None:

@@ -248,11 +248,14 @@ class LayerCapture:
     def columns(self) -> Columns:
         """The per-example gradients in the weight-sharing form, with the sums over them."""
         if self.shared is None:
-            return Columns(self.inputs, self.output_gradients)
+            return Columns(self.inputs, self.output_gradients, careful=True)
         # dozens of products are to come: the gradients may take half again a workspace
         room = 0 if self.brief else 3 * contractions.WORKSPACE // 2
+        careful = not self.brief
         return once(
-            self.shared, "columns", lambda: Columns(self.inputs, self.output_gradients, room)
+            self.shared,
+            "columns",
+            lambda: Columns(self.inputs, self.output_gradients, room, careful),
         )
 
     def at_hand(self) -> LayerCapture:

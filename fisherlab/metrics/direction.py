@@ -58,7 +58,7 @@ class Step:
     @property
     def cosine(self) -> Tensor:
         """`d.d* / (|d| |d*|)`."""
-        size = (self.square * self.exact_square).sqrt()
+        size = self.square.sqrt() * self.exact_square.sqrt()
         product = dot(self.ours, self.exact) + self.beside
         return torch.where(size > 0, product / size.clamp(min=1e-300), torch.ones_like(size))
 

@@ -52,7 +52,8 @@ class Pair:
     @property
     def cosine(self) -> Tensor:
         """`cosine(X, F)`."""
-        size = (self.own_norm * self.norm).sqrt()
+        # the root of each: their product may pass the range
+        size = self.own_norm.sqrt() * self.norm.sqrt()
         zero = torch.zeros_like(size)
         return torch.where(size > 0, self.product / size.clamp(min=1e-300), zero)
 

@@ -189,8 +189,9 @@ def _cosine(X: Block, products: Tensor, norms: Tensor) -> Interval:
     p, u, length = products.mean().item(), norms.mean().item(), X.squared_norm().double().item()
     if not (u > 0 and length > 0):
         return Interval()
-    value = p / math.sqrt(length * u)
-    moved = (products - p) / math.sqrt(length * u) - value / 2 * (norms - u) / u
+    size = math.sqrt(length) * math.sqrt(u)  # the product of both may pass the range
+    value = p / size
+    moved = (products - p) / size - value / 2 * (norms - u) / u
     low, high = ratio.mean(value + moved)
     return Interval(value, low, high)
 

@@ -78,6 +78,16 @@ def test_a_block_is_no_distance_from_itself_and_costs_nothing(monkeypatch):
         near(metrics.cosine(X, Y), 1)
 
 
+@pytest.mark.parametrize(("big", "small"), [(1e120, 1e60), (1e-60, 1e-120)])
+def test_norms_whose_product_passes_the_range(big, small):
+    X = blocks.Diagonal(big * torch.tensor([[4.0, 0.0]], dtype=torch.float64))
+    F = blocks.Diagonal(small * torch.tensor([[4.0, 3.0]], dtype=torch.float64))
+    near(metrics.cosine(X, F), 0.8)
+    near(metrics.scaled_error(X, F), 0.6)
+    g = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    near(metrics.direction_cosine(F, F, g * small, small), 1.0)
+
+
 def test_zero_blocks_have_stated_values():
     zero = blocks.Kronecker(torch.zeros(2, 2).double(), torch.zeros(3, 3).double())
     F = blocks.Outer(torch.zeros(4, 1, 3).double(), torch.zeros(1, 4, 1, 2).double())

@@ -1,4 +1,4 @@
-"""Rows find their examples, whatever is checked; a pass that writes, and kernels that misread."""
+"""Rows find their examples, whatever is checked; passes that write, positions that cancel."""
 
 import pytest
 import torch
@@ -230,3 +230,47 @@ def test_the_mean_input_of_calls_of_which_one_adds_the_bias():
     assert torch.allclose(layer.mean_input_sum / 5, a, rtol=1e-12)
     true = torch.kron(g.outer(g), a.outer(a))
     assert (fl.Eva()(layer).dense() - true).norm() < 1e-12 * true.norm()
+
+
+def cancelling(dtype):
+    """Two positions nearly alike whose output gradients are opposite: `D` is `g (a_1 - a_2)`."""
+    x = 3e4 * randn(6, 1, 5) + randn(6, 2, 5, seed=1)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Flatten(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(1e-4 * randn(4, 5, seed=2))
+        W = randn(3, 4, seed=3)
+        model[2].weight.copy_(torch.cat([W, -W], 1))
+        model[2].bias.zero_()
+    return model.to(dtype), x.to(dtype)
+
+
+@pytest.mark.parametrize("name", ["tkfac", "tekfac", "shampoo", "kronecker_optimal", "dykaf"])
+def test_positions_that_cancel_keep_the_digits_of_their_gradients(name):
+    model, x = cancelling(torch.float32)
+    capture = fl.capture(model, CE, x, torch.arange(6) % 3, layers=["0"])["0"]
+    exact = capture.map(torch.Tensor.double)
+    found, true = (fl.approximations.get(name)()(layer).dense() for layer in (capture, exact))
+    assert (found - true).norm() < 1e-2 * true.norm()
+    found, true = (fl.Exact()(layer).trace() for layer in (capture, exact))
+    assert found == pytest.approx(float(true), rel=1e-2)
+
+
+def test_gradients_that_are_rounding_are_noted():
+    model, x = cancelling(torch.float32)
+    x = x[:, :1].expand(-1, 2, -1) * torch.tensor([1.0, 1.0 + 2e-7])[:, None]
+    table = fl.compare(model, CE, x, torch.arange(6) % 3, approximations=["kfac"], layers=["0"])
+    assert table.frame.note.str.contains("of its gradients may be rounding: its positions").all()
+
+
+def test_a_stein_loss_below_zero_is_no_number():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    y = torch.arange(64) % 3
+    x, options = (
+        randn(64, 8).float(),
+        {"layers": ["0"], "approximations": ["mini_block", "nystrom"]},
+    )
+    for damping in (1e-7, 1e-6, 1e-1):
+        frame = fl.compare(model, CE, x, y, dampings=damping, **options).frame
+        for loss, note in zip(frame.stein_loss, frame.note, strict=True):
+            assert loss > -1e-3 or "rounded by more than this damping" in note
