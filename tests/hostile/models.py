@@ -86,6 +86,63 @@ class Inside(nn.Module):
         return found
 
 
+class Steps(nn.Module):
+    """Time in front, as many steps as there may be examples; all steps are read or the first."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.inner, self.head, self.first = nn.Linear(4, 5), nn.Linear(5, 3), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x.transpose(0, 1)))
+        return self.head(h[0] if self.first else h.mean(0))
+
+
+class Halved(torch.autograd.Function):
+    """A function with a number beside its tensor."""
+
+    @staticmethod
+    def forward(ctx: object, by: float, x: Tensor) -> Tensor:
+        ctx.by = by  # type: ignore[attr-defined]
+        return x * by
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, g * ctx.by  # type: ignore[attr-defined]
+
+
+class LowRank(nn.Module):
+    """A matrix `u V` of one row, which all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(1, 2)), nn.Parameter(torch.randn(2, 4))
+        self.head = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.u @ self.v))
+
+
+class Tied(nn.Module):
+    """A map that is used with its bias, and without as its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(torch.tanh(self.map(x)), self.map.weight.T))
+
+
+def channels_last() -> nn.Module:
+    def laid(_: object, __: object, h: Tensor) -> Tensor:
+        return h.contiguous(memory_format=torch.channels_last)
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3))
+    model[0].register_forward_hook(laid)
+    return model
+
+
 def dead() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     nn.init.constant_(model[0].bias, -1e3)
@@ -153,6 +210,18 @@ SOUND: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Linear(5, 3)),
         (4,),
     ),
+    "time first": lambda: (Steps(False), (3, 4)),
+    "first step": lambda: (Steps(True), (3, 4)),
+    "in place": lambda: (nn.Sequential(nn.SiLU(inplace=True), mlp()), (4,)),
+    "a number": lambda: (
+        nn.Sequential(
+            nn.Linear(4, 5), Returns(nn.Tanh(), lambda f: Halved.apply(0.5, f)), nn.Linear(5, 3)
+        ),
+        (4,),
+    ),
+    "low rank": lambda: (LowRank(), (4,)),
+    "tied": lambda: (Tied(), (4,)),
+    "channels last": lambda: (channels_last(), (2, 3, 3)),
     "one output": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), (4,)),
 }
 HOSTILE: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
@@ -242,8 +311,11 @@ def labelled(draw: random.Random, one: Brought) -> tuple[object, Tensor]:
     reduction = draw.choice(["mean", "mean", "sum"])
     k = 3 if one.classes else 1
     numbers = torch.randn(n, k, generator=generator, dtype=torch.float64)
-    kind = draw.choice(["ce", "mse", "bce", "function"])
-    if kind == "mse":
+    kind = draw.choice(["ce", "mse", "fitted", "bce", "function"])
+    if kind == "fitted":  # all but one: these send no gradient back
+        with torch.no_grad():
+            numbers = torch.cat([numbers[:1], one.model(one.x.clone())[1:]])
+    if kind in ("mse", "fitted"):
         return nn.MSELoss(reduction=reduction), numbers
     if kind == "bce":
         return nn.BCEWithLogitsLoss(reduction=reduction), (numbers > 0).double()
