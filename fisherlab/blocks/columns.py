@@ -120,8 +120,10 @@ class Columns:
         """
         if not self.cancels:
             return self
-        U, S, V = svd(self.a, "inputs of an example")
-        return Columns(S[..., None] * V, U.mT @ self.g, self.room)
+        # in float64, so that what is left has all digits of what was captured
+        U, S, V = svd(self.a.double(), "inputs of an example")
+        a, g = S[..., None] * V, U.mT @ self.g.double()
+        return Columns(a.to(self.a), g.to(self.g), self.room)
 
     @property
     def matrices(self) -> Tensor:

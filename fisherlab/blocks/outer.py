@@ -350,7 +350,8 @@ class Outer(OfColumns):
             return shifted + self.core * known
         if self.columns.short:
             return shifted + self.core * other.quadratic(self.columns.matrices).sum()
-        return shifted + self.core * other.column_quadratics(self.a, self.g).sum()
+        apart = self.columns.apart
+        return shifted + self.core * other.column_quadratics(apart.a, apart.g).sum()
 
     def _eigen_inner(self, other: Eigen) -> Tensor:
         """`<c U U^T, other>` from squared coordinates in its basis; tails take the complement."""

@@ -380,8 +380,9 @@ class LayerMeasurement:
 
 def _rounded(memo: Memo) -> float:
     """The share of the gradients that rounding may be, where their positions cancel."""
-    found = [layer.columns for layer in memo.layers]
-    return max(torch.finfo(of.dtype).eps / max(of.cancellation, 1e-300) ** 0.5 for of in found)
+    found = [of for layer in memo.layers if (of := layer.columns).careful]
+    shares = [torch.finfo(of.dtype).eps / max(of.cancellation, 1e-300) ** 0.5 for of in found]
+    return max(shares, default=0.0)
 
 
 def _exact(memo: Memo) -> Outer:
