@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,38 @@ class Pass:
     def every(self) -> list[Call]:
         """All calls, layer by layer."""
         return [call for calls in self.calls.values() for call in calls]
+
+
+def behind(saw: object, key: str, latest: Any, weights: Iterable[Tensor]) -> list[Any]:
+    """The passes whose outputs a loss was taken of: the output, or what was made of it.
+
+    Args:
+        saw: what the criterion was called with.
+        key: the name under which a node of the graph knows its pass.
+        latest: the latest pass, which a loss is of that depends on the weights in another way.
+        weights: those of the model; a loss without them is another model's.
+    """
+    if not isinstance(saw, Tensor):
+        return [] if latest is None else [latest]
+    found: dict[int, Any] = {}
+    seen: set[Any] = set()
+    ours, depends = {id(weight) for weight in weights}, False
+    stack: list[Any] = [saw.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        depends |= id(getattr(node, "variable", None)) in ours
+        known = node.metadata.get(key)
+        current = None if known is None else known()
+        if current is None:
+            stack += [before for before, _ in node.next_functions]
+        else:
+            found[id(current)] = current
+    if found or latest is None or not depends:
+        return list(found.values())
+    return [latest]
 
 
 def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:

@@ -29,7 +29,7 @@ from fisherlab.extract import fisher
 from fisherlab.extract.backward import pulled_back, widened
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.dead import seen_at, stopping
-from fisherlab.extract.isolation import in_own_pass, is_isolated, own_pass
+from fisherlab.extract.isolation import in_own_pass, is_isolated, is_traced, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.no_gradient import no_gradient_named
@@ -41,7 +41,7 @@ from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.assembling import captures_of
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.needs import Needs
-from fisherlab.optim.passes import Call, Pass
+from fisherlab.optim.passes import Call, Pass, behind
 from fisherlab.optim.proving import Proof, edges
 from fisherlab.optim.scale import (
     OptimizerError,
@@ -332,9 +332,10 @@ class Recorder:
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
     ) -> None:
         saw = args[0] if args else kwargs["input"]
-        if is_isolated() or not isinstance(loss, Tensor) or not loss.requires_grad:
+        if is_isolated() or is_traced() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        passes = self._passes_behind(saw)
+        latest = None if self._latest is None else self._latest()
+        passes = behind(saw, self._key, latest, (w.weight for w in self.weights.values()))
         if len(passes) > 1 and self.needs.columns:
             raise OptimizerError(
                 f"{self.needs.chosen} takes a loss of one forward pass, and this one "
@@ -372,27 +373,6 @@ class Recorder:
             current.criterion_saw = saw
             with own_pass(self.watch.model()):
                 self._send_columns(current, saw, current.labels)
-
-    def _passes_behind(self, saw: object) -> list[Pass]:
-        """The passes whose outputs a loss was taken of: the output, or what was made of it."""
-        latest = None if self._latest is None else self._latest()
-        found: dict[int, Pass] = {}
-        seen: set[Any] = set()
-        stack = [saw.grad_fn] if isinstance(saw, Tensor) else []
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            known = cast(Any, node).metadata.get(self._key)
-            current = None if known is None else known()
-            if current is None:
-                stack += [behind for behind, _ in node.next_functions]
-            else:
-                found[id(current)] = current
-        if found:
-            return list(found.values())
-        return [] if latest is None else [latest]
 
     # delivery -----------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ scale the Fisher matrix by c^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,10 @@ from fisherlab.blocks.reads import numbers_of
 from fisherlab.distributed import RankError, Ranks
 from fisherlab.extract import fisher
 from fisherlab.extract.criteria import is_a
-from fisherlab.extract.isolation import is_isolated
+from fisherlab.extract.isolation import is_isolated, is_traced
+from fisherlab.optim.passes import behind
 from fisherlab.optim.watch import Hook
+from fisherlab.optim.weight import Weight
 
 
 class OptimizerError(RuntimeError):
@@ -225,6 +228,8 @@ class Loss:
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
+        # the backward pass that the scale is of
+        self._task = -1
         self._own: Tensor | None = None
         self._known: float | None = None
 
@@ -261,9 +266,16 @@ class Loss:
             self._gradient, self._known = gradient.detach(), None
 
     def scaled(self, gradient: Tensor) -> None:
-        """The gradient that arrives at the criterion's own loss."""
-        if not self.is_own():
-            self._scale, self._known = gradient.detach(), None
+        """The gradient that arrives at the criterion's own loss.
+
+        Losses of one output, as of mixed labels, add up in one backward pass.
+        """
+        if self.is_own():
+            return
+        before, self._task = self._task, torch._C._current_graph_task_id()
+        known = self._scale if before == self._task else None
+        own = gradient.detach()
+        self._scale, self._known = own if known is None else known + own, None
 
 
 def check_criterion(criterion: object) -> None:
@@ -282,12 +294,19 @@ def check_criterion(criterion: object) -> None:
 class LossScale:
     """The loss of each forward, in `loss` that of the latest."""
 
-    def __init__(self, criterion: Callable[..., Any] | None, own: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        criterion: Callable[..., Any] | None,
+        own: Callable[[], bool],
+        weights: Mapping[str, Weight],
+    ) -> None:
+        """`weights`: those of the model, some of which every loss of it depends on."""
         self.criterion, self.own, self.loss = criterion, own, Loss(criterion, own)
+        self.weights, self._key = weights, f"fisherlab loss of {id(self)}"
         self.handles = []
         if isinstance(criterion, nn.Module):
             hook = Hook(lambda _, *args: self._loss(*args))
-            self.handles.append(criterion.register_forward_hook(hook))
+            self.handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -303,7 +322,16 @@ class LossScale:
         """A forward ends with this output, and the model's own loss."""
         if output is not None:
             self.loss.follow(output, own)
+            if output.grad_fn is not None:
+                # the graph keeps the loss alive with its layers
+                cast(Any, output.grad_fn).metadata[self._key] = weakref.ref(self.loss)
 
-    def _loss(self, criterion: nn.Module, args: tuple[Any, ...], loss: Tensor) -> None:
-        if isinstance(loss, Tensor) and loss.requires_grad and not is_isolated():
-            loss.register_hook(self.loss.scaled)
+    def _loss(
+        self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
+    ) -> None:
+        if is_isolated() or is_traced() or not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        saw = args[0] if args else kwargs["input"]
+        of = behind(saw, self._key, self.loss, (w.weight for w in self.weights.values()))
+        if len(of) == 1:
+            loss.register_hook(of[0].scaled)

@@ -300,7 +300,7 @@ class WeightedLayers:
         self._asked: list[tuple[str, Call, GradientEdge]] = []
         self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
         coverage.tape = self.watch.tape
-        self.scale = LossScale(criterion, lambda: in_own_pass(self.watch.model()))
+        self.scale = LossScale(criterion, lambda: in_own_pass(self.watch.model()), self.weights)
 
     def _begin(self) -> None:
         self._layers, self._asked = {}, []

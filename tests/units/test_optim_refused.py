@@ -304,3 +304,65 @@ def test_a_bias_that_is_frozen_for_a_pass_costs_no_block(method: str) -> None:
     optimizer.step(closure(model, optimizer))
     assert not optimizer.left_out  # type: ignore[attr-defined]
     assert not torch.equal(model[0].bias, twin[0].bias)
+
+
+def step_of(method: str, loss: Callable[[nn.Module, nn.Module], Tensor]) -> list[Any]:
+    """The parameters after one step by the exact block of a loss, which gets the criterion."""
+    model, criterion = small(), nn.MSELoss()
+    options = {"momentum": 0.0, "kl_clip": None, "damping": 0.1, "criterion": criterion}
+    if method != "tengrad":
+        options["fisher_type"] = "empirical"
+    optimizer = fl.optim.create(method, model, **options)
+    loss(model, criterion).backward()
+    optimizer.step()
+    return flat(model.state_dict())
+
+
+def near(found: list[Any], expected: list[Any]) -> None:
+    for one, two in zip(found, expected, strict=True):
+        assert one == (pytest.approx(two, rel=1e-9) if isinstance(two, float) else two)
+
+
+@pytest.mark.parametrize("method", ["exact", "kfac", "ngd", "tengrad"])
+def test_a_loss_of_another_model_tells_nothing_of_this_one(method: str) -> None:
+    (x, _), other = data(), nn.Linear(4, 3).double()
+    labels = x[:, :3].sin()
+    alone = step_of(method, lambda model, criterion: criterion(model(x), labels))
+
+    def beside(model: nn.Module, criterion: nn.Module) -> Tensor:
+        output = model(x)
+        teachers = criterion(other(x), labels)
+        return criterion(output, labels) + 0.3 * teachers
+
+    assert step_of(method, beside) == alone
+
+
+@pytest.mark.parametrize("method", ["exact", "kfac", "ngd", "tengrad"])
+def test_losses_of_two_outputs_are_each_of_their_own(method: str) -> None:
+    (x, _), (far, _) = data(), data(7)
+    labels = x[:, :3].sin()
+
+    def apart(model: nn.Module, criterion: nn.Module) -> Tensor:
+        criterion(model(x), labels).backward()
+        return 3 * criterion(model(far), labels)
+
+    def together(model: nn.Module, criterion: nn.Module) -> Tensor:
+        one, two = model(x), model(far)
+        late = criterion(two, labels)
+        return criterion(one, labels) + 3 * late
+
+    near(step_of(method, together), step_of(method, apart))
+
+
+@pytest.mark.parametrize("method", ["exact", "kfac", "ngd", "tengrad"])
+def test_mixed_labels_are_one_loss(method: str) -> None:
+    """`p l(f, y) + (1 - p) l(f, z)` of a squared error has the gradients at `p y + (1 - p) z`."""
+    x, _ = data()
+    y, z = x[:, :3].sin(), x[:, 1:].cos()
+
+    def mixed(model: nn.Module, criterion: nn.Module) -> Tensor:
+        output = model(x)
+        return 0.3 * criterion(output, y) + 0.7 * criterion(output, z)
+
+    alone = step_of(method, lambda model, criterion: criterion(model(x), 0.3 * y + 0.7 * z))
+    near(step_of(method, mixed), alone)
