@@ -278,6 +278,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             return directions
         if self.control:
             directions = self._of_gradients(directions)
+        self.coverage.check_directions(directions)
         factor = self.clip.factor(directions, lambda: self._predicted_kl(directions), self.steps)
         if factor == 1.0:
             return directions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +26,10 @@ from fisherlab.optim.weight import Weight
 def any_geometry(geometry: Geometry) -> bool:
     """Take every product."""
     return True
+
+
+# By model, what puts weighted gradients into `.grad`, where others expect plain ones.
+_WEIGHS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
 class Coverage:
@@ -60,6 +65,7 @@ class Coverage:
         self._wanted = _meant(self.owners, layers, skip)
         self.weights: dict[str, Weight] = {}
         self.left_out: dict[str, str] = {}
+        self.weighs = _WEIGHS
         # the tape that sees the products of the weights
         self.tape: Tape | None = None
         # the shape of each matrix as it was first seen, its dtype at the last step
@@ -136,7 +142,16 @@ class Coverage:
             )
 
     def check(self, model: nn.Module) -> None:
-        """Refuse layers that are no longer those which the hooks and the blocks belong to."""
+        """Refuse layers that are no longer those which the hooks and the blocks belong to.
+
+        And gradients that another optimizer of the model has weighted.
+        """
+        if any(each.coverage is not self for each in self.weighs.get(model, ())):
+            raise OptimizerError(
+                "another optimizer of this model (TENGraD, NGD-SMW or FNGD) puts its own step into "
+                ".grad at each backward pass: delete it, or call its remove(), zero_grad() and "
+                "backward() again; no parameter was changed"
+            )
         for name, w in self.weights.items():
             dtype = self._dtypes.get(name, w.weight.dtype)
             now = w.weight.dtype
@@ -192,6 +207,29 @@ class Coverage:
         raise OptimizerError(
             f"the gradient of {where} has NaN or inf entries; no parameter was changed. Lower the "
             "learning rate, raise the damping, or pass nonfinite='skip'"
+        )
+
+    def check_directions(self, directions: Mapping[Any, Tensor]) -> None:
+        """Refuse directions with NaN or inf, or so long that a step would write such.
+
+        Args:
+            directions: by the name of the matrix, or by parameter.
+
+        Raises:
+            OptimizerError: the message names the layers.
+        """
+        if not directions:
+            return
+        norms = torch._foreach_norm(list(directions.values()))
+        if holds(torch.isfinite(torch.stack([n.to(norms[0].device) for n in norms])).all()):
+            return
+        layers = {p: name for name, w in self.weights.items() for p in (w.weight, w.bias)}
+        wild = [key for key, n in zip(directions, norms, strict=True) if not bool(n.isfinite())]
+        names = dict.fromkeys(key if isinstance(key, str) else layers[key] for key in wild)
+        raise OptimizerError(
+            f"the direction of layers {', '.join(names)} has NaN or inf entries, or overflows, "
+            "though the gradient does not; no parameter was changed. Scale the loss, or raise the "
+            "damping"
         )
 
     def described(self) -> dict[str, tuple[dict[str, Any], str | None]]:

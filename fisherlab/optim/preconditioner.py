@@ -255,6 +255,7 @@ class Preconditioner(Covered):
                     self._batch = batch
                 self.curvature.refresh(due, batch)
                 found = {n: self.precondition(n, gradient) for n, gradient in gradients.items()}
+                self.coverage.check_directions(found)
             self.steps += 1
         finally:
             # a refused step is taken again with the next batch

@@ -305,6 +305,8 @@ class Recorder:
             is_class = rules_of(criterion) is not None and cast(Rules, rules_of(criterion)).classes
             labels = free.argmax(1) if is_class else torch.zeros_like(free)
         M, rows = len(cast(Tensor, current.output)), len(free)
+        if not rows:  # the step refuses it
+            return
         if rows != M and self.needs.fisher_type == "exact":
             raise OptimizerError(
                 f"the criterion sees {rows} rows for {M} examples, so the exact columns of one "

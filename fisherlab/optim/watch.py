@@ -58,6 +58,7 @@ class Watch:
         record: gets each use and its output, and returns the output or a tensor in its place.
         end: called with the model's output tensor, the first of several, or None where it has none
             with a graph.
+        replaces: whether `record` returns other tensors, which the tapes of others have to see.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Watch:
         begin: Callable[[], None],
         record: Callable[[Use, Tensor], Tensor],
         end: Callable[[Tensor | None], None],
+        replaces: bool = False,
     ) -> None:
         self.model = weakref.ref(model)
         self.weights, self.wanted = weights, wanted
@@ -85,7 +87,8 @@ class Watch:
         # the weights whose own modules tell their products
         self.hooked = {name for name, weight in weights.items() if weight.local == "weight"}
         self._handles = [
-            model.register_forward_pre_hook(Hook(self._begin)),
+            # the tape that is entered first is the first to get an output
+            model.register_forward_pre_hook(Hook(self._begin), prepend=replaces),
             *(
                 weight.module.register_forward_hook(
                     Hook(_of_module(weakref.ref(self), weight)), with_kwargs=True

@@ -7,6 +7,7 @@ does not depend on the input. The plain weight gradient is never computed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -298,7 +299,11 @@ class WeightedLayers:
         # each layer of the latest forward, with its parameters on their way to its calls
         self._layers: dict[str, tuple[_Layer, Tensor, Tensor | None]] = {}
         self._asked: list[tuple[str, Call, GradientEdge]] = []
-        self.watch = Watch(model, self.weights, lambda: True, self._begin, self._record, self._end)
+        self.watch = Watch(
+            *(model, self.weights, lambda: True, self._begin, self._record, self._end),
+            replaces=True,
+        )
+        self.coverage.weighs.setdefault(model, weakref.WeakSet()).add(self)
         coverage.tape = self.watch.tape
         self.scale = LossScale(criterion, lambda: in_own_pass(self.watch.model()), self.weights)
 
@@ -388,6 +393,9 @@ class WeightedLayers:
     def remove(self) -> None:
         """Take the hooks off the model."""
         self.watch.remove()
+        model = self.watch.model()
+        if model is not None:
+            self.coverage.weighs[model].discard(self)
         self._layers, self._asked = {}, []
         self.scale.remove()
 

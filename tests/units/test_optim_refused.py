@@ -366,3 +366,34 @@ def test_mixed_labels_are_one_loss(method: str) -> None:
 
     alone = step_of(method, lambda model, criterion: criterion(model(x), 0.3 * y + 0.7 * z))
     near(step_of(method, mixed), alone)
+
+
+@pytest.mark.parametrize("method", ["kfac", "exact", "ngd", "fngd"])
+def test_the_weighted_gradients_of_another_optimizer_are_refused(method: str) -> None:
+    model, twin = small(), small()
+    optimizer, alone = fl.optim.create(method, model), fl.optim.create(method, twin)
+    other: Any = fl.optim.create("tengrad", model)
+    before, (x, y) = flat(model.state_dict()), data()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(OptimizerError, match=r"another optimizer .* call its remove\(\)"):
+        optimizer.step()
+    assert flat(model.state_dict()) == before
+    other.remove()
+    optimizer.step(closure(model, optimizer))
+    alone.step(closure(twin, alone))
+    assert flat(model.state_dict()) == flat(twin.state_dict())
+
+
+@pytest.mark.parametrize("method", ["kfac", "ang"])
+def test_a_direction_that_overflows_is_refused_and_named(method, monkeypatch) -> None:
+    model = small()
+    optimizer: Any = fl.optim.create(method, model)
+    closure(model, optimizer)()
+    before, of = everything(model, optimizer), optimizer.preconditioner
+    known = of.precondition
+    monkeypatch.setattr(
+        of, "precondition", lambda name, g: known(name, g) * (1e200 if name == "2" else 1.0)
+    )
+    with pytest.raises(OptimizerError, match="the direction of layers 2 has NaN or inf"):
+        optimizer.step()
+    assert everything(model, optimizer) == before
