@@ -7,7 +7,9 @@ import math
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -295,6 +297,61 @@ def _junk_closure(optimizer, model, x, y) -> None:
     optimizer.step("a closure")
 
 
+def _decomposition(optimizer, model, x, y) -> None:
+    """Interrupted where a step decomposes; one that does not is taken back by its state."""
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with ExitStack() as stack:
+        for name in ("eigh", "cholesky_ex", "inv_ex"):
+            stack.enter_context(mock.patch.object(torch.linalg, name, interrupted))
+        stepped(optimizer, model, x, y)
+    model.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+
+
+def _transformed(optimizer, model, x, y) -> None:
+    def loss(values: Any, one: Tensor, label: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, values, (one[None],))
+        return F.cross_entropy(output, label[None])
+
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(values, x, y)
+    torch.jit.trace(model, (x,), check_trace=False)
+
+
+def _frozen(optimizer, model, x, y) -> None:
+    model[0].bias.requires_grad_(False)
+    try:
+        _skipped(optimizer, model, x, y)
+    finally:
+        model[0].bias.requires_grad_(True)
+
+
+def _half(optimizer, model, x, y) -> None:
+    before = copy.deepcopy(model.state_dict())
+    try:
+        stepped(optimizer, model.bfloat16(), x.bfloat16(), y)
+    finally:
+        optimizer.zero_grad()
+        model.double().load_state_dict(before)
+
+
+def _weighed(optimizer, model, x, y) -> None:
+    """Another optimizer weighs the gradients."""
+    other: Any = fl.optim.create("tengrad", model)
+    try:
+        stepped(optimizer, model, x, y)
+    finally:
+        other.remove()
+
+
+def _junk_group(optimizer, model, x, y) -> None:
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0})
+
+
 EVENTS: dict[str, Callable] = {
     "skipped": _skipped,
     "NaN batch": _nan_batch,
@@ -315,11 +372,18 @@ EVENTS: dict[str, Callable] = {
     "another dtype": _wrong_dtype,
     "infinite batch": _infinite,
     "a closure that is none": _junk_closure,
+    "interrupted in a decomposition": _decomposition,
+    "transformed": _transformed,
+    "frozen": _frozen,
+    "half precision": _half,
+    "weighed by another": _weighed,
+    "a junk group": _junk_group,
 }
 REFUSED = {"NaN batch", "no backward", "interrupted", "bad state", "infinite batch"}
 # the fault of the loop's own code
 THEIRS = {"fails in forward", "fails in the loss", "another dtype"}
 REFUSED |= {"fails in forward", "fails in the loss", "another dtype", "a closure that is none"}
+REFUSED |= {"half precision", "weighed by another", "a junk group"}
 
 
 def states(draw: random.Random) -> Case:
@@ -466,6 +530,38 @@ def networks(draw: random.Random) -> Case:
     return Case(f"{name} on a network: {one.name}", call, check)
 
 
+def beside(draw: random.Random) -> Case:
+    """The criterion is called on another model's output as well: the step is as without."""
+    name, seed = draw.choice(NAMES), draw.randrange(100)
+    starts, share = [net(seed), net(seed)], draw.choice([0.3, 1.0])
+    batches, teacher = [batch(draw) for _ in range(2)], net(seed + 1)
+    squared, late = draw.random() < 0.5, draw.random() < 0.5
+
+    def trained(model: nn.Module, taught: bool) -> list[object]:
+        criterion: Any = nn.MSELoss() if squared else nn.CrossEntropyLoss()
+        optimizer = fl.optim.create(name, model, criterion=criterion)
+        for x, labels in batches:
+            y = F.one_hot(labels, 3).double() if squared else labels
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                output = model(x)
+                other = share * criterion(teacher(x), y) if taught and not late else 0.0
+                loss = criterion(output, y)
+                other = share * criterion(teacher(x), y) if taught and late else other
+                (loss + other).backward()
+                return loss
+
+            optimizer.step(closure)
+        return parameters(model)
+
+    def call() -> object:
+        return trained(starts[0], True) == trained(starts[1], False)
+
+    label = f"{name} beside a teacher"
+    return Case(label, call, lambda same: "" if same else "other steps than alone")
+
+
 def _good(optimizer, model, x, y) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
@@ -588,5 +684,5 @@ def case(seed: int) -> Case:
     draw = random.Random(seed)
     kinds = [options, options, things, loops, loops, loops, states, states, networks, together]
     kinds += [changed, changed, changed, copied, not_finite]
-    kinds.append(experts)
+    kinds += [experts, beside]
     return draw.choice(kinds)(draw)
