@@ -56,6 +56,7 @@ def test_non_finite_gradient(name: str) -> None:
 
     closure = closing(optimizer, model, spoil)
     refused(model, lambda: optimizer.step(closure), OptimizerError, "layers? .*2.* NaN")
+    optimizer.remove()  # the closure keeps it alive
     optimizer = fl.optim.create(name, model, nonfinite="skip")
     before = weights(model).clone()
     optimizer.step(closing(optimizer, model, spoil))
