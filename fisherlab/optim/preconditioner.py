@@ -320,7 +320,7 @@ class Preconditioner(Covered):
         weights = [self.weights[name] for name in names]
         if self.recorder is None:
             return {
-                key: [_GradientOnly(rows)]  # type: ignore[list-item]
+                key: [_GradientOnly(key, rows)]  # type: ignore[list-item]
                 for weight in weights
                 for key, rows in zip(
                     weight.keys, gradients[weight.name].tensor_split(weight.groups), strict=True
@@ -440,7 +440,8 @@ class Preconditioner(Covered):
 class _GradientOnly:
     """The mean gradient of a step, for approximations that need nothing else."""
 
-    def __init__(self, gradient: Tensor) -> None:
+    def __init__(self, name: str, gradient: Tensor) -> None:
+        self.name = name
         self.gradient, self.shape, self.examples = gradient, gradient.shape, 1.0
         self.term_scale, self.whole = 1.0, True
 

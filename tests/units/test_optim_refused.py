@@ -397,3 +397,13 @@ def test_a_direction_that_overflows_is_refused_and_named(method, monkeypatch) ->
     with pytest.raises(OptimizerError, match="the direction of layers 2 has NaN or inf"):
         optimizer.step()
     assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize("method", ["dykaf", "kl_shampoo"])
+def test_a_layer_too_large_for_whole_factors_is_named(method: str) -> None:
+    model = small()
+    optimizer = fl.optim.create(method, model, largest_factor=4)
+    before = flat(model.state_dict())
+    with pytest.raises(fl.blocks.BlockError, match="layer '0' has 5 outputs and 5 inputs, above"):
+        optimizer.step(closure(model, optimizer))
+    assert flat(model.state_dict()) == before
