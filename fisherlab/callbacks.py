@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fisherlab.distributed import unwrapped
+from fisherlab.extras import named
 from fisherlab.monitoring import Monitor
 
 
@@ -52,7 +53,8 @@ def lightning(
     Raises:
         ImportError: Lightning is not installed.
     """
-    base = import_module("lightning.pytorch").Callback
+    with named():
+        base = import_module("lightning.pytorch").Callback
 
     class Callback(base):  # type: ignore[misc, valid-type]
         """Calls the monitor after each batch that ended in a step."""
@@ -95,7 +97,8 @@ def trainer(
     Raises:
         ImportError: transformers is not installed.
     """
-    base = import_module("transformers").TrainerCallback
+    with named():
+        base = import_module("transformers").TrainerCallback
     options = {**options, "loss_scale": loss_scale or ("mean" if criterion is None else None)}
 
     class Callback(base):  # type: ignore[misc, valid-type]

@@ -16,6 +16,7 @@ PACKAGES = {
     "curvlinops": "fisherlab[curvlinops]",
     "ipywidgets": "fisherlab[notebooks]",
     "jinja2": "fisherlab[cli]",
+    "lightning": "lightning",
     "kronfluence": "fisherlab[kronfluence]",
     "matplotlib": "fisherlab[plots]",
     "nngeometry": "fisherlab[nngeometry]",
@@ -31,6 +32,7 @@ PACKAGES = {
     "sklearn": "fisherlab[data]",
     "sqlalchemy": "fisherlab[sweep]",
     "tqdm": "fisherlab[cli]",
+    "transformers": "transformers",
     "typer": "fisherlab[cli]",
 }
 

@@ -6,15 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks import BlockError, MiniBlock, RowBlocks
 from fisherlab.blocks.columns import Columns
 from fisherlab.blocks.contractions import second_moment
+from fisherlab.blocks.entry import guard
 from fisherlab.blocks.factor import Rows, within_span
 from fisherlab.blocks.mini_block import check_blocks
 from fisherlab.extract import LayerCapture
@@ -57,6 +60,18 @@ class View(Protocol):
         """The tensor."""
 
 
+def _of_layer(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of a statistic, which refuses what is no capture."""
+
+    @wraps(method)
+    def entered(self: Any, layer: Any, *rest: Any) -> Any:
+        if isinstance(layer, type) or not hasattr(layer, "examples"):
+            raise BlockError(f"layer must be that of fl.capture, got {doors.said(layer)}")
+        return method(self, layer, *rest)
+
+    return entered
+
+
 @dataclass(frozen=True, eq=False)
 class Statistic(ABC):
     """`S = sum_n s_n`, a sum over the examples of a batch, of one layer.
@@ -77,6 +92,7 @@ class Statistic(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        guard(cls, dict.fromkeys(("total", "diagonal", "rows"), _of_layer))
 
         def depth(name: str) -> int:
             return next(k for k, base in enumerate(cls.__mro__) if name in vars(base))
@@ -471,6 +487,7 @@ class Ungrouped(Statistic):
 
 def _grouped(layer: LayerCapture, groups: int, total: Callable[[LayerCapture], Tensor]) -> Tensor:
     """Totals of contiguous groups of the batch, `[groups, d]`, each for as much as all of it."""
+    groups = doors.count(groups, "groups", error=BlockError)
     if groups == 1:
         return total(layer)
     n = len(layer.raw_inputs[0])

@@ -41,7 +41,7 @@ def from_bergson(
         AdapterError: the folder has neither kind of files.
         ValueError: it has covariances, and a count is missing.
     """
-    folder = Path(folder)
+    folder = doors.place(folder, "folder", error=AdapterError)
     if (folder / CORRECTED).is_dir():
         Q_G, Q_A = (_shards(folder / f"eigen_{side}_sharded") for side in SIDES)
         values = _shards(folder / CORRECTED)

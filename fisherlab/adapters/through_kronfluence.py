@@ -40,7 +40,7 @@ def from_kronfluence(factors: Factors, examples: int | None = None) -> dict[str,
     if not isinstance(factors, Mapping):
         raise AdapterError(f"factors must be a dict of dicts, got {doors.said(factors)}")
     if "lambda_matrix" in factors:
-        return {name: _eigen(factors, name) for name in factors["lambda_matrix"]}
+        return {name: _eigen(factors, name) for name in _layers(factors, "lambda_matrix")}
     if "gradient_covariance" not in factors:
         raise AdapterError(
             f"from_kronfluence takes load_all_factors(name) or load_covariance_matrices(name), got "
@@ -50,20 +50,40 @@ def from_kronfluence(factors: Factors, examples: int | None = None) -> dict[str,
         raise ValueError(
             "covariances count positions, not examples: pass examples=, the number of examples"
         )
-    doors.count(examples, "examples")
+    examples = doors.count(examples, "examples")
     return {
         name: Kronecker(
-            factors["gradient_covariance"][name] / examples,
-            factors["activation_covariance"][name]
-            / factors["num_activation_covariance_processed"][name],
+            _of(factors, "gradient_covariance", name) / examples,
+            _of(factors, "activation_covariance", name)
+            / _counted(factors, "num_activation_covariance_processed", name),
         )
-        for name in factors["gradient_covariance"]
+        for name in _layers(factors, "gradient_covariance")
     }
 
 
+def _layers(factors: Factors, key: str) -> Mapping[str, Tensor]:
+    """The tensors of a key by layer."""
+    found = factors.get(key)
+    if not isinstance(found, Mapping):
+        raise AdapterError(f"factors[{key!r}] must be a dict of tensors, got {doors.said(found)}")
+    return found
+
+
+def _of(factors: Factors, key: str, name: str) -> Tensor:
+    """One tensor of a layer."""
+    found = _layers(factors, key).get(name)
+    return doors.tensor(found, f"factors[{key!r}][{name!r}]", error=AdapterError)
+
+
+def _counted(factors: Factors, key: str, name: str) -> float:
+    """How many positions or examples the sums of a layer have."""
+    found = _layers(factors, key).get(name)
+    return doors.number(found, f"factors[{key!r}][{name!r}]", above=0.0, error=AdapterError)
+
+
 def _eigen(factors: Factors, name: str) -> Block:
-    values = factors["lambda_matrix"][name] / factors["num_lambda_processed"][name]
-    Q_G, Q_A = (factors[f"{side}_eigenvectors"][name] for side in ("gradient", "activation"))
+    values = _of(factors, "lambda_matrix", name) / _counted(factors, "num_lambda_processed", name)
+    Q_G, Q_A = (_of(factors, f"{side}_eigenvectors", name) for side in ("gradient", "activation"))
     return Eigen(Q_G, Q_A, values.to(Q_G))
 
 

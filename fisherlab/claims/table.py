@@ -29,6 +29,7 @@ from fisherlab.claims.base import (
     Claim,
     ClaimError,
 )
+from fisherlab.extract.isolation import streams_kept
 
 # Draws per wanted trial, where many fail a claim's assumption.
 DRAWS = 30
@@ -104,7 +105,11 @@ class Verdicts:
     """
 
     def __init__(self, verdicts: Iterable[Verdict], on: str = "") -> None:
-        pairs = list(verdicts)
+        pairs = list(verdicts) if isinstance(verdicts, Iterable) else [verdicts]
+        for pair in pairs:
+            if not isinstance(pair, tuple) or not isinstance(pair[-1], Trials):
+                raise ClaimError(f"verdicts must be those of `tried`, got {doors.said(pair)}")
+        doors.name(on, "on", error=ClaimError)
         self.frame = pd.DataFrame([row for row, _ in pairs], columns=list(COLUMNS))
         self.trials = {row["claim"]: found for row, found in pairs}
         self.on = on
@@ -138,13 +143,14 @@ class Verdicts:
 
     def counterexample(self, name: str) -> Case | None:
         """The smallest counterexample found to a claim, or None."""
+        doors.name(name, "name", error=ClaimError)
         if name not in self.trials:
             raise ClaimError(f"{name!r} was not tried; tried: {', '.join(self.trials)}")
         return self.trials[name].smallest
 
     def save(self, folder: str | Path) -> Path:
         """Write claims.json, claims.parquet and counterexamples/NAME.pt; returns the folder."""
-        folder = Path(folder)
+        folder = doors.place(folder, "folder", error=ClaimError)
         for row in self.frame.itertuples():
             if (case := self.trials[row.claim].smallest) is not None:
                 whole.write_tensors(folder / row.counterexample, case)
@@ -253,17 +259,21 @@ def tried(
     doors.count(seed, "seed", -(2**63), error=ClaimError)
     if on is not None:
         doors.name(on, "on", error=ClaimError)
-    reals = None if on is None else list(real.real_cases(on, seed))
+    with streams_kept():
+        reals = None if on is None else list(real.real_cases(on, seed))
     for name in names:
         claim = base.get(name)
         # a generator takes 32 bits of its seed
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         start = time.perf_counter()
-        cases = _adapted(claim, reals, generator) if reals is not None else None
-        if cases is not None and not cases:
-            continue
-        found = _try(claim, cases, trials or claim.trials, generator)
-        row = _judged(claim, found, generator)
+        # a claim may build modules, which draw weights
+        with streams_kept():
+            torch.default_generator.manual_seed(generator.initial_seed())
+            cases = _adapted(claim, reals, generator) if reals is not None else None
+            if cases is not None and not cases:
+                continue
+            found = _try(claim, cases, trials or claim.trials, generator)
+            row = _judged(claim, found, generator)
         yield {**row, "seconds": time.perf_counter() - start}, found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ MEASURES += [
 ]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
+# What every table is read by.
+READ = ["layer", "approximation", "fisher_type", "examples", "dtype", "seed", "step", "note"]
+READ += ["reference_examples", "reference_fisher_type", "relative_error", "population_error"]
+READ += ["diagonal_share"]
+
 # How a row says that its eigenbasis is no basis of its own.
 CHOSEN = (
     "F has energy in a null space of its factors, or in one of equal eigenvalues, where the "
@@ -79,6 +84,21 @@ class Comparison:
         """Refuse what is no table."""
         if not isinstance(self.frame, pd.DataFrame):
             raise ValueError(f"frame must be a DataFrame, got {doors.said(self.frame)}")
+        missing = [name for name in ("layer", "approximation") if name not in self.frame]
+        if len(self.frame.columns) and missing:
+            raise ValueError(
+                f"frame must be that of a comparison; it has no column {', '.join(missing)}"
+            )
+        # what an earlier version did not measure is not known
+        lost = [name for name in READ if name not in self.frame]
+        if lost:
+            self.frame = self.frame.reindex(columns=[*self.frame.columns, *lost])
+        if not isinstance(self.config, Mapping):
+            raise ValueError(f"config must be a dict, got {doors.said(self.config)}")
+        if not isinstance(self.unseen, pd.DataFrame) or "approximation" not in self.unseen:
+            raise ValueError(
+                f"unseen must be that of a comparison, a DataFrame, got {doors.said(self.unseen)}"
+            )
 
     @property
     def noisy(self) -> bool:
@@ -266,7 +286,8 @@ class Comparison:
                 "an order is told by unseen examples, and the table has none: pass `reference=`"
             )
         if not isinstance(name, str) or name not in names:
-            raise ValueError(unknown("approximation", name, names))
+            given = name if isinstance(name, str) else doors.said(name)
+            raise ValueError(unknown("approximation", given, names))
 
     def save(self, folder: str | Path) -> Path:
         """Write `comparison.csv`, `comparison.parquet` and `config.json` into a folder.
@@ -333,7 +354,9 @@ class Comparison:
         plots: Any = fisherlab.plots
         known = [name for name in plots.__all__ if _takes_a_table(getattr(plots, name))]
         if not isinstance(kind, str) or kind not in known:
-            other = f" (fl.plots.{kind} draws other data)" if str(kind) in plots.__all__ else ""
+            if not isinstance(kind, str):
+                raise ValueError(f"kind must name a picture of a table, got {doors.said(kind)}")
+            other = f" (fl.plots.{kind} draws other data)" if kind in plots.__all__ else ""
             near = nearest(kind, known, known)
             raise ValueError(f"no picture of a table is named {kind!r}{other}; nearest: {near}")
         return getattr(plots, kind)(self, **options)

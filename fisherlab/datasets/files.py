@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from fisherlab import doors
 from fisherlab.datasets.card import Card, DatasetError, File
 
 VARIABLE = "FISHERLAB_DATA"
@@ -16,6 +17,8 @@ def data_folder(root: str | Path | None = None) -> Path:
 
     Raises `DatasetError` when a folder that was named does not exist.
     """
+    if root is not None:
+        doors.place(root, "root", error=DatasetError)
     named = root if root is not None else os.environ.get(VARIABLE)
     if not named:
         return cache_folder()

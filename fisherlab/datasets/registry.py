@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,10 +135,20 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
         DatasetError: the name is unknown, a file is missing, or its sha256 is not the card's.
         MissingPackage: a package that reads it is not installed.
     """
-    with named():
+    with named(), _python_stream_kept():
         if ":" in doors.name(name, "name", error=DatasetError):
             kind, _, rest = name.partition(":")
             return _SCHEMES[kind if kind in _SCHEMES else ""](name, rest)
         card, loader = _REGISTRY.named(name)
         folder = data_folder(root) if card.files else Path()
         return loader(card, verified(card, folder))
+
+
+@contextmanager
+def _python_stream_kept() -> Iterator[None]:
+    """Python's random stream is afterwards as before: some packages draw when they are imported."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -487,6 +487,7 @@ def _forward(
     forward: Forward | None = None,
     of: Callable[[Any], Any] = output_of,
 ) -> Tensor:
+    check_forward(forward)
     outputs = of(call(model, x, forward))
     if not isinstance(outputs, Tensor):
         who = "the model" if forward is None else "forward"

@@ -163,10 +163,10 @@ def register_criterion(
         TypeError: `kind` is neither a class nor a function, or is an object of a criterion.
         ValueError: `kind` is known already by FisherLab, or nothing is said about it.
     """
-    if isinstance(kind, nn.Module) or not callable(kind):
+    if isinstance(kind, nn.Module) or not callable(kind) or not hasattr(kind, "__name__"):
         raise TypeError(
-            f"kind is {kind!r}; register a class of criteria, such as type(criterion), or a "
-            "loss function"
+            f"kind is {doors.said(kind)}; register a class of criteria, such as type(criterion), "
+            "or a loss function"
         )
     if kind in _FUNCTIONS or (kind in _REGISTRY and _REGISTRY[kind].proven):
         raise ValueError(f"{kind.__name__} is known to FisherLab; register a class of your own")

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from fisherlab import doors
 from fisherlab.models.registry import ModelError, Spec, register
 
 VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
@@ -36,8 +37,7 @@ def autoencoder(
     The code is linear, the output `[n, features]` has no activation: its target is the flattened
     input, for squared error or, as logits, binary cross entropy. `num_classes` is not used.
     """
-    if code < 1:
-        raise ModelError(f"code must be positive, got {code}")
+    code = doors.count(code, "code", error=ModelError)
     outer = [_features(spec, "autoencoder"), *_hidden(spec, hidden)]
     inner = spec.scaled(code)
     decoder = [inner, *reversed(outer[1:])]
@@ -112,8 +112,9 @@ def _features(spec: Spec, name: str) -> int:
 
 
 def _hidden(spec: Spec, hidden: Sequence[int]) -> list[int]:
-    if any(features < 1 for features in hidden):
-        raise ModelError(f"hidden must hold positive widths, got {tuple(hidden)}")
+    for features in doors.listed(hidden, "hidden", error=ModelError):
+        if doors.real(features) is None or float(features) != int(features) or features < 1:
+            raise ModelError(f"hidden must hold positive widths, got {doors.said(hidden)}")
     return [spec.scaled(features) for features in hidden]
 
 

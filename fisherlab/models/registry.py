@@ -87,12 +87,18 @@ def register(builder: Builder | str, *, batch_norm: bool | None = True) -> Any:
     Returns:
         The function; of a name, what enters one.
     """
+    if batch_norm is not None:
+        doors.flag(batch_norm, "batch_norm", error=ModelError)
     if isinstance(builder, str):
         return partial(_enter, builder, batch_norm=batch_norm)
+    if not hasattr(builder, "__name__"):
+        raise ModelError(f"builder must be a function of a spec, got {doors.said(builder)}")
     return _enter(builder.__name__, builder, batch_norm)
 
 
 def _enter(name: str, builder: Builder, batch_norm: bool | None) -> Builder:
+    if not callable(builder):
+        raise ModelError(f"builder must be a function of a spec, got {doors.said(builder)}")
     known = getattr(_REGISTRY.get(name), "__qualname__", None)
     _REGISTRY.add(name, builder, known == builder.__qualname__)  # made anew in a notebook
     _NORMED[name] = batch_norm
@@ -183,7 +189,7 @@ def create(
     """
     doors.name(name, "name", error=ModelError)
     doors.name(activation, "activation", error=ModelError)
-    doors.number(width, "width", above=0.0, error=ModelError)
+    width = doors.number(width, "width", above=0.0, error=ModelError)
     if batch_norm is not None:
         doors.flag(batch_norm, "batch_norm", error=ModelError)
     if generator is not None and not isinstance(generator, torch.Generator):

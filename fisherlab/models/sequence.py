@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.models.registry import ModelError, Spec, register
 
 
@@ -221,5 +222,5 @@ def _positions(x: Tensor) -> Tensor:
 
 def _check_positive(**numbers: int) -> None:
     for key, value in numbers.items():
-        if value < 1:
-            raise ModelError(f"{key} must be positive, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"{key} must be positive, got {doors.said(value)}")

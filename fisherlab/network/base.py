@@ -46,7 +46,10 @@ class NetworkMatrix(ABC):
 
     def split(self, vector: Tensor) -> Weights:
         """One vector `[N]` as the layers' weights."""
+        doors.tensor(vector, "vector", ndim=(1,), error=BlockError)
         sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        if len(vector) != sum(sizes):
+            raise BlockError(f"vector must have {sum(sizes)} entries, got {len(vector)}")
         pieces = zip(self.shapes.items(), vector.split(sizes), strict=True)
         return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
@@ -68,6 +71,11 @@ class NetworkMatrix(ABC):
             if tuple(V[name].shape) != tuple(shape):
                 raise BlockError(
                     f"V[{name!r}] must have the shape {tuple(shape)}, got {doors.said(V[name])}"
+                )
+            if V[name].dtype != self.dtype or V[name].device != self.device:
+                raise BlockError(
+                    f"V[{name!r}] must be {self.dtype} on {self.device}, got {V[name].dtype} on "
+                    f"{V[name].device}"
                 )
 
     def dense(self) -> Tensor:
@@ -104,6 +112,7 @@ class NetworkMatrix(ABC):
 
         k = min(doors.count(k, "k", error=BlockError), self.size - 1)
         doors.choice(which, "which", ("LA", "SA", "LM"), error=BlockError)
+        tol = doors.number(tol, "tol", least=0.0, error=BlockError)
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(self.size, generator=generator, dtype=torch.float64, device="cpu")
         operator = self.as_linear_operator()

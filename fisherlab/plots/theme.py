@@ -24,6 +24,7 @@ from matplotlib.ticker import LogFormatterSciNotation
 from torch import Tensor
 
 from fisherlab import whole
+from fisherlab.plots.entry import entered
 
 P = ParamSpec("P")
 T = TypeVar("T", bound=Figure)
@@ -223,10 +224,12 @@ def styles(names: Iterable[str], found: Mapping[str, Look] | None = None) -> dic
 def themed(draw: Callable[P, T]) -> Callable[P, T]:
     """A function whose figure is made in the theme, whatever the user's own settings are."""
 
+    drawn = entered(draw)
+
     @wraps(draw)
     def inside(*args: P.args, **options: P.kwargs) -> T:
         with mpl.rc_context(STYLE):
-            figure = draw(*args, **options)
+            figure = drawn(*args, **options)
             for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
                 if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
                     axis.set_major_formatter(Decimals())

@@ -1,8 +1,10 @@
 """Doors of blocks, means and metrics: junk is refused by name, and rare forms have right values."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,3 +149,41 @@ def test_what_lies_beside_a_range() -> None:
     assert float(metrics.spectral_gap(F, rank)) == pytest.approx(float(right))
     with pytest.raises(ValueError, match="lie beside its range"):
         metrics.subspace_overlap(blocks.Outer(OUTER.a[:2], OUTER.g[:, :2]).power(-1, 0.1), OUTER)
+
+
+def test_verify_and_load_leave_the_random_streams() -> None:
+    for call in (
+        lambda: fl.claims.verify("kfac_keeps_the_trace", trials=2),
+        lambda: fl.datasets.load("digits"),
+    ):
+        before = torch.get_rng_state(), random.getstate()
+        call()
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1] == random.getstate()
+
+
+DRAWN: list[tuple[Callable[[], object], str]] = [
+    (lambda: fl.plots.error(None), "table must be a Comparison or its frame"),
+    (lambda: fl.plots.eigenvalues({"kfac": one(0)}), "must have entries"),
+    (lambda: fl.plots.effective_rank({"0": {"kfac": "x"}}), "must be a finite number"),
+    (lambda: fl.plots.gram_similarity(None), "study must be a GramStudy"),
+    (lambda: fl.plots.lines(pd.DataFrame({"a": [1]}), "a", "b"), "lines finds no"),
+    (lambda: fl.Comparison(pd.DataFrame({"a": [1]})), "it has no column layer"),
+    (lambda: fl.Comparison(pd.DataFrame(), unseen=3), "unseen must be that of a comparison"),
+    (lambda: fl.statistics.InputMoment().total(None), "layer must be that of fl.capture"),
+    (lambda: fl.claims.Verdicts([3]), "verdicts must be those of"),
+    (lambda: fl.models.create("mlp", input_size=4, hidden=["x"]), "hidden must hold positive"),
+    (lambda: fl.models.register(3), "builder must be a function"),
+    (lambda: fl.datasets.load("mnist", root=3), "root must be a path"),
+    (lambda: fl.adapters.from_bergson(3), "folder must be a path"),
+    (
+        lambda: fl.adapters.from_kronfluence({"gradient_covariance": {"0": None}}, 4),
+        r"factors\['gradient_covariance'\]\['0'\] must be a tensor",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), DRAWN)
+def test_what_is_drawn_and_read_is_checked(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((ValueError, TypeError, fl.adapters.AdapterError), match=message):
+        call()
