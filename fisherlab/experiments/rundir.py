@@ -40,7 +40,7 @@ class RunDir:
     """The folder of one run; every file in it is whole or absent."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = doors.place(folder, "folder", error=RunDirError)
         self._held: whole.Held | None = None
 
     def check(self, overwrite: bool = False, tables: tuple[str, ...] = ()) -> None:

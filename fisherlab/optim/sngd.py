@@ -268,7 +268,7 @@ def _units(layers: Mapping[str, nn.Module]) -> dict[str, int]:
 def _check_numbers(every: int, decay: float, eps: float, rank: int) -> None:
     doors.count(every, "every")
     doors.number(decay, "decay", least=0.0, below=1.0)
-    doors.number(eps, "eps", least=0.0)
+    doors.number(eps, "eps", above=0.0)
     doors.count(rank, "rank")
 
 

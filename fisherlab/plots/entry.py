@@ -29,7 +29,7 @@ def entered(draw: Callable[P, T]) -> Callable[P, T]:
     checks = {
         name: door
         for name, parameter in parameters.items()
-        if (door := kinds.get(str(parameter.annotation)))
+        if (door := NAMES.get(name) or kinds.get(str(parameter.annotation)))
     }
     order = list(parameters)
 
@@ -109,6 +109,22 @@ def _values(value: object, what: str) -> None:
         raise ValueError(f"{what} must have entries, got {doors.said(value)}")
 
 
+def _vector(value: object, what: str) -> None:
+    _values(value, what)
+    if getattr(value, "ndim", 1) != 1:
+        raise ValueError(f"{what} must have one axis, got {doors.said(value)}")
+
+
+def _matrix(value: object, what: str) -> None:
+    _values(value, what)
+    if getattr(value, "ndim", 2) != 2:
+        raise ValueError(f"{what} must be a matrix, got {doors.said(value)}")
+
+
+def _logs(value: object, what: str) -> None:
+    doors.choice(value, what, ("", "x", "y", "xy"))
+
+
 def _of(kind: type, wanted: str) -> Door:
     def door(value: object, what: str) -> None:
         doors.instance(value, what, kind, wanted)
@@ -168,4 +184,12 @@ KINDS: dict[str, Door] = {
     "Mapping[int, GramStudy]": _each(_study),
     "GramStudy | Mapping[Any, GramStudy]": _either(_study, _each(_study), GramStudy),
     "str | Path": lambda value, what: doors.place(value, what) and None,
+}
+# by name, where an annotation says too little
+NAMES: dict[str, Door] = {
+    "blocks": _each(_matrix, str),
+    "spectra": _each(_vector, str),
+    "angles": _each(_vector, str),
+    "floor": lambda value, what: doors.number(value, what, above=0.0) and None,
+    "log": _logs,
 }

@@ -166,6 +166,9 @@ def coefficients(
     figure, axes = theme.panels(len(chosen), columns=4, height=1.9, sharex=True, sharey=True)
     order, loss = array_of(study.order), array_of(losses)
     changed = np.zeros(len(loss), bool) if mislabelled is None else array_of(mislabelled)
+    for what, given in (("losses", loss), ("mislabelled", changed)):
+        if given.shape != order.shape:
+            raise ValueError(f"{what} must be [{len(order)}], one per example, got {given.shape}")
     loss, wrong = loss[order], changed[order]
     kinds = [(~wrong, "o", BLUE, "label as given"), (wrong, "X", ORANGE, "label changed")]
     for ax, k in zip(axes, chosen, strict=True):

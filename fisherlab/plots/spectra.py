@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -36,9 +37,15 @@ def eigenvalues(spectra: Mapping[str, Tensor], layer: str = "", floor: float = 1
 
 def draw_spectrum(ax: Axes, spectra: Mapping[str, Tensor], floor: float = 1e-12) -> None:
     """The curves of `eigenvalues` in a panel of another picture."""
-    top = max(float(values[0]) for values in spectra.values())
-    looks = theme.looks(spectra)
+    descending = {}
     for name, values in spectra.items():
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"the spectrum of {name!r} has NaN or inf entries, which no axis has")
+        descending[name] = values.sort(descending=True).values
+    top = max(float(values[0]) for values in descending.values())
+    looks = theme.looks(spectra)
+    for name, values in descending.items():
         _curve(ax, name, looks[name], values[values > floor * top])
     ax.set(xscale="log", yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue")
 

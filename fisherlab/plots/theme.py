@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterSciNotation
 from torch import Tensor
 
-from fisherlab import whole
+from fisherlab import doors, whole
 from fisherlab.plots.entry import entered
 
 P = ParamSpec("P")
@@ -205,7 +205,7 @@ def colour(name: str) -> str:
     Returns:
         A colour of matplotlib, such as "#0072b2".
     """
-    return look(name).colour
+    return look(doors.name(name, "name")).colour
 
 
 def styles(names: Iterable[str], found: Mapping[str, Look] | None = None) -> dict[str, Any]:
@@ -367,7 +367,8 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     Returns:
         Both paths.
     """
-    stem = Path(stem)
+    doors.instance(figure, "figure", Figure, "a figure of matplotlib")
+    stem = doors.place(stem, "stem")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     with mpl.rc_context(STYLE):

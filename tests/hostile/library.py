@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.experiments import training
 from hostile import junk
 from hostile.judge import Case
 from hostile.optimizers import batch, net, stepped
@@ -281,6 +282,32 @@ CALLS: dict[str, Call] = {
             "eps": positive,
             "rank": count,
         },
+    ),
+    **{
+        f"{name} of a capture": (
+            lambda layer, name=name: getattr(fl.statistics, name)().total(layer),
+            {},
+            {"layer": but()},
+        )
+        for name in ("InputMoment", "OutputMoment", "Squares", "Energy")
+    },
+    "Memo": (
+        lambda **given: fl.approximations.Memo(**{"layers": [layer()]} | given).block(fl.KFAC()),
+        {},
+        {"layers": but(), "memory": optional(count)},
+    ),
+    "damped": (
+        lambda **given: fl.KFAC().damped(**{"block": fl.KFAC()(layer()), "damping": 0.1} | given),
+        {},
+        {"block": but(), "damping": number},
+    ),
+    "plots.error": (fl.plots.error, {}, {"table": but()}),
+    "plots.eigenvalues": (fl.plots.eigenvalues, {}, {"spectra": but()}),
+    "plots.gram_similarity": (fl.plots.gram_similarity, {}, {"study": but()}),
+    "Settings": (
+        lambda **given: training.Settings(**given),
+        {},
+        {"epochs": count, "width": positive, "seeds": but(), "schedule": other("constant")},
     ),
     "hessian_blocks": (
         lambda **given: _hessian(given),

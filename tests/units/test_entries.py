@@ -187,3 +187,30 @@ DRAWN: list[tuple[Callable[[], object], str]] = [
 def test_what_is_drawn_and_read_is_checked(call: Callable[[], object], message: str) -> None:
     with pytest.raises((ValueError, TypeError, fl.adapters.AdapterError), match=message):
         call()
+
+
+def test_a_spectrum_is_drawn_from_its_largest_value_down() -> None:
+    values = torch.tensor([1e-20, 1.0, 4.0, 2.0])
+    (line,) = fl.plots.eigenvalues({"kfac": values}).axes[0].lines
+    assert line.get_ydata().tolist() == [4.0, 2.0, 1.0]
+    with pytest.raises(ValueError, match="has NaN or inf entries"):
+        fl.plots.eigenvalues({"kfac": values * float("nan")})
+
+
+def test_settings_of_a_run_are_checked_by_their_types() -> None:
+    from fisherlab.experiments import training
+
+    given = training.Settings().to_json()
+    for key, bad in (
+        ("epochs", 2.5), ("epochs", None), ("seeds", 3), ("seeds", ["x"]), ("schedule", 1.5),
+        ("width", "x"), ("hidden", 3), ("device", []), ("augment", "no"), ("entries", [3]),
+    ):  # fmt: skip
+        named = "config" if key == "entries" else key
+        with pytest.raises(training.SettingsError, match=named):
+            training.Settings.from_json({**given, key: bad})
+    before = torch.get_rng_state()
+    assert training.bounds(training.Entry("sgd", "sgd")) == {}
+    assert torch.equal(before, torch.get_rng_state())
+    for call in (lambda: training.train(None, "x"), lambda: training.entries(3)):
+        with pytest.raises(training.SettingsError, match="settings must be|wanted must be"):
+            call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fisherlab import doors
 from fisherlab.experiments.reproduce import ang, fngd, ngm, sngd, tekfac
 from fisherlab.experiments.reproduce.item import Item
 from fisherlab.experiments.reproduce.plan import ReproduceError
@@ -15,6 +16,9 @@ ITEMS: tuple[Item, ...] = tuple(item for module in PAPERS.values() for item in m
 
 def items(paper: str | None = None, key: str | None = None) -> list[Item]:
     """All items, those of a paper, or one; `ReproduceError` for a name that is not there."""
+    for name, what in ((paper, "paper"), (key, "item")):
+        if name is not None:
+            doors.name(name, what, error=ReproduceError)
     if paper is not None and paper not in PAPERS:
         raise ReproduceError(unknown("paper", paper, list(PAPERS)))
     found = [item for item in ITEMS if paper in (None, item.paper)]

@@ -89,7 +89,7 @@ def reproduce(
     """
     check_scale(scale)
     jobs = doors.count(jobs, "jobs", error=ReproduceError)
-    out, listener = Path(out), listener or Listener()
+    out, listener = doors.place(out, "out", error=ReproduceError), listener or Listener()
     chosen = items(paper, item)
     if jobs > 1:
         _train_beforehand(chosen, scale, out, control, jobs, listener)

@@ -6,14 +6,14 @@ import ast
 import inspect
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fisherlab import optim
+from fisherlab import doors, optim
 from fisherlab.approximations import damping
 from fisherlab.experiments.training.settings import Entry, Settings, SettingsError, check_known
 from fisherlab.optim.create import option_names
@@ -40,7 +40,10 @@ def entries(
     `all` is every optimizer there is. `common` holds options of all (a learning rate), which an
     assignment overrides. `control` adds SGD with its per-layer step lengths to each that has some.
     """
-    items = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    items = wanted.split(",") if isinstance(wanted, str) else _words(wanted, "wanted")
+    assignments = _words(assignments, "assignments")
+    if common is not None and not isinstance(common, Mapping):
+        raise SettingsError(f"common must be a dict of options, got {doors.said(common)}")
     items = [item.strip() for item in items]
     items = [name for item in items for name in (optim.names() if item == "all" else [item])]
     pairs = [_named(item) for item in dict.fromkeys(items)]
@@ -84,8 +87,16 @@ def check(entry: Entry) -> None:
         raise SettingsError(f"{entry}: {error}") from None
 
 
+def _words(value: object, what: str) -> list[str]:
+    """A list of strings."""
+    found = list(doors.listed(value, what, error=SettingsError))
+    return [doors.name(item, f"each of {what}", error=SettingsError) for item in found]
+
+
 def bounds(entry: Entry) -> dict[str, float]:
     """The bounds on the length of an entry's steps, by the name of the option."""
+    if not isinstance(entry, Entry):
+        raise SettingsError(f"entry must be an Entry, got {doors.said(entry)}")
     made = make(entry, _tiny(), nn.CrossEntropyLoss(), steps_per_epoch=1, epochs=1)
     clip = getattr(made, "clip", None)
     return {} if clip is None else clip.bounds
@@ -156,7 +167,8 @@ def _rule(name: str, text: str, model: nn.Module) -> damping.Rule:
 
 
 def _tiny() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 2))
+    with torch.random.fork_rng(devices=[]):  # its weights are nobody's
+        return nn.Sequential(nn.Linear(2, 2))
 
 
 def _named(item: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fisherlab import optim, whole
+from fisherlab import doors, optim, whole
 from fisherlab.blocks import BlockError
 from fisherlab.experiments.training.cost import SGDReference
 from fisherlab.experiments.training.divergence import Diverged, blame, finite
@@ -62,7 +62,9 @@ def train(settings: Settings, folder: str | Path, *, watch: Watch | None = None)
     ends with the reason, and the others go on. Ctrl-C ends with what there is
     (`results.interrupted`).
     """
-    folder, watch = Path(folder), watch or Watch()
+    if not isinstance(settings, Settings):
+        raise SettingsError(f"settings must be Settings, got {doors.said(settings)}")
+    folder, watch = doors.place(folder, "folder", error=SettingsError), watch or Watch()
     _check_same(settings, folder)
     task = Task(settings)
     records = [Record(entry, seed) for seed in settings.seeds for entry in settings.entries]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fisherlab import datasets, models
+from fisherlab import datasets, doors, models
 from fisherlab.names import unknown
 
 # Factor on the learning rate from the share of the epochs that is done.
@@ -39,6 +39,12 @@ class Entry:
     label: str
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("label", "name"):
+            doors.name(getattr(self, key), key, error=SettingsError)
+        if not isinstance(self.options, Mapping):
+            raise SettingsError(f"options must be a dict, got {doors.said(self.options)}")
 
     def epochs(self, otherwise: int) -> int:
         """Its own number of epochs; else that of the run."""
@@ -94,8 +100,13 @@ class Settings:
         counts += ["compare_every", "compare_examples"]
         for name in counts:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and self.__dataclass_fields__[name].default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise SettingsError(f"{name} is a whole number, got {doors.said(value)}")
+            if value < 1:
                 raise SettingsError(f"{name} is at least 1, got {value}")
+        self._check_types()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise SettingsError(f"seeds are different numbers, at least one; got {self.seeds}")
         schedule_of(self.schedule)
@@ -110,6 +121,24 @@ class Settings:
             if not re.fullmatch(r"[\w.+-]+", label):
                 raise SettingsError(f"a label is letters, digits, _ . + -; got {label!r}")
 
+    def _check_types(self) -> None:
+        """Refuse what is no word, flag, number or list where one is asked for."""
+        for name in ("data", "model", "activation", "schedule", "device", "dtype"):
+            doors.name(getattr(self, name), name, error=SettingsError)
+        for name in ("augment", "carry", "batch_norm"):
+            if name != "batch_norm" or self.batch_norm is not None:
+                doors.flag(getattr(self, name), name, error=SettingsError)
+        doors.number(self.width, "width", above=0.0, error=SettingsError)
+        for seed in doors.listed(self.seeds, "seeds", error=SettingsError):
+            if isinstance(seed, bool) or not isinstance(seed, int):
+                raise SettingsError(f"each of seeds is a whole number, got {doors.said(seed)}")
+        if self.hidden is not None:
+            for features in doors.listed(self.hidden, "hidden", error=SettingsError):
+                doors.count(features, "each of hidden", error=SettingsError)
+        for entry in doors.listed(self.entries, "entries", error=SettingsError):
+            if not isinstance(entry, Entry):
+                raise SettingsError(f"each of entries is an Entry, got {doors.said(entry)}")
+
     def to_json(self) -> dict[str, Any]:
         """As `config.json` holds them."""
         return json.loads(json.dumps(asdict(self)))
@@ -117,16 +146,20 @@ class Settings:
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> Settings:
         """The settings that `to_json` wrote."""
+        given = config.get("entries") if isinstance(config, Mapping) else None
+        if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
+            raise SettingsError(f"config must be what to_json wrote, got {doors.said(config)}")
         known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
         for name in ("seeds", "hidden"):
-            known[name] = None if known.get(name) is None else tuple(known[name])
+            listed = known.get(name)
+            known[name] = tuple(listed) if isinstance(listed, list) else listed
         known["entries"] = tuple(Entry(**entry) for entry in config["entries"])
         return cls(**known)
 
     @classmethod
     def load(cls, folder: Path) -> Settings:
         """The settings of a run folder."""
-        path = folder / "config.json"
+        path = doors.place(folder, "folder", error=SettingsError) / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             if (command := config.get("command", "train")) != "train":
