@@ -134,7 +134,9 @@ class Settings:
                 raise SettingsError(f"each of seeds is a whole number, got {doors.said(seed)}")
         if self.hidden is not None:
             for features in doors.listed(self.hidden, "hidden", error=SettingsError):
-                doors.count(features, "each of hidden", error=SettingsError)
+                if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+                    got = doors.said(self.hidden)
+                    raise SettingsError(f"hidden must hold positive widths, got {got}")
         for entry in doors.listed(self.entries, "entries", error=SettingsError):
             if not isinstance(entry, Entry):
                 raise SettingsError(f"each of entries is an Entry, got {doors.said(entry)}")
