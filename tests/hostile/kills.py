@@ -283,10 +283,13 @@ SIGKILL at any moment; SIGTERM and SIGINT end with 143 and 130, a message, and w
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {commands}
 
+{faults}
+
 ## Ranks
 
 One rank of a gloo job is killed before, in or after one of its collectives. The others name it, and
-the job begun again goes on from its checkpoint to the same bits.
+the job begun again goes on from its checkpoint to the same parameters: to the bits with two ranks,
+to a rounding with four, whose gradients DDP adds in an order that a restart changes.
 
 | ranks | kills | identical | of |
 | ---: | ---: | ---: | --- |
@@ -314,6 +317,9 @@ def page(log: str) -> str:
         identical = sum(death["end"] == "identical" for death in ours)
         works = ", ".join(sorted({death["what"] for death in ours}))
         rows["ranks"].append(f"| {world} | {len(ours)} | {identical} | {works} |")
+    faults = [f"* {kill['command']}, {kill['signal']}: {kill['end'][:160]}" for kill in kills
+              if kill["end"] != "identical"]  # fmt: skip
+    rows["faults"] = ["What was not identical, as that run said it:", "", *faults] if faults else []
     return PAGE.format(**{name: "\n".join(lines) for name, lines in rows.items()})
 
 
