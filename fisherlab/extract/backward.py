@@ -31,7 +31,7 @@ def pulled_back(
         raise CaptureError(
             f"the outputs are {outputs.dtype}; return real ones, such as outputs.abs()"
         )
-    if vector.stride() != outputs.stride():
+    if outputs.layout == torch.strided and vector.stride() != outputs.stride():
         # in the layout of the outputs, as kernels of torch expect: batch norm's misreads others
         vector = torch.empty_like(outputs, dtype=vector.dtype).copy_(vector)
     # the gradient of the number <f, v>: given v itself, autograd loads a package, 2 s once

@@ -7,8 +7,9 @@ what a convolution is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -335,28 +336,37 @@ class LayerCapture:
             raise CaptureError(f"raw must be a tuple of tensors, got {doors.said(raw)}")
         return zip(self.maps or [self.geometry] * len(raw), raw, strict=True)
 
-    def part(self, examples: slice, columns: slice = slice(None)) -> LayerCapture:
-        """The capture of some examples and some of their output vectors."""
-        for given, what in ((examples, "examples"), (columns, "columns")):
-            if not isinstance(given, slice):
-                raise CaptureError(f"{what} must be a slice, got {doors.said(given)}")
+    def part(self, examples: slice | Sequence[int], columns: slice = slice(None)) -> LayerCapture:
+        """The capture of some examples, by their places, and some of their output vectors."""
+        if not isinstance(columns, slice):
+            raise CaptureError(f"columns must be a slice, got {doors.said(columns)}")
+        if not isinstance(examples, slice):
+            known = range(min(len(x) for x in self.raw_inputs))
+            for place in doors.listed(examples, "examples", error=CaptureError):
+                if place not in known:
+                    raise CaptureError(
+                        f"examples must be a slice or a list of places below {len(known)}, got "
+                        f"{doors.said(place)} among them"
+                    )
 
-        def cut(raw: Raw, *index: slice) -> Raw:
+        rows: Any = examples if isinstance(examples, slice) else list(examples)
+
+        def cut(raw: Raw, *index: Any) -> Raw:
             return None if raw is None else tuple(x[index] for x in raw)
 
         total = self.columns_per_example
         held = len(range(*columns.indices(total)))
         return replace(
             self,
-            raw_inputs=tuple(x[examples] for x in self.raw_inputs),
-            raw_output_gradients=cut(self.raw_output_gradients, columns, examples),
-            raw_label_gradients=cut(self.raw_label_gradients, examples),
-            raw_outputs=cut(self.raw_outputs, examples),
-            slopes=None if self.slopes is None else self.slopes[examples],
-            counted=None if self.counted is None else self.counted[examples],
+            raw_inputs=tuple(x[rows] for x in self.raw_inputs),
+            raw_output_gradients=cut(self.raw_output_gradients, columns, rows),
+            raw_label_gradients=cut(self.raw_label_gradients, rows),
+            raw_outputs=cut(self.raw_outputs, rows),
+            slopes=None if self.slopes is None else self.slopes[rows],
+            counted=None if self.counted is None else self.counted[rows],
             column_share=self.column_share * held / total,
             shared=None,
-            after=None if self.after is None else self.after.part(examples, columns),
+            after=None if self.after is None else self.after.part(rows, columns),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerCapture:

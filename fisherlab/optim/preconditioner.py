@@ -241,7 +241,7 @@ class Preconditioner(Covered):
                     self._left = p, p.grad, p.grad._version
         self.coverage.stepped()
         if self.steps == 1:
-            self.coverage.warn_of_share(stacklevel=4)
+            self.coverage.warn_of_share(stacklevel=5)
 
     def directions(self, gradients: Gradients) -> Gradients:
         """Refresh what is due, and precondition the `[weight | bias]` gradients by name."""
