@@ -346,7 +346,7 @@ def work(rank, folder, world=WORLD):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=600),
     )
     found = {
         "comparisons": comparisons(rank, world),
