@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from fisherlab.extras import named
@@ -10,6 +11,9 @@ from fisherlab.extras import named
 
 def main() -> None:
     """The entry point `fisherlab`."""
+    # a shell may have closed them: `fisherlab ... >&-`
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     try:

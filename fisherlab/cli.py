@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -139,4 +140,7 @@ def options(
 def main() -> None:
     """The entry point `fisherlab`; its process keeps freed memory for the next tensor."""
     keep_freed_memory()
-    app()
+    try:
+        app()
+    except OSError as error:  # of a help text; commands name their own
+        sys.exit(f"error: the output cannot be written: {error.strerror}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -103,6 +104,8 @@ def _mistake(error: Exception) -> str | None:
         return f"out of memory: {_line(error)}; take a smaller batch, model or --memory"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror}, where output or a file is written; free some, or choose another"
     return None
 
 

@@ -33,6 +33,8 @@ FILE = "study.db"
 HINT = "pip install 'fisherlab[sweep]'"
 # Seconds between signs of life of a worker, and without one until others take its point.
 BEAT, GRACE = 20, 90
+# Seconds in which a worker that took a point writes its name to it.
+NAMED = 2.0
 FEWEST = 10  # points with a result below which no importance is told
 # Trains the point of a label; the second argument takes the metric of every epoch.
 Train = Callable[[Entry, Callable[[float, int], None]], Point]
@@ -230,9 +232,12 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
+        if any("worker" not in trial.user_attrs for trial in self._of(TrialState.RUNNING)):
+            time.sleep(NAMED)
         for trial in self._of(TrialState.RUNNING):
-            host, process = trial.user_attrs.get("worker", ("", 0))
-            # a number of this process is that of an earlier one: between two points it has none
+            host, process = trial.user_attrs.get("worker", (socket.gethostname(), os.getpid()))
+            # a number of this process is that of an earlier one: between two points it has none,
+            # and a trial without a name is that of a worker that was killed before it wrote one
             dead = process == os.getpid() or not whole.alive(process)
             if host == socket.gethostname() and dead:
                 again(self.study, trial)

@@ -99,8 +99,9 @@ def _numbers(value: object, what: str) -> None:
 def _values(value: object, what: str) -> None:
     """Numbers in any shape: a tensor of real numbers, or an array."""
     if isinstance(value, Tensor):
-        plain = not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
-        if not plain or value.is_sparse or value.layout.__repr__() != "torch.strided":
+        held = type(value) is not Tensor or not value.is_meta
+        plain = not (value.is_nested or value.is_quantized or value.is_complex())
+        if not held or not plain or value.is_sparse or value.layout.__repr__() != "torch.strided":
             raise TypeError(f"{what} must be numbers, got {doors.said(value)}")
     elif not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         doors.numbers(value, what)

@@ -274,9 +274,10 @@ def test_points_of_a_killed_worker_are_taken_over_and_those_of_another_machine_l
 
 @needs_optuna
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-@pytest.mark.parametrize("reused", [False, True])
-def test_the_last_point_of_a_killed_worker_is_taken_over(tmp_path, trained, reused):
-    """Its process number is nobody's, or that of this process, as after a container's restart."""
+@pytest.mark.parametrize("killed", ["gone", "reused", "unnamed"])
+def test_the_last_point_of_a_killed_worker_is_taken_over(tmp_path, trained, killed, monkeypatch):
+    """Its number is nobody's, or that of this process, or it was killed before it wrote one."""
+    monkeypatch.setattr(study, "NAMED", 0.01)
     train, calls = trained
     whole = opened(tmp_path / "whole")
     whole.run(train)
@@ -292,7 +293,9 @@ def test_the_last_point_of_a_killed_worker_is_taken_over(tmp_path, trained, reus
     with pytest.raises(KeyboardInterrupt):
         mine.run(stopped)
     trial = mine.study.ask()  # the last one, which waits
-    trial.set_user_attr("worker", [socket.gethostname(), os.getpid() if reused else gone.pid])
+    if killed != "unnamed":
+        process = os.getpid() if killed == "reused" else gone.pid
+        trial.set_user_attr("worker", [socket.gethostname(), process])
     mine.run(train)
     assert mine.points == whole.points and not mine.elsewhere
 

@@ -259,7 +259,8 @@ def test_metrics_and_the_inputs_of_pictures(quick_pictures: None) -> None:
         plots.gram_matrices(study)
         plots.coefficients(study, y.double(), mislabelled=y > 1)
         plots.dropped_over_training({0: study})
-        plots.fisher_types({"exact": found["conv kfac overlap_matrix"]}, {})
+        distances = {("exact", "exact"): 0.0}
+        plots.fisher_types({"exact": found["conv kfac overlap_matrix"]}, distances)
         plots.condition_against_damping([0.1, 1.0], {"kfac": found["conv condition curve"]})
         plots.mc_convergence({"conv": found["conv mc"]})
         study.arrays()

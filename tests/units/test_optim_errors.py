@@ -315,7 +315,7 @@ def test_a_gradient_that_is_not_finite_at_the_output_says_so(value: float) -> No
     [
         ({"every": 0}, "every must be a whole number >= 1, got 0"),
         ({"decay": 1.0}, "decay must be a finite number >= 0 and < 1"),
-        ({"eps": -1.0}, "eps must be a finite number >= 0"),
+        ({"eps": -1.0}, "eps must be a finite number > 0"),
         ({"rank": 0}, "rank must be a whole number >= 1"),
     ],
 )
