@@ -342,13 +342,12 @@ class LayerCapture:
             raise CaptureError(f"columns must be a slice, got {doors.said(columns)}")
         if not isinstance(examples, slice):
             known = range(min(len(x) for x in self.raw_inputs))
-            for place in doors.listed(examples, "examples", error=CaptureError):
+            what = f"examples must be a slice or a list of places below {len(known)}"
+            if not isinstance(examples, Sequence) or isinstance(examples, str | bytes):
+                raise CaptureError(f"{what}, got {doors.said(examples)}")
+            for place in examples:
                 if place not in known:
-                    raise CaptureError(
-                        f"examples must be a slice or a list of places below {len(known)}, got "
-                        f"{doors.said(place)} among them"
-                    )
-
+                    raise CaptureError(f"{what}, got {doors.said(place)} among them")
         rows: Any = examples if isinstance(examples, slice) else list(examples)
 
         def cut(raw: Raw, *index: Any) -> Raw:
