@@ -33,8 +33,8 @@ FILE = "study.db"
 HINT = "pip install 'fisherlab[sweep]'"
 # Seconds between signs of life of a worker, and without one until others take its point.
 BEAT, GRACE = 20, 90
-# Seconds in which a worker that took a point writes its name to it.
-NAMED = 2.0
+# Seconds after which a worker that took a point, and wrote no name to it, was killed.
+NAMED = 10.0
 FEWEST = 10  # points with a result below which no importance is told
 # Trains the point of a label; the second argument takes the metric of every epoch.
 Train = Callable[[Entry, Callable[[float, int], None]], Point]
@@ -232,20 +232,30 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
-        if any("worker" not in trial.user_attrs for trial in self._of(TrialState.RUNNING)):
-            time.sleep(NAMED)
         for trial in self._of(TrialState.RUNNING):
-            host, process = trial.user_attrs.get("worker", (socket.gethostname(), os.getpid()))
-            # a number of this process is that of an earlier one: between two points it has none,
-            # and a trial without a name is that of a worker that was killed before it wrote one
-            dead = process == os.getpid() or not whole.alive(process)
-            if host == socket.gethostname() and dead:
+            if self._is_dead(trial):
                 again(self.study, trial)
                 self._fail(trial)
         if self._of(TrialState.WAITING):
             return True
         taken = self._taken()
         return len(taken if self.grid is None else set(map(_place, taken))) < self.trials
+
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        """Whether the worker of a running trial is gone; one of another machine is not known."""
+        end = time.monotonic() + NAMED
+        # it writes its name as it begins
+        while "worker" not in trial.user_attrs and not trial.state.is_finished():
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.1)
+            trial = self.study.get_trials(deepcopy=False)[trial.number]
+        if trial.state.is_finished():
+            return False
+        host, process = trial.user_attrs["worker"]
+        # a number of this process is that of an earlier one: between two points it has none
+        dead = process == os.getpid() or not whole.alive(process)
+        return host == socket.gethostname() and dead
 
     def _fail(self, trial: FrozenTrial) -> None:
         """End the trial of a killed worker by another sampler: a grid's own stops a study here."""
