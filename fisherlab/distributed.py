@@ -437,6 +437,11 @@ def answering(ranks: Ranks | None, doing: str) -> AbstractContextManager[None]:
     return nullcontext() if ranks is None else ranks.answering(doing)
 
 
+def jointly(ranks: Ranks | None, doing: str) -> AbstractContextManager[None]:
+    """`ranks.together(doing)`, and nothing for a single process."""
+    return nullcontext() if ranks is None else ranks.together(doing)
+
+
 def in_words(value: Any) -> str:
     """A value in words that are the same in every process: no address, digests for tensors."""
     if isinstance(value, Tensor):

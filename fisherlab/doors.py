@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ _PLAIN = (Tensor, nn.Parameter)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # A check of one argument by its name: the argument, as what it is taken for; None: as it is.
 Door = Callable[[Any, str], Any]
-Call = TypeVar("Call", bound=Callable[..., Any])
 # a decomposition of these exists on every device
 _DTYPES = (torch.float32, torch.float64)
 
@@ -140,8 +138,18 @@ def numbers(
 
 
 def _is_integer(value: Tensor) -> bool:
-    plain = not (value.is_nested or nn.parameter.is_lazy(value))
-    return plain and value.layout == torch.strided and value.dtype in _INTEGERS
+    return is_strided(value) and value.dtype in _INTEGERS
+
+
+def is_strided(value: Tensor) -> bool:
+    """Whether a tensor holds its entries one by one: no lazy, nested or sparse one does."""
+    lazy = nn.parameter.is_lazy(value)
+    return not (lazy or value.is_nested) and value.layout == torch.strided
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an int of Python, and no flag."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def instance(value: object, what: str, kind: type | tuple[type, ...], wanted: str) -> Any:
@@ -156,31 +164,30 @@ def optional(door: Door) -> Door:
     return lambda value, what: None if value is None else door(value, what)
 
 
-def entered(**doors: Door) -> Callable[[Call], Call]:
-    """A function whose arguments, by name, pass doors; what a door returns is what it gets.
+def passed(
+    checks: Iterable[tuple[int, str, Door]], args: Sequence[Any], named: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """Arguments through their doors; what a door returns takes the argument's place.
 
-    None out of a door that only checks leaves the argument as it is.
+    Args:
+        checks: position, name and door of each argument that has one.
+        args: the positional arguments of a call.
+        named: its other ones.
+
+    Returns:
+        Both, as the function gets them, and the checked ones by name.
     """
-
-    def around(function: Call) -> Call:
-        places = {name: k for k, name in enumerate(inspect.signature(function).parameters)}
-        checks = [(places[name], name, door) for name, door in doors.items()]
-
-        @wraps(function)
-        def checked(*args: Any, **named: Any) -> Any:
-            given = list(args)
-            for place, name, door in checks:
-                if place < len(given):
-                    found = door(given[place], name)
-                    given[place] = given[place] if found is None else found
-                elif name in named:
-                    found = door(named[name], name)
-                    named[name] = named[name] if found is None else found
-            return function(*given, **named)
-
-        return checked  # type: ignore[return-value]
-
-    return around
+    given, options, found = list(args), dict(named), {}
+    for position, name, door in checks:
+        holder: Any = given if position < len(given) else options
+        if holder is options and name not in options:
+            continue
+        key: Any = position if holder is given else name
+        taken = door(holder[key], name)
+        if taken is not None:
+            holder[key] = taken
+        found[name] = holder[key]
+    return given, options, found
 
 
 def choice(
@@ -230,7 +237,7 @@ def tensor(
         raise error(f"{what} must be a tensor, got {said(value)}; pass torch.as_tensor(...)")
     if nn.parameter.is_lazy(value):
         raise error(f"{what} is not initialised: a lazy module takes its shape from a first batch")
-    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+    if not is_strided(value) or value.is_quantized:
         raise error(f"{what} must be a dense tensor, got {said(value)}; pass {what}.to_dense()")
     if value.dtype not in _DTYPES:
         raise error(

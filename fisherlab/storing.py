@@ -166,8 +166,7 @@ class _Store:
         raise StoredError(f"{what} is {doors.said(value)}; {_TAKES}")
 
     def _place(self, tensor: Tensor, what: str) -> int:
-        lazy = torch.nn.parameter.is_lazy(tensor)
-        if lazy or tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+        if not doors.is_strided(tensor) or tensor.is_meta:
             raise StoredError(
                 f"{what} must be a dense tensor with numbers, got {doors.said(tensor)}"
             )

@@ -301,9 +301,9 @@ def of_one_batch() -> list[str]:
 
 def get(name: str) -> type[Approximation]:
     """The class registered under a name; an unknown one is refused with the nearest names."""
-    if not isinstance(name, str) or name not in _REGISTRY:
-        if not isinstance(name, str):
-            raise ValueError(f"name must be that of an approximation, got {doors.said(name)}")
+    if not isinstance(name, str):
+        raise ValueError(f"name must be that of an approximation, got {doors.said(name)}")
+    if name not in _REGISTRY:
         near = nearest(name, _REGISTRY, names())
         raise ValueError(f"no approximation named {name!r}; nearest: {near}")
     return _REGISTRY[name]

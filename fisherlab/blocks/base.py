@@ -24,6 +24,7 @@ from fisherlab.blocks.numerics import (
     chosen_squares,
     dense_budget,
     eigh,
+    moved_squares,
     spectrum_power,
     symmetrise,
     turned,
@@ -384,8 +385,7 @@ class Dense(Block):
         turn = turned(vectors.flatten(1).mT, values.to(self.dtype))
         if turn is None:
             return width
-        moved = other.quadratic(turn.mT.reshape(vectors.shape)).double().square().sum()
-        return width + (moved - found.double().square().sum()).abs()
+        return width + moved_squares(found, other.quadratic(turn.mT.reshape(vectors.shape)))
 
     def _inner(self, other: Block) -> Tensor | None:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

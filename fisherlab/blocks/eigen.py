@@ -17,6 +17,7 @@ from fisherlab.blocks.numerics import (
     BlockError,
     check_alike,
     chosen_squares,
+    moved_squares,
     spectrum_power,
     turned,
 )
@@ -379,8 +380,7 @@ class Eigen(Block):
         if all(turn is None for turn in turns):
             return width
         Q_G, Q_A = (Q if turn is None else turn for (Q, _), turn in zip(sides, turns, strict=True))
-        moved = other.rotated_diagonal(Q_G, Q_A).double().square().sum()
-        return width + (moved - found.double().square().sum()).abs()
+        return width + moved_squares(found, other.rotated_diagonal(Q_G, Q_A))
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()

@@ -12,7 +12,6 @@ from fisherlab.blocks.serialise import remembers
 
 
 @remembers("vectors", "values", "level")
-@remembers("vectors", "values", "level")
 class Leading(Block):
     """`F = V diag(values) V^T + level (I - V V^T)`.
 

@@ -372,6 +372,16 @@ def _rounding_of(values: Tensor) -> Tensor:
     return multiple * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
 
 
+def moved_squares(found: Tensor, moved: Tensor) -> Tensor:
+    """`|sum moved^2 - sum found^2|`, 0-d float64."""
+    return (moved.double().square().sum() - found.double().square().sum()).abs()
+
+
+def is_coarse(dtype: torch.dtype) -> bool:
+    """Whether dampings make the rounding of numbers of a dtype visible: not that of float64."""
+    return torch.finfo(dtype).eps ** 2 >= torch.finfo(torch.float64).eps
+
+
 def turned(Q: Tensor, values: Tensor) -> Tensor | None:
     """Eigenvectors with another basis of each space of equal eigenvalues, the null space apart.
 

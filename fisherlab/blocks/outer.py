@@ -31,6 +31,7 @@ from fisherlab.blocks.numerics import (
     dot,
     eigh,
     fits_gram,
+    is_coarse,
     is_rounding,
     rank_of,
     spectrum_power,
@@ -282,8 +283,7 @@ class Outer(OfColumns):
 
         Nor in float64, whose rounding a damping does not make visible, nor beside a shift.
         """
-        eps = torch.finfo(V.dtype).eps
-        if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
+        if self.shift or not self.core > 0 or not is_coarse(V.dtype):
             return None
         inner = self.columns.project(V, True).flatten(-2)
         _, W = self._range
@@ -302,7 +302,7 @@ class Outer(OfColumns):
         for damping in doors.listed(dampings, "dampings", error=BlockError):
             check_damping(damping)
         eps = torch.finfo(V.dtype).eps
-        if self.shift or not self.core > 0 or eps**2 < torch.finfo(torch.float64).eps:
+        if self.shift or not self.core > 0 or not is_coarse(V.dtype):
             return [0.0] * len(dampings)
         square = V.double().square().sum()
         values, W = self._range

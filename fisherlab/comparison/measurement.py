@@ -31,7 +31,7 @@ from fisherlab.comparison.orders import NORMS, VALUES
 from fisherlab.comparison.pool import Stopped, Work
 from fisherlab.comparison.reference import ExactReference
 from fisherlab.comparison.samples import Samples, by_layer
-from fisherlab.comparison.table import CHOSEN, MEASURES, NO_GAP, ROUNDING, STEP_ROUNDING
+from fisherlab.comparison.table import CHOSEN, MEASURES, NO_GAP, ROUNDING, STEP_ROUNDING, noted
 from fisherlab.doors import said
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
@@ -63,7 +63,7 @@ def _refuse_overflow(row: dict[str, Any]) -> None:
     silent = [name for name in FINITE if math.isnan(row[name])] if not row["note"] else []
     if beyond or silent:
         row |= dict.fromkeys(beyond, math.nan)
-        row["note"] = "; ".join(filter(None, (row["note"], OVERFLOW)))
+        row["note"] = noted(row["note"], OVERFLOW)
 
 
 class LayerMeasurement:
@@ -103,7 +103,7 @@ class LayerMeasurement:
             )
         if (share := max(_rounded(memo) for memo in self.memos)) > UNSURE:
             doubt = f"up to {min(share, 1.0):.1%} of its gradients may be rounding: {CANCELS}"
-            self.remark = "; ".join(filter(None, (self.remark, doubt)))
+            self.remark = noted(self.remark, doubt)
         self.reference_examples = (
             float(sum(batch.labels.shape[0] for batch in held_out)) if held_out else math.nan
         )
@@ -216,7 +216,7 @@ class LayerMeasurement:
                     self._damped, maker, X, near, reference, share * unit
                 )
                 doubt = found.pop("note", "")
-                row |= found | {"note": "; ".join(filter(None, (note, doubt)))}
+                row |= found | {"note": noted(note, doubt)}
                 self._retried(at.add, row, step, share * unit)
                 rows.append(row)
             except BlockError as error:
@@ -361,7 +361,7 @@ class LayerMeasurement:
             doubt = STEP_ROUNDING
         if doubt:
             doubt = f"up to {min(share, 1.0):.1%} of its step {doubt}"
-            found["note"] = "; ".join(filter(None, (found.get("note"), doubt)))
+            found["note"] = noted(found.get("note"), doubt)
         return found, at, -product
 
     def _preconditioner(

@@ -14,8 +14,8 @@ from torch import Tensor
 from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Space
 from fisherlab.blocks.direct_sum import parts_of
-from fisherlab.blocks.numerics import RESIDUAL_EPS, dot, is_rounding, normal
-from fisherlab.comparison.table import STEP_ROUNDING
+from fisherlab.blocks.numerics import RESIDUAL_EPS, dot, is_coarse, is_rounding, normal
+from fisherlab.comparison.table import STEP_ROUNDING, noted
 from fisherlab.metrics.direction import Step
 
 # The share of the exact step that rounding may make before a row says so.
@@ -147,9 +147,9 @@ class ExactReference:
         Returns:
             The share, or a bound of it that is below 1 %; 0 in float64.
         """
-        eps, values = torch.finfo(self.F.dtype).eps, X.leading_values(1)
-        if eps**2 < torch.finfo(torch.float64).eps or not len(values):
+        if not is_coarse(self.F.dtype) or not len(values := X.leading_values(1)):
             return 0.0
+        eps = torch.finfo(self.F.dtype).eps
         bound = eps * float(values[0]) / damping
         if bound < STEP_BELOW_ROUNDING:
             return bound
@@ -168,7 +168,7 @@ class ExactReference:
             The share, or a bound of it below `STEP_BELOW_ROUNDING`; 0 in float64.
         """
         g, eps = self.gradient, torch.finfo(self.F.dtype).eps
-        if eps**2 < torch.finfo(torch.float64).eps:
+        if not is_coarse(self.F.dtype):
             return 0.0  # as for the exact step
         length = product.double().norm().clamp(min=1e-300)
         bound = float(ROUNDED * eps * g.double().norm() / length * largest)
@@ -179,7 +179,7 @@ class ExactReference:
         return float((P @ d.to(P.dtype)).double().norm() / length)
 
     def _rounded_entries(self) -> Tensor:
-        """What each entry of the gradient has a rounding of: itself."""
+        """The size of each entry's rounding, in eps: that of the entry itself."""
         return self.gradient
 
     def add(self, row: dict[str, Any], ours: Tensor, damping: float) -> None:
@@ -207,7 +207,7 @@ class ExactReference:
             }
             if doubts[damping] > STEP_BELOW_ROUNDING:
                 doubt = f"up to {min(doubts[damping], 1.0):.1%} of the exact step {STEP_ROUNDING}"
-                row["note"] = "; ".join(filter(None, (row.get("note"), doubt)))
+                row["note"] = noted(row.get("note"), doubt)
         self._added.clear()
 
     def _doubts(self, dampings: list[float]) -> dict[float, float]:

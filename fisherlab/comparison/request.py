@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from fisherlab.blocks import Block, BlockError, Dense
 from fisherlab.comparison.display import described
 from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
-from fisherlab.distributed import RankError, Ranks, answering, in_words, unwrapped
+from fisherlab.distributed import RankError, Ranks, answering, in_words, jointly, unwrapped
 from fisherlab.extract import CaptureError, Captures
 from fisherlab.extract.api import Forward, _forward, check_forward, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
@@ -213,7 +212,7 @@ def checked(
             "pass all of them the same",
         )
     doing = "checking its batch"
-    with answering(ranks, doing), ranks.together(doing) if ranks else nullcontext():
+    with answering(ranks, doing), jointly(ranks, doing):
         criterion = criterion_of(criterion, loss_scale)
         batches = split_batches(x, y, isinstance(criterion, Inside))
         check_model(model)

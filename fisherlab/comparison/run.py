@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from threading import Event
 from typing import Any
@@ -20,6 +19,7 @@ from fisherlab.comparison.pool import LayerPool, Rows, Work
 from fisherlab.comparison.request import Request
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.comparison.table import COLUMNS, Comparison, Interrupted
+from fisherlab.distributed import jointly
 from fisherlab.extract import Captures
 from fisherlab.extras import named
 
@@ -55,7 +55,7 @@ def measured(request: Request, samples: Samples, progress: Progress | None) -> C
     try:
         with (
             contractions.workspace(request.memory),
-            ranks.together("measuring its layers") if ranks else nullcontext(),
+            jointly(ranks, "measuring its layers"),
             pool,
         ):
             _run(pool, list(request.makers), progress)

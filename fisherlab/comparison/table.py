@@ -43,7 +43,7 @@ MEASURES += [
 ]
 COLUMNS = [*IDENTITY, *MEASURES, "note"]
 
-# What every table is read by.
+# The columns that a table is read by.
 READ = ["layer", "approximation", "fisher_type", "examples", "dtype", "seed", "step", "note"]
 READ += ["reference_examples", "reference_fisher_type", "relative_error", "population_error"]
 READ += ["diagonal_share"]
@@ -89,7 +89,7 @@ class Comparison:
             raise ValueError(
                 f"frame must be that of a comparison; it has no column {', '.join(missing)}"
             )
-        # what an earlier version did not measure is not known
+        # a column that an earlier version did not measure is not known
         lost = [name for name in READ if name not in self.frame]
         if lost:
             self.frame = self.frame.reindex(columns=[*self.frame.columns, *lost])
@@ -417,6 +417,11 @@ def _medians(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         if (known < every).any():
             parts.append((known.astype(str) + " of " + every.astype(str)).rename(f"{column} known"))
     return pd.concat(parts, axis=1) if parts else pd.DataFrame(index=groups.size().index)
+
+
+def noted(*texts: str | None) -> str:
+    """The notes of a row as one."""
+    return "; ".join(filter(None, texts))
 
 
 def joined(values: Any) -> str:

@@ -172,13 +172,17 @@ def _find_rows(
     """
     doubtful: list[tuple[str, Recorded]] = []
     failures: dict[str, str] = {}
+
+    def folded(call: Recorded) -> bool:
+        return len(call.output) != n or len(call.raw_input) != n
+
     for name, call in ((name, call) for name, found in calls.items() for call in found):
         rows = len(as_rows(call, call.output))
         if examples is not None and rows == len(examples):
             call.examples = examples.to(call.output.device)
             if proves and weighted is not None and not weighted.belong(call):
                 failures[name] = f"with the given examples, {SEVERAL}"
-        elif len(call.output) != n or len(call.raw_input) != n:
+        elif folded(call):
             doubtful.append((name, call))
         elif weighted is not None and not call.own_rows and not weighted.belong(call):
             doubtful.append((name, call))
@@ -196,7 +200,7 @@ def _find_rows(
         failures |= {
             name: why
             for (name, call), why in zip(doubtful, reasons, strict=True)
-            if why and (proves or len(call.output) != n or len(call.raw_input) != n)
+            if why and (proves or folded(call))
         }
     return failures
 

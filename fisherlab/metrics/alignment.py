@@ -61,9 +61,8 @@ EQUAL = 1e-4
 SURE = 10.0
 
 
-def defined_rank(X: Block, F: Block, k: int = 10) -> int:
-    """k, lowered to the last gap of `F`; 0 where `F` or `X` does not define such a subspace."""
-    k = default_rank(F, k)
+def _defined(X: Block, F: Block, k: int) -> int:
+    """A rank of `F`, lowered to its last gap; 0 where `F` or `X` defines no such subspace."""
     values = F.leading_values(k + 1)
     while k and not _ends(values, k, _rounding(F)):
         k -= 1
@@ -154,9 +153,10 @@ def subspace_overlap(X: Block, F: Block, k: int = 10) -> Tensor:
         >>> round(float(metrics.subspace_overlap(X, F, k=2)), 3)
         0.5
     """
-    if not default_rank(F, k):
+    rank = default_rank(F, k)
+    if not rank:
         return torch.ones((), dtype=torch.float64, device=F.device)
-    k = defined_rank(X, F, k)
+    k = _defined(X, F, rank)
     if not k:
         return torch.full((), math.nan, dtype=torch.float64, device=F.device)
     # vectors that are orthonormal up to rounding may seem to hold more than the whole
@@ -210,10 +210,11 @@ def principal_angles(X: Block, F: Block, k: int = 10) -> Tensor:
         >>> metrics.principal_angles(X, F, k=2).round(decimals=3).tolist()
         [0.0, 1.571]
     """
-    rank, defined = default_rank(F, k), defined_rank(X, F, k)
-    if rank and not defined:
+    rank = default_rank(F, k)
+    k = _defined(X, F, rank)
+    if rank and not k:
         return torch.full((rank,), math.nan, dtype=torch.float64, device=F.device)
-    return svdvals(_products(X, F, defined), "overlaps").clamp(max=1).arccos()
+    return svdvals(_products(X, F, k), "overlaps").clamp(max=1).arccos()
 
 
 @entered

@@ -32,18 +32,9 @@ def entered(measure: Measure) -> Measure:
 
     @wraps(measure)
     def checked(*args: Any, **named: Any) -> Any:
-        found, given = {}, list(args)
-        for position, name, door in checks:
-            places: Any = given if position < len(given) else named
-            place: Any = position if position < len(given) else name
-            if places is named and name not in named:
-                continue
-            taken = door(places[place], name)
-            if taken is not None:
-                places[place] = taken  # a number in a tensor is a number inside
-            found[name] = places[place]
+        given, options, found = doors.passed(checks, args, named)
         _check_pair(found)
-        return measure(*given, **named)
+        return measure(*given, **options)
 
     return checked  # type: ignore[return-value]
 

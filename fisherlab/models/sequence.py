@@ -222,5 +222,5 @@ def _positions(x: Tensor) -> Tensor:
 
 def _check_positive(**numbers: int) -> None:
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not doors.is_whole(value) or value < 1:
             raise ModelError(f"{key} must be positive, got {doors.said(value)}")

@@ -13,11 +13,19 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks import BlockError
 from fisherlab.blocks.numerics import check_dense, symmetrise
+from fisherlab.extract.joint import check_layers
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Weights = dict[str, Tensor]
+
+
+def check_captures(captures: object) -> None:
+    """Refuse what is no dict of captures, at least one."""
+    if not isinstance(captures, Mapping) or not captures:
+        raise BlockError(f"captures must be those of fl.capture, got {doors.said(captures)}")
+    check_layers(list(captures.values()))
 
 
 class NetworkMatrix(ABC):

@@ -12,8 +12,7 @@ from fisherlab import doors
 from fisherlab.blocks import BlockError
 from fisherlab.blocks.numerics import check_damping, cholesky, eigh, sum_of
 from fisherlab.extract import LayerCapture
-from fisherlab.extract.joint import check_layers
-from fisherlab.network.base import NetworkMatrix, Weights
+from fisherlab.network.base import NetworkMatrix, Weights, check_captures
 
 
 class NetworkFisher(NetworkMatrix):
@@ -39,9 +38,7 @@ class NetworkFisher(NetworkMatrix):
     """
 
     def __init__(self, captures: Mapping[str, LayerCapture]) -> None:
-        if not isinstance(captures, Mapping) or not captures:
-            raise BlockError(f"captures must be those of fl.capture, got {doors.said(captures)}")
-        check_layers(list(captures.values()))
+        check_captures(captures)
         self.layers = dict(captures)
         first = next(iter(self.layers.values()))
         sizes = {name: layer.columns.sizes for name, layer in self.layers.items()}

@@ -14,8 +14,7 @@ from fisherlab.approximations.damping import trace_ratio_pi
 from fisherlab.blocks import BlockError, Kronecker
 from fisherlab.blocks.numerics import cholesky, eigh, symmetrise
 from fisherlab.extract import LayerCapture
-from fisherlab.extract.joint import check_layers
-from fisherlab.network.base import NetworkMatrix, Weights
+from fisherlab.network.base import NetworkMatrix, Weights, check_captures
 
 
 class Tridiagonal(NetworkMatrix):
@@ -42,9 +41,7 @@ class Tridiagonal(NetworkMatrix):
     """
 
     def __init__(self, captures: Mapping[str, LayerCapture], damping: float) -> None:
-        if not isinstance(captures, Mapping) or not captures:
-            raise BlockError(f"captures must be those of fl.capture, got {doors.said(captures)}")
-        check_layers(list(captures.values()))
+        check_captures(captures)
         damping = doors.number(damping, "damping", above=0.0, error=BlockError)
         self.damping, layers = damping, list(captures.values())
         for layer in layers:

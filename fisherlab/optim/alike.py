@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -38,6 +38,19 @@ def groups_of(coverage: Coverage) -> dict[str, str]:
         if key not in ("params", "param_names")
     }
     return {**groups, **{n: in_words(v) for n, v in coverage.asked.items()}}
+
+
+class Agreement:
+    """Whether the ranks were seen to have one and the same optimizer; they are asked once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def check(self, ranks: Ranks | None, options: Callable[[], Mapping[str, str]]) -> None:
+        """Refuse ranks whose optimizers differ, as `check_alike` does, at the first call."""
+        if ranks is not None and not self._asked:
+            check_alike(ranks, options())
+        self._asked = True
 
 
 def check_alike(ranks: Ranks, options: Mapping[str, str]) -> None:

@@ -47,7 +47,7 @@ class Attempt:
         if keep is None:
             return compute() if finite() else None
         if not self.worthwhile:
-            return _whole(compute, keep()) if finite() else None
+            return whole(compute, keep()) if finite() else None
         kept = keep()
         try:
             try:
@@ -63,14 +63,14 @@ class Attempt:
                     return None
                 if not again:
                     raise
-            found = _whole(compute, kept)
+            found = whole(compute, kept)
             self.worthwhile = False
             return found
         finally:
             kept.release()
 
 
-def _whole(compute: Callable[[], T], kept: Kept) -> T:
+def whole(compute: Callable[[], T], kept: Kept) -> T:
     """The result of `compute`; where it raises or is interrupted, the state is as it was."""
     try:
         with revocable():

@@ -14,7 +14,7 @@ from fisherlab import doors
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
-from fisherlab.optim.alike import check_alike, groups_of, options_of
+from fisherlab.optim.alike import Agreement, check_alike, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
@@ -128,8 +128,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             self.ranks.meet()
             self.ranks.check_model(model, buffers=False)  # DDP spreads those of rank 0
             check_alike(self.ranks, {"the class": type(self).__name__})
-        # whether the ranks were seen to have one and the same optimizer
-        self._alike = self.ranks is None
+        self._agreement = Agreement()
         super().__init__(model.parameters() if params is None else params, defaults)
         self.clip, self.nonfinite, self.control = clip, nonfinite, control
         self.steps = self.clipped = 0
@@ -217,9 +216,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = evaluated(closure)
         self.coverage.check(self.model)
-        if self.ranks is not None and not self._alike:
-            check_alike(self.ranks, self._described())
-        self._alike = True
+        self._agreement.check(self.ranks, self._described)
         directions = self._attempt.take(
             lambda: self.coverage.finite(self.nonfinite),
             lambda: self._clipped(self._directions()),

@@ -28,7 +28,7 @@ def any_geometry(geometry: Geometry) -> bool:
     return True
 
 
-# By model, what puts weighted gradients into `.grad`, where others expect plain ones.
+# Each model's optimizers that put weighted gradients into `.grad`; others expect plain ones.
 _WEIGHS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 

@@ -14,7 +14,7 @@ from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import cholesky, sum_of
-from fisherlab.blocks.reads import revocable
+from fisherlab.optim.attempt import Kept, whole
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
@@ -84,20 +84,14 @@ class KBFGSOptimizer(NaturalGradient):
         if not self.coverage.finite(self.nonfinite):
             self.preconditioner.forget()
             return loss
-        back = self._kept()
-        try:
-            with revocable():
-                self._move(closure)
-        except BaseException:
-            back()
-            raise
+        whole(lambda: self._move(closure), self._kept())
         self.coverage.stepped()
         self.steps += 1
         self.preconditioner.steps += 1
         return loss
 
-    def _kept(self) -> Callable[[], None]:
-        """A call that takes a step back that its second evaluation refuses."""
+    def _kept(self) -> Kept:
+        """The state before a step that its second evaluation may refuse."""
         curvature, clipped = self.preconditioner.curvature.kept(), self.clipped
         mean = dict(self._mean_gradient)
         before = {p: p.clone() for p in self.coverage.where() if p.grad is not None}
@@ -107,7 +101,7 @@ class KBFGSOptimizer(NaturalGradient):
             if p in self.state
         }
 
-        def back() -> None:
+        def back() -> bool:
             curvature()
             self.clipped, self._mean_gradient = clipped, mean
             for p, value in before.items():
@@ -115,8 +109,9 @@ class KBFGSOptimizer(NaturalGradient):
                 self.state.pop(p, None)
             self.state.update(velocities)
             self.preconditioner.forget()
+            return False  # the batch has to be evaluated anew
 
-        return back
+        return Kept(back, lambda: None)
 
     def _move(self, closure: Callable[[], Tensor]) -> None:
         """The step, and the update of the blocks by what it changed."""

@@ -23,7 +23,7 @@ from fisherlab.blocks.reads import together
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names
-from fisherlab.optim.alike import check_alike, groups_of, options_of
+from fisherlab.optim.alike import Agreement, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
@@ -141,8 +141,7 @@ class Preconditioner(Covered):
         make = partial(Running, approximation, schedule.decay, reduce, largest_factor, schedule.ema)
         self.curvature = Curvature(self.coverage, approximation, make, self.ranks)
         self.steps = 0
-        # whether the ranks were seen to have one and the same preconditioner
-        self._alike = self.ranks is None
+        self._agreement = Agreement()
         self._attempt = Attempt()
         # the captures of a step that may be taken back
         self._batch: dict[str, list[LayerCapture]] | None = None
@@ -212,9 +211,7 @@ class Preconditioner(Covered):
 
     def _step(self) -> None:
         self.coverage.check(self.model)
-        if self.ranks is not None and not self._alike:
-            check_alike(self.ranks, self.described())
-        self._alike = True
+        self._agreement.check(self.ranks, self.described)
         if self._left is not None:
             p, gradient, version = self._left
             # zeroed and accumulated it would be two versions on

@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -24,12 +23,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from fisherlab import doors
-from fisherlab.distributed import Ranks
+from fisherlab.distributed import Ranks, jointly
 from fisherlab.extract import fisher
 from fisherlab.extract.backward import pulled_back, widened
 from fisherlab.extract.criteria import Rules, labels_matter, rules_of
 from fisherlab.extract.dead import seen_at, stopping
-from fisherlab.extract.isolation import in_own_pass, is_isolated, is_traced, own_pass
+from fisherlab.extract.isolation import in_own_pass, is_isolated, own_pass
 from fisherlab.extract.layer import LayerCapture
 from fisherlab.extract.moments import example_sum
 from fisherlab.extract.no_gradient import no_gradient_named
@@ -48,6 +47,7 @@ from fisherlab.optim.scale import (
     check_criterion,
     check_ranks,
     ignored_terms,
+    is_loss,
     scale_factor,
 )
 from fisherlab.optim.watch import Hook, Watch
@@ -334,7 +334,7 @@ class Recorder:
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
     ) -> None:
         saw = args[0] if args else kwargs["input"]
-        if is_isolated() or is_traced() or not isinstance(loss, Tensor) or not loss.requires_grad:
+        if not is_loss(loss):
             return
         latest = None if self._latest is None else self._latest()
         passes = behind(saw, self._key, latest, (w.weight for w in self.weights.values()))
@@ -385,7 +385,7 @@ class Recorder:
             at: the step, and what it captures for; ranks that are elsewhere are refused.
         """
         arrived = [p for p in self.passes if p.arrived]
-        with self.ranks.together("reading its batch") if self.ranks else nullcontext():
+        with jointly(self.ranks, "reading its batch"):
             self.factors = [self._factor(p) for p in arrived]
         if self.ranks is not None:
             calls = [f"{name} x {len(each)}" for p in arrived for name, each in p.calls.items()]

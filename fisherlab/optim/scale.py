@@ -278,6 +278,13 @@ class Loss:
         self._scale, self._known = own if known is None else known + own, None
 
 
+def is_loss(value: object) -> bool:
+    """Whether a criterion returned what a step may be of, in a pass of the user's own."""
+    if is_isolated() or is_traced():
+        return False
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def check_criterion(criterion: object) -> None:
     """Refuse what no loop calls as its loss, a class of losses among it; None is allowed.
 
@@ -329,7 +336,7 @@ class LossScale:
     def _loss(
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
     ) -> None:
-        if is_isolated() or is_traced() or not isinstance(loss, Tensor) or not loss.requires_grad:
+        if not is_loss(loss):
             return
         saw = args[0] if args else kwargs["input"]
         of = behind(saw, self._key, self.loss, (w.weight for w in self.weights.values()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import partial, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,32 +15,28 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.comparison import Comparison
+from fisherlab.doors import Door
 from fisherlab.metrics import Convergence, ErrorSplit, GramStudy, GroupedOverlap
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Door = Callable[[Any, str], Any]
 
 
 def entered(draw: Callable[P, T]) -> Callable[P, T]:
     """A picture whose arguments are checked; a column that a frame lacks is named."""
     parameters = inspect.signature(draw).parameters
     kinds = {**KINDS, "Any": _verdicts if draw.__module__.endswith("claims") else _table}
-    checks = {
-        name: door
-        for name, parameter in parameters.items()
+    checks = [
+        (position, name, door)
+        for position, (name, parameter) in enumerate(parameters.items())
         if (door := NAMES.get(name) or kinds.get(str(parameter.annotation)))
-    }
-    order = list(parameters)
+    ]
 
     @wraps(draw)
-    def checked(*args: P.args, **options: P.kwargs) -> T:
-        given = dict(zip(order, args, strict=False)) | options
-        for name, door in checks.items():
-            if name in given:
-                door(given[name], name)
+    def checked(*args: P.args, **named: P.kwargs) -> T:
+        given, options, _ = doors.passed(checks, args, named)
         try:
-            return draw(*args, **options)
+            return draw(*given, **options)
         except KeyError as error:
             lost = f"{error.args[0]!s:.80}" if error.args else "?"
             raise ValueError(
@@ -99,9 +95,8 @@ def _numbers(value: object, what: str) -> None:
 def _values(value: object, what: str) -> None:
     """Numbers in any shape: a tensor of real numbers, or an array."""
     if isinstance(value, Tensor):
-        held = type(value) is not Tensor or not value.is_meta
-        plain = not (value.is_nested or value.is_quantized or value.is_complex())
-        if not held or not plain or value.is_sparse or value.layout.__repr__() != "torch.strided":
+        unheld = type(value) is Tensor and value.is_meta
+        if unheld or not doors.is_strided(value) or value.is_quantized or value.is_complex():
             raise TypeError(f"{what} must be numbers, got {doors.said(value)}")
     elif not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         doors.numbers(value, what)
@@ -184,13 +179,13 @@ KINDS: dict[str, Door] = {
     "GramStudy": _study,
     "Mapping[int, GramStudy]": _each(_study),
     "GramStudy | Mapping[Any, GramStudy]": _either(_study, _each(_study), GramStudy),
-    "str | Path": lambda value, what: doors.place(value, what) and None,
+    "str | Path": doors.place,
 }
 # by name, where an annotation says too little
 NAMES: dict[str, Door] = {
     "blocks": _each(_matrix, str),
     "spectra": _each(_vector, str),
     "angles": _each(_vector, str),
-    "floor": lambda value, what: doors.number(value, what, above=0.0) and None,
+    "floor": partial(doors.number, above=0.0),
     "log": _logs,
 }

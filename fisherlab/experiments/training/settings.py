@@ -102,7 +102,7 @@ class Settings:
             value = getattr(self, name)
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not doors.is_whole(value):
                 raise SettingsError(f"{name} is a whole number, got {doors.said(value)}")
             if value < 1:
                 raise SettingsError(f"{name} is at least 1, got {value}")
@@ -125,16 +125,17 @@ class Settings:
         """Refuse what is no word, flag, number or list where one is asked for."""
         for name in ("data", "model", "activation", "schedule", "device", "dtype"):
             doors.name(getattr(self, name), name, error=SettingsError)
-        for name in ("augment", "carry", "batch_norm"):
-            if name != "batch_norm" or self.batch_norm is not None:
-                doors.flag(getattr(self, name), name, error=SettingsError)
+        for name in ("augment", "carry"):
+            doors.flag(getattr(self, name), name, error=SettingsError)
+        if self.batch_norm is not None:
+            doors.flag(self.batch_norm, "batch_norm", error=SettingsError)
         doors.number(self.width, "width", above=0.0, error=SettingsError)
         for seed in doors.listed(self.seeds, "seeds", error=SettingsError):
-            if isinstance(seed, bool) or not isinstance(seed, int):
+            if not doors.is_whole(seed):
                 raise SettingsError(f"each of seeds is a whole number, got {doors.said(seed)}")
         if self.hidden is not None:
             for features in doors.listed(self.hidden, "hidden", error=SettingsError):
-                if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+                if not doors.is_whole(features) or features < 1:
                     got = doors.said(self.hidden)
                     raise SettingsError(f"hidden must hold positive widths, got {got}")
         for entry in doors.listed(self.entries, "entries", error=SettingsError):
