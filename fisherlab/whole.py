@@ -23,6 +23,20 @@ T = TypeVar("T")
 
 
 @contextmanager
+def ctrl_c_kept() -> Iterator[None]:
+    """Raise Ctrl-C that a library in C, which had called Python, reports as an error of its own.
+
+    torch's zip code says RuntimeError of a stream that raised, and SystemError while it reads.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(inner := error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise inner from None
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when the block ends, and only then.
 
@@ -59,7 +73,8 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
     """Write dicts, lists, numbers, strings and tensors, whole or not at all, by `torch.save`."""
     with replacing(path) as stream:
         try:
-            torch.save(state, stream)
+            with ctrl_c_kept():
+                torch.save(state, stream)
         except RuntimeError as error:  # torch's zip writer says so of any write that fails
             raise OSError(errno.EIO, "cannot be written whole; is the disk full?") from error
 
@@ -140,7 +155,8 @@ def read(
         OSError: the file cannot be opened.
     """
     try:
-        return reader(path)
+        with ctrl_c_kept():
+            return reader(path)
     except OSError as failure:
         if failure.errno is not None:
             raise

@@ -148,6 +148,7 @@ class Bars(training.Watch):
         self.bar.update(1)
 
     def ended(self, record: training.Record) -> None:
+        self.interrupt.check()
         if self.bar is not None:
             self.bar.close()
         self.done += 1

@@ -26,7 +26,8 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read what `save` wrote, with `weights_only=True`; `CheckpointError` for anything else."""
     unreadable = f"{path} is not a readable checkpoint; delete it to start that run again"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with whole.ctrl_c_kept():
+            state = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises what its zip and pickle readers raise

@@ -93,6 +93,74 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     assert_same(resumed, whole)
 
 
+class Interrupted:
+    """A stream in whose third write, or read, Ctrl-C comes."""
+
+    def __init__(self, stream):
+        self.stream, self.calls = stream, 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stream.close()
+
+    def called(self):
+        self.calls += 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+
+    def write(self, content):
+        self.called()
+        return self.stream.write(content)
+
+    def read(self, *size):
+        self.called()
+        return self.stream.read(*size)
+
+    def readinto(self, buffer):
+        self.called()
+        return self.stream.readinto(buffer)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path, monkeypatch):
+    s = settings("sgd,kfac")
+    opened, streams = Path.open, []
+
+    def open_(path, *args, **options):
+        stream = opened(path, *args, **options)
+        if "checkpoints" not in path.parts:
+            return stream
+        streams.append(stream)
+        return Interrupted(stream) if len(streams) == 2 else stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_)
+        first = train(s, tmp_path / "cut")
+    # the checkpoint of the first epoch was lost, and no other optimizer begun
+    assert first.interrupted and len(streams) == 2
+    assert [record.status for record in first.records] == ["interrupted"] * 2
+    assert not first.records[1].rows and not list(tmp_path.rglob(".*.part"))
+    assert_same(train(s, tmp_path / "cut"), train(s, tmp_path / "whole"))
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_is_no_damage(tmp_path):
+    checkpoint.save(tmp_path / "state.pt", {"w": torch.ones(9)})
+    for reads in range(40):
+        with (tmp_path / "state.pt").open("rb") as stream:
+            interrupted = Interrupted(stream)
+            interrupted.calls = 2 - reads
+            try:
+                checkpoint.load(interrupted)
+            except KeyboardInterrupt:
+                continue
+        break
+    assert 2 < reads < 39  # as many as a whole file takes
+
+
 KILLED = """
 import os, signal, sys, torch
 from fisherlab.experiments.training import Settings, Watch, train
