@@ -263,7 +263,8 @@ def _shares(dampings: object) -> list[float]:
     listed = isinstance(dampings, Iterable) and not isinstance(dampings, str | bytes | Mapping)
     shares: list[Any] = [dampings] if alone or not listed else list(dampings)  # type: ignore[call-overload]
     if not shares or any((d := doors.real(s)) is None or not 0 < d < math.inf for s in shares):
-        raise ValueError(f"dampings are relative to tr F / N and positive, got {dampings!r}")
+        got = doors.said(dampings)
+        raise ValueError(f"dampings are relative to tr F / N and positive, got {got}")
     return [float(share) for share in shares]
 
 
@@ -321,8 +322,8 @@ def versions() -> dict[str, str]:
 
 
 def _check_reference(reference: object, batches: list[Batch], mask: object) -> None:
-    if isinstance(reference, str) and reference not in REFERENCES:
-        raise ValueError(f"reference {reference!r} is none of {', '.join(REFERENCES)}")
+    if isinstance(reference, str):
+        doors.choice(reference, "reference", REFERENCES)
     if reference is not None and (
         isinstance(reference, Tensor) or not isinstance(reference, Iterable)
     ):
@@ -378,7 +379,8 @@ def named_makers(approximations: Candidates, model: nn.Module) -> dict[str, Cand
     for item in approximations:
         maker = registry.get(item)() if isinstance(item, str) else item
         if not isinstance(maker, Approximation):
-            raise ValueError(f"{item!r} is neither a name nor an approximation; name it in a dict")
+            what = doors.said(item)
+            raise ValueError(f"{what} is neither a name nor an approximation; name it in a dict")
         name = maker.name or type(maker).__name__
         if maker not in makers.values():
             makers[name if name not in makers else repr(maker)] = maker

@@ -309,7 +309,7 @@ def _check_options(fisher_type: str, backend: str, check: str, generator: object
         doors.choice(value, option, known, error=CaptureError)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
-            f"generator is {generator!r}; pass torch.Generator().manual_seed(...) or None"
+            f"generator is {doors.said(generator)}; pass torch.Generator().manual_seed(...) or None"
         )
 
 

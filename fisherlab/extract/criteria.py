@@ -41,7 +41,7 @@ def as_module(criterion: Callable[..., Any]) -> Callable[..., Any]:
     """`F.cross_entropy` and its kin as the modules they stand for; anything else unchanged."""
     if not callable(criterion):
         raise CaptureError(
-            f"criterion is {criterion!r}; pass a loss such as torch.nn.CrossEntropyLoss()"
+            f"criterion is {doors.said(criterion)}; pass a loss such as torch.nn.CrossEntropyLoss()"
         )
     known = None if isinstance(criterion, nn.Module) else _looked_up(_FUNCTIONS, criterion)
     return known() if known else criterion

@@ -264,10 +264,9 @@ def output_vectors(
     ranks: Ranks | None = None,
 ) -> Iterator[Tensor]:
     """The vectors to send backwards for a Fisher type, each the shape of the outputs."""
+    doors.choice(fisher_type, "fisher_type", FISHER_TYPES, error=CaptureError)
     if fisher_type == "exact":
         return exact_vectors(criterion, outputs, y, ranks)
     if fisher_type == "mc":
         return mc_vectors(criterion, outputs, y, mc_samples, generator, ranks)
-    if fisher_type == "empirical":
-        return iter((label_vectors(criterion, outputs, y, ranks),))
-    raise CaptureError(f"unknown fisher_type {fisher_type!r}; one of {', '.join(FISHER_TYPES)}")
+    return iter((label_vectors(criterion, outputs, y, ranks),))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.distributed import Ranks
 from fisherlab.extract.criteria import WithRules
 from fisherlab.extract.geometry import CaptureError
@@ -126,8 +127,7 @@ def criterion_of(criterion: Any, loss_scale: str | None) -> Any:
                 "inside the model loss_scale='mean' or 'sum'"
             )
         return criterion
-    if loss_scale not in SCALES:
-        raise CaptureError(f"unknown loss_scale {loss_scale!r}; one of {', '.join(SCALES)}")
+    doors.choice(loss_scale, "loss_scale", SCALES, error=CaptureError)
     if criterion is not None and not isinstance(criterion, Inside):
         raise CaptureError("loss_scale is for a loss inside the model; pass None as criterion")
     return Inside(loss_scale)

@@ -81,11 +81,8 @@ class ANG(NaturalGradient):
                 f"curve must be {', '.join(CURVES)} or a callable, got {doors.said(curve)}; "
                 "a `schedule` that is no Schedule is read as `curve`"
             )
-        if scope not in ("layer", "global") or amplitude not in ("natural", "blended"):
-            raise ValueError(
-                f"scope is 'layer' or 'global' and amplitude 'natural' or 'blended', got {scope!r} "
-                f"and {amplitude!r}"
-            )
+        doors.choice(scope, "scope", ("layer", "global"))
+        doors.choice(amplitude, "amplitude", ("natural", "blended"))
         super().__init__(model, approximation, **options)
         self.total_steps, self.scope, self.amplitude = total_steps, scope, amplitude
         self.path = path

@@ -156,9 +156,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             raise TypeError(f"a parameter group is a dict, got {doors.said(param_group)}")
         options = {**self.defaults, **param_group}
         placement = options["weight_decay_placement"]
-        if placement not in DECAY_PLACEMENTS:
-            known = ", ".join(DECAY_PLACEMENTS)
-            raise ValueError(f"weight_decay_placement is one of {known}; got {placement!r}")
+        doors.choice(placement, "weight_decay_placement", DECAY_PLACEMENTS)
         if placement not in self.decay_placements:
             raise ValueError(
                 f"{type(self).__name__} weighs the gradients of a batch's examples, and a weight "

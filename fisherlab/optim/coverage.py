@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations.damping import Rule, as_rule, lambdas
 from fisherlab.blocks import Block
 from fisherlab.blocks.reads import holds
@@ -383,8 +384,7 @@ class Covered:
 
 def check_nonfinite(nonfinite: str) -> None:
     """Refuse what is neither "raise" nor "skip"."""
-    if not isinstance(nonfinite, str) or nonfinite not in ("raise", "skip"):
-        raise ValueError(f"nonfinite is 'raise' or 'skip', got {nonfinite!r}")
+    doors.choice(nonfinite, "nonfinite", ("raise", "skip"))
 
 
 def _meant(owners: Mapping[str, select.Weight], layers: Names, skip: Names) -> set[str]:

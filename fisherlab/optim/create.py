@@ -285,8 +285,7 @@ def create(
         near = nearest(name, names(), names())
         raise ValueError(f"no optimizer named {name!r}; nearest: {near}")
     check_module(model)
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"preset is {' or '.join(map(repr, PRESETS))}, got {preset!r}")
+    doors.choice(preset, "preset", PRESETS)
     make = _MAKERS[name] if name in _MAKERS else _other(name)
     if preset == "paper":
         options = {**paper_options(name, model), **options}

@@ -69,8 +69,7 @@ class FNGD(Woodbury):
         accelerated: bool = True,
         **options: Any,
     ) -> None:
-        if share not in ("position", "example", "none"):
-            raise ValueError(f"share is 'position', 'example' or 'none', got {share!r}")
+        doors.choice(share, "share", ("position", "example", "none"))
         steps = doors.count(coefficient_steps, "coefficient_steps")
         doors.flag(control, "control")
         super().__init__(

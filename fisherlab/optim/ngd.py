@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.approximations.damping import Rule, unexpanded
 from fisherlab.approximations.exact import Exact
 from fisherlab.blocks import Block, DirectSum, Outer, contractions
@@ -79,10 +80,8 @@ class NGD(CurvatureOptimizer):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        if scope not in ("joint", "layer") or form not in ("gram", "dense"):
-            raise ValueError(
-                f"scope is 'joint' or 'layer' and form 'gram' or 'dense', got {scope!r}, {form!r}"
-            )
+        doors.choice(scope, "scope", ("joint", "layer"))
+        doors.choice(form, "form", ("gram", "dense"))
         unexpanded(damping, "NGD")
         if damping == 0:
             raise ValueError("the exact block is singular, so damping must be positive, got 0")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from fisherlab import doors
 from fisherlab.optim.schedule import Schedule
 from fisherlab.optim.step import Clip
 
@@ -53,7 +54,9 @@ def gathered(options: dict[str, Any]) -> dict[str, Any]:
 def check_part(part: str, value: object) -> None:
     """Refuse what is no `Schedule`, or no `Clip`."""
     if not isinstance(value, PARTS[part]):
-        raise TypeError(f"{part} is a fl.optim.{PARTS[part].__name__}(...), got {value!r}")
+        raise TypeError(
+            f"{part} is a fl.optim.{PARTS[part].__name__}(...), got {doors.said(value)}"
+        )
 
 
 def flat_names(parts: Iterable[str]) -> list[str]:

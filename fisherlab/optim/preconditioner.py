@@ -107,8 +107,8 @@ class Preconditioner(Covered):
     ) -> None:
         if not isinstance(approximation, Approximation):
             raise TypeError(
-                f"approximation is an instance such as fl.KFAC(), got {approximation!r}; by name: "
-                "fl.optim.create(name, model)"
+                "approximation is an instance such as fl.KFAC(), got "
+                f"{doors.said(approximation)}; by name: fl.optim.create(name, model)"
             )
         check_part("schedule", schedule)
         check_fisher_type(fisher_type)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fisherlab import doors
 from fisherlab.approximations import damping
 
 PRESETS = ("stable", "paper")
@@ -26,8 +27,7 @@ class As:
     why: str
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"source is one of {', '.join(SOURCES)}, got {self.source!r}")
+        doors.choice(self.source, "source", SOURCES)
 
 
 def stated(value: Any, why: str) -> As:

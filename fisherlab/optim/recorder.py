@@ -35,7 +35,6 @@ from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.padding import weighed_input
 from fisherlab.extract.slopes import slopes
 from fisherlab.extract.tape import Use
-from fisherlab.names import unknown
 from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.assembling import captures_of
 from fisherlab.optim.coverage import Coverage
@@ -472,8 +471,7 @@ class Recorder:
 
 def check_fisher_type(fisher_type: str) -> None:
     """Refuse an unknown one before anything is hooked."""
-    if not isinstance(fisher_type, str) or fisher_type not in fisher.FISHER_TYPES:
-        raise ValueError(unknown("fisher_type", fisher_type, fisher.FISHER_TYPES))
+    doors.choice(fisher_type, "fisher_type", fisher.FISHER_TYPES)
 
 
 def check_draw(criterion: object, mc_samples: int, generator: object) -> None:

@@ -80,7 +80,8 @@ class Woodbury(CurvatureOptimizer):
         if (damping is None) == (alpha is None):
             raise ValueError(
                 "give either damping (lambda) or alpha (lambda = alpha ||K||_F), got damping "
-                f"{damping!r} and alpha {alpha!r}; with damping=... pass alpha=None"
+                f"{doors.said(damping)} and alpha {doors.said(alpha)}; with damping=... pass "
+                "alpha=None"
             )
         for name, value in {"damping": damping, "alpha": alpha}.items():
             if value is None or callable(value):

@@ -540,7 +540,7 @@ def test_the_papers_ngd_is_the_dense_step_without_clip_and_momentum():
 
 
 def test_a_preset_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="preset is 'stable' or 'paper', got 'papers'"):
+    with pytest.raises(ValueError, match="unknown preset 'papers'; one of stable, paper"):
         fl.optim.create("kfac", nn.Linear(2, 2), preset="papers")
     default = fl.optim.create("sgd", nn.Linear(2, 2), preset="paper").defaults
     assert default == fl.optim.create("sgd", nn.Linear(2, 2)).defaults

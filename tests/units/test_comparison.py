@@ -647,9 +647,9 @@ def with_weight(model, value):
     ("change", "message"),
     [
         ({"approximations": ["kfacc"]}, "no approximation named 'kfacc'; nearest: kfac"),
-        ({"approximations": [3]}, "3 is neither a name nor an approximation"),
+        ({"approximations": [3]}, r"3 \(int\) is neither a name nor an approximation"),
         ({"fisher_type": "exakt"}, "exakt"),
-        ({"reference": "exakt"}, "reference 'exakt' is none of exact"),
+        ({"reference": "exakt"}, "unknown reference 'exakt'; one of exact"),
         ({"dampings": ()}, "positive, got"),
         ({"dampings": (0.1, -1.0)}, "positive, got"),
         ({"dampings": (math.nan,)}, "positive, got"),

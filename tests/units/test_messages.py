@@ -545,3 +545,30 @@ def test_support_moves_no_flag_and_no_number():
     with pytest.raises(CaptureError):
         fl.support(model, X.float().numpy())
     assert same(before, state(model))
+
+
+LARGE = {"input_ids": torch.zeros(64, 64), "mask": list(range(1000))}
+
+
+@pytest.mark.parametrize("argument", ["criterion", "generator", "fisher_type", "loss_scale"])
+def test_a_batch_in_place_of_another_argument_is_named_in_a_few_words(argument):
+    given = {"criterion": nn.CrossEntropyLoss(), argument: LARGE}
+    with pytest.raises(fl.CaptureError, match=argument) as refused:
+        fl.capture(nn.Linear(3, 2), x=torch.zeros(2, 3), y=torch.zeros(2).long(), **given)
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kfac", ["nonfinite", "clip", "schedule", "fisher_type", "weight_decay_placement"]),
+        ("ang", ["scope", "amplitude"]),
+        ("ngd", ["scope", "form"]),
+        ("fngd", ["share"]),
+    ],
+)
+def test_an_optimizer_names_such_an_option_in_a_few_words(name, options):
+    for option in options:
+        with pytest.raises((TypeError, ValueError), match=option) as refused:
+            fl.optim.create(name, nn.Linear(3, 2), **{option: LARGE})
+        assert len(str(refused.value)) < 300, option
