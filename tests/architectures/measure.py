@@ -266,12 +266,7 @@ def measured(problem: Problem) -> Measured:
         found.errors[name] = error(D, truth, parts)
         for part in parts:
             covered[part.parameter].view(-1, part.length)[part.rows] = True
-    # the block of a computed weight is one of the parameters that it is computed from
-    for name in set(covered) - set(trainable(model)):
-        module, _, key = name.rpartition(".")
-        for source in trainable(model):
-            if source.startswith(f"{module}.parametrizations.{key}."):
-                covered[source].fill_(bool(covered[name].all()))
+    # the block of a computed weight is none of the parameters that it is computed from
     found.covered = sum(int(covered[name].sum()) for name in trainable(model))
     return found
 

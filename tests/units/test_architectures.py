@@ -55,8 +55,7 @@ def test_every_block_is_autograds_of_each_example(name):
         cast = architecture.cast and block.endswith(architecture.cast)
         assert error < (architecture.tolerance if cast else EXACT), block
     assert found.share >= architecture.share, found.refusal or found.skipped
-    # the one counts a computed weight, the other what it is computed from
-    assert found.reported == pytest.approx(found.share, abs=1e-4)
+    assert found.reported == pytest.approx(found.share, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", every(lambda architecture: architecture.exact))
