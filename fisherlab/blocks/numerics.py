@@ -70,6 +70,12 @@ def length_of(matrix: Tensor) -> Tensor:
     return dot(matrix, matrix).sqrt()
 
 
+def over(value: Tensor, size: Tensor, empty: float = 0.0) -> Tensor:
+    """`value / size`; `empty` where the size is 0, and NaN where it is NaN."""
+    none = size == 0
+    return torch.where(none, empty, value / torch.where(none, 1, size))
+
+
 def trace_of(matrix: Tensor) -> Tensor:
     """`tr S`, 0-d float64."""
     return matrix.diagonal().sum(dtype=torch.float64)
@@ -99,7 +105,7 @@ def eigh(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
         BlockError: the matrix is not finite, or LAPACK fails in float64, on the CPU, and for a
             shifted matrix.
     """
-    _check_finite(matrix, name, "eigendecomposition")
+    check_finite(matrix, name, "eigendecomposition")
     symmetric = symmetrise(matrix)
     attempts = (
         lambda: (symmetric, None),
@@ -185,7 +191,7 @@ def decomposed(
     Raises:
         BlockError: the matrix is not finite, or every attempt failed.
     """
-    _check_finite(matrix, name, wanted)
+    check_finite(matrix, name, wanted)
     for attempt in (lambda: matrix, matrix.double, lambda: matrix.double().cpu()):
         try:
             found = function(attempt())
@@ -248,7 +254,8 @@ def all_finite(*tensors: Tensor) -> bool:
     return holds(finite.all()) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _check_finite(matrix: Tensor, name: str, wanted: str) -> None:
+def check_finite(matrix: Tensor, name: str, wanted: str) -> None:
+    """Refuse NaN and inf; `wanted` is what a matrix with them has not."""
     if not all_finite(matrix):
         raise BlockError(
             f"{name} of shape {tuple(matrix.shape)} has NaN or inf entries, so it has no {wanted}; "
@@ -272,7 +279,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))
     fits = holds((info == 0).all() & torch.isfinite(factor.sum()))
     if not fits and (info.any() or not all_finite(factor)):
-        _check_finite(matrix, name, "Cholesky factor")
+        check_finite(matrix, name, "Cholesky factor")
         raise BlockError(
             f"{name} of shape {tuple(matrix.shape)} is not positive definite; use a larger damping"
         )
@@ -418,7 +425,7 @@ def spectrum_power(
     """
     shifted = values.clamp(min=0) + damping
     if exponent >= 0 or not shifted.numel():
-        _check_finite(values, name, "power")
+        check_finite(values, name, "power")
         if exponent > 1 and shifted.numel():
             check_fits(shifted.max(), exponent, values.dtype, name)
     else:
@@ -434,7 +441,7 @@ def spectrum_power(
         if not holds(fits & torch.isfinite(extremes[2])):
             smallest, largest, total = extremes.tolist()
             if not math.isfinite(total):
-                _check_finite(values, name, "power")
+                check_finite(values, name, "power")
             if smallest <= floor * largest:
                 raise BlockError(
                     f"{name} is singular (smallest eigenvalue {smallest:.2e}, largest "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, ColumnSum, DirectSum, Eigen, Outer, OuterSum
-from fisherlab.blocks.numerics import check_dense, svdvals
+from fisherlab.blocks.numerics import check_dense, check_finite, over, svdvals
 from fisherlab.metrics.entry import entered
 
 
@@ -42,12 +42,19 @@ def diagonalisation(X: Block, F: Block) -> Tensor:
     energy = X.diagonal_of(F).double().square().sum()
     if X.chosen(F) > torch.finfo(X.dtype).eps ** 0.5 * norm:
         return torch.full_like(energy, math.nan)
-    return torch.where(norm > 0, energy / norm.clamp(min=1e-300), torch.ones_like(norm))
+    return over(energy, norm, 1.0)
+
+
+def _leading(F: Block, k: int) -> Tensor:
+    """The k largest eigenvalues of a block that has some; NaN would compare as none."""
+    values = F.leading_values(k)
+    check_finite(values, repr(F), "leading eigenvectors")
+    return values
 
 
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
-    values = F.leading_values(k) if k else torch.zeros(0, device="cpu")
+    values = _leading(F, k) if k else torch.zeros(0, device="cpu")
     for part in F.parts if isinstance(F, DirectSum | ColumnSum) else (F,):
         _check_beside(part)
     if not len(values) or values[0] <= 0:
@@ -63,13 +70,13 @@ SURE = 10.0
 
 def _defined(X: Block, F: Block, k: int) -> int:
     """A rank of `F`, lowered to its last gap; 0 where `F` or `X` defines no such subspace."""
-    values = F.leading_values(k + 1)
+    values = _leading(F, k + 1)
     while k and not _ends(values, k, _rounding(F)):
         k -= 1
     if not k:
         return 0
     share, rounding = values[k - 1] / values[0], _rounding(X)
-    values = X.leading_values(k + 1)
+    values = _leading(X, k + 1)
     if len(values) < k or values[k - 1].abs() <= rounding * values[0]:
         # directions of F are missed, or the rounding of X hides whether they are
         return k if share > rounding else 0
@@ -181,7 +188,7 @@ def spectral_gap(F: Block, k: int = 10) -> Tensor:
         >>> round(float(metrics.spectral_gap(F, k=2)), 3)
         0.5
     """
-    values = F.leading_values(k + 1)
+    values = _leading(F, k + 1)
     k = default_rank(F, k)
     if k == 0:
         return torch.zeros((), dtype=torch.float64, device=F.device)
@@ -244,7 +251,7 @@ def off_diagonal_mass(X: Block, F: Block) -> Tensor:
     Returns:
         0-d float64 in [0, 1]; NaN as in `diagonalisation`.
     """
-    return 1 - diagonalisation(X, F)
+    return (1 - diagonalisation(X, F)).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -280,6 +287,7 @@ def eigenvalue_groups(values: Tensor, rtol: float = 1e-3) -> list[slice]:
     """
     if not len(values):
         return []
+    check_finite(values, "values", "groups")
     gaps = (values[:-1] - values[1:]) > rtol * values[:-1].abs().clamp(min=1e-300)
     starts = [0, *(int(s) + 1 for s in gaps.nonzero()[:, 0]), len(values)]
     return [slice(one, two) for one, two in pairwise(starts)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherlab.blocks.numerics import cholesky
+from fisherlab.blocks.numerics import cholesky, over
 from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import HasGram
 
@@ -55,4 +55,4 @@ def coefficient_drift(coefficients: Tensor, shared: Tensor) -> Tensor:
     v, kept = coefficients.double(), shared.double()
     spread = (v - v.mean()).norm()
     error = (v - kept).norm()
-    return torch.where(spread > 0, error / spread.clamp(min=1e-300), error)
+    return torch.where(spread == 0, error, over(error, spread))

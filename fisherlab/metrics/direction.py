@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block
-from fisherlab.blocks.numerics import dot
+from fisherlab.blocks.numerics import dot, over
 from fisherlab.metrics.entry import entered
 
 
@@ -60,7 +60,7 @@ class Step:
         """`d.d* / (|d| |d*|)`."""
         size = self.square.sqrt() * self.exact_square.sqrt()
         product = dot(self.ours, self.exact) + self.beside
-        return torch.where(size > 0, product / size.clamp(min=1e-300), torch.ones_like(size))
+        return over(product, size, 1.0)
 
     @property
     def error(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, DirectSum
+from fisherlab.blocks.numerics import over
 from fisherlab.metrics.entry import entered
 
 # Below this relative error the three-term formula has lost half its digits to cancellation.
@@ -44,7 +45,7 @@ class Pair:
             return torch.zeros_like(self.norm)
         squared = self.own_norm - 2 * self.product + self.norm
         if self.norm == 0:
-            return torch.where(squared > 0, torch.inf, 0.0).to(torch.float64)
+            return torch.where(squared > 0, torch.inf, 0 * squared)
         if _cancelled(squared / self.norm, self.X, self.F):
             squared = _difference(self.X, self.F)
         return (squared.clamp(min=0) / self.norm).sqrt()
@@ -54,14 +55,13 @@ class Pair:
         """`cosine(X, F)`."""
         # the root of each: their product may pass the range
         size = self.own_norm.sqrt() * self.norm.sqrt()
-        zero = torch.zeros_like(size)
-        return torch.where(size > 0, self.product / size.clamp(min=1e-300), zero)
+        return over(self.product, size)
 
     @property
     def scaled_error(self) -> Tensor:
         """`scaled_error(X, F)`."""
         if self.same:
-            return torch.where(self.norm > 0, 0.0, 1.0).to(self.norm)
+            return over(0 * self.norm, self.norm, 1.0)
         squared = 1 - self.cosine.square()
         if _cancelled(squared, self.X, self.F):
             squared = _difference(self.X, self.F, self.product / self.own_norm) / self.norm
@@ -136,7 +136,7 @@ def absolute_error(X: Block, F: Block) -> Tensor:
         3.0
     """
     norm = F.squared_norm()
-    return relative_error(X, F) * norm.sqrt() if norm > 0 else X.squared_norm().sqrt()
+    return X.squared_norm().sqrt() if norm == 0 else relative_error(X, F) * norm.sqrt()
 
 
 @entered

@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks import Block, DirectSum, Outer
 from fisherlab.blocks.columns import Columns
+from fisherlab.blocks.numerics import over
 from fisherlab.metrics.entry import entered
 
 
@@ -52,7 +53,7 @@ def gram_correlation(F: HasGram) -> Tensor:
     """
     K = F.gram().double()
     norms = K.diagonal().clamp(min=0).sqrt()
-    scale = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    scale = over(torch.ones_like(norms), norms)
     correlation = (K * scale[:, None] * scale).clamp(-1, 1)
     return correlation.fill_diagonal_(1)
 
@@ -95,7 +96,11 @@ def class_means(correlation: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     same = labels[:, None] == labels
     distinct = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    return correlation[same & distinct].mean(), correlation[~same].mean()
+    return _mean(correlation[same & distinct]), _mean(correlation[~same])
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.double().mean()
 
 
 @entered
@@ -112,8 +117,8 @@ def similarity(one: Tensor, two: Tensor) -> Tensor:
     if one.shape != two.shape:
         raise ValueError(f"one and two must have one size, got {len(one)} and {len(two)}")
     keep = ~torch.eye(len(one), dtype=torch.bool, device=one.device)
-    a, b = (x[keep] - x[keep].mean() for x in (one, two))
-    return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300)
+    a, b = (x[keep].double() - _mean(x[keep]) for x in (one, two))
+    return over((a * b).sum(), a.norm() * b.norm())
 
 
 def diagonal_share(F: Outer | DirectSum | HasColumns) -> Tensor:
@@ -132,7 +137,7 @@ def diagonal_share(F: Outer | DirectSum | HasColumns) -> Tensor:
     sums = [_columns(part).pair_sums for part in parts]
     own = torch.stack([own.sum() for _, own in sums]).sum()
     total = torch.stack([rows.sum() for rows, _ in sums]).sum()
-    return torch.where(total > 0, own / total, torch.ones_like(total))
+    return over(own, total, 1.0)
 
 
 def _columns(F: Any) -> Columns:
@@ -155,7 +160,7 @@ def similarity_matrix(correlations: Sequence[Tensor]) -> Tensor:
     keep = ~torch.eye(len(correlations[0]), dtype=torch.bool, device=correlations[0].device)
     rows = torch.stack([x.double()[keep] for x in correlations])
     rows = rows - rows.mean(1, keepdim=True)
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    rows = over(rows, rows.norm(dim=1, keepdim=True))
     return rows @ rows.mT
 
 
@@ -171,7 +176,7 @@ def adjacent_similarity(similarities: Tensor) -> tuple[Tensor, Tensor]:
     """
     distance = torch.arange(len(similarities), device=similarities.device)
     distance = (distance[:, None] - distance).abs()
-    return similarities[distance == 1].mean(), similarities[distance > 1].mean()
+    return _mean(similarities[distance == 1]), _mean(similarities[distance > 1])
 
 
 @entered

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block, Dense
+from fisherlab.blocks.numerics import over
 from fisherlab.metrics.entry import entered
 
 
@@ -46,7 +47,7 @@ def hessian_split(F: Block, G: Block, H: Block) -> HessianSplit:
     f, g, h = ((X.matrix if isinstance(X, Dense) else X.dense()).double() for X in (F, G, H))
     gap, residual = f - g, g - h
     size = h.norm()
-    product = (gap * residual).sum() / (gap.norm() * residual.norm()).clamp(min=1e-300)
+    product = over((gap * residual).sum(), gap.norm() * residual.norm())
     return HessianSplit(
         torch.linalg.norm(f - h) / size, gap.norm() / size, residual.norm() / size, product
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fisherlab.blocks.numerics import over
 from fisherlab.metrics.entry import entered
 from fisherlab.metrics.gram import HasGram
 
@@ -57,7 +58,7 @@ def dropped_mass(masses: Tensor) -> Tensor:
     squared = masses.double().square()
     total = squared.sum()
     dropped = total - squared.diagonal().sum()
-    return torch.where(total > 0, dropped / total.clamp(min=1e-300), torch.zeros_like(total))
+    return over(dropped, total)
 
 
 @entered
@@ -74,5 +75,5 @@ def layer_correlation(masses: Tensor) -> Tensor:
     """
     squared = masses.double().square()
     scale = squared.diagonal().sqrt()
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    inverse = over(torch.ones_like(scale), scale)
     return (squared * inverse[:, None] * inverse).clamp(max=1).fill_diagonal_(1)

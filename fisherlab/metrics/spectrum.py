@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks import Block
+from fisherlab.blocks.numerics import over
 from fisherlab.metrics.entry import entered
 
 
@@ -47,7 +48,7 @@ def effective_rank(F: Block) -> Tensor:
     total = values.sum()
     if total == 0:
         return torch.zeros_like(total)
-    p = values[values > 0] / total
+    p = values[values != 0] / total
     return (-(p * p.log()).sum()).exp()
 
 
@@ -69,9 +70,7 @@ def participation_ratio(F: Block) -> Tensor:
         1.6
     """
     norm = F.squared_norm()
-    return torch.where(
-        norm > 0, F.trace().square() / norm.clamp(min=1e-300), torch.zeros_like(norm)
-    )
+    return over(F.trace().square(), norm)
 
 
 @entered

@@ -528,3 +528,38 @@ def test_examples_own_blocks_are_known_of_exact_blocks_only():
     ):
         with pytest.raises(TypeError, match="exact block or a capture, got"):
             metrics.diagonal_share(block)
+
+
+def _with_nan(of: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.tensor([math.nan]), of.flatten()[1:]]).view(of.shape)
+
+
+@pytest.mark.parametrize("entries", ["dense", "diagonal", "exact"])
+@pytest.mark.parametrize("side", ["approximation", "exact block"])
+def test_nan_in_a_block_never_becomes_a_number(entries, side):
+    a, g = randn(6, 1, 2, dtype=torch.float64), randn(1, 6, 1, 2, seed=1, dtype=torch.float64)
+    scale = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    good, bad = {
+        "dense": [blocks.Dense(f(scale).diag(), (2, 2)) for f in (torch.clone, _with_nan)],
+        "diagonal": [blocks.Diagonal(f(scale).view(2, 2)) for f in (torch.clone, _with_nan)],
+        "exact": [blocks.Outer(f(a), g) for f in (torch.clone, _with_nan)],
+    }[entries]
+    X, F = (bad, good) if side == "approximation" else (good, bad)
+    for measure in ("relative_error", "absolute_error", "trace_ratio", "cosine", "scaled_error"):
+        assert math.isnan(getattr(metrics, measure)(X, F)), measure
+    for measure in (metrics.subspace_overlap, metrics.principal_angles, metrics.overlap_matrix):
+        with pytest.raises(blocks.BlockError, match="has NaN or inf entries"):
+            measure(X, F, 2)
+    assert math.isnan(metrics.participation_ratio(bad))
+
+
+def test_nan_in_a_matrix_of_numbers_stays_nan():
+    none, some = torch.full((3, 3), math.nan), torch.eye(3) + 1
+    assert math.isnan(metrics.dropped_mass(none))
+    assert math.isnan(metrics.similarity(none, some))
+    assert metrics.similarity_matrix([none, some]).isnan().any()
+    assert metrics.layer_correlation(none)[0, 1].isnan()
+    with pytest.raises(blocks.BlockError, match="values of shape .* has NaN or inf"):
+        metrics.eigenvalue_groups(torch.tensor([2.0, math.nan]))
+    near(metrics.similarity(torch.ones(3, 3), torch.arange(9.0).view(3, 3)), 0)
+    assert all(mean.dtype == torch.float64 for mean in metrics.adjacent_similarity(some))
