@@ -24,6 +24,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Door = Callable[[Any, str], Any]
 # a decomposition of these exists on every device
 _DTYPES = (torch.float32, torch.float64)
+_DENSE = "convert it: to_dense() of a sparse one, dequantize() of a quantised one"
 
 
 def said(value: object) -> str:
@@ -238,7 +239,7 @@ def tensor(
     if nn.parameter.is_lazy(value):
         raise error(f"{what} is not initialised: a lazy module takes its shape from a first batch")
     if not is_strided(value) or value.is_quantized:
-        raise error(f"{what} must be a dense tensor, got {said(value)}; pass {what}.to_dense()")
+        raise error(f"{what} must be a dense tensor, got {said(value)}; {_DENSE}")
     if value.dtype not in _DTYPES:
         raise error(
             f"{what} must hold real numbers in float32 or float64, got {said(value)}; convert it"

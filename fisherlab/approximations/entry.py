@@ -40,14 +40,33 @@ def _of_batch(method: Callable[..., Any]) -> Callable[..., Any]:
     return entered
 
 
-def _block(method: Callable[..., Any]) -> Callable[..., Any]:
+def _means(mean: Any) -> Means:
+    """Refuse what are no means of a layer."""
+    if not isinstance(mean, Means):
+        raise BlockError(f"mean must be the Means of a layer, got {doors.said(mean)}")
+    return mean
+
+
+def _basis(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def entered(self: Any, mean: Any, shape: Any) -> Any:
-        if not isinstance(mean, Means):
-            raise BlockError(f"mean must be the Means of a layer, got {doors.said(mean)}")
-        return method(self, mean, check_shape(shape))
+    def entered(self: Any, mean: Any, *previous: Any) -> Any:
+        return method(self, _means(mean), *previous)
 
     return entered
 
 
-DOORS = {"damped": _damped, "damped_each": _damped_each, "of_batch": _of_batch, "block": _block}
+def _block(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def entered(self: Any, mean: Any, shape: Any) -> Any:
+        return method(self, _means(mean), check_shape(shape))
+
+    return entered
+
+
+DOORS = {
+    "damped": _damped,
+    "damped_each": _damped_each,
+    "of_batch": _of_batch,
+    "basis": _basis,
+    "block": _block,
+}

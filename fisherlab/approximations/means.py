@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.blocks import Block, BlockError
+from fisherlab.blocks.entry import check_shape
 from fisherlab.blocks.factor import Factor, factor_of
 from fisherlab.blocks.work import once
 from fisherlab.statistics import Statistic, View
@@ -75,7 +76,7 @@ class Means:
             )
         if not isinstance(count, Tensor) or count.ndim:
             count = doors.number(count, "count", least=0.0, error=BlockError)
-        self._total, self.count, self.shape = total, count, shape
+        self._total, self.count, self.shape = total, count, check_shape(shape)
         self._views: dict[Statistic, Tensor | View] = {}
         self._factors: dict[Statistic, Factor] = {}
         self._blocks: dict[Approximation, Block] = {}
@@ -133,7 +134,7 @@ class Means:
         if isinstance(view, Factor):
             return view
         S = view if isinstance(view, Tensor) else view.formed()
-        return once(self._factors, statistic, lambda: factor_of(S, repr(statistic)))
+        return once(self._factors, statistic, lambda: factor_of(S, f"the mean of {statistic!r}"))
 
     def block(self, approximation: Approximation) -> Block:
         """The block of a method that needs nothing but its means and their basis; made once."""

@@ -243,7 +243,7 @@ class Block(ABC):
         def matmat(X: np.ndarray) -> np.ndarray:
             V = torch.as_tensor(np.ascontiguousarray(X.T), dtype=self.dtype, device=self.device)
             product = self @ V.reshape(-1, *self.shape)
-            return product.reshape(V.shape[0], self.size).mT.cpu().numpy()
+            return product.reshape(V.shape[0], self.size).mT.detach().cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
@@ -412,7 +412,7 @@ class Dense(Block):
 
     @property
     def clamped(self) -> float:
-        values = self._eigh[0].double()
+        values = self._eigh[0].detach().double()
         return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
 
 

@@ -102,10 +102,10 @@ class Columns:
             return 1.0
         lengths = torch.linalg.vector_norm(self.a, dim=-1, dtype=torch.float64)
         slopes = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float64)
-        size = float((slopes * lengths).sum(-1).square().sum())
+        size = float((slopes * lengths).sum(-1).square().sum().detach())
         known = self.formed is not None
         found = self.energies if known else contractions.energies(self.a, self.g)
-        return float(found.sum()) / size if size else 1.0
+        return float(found.sum().detach()) / size if size else 1.0
 
     @property
     def cancels(self) -> bool:

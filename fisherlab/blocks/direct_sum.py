@@ -157,7 +157,7 @@ class Parted(Block):
             return 0.0
         if any(math.isnan(share) for share in shares):
             return math.nan
-        sums = [float(part.eigenvalues().abs().sum()) for part in self.parts]
+        sums = [float(part.eigenvalues().detach().abs().sum()) for part in self.parts]
         return _mean(shares, sums)
 
     @property
@@ -165,7 +165,7 @@ class Parted(Block):
         shares = [part.trace_below_rounding for part in self.parts]
         if not any(shares):
             return 0.0
-        return _mean(shares, [float(part.trace().abs()) for part in self.parts])
+        return _mean(shares, [float(part.trace().detach().abs()) for part in self.parts])
 
 
 class DirectSum(Parted):

@@ -16,6 +16,7 @@ from fisherlab.blocks.entry import check_rotated
 from fisherlab.blocks.numerics import (
     BlockError,
     check_alike,
+    check_orthonormal,
     chosen_squares,
     moved_squares,
     spectrum_power,
@@ -145,6 +146,9 @@ class Eigen(Block):
                 f"shape, got {tuple(spectrum.shape)}"
             )
         check_alike(Q_G, Q_A, spectrum)
+        for Q, what in ((Q_G, "Q_G"), (Q_A, "Q_A")):
+            if isinstance(Q, Tensor):
+                check_orthonormal(Q, f"the columns of {what}")
         self.Q_G, self.Q_A, self.spectrum = Q_G, Q_A, spectrum
         missing = len(Q_G) - Q_G.shape[1], len(Q_A) - Q_A.shape[1]
         if tail_G is None and tail_A is None and tail is None:
@@ -363,6 +367,8 @@ class Eigen(Block):
 
     def of_factors(self, values_G: Tensor, values_A: Tensor) -> Eigen:
         """This block, which remembers the eigenvalues of the factors that its bases are of."""
+        for values, what in ((values_G, "values_G"), (values_A, "values_A")):
+            doors.tensor(values, what, ndim=(1,), error=BlockError)
         self._factor_values = values_G, values_A
         return self
 
@@ -397,7 +403,7 @@ class Eigen(Block):
     @property
     def clamped(self) -> float:
         negative = -self._sum(lambda x: x.clamp(max=0))
-        return float(negative / self._sum(torch.abs).clamp(min=1e-300))
+        return float((negative / self._sum(torch.abs).clamp(min=1e-300)).detach())
 
 
 def _tail(

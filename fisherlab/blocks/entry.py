@@ -29,11 +29,13 @@ def guard(form: type, doors: Mapping[str, Callable[..., Any]] | None = None) -> 
 def check_other(block: Any, other: object, what: str = "other") -> None:
     """Refuse what is no block on the same weight."""
     # a block is known by what it does: the class is defined further down the imports
-    if not hasattr(other, "rotated_diagonal"):
+    if isinstance(other, type) or not hasattr(other, "rotated_diagonal"):
         raise BlockError(f"{what} must be a block of fl.blocks, got {doors.said(other)}")
     shape = getattr(other, "shape", None)
     if shape != block.shape:
-        raise BlockError(f"blocks of shapes {block.shape} and {shape} have no product")
+        raise BlockError(
+            f"blocks of shapes {block.shape} and {shape} have no product; pass {what} of one weight"
+        )
 
 
 def check_shape(shape: object) -> tuple[int, int]:
@@ -185,7 +187,7 @@ def _given_columns(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_held(columns: Any, shape: tuple[int, int] | None = None) -> None:
     """Refuse what are no columns of a weight, known by what they do."""
-    if not hasattr(columns, "grouped_moments"):
+    if isinstance(columns, type) or not hasattr(columns, "grouped_moments"):
         raise BlockError(f"columns must be those of an exact block, got {doors.said(columns)}")
     if shape is not None and tuple(columns.shape) != tuple(shape):
         raise BlockError(f"columns must be of a weight {shape}, got {columns.shape}")
@@ -234,6 +236,7 @@ DOORS = {
     "leading_values": _leading,
     "leading_factors": _leading,
     "inner": _other,
+    "inner_with_rotated": _other,
     "diagonal_of": _other,
     "chosen": _other,
     "column_quadratics": _columns,

@@ -361,7 +361,7 @@ def _root(factor: Factor) -> Factor:
     return factor if factor._source is None else _root(factor._source[0])
 
 
-def factor_of(S: Tensor | Factor, role: str = "") -> Factor:
+def factor_of(S: Tensor | Factor, what: str = "the factor") -> Factor:
     """A side as a factor: a matrix, or a vector `[d]`, the entries of a diagonal one.
 
     Raises:
@@ -369,12 +369,12 @@ def factor_of(S: Tensor | Factor, role: str = "") -> Factor:
     """
     if isinstance(S, Factor):
         return S
-    doors.tensor(S, f"the {role} factor", ndim=(1, 2), full=True, error=BlockError)
+    doors.tensor(S, what, ndim=(1, 2), full=True, error=BlockError)
     if S.ndim == 1:
         return Diagonal(S)
     if S.shape[-1] != S.shape[-2]:
-        raise BlockError(f"the {role} factor must be square, got {tuple(S.shape)}")
-    check_symmetric(S, f"the {role} factor")
+        raise BlockError(f"{what} must be square, got {tuple(S.shape)}")
+    check_symmetric(S, what)
     return Dense(S)
 
 

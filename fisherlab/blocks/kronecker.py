@@ -47,7 +47,7 @@ class Kronecker(Block):
     """
 
     def __init__(self, G: Tensor | Factor, A: Tensor | Factor) -> None:
-        self.factors = factor_of(G, "output"), factor_of(A, "input")
+        self.factors = factor_of(G, "output factor G"), factor_of(A, "input factor A")
         check_alike(*self.factors)
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.numerics import BlockError, check_alike, spectrum_power
+from fisherlab.blocks.numerics import BlockError, check_alike, check_orthonormal, spectrum_power
 from fisherlab.blocks.serialise import remembers
 
 
@@ -39,6 +39,7 @@ class Leading(Block):
         check_alike(vectors, values, self.level)
         if len(values) != len(vectors):
             raise BlockError(f"{len(vectors)} eigenvectors have {len(values)} eigenvalues")
+        check_orthonormal(self.vectors.flatten(1).mT, "vectors")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping, check_fits, is_none
@@ -32,6 +33,8 @@ class Pair(LowRank):
     """`Q_G diag(g) Q_G^T (x) Q_A diag(a) Q_A^T`, which remembers `g` and `a` apart."""
 
     def __init__(self, Q_G: Tensor, Q_A: Tensor, g: Tensor, a: Tensor) -> None:
+        for energies, what in ((g, "g"), (a, "a")):
+            doors.tensor(energies, what, ndim=(1,), error=BlockError)
         super().__init__(Q_G, Q_A, torch.outer(g, a))
         self.g_energies, self.a_energies = g, a
 

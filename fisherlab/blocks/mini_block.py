@@ -186,7 +186,7 @@ class RowBlocks(MiniBlock):
 
     def __init__(self, a: Tensor, g: Tensor, scale: float, columns: Columns | None = None) -> None:
         check_columns(a, g)
-        doors.number(scale, "scale", error=BlockError)
+        doors.number(scale, "scale", least=0.0, error=BlockError)
         if a.shape[1] != 1:
             raise BlockError(f"RowBlocks is for one position, got {a.shape[1]}")
         if columns is not None:

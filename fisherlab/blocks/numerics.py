@@ -274,6 +274,15 @@ def check_symmetric(matrix: Tensor, what: str) -> None:
         )
 
 
+def check_orthonormal(Q: Tensor, what: str) -> None:
+    """Refuse columns that are not orthonormal, by one product `Q^T Q v`: no `[k, k]` matrix."""
+    v = torch.arange(1, Q.shape[1] + 1, dtype=Q.dtype, device=Q.device).cos()
+    away = torch.linalg.vector_norm(Q.mT @ (Q @ v) - v)
+    # NaN is named by whoever needs the numbers
+    if not holds(~(away > 10 * torch.finfo(Q.dtype).eps ** 0.5 * torch.linalg.vector_norm(v))):
+        raise BlockError(f"{what} must be orthonormal, as torch.linalg.qr(...)[0] is")
+
+
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Lower `L` with `S = L L^T`; `BlockError` names a matrix that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(matrix))

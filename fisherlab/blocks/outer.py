@@ -119,7 +119,8 @@ class OfColumns(Block):
             )
         if base:
             check_fits(base, exponent, self.dtype, "outer block")
-        powers = spectrum_power(values + base, exponent, 0.0, "outer block")
+        # a core of one's own may have eigenvalues below 0
+        powers = spectrum_power(values + self.shift, exponent, damping, "outer block")
         rest = 0.0 if base == 0 else base**exponent
         return OuterSum.over(self.columns, W, powers - rest, rest, True)
 
@@ -166,7 +167,7 @@ class OfColumns(Block):
         values = self._range[0]
         missing = self.size - len(values)
         rest = missing * math.log(base) if missing and base else -math.inf if missing else 0.0
-        return (values + base).clamp(min=0).log().sum() + rest
+        return ((values + self.shift).clamp(min=0) + damping).log().sum() + rest
 
 
 class Outer(OfColumns):
@@ -193,19 +194,19 @@ class Outer(OfColumns):
         return super().__new__(cls)
 
     def __init__(self, a: Tensor, g: Tensor, core: float | None = None, shift: float = 0.0) -> None:
-        self._hold(Columns(a, g), core, doors.number(shift, "shift", error=BlockError))
+        self._hold(Columns(a, g), core, shift)
 
     @classmethod
     def over(cls, columns: Columns, core: float | None = None, shift: float = 0.0) -> Outer:
         """The block over columns that others hold as well; what is known of them stays known."""
         check_held(columns)
         block = object.__new__(cls)
-        block._hold(columns, core, doors.number(shift, "shift", error=BlockError))
+        block._hold(columns, core, shift)
         return block
 
     def _hold(self, columns: Columns, core: float | None, shift: float) -> None:
-        self.columns, self.shift = columns, float(shift)
-        known = None if core is None else doors.number(core, "core", error=BlockError)
+        self.columns, self.shift = columns, _shift(shift)
+        known = None if core is None else doors.number(core, "core", least=0.0, error=BlockError)
         self.core = 1.0 / columns.sizes[1] if known is None else known
 
     @property
@@ -458,7 +459,7 @@ class OuterSum(OfColumns):
             )
         check_symmetric(core, "core")
         d, W = eigh(core.double(), "core of an outer block")
-        self._hold(columns, W, d, doors.number(shift, "shift", error=BlockError), False)
+        self._hold(columns, W, d, shift, False)
 
     @classmethod
     def over(
@@ -478,7 +479,6 @@ class OuterSum(OfColumns):
                 f"W must be [{columns.count}, r], of {len(d)} eigenvalues d, got {tuple(W.shape)}"
             )
         check_alike(W, d)
-        shift = doors.number(shift, "shift", error=BlockError)
         block = cls.__new__(cls)
         block._hold(columns, W, d, shift, doors.flag(orthonormal, "orthonormal", error=BlockError))
         return block
@@ -486,7 +486,7 @@ class OuterSum(OfColumns):
     def _hold(
         self, columns: Columns, W: Tensor, d: Tensor, shift: float, orthonormal: bool
     ) -> None:
-        self.columns, self.W, self.d, self.shift = columns, W, d, float(shift)
+        self.columns, self.W, self.d, self.shift = columns, W, d, _shift(shift)
         self.orthonormal = orthonormal
 
     @property
@@ -605,6 +605,11 @@ class OuterSum(OfColumns):
         columns = Columns(a @ Q_A.double(), g @ Q_G.double())
         value = OuterSum.over(columns, self.W, self.d).diagonal()
         return value + self.shift * _norms(Q_G, Q_A) if self.shift else value
+
+
+def _shift(shift: object) -> float:
+    """A multiple of the identity."""
+    return doors.number(shift, "shift", least=0.0, error=BlockError)
 
 
 def same_columns(one: Columns, two: Columns) -> bool:

@@ -23,7 +23,7 @@ class Sided(Kronecker):
         self, L: Tensor | Factor, R: Tensor | Factor, G: Tensor | Factor, A: Tensor | Factor
     ) -> None:
         super().__init__(G, A)
-        self.L, self.R = factor_of(L), factor_of(R)
+        self.L, self.R = factor_of(L, "L"), factor_of(R, "R")
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _unseen(side: Factor) -> float:
     """The share of `tr S^{1/2}` that its cut eigenvalues may have had, at most."""
     if isinstance(side, Diagonal):
         return 0.0
-    values, _ = side.spectrum(NAME)
+    values = side.spectrum(NAME)[0].detach()
     noise = _noise(values)
     kept = values > noise
     cut = (~kept).sum() * noise.double().sqrt()

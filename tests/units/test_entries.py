@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import fisherlab as fl
 from fisherlab import blocks, metrics
 from fisherlab.approximations import damping
+from fisherlab.blocks.low_rank import Pair
 
 one = torch.ones
 
@@ -35,9 +37,21 @@ def layer() -> Any:
 KRONECKER = blocks.Kronecker(psd(3), psd(4))
 OUTER = blocks.Outer(randn(5, 1, 4), randn(2, 5, 1, 3))
 JUNK: list[tuple[Callable[[], object], str]] = [
-    (lambda: blocks.Kronecker(randn(3, 3), psd(4)), "output factor must be symmetric"),
+    (lambda: blocks.Kronecker(randn(3, 3), psd(4)), "output factor G must be symmetric"),
     (lambda: blocks.Dense(randn(4, 4), (2, 2)), "matrix must be symmetric"),
     (lambda: blocks.Leading(one(1, 2, 2), one(1), "x"), "level must be a tensor"),
+    (lambda: blocks.Leading(one(1, 2, 2), one(1)), "vectors must be orthonormal"),
+    (lambda: blocks.Eigen(one(2, 2), None, one(2, 3)), "columns of Q_G must be orthonormal"),
+    (lambda: Pair(one(2, 1), one(3, 1), None, one(1)), "g must be a tensor"),
+    (lambda: blocks.Outer(OUTER.a, OUTER.g, core=-1.0), "core must be a finite number >= 0"),
+    (lambda: blocks.Outer(OUTER.a, OUTER.g, shift=-1.0), "shift must be a finite number >= 0"),
+    (lambda: blocks.RowBlocks(OUTER.a, OUTER.g, -1.0), "scale must be a finite number >= 0"),
+    (lambda: OUTER.inner(blocks.Outer), "other must be a block"),
+    (lambda: OUTER.inner_with_columns(type(OUTER.columns)), "columns must be those of"),
+    (lambda: KRONECKER.eigen.inner_with_rotated(None), "other must be a block"),
+    (lambda: KRONECKER.eigen.of_factors(None, one(4)), "values_G must be a tensor"),
+    (lambda: fl.EKFAC().basis(None), "mean must be the Means"),
+    (lambda: fl.approximations.Means(one, 1.0, None), "shape must be"),
     (lambda: blocks.Outer.over(None), "columns must be those of an exact block"),
     (lambda: blocks.to_dict(None), "block must be a block"),
     (lambda: blocks.from_dict({"form": []}), "block form must be one of"),
@@ -69,6 +83,24 @@ JUNK: list[tuple[Callable[[], object], str]] = [
     (lambda: fl.save(one(2).to_sparse(), "nowhere"), "must be a dense tensor"),
     (lambda: fl.load("nowhere", device=3), "device must be one of torch"),
 ]
+
+
+def test_a_core_below_zero_counts_as_zero_in_a_power() -> None:
+    X = blocks.OuterSum(OUTER.a.double(), OUTER.g.double(), -torch.eye(10).double(), 0.5)
+    dense = blocks.Dense(X.dense(), X.shape)
+    for exponent in (0.5, -1):
+        torch.testing.assert_close(
+            X.power(exponent, 0.3).dense(), dense.power(exponent, 0.3).dense()
+        )
+    torch.testing.assert_close(X.logdet(0.3), dense.logdet(0.3))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_block_of_tensors_that_require_gradients_gives_plain_numbers() -> None:
+    X = blocks.Dense(psd(4).requires_grad_(), (2, 2))
+    product = X.as_linear_operator() @ np.ones(4)
+    torch.testing.assert_close(torch.as_tensor(product), X.matrix.detach().sum(1))
+    assert 0 <= X.clamped < 1e-6
 
 
 @pytest.mark.parametrize(("call", "message"), JUNK)
