@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -212,9 +214,11 @@ def name(value: object, what: str, *, error: type[Exception] = ValueError) -> st
 
 def place(value: object, what: str, *, error: type[Exception] = ValueError) -> Path:
     """A file or a folder, as a string or a path."""
-    if not isinstance(value, str | Path) or "\0" in str(value):
-        raise error(f"{what} must be a path, got {said(value)}")
-    return Path(value)
+    if isinstance(value, str | Path):
+        with suppress(UnicodeEncodeError):
+            if b"\0" not in os.fsencode(value):
+                return Path(value)
+    raise error(f"{what} must be a path, got {said(value)}")
 
 
 def tensor(

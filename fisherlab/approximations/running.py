@@ -17,6 +17,7 @@ from fisherlab.blocks.numerics import all_finite
 from fisherlab.blocks.reads import is_revocable
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import one_sample
+from fisherlab.whole import form_of, is_finite
 
 
 def too_large(
@@ -33,6 +34,20 @@ def too_large(
 
 # How the past and a batch are blended; TEKFAC (3.6)-(3.8) leave it open.
 EMAS = ("corrected", "averaged", "literal")
+
+
+def _form(state: Mapping[str, Tensor]) -> Tensor:
+    """The form of a state as a number, as all of it is tensors."""
+    return torch.tensor(int(form_of(state)[:12], 16), device="cpu")
+
+
+def _check_numbers(total: Sums, layer: LayerCapture) -> None:
+    """Refuse NaN and inf, which would stay for good."""
+    if total and not all_finite(*total.values()):
+        raise BlockError(
+            f"the statistics of {layer.name!r} have NaN or inf entries, so have its input or the "
+            "gradient at its output; what was there is as before"
+        )
 
 
 class Running:
@@ -111,11 +126,7 @@ class Running:
             return self._advance(self.approximation, layers)
         total = add(self._sums(layer) for layer in one_sample(layers))
         count = sum(layer.examples for layer in layers)
-        if total and not all_finite(*total.values()):
-            raise BlockError(
-                f"the statistics of {layers[0].name!r} have NaN or inf entries, so have its input "
-                "or the gradient at its output; the running means are as before"
-            )
+        _check_numbers(total, layers[0])
         self.shape = layers[0].shape
         self.count = self._blend(self.sums, self.count, total, count)
 
@@ -132,11 +143,7 @@ class Running:
             return past * self.count / (past * self.count + new * examples)
 
         found, examples = approximation.advance(layers, self.sums, weigh, self.reduce)
-        if not all_finite(*found.values()):
-            raise BlockError(
-                f"the statistics of {layers[0].name!r} have NaN or inf entries, so have its input "
-                "or the gradient at its output; the running factors are as before"
-            )
+        _check_numbers(found, layers[0])
         self.count = past * self.count + new * examples if self.sums else examples
         self.sums, self.shape = found, shape
 
@@ -166,6 +173,12 @@ class Running:
         new = self.new_basis() if new is None else new
         if not isinstance(new, Mapping):
             raise BlockError(f"new must be a basis, a dict of tensors, got {doors.said(new)}")
+        if self.basis and new.keys() != self.basis.keys():
+            raise BlockError(
+                f"new must be a basis of {', '.join(self.basis)}, got {', '.join(map(str, new))}"
+            )
+        for key, value in new.items():
+            doors.tensor(value, f"new[{key!r}]", error=BlockError)
         if self.basis and self.corrections:
             self.corrections = self.approximation.carry(self.corrections, self.basis, new)
         self.basis = new
@@ -176,6 +189,7 @@ class Running:
         total = add(self.approximation.corrections(layer, self.basis) for layer in whole)
         if not total:
             return
+        _check_numbers(total, layers[0])
         count = sum(layer.examples for layer in layers)
         self.corrections_count = self._blend(self.corrections, self.corrections_count, total, count)
 
@@ -226,7 +240,8 @@ class Running:
         counts = torch.tensor(
             [self.count, self.corrections_count], dtype=torch.float64, device="cpu"
         )
-        return {**state, "counts": counts, "shape": torch.tensor(self.shape, device="cpu")}
+        state |= {"counts": counts, "shape": torch.tensor(self.shape, device="cpu")}
+        return {**state, "form": _form(state)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned, dtypes included.
@@ -253,6 +268,16 @@ class Running:
         if set(groups["sums"]) - self._kept_names():
             lost = ", ".join(sorted(set(groups["sums"]) - self._kept_names()))
             raise ValueError(f"state is of another method: {lost} are no statistics of this one")
+        if not is_finite(groups):
+            raise ValueError("state holds NaN or inf; load one from before")
+        if "form" in state:  # an earlier version saved none
+            parts = {key: value for key, value in state.items() if key != "form"}
+            saved = doors.count(state["form"], "state['form']", 0)
+            if saved != int(_form(parts)):
+                raise ValueError(
+                    "state is damaged: it has not the names and shapes that were saved; load it "
+                    "from another file"
+                )
         self.sums, self.basis, self.corrections = groups.values()
         self.count, self.corrections_count, self.shape = count, corrections, (int(o), int(i))
 

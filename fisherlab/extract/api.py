@@ -95,6 +95,12 @@ class Captures(dict[str, LayerCapture]):
     def __init__(
         self, layers: dict[str, LayerCapture], report: Report, outputs: Tensor, labels: Tensor
     ) -> None:
+        doors.instance(layers, "layers", Mapping, "a dict of layer name -> LayerCapture")
+        for name, layer in layers.items():
+            doors.instance(layer, f"layers[{name!r}]", LayerCapture, "that of fl.capture")
+        doors.instance(report, "report", Report, "that of fl.capture")
+        for part, what in ((outputs, "outputs"), (labels, "labels")):
+            doors.instance(part, what, Tensor, "a tensor")
         super().__init__(layers)
         self.report, self.outputs, self.labels = report, outputs, labels
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.blocks import contractions
 from fisherlab.extract.moments import example_sum, patch_moment, with_bias
 
@@ -122,6 +123,18 @@ class Geometry:
     start: int = 0
     width: int | None = None
     flipped: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no width and no flag."""
+        for name in ("in_features", "out_features", "group", "groups", "start"):
+            if not doors.is_whole(getattr(self, name)):
+                got = doors.said(getattr(self, name))
+                raise CaptureError(f"{name} must be a whole number, got {got}")
+        for name in ("bias", "adds", "flipped"):
+            doors.flag(getattr(self, name), name, error=CaptureError)
+        for name in ("conv", "transposed"):
+            kinds = (Convolution, type(None))
+            doors.instance(getattr(self, name), name, kinds, "a Convolution or None")
 
     @property
     def numel(self) -> int:

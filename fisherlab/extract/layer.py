@@ -86,9 +86,9 @@ class LayerCapture:
         ):
             raise CaptureError(f"maps must be a tuple of Geometry, got {doors.said(self.maps)}")
         for name in ("gradient_scale", "summed", "term_scale", "column_share"):
-            if doors.real(getattr(self, name)) is None:
-                got = doors.said(getattr(self, name))
-                raise CaptureError(f"{name} must be a number, got {got}")
+            doors.number(getattr(self, name), name, error=CaptureError)
+        for name in ("name", "layer_type", "without_slope", "fisher_type"):
+            doors.name(getattr(self, name), name, error=CaptureError)
 
     def __repr__(self) -> str:
         o, i = self.shape

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlab import doors
+from fisherlab.whole import form_of, is_finite
 
 # Format 1, without a number, kept the running means of an optimizer and of its blocks apart.
 FORMAT = 2
@@ -18,7 +17,7 @@ FORMAT = 2
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
     """The state with the form of each of its parts: keys, types and shapes, not the numbers."""
-    return {**state, "form": {key: _digest(value) for key, value in state.items()}}
+    return {**state, "form": {key: form_of(value) for key, value in state.items()}}
 
 
 def generator_state(state: Mapping[str, Any]) -> Tensor:
@@ -34,32 +33,6 @@ def generator_state(state: Mapping[str, Any]) -> Tensor:
             f"{doors.said(found)}; nothing was loaded"
         )
     return found.cpu()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(_form(value)).encode()).hexdigest()[:16]
-
-
-def _form(value: object) -> object:
-    """Keys, types and shapes; a state may be cast or moved."""
-    if isinstance(value, Mapping):
-        return sorted((repr(key), _form(part)) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return [_form(part) for part in value]
-    if isinstance(value, Tensor):
-        return "tensor", tuple(value.shape), value.is_floating_point()
-    return "number" if isinstance(value, int | float) else type(value).__name__
-
-
-def is_finite(value: object) -> bool:
-    """Whether a nest of dicts and lists has no NaN and no inf."""
-    if isinstance(value, Mapping):
-        return all(map(is_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(is_finite, value))
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_params(group: Mapping[str, Any]) -> None:
@@ -109,7 +82,7 @@ def check_form(state: Mapping[str, Any]) -> None:
     saved = state["form"]
     if not isinstance(saved, Mapping):
         raise ValueError("this state is damaged: form is no dict; nothing was loaded")
-    parts = {key: _digest(value) for key, value in state.items() if key != "form"}
+    parts = {key: form_of(value) for key, value in state.items() if key != "form"}
     damaged = sorted(key for key in {*saved, *parts} if saved.get(key) != parts.get(key))
     if damaged:
         raise ValueError(

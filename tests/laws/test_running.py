@@ -1,5 +1,8 @@
 """Statistics over time against ten-line loops; bases and corrections of other batches."""
 
+import dataclasses
+import math
+
 import dense
 import pytest
 import torch
@@ -240,3 +243,32 @@ def captured_like(layer):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(i - 1, o), nn.Tanh(), nn.Linear(o, 3)).double()
     return capture(model, CE, randn(12, i - 1, seed=9), torch.arange(12) % 3)["0"]
+
+
+def test_a_damaged_state_is_refused_whole():
+    running = Running(fl.EKFAC())
+    layer = captured()[0]
+    running.update(layer)
+    running.refresh_basis()
+    running.correct(layer)
+    before = running.state_dict()
+    for key, value in before.items():
+        for damaged in (value[..., :-1] if value.ndim else value + 1, value * math.nan):
+            with pytest.raises(ValueError, match="state"):
+                running.load_state_dict({**before, key: damaged})
+            after = running.state_dict()
+            assert all(torch.equal(after[name], before[name]) for name in before)
+    running.load_state_dict({k: v for k, v in before.items() if k != "form"})  # an earlier version
+    with pytest.raises(BlockError, match="new must be a basis of Q_G"):
+        running.refresh_basis({})
+
+
+def test_nan_enters_no_corrections():
+    running = Running(fl.EKFAC())
+    layer = captured()[0]
+    running.update(layer)
+    running.refresh_basis()
+    bad = dataclasses.replace(layer, raw_inputs=tuple(x * math.nan for x in layer.raw_inputs))
+    with pytest.raises(BlockError, match="have NaN or inf entries"):
+        running.correct(bad)
+    assert not running.corrections

@@ -81,7 +81,14 @@ JUNK: list[tuple[Callable[[], object], str]] = [
     (lambda: metrics.GramStudy.of_arrays({}), "arrays must be those of a study"),
     (lambda: fl.save(None, "nowhere"), "the value is None"),
     (lambda: fl.save(one(2).to_sparse(), "nowhere"), "must be a dense tensor"),
-    (lambda: fl.load("nowhere", device=3), "device must be one of torch"),
+    (lambda: fl.load("nowhere", device=3), "device must be one that this machine has"),
+    (lambda: fl.load("nowhere", device="cuda:99"), "device must be one that this machine has"),
+    (lambda: fl.load("\ud800"), "path must be a path"),
+    (lambda: fl.extract.Captures(3, None, None, None), "layers must be a dict of layer name"),
+    (lambda: fl.extract.Captures({"0": 3}, None, None, None), "must be that of fl.capture"),
+    (lambda: fl.extract.Captures({}, None, None, None), "report must be that of fl.capture"),
+    (lambda: fl.extract.Geometry("3", 3, True), "in_features must be a whole number"),
+    (lambda: fl.extract.Geometry(3, 3, 1), "bias must be True or False"),
 ]
 
 
