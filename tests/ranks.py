@@ -256,6 +256,29 @@ def _other_way(rank):
     opt.step()
 
 
+class _Expert(nn.Module):
+    """A first layer to which only the examples of rank 0 are sent."""
+
+    def __init__(self, rank):
+        super().__init__()
+        torch.manual_seed(0)
+        self.expert, self.last, self.rank = nn.Linear(4, 4).double(), nn.Linear(4, 4).double(), rank
+
+    def forward(self, x):
+        sent = len(x) * (1 - self.rank)
+        return self.last(torch.cat([self.expert(x[:sent]), x[sent:]]))
+
+
+def _expert(rank):
+    # a group of its own: rank 1 has sent gradients by it when it is refused
+    own = dist.new_group(timeout=datetime.timedelta(seconds=60))
+    wrapped = DistributedDataParallel(_Expert(rank), process_group=own, find_unused_parameters=True)
+    opt = TENGraD(wrapped, lr=0.1, damping=0.1)
+    x, y = shard(rank, 12, *data())
+    nn.functional.cross_entropy(wrapped(x.flatten(1)[:, :4]), y).backward()
+    opt.step()
+
+
 def _reconstructed(rank):
     wrapped = DistributedDataParallel(fl.optim.reconstruct(net()))
     wrapped(data()[0])
@@ -308,6 +331,9 @@ REFUSALS = {
     "other checkpoint": lambda rank: _steps(rank, lambda model: _of_checkpoint(rank, model)),
     "other way": _other_way,
     "no example in a step": lambda rank: _steps(rank, OPTIMIZERS["kfac"], 24),
+    "no example in a backward": lambda rank: _steps(rank, OPTIMIZERS["tengrad"], 24),
+    "no example in the second phase": lambda rank: _steps(rank, OPTIMIZERS["fngd"], 24, 4),
+    "no example of an expert": _expert,
     "unequal in the second phase": lambda rank: _steps(rank, OPTIMIZERS["fngd"], 14, 4),
     "fsdp": _sharded,
     "unequal kfac": lambda rank: _unequal(rank, OPTIMIZERS["kfac"]),

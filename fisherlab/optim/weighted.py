@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -290,8 +291,11 @@ class WeightedLayers:
         coverage: Coverage,
         rows: Rows,
         criterion: Callable[..., Any] | None = None,
+        ended: Callable[[int], None] | None = None,
     ) -> None:
         self.coverage, self.weights, self.rows = coverage, coverage.weights, rows
+        # told the examples of each backward pass when its last layer is through
+        self.ended = ended
         self.state = _State()
         # layers whose rows were proven to be examples, or their positions one after another
         self._proven: set[str] = set()
@@ -358,10 +362,21 @@ class WeightedLayers:
         if output is None:
             return
         n = len(output)
+        if self.ended is not None:
+            output.register_hook(partial(self._begun, self.ended, n))
         if self._asked:
             self._find_rows(output)
         for name, (layer, *_) in self._layers.items():
             layer.examples, layer.layout = n, self._layouts.get(name, "")
+
+    def _begun(self, ended: Callable[[int], None], n: int, gradient: Tensor) -> None:
+        """A backward pass begins; DDP, whose callback is queued later, waits after `ended`."""
+        if in_own_pass(self.watch.model()):
+            return
+        if not n:  # before DDP sends what the others do not
+            ended(n)
+        engine = cast(Any, torch.autograd.Variable)._execution_engine
+        engine.queue_callback(partial(ended, n))
 
     @no_gradient_named(OptimizerError)
     def _find_rows(self, output: Tensor) -> None:

@@ -97,7 +97,8 @@ class Woodbury(CurvatureOptimizer):
         self._taken: dict[str, list[Taken]] = {}
         # the last step's size, damping and, for the spectrum, its Gram matrices
         self._last: dict[str, tuple[int, Any, list[tuple[float, Tensor]]]] = {}
-        self.layers = WeightedLayers(model, self.coverage, _unowned(self.rows), criterion)
+        ended = None if self.ranks is None else _unowned(self._ended)
+        self.layers = WeightedLayers(model, self.coverage, _unowned(self.rows), criterion, ended)
         self._install(self.layers)
 
     @staticmethod
@@ -131,6 +132,12 @@ class Woodbury(CurvatureOptimizer):
         if self.ranks is None and joined:
             return rows, of_columns(columns, rows) / factor
         return rows[:, mine], None
+
+    def _ended(self, examples: int) -> None:
+        """Meet the others before DDP does, which waits for a rank that is still at a layer."""
+        assert self.ranks is not None
+        with answering(self.ranks, "ending a backward pass"):
+            check_ranks(self.ranks, [], f"the end of a pass of step {self.steps}", examples)
 
     def _take(self, weight: Weight, taken: Taken) -> None:
         passes = self._taken.setdefault(weight.name, [])
