@@ -128,6 +128,14 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
+class Pressed(KeyboardInterrupt):
+    """Ctrl-C, of a type of its own.
+
+    Where the plain one leaves an `exec`, as of a dataclass that is being made, `python -m` ends by
+    SIGINT whatever the exit code is.
+    """
+
+
 class CtrlC:
     """Ctrl-C that cannot get lost: `KeyboardInterrupt` at once, and again at the next `check`.
 
@@ -152,13 +160,13 @@ class CtrlC:
     def _raise(self, number: int, _: object) -> NoReturn:
         self.asked = True
         CtrlC.code = Code.TERMINATED if number == signal.SIGTERM else Code.INTERRUPTED
-        raise KeyboardInterrupt
+        raise Pressed
 
     def check(self) -> None:
         """Raise it if it was pressed, and whoever got it went on."""
         if self.asked:
             self.asked = False
-            raise KeyboardInterrupt
+            raise Pressed
 
 
 # Typed by the user ------------------------------------------------------------------------------

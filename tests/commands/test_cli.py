@@ -1,6 +1,7 @@
 """The command line: what it leaves behind, and what it says when something is wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -292,6 +293,27 @@ def test_a_signal_among_the_imports_ends_the_process_with_its_code(name, code):
         "entry.main()"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, b"interrupted\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_a_class_is_made_leaves_its_exit_code(name, code, tmp_path):
+    """`exec` marks the plain `KeyboardInterrupt`: `python -m` then ended by SIGINT itself."""
+    (tmp_path / "stopped.py").write_text(
+        "import signal, sys, typer\n"
+        "from fisherlab.commands.common import guarded\n"
+        "def command():\n"
+        f"    exec('signal.raise_signal(signal.{name})')\n"
+        "try:\n    guarded(command)()\n"
+        "except typer.Exit as end:\n    sys.exit(end.exit_code)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(fl.__file__).parents[1])])
+    ended = subprocess.run(
+        [sys.executable, "-m", "stopped"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        check=False,
+    )
     assert (ended.returncode, ended.stderr) == (code, b"interrupted\n")
 
 
