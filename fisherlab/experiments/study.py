@@ -164,16 +164,24 @@ class Study:
         """Train points until none is left that nobody has taken."""
         import optuna
 
+        # the trial at hand, and what ended it
+        number, failure = -1, None
+
         def objective(trial: Trial) -> float:
-            trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
-            if self._late(trial):
-                raise _Late
+            nonlocal number, failure
+            number, failure = trial.number, None
             try:
+                trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+                if self._late(trial):
+                    raise _Late
                 point = self._trained(trial, train)
-            except BaseException:
-                again(self.study, self.study.get_trials(deepcopy=False)[trial.number])
+                trial.set_user_attr("point", asdict(point))
+            except BaseException as error:
+                failure = error
+                mine = self._trial(number)
+                if not (isinstance(error, _Late) or mine.state.is_finished()):
+                    again(self.study, mine)
                 raise
-            trial.set_user_attr("point", asdict(point))
             if point.value is None:
                 raise optuna.TrialPruned(point.note)
             return point.value
@@ -182,8 +190,14 @@ class Study:
             while self._left():
                 try:
                     self.study.optimize(objective, n_trials=1, catch=(_Late,))
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    continue  # it was silent for so long that another worker took it over
+                except Exception as error:
+                    # silent for so long that another worker took it over: Optuna says so in three
+                    # ways, and in place of what ended it here
+                    if error is failure or not self._trial(number).state.is_finished():
+                        raise
+                    taken = optuna.exceptions.UpdateFinishedTrialError, _Late
+                    if failure is not None and not isinstance(failure, taken):
+                        raise failure from None
 
     @property
     def points(self) -> list[Point]:
@@ -224,6 +238,10 @@ class Study:
     def _of(self, *states: optuna.trial.TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
+    def _trial(self, number: int) -> FrozenTrial:
+        """A trial as the database has it now."""
+        return self.study.get_trials(deepcopy=False)[number]
+
     def _left(self) -> bool:
         """Whether a point waits, or may still be made."""
         import optuna
@@ -249,7 +267,7 @@ class Study:
             if time.monotonic() > end:
                 return True
             time.sleep(0.1)
-            trial = self.study.get_trials(deepcopy=False)[trial.number]
+            trial = self._trial(trial.number)
         if trial.state.is_finished():
             return False
         host, process = trial.user_attrs["worker"]
@@ -275,7 +293,7 @@ class Study:
         earlier = [other for other in self._taken() if other.number < trial.number]
         if self.grid is None:
             return len(earlier) >= self.trials
-        mine = self.study.get_trials(deepcopy=False)[trial.number]
+        mine = self._trial(trial.number)
         return _place(mine) in map(_place, earlier)
 
     def _taken(self) -> list[FrozenTrial]:

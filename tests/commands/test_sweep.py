@@ -300,6 +300,50 @@ def test_the_last_point_of_a_killed_worker_is_taken_over(tmp_path, trained, kill
     assert mine.points == whole.points and not mine.elsewhere
 
 
+@needs_optuna
+@pytest.mark.parametrize("when", ["before", "after", "interrupted", "told"])
+def test_a_point_that_was_taken_over_from_a_silent_worker_ends_nothing(
+    tmp_path, trained, when, monkeypatch
+):
+    """Optuna said "Cannot tell a FAIL trial" to the worker that was silent."""
+    from optuna.trial import Trial, TrialState
+
+    train, calls = trained
+    mine, other, silences = opened(tmp_path), opened(tmp_path), [when]
+
+    def silent(now):
+        """Another worker takes the point that is running over, once."""
+        if now in silences:
+            silences.remove(now)
+            (trial,) = other._of(TrialState.RUNNING)
+            study.again(other.study, trial)
+            other._fail(trial)
+            return True
+        return False
+
+    def slow(entry, report):
+        silent("before")
+        point = train(entry, report)
+        silent("after")
+        if silent("interrupted"):
+            raise KeyboardInterrupt
+        return point
+
+    def noted(trial, key, value):
+        noting(trial, key, value)
+        if key == "point":
+            silent("told")
+
+    noting = Trial.set_user_attr
+    monkeypatch.setattr(Trial, "set_user_attr", noted)
+    if when == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            mine.run(slow)
+    mine.run(slow)
+    assert len(calls) == len(mine.grid) + 1 and len(mine.points) == len(mine.grid)
+    assert not (silences or mine.elsewhere)
+
+
 WORKER = """
 import os, sys, time
 from pathlib import Path
