@@ -150,7 +150,9 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 def _matrix(weight: Tensor) -> Tensor | None:
-    """The matrix that all of a stack are; None where they may differ."""
+    """The matrix that all of a stack are; None where they may differ, or where it is sparse."""
+    if not doors.is_strided(weight):
+        return None
     same = all(
         size == 1 or not step
         for size, step in zip(weight.shape[:-2], weight.stride()[:-2], strict=True)

@@ -139,7 +139,7 @@ def call_tolerance(call: Recorded) -> float:
     """The tolerance of a call's input, weight and output; an embedding's numbers are exact."""
     tensors = [t for t in (call.raw_input, call.output) if t.is_floating_point()]
     cast = 0.0 if call.dtype is None else TOLERANCE.get(call.dtype, COARSE)
-    return max(cast, *(tolerance(tensor) for tensor in tensors))
+    return max([cast, *(tolerance(tensor) for tensor in tensors)])
 
 
 def tolerance(tensor: Tensor) -> float:

@@ -135,7 +135,9 @@ def _summed(reading: _Reading | None, edge: Edge) -> Slopes:
         return Slopes(empty, "the outputs of the model do not depend on it")
 
     def rows(field: Field) -> Tensor:
-        return torch.as_tensor(field, device=device).expand(shape).reshape(count_of_rows, -1)
+        every = torch.as_tensor(field, device=device).expand(shape)
+        # a call may have no rows: an expert without tokens
+        return every.flatten(1) if len(shape) > 1 else every.reshape(1, -1)
 
     if isinstance(reading.count, float) and reading.count > 0:
         terms = rows(reading.slope)

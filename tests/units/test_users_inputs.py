@@ -1,0 +1,98 @@
+"""Inputs of users' that failed inside, were refused with a wrong cause, or gave a wrong number."""
+
+import pytest
+import torch
+from torch import nn
+
+import fisherlab as fl
+from fisherlab.extract import CaptureError
+
+CE = nn.CrossEntropyLoss()
+Y = torch.tensor([0, 2, 1])
+
+
+def net(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def inputs(dtype=torch.float64):
+    return torch.randn(3, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def per_example(model, x, W, criterion=CE, y=Y):
+    """`d l_n / dW` of each example by autograd, `[n, *W.shape]`."""
+    return torch.stack(
+        [
+            torch.autograd.grad(criterion(model(x)[k : k + 1], y[k : k + 1]), W)[0]
+            for k in range(len(y))
+        ]
+    )
+
+
+def assert_gradients(layer, expected):
+    found = layer.per_example_gradients()[0, :, :, : expected.shape[2]]
+    torch.testing.assert_close(found, expected)
+
+
+class Experts(nn.Module):
+    """Each example goes to one of two experts; the second may get none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = torch.nonzero(torch.full((len(x),), k == 0)).squeeze(1)
+            out = out.index_add(0, rows, expert(x[rows]))
+        return self.head(out.tanh())
+
+
+def test_an_expert_without_examples_has_gradients_zero():
+    torch.manual_seed(0)
+    model, x = Experts().double(), inputs()
+    captured = fl.capture(model, CE, x, Y, fisher_type="empirical")
+    assert_gradients(captured["experts.0"], per_example(model, x, model.experts[0].weight))
+    table = fl.compare(model, CE, x, Y, approximations=["kfac"], layers="experts.0")
+    assert table.frame["relative_error"].notna().all()
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W, self.head = nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head((x @ self.W).tanh())
+
+
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_inputs_of_a_matrix_product(sparse):
+    torch.manual_seed(0)
+    model, x = Sparse().double(), inputs()
+    captured = fl.capture(model, CE, sparse(x.relu()), Y, fisher_type="empirical")
+    assert_gradients(captured["W"], per_example(model, x.relu(), model.W).mT)
+    rows = fl.support(model, sparse(x.relu())).set_index("layer")
+    assert rows.loc["W", "status"] == "exact"
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+        self.c = nn.Linear(4, 4, dtype=torch.cdouble)
+
+    def forward(self, x):
+        return self.head(self.c(self.a(x).to(torch.cdouble)).abs())
+
+
+def test_layers_around_a_complex_one_are_captured():
+    torch.manual_seed(0)
+    model, x = Complex(), inputs()
+    captured = fl.capture(model, CE, x, Y, fisher_type="empirical")
+    assert "a block is one of real numbers" in captured.report.skipped["c"]
+    assert_gradients(captured["a"], per_example(model, x, model.a.weight))
