@@ -23,11 +23,13 @@ from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import (
+    buffers_kept,
     copied,
     floated,
     in_float32,
     is_half,
     isolated,
+    kept_by_autograd,
     random_state,
     streams_kept,
 )
@@ -389,7 +391,7 @@ def split_batch(x: object, y: Tensor | None = None, inside: bool = False) -> tup
     if inside:
         return x, _no_labels(x, y)
     if y is not None:
-        return x, y
+        return x, kept_by_autograd(y)
     if isinstance(x, Mapping):
         key = next((name for name in LABELS if name in x), None)
         if key is None:
@@ -397,9 +399,9 @@ def split_batch(x: object, y: Tensor | None = None, inside: bool = False) -> tup
                 f"a dict batch needs its labels under one of {', '.join(LABELS)}; got {list(x)}: "
                 "pass them as y"
             )
-        return {name: value for name, value in x.items() if name != key}, x[key]
+        return {name: value for name, value in x.items() if name != key}, kept_by_autograd(x[key])
     if isinstance(x, tuple | list) and _is_pair(x):
-        return x[0], x[1]
+        return x[0], kept_by_autograd(x[1])
     loader = (
         ""
         if isinstance(x, Tensor | str) or not hasattr(x, "__len__")
@@ -466,6 +468,12 @@ def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
         return model(**names) if isinstance(x, Mapping) else model(*args)
     except (TypeError, RuntimeError) as error:
         check_dtypes(x, model)
+        plain = isinstance(x, Tensor | tuple | list | Mapping)
+        if isinstance(error, TypeError) and not plain and forward is None:
+            raise CaptureError(
+                f"the model does not take {doors.said(x)}: {error}; x is a tensor, or a tuple or "
+                "dict of the model's arguments"
+            ) from error
         if forward is None:
             _check_arguments(model, () if isinstance(x, Mapping) else args, names, error)
         raise
@@ -517,7 +525,8 @@ def _float32(
     with ExitStack() as trial:
         trial.enter_context(in_float32(model))
         try:
-            with torch.no_grad():
+            # the pass that counts starts from the same buffers and draws
+            with buffers_kept(model), streams_kept(), torch.no_grad():
                 returned(floated(x))
         except RuntimeError as error:
             return str(error).partition("\n")[0]

@@ -127,7 +127,7 @@ def streams_kept(*devices: torch.device) -> Iterator[None]:
 
 @contextmanager
 def isolated(model: nn.Module, x: object) -> Iterator[None]:
-    """Gradients on; random streams, buffers, weights and training flags are put back at the end.
+    """Gradients on, in inference mode too; random streams, buffers, weights and flags are put back.
 
     Compiled modules run as the Python they were made of, so that their functions are seen.
 
@@ -143,6 +143,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
         with (
             buffers_kept(model),
             parameters_kept(model),
+            torch.inference_mode(False),
             torch.enable_grad(),
             streams_kept(*devices),
             _uncompiled(),
@@ -211,6 +212,14 @@ def copied(x: Any) -> Any:
     if isinstance(x, tuple) and hasattr(x, "_make"):
         return x._make(map(copied, x))
     return type(x)(map(copied, x)) if type(x) in (tuple, list) else x
+
+
+def kept_by_autograd(y: Any) -> Any:
+    """Labels as ones that a graph may keep: those made in inference mode are copied."""
+    if not isinstance(y, Tensor) or nn.parameter.is_lazy(y) or not y.is_inference():
+        return y
+    with torch.inference_mode(False):
+        return y.clone()
 
 
 def random_state(x: object) -> Tensor:

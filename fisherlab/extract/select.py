@@ -173,12 +173,17 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def check_initialised(model: nn.Module) -> None:
-    """Refuse lazy layers that no batch has given a shape: a pass would initialise them."""
+    """Refuse what no pass can send a gradient to, and lazy layers: a pass would initialise them."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise CaptureError(
                 f"{name!r} is not initialised: a lazy layer takes its shape from the first batch; "
                 "call the model once, under torch.no_grad()"
+            )
+        if tensor.is_inference() and tensor.requires_grad:
+            raise CaptureError(
+                f"parameter {name!r} was made in inference mode, where autograd tracks nothing; "
+                "make or load the model outside torch.inference_mode()"
             )
 
 
@@ -213,16 +218,30 @@ def check_model(model: nn.Module) -> None:
             raise CaptureError(f"parameter {name!r} has NaN or inf entries")
 
 
-def check_arrays(x: object, role: str = "x") -> None:
-    """Refuse NumPy arrays and what is like them."""
+def check_inputs(x: object) -> None:
+    """Refuse inputs without examples: arrays of NumPy's kind, nested tensors, an empty batch."""
     if not isinstance(x, Tensor) and hasattr(x, "__array__"):
-        kind = type(x).__name__
-        raise CaptureError(f"{role} is no tensor but {kind}; pass torch.as_tensor({role})")
+        raise CaptureError(f"x is no tensor but {type(x).__name__}; pass torch.as_tensor(x)")
+    given = tensors_of(x)
+    batched = any(tensor.ndim for tensor, _ in given if not nn.parameter.is_lazy(tensor))
+    for tensor, role in given:
+        _check_rows(tensor, role, number=batched)
+
+
+def _check_rows(tensor: Tensor, role: str, number: bool = False) -> None:
+    """Refuse a tensor without rows; it may be a `number`, which is every example's."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_nested or tensor.is_quantized:
+        raise CaptureError(
+            f"{role} is {doors.said(tensor)}; pass a plain tensor of numbers, dense or padded with "
+            "a mask"
+        )
+    if (tensor.ndim == 0 and not number) or (tensor.ndim and tensor.shape[0] == 0):
+        raise CaptureError(f"{role} is an empty batch, shape {tuple(tensor.shape)}")
 
 
 def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
     """Refuse an empty batch, NaN or inf, and inputs on another device than the model's."""
-    check_arrays(x)
+    check_inputs(x)
     if not isinstance(y, Tensor):
         several = isinstance(y, tuple) and any(isinstance(part, Tensor) for part in y)
         step = (
@@ -234,16 +253,10 @@ def check_batch(x: object, y: Tensor, model: nn.Module) -> None:
         raise CaptureError(f"y is no tensor but {type(y).__name__}; {step}")
     if nn.parameter.is_lazy(y) or y.layout != torch.strided:
         raise CaptureError(f"y is {doors.said(y)}; pass y.to_dense()")
+    _check_rows(y, "y")
     for tensor, role in (*tensors_of(x), (y, "y")):
-        if tensor.is_nested or tensor.is_quantized or nn.parameter.is_lazy(tensor):
-            raise CaptureError(
-                f"{role} is {doors.said(tensor)}; pass a plain tensor of numbers, dense or padded "
-                "with a mask"
-            )
         if type(tensor) is Tensor and tensor.is_meta:
             raise CaptureError(f"{role} is on the device 'meta', which holds no numbers")
-        if tensor.ndim == 0 or tensor.shape[0] == 0:
-            raise CaptureError(f"{role} is an empty batch, shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not all_finite(tensor):
             bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.ndim > 1 else None
             rows = "" if bad is None else f", first in row {int(bad.nonzero()[0])}"
@@ -259,7 +272,8 @@ def check_dtypes(x: object, model: nn.Module) -> None:
     """Refuse inputs of another dtype than any parameter's; asked once the model failed."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
     for tensor, role in tensors_of(x):
-        if dtypes and tensor.is_floating_point() and tensor.dtype not in dtypes:
+        numbers = tensor.is_floating_point() or tensor.is_complex()
+        if dtypes and numbers and tensor.dtype not in dtypes:
             known = ", ".join(sorted(map(str, dtypes)))
             raise CaptureError(
                 f"{role} is {tensor.dtype} and the model {known}; convert one of them"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
-from fisherlab.extract.api import Forward, call
+from fisherlab.extract.api import Forward, call, check_forward
 from fisherlab.extract.collect import NO_GRAPH
 from fisherlab.extract.fisher import EXACT_UP_TO, exact_columns
 from fisherlab.extract.geometry import CaptureError
@@ -19,8 +19,8 @@ from fisherlab.extract.isolation import isolated
 from fisherlab.extract.outputs import output_of
 from fisherlab.extract.select import (
     Weight,
-    check_arrays,
     check_initialised,
+    check_inputs,
     check_model,
     on_tape,
     weights_of,
@@ -74,7 +74,8 @@ def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> p
     import pandas as pd
 
     model = unwrapped(model)
-    check_arrays(x)
+    check_forward(forward)
+    check_inputs(x)
     check_initialised(model)
     try:
         check_model(model)
@@ -193,7 +194,7 @@ def _costs(uses: list[Used], bias: bool, rate: float, examples: int) -> dict[str
 
 def _multiplications_per_second(x: object) -> float:
     """The rate of a 512 x 512 matrix product here and now."""
-    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    device = x.device if isinstance(x, Tensor) and not x.is_meta else torch.device("cpu")
     probe = torch.ones(512, 512, device=device)
     probe @ probe
     start = time.perf_counter()

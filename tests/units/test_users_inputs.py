@@ -96,3 +96,94 @@ def test_layers_around_a_complex_one_are_captured():
     captured = fl.capture(model, CE, x, Y, fisher_type="empirical")
     assert "a block is one of real numbers" in captured.report.skipped["c"]
     assert_gradients(captured["a"], per_example(model, x, model.a.weight))
+
+
+def test_inference_mode_captures_as_outside():
+    model, x = net(), inputs()
+    outside = fl.capture(model, CE, x, Y)
+    with torch.inference_mode():
+        inside = fl.capture(model, CE, x.clone(), Y.clone())
+        assert torch.is_inference_mode_enabled()
+        x_made, y_made = x.clone(), Y.clone()
+    for found in (inside, fl.capture(model, CE, x_made, y_made)):
+        for name, layer in outside.items():
+            torch.testing.assert_close(
+                found[name].per_example_gradients(), layer.per_example_gradients()
+            )
+    squared = fl.compare(
+        *(model, nn.MSELoss(), x_made, torch.zeros(3, 3).double()),
+        approximations="kfac",
+        reference="hessian",
+    )
+    assert squared.frame["relative_error"].notna().all()
+
+
+def test_parameters_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = net()
+    for call in (
+        lambda: fl.capture(model, CE, inputs(), Y),
+        lambda: fl.support(model, inputs()),
+    ):
+        with pytest.raises(CaptureError, match=r"parameter '0.weight' was made in inference mode"):
+            call()
+
+
+class Averaging(nn.Module):
+    """Moves a running mean at each pass, and subtracts it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean.mul_(0.5).add_(x.detach().mean(0))
+        return self.a(x - self.mean)
+
+
+def test_the_trial_in_float32_moves_no_buffer():
+    torch.manual_seed(0)
+    model, x = Averaging().bfloat16(), inputs(torch.bfloat16)
+    captured = fl.capture(model, CE, x, Y)
+    raw = captured["a"].raw_inputs[0]
+    torch.testing.assert_close(raw, x.float() - x.float().mean(0))
+    assert not model.mean.any()
+
+
+def test_a_number_among_the_arguments_belongs_to_every_example():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3).double()
+
+        def forward(self, x, t):
+            return self.a(x) * t
+
+    torch.manual_seed(0)
+    model, x = Scaled(), inputs()
+    captured = fl.capture(model, CE, (x, torch.tensor(2.0)), Y, fisher_type="empirical")
+    scaled = per_example(lambda x: model(x, 2.0), x, model.a.weight)
+    assert_gradients(captured["a"], scaled)
+    with pytest.raises(CaptureError, match=r"x\[0\] is an empty batch, shape \(\)"):
+        fl.capture(model, CE, (torch.tensor(1.0), torch.tensor(2.0)), Y)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "named"),
+    [
+        (torch.ones(0, 4), {}, r"x is an empty batch, shape \(0, 4\)"),
+        (None, {}, r"the model does not take None \(NoneType\).*x is a tensor, or a tuple"),
+        (torch.ones(3, 4) * 1j, {}, r"x is torch.complex64 and the model torch.float32"),
+        (torch.ones(3, 4), {"forward": 3}, r"forward must be callable.*got 3 \(int\)"),
+    ],
+)
+def test_support_names_a_wrong_argument(x, options, named):
+    with pytest.raises(CaptureError, match=named):
+        fl.support(net(torch.float32), x, **options)
+
+
+def test_support_of_a_model_without_numbers():
+    table = fl.support(net().to("meta"), inputs().to("meta"))
+    assert list(table["status"]) == ["exact", "exact"]
+    assert table["compare"].str.startswith("refused: parameter '0.weight' is on the device").all()
