@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherlab.blocks import Block, Dense
 from fisherlab.blocks.numerics import check_dense, symmetrise
@@ -15,7 +16,8 @@ from fisherlab.extract import criteria
 from fisherlab.extract.api import Forward, _forward, split_batch
 from fisherlab.extract.fisher import as_module
 from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
-from fisherlab.extract.isolation import isolated
+from fisherlab.extract.isolation import is_half, isolated
+from fisherlab.extract.no_gradient import no_gradient_named
 from fisherlab.extract.select import Names, check_batch, check_model, chosen, weights_of
 
 
@@ -89,14 +91,16 @@ def hessian_product(
     pairs = [(g, v) for g, v in zip(gradients, directions, strict=True) if g.requires_grad]
     if not pairs:  # the gradient does not depend on any parameter
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
-    return torch.autograd.grad(
-        [g for g, _ in pairs],
-        leaves,
-        [v.to(g) for g, v in pairs],
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    # checkpointing runs a part of the model once more
+    with torch.inference_mode(False), no_gradient_named(CaptureError):
+        return torch.autograd.grad(
+            [g for g, _ in pairs],
+            leaves,
+            [v.to(g) for g, v in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
 
 def checked(
@@ -113,15 +117,30 @@ def checked(
     batch, labels = split_batch(x, y)
     check_model(model)
     check_batch(batch, labels, model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_half(parameter):
+            raise CaptureError(
+                f"parameter {name!r} is {parameter.dtype}, in which second derivatives are lost to "
+                "rounding; pass model.float()"
+            )
     return model, criterion, batch, labels
 
 
 def loss_gradients(
-    outputs: Tensor, criterion: Callable[..., Any], labels: Tensor, leaves: Sequence[Tensor]
+    model: nn.Module,
+    batch: object,
+    forward: Forward | None,
+    criterion: Callable[..., Any],
+    labels: Tensor,
+    leaves: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], float]:
     """The gradients of the loss, with their graph, and the mean per-example loss over the loss."""
+    # the other kernels of torch's attention have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = _forward(model, batch, forward)
     loss = criterion(criteria.arranged(criterion, outputs, labels), labels)
-    found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    with no_gradient_named(CaptureError):
+        found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
     return found, 1 / len(labels) if criteria.reduction_of(criterion) == "sum" else 1.0
 
 
@@ -170,10 +189,11 @@ def hessian_blocks(
                     f"{name!r} is no weight of a linear layer or a convolution, and the Hessian's "
                     "block is known of these"
                 )
-        outputs = _forward(model, batch, forward)
         leaves = {name: _leaves(module) for name, module in owners.items()}
         flat = [leaf for parts in leaves.values() for leaf in parts]
-        found, scale = loss_gradients(outputs, criterion, labels, flat)
+        if not flat:
+            return {}
+        found, scale = loss_gradients(model, batch, forward, criterion, labels, flat)
         gradients = dict(zip(map(id, flat), found, strict=True))
     return {
         name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, scale)

@@ -12,6 +12,8 @@ REENTRANT = (
     "the model calls torch.utils.checkpoint in its reentrant form, through which autograd gives no "
     "gradient at a layer's output: pass use_reentrant=False to checkpoint"
 )
+# autograd's words for a function that it differentiates once only
+_ONCE = ("is not implemented", "once_differentiable")
 # autograd's words for a graph that was changed or freed, or has no such leaf
 _SAID = (
     "modified by an inplace operation",
@@ -38,6 +40,11 @@ def no_gradient_named(error: type[Exception]) -> Iterator[None]:
         if not any(words in said for words in _SAID):
             if not _in_backward(raised) or isinstance(raised, torch.OutOfMemoryError):
                 raise
+            if any(words in said for words in _ONCE):
+                raise error(
+                    f"the model or its loss lacks a derivative that is asked for: {said[:200]}; "
+                    "call another function there"
+                ) from raised
             raise error(
                 f"a backward pass of the model fails, as its loss.backward() does: {said[:200]}"
             ) from raised

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherlab.extract import CaptureError
-from fisherlab.extract.api import Forward, _forward
+from fisherlab.extract.api import Forward
 from fisherlab.extract.hessian import checked, hessian_product, loss_gradients
 from fisherlab.extract.isolation import isolated
 from fisherlab.network.base import NetworkMatrix, Weights
@@ -56,8 +56,9 @@ class NetworkHessian(NetworkMatrix):
         ((self.dtype, self.device),) = kinds
         self._leaves = tuple(leaves.values())
         with isolated(model, batch):
-            outputs = _forward(model, batch, forward)
-            self._gradients, self._scale = loss_gradients(outputs, criterion, labels, self._leaves)
+            self._gradients, self._scale = loss_gradients(
+                model, batch, forward, criterion, labels, self._leaves
+            )
 
     def __matmul__(self, V: Mapping[str, Tensor]) -> Weights:
         self.check(V)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fisherlab as fl
-from fisherlab.extract import CaptureError
+from fisherlab.extract import CaptureError, hessian_blocks
 
 CE = nn.CrossEntropyLoss()
 Y = torch.tensor([0, 2, 1])
@@ -187,3 +188,50 @@ def test_support_of_a_model_without_numbers():
     table = fl.support(net().to("meta"), inputs().to("meta"))
     assert list(table["status"]) == ["exact", "exact"]
     assert table["compare"].str.startswith("refused: parameter '0.weight' is on the device").all()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.view(3, 1, 2, 4)).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean((1, 2)))
+
+
+def test_the_hessian_of_torchs_attention():
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(3, 8).double()
+    block = hessian_blocks(model, CE, x, Y)["head"]
+    direction = torch.randn(3, 5).double()
+
+    def gradient(step):
+        with torch.no_grad():
+            moved = [model.head.weight + step * direction[:, :4]]
+            moved.append(model.head.bias + step * direction[:, 4])
+        state = {"head.weight": moved[0], "head.bias": moved[1]}
+        leaves = [state[name].requires_grad_() for name in ("head.weight", "head.bias")]
+        loss = CE(torch.func.functional_call(model, state, (x,)), Y)
+        one, two = torch.autograd.grad(loss, leaves)
+        return torch.cat([one, two[:, None]], 1)
+
+    numeric = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
+    torch.testing.assert_close(block @ direction, numeric, rtol=1e-6, atol=1e-9)
+    assert (hessian_blocks(model, CE, x, Y)["qkv"] @ torch.ones(12, 5).double()).any()
+
+
+def test_a_hessian_that_is_none_is_refused_by_name():
+    def table(model, criterion=CE, x=None):
+        given = inputs() if x is None else x
+        fl.compare(model, criterion, given, Y, approximations="kfac", reference="hessian")
+
+    with pytest.raises(CaptureError, match="lacks a derivative .*multi_margin_loss_backward"):
+        table(net(), nn.MultiMarginLoss())
+    with pytest.raises(CaptureError, match=r"'0.weight' is torch.bfloat16.*pass model.float\(\)"):
+        table(net(torch.bfloat16), CE, inputs(torch.bfloat16))
+    torch.manual_seed(0)
+    with pytest.raises(CaptureError, match="the Hessian's block of layer 'W' is not known"):
+        model = Sparse().double()
+        model.head.requires_grad_(False)
+        table(model)
