@@ -257,6 +257,8 @@ class Follower:
 
     def follow(self, name: str, module: nn.Module) -> None:
         """Run the extension on `module` whenever a gradient arrives at an output of it."""
+        if isinstance(module, torch.jit.ScriptModule):  # which takes no hook
+            _refuse(name, module, again=False)
         hook = partial(self._called_with, name)
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 

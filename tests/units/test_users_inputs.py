@@ -70,6 +70,14 @@ class Sparse(nn.Module):
         return self.head((x @ self.W).tanh())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_backpack_names_a_scripted_module():
+    model = net()
+    model[0] = torch.jit.script(model[0])
+    with pytest.raises(CaptureError, match=r"'0' \(RecursiveScriptModule\) has no rule in BackP"):
+        fl.capture(model, CE, inputs(), Y, backend="backpack")
+
+
 @pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_sparse_inputs_of_a_matrix_product(sparse):
