@@ -66,7 +66,7 @@ def collect(
         weighted = Weighted(outputs, record.labels, doubtful, fisher_type == "empirical")
     failures = shared_biases(calls)
     failures |= _find_rows(calls, outputs, n, weighted, examples, check == "full")
-    failures |= left_out or {}
+    failures |= record.unfit | dict(left_out or {})
     captured: dict[str, LayerCapture] = {}
     covered: set[int] = set()
     for name, found in calls.items():

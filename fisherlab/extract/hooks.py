@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.extract.backward import pulled_back, widened
+from fisherlab.extract.proof import call_tolerance
 from fisherlab.extract.tape import Record, Recorded
 
 
@@ -56,3 +57,22 @@ def fill(
         # into one buffer: a list of columns and their stack would take twice the memory
         for call, gradient in zip(calls, send_backwards(outputs, record, vector), strict=True):
             call.gradients[k] = gradient
+    if parameters and record.tape.hooked:
+        _prove_linear(outputs, record, columns)
+
+
+def _prove_linear(outputs: Tensor, record: Record, columns: Sequence[Tensor]) -> None:
+    """Find gradient hooks of the user's under which vectors do not add up, such as clipping."""
+    factors = [2.0 ** -(k % 8 + 1) for k in range(len(columns))]
+    vector = torch.stack([f * v for f, v in zip(factors, columns, strict=True)]).sum(0)
+    found = send_backwards(outputs, record, vector)
+    for name, calls in record.calls.items():
+        for call in calls:
+            weights = call.gradients.new_tensor(factors).view(-1, *[1] * call.output.ndim)
+            terms, gradient = weights * call.gradients, found.pop(0)
+            size = terms.norm()
+            if (gradient - terms.sum(0)).norm() > call_tolerance(call) * size:
+                record.unfit[name] = (
+                    "a gradient hook changes what arrives at it other than by a linear map, as "
+                    "clipping does; remove the hook"
+                )

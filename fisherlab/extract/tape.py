@@ -446,6 +446,8 @@ class Record:
         self.gradients: dict[int, Tensor] = {}
         # the weights whose gradient the graph states to be that of their calls
         self.proven: set[str] = set()
+        # why weights have no block, found while vectors were sent back
+        self.unfit: dict[str, str] = {}
         # whether a mask was found to fit a layer that is left out
         self.mask_fits = False
 

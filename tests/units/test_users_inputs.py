@@ -243,3 +243,21 @@ def test_a_hessian_that_is_none_is_refused_by_name():
         model = Sparse().double()
         model.head.requires_grad_(False)
         table(model)
+
+
+def test_a_layer_behind_a_gradient_hook_that_clips_is_left_out():
+    def hooked(function):
+        model = net()
+
+        def hook(module, given, output):
+            if output.requires_grad:
+                output.register_hook(function)
+
+        model[1].register_forward_hook(hook)
+        return model
+
+    clipped = fl.capture(hooked(lambda g: g.clamp(-0.2, 0.2)), CE, inputs(), Y, fisher_type="exact")
+    assert "a gradient hook changes what arrives at it" in clipped.report.skipped["0"]
+    plain = fl.capture(net(), CE, inputs(), Y, fisher_type="exact")["0"]
+    halved = fl.capture(hooked(lambda g: g / 2), CE, inputs(), Y, fisher_type="exact")["0"]
+    torch.testing.assert_close(halved.gram(), plain.gram() / 4)
