@@ -122,6 +122,16 @@ def listed(value: object, what: str, *, error: type[Exception] = ValueError) -> 
     return value
 
 
+def items(value: object, what: str, *, error: type[Exception] = ValueError) -> list[Any]:
+    """All of an iterable, such as names in a set or a generator; a string is one item."""
+    if isinstance(value, str):
+        return [value]
+    try:
+        return list(value)  # type: ignore[call-overload]
+    except Exception as failed:  # an array without axes; an iterator of the user's that breaks off
+        raise error(f"{what} cannot be iterated over ({failed}); got {said(value)}") from failed
+
+
 def numbers(
     value: object, what: str, *, least: float = -math.inf, error: type[Exception] = ValueError
 ) -> list[float]:

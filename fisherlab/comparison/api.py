@@ -14,6 +14,7 @@ from fisherlab.comparison.table import Comparison
 from fisherlab.comparison.turns import in_turns
 from fisherlab.distributed import answering
 from fisherlab.extract.api import Forward
+from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 
 
@@ -134,7 +135,7 @@ def compare(
         mc_samples=mc_samples,
         mask=mask,
     )
-    with answering(request.ranks, "comparing"):
+    with answering(request.ranks, "comparing"), uncast():
         if layers_at_once is None:
             return measured(request, request.samples(), progress)
         return in_turns(request, layers_at_once, progress)

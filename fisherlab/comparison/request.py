@@ -99,11 +99,14 @@ class Request:
         elif self.reference is not None:
             pair = self.reference if isinstance(self.reference, tuple) else (self.reference, None)
             given = (self.reference, None, True) if self.inside else pair
-            others = split_batches(*given)
-            _check_held_out(self.batches, others)
-            if self.ranks is not None:
-                _check_counts(self.ranks, others)
-            held_out = self._captured(others, self.fisher_type)
+            try:
+                others = split_batches(*given)
+                _check_held_out(self.batches, others)
+                if self.ranks is not None:
+                    _check_counts(self.ranks, others)
+                held_out = self._captured(others, self.fisher_type)
+            except CaptureError as error:
+                raise CaptureError(f"the examples of reference: {error}") from error
         _check_blocks(self.makers, captures[0])
         check_memory(captures[0], self.memory)
         return Samples(captures, target, held_out, hessians)
@@ -261,10 +264,11 @@ def _shares(dampings: object) -> list[float]:
     """The dampings as a list of positive numbers."""
     alone = doors.real(dampings) is not None
     listed = isinstance(dampings, Iterable) and not isinstance(dampings, str | bytes | Mapping)
-    shares: list[Any] = [dampings] if alone or not listed else list(dampings)  # type: ignore[call-overload]
+    shares: list[Any] = [dampings] if alone or not listed else doors.items(dampings, "dampings")
     if not shares or any((d := doors.real(s)) is None or not 0 < d < math.inf for s in shares):
-        got = doors.said(dampings)
-        raise ValueError(f"dampings are relative to tr F / N and positive, got {got}")
+        raise ValueError(
+            f"dampings are relative to tr F / N and positive, got {doors.said(dampings)}"
+        )
     return [float(share) for share in shares]
 
 
@@ -368,19 +372,15 @@ def named_makers(approximations: Candidates, model: nn.Module) -> dict[str, Cand
         if len(blocks) == len(approximations) and any(k.split(":")[0] in layers for k in blocks):
             return {"preconditioner": blocks}
         return dict(approximations)
-    if isinstance(approximations, str):
-        approximations = [approximations]
-    if not isinstance(approximations, Iterable):
-        raise ValueError(
-            "approximations are names, instances, or a dict of name -> approximation; got "
-            f"{doors.said(approximations)}"
-        )
+    wanted = "approximations are names, instances, or a dict of name -> approximation, which"
     makers: dict[str, Candidate] = {}
-    for item in approximations:
+    for item in doors.items(approximations, wanted):
         maker = registry.get(item)() if isinstance(item, str) else item
         if not isinstance(maker, Approximation):
-            what = doors.said(item)
-            raise ValueError(f"{what} is neither a name nor an approximation; name it in a dict")
+            raise ValueError(
+                f"{doors.said(item)} among the approximations is neither a name nor an "
+                "approximation; name it in a dict"
+            )
         name = maker.name or type(maker).__name__
         if maker not in makers.values():
             makers[name if name not in makers else repr(maker)] = maker
@@ -394,6 +394,8 @@ def _check_held_out(batches: list[Batch], reference: list[Batch]) -> None:
             if x is other or (
                 isinstance(x, Tensor)
                 and isinstance(other, Tensor)
+                and doors.is_strided(x)
+                and doors.is_strided(other)
                 and (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
                 and torch.equal(x, other)
             ):

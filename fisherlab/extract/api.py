@@ -23,6 +23,7 @@ from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import (
+    as_cast,
     buffers_kept,
     copied,
     floated,
@@ -323,11 +324,11 @@ def _check_options(fisher_type: str, backend: str, check: str, generator: object
 
 def _check_kinds(kinds: object, examples: object, forward: object, ranks: object) -> None:
     """Refuse options that are of another type than theirs."""
-    if (
-        not isinstance(kinds, Collection)
-        or isinstance(kinds, str | bytes)
-        or not set(kinds) <= set(KINDS)
-    ):
+    if isinstance(kinds, str) or not isinstance(kinds, Collection):
+        found = None
+    else:
+        found = doors.items(kinds, "kinds", error=CaptureError)
+    if found is None or any(not isinstance(kind, str) or kind not in KINDS for kind in found):
         raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {doors.said(kinds)}")
     if examples is not None and not (
         isinstance(examples, Tensor)
@@ -463,19 +464,19 @@ def call(model: nn.Module, x: object, forward: Forward | None = None) -> Any:
     args: tuple[Any, ...] = tuple(x) if isinstance(x, tuple | list) else (x,)
     names = dict(x) if isinstance(x, Mapping) else {}
     try:
-        if forward is not None:
-            return forward(model, x)
-        return model(**names) if isinstance(x, Mapping) else model(*args)
+        with as_cast():
+            if forward is not None:
+                return forward(model, x)
+            return model(**names) if isinstance(x, Mapping) else model(*args)
     except (TypeError, RuntimeError) as error:
         check_dtypes(x, model)
-        plain = isinstance(x, Tensor | tuple | list | Mapping)
-        if isinstance(error, TypeError) and not plain and forward is None:
-            raise CaptureError(
-                f"the model does not take {doors.said(x)}: {error}; x is a tensor, or a tuple or "
-                "dict of the model's arguments"
-            ) from error
         if forward is None:
             _check_arguments(model, () if isinstance(x, Mapping) else args, names, error)
+            if isinstance(error, TypeError) and not tensors_of(x):
+                raise CaptureError(
+                    f"the model does not take {doors.said(x)}: {error}; x is a tensor, or a tuple "
+                    "or dict of the model's arguments"
+                ) from error
         raise
 
 

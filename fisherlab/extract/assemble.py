@@ -194,7 +194,8 @@ def capture_of(
     inputs = tuple(_as(part.raw_input, g) for part, g in zip(parts, label, strict=True))
     outputs = None
     if not any(part.sums or part.call.output is None for part in parts):
-        outputs = tuple(part.gradient(cast(Tensor, part.call.output)[None])[0] for part in parts)
+        made = [part.gradient(cast(Tensor, part.call.output)[None])[0] for part in parts]
+        outputs = tuple(_as(s, g) for s, g in zip(made, label, strict=True))
     maps = [part.geometry for part in parts]
     same = all(one == maps[0] for one in maps)
     whole = maps[0] if same else replace(form.geometry, conv=None, transposed=None, lookup=None)

@@ -138,6 +138,7 @@ def loss_gradients(
     # the other kernels of torch's attention have no second derivative
     with sdpa_kernel(SDPBackend.MATH):
         outputs = _forward(model, batch, forward)
+    outputs = outputs.float() if is_half(outputs) else outputs
     loss = criterion(criteria.arranged(criterion, outputs, labels), labels)
     with no_gradient_named(CaptureError):
         found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
@@ -176,7 +177,8 @@ def hessian_blocks(
         CaptureError: a layer named in full is no such module, or the batch is none.
     """
     model, criterion, batch, labels = checked(model, criterion, x, y)
-    with isolated(model, batch):
+    # cached: the weight of a parametrized layer that the pass uses is the one asked for
+    with isolated(model, batch), nn.utils.parametrize.cached():
         weights = weights_of(model)
         names, named = chosen(weights, layers, skip)
         owners = {}

@@ -125,11 +125,46 @@ def streams_kept(*devices: torch.device) -> Iterator[None]:
         np.random.set_state(array)  # noqa: NPY002
 
 
+# Kinds of devices whose autocast a caller may have entered; and those that FisherLab left.
+_CASTING = ("cpu", "cuda", "mps", "xpu")
+_CAST: ContextVar[tuple[str, ...]] = ContextVar("cast", default=())
+
+
+@contextmanager
+def uncast() -> Iterator[None]:
+    """Autocast off: FisherLab's own arithmetic is in the dtypes of its tensors."""
+    kinds = tuple(kind for kind in _CASTING if torch.is_autocast_enabled(kind))
+    token = _CAST.set(kinds or _CAST.get())
+    try:
+        with _autocast(kinds, False):
+            yield
+    finally:
+        _CAST.reset(token)
+
+
+def as_cast() -> AbstractContextManager[None]:
+    """Autocast as the caller has it, for his own functions inside `uncast`."""
+    return _autocast(_CAST.get(), True)
+
+
+@contextmanager
+def _autocast(kinds: tuple[str, ...], on: bool) -> Iterator[None]:
+    before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+    try:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, on)
+        yield
+    finally:
+        for kind, was in before.items():
+            torch.set_autocast_enabled(kind, was)
+
+
 @contextmanager
 def isolated(model: nn.Module, x: object) -> Iterator[None]:
     """Gradients on, in inference mode too; random streams, buffers, weights and flags are put back.
 
-    Compiled modules run as the Python they were made of, so that their functions are seen.
+    Compiled modules run as the Python they were made of, so that their functions are seen. Autocast
+    is left for all but the model.
 
     Args:
         model: the model that runs inside. A forward pass may update its buffers: running
@@ -147,6 +182,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
             torch.enable_grad(),
             streams_kept(*devices),
             _uncompiled(),
+            uncast(),
         ):
             yield
     finally:

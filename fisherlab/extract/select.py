@@ -157,9 +157,8 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def _patterns(given: Iterable[str] | str, role: str) -> list[str]:
-    if not isinstance(given, Iterable):
-        raise CaptureError(f"{role}= takes names or patterns of layers; got {doors.said(given)}")
-    patterns = [given] if isinstance(given, str) else list(given)
+    wanted = f"{role}= takes names or patterns of layers, which"
+    patterns = doors.items(given, wanted, error=CaptureError)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise CaptureError(

@@ -14,6 +14,7 @@ from fisherlab.approximations.damping import LevenbergMarquardt
 from fisherlab.extract.isolation import buffers_kept
 from fisherlab.optim.preconditioner import Preconditioner
 from fisherlab.optim.scale import OptimizerError
+from fisherlab.optim.step import evaluated
 
 Closure = Callable[[], Tensor]
 
@@ -54,7 +55,7 @@ def second_look(
         return loss
     predicted = _predicted_change(preconditioner, {p: p - before[p] for p in before})
     with preconditioner.unrecorded(), unmoved(preconditioner.model), torch.enable_grad():
-        change = closure().item() - loss.item()
+        change = evaluated(closure).item() - loss.item()
     if (ranks := preconditioner.ranks) is not None:
         change = ranks.total(change) / ranks.size
     for rule in rules:

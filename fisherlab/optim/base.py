@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fisherlab import doors
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract.geometry import Geometry
+from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 from fisherlab.optim.alike import Agreement, check_alike, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept
@@ -201,6 +202,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return True
 
     @torch.no_grad()
+    @uncast()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
         with answering(self.ranks, "taking a step"):

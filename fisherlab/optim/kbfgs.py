@@ -14,6 +14,7 @@ from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import cholesky, sum_of
+from fisherlab.extract.isolation import uncast
 from fisherlab.optim.attempt import Kept, whole
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
@@ -69,6 +70,7 @@ class KBFGSOptimizer(NaturalGradient):
         self._mean_gradient: dict[str, Tensor] = {}
 
     @torch.no_grad()
+    @uncast()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One step and one BFGS update; the closure runs twice, on the same batch."""
         if closure is None:
@@ -130,7 +132,7 @@ class KBFGSOptimizer(NaturalGradient):
         }
         self._apply(self._clipped(directions))
         with torch.enable_grad():
-            closure()
+            evaluated(closure)
         after = self._captures()
         for part in (part for name in gradients for part in parts[name]):
             _learn(part, delivered(before, part.key), delivered(after, part.key))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
+from fisherlab.extract.isolation import uncast
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 
@@ -127,6 +128,7 @@ class Muon(torch.optim.Optimizer):
             part.state = self.state
 
     @torch.no_grad()
+    @uncast()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step of both.
 

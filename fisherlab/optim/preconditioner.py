@@ -22,6 +22,7 @@ from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.reads import together
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract import LayerCapture
+from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 from fisherlab.optim.alike import Agreement, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept
@@ -196,6 +197,7 @@ class Preconditioner(Covered):
     # the step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @uncast()
     def step(self) -> None:
         """Put the preconditioned gradient in the place of `.grad`, once per backward pass.
 

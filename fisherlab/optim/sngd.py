@@ -23,7 +23,7 @@ from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.reads import Together
 from fisherlab.distributed import parallel
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
-from fisherlab.extract.isolation import is_isolated, is_traced
+from fisherlab.extract.isolation import is_isolated, is_traced, uncast
 from fisherlab.extract.slopes import Slopes, slopes
 from fisherlab.names import unknown
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
@@ -520,6 +520,7 @@ class ReconstructedSGD(torch.optim.SGD):
         self.every, self.steps = every, 0
 
     @torch.no_grad()
+    @uncast()
     def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """One step on `w'`, then new roots where they are due."""
         loss = super().step(closure)

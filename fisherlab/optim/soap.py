@@ -14,6 +14,7 @@ from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.energies import carried
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import eigh_each
+from fisherlab.extract.isolation import uncast
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 
@@ -84,6 +85,7 @@ class SOAP(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
+    @uncast()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left.
 

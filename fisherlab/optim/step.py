@@ -15,6 +15,7 @@ from torch.optim.sgd import sgd
 from fisherlab import doors
 from fisherlab.approximations.damping import as_rule
 from fisherlab.blocks.reads import numbers_of
+from fisherlab.extract.isolation import as_cast
 
 DECAY_PLACEMENTS = ("after", "before", "loss")
 
@@ -28,7 +29,8 @@ def evaluated(closure: Callable[[], Tensor]) -> Tensor:
         TypeError: it is no function, or takes arguments.
     """
     doors.function(closure, "closure()", error=TypeError)
-    return closure()
+    with as_cast():
+        return closure()
 
 
 @dataclass(frozen=True)

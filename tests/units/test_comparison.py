@@ -647,7 +647,7 @@ def with_weight(model, value):
     ("change", "message"),
     [
         ({"approximations": ["kfacc"]}, "no approximation named 'kfacc'; nearest: kfac"),
-        ({"approximations": [3]}, r"3 \(int\) is neither a name nor an approximation"),
+        ({"approximations": [3]}, "3 .int. among the approximations is neither"),
         ({"fisher_type": "exakt"}, "exakt"),
         ({"reference": "exakt"}, "unknown reference 'exakt'; one of exact"),
         ({"dampings": ()}, "positive, got"),

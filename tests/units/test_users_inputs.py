@@ -261,3 +261,96 @@ def test_a_layer_behind_a_gradient_hook_that_clips_is_left_out():
     plain = fl.capture(net(), CE, inputs(), Y, fisher_type="exact")["0"]
     halved = fl.capture(hooked(lambda g: g / 2), CE, inputs(), Y, fisher_type="exact")["0"]
     torch.testing.assert_close(halved.gram(), plain.gram() / 4)
+
+
+def test_autocast_is_the_models_alone():
+    model, x = net(torch.float32), inputs(torch.float32)
+
+    def cast(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    def table(**options):
+        methods = ["kfac", "tkfac", "diagonal", "exact"]
+        found = fl.compare(model, CE, x, Y, approximations=methods, dampings=0.1, **options)
+        return found.frame[["relative_error", "direction_cosine", "stein_loss"]]
+
+    expected = table(forward=cast)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, captured = table(), fl.capture(model, CE, x, Y)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.equals(expected) and found.notna().all(axis=None)
+    assert captured.outputs.equal(cast(model, x).float())
+
+
+@pytest.mark.parametrize("name", ["kfac", "ngd", "soap", "muon", "kbfgs"])
+def test_a_step_inside_autocast_is_the_step_outside(name):
+    def trained(inside):
+        model, x = net(torch.float32), inputs(torch.float32)
+        optimizer = fl.optim.create(name, model, lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = CE(model(x), Y)
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step(closure)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert trained(True).equal(trained(False))
+
+
+def test_the_hessian_of_a_parametrized_layer_is_that_of_its_weight():
+    model, x = net(), inputs()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with nn.utils.parametrize.cached():
+        W, b = model[0].weight, model[0].bias
+        found = torch.autograd.grad(CE(model(x), Y), (W, b), create_graph=True)
+        direction = torch.randn_like(W)
+        expected = torch.autograd.grad((found[0] * direction).sum(), (W, b))
+    V = torch.cat([direction.detach(), torch.zeros(5, 1).double()], 1)
+    product = hessian_blocks(model, CE, x, Y)["0"] @ V
+    torch.testing.assert_close(product, torch.cat([expected[0], expected[1][:, None]], 1))
+
+
+class Broken:
+    def __iter__(self):
+        raise RuntimeError("this iterator is broken")
+
+    def __repr__(self):
+        raise RuntimeError("and so are its words")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"layers": torch.tensor(3)}, "layers= takes names .* cannot be iterated over"),
+        ({"skip": Broken()}, "skip= takes names .*this iterator is broken.*Broken instance"),
+        ({"approximations": torch.tensor(3)}, "approximations are names.*cannot be iterated"),
+        ({"approximations": [Broken()]}, "Broken instance.* among the approximations"),
+        ({"dampings": Broken()}, "dampings cannot be iterated over .this iterator is broken"),
+        ({"loss_scale": torch.ones(2)}, "loss_scale must be one of mean, sum; got a torch.float32"),
+        ({"reference": [[1, 2], [3]]}, "the examples of reference: y is no tensor but list"),
+        ({"reference": (torch.ones(0, 4).double(), Y[:0])}, "of reference: x is an empty batch"),
+    ],
+)
+def test_compare_names_an_argument_that_is_no_list(options, named):
+    given = {"approximations": "kfac"} | options
+    with pytest.raises(ValueError, match=named):
+        fl.compare(net(), None if "loss_scale" in options else CE, inputs(), Y, **given)
+
+
+def test_kinds_that_cannot_be_hashed_are_named():
+    with pytest.raises(CaptureError, match="kinds are some of map, embedding, factors; got"):
+        fl.capture(net(), CE, inputs(), Y, kinds=[["map"], ["factors"]])
+
+
+def test_a_sparse_reference_is_another_sample():
+    torch.manual_seed(0)
+    model, x = Sparse().double(), inputs().relu().to_sparse()
+    table = fl.compare(model, CE, x, Y, approximations="kfac", reference=(2 * x, Y))
+    assert table.frame["reference_examples"].eq(3).all()
