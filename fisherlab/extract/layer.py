@@ -86,7 +86,10 @@ class LayerCapture:
         ):
             raise CaptureError(f"maps must be a tuple of Geometry, got {doors.said(self.maps)}")
         for name in ("gradient_scale", "summed", "term_scale", "column_share"):
-            doors.number(getattr(self, name), name, error=CaptureError)
+            # NaN of a batch is named where its numbers are used
+            if doors.real(getattr(self, name)) is None:
+                got = doors.said(getattr(self, name))
+                raise CaptureError(f"{name} must be a number, got {got}")
         for name in ("name", "layer_type", "without_slope", "fisher_type"):
             doors.name(getattr(self, name), name, error=CaptureError)
 
