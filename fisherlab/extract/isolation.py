@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
+
+from fisherlab.telling import warn
 
 # Whether a capture's own pass runs: an optimizer's hooks on the same model then look away.
 _ISOLATED: ContextVar[bool] = ContextVar("isolated", default=False)
@@ -105,11 +106,10 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
             weight.data.copy_(before)  # no new version: a live graph may hold the weight
         changed = [name for name, (p, version) in others.items() if p._version != version]
         if changed:
-            warnings.warn(
+            warn(
                 f"the forward pass writes into the parameter{'s' * (len(changed) > 1)} "
                 f"{', '.join(changed)}, also when FisherLab runs it; the numbers are of the values "
-                "after that",
-                stacklevel=2,
+                "after that"
             )
 
 

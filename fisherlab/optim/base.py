@@ -229,7 +229,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         self.coverage.stepped()
         self.steps += 1
         if self.steps == 1:
-            self.coverage.warn_of_share(stacklevel=4)
+            self.coverage.warn_of_share()
         return loss
 
     def _described(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -18,10 +17,11 @@ from fisherlab.blocks.reads import holds
 from fisherlab.extract import select
 from fisherlab.extract.geometry import Convolution, Geometry
 from fisherlab.extract.select import Names, check_initialised, chosen, on_tape, weights_of
-from fisherlab.extract.tape import Tape, Use
+from fisherlab.extract.tape import Use
 from fisherlab.optim.scale import OptimizerError
 from fisherlab.optim.watch import Watch
 from fisherlab.optim.weight import Weight
+from fisherlab.telling import warn
 
 
 def any_geometry(geometry: Geometry) -> bool:
@@ -67,8 +67,8 @@ class Coverage:
         self.weights: dict[str, Weight] = {}
         self.left_out: dict[str, str] = {}
         self.weighs = _WEIGHS
-        # the tape that sees the products of the weights
-        self.tape: Tape | None = None
+        # sees the products of the weights
+        self.watch: Watch | None = None
         # the shape of each matrix as it was first seen, its dtype at the last step
         self._shapes: dict[str, torch.Size] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -82,14 +82,14 @@ class Coverage:
     @property
     def others(self) -> Mapping[str, set[str]]:
         """Weight -> the functions that use it in another way than by a product."""
-        return {} if self.tape is None else self.tape.others
+        return {} if self.watch is None else self.watch.tape.others
 
     def renew(self, model: nn.Module) -> None:
         """Know the weights of modules that the model was given since; their calls join them."""
         self.owners = weights_of(model, computed=False)
         self._wanted = _meant(self.owners, *self.asked.values())
-        if self.tape is not None:
-            self.tape.track(on_tape(self.owners))
+        if self.watch is not None:
+            self.watch.tape.track(on_tape(self.owners))
 
     def where(self) -> dict[nn.Parameter, int]:
         """The group that each parameter is in."""
@@ -138,15 +138,15 @@ class Coverage:
             if name in self.left_out:
                 continue
             self.left_out[name] = reason
-            warnings.warn(
-                f"layer {name!r} has no block and takes its plain gradient: {reason}", stacklevel=3
-            )
+            warn(f"layer {name!r} has no block and takes its plain gradient: {reason}")
 
     def check(self, model: nn.Module) -> None:
         """Refuse layers that are no longer those which the hooks and the blocks belong to.
 
         And gradients that another optimizer of the model has weighted.
         """
+        if self.watch is not None:
+            self.watch.settle()
         if any(each.coverage is not self for each in self.weighs.get(model, ())):
             raise OptimizerError(
                 "another optimizer of this model (TENGraD, NGD-SMW or FNGD) puts its own step into "
@@ -321,7 +321,7 @@ class Coverage:
         share = f"{min(int(100 * self.share), 99)}%"
         return f"{share} of its trainable parameters have a block; plain gradient: {names}"
 
-    def warn_of_share(self, stacklevel: int) -> None:
+    def warn_of_share(self) -> None:
         """Say that most matrices take their plain gradient, and why, where it is so."""
         where = self.where()
         matrices = [
@@ -339,10 +339,9 @@ class Coverage:
         plain = [o for o in matrices if o.name not in self.weights or o.name in self.left_out]
         reasons = "; ".join(f"{o.name!r}: {self._why_plain(o.name)}" for o in plain[:5])
         more = f"; and {len(plain) - 5} more" if len(plain) > 5 else ""
-        warnings.warn(
+        warn(
             f"only {inside / total:.0%} of the trainable matrices have a block; the others take "
-            f"their plain gradient. {reasons}{more}",
-            stacklevel=stacklevel,
+            f"their plain gradient. {reasons}{more}"
         )
 
     def _why_plain(self, name: str) -> str:
@@ -427,5 +426,5 @@ def shown(model: nn.Module, coverage: Coverage) -> Watch:
         used.clear()
 
     watch = Watch(model, coverage.weights, due, lambda: None, record, end)
-    coverage.tape = watch.tape
+    coverage.watch = watch
     return watch

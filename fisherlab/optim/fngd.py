@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from fisherlab.optim.step import Directions
 from fisherlab.optim.weight import Weight
 from fisherlab.optim.weighted import Calls, columns_of, of_each_example
 from fisherlab.optim.woodbury import Taken, Woodbury
+from fisherlab.telling import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,11 +205,10 @@ class FNGD(Woodbury):
         spread = self.summary()["spread"].dropna()
         if len(spread) and not self._told and spread.max() < FLAT:
             self._told = True
-            warnings.warn(
+            warn(
                 f"FNGD's shared coefficients are flat (spread at most {spread.max():.1%} over "
                 "slots): from here on this is SGD with a per-layer factor; see opt.summary(), "
-                "share='example' or share='none'",
-                stacklevel=4,
+                "share='example' or share='none'"
             )
 
     def coefficients(self) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from fisherlab.optim.schedule import USUAL, Schedule
 from fisherlab.optim.state import FORMAT, check_form, check_state, generator_state, sealed
 from fisherlab.optim.summary import summary_row
 from fisherlab.optim.weight import Weight, has_gradient, undelivered
+from fisherlab.telling import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,7 +240,7 @@ class Preconditioner(Covered):
                     self._left = p, p.grad, p.grad._version
         self.coverage.stepped()
         if self.steps == 1:
-            self.coverage.warn_of_share(stacklevel=5)
+            self.coverage.warn_of_share()
 
     def directions(self, gradients: Gradients) -> Gradients:
         """Refresh what is due, and precondition the `[weight | bias]` gradients by name."""
@@ -353,10 +353,9 @@ class Preconditioner(Covered):
         found = {name: self.diagonal_factors(weight) for name, weight in self.weights.items()}
         layers = [f"{name!r}: {factors}" for name, factors in found.items() if factors]
         if layers:
-            warnings.warn(
+            warn(
                 f"Kronecker factors with more than largest_factor={self.largest_factor} rows are "
-                f"replaced by their diagonals in layer {'; '.join(layers)}",
-                stacklevel=3,
+                f"replaced by their diagonals in layer {'; '.join(layers)}"
             )
 
     def summary(self) -> pd.DataFrame:

@@ -12,7 +12,6 @@ scale the Fisher matrix by c^2.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Collection
 from functools import partial
@@ -51,6 +50,7 @@ from fisherlab.optim.scale import (
 )
 from fisherlab.optim.watch import Hook, Watch
 from fisherlab.optim.weight import Weight
+from fisherlab.telling import warn
 
 # The share of `.grad` that a gradient of the gradient may be before blocks are refused.
 PENALTY = 1e-3
@@ -110,7 +110,7 @@ class Recorder:
         self.watch = Watch(
             model, self.weights, lambda: self.wanted, self._begin, self._record, self._end
         )
-        coverage.tape = self.watch.tape
+        coverage.watch = self.watch
         self._handles: list[Any] = []
         if isinstance(criterion, nn.Module):
             hook = Hook(lambda _, *args: self._loss(*args))
@@ -440,10 +440,7 @@ class Recorder:
         if new:
             self.coverage.left_out |= new
             named = "; ".join(f"layer {name!r} has no slope nu: {why}" for name, why in new.items())
-            warnings.warn(
-                f"SNGD has no block of these layers, which take their plain gradients: {named}",
-                stacklevel=2,
-            )
+            warn(f"SNGD has no block of these layers, which take their plain gradients: {named}")
 
     def _factor(self, one: Pass) -> float:
         """The factor from `dL/ds` to the gradient of the per-example loss `l_n`."""

@@ -7,7 +7,6 @@ more. One gradient step on `w'` is one natural-gradient step on `W` for the fixe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +26,7 @@ from fisherlab.extract.isolation import is_isolated, is_traced, uncast
 from fisherlab.extract.slopes import Slopes, slopes
 from fisherlab.names import unknown
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem
+from fisherlab.telling import warn
 
 Activation = Callable[[Tensor], Tensor] | None
 VARIANTS = ("mean", "relative")
@@ -354,10 +354,9 @@ class _Observer:
                 A = torch.stack([call.moment for call in calls]).sum(0)
                 fisher.observe(A / sum(call.rows for call in calls), _nu(calls, mine))
         if left:
-            warnings.warn(
+            warn(
                 "these layers keep G = I, so they take their plain gradients; nu = 1 is "
-                f"reconstruct(..., activations={{name: None}}): {'; '.join(left)}",
-                stacklevel=2,
+                f"reconstruct(..., activations={{name: None}}): {'; '.join(left)}"
             )
 
 

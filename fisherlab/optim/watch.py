@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -44,11 +46,26 @@ def _nothing(*_: Any) -> None:
     """Do nothing, as a copied hook does."""
 
 
+class _Tape(Tape):
+    """One that hears no pass of FisherLab's own, while it stands or after Ctrl-C."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """The function's own result; its use of a weight is noted."""
+        if is_isolated():
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class Watch:
     """Enters a tape at the begin of each forward pass of a model, and leaves it at its end.
 
     Compiled code calls no function that a tape sees, and checkpointing computes again when the tape
     is left. There the hooks of the modules tell their own products, as far as these are known.
+
+    A model that calls itself makes one pass. Where Ctrl-C breaks a pass off, torch calls no hook:
+    the tape then hears nothing more, and is left at the next pass or step.
 
     Args:
         model: the model.
@@ -74,15 +91,16 @@ class Watch:
         self.model = weakref.ref(model)
         self.weights, self.wanted = weights, wanted
         self.begin, self.record, self.end = begin, record, end
-        self.tape = Tape(on_tape(weights_of(model, computed=False)), record)
+        self.tape = _Tape(on_tape(weights_of(model, computed=False)), self._record)
         # whether the latest pass returned one tensor, or one called `logits`
         self.single = True
         # the loss that the latest pass returned beside its outputs
         self.loss: Tensor | None = None
         # whether the latest pass returned anything, or broke off
         self.returned = False
-        # a recorded pass runs in this thread; in compiled code
+        # of this thread: torch's frame that runs a recorded pass, and calls inside it
         self._passes = threading.local()
+        # whether the pass runs in compiled code
         self._compiled = False
         # the weights whose own modules tell their products
         self.hooked = {name for name, weight in weights.items() if weight.local == "weight"}
@@ -109,6 +127,7 @@ class Watch:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
+        self.settle()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -117,20 +136,47 @@ class Watch:
         # a deep copy of the model carries these hooks along
         if model is not self.model() or is_isolated():
             return
-        self._running = not is_traced() and self.wanted() and torch.is_grad_enabled()
-        if not self._running:
+        if self._is_inside():
+            self._passes.nested += 1
+            return
+        self.settle()
+        if is_traced() or not self.wanted() or not torch.is_grad_enabled():
             return
         self.begin()
-        self._compiled = compiled
+        self._running, self._compiled = True, compiled
         if not compiled:
-            self.tape.leave()  # an interrupted pass may have left it entered
+            # the one that calls this hook; a frame of compiled code is none of a pass
+            self._passes.frame, self._passes.nested = sys._getframe(2), 0
             self.tape.others.clear()
             self.tape.__enter__()
+
+    def _is_inside(self) -> bool:
+        """Whether the recorded pass of this thread is under way, and not broken off."""
+        home: FrameType | None = getattr(self._passes, "frame", None)
+        frame: FrameType | None = None if home is None else sys._getframe(1)
+        while frame is not None and frame is not home:
+            frame = frame.f_back
+        return frame is not None
+
+    def _record(self, use: Use, output: Tensor) -> Tensor:
+        return self.record(use, output) if self._is_inside() else output
 
     def _end(self, compiled: bool, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if model is not self.model() or is_isolated() or not self._running:
             return
-        self._running = False
+        if getattr(self._passes, "nested", 0):
+            self._passes.nested -= 1
+            return
+        self._finish(output)
+
+    def settle(self) -> None:
+        """End a pass that Ctrl-C broke off, as one that raised."""
+        if self._running:
+            self.tape.others.clear()  # they may be of later calls, by hand
+            self._finish(None)
+
+    def _finish(self, output: Any) -> None:
+        self._running, self._passes.frame = False, None
         self.tape.leave()
         found, self.returned = output_of(output), output is not None
         self.single, loss = isinstance(found, Tensor), loss_of(output)

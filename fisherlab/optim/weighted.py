@@ -308,7 +308,7 @@ class WeightedLayers:
             replaces=True,
         )
         self.coverage.weighs.setdefault(model, weakref.WeakSet()).add(self)
-        coverage.tape = self.watch.tape
+        coverage.watch = self.watch
         self.scale = LossScale(criterion, lambda: in_own_pass(self.watch.model()), self.weights)
 
     def _begin(self) -> None:

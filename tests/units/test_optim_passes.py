@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 import fisherlab as fl
 from fisherlab.optim import OptimizerError
@@ -333,3 +334,90 @@ def test_columns_of_a_loss_of_several_passes_are_refused():
     with pytest.raises(OptimizerError, match="of the outputs of 2 together"):
         CE(outputs, y)
     opt.remove()
+
+
+class Calls(nn.Module):
+    """May call itself, and may be broken off in its midst."""
+
+    def __init__(self, how=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+        self.how, self.broken = how, False
+
+    def forward(self, x, inner=False):
+        hidden = self.a(x).tanh()
+        if self.broken:
+            raise KeyboardInterrupt
+        if self.how == "first" and not inner:
+            return self(x / 2, inner=True) + self.b(hidden)
+        out = self.b(hidden)
+        if inner or not self.how:
+            return out
+        if self.how == "teacher":
+            with torch.no_grad():
+                target = self(x / 2, inner=True)
+            return out + target
+        return out + self(x / 2, inner=True)
+
+
+def own_batch():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x, torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("how", ["", "teacher", "first", "last"])
+def test_a_model_that_calls_itself_makes_one_pass(how):
+    model, (x, y) = Calls(how), own_batch()
+    optimizer = fl.optim.create("exact", model, lr=0.1)
+    nn.CrossEntropyLoss()(model(x), y).backward()
+    assert not _get_current_function_mode_stack()
+    captured = fl.capture(model, nn.CrossEntropyLoss(), x, y, fisher_type="empirical")
+    optimizer.step()
+    for name, block in optimizer.blocks().items():
+        torch.testing.assert_close(block.dense(), fl.Exact()(captured[name]).dense())
+
+
+@pytest.mark.parametrize("name", ["kfac", "tengrad"])
+@pytest.mark.parametrize("meanwhile", ["capture", "by hand", "evaluation", "step", "removal"])
+def test_a_pass_that_ctrl_c_breaks_off_leaves_nothing(name, meanwhile):
+    x, y = own_batch()
+    criterion = nn.CrossEntropyLoss()
+
+    def trained(interrupted):
+        model = Calls()
+        optimizer = fl.optim.create(name, model, lr=0.1)
+
+        def gradients():
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+
+        gradients()
+        optimizer.step()
+        gradients()
+        if interrupted:
+            model.broken = True
+            with pytest.raises(KeyboardInterrupt):
+                model(3 * x)
+            model.broken = False
+            if meanwhile == "capture":
+                fl.capture(model, criterion, x, y)
+            elif meanwhile == "by hand":
+                assert model.a(x).grad_fn.name() == "AddmmBackward0"
+                assert bool(model.a.weight.norm() > 0)
+            elif meanwhile == "evaluation":
+                with torch.no_grad():
+                    model(x)
+                assert not _get_current_function_mode_stack()
+            elif meanwhile == "removal":
+                optimizer.remove()
+                assert not _get_current_function_mode_stack()
+                return None
+        optimizer.step()
+        assert not _get_current_function_mode_stack()
+        gradients()
+        optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    found = trained(interrupted=True)
+    assert found is None or found.equal(trained(interrupted=False))
