@@ -207,7 +207,8 @@ class Tape(TorchFunctionMode):
         product = None if parse is None else parse(*args, **kwargs)
         uses = [] if product is None else self._uses(func, product)
         out = func(*args, **kwargs)
-        if uses and isinstance(out, Tensor):
+        # a block is one of real numbers: a complex product uses a weight in another way
+        if uses and isinstance(out, Tensor) and not out.is_complex():
             return self._recorded(func, uses, out)
         if self._is_new(out) and not self._is_computed(func, args, out):
             self._note(func, (*args, *kwargs.values()))

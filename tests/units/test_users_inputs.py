@@ -354,3 +354,30 @@ def test_a_sparse_reference_is_another_sample():
     model, x = Sparse().double(), inputs().relu().to_sparse()
     table = fl.compare(model, CE, x, Y, approximations="kfac", reference=(2 * x, Y))
     assert table.frame["reference_examples"].eq(3).all()
+
+
+def test_warnings_point_at_the_users_line():
+    model, x = net(), inputs()
+    model.register_parameter("unused", nn.Parameter(torch.ones(99, 99)))
+    for name in ("kfac", "tengrad"):
+        optimizer = fl.optim.create(name, model, lr=0.1)
+        optimizer.zero_grad()
+        (CE(model(x), Y) + model.unused.square().sum()).backward()
+        with pytest.warns(UserWarning, match="of the trainable matrices have a block") as said:
+            optimizer.step()
+        assert said[0].filename == __file__
+        optimizer.remove()
+
+
+def test_a_real_factor_of_a_complex_product_has_no_block():
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(3).double()), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.w, n=4))
+
+    torch.manual_seed(0)
+    captured = fl.capture(Filter(), CE, inputs(), Y, check="off")
+    assert list(captured) == ["head"] and "used by mul" in captured.report.skipped["w"]
