@@ -103,7 +103,14 @@ def label_vectors(
             )
     if not torch.isfinite(loss):
         raise CaptureError(f"the loss is {loss.item()}; check data, labels and weights")
-    (gradient,) = torch.autograd.grad(loss, free)
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, free, allow_unused=True)
+    if gradient is None:
+        raise CaptureError(
+            f"{name_of(criterion)} returned a number that does not depend on the outputs: it "
+            "detaches them, or computes it elsewhere than in torch"
+        )
     if reduction_of(criterion) == "sum":
         return gradient
     M, scale = float(outputs.shape[0]), 1.0

@@ -13,7 +13,7 @@ from fisherlab.blocks import Block, Dense
 from fisherlab.blocks.numerics import check_dense, symmetrise
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import criteria
-from fisherlab.extract.api import Forward, _forward, split_batch
+from fisherlab.extract.api import Forward, _check_outputs, _forward, split_batch
 from fisherlab.extract.fisher import as_module
 from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
 from fisherlab.extract.isolation import is_half, isolated
@@ -139,7 +139,9 @@ def loss_gradients(
     with sdpa_kernel(SDPBackend.MATH):
         outputs = _forward(model, batch, forward)
     outputs = outputs.float() if is_half(outputs) else outputs
-    loss = criterion(criteria.arranged(criterion, outputs, labels), labels)
+    outputs = criteria.arranged(criterion, outputs, labels)
+    _check_outputs(outputs, criterion, labels, None)
+    loss = criterion(outputs, labels)
     with no_gradient_named(CaptureError):
         found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
     return found, 1 / len(labels) if criteria.reduction_of(criterion) == "sum" else 1.0

@@ -381,3 +381,20 @@ def test_a_real_factor_of_a_complex_product_has_no_block():
     torch.manual_seed(0)
     captured = fl.capture(Filter(), CE, inputs(), Y, check="off")
     assert list(captured) == ["head"] and "used by mul" in captured.report.skipped["w"]
+
+
+@pytest.mark.parametrize("call", [fl.capture, hessian_blocks, fl.network.NetworkHessian])
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (lambda f, y: (f - y).square().mean(1), r"returned shape \(3,\), not a number"),
+        (lambda f, y: (f - y).square().mean().detach(), "does not depend on the outputs"),
+        (lambda f, y: nn.Parameter(torch.ones(())), "does not depend on the outputs"),
+        (lambda f, y: (f - y).square().sum() / f.sum(), "is not a mean of per-example losses"),
+    ],
+)
+def test_what_is_no_loss_of_the_outputs_is_named(call, loss, named):
+    loss.reduction = "mean"
+    options = {"fisher_type": "empirical"} if call is fl.capture else {}
+    with pytest.raises(CaptureError, match=named):
+        call(net(), loss, inputs(), torch.zeros(3, 3).double(), **options)
