@@ -25,6 +25,7 @@ from fisherlab.extract import CaptureError, Captures
 from fisherlab.extract.api import Forward, _forward, check_forward, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
 from fisherlab.extract.fisher import FISHER_TYPES, default_type
+from fisherlab.extract.geometry import NoBlock
 from fisherlab.extract.hessian import mean_hessians
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import isolated
@@ -51,7 +52,8 @@ class Request:
     batches: list[Batch]
     makers: dict[str, Candidate]
     dampings: list[float]
-    reference: object
+    # examples are batches, read once
+    reference: str | Captures | list[Batch] | None
     fisher_type: str
     # whether it was named, and why the default is the empirical one
     asked: bool
@@ -95,16 +97,15 @@ class Request:
         elif isinstance(self.reference, str):
             target = self._captured(self.batches, FISHER_OF.get(self.reference, self.reference))
         elif isinstance(self.reference, Captures):
+            _check_layers(captures[0], self.reference)
             held_out = [copy(self.reference)]  # ranks give parts of theirs away
         elif self.reference is not None:
-            pair = self.reference if isinstance(self.reference, tuple) else (self.reference, None)
-            given = (self.reference, None, True) if self.inside else pair
+            if self.ranks is not None:
+                _check_counts(self.ranks, self.reference)
             try:
-                others = split_batches(*given)
-                _check_held_out(self.batches, others)
-                if self.ranks is not None:
-                    _check_counts(self.ranks, others)
-                held_out = self._captured(others, self.fisher_type)
+                held_out = self._captured(self.reference, self.fisher_type)
+            except NoBlock:
+                raise
             except CaptureError as error:
                 raise CaptureError(f"the examples of reference: {error}") from error
         _check_blocks(self.makers, captures[0])
@@ -230,7 +231,9 @@ def checked(
         asked, why_empirical = fisher_type is not None, ""
         if fisher_type is None:
             fisher_type, why_empirical = _default_type(model, criterion, *batches[0], forward)
-        _check_reference(reference, batches, options["mask"])
+        compared = _checked_reference(
+            reference, batches, options["mask"], isinstance(criterion, Inside), model, fisher_type
+        )
         masked = options["mask"] is not None
         if reference == "hessian" and (ranks or isinstance(criterion, Inside) or masked):
             raise ValueError(
@@ -249,7 +252,7 @@ def checked(
         batches=batches,
         makers=makers,
         dampings=shares,
-        reference=reference,
+        reference=compared,
         fisher_type=fisher_type,
         asked=asked,
         why_empirical=why_empirical,
@@ -325,7 +328,20 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_reference(reference: object, batches: list[Batch], mask: object) -> None:
+def _checked_reference(
+    reference: object,
+    batches: list[Batch],
+    mask: object,
+    inside: bool,
+    model: nn.Module,
+    fisher_type: str,
+) -> str | Captures | list[Batch] | None:
+    """The reference, examples as batches that are read once.
+
+    Raises:
+        CaptureError: its examples are none.
+        ValueError: it is no reference of these batches.
+    """
     if isinstance(reference, str):
         doors.choice(reference, "reference", REFERENCES)
     if reference is not None and (
@@ -342,6 +358,36 @@ def _check_reference(reference: object, batches: list[Batch], mask: object) -> N
             "a mask tensor is that of one batch; for a loader or a reference pass dict batches and "
             "the name of their mask, such as mask='attention_mask'"
         )
+    if isinstance(reference, Captures):
+        kinds = {layer.fisher_type for layer in reference.values()}
+        if kinds != {fisher_type}:
+            raise ValueError(
+                f"reference holds captures of the {', '.join(sorted(kinds))} Fisher, and the table "
+                f"is of the {fisher_type} one; capture both alike"
+            )
+    if reference is None or isinstance(reference, str | Captures):
+        return reference
+    try:
+        pair = reference if isinstance(reference, tuple) else (reference, None)
+        others = split_batches(reference, None, True) if inside else split_batches(*pair)
+        for batch in others:
+            check_batch(*batch, model)
+    except (TypeError, ValueError) as error:
+        raise CaptureError(f"the examples of reference: {error}") from error
+    _check_held_out(batches, others)
+    return others
+
+
+def _check_layers(captures: Captures, reference: Captures) -> None:
+    """Refuse captures of another model as a reference."""
+    for name, layer in captures.items():
+        other = reference.get(name)
+        if other is None or other.shape != layer.shape:
+            found = "no such layer" if other is None else f"one of shape {other.shape}"
+            raise ValueError(
+                f"layer {name!r} has shape {layer.shape}, and reference has {found}; capture it of "
+                "this model"
+            )
 
 
 def _check_counts(ranks: Ranks, batches: list[Batch]) -> None:

@@ -398,3 +398,24 @@ def test_what_is_no_loss_of_the_outputs_is_named(call, loss, named):
     options = {"fisher_type": "empirical"} if call is fl.capture else {}
     with pytest.raises(CaptureError, match=named):
         call(net(), loss, inputs(), torch.zeros(3, 3).double(), **options)
+
+
+def test_a_reference_is_read_once_and_is_of_this_model_and_type():
+    model, x = net(), inputs()
+
+    def table(reference, **options):
+        methods = ["kfac", "exact"]
+        given = {"approximations": methods, "fisher_type": "empirical", "dampings": 0.1} | options
+        return fl.compare(model, CE, x, Y, reference=reference, **given).frame
+
+    unseen = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    other = [(part, torch.arange(len(part)) % 3) for part in unseen.split(24)]
+    expected = table(other)["population_error"]
+    assert expected.notna().any()
+    assert table(iter(other), layers_at_once=1)["population_error"].equals(expected)
+    with pytest.raises(ValueError, match="captures of the exact Fisher.*table is of the empirical"):
+        table(fl.capture(model, CE, x + 1, Y, fisher_type="exact"))
+    with pytest.raises(ValueError, match="layer '0' has shape .5, 5., and reference has no such"):
+        table(fl.capture(nn.Sequential(nn.Tanh(), net()), CE, x, Y, fisher_type="empirical"))
+    with pytest.raises(CaptureError, match="the examples of reference: labels run from 1 to 3"):
+        table((x + 1, Y + 1))
