@@ -1,16 +1,11 @@
-"""Files that are whole or absent: written beside, flushed to the disk, renamed; read or refused.
-
-States say what form they had when they were saved.
-"""
+"""Files that are whole or absent: written beside, flushed to the disk, renamed; read or refused."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -23,7 +18,6 @@ except ImportError:  # no Unix
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 T = TypeVar("T")
 
@@ -193,30 +187,3 @@ def _damaged(path: Path, what: str, failure: Exception) -> str:
     return (
         f"{path} is damaged, or no {what} ({type(failure).__name__}); restore it, or make it again"
     )
-
-
-def form_of(value: object) -> str:
-    """The form of a nest of dicts and lists in 16 digits: keys, types and shapes, no numbers."""
-    return hashlib.sha256(repr(_form(value)).encode()).hexdigest()[:16]
-
-
-def _form(value: object) -> object:
-    """Keys, types and shapes; a state may be cast or moved."""
-    if isinstance(value, Mapping):
-        return sorted((repr(key), _form(part)) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return [_form(part) for part in value]
-    if isinstance(value, Tensor):
-        return "tensor", tuple(value.shape), value.is_floating_point()
-    return "number" if isinstance(value, int | float) else type(value).__name__
-
-
-def is_finite(value: object) -> bool:
-    """Whether a nest of dicts and lists has no NaN and no inf."""
-    if isinstance(value, Mapping):
-        return all(map(is_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(is_finite, value))
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
-    return not isinstance(value, float) or math.isfinite(value)

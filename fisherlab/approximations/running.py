@@ -17,7 +17,7 @@ from fisherlab.blocks.numerics import all_finite
 from fisherlab.blocks.reads import is_revocable
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.joint import one_sample
-from fisherlab.whole import form_of, is_finite
+from fisherlab.forms import form_of, is_finite
 
 
 def too_large(
@@ -38,7 +38,7 @@ EMAS = ("corrected", "averaged", "literal")
 
 def _form(state: Mapping[str, Tensor]) -> Tensor:
     """The form of a state as a number, as all of it is tensors."""
-    return torch.tensor(int(form_of(state)[:12], 16), device="cpu")
+    return torch.tensor([int(form_of(state)[:12], 16)], device="cpu")
 
 
 def _check_numbers(total: Sums, layer: LayerCapture) -> None:
@@ -272,8 +272,7 @@ class Running:
             raise ValueError("state holds NaN or inf; load one from before")
         if "form" in state:  # an earlier version saved none
             parts = {key: value for key, value in state.items() if key != "form"}
-            saved = doors.count(state["form"], "state['form']", 0)
-            if saved != int(_form(parts)):
+            if doors.numbers(state["form"], "state['form']") != [float(_form(parts))]:
                 raise ValueError(
                     "state is damaged: it has not the names and shapes that were saved; load it "
                     "from another file"

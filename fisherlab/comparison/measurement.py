@@ -157,14 +157,16 @@ class LayerMeasurement:
         measured: list[tuple[str, dict[str, Any]]] = []
         references = [reference for reference in (self.whole, self.inside) if reference is not None]
         with self.ledger:
-            for name, maker in makers.items():
+            # in one order, whichever was asked for: a product of a stack rounds by the place in it
+            for name in sorted(makers, key=str):
                 if stopped.is_set():
                     raise Stopped
-                measured += [(name, row) for row in self._measure(maker, dampings)]
+                measured += [(name, row) for row in self._measure(makers[name], dampings)]
                 yield
             for reference in references:
                 self._retried(reference.complete)
                 self._retried(self._condition, reference)
+        measured.sort(key=lambda found: list(makers).index(found[0]))
         rows = [{**base, "approximation": name, **row} for name, row in measured]
         share_out(rows)
         best = [r["relative_error"] for r in rows if r["approximation"] == "kronecker_optimal"]

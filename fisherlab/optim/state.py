@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherlab import doors
-from fisherlab.whole import form_of, is_finite
+from fisherlab.forms import form_of, is_finite
 
 # Format 1, without a number, kept the running means of an optimizer and of its blocks apart.
 FORMAT = 2

@@ -269,7 +269,8 @@ def _over_layers(
     cut = frame.assign(**{column: frame[column].clip(upper=most)})
     for place, step in zip(axes, steps, strict=False):
         _lines(cut[cut["step"] == step], "layer", column, names, place, found)
-        place.set(yscale="log", title=heading(step, steps), xlabel="layer", ylabel=label(column))
+        theme.logarithmic(place, "y")
+        place.set(title=heading(step, steps), xlabel="layer", ylabel=label(column))
         if ax is None:
             place.label_outer()
         _arrows(place, frame[frame["step"] == step], column, layers, most, found)

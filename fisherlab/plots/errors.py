@@ -117,8 +117,7 @@ def lines(
         rows = frame[frame[by] == name].sort_values(x)
         ax.plot(rows[x], rows[y], **look.curve, markevery=0.1)
     ax.set(xlabel=label(x), ylabel=label(y))
-    for axis in log:
-        ax.set(**{f"{axis}scale": "log"})
+    theme.logarithmic(ax, log)
     _ends(ax, frame, x, y, by)
     theme.legend(figure, names, by)
     subject = title or f"{label(y)} over {label(x)}".replace("\n", " ")

@@ -124,7 +124,9 @@ def mc_convergence(curves: Mapping[str, Convergence]) -> Figure:
         draws = np.arange(1, len(curve.errors) + 1)
         ax.plot(draws, array_of(curve.errors), color=BLUE, marker="o", ms=2.5, label="measured")
         ax.plot(draws, array_of(curve.expected), color=ORANGE, ls="--", label=r"$c / \sqrt{s}$")
-        ax.set(xscale="log", yscale="log", title=f"{name}: c = {float(curve.one_draw):.2f}")
+        ax.set_title(f"{name}: c = {float(curve.one_draw):.2f}")
+    # the axes are shared
+    theme.logarithmic(max(axes, key=lambda ax: -ax.dataLim.minposy), "xy")
     axes[0].legend(frameon=False, loc="lower left")
     figure.supxlabel("draws per example, $s$", fontsize=8)
     figure.supylabel(r"$\|F_s - F\| \,/\, \|F\|$", fontsize=8)

@@ -221,7 +221,8 @@ def coefficient_drift(frame: pd.DataFrame) -> Figure:
             frame, x="epoch", y=column, color=colour, marker=shape, label=name,
             errorbar=("pi", 100), err_kws={"alpha": 0.15, "linewidth": 0}, ax=right,
         )  # fmt: skip
-    right.set(title="spread (band: range over layers)", yscale="log")
+    theme.logarithmic(right, "y")
+    right.set(title="spread (band: range over layers)")
     right.set_ylabel("standard deviation of $M v$")
     right.legend(title="coefficients", frameon=False)
     epochs = sorted(frame["epoch"].unique())

@@ -47,7 +47,8 @@ def draw_spectrum(ax: Axes, spectra: Mapping[str, Tensor], floor: float = 1e-12)
     looks = theme.looks(spectra)
     for name, values in descending.items():
         _curve(ax, name, looks[name], values[values > floor * top])
-    ax.set(xscale="log", yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue")
+    theme.logarithmic(ax, "xy")
+    ax.set(xlabel="index of the eigenvalue", ylabel="eigenvalue")
 
 
 def _curve(ax: Axes, name: str, look: theme.Look, values: Tensor) -> None:
@@ -111,7 +112,7 @@ def condition_against_damping(
     figure, (ax,) = theme.panels(1, height=2.8)
     for name, look in theme.looks(numbers).items():
         ax.plot(dampings, theme.array_of(numbers[name]), **look.curve, lw=_width(name))
-    ax.set(xscale="log", yscale="log")
+    theme.logarithmic(ax, "xy")
     ax.set_xlabel(r"damping $\lambda$ in units of $\mathrm{tr}\,F / N$")
     ax.set_ylabel(r"$(\lambda_{\max} + \lambda) \,/\, (\lambda_{\min} + \lambda)$")
     theme.legend(figure, numbers)
@@ -135,7 +136,8 @@ def effective_rank(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
         places = [ranks[name][layer] for layer in layers]
         ax.plot(places, **look.curve, lw=_width(name), alpha=0.9)
     ax.set_xticks(range(len(layers)), layers, rotation=theme.rotation(layers))
-    ax.set(yscale="log", xlabel="layer", ylabel="effective rank")
+    theme.logarithmic(ax, "y")
+    ax.set(xlabel="layer", ylabel="effective rank")
     theme.legend(figure, ranks)
     theme.title(figure, "Effective rank of the block and of its approximations")
     return figure

@@ -263,6 +263,13 @@ def panels(
     return figure, axes[:count]
 
 
+def logarithmic(ax: Axes, axes: str) -> None:
+    """Logarithmic "x", "y" or "xy" of what is drawn; an axis of zeros alone stays linear."""
+    for axis in axes:
+        if math.isfinite(getattr(ax.dataLim, f"minpos{axis}")):
+            ax.set(**{f"{axis}scale": "log"})
+
+
 def rotation(names: Iterable[str]) -> int:
     """Rotation of names along an axis, in degrees: upright where there are many or long ones."""
     lengths = [len(name) for name in names]

@@ -465,3 +465,11 @@ def test_a_power_of_a_dense_block_is_never_formed_and_is_that_of_its_matrix(
         near(P.dense(), expected, torch.float64)
         near(P.power(-1, 0.2).dense(), matrix_power(expected, -1, 0.2), torch.float64)
         near(P.eigenvalues(), torch.linalg.eigvalsh(expected).flip(0), torch.float64)
+
+
+def test_eigenvectors_of_float32_are_a_basis_in_float64():
+    Q_G, Q_A = (torch.linalg.eigh(psd(d, seed=d).float())[1] for d in (30, 40))
+    block = blocks.Eigen(Q_G, Q_A, torch.ones(30, 40))
+    assert cast(block, torch.float64).trace() == pytest.approx(1200)
+    with pytest.raises(BlockError, match="the columns of Q_A must be orthonormal"):
+        blocks.Eigen(Q_G, 1.01 * Q_A, torch.ones(30, 40))

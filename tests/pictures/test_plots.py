@@ -1,6 +1,7 @@
 """Pictures of a comparison: what is in them, in which colours, and that they leave no state."""
 
 import itertools
+import warnings
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 
 import fisherlab as fl
-from fisherlab import approximations, plots
+from fisherlab import approximations, metrics, plots
 from fisherlab.plots import theme
 
 KINDS = ["error", "trace_ratio", "direction", "training", "cost"]
@@ -273,3 +274,16 @@ def test_beyond_eight_layers_the_error_is_a_heat_map_of_the_frames_values():
         (image,) = ax.get_images()
         assert np.allclose(image.get_array().data, wide[names].to_numpy())
     assert figure.axes[0].get_yticklabels()[3].get_text() == "3  Conv2d 16->32 3x3"
+
+
+def test_a_picture_of_zeros_alone_has_linear_axes():
+    zeros = torch.zeros(3)
+    nothing = metrics.Convergence(errors=zeros, expected=zeros)
+    some = metrics.Convergence(errors=1 / torch.arange(1.0, 4), expected=1 / torch.arange(1.0, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = [plots.eigenvalues({"dead": zeros}), plots.effective_rank({"kfac": {"0": 0.0}})]
+        figures += [plots.mc_convergence({"dead": nothing})]
+        assert all(f.axes[0].get_yscale() == "linear" for f in figures)
+        both = plots.mc_convergence({"dead": nothing, "live": some})
+        assert {ax.get_yscale() for ax in both.axes} == {"log"}

@@ -563,3 +563,13 @@ def test_nan_in_a_matrix_of_numbers_stays_nan():
         metrics.eigenvalue_groups(torch.tensor([2.0, math.nan]))
     near(metrics.similarity(torch.ones(3, 3), torch.arange(9.0).view(3, 3)), 0)
     assert all(mean.dtype == torch.float64 for mean in metrics.adjacent_similarity(some))
+
+
+@pytest.mark.parametrize("share", [0.005, 0.012, 0.028, 0.05])
+def test_a_small_relative_error_has_its_digits_in_float32(share):
+    F = blocks.Outer(randn(30, 1, 6, seed=1).float(), randn(1, 30, 1, 5, seed=2).float())
+    M = F.dense()
+    noise = psd(30, seed=3).float()
+    X = blocks.Dense(M + share * M.norm() / noise.norm() * noise, F.shape)
+    expected = (X.dense().double() - M.double()).norm() / M.double().norm()
+    assert metrics.relative_error(X, F).item() == pytest.approx(expected.item(), rel=1e-3)

@@ -175,7 +175,9 @@ def test_methods_that_weigh_examples_place_the_decay_after(name: str) -> None:
 
 
 def test_placements_are_checked() -> None:
-    with pytest.raises(ValueError, match="one of after, before, loss; got 'inside'"):
+    with pytest.raises(
+        ValueError, match="unknown weight_decay_placement 'inside'; one of after, before, loss"
+    ):
         fl.optim.create("kfac", perceptron(), weight_decay_placement="inside")
     with pytest.raises(ValueError, match="decoupled weight decay is no part of the gradient"):
         fl.optim.create("kfac", perceptron(), weight_decay_placement="before", decoupled=True)

@@ -1,0 +1,36 @@
+"""The form of a state: what it says of itself when it is saved, and is checked for when loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def form_of(value: object) -> str:
+    """The form of a nest of dicts and lists in 16 digits: keys, types and shapes, no numbers."""
+    return hashlib.sha256(repr(_form(value)).encode()).hexdigest()[:16]
+
+
+def _form(value: object) -> object:
+    """Keys, types and shapes; a state may be cast or moved."""
+    if isinstance(value, Mapping):
+        return sorted((repr(key), _form(part)) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return [_form(part) for part in value]
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.is_floating_point()
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def is_finite(value: object) -> bool:
+    """Whether a nest of dicts and lists has no NaN and no inf."""
+    if isinstance(value, Mapping):
+        return all(map(is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_finite, value))
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
