@@ -293,7 +293,8 @@ def capture(
             mask,
             left_out,
         )
-    fits = mask is None or record.mask_fits or masks(criterion, outputs, captured.values())
+    found = captured.values(), record.mask_fits
+    fits = mask is None or masks(criterion, outputs, *found)
     _check_captured(captured, skipped, named, outputs, None if fits else mask)
     seconds, counts = time.perf_counter() - start, coverage(weights, captured)
     report = Report(backend, reason, seconds, skipped, *counts)

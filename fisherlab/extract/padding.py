@@ -218,13 +218,24 @@ def weighed_input(raw: Tensor, gradient: Tensor, behind: Tensor | None) -> Tenso
     return torch.where(counts, weights, 0).to(raw).view(*raw.shape[:-1], 1) * raw
 
 
-def masks(criterion: Any, outputs: Tensor, layers: Iterable[LayerCapture]) -> bool:
-    """Whether the mask of a criterion fits the outputs or the positions of some layer."""
+def masks(
+    criterion: Any, outputs: Tensor, layers: Iterable[LayerCapture], known: bool = False
+) -> bool:
+    """Whether the mask of a criterion fits the outputs or the positions of some layer.
+
+    Args:
+        criterion: a `Masked` one.
+        outputs: of the model.
+        layers: those captured.
+        known: whether a layer that is left out was found to have these positions.
+    """
     assert isinstance(criterion, Masked)
     if criterion.spread(outputs) is not None:
         return True
     axes = criterion.mask.shape[1:]
-    return any(
+    if math.prod(axes) == 1:  # as many positions as a bias has, or a layer behind a mean
+        return bool(criterion.mask.all())
+    return known or any(
         positions_of(geometry, raw) == axes
         for layer in layers
         for geometry, raw in layer.calls(layer.raw_output_gradients or ())

@@ -419,3 +419,17 @@ def test_a_reference_is_read_once_and_is_of_this_model_and_type():
         table(fl.capture(nn.Sequential(nn.Tanh(), net()), CE, x, Y, fisher_type="empirical"))
     with pytest.raises(CaptureError, match="the examples of reference: labels run from 1 to 3"):
         table((x + 1, Y + 1))
+
+
+def test_a_mask_of_one_position_fits_no_bias():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(self.norm(x)).mT
+
+    x, y = torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.long)
+    with pytest.raises(CaptureError, match=r"mask of shape \(3, 1\) fits the positions of no"):
+        fl.capture(Tokens(), CE, x, y, mask=torch.tensor([[True], [False], [True]]))
