@@ -147,6 +147,15 @@ def loss_gradients(
     return found, 1 / len(labels) if criteria.reduction_of(criterion) == "sum" else 1.0
 
 
+def check_unwritten(names: Sequence[str]) -> None:
+    """Refuse a pass that writes into parameters: products through its graph come afterwards."""
+    if names:
+        raise CaptureError(
+            f"the forward pass writes into the parameters {', '.join(names)}, which are put back "
+            "before products through its graph are made; write elsewhere than in forward"
+        )
+
+
 def hessian_blocks(
     model: nn.Module,
     criterion: Callable[..., Any],
@@ -180,7 +189,7 @@ def hessian_blocks(
     """
     model, criterion, batch, labels = checked(model, criterion, x, y)
     # cached: the weight of a parametrized layer that the pass uses is the one asked for
-    with isolated(model, batch), nn.utils.parametrize.cached():
+    with isolated(model, batch) as written, nn.utils.parametrize.cached():
         weights = weights_of(model)
         names, named = chosen(weights, layers, skip)
         owners = {}
@@ -198,6 +207,7 @@ def hessian_blocks(
         if not flat:
             return {}
         found, scale = loss_gradients(model, batch, forward, criterion, labels, flat)
+        check_unwritten(written())
         gradients = dict(zip(map(id, flat), found, strict=True))
     return {
         name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, scale)

@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -35,8 +35,12 @@ def is_traced() -> bool:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
-    found = any(torch._C._get_dispatch_mode(mode) for mode in modes)
-    return found or torch._C._functorch.peek_interpreter_stack() is not None
+    return any(torch._C._get_dispatch_mode(mode) for mode in modes) or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` runs, whose tensors are those of one level of it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # The models whose graphs a pass of FisherLab's own runs through, and how many do. A variable of the
@@ -82,29 +86,54 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-@contextmanager
-def parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Embeddings with `max_norm`, which a pass rescales, are afterwards as before.
+# Up to this many numbers a parameter has a copy while a pass runs that may write into it.
+COPIED = 2**22
 
-    A warning names any other parameter that a forward pass writes into.
+
+@contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Parameters are afterwards as before, large ones apart, which no copy is made of.
+
+    A pass rescales embeddings with `max_norm`, moves the vectors of a spectral norm written by
+    hand, clips weights. A warning names the trained parameters that it writes into.
+
+    Yields:
+        The names of all that a pass has written into so far, max-norm embeddings apart.
     """
-    kept = {
-        id(weight): (weight, weight.detach().clone())
+    bound = {
+        id(getattr(module, "weight", None))
         for module in model.modules()
         if getattr(module, "max_norm", None) is not None
-        and isinstance(weight := getattr(module, "weight", None), Tensor)
     }
-    others = {
-        name: (p, p._version)
+    every = [
+        (name, p, p._version, p.data)
         for name, p in model.named_parameters()
-        if id(p) not in kept and not p.is_inference()
+        if type(p) is nn.Parameter and not p.is_inference()
+    ]
+    copies = {
+        id(p): data.clone()
+        for _, p, _, data in every
+        if p.layout == torch.strided and not p.is_meta and (id(p) in bound or p.numel() <= COPIED)
     }
+
+    def wrote(p: Tensor, version: int) -> bool:
+        before = copies.get(id(p))
+        return p._version != version if before is None else not torch.equal(p.data, before)
+
+    def written() -> list[str]:
+        return [name for name, p, version, _ in every if id(p) not in bound and wrote(p, version)]
+
     try:
-        yield
+        yield written
     finally:
-        for weight, before in kept.values():
-            weight.data.copy_(before)  # no new version: a live graph may hold the weight
-        changed = [name for name, (p, version) in others.items() if p._version != version]
+        trained = {name for name, p, *_ in every if p.requires_grad}
+        changed = [name for name in written() if name in trained]
+        for _, p, version, data in every:
+            if id(p) not in copies or not wrote(p, version):
+                continue
+            if p.data_ptr() != data.data_ptr():
+                p.data = data
+            data.copy_(copies[id(p)])  # no new version: a live graph may hold the parameter
         if changed:
             warn(
                 f"the forward pass writes into the parameter{'s' * (len(changed) > 1)} "
@@ -160,7 +189,7 @@ def _autocast(kinds: tuple[str, ...], on: bool) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module, x: object) -> Iterator[None]:
+def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
     """Gradients on, in inference mode too; random streams, buffers, weights and flags are put back.
 
     Compiled modules run as the Python they were made of, so that their functions are seen. Autocast
@@ -170,23 +199,32 @@ def isolated(model: nn.Module, x: object) -> Iterator[None]:
         model: the model that runs inside. A forward pass may update its buffers: running
             statistics, codebooks, the vectors of spectral normalisation.
         x: the batch, whose device has a random stream of its own.
+
+    Yields:
+        The names of parameters that a pass has written into so far.
     """
     devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
     flags = [(module, module.training) for module in model.modules()]
+    # what a pass keeps for later, such as an auxiliary loss, is of the user's own passes
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     token = _ISOLATED.set(True)
     try:
         with (
             buffers_kept(model),
-            parameters_kept(model),
+            parameters_kept(model) as written,
             torch.inference_mode(False),
             torch.enable_grad(),
             streams_kept(*devices),
             _uncompiled(),
             uncast(),
         ):
-            yield
+            yield written
     finally:
         _ISOLATED.reset(token)
+        for now, before in attributes:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
         for module, training in flags:
             module.training = training
 

@@ -25,6 +25,7 @@ from torch.overrides import (
 )
 
 from fisherlab.extract.geometry import CaptureError, Geometry
+from fisherlab.extract.isolation import is_transformed
 from fisherlab.extract.products import PRODUCTS, Product, added, affine_of
 from fisherlab.extract.slopes import Slopes, slopes
 
@@ -203,7 +204,7 @@ class Tape(TorchFunctionMode):
             with self:
                 return _ATTENTION(*args, **kwargs)
         # an activation may overwrite what it reads, and a product is parsed before it is run
-        parse = PRODUCTS.get(func)
+        parse = None if is_transformed() else PRODUCTS.get(func)
         product = None if parse is None else parse(*args, **kwargs)
         uses = [] if product is None else self._uses(func, product)
         out = func(*args, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fisherlab.extract import CaptureError
 from fisherlab.extract.api import Forward
-from fisherlab.extract.hessian import checked, hessian_product, loss_gradients
+from fisherlab.extract.hessian import check_unwritten, checked, hessian_product, loss_gradients
 from fisherlab.extract.isolation import isolated
 from fisherlab.network.base import NetworkMatrix, Weights
 
@@ -55,10 +55,11 @@ class NetworkHessian(NetworkMatrix):
         self.shapes = {name: tuple(p.shape) for name, p in leaves.items()}
         ((self.dtype, self.device),) = kinds
         self._leaves = tuple(leaves.values())
-        with isolated(model, batch):
+        with isolated(model, batch) as written:
             self._gradients, self._scale = loss_gradients(
                 model, batch, forward, criterion, labels, self._leaves
             )
+            check_unwritten(written())
 
     def __matmul__(self, V: Mapping[str, Tensor]) -> Weights:
         self.check(V)

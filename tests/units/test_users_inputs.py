@@ -433,3 +433,69 @@ def test_a_mask_of_one_position_fits_no_bias():
     x, y = torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.long)
     with pytest.raises(CaptureError, match=r"mask of shape \(3, 1\) fits the positions of no"):
         fl.capture(Tokens(), CE, x, y, mask=torch.tensor([[True], [False], [True]]))
+
+
+class Writes(nn.Module):
+    """Writes at each pass what a later one reads, as spectral norms written by hand do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3).double()
+        self.u = nn.Parameter(torch.ones(3).double(), requires_grad=False)
+        self.losses, self.loss = [], torch.zeros(())
+
+    def forward(self, x):
+        self.u.data = self.a.weight.data @ (self.a.weight.data.mT @ self.u.data)
+        with torch.no_grad():
+            self.a.weight.clamp_(-0.2, 0.2)
+        outputs = self.a(x)
+        self.loss, self.seen = outputs.square().mean(), len(x)
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore:the forward pass writes into the parameter a.weight")
+def test_what_a_pass_writes_into_the_model_is_taken_back():
+    torch.manual_seed(0)
+    model, x = Writes(), inputs()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = [p.data_ptr() for p in model.parameters()]
+    loss = model.loss
+
+    def refused(hessian):
+        with pytest.raises(CaptureError, match="writes into the parameters u, a.weight, which"):
+            hessian(model, CE, x, Y)
+
+    for call in (
+        lambda: fl.capture(model, CE, x, Y),
+        lambda: fl.compare(model, CE, x, Y, approximations="kfac"),
+        lambda: refused(hessian_blocks),
+        lambda: refused(fl.network.NetworkHessian),
+        lambda: fl.support(model, x),
+    ):
+        call()
+        assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+        assert [p.data_ptr() for p in model.parameters()] == places
+        assert model.loss is loss and not hasattr(model, "seen")
+    layer = fl.capture(model, CE, x, Y, fisher_type="empirical")["a"]
+    model(x)
+    assert_gradients(layer, per_example(model.a, x, model.a.weight))
+
+
+def test_products_inside_a_transform_of_torch_func_have_no_block():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n, self.head = net(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            def energy(row):
+                return self.n(row).square().sum()
+
+            return self.head(torch.func.vmap(torch.func.grad(energy))(x))
+
+    torch.manual_seed(0)
+    model, x = Energy(), inputs()
+    captured = fl.capture(model, CE, x, Y, fisher_type="empirical")
+    assert list(captured) == ["head"]
+    assert "it is used by linear" in captured.report.skipped["n.0"]
+    assert_gradients(captured["head"], per_example(model, x, model.head.weight))
