@@ -273,11 +273,12 @@ def floated(x: Any) -> Any:
 def copied(x: Any) -> Any:
     """A batch of the user's with tensors of its own, into which a forward pass may write.
 
-    Tensors that require a gradient, and objects that are no mappings, tuples or lists, are not
-    copied.
+    Tensors that require a gradient where gradients are on, and objects that are no mappings, tuples
+    or lists, are not copied.
     """
     if isinstance(x, Tensor):
-        return x if x.requires_grad or nn.parameter.is_lazy(x) else x.clone()
+        tracked = nn.parameter.is_lazy(x) or (x.requires_grad and torch.is_grad_enabled())
+        return x if tracked else x.clone()
     if isinstance(x, MutableMapping):
         again = copy.copy(x)
         for key, value in x.items():

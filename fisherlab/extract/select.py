@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fisherlab import doors
 from fisherlab.blocks.numerics import all_finite
 from fisherlab.extract.geometry import CaptureError
+from fisherlab.extract.isolation import buffers_kept
 from fisherlab.names import nearest
 
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -68,7 +70,7 @@ def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
     Args:
         model: the model.
         computed: whether a parametrized module has its computed weight, or the parameters that it
-            is computed of. To compute it may update buffers.
+            is computed of. Buffers that this updates are put back: the next pass starts from them.
     """
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules():
@@ -76,8 +78,10 @@ def weights_of(model: nn.Module, computed: bool = True) -> dict[str, Weight]:
             continue
         parametrized = torch.nn.utils.parametrize.is_parametrized(module)
         made = list(getattr(module, "parametrizations", ())) if parametrized else []
-        for local in (*_parameters(module), *(made if computed else ())):
-            tensor = getattr(module, local)
+        names = (*_parameters(module), *(made if computed else ()))
+        with buffers_kept(module) if made else nullcontext():
+            tensors = {local: getattr(module, local) for local in names}
+        for local, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 continue
             at = prefix or type(model).__name__.lower()

@@ -499,3 +499,32 @@ def test_products_inside_a_transform_of_torch_func_have_no_block():
     assert list(captured) == ["head"]
     assert "it is used by linear" in captured.report.skipped["n.0"]
     assert_gradients(captured["head"], per_example(model, x, model.head.weight))
+
+
+def test_a_spectral_norm_in_training_is_captured_as_the_next_pass_sees_it():
+    model, x = net().train(), inputs()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.add_(torch.eye(5, 4))
+    buffers = [b.clone() for b in model.buffers()]
+    layer = fl.capture(model, CE, x, Y, fisher_type="empirical")["2"]
+    table = fl.compare(model, CE, x, Y, approximations="kfac", layers_at_once=1)
+    assert table.frame["relative_error"].notna().all()
+    assert all(torch.equal(b, now) for b, now in zip(buffers, model.buffers(), strict=True))
+    hidden = model[1](model[0](x))
+    torch.testing.assert_close(layer.raw_inputs[0], hidden)
+
+
+def test_an_input_with_a_gradient_is_not_written_into():
+    class Shifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.a(x.add_(1) if not torch.is_grad_enabled() else x + 1)
+
+    x = inputs().requires_grad_()
+    before = x.detach().clone()
+    fl.compare(Shifts(), CE, x, Y, approximations="kfac")
+    assert torch.equal(x, before) and x.grad is None
