@@ -26,11 +26,13 @@ def _form(value: object) -> object:
 
 
 def is_finite(value: object) -> bool:
-    """Whether a nest of dicts and lists has no NaN and no inf."""
+    """Whether a nest of dicts and lists has no NaN, no inf and no tensor without numbers."""
     if isinstance(value, Mapping):
         return all(map(is_finite, value.values()))
     if isinstance(value, list | tuple):
         return all(map(is_finite, value))
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return False
         return not value.is_floating_point() or bool(value.isfinite().all())
     return not isinstance(value, float) or math.isfinite(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,6 +69,16 @@ class Attempt:
             return found
         finally:
             kept.release()
+
+
+@contextmanager
+def calling(refused: Callable[[], None]) -> Iterator[None]:
+    """Call a function if the block raises or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        refused()
+        raise
 
 
 def whole(compute: Callable[[], T], kept: Kept) -> T:

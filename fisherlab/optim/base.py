@@ -16,7 +16,7 @@ from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 from fisherlab.optim.alike import Agreement, check_alike, groups_of, options_of
-from fisherlab.optim.attempt import Attempt, Kept
+from fisherlab.optim.attempt import Attempt, Kept, calling
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite
 from fisherlab.optim.options import FLAT, gathered
 from fisherlab.optim.state import (
@@ -155,6 +155,8 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         """Add a group, as `torch.optim` does; refuse an option that no group takes."""
         if not isinstance(param_group, Mapping):
             raise TypeError(f"a parameter group is a dict, got {doors.said(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"a parameter group has 'params', got {doors.said(param_group)}")
         options = {**self.defaults, **param_group}
         placement = options["weight_decay_placement"]
         doors.choice(placement, "weight_decay_placement", DECAY_PLACEMENTS)
@@ -205,7 +207,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
     @uncast()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
-        with answering(self.ranks, "taking a step"):
+        with answering(self.ranks, "taking a step"), calling(self._refused):
             return self._step(closure)
 
     def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
@@ -223,10 +225,11 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             self._keep if self.ranks is None else None,
         )
         if directions is None:
+            self._refused()
             self._discard()
             return loss
         self._apply(directions)
-        self.coverage.stepped()
+        self._stepped()
         self.steps += 1
         if self.steps == 1:
             self.coverage.warn_of_share()
@@ -254,6 +257,13 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
 
     def _discard(self) -> None:
         """Forget what a skipped step recorded."""
+
+    def _refused(self) -> None:
+        """A step was refused, skipped or interrupted."""
+
+    def _stepped(self) -> None:
+        """A step was taken."""
+        self.coverage.stepped()
 
     def _of_gradients(self, directions: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """`(|d|/|g|) g` of each layer that has a direction `d`."""
@@ -351,6 +361,11 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
             raise ValueError(f"this state lacks {', '.join(missing)}; nothing was loaded")
         rest = {k: v for k, v in state_dict.items() if k != "fisherlab"}
         theirs = rest["param_groups"]
+        if not isinstance(theirs, list) or not all(isinstance(g, Mapping) for g in theirs):
+            raise ValueError(
+                "this state is damaged: param_groups is a list of dicts, got "
+                f"{doors.said(theirs)}; nothing was loaded"
+            )
         if len(theirs) != len(self.param_groups):
             raise ValueError(
                 f"this state has {len(theirs)} parameter groups, and this optimizer "

@@ -87,7 +87,7 @@ class KBFGSOptimizer(NaturalGradient):
             self.preconditioner.forget()
             return loss
         whole(lambda: self._move(closure), self._kept())
-        self.coverage.stepped()
+        self._stepped()
         self.steps += 1
         self.preconditioner.steps += 1
         return loss

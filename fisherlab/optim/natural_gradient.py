@@ -151,6 +151,12 @@ class NaturalGradient(CurvatureOptimizer):
     def _discard(self) -> None:
         self.preconditioner.forget()
 
+    def _refused(self) -> None:
+        self.preconditioner.refused()
+
+    def _stepped(self) -> None:
+        self.preconditioner.stepped()
+
     def blocks(self) -> dict[str, Block]:
         """The current block of each layer: goes into `fl.compare(approximations=...)` as it is."""
         return self.preconditioner.blocks()

@@ -128,6 +128,13 @@ class NGD(CurvatureOptimizer):
     def _discard(self) -> None:
         self.recorder.clear()
 
+    def _refused(self) -> None:
+        self.recorder.refuse()
+
+    def _stepped(self) -> None:
+        super()._stepped()
+        self.recorder.stepped()
+
     def _described(self) -> dict[str, str]:
         return {**super()._described(), **options_of(self.recorder)}
 
@@ -200,7 +207,7 @@ class NGD(CurvatureOptimizer):
         )
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"generator": self.recorder.generator.get_state()}
+        return {"generator": self.recorder.generator_state}
 
     def _reading(self, extra: dict[str, Any]) -> Callable[[], None]:
         drawn = generator_state(extra)

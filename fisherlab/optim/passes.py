@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ class Pass:
     twice: bool = False
     # layers that this pass could not tell to have a block, each with the reason
     untold: dict[str, str] = field(default_factory=dict)
-    # the tensor whose columns were sent back
-    criterion_saw: Tensor | None = None
+    # the tensor whose columns were sent back; held, it would keep a graph that is thrown away
+    criterion_saw: weakref.ref[Tensor] | None = None
 
     @property
     def arrived(self) -> bool:
@@ -64,6 +65,11 @@ class Pass:
     def every(self) -> list[Call]:
         """All calls, layer by layer."""
         return [call for calls in self.calls.values() for call in calls]
+
+    def release(self) -> None:
+        """Let go of the graph, which holds this pass by its hooks: nothing would free the two."""
+        for call in self.every():
+            call.edge = None
 
 
 def behind(saw: object, key: str, latest: Any, weights: Iterable[Tensor]) -> list[Any]:
@@ -96,6 +102,30 @@ def behind(saw: object, key: str, latest: Any, weights: Iterable[Tensor]) -> lis
     if found or latest is None or not depends:
         return list(found.values())
     return [latest]
+
+
+def mark(output: Tensor, key: str, call: Call) -> None:
+    """Have the node behind a call's output know the call, for `edges_behind`."""
+    node = cast(Any, output.grad_fn)
+    node.metadata.setdefault(key, {})[output.output_nr] = weakref.ref(call)
+
+
+def edges_behind(saw: Tensor, key: str, calls: list[Call]) -> list[GradientEdge | None]:
+    """The edges behind the outputs of calls that were marked; None where `saw` needs none of it."""
+    wanted = {id(call) for call in calls}
+    found: dict[int, GradientEdge] = {}
+    seen: set[Any] = set()
+    stack: list[Any] = [saw.grad_fn]
+    while stack and len(found) < len(wanted):
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        marked = node.metadata.get(key, {}).items()
+        of = {id(call): nr for nr, known in marked if (call := known()) is not None}
+        found |= {k: GradientEdge(node, nr) for k, nr in of.items() if k in wanted}
+        stack += [before for before, _ in node.next_functions]
+    return [found.get(id(call)) for call in calls]
 
 
 def delivered(captures: Iterable[dict[str, LayerCapture]], name: str) -> list[LayerCapture]:

@@ -24,7 +24,7 @@ from fisherlab.extract import LayerCapture
 from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 from fisherlab.optim.alike import Agreement, groups_of, options_of
-from fisherlab.optim.attempt import Attempt, Kept
+from fisherlab.optim.attempt import Attempt, Kept, calling
 from fisherlab.optim.coverage import Coverage, Covered, check_nonfinite, shown
 from fisherlab.optim.curvature import Curvature
 from fisherlab.optim.options import check_part
@@ -204,7 +204,7 @@ class Preconditioner(Covered):
         Raises:
             OptimizerError: a step that cannot be taken; no gradient was changed.
         """
-        with answering(self.ranks, "preconditioning"):
+        with answering(self.ranks, "preconditioning"), calling(self.refused):
             self._step()
 
     def described(self) -> dict[str, str]:
@@ -231,6 +231,7 @@ class Preconditioner(Covered):
             self.keep if self.ranks is None else None,
         )
         if directions is None:
+            self.refused()
             self.forget()
             return
         for name, direction in directions.items():
@@ -238,7 +239,7 @@ class Preconditioner(Covered):
                 if p.grad is not None:
                     p.grad.copy_(d)
                     self._left = p, p.grad, p.grad._version
-        self.coverage.stepped()
+        self.stepped()
         if self.steps == 1:
             self.coverage.warn_of_share()
 
@@ -260,6 +261,17 @@ class Preconditioner(Covered):
             # a refused step is taken again with the next batch
             self._prepare()
         return found
+
+    def refused(self) -> None:
+        """A step was refused: the draws for it do not count."""
+        if self.recorder is not None:
+            self.recorder.refuse()
+
+    def stepped(self) -> None:
+        """A step was taken."""
+        self.coverage.stepped()
+        if self.recorder is not None:
+            self.recorder.stepped()
 
     def keep(self) -> Kept:
         """The state before a step that is computed `Together`."""
@@ -389,7 +401,7 @@ class Preconditioner(Covered):
         state |= {"weights": self.coverage.described(), **self.curvature.state_dict()}
         state["shares"] = [getattr(g["damping"], "share", None) for g in self.coverage.groups]
         if self.recorder is not None:
-            state["generator"] = self.recorder.generator.get_state()
+            state["generator"] = self.recorder.generator_state
         return sealed(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

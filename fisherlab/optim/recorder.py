@@ -38,7 +38,7 @@ from fisherlab.optim.additive import AdditiveLaw
 from fisherlab.optim.assembling import captures_of
 from fisherlab.optim.coverage import Coverage
 from fisherlab.optim.needs import Needs
-from fisherlab.optim.passes import Call, Pass, behind
+from fisherlab.optim.passes import Call, Pass, behind, edges_behind, mark
 from fisherlab.optim.proving import Proof, edges
 from fisherlab.optim.scale import (
     OptimizerError,
@@ -93,6 +93,9 @@ class Recorder:
         self.needs = Needs(frozenset(needs), fisher_type, examples)
         self.mc_samples, self.ranks = mc_samples, ranks
         self.generator = generator or torch.Generator().manual_seed(0)
+        # its state before the draws since the last step, and after them
+        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._refused = False
         # a factor for each pass last captured: it turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
@@ -102,6 +105,7 @@ class Recorder:
         # the backward pass that reached the last of them
         self._task = -1
         self._key = f"fisherlab pass of {id(self)}"
+        self._marks = f"fisherlab calls of {id(self)}"
         self._open: Pass | None = None
         self.proof = Proof(coverage)
         self.law: AdditiveLaw | None = None
@@ -130,9 +134,34 @@ class Recorder:
         if self.law is not None:
             self.law.add(weight)
 
+    @property
+    def generator_state(self) -> Tensor:
+        """The generator's state without the draws since the last step."""
+        state = self.generator.get_state()
+        # someone else may have drawn from it since
+        taken = self._drawn is not None and torch.equal(state, self._drawn[1])
+        return self._drawn[0] if taken and self._drawn is not None else state
+
+    def undraw(self) -> None:
+        """Take back the draws since the last step: those of a batch that took none."""
+        if self._drawn is not None:
+            self.generator.set_state(self.generator_state)
+        self._drawn, self._refused = None, False
+
+    def refuse(self) -> None:
+        """A step was refused or interrupted: the draws for it do not count."""
+        self._refused = True
+        self.watch.abandon()
+
+    def stepped(self) -> None:
+        """Keep the draws: a step was taken."""
+        self._drawn, self._refused = None, False
+
     def clear(self) -> None:
         """Forget the passes since the last step."""
         self.passes.clear()
+        if self._open is not None:
+            self._open.release()
         self._open = self._latest = None
         if self.law is not None:
             self.law.clear()
@@ -146,6 +175,9 @@ class Recorder:
         if running != -1 and running == self._task:
             return
         if self.passes and all(w.weight.grad is None for w in self.weights.values()):
+            latest = None if self._latest is None else self._latest()
+            if any(latest is known for known in self.passes):
+                self._latest = None
             self.passes.clear()
             if self.law is not None:
                 self.law.clear()
@@ -163,7 +195,12 @@ class Recorder:
     # the forward pass -------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        if self._open is not None:  # an interrupted forward
+            self._open.release()
         self._drop_zeroed()
+        waits = self._latest is not None and self._latest() is not None
+        if self._refused or not (self.passes or waits):
+            self.undraw()
         self._open = Pass()
 
     def _record(self, use: Use, output: Tensor) -> Tensor:
@@ -198,6 +235,8 @@ class Recorder:
         )
         current.calls.setdefault(use.name, []).append(call)
 
+        mark(output, self._marks, call)
+
         def arrive(gradient: Tensor) -> None:
             self._arrived(current)
             call.arrived = True
@@ -221,8 +260,15 @@ class Recorder:
 
     def _end(self, output: Tensor | None) -> None:
         current, self._open = self._open, None
-        if current is None or output is None:
+        if current is None:
             return
+        try:
+            if output is not None:
+                self._close(current, output)
+        finally:
+            current.release()
+
+    def _close(self, current: Pass, output: Tensor) -> None:
         self._leave_out(current)
         if not current.calls:
             return
@@ -274,9 +320,6 @@ class Recorder:
                     "training loop calls"
                 )
             self._send_columns(current, output, None)
-        elif not self.needs.columns:
-            for call in current.every():
-                call.edge = None
 
     def _leave_out(self, current: Pass) -> None:
         """Name the layers without a call, or with a use that is no product of this weight's own."""
@@ -313,6 +356,7 @@ class Recorder:
             )
         mean = fisher.reduction_of(criterion) == "mean"
         scale = (M / rows) ** 0.5 if mean else 1.0
+        before = self.generator_state
         vectors = fisher.output_vectors(
             self.needs.fisher_type,
             criterion,
@@ -322,12 +366,16 @@ class Recorder:
             self.generator,
             self.ranks,
         )
+        sources = edges_behind(output, self._marks, calls)
+        reached = [edge for edge in sources if edge is not None]
         for vector in vectors:
-            gradients = pulled_back(output, (scale * vector).to(output.dtype), edges(calls))
-            for call, gradient in zip(calls, gradients, strict=True):
+            found = iter(pulled_back(output, (scale * vector).to(output.dtype), reached))
+            for call, edge in zip(calls, sources, strict=True):
+                gradient = None if edge is None else next(found)
                 if gradient is None:
                     gradient = output.new_zeros(call.shape)
                 call.columns.append(gradient[: self.needs.examples].detach())
+        self._drawn = before, self.generator.get_state()
 
     def _loss(
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[Any, Any], loss: Tensor
@@ -354,7 +402,7 @@ class Recorder:
         loss.register_hook(self._of_others(arrive))
         if not self.needs.columns:
             return
-        if current.criterion_saw is saw:
+        if current.criterion_saw is not None and current.criterion_saw() is saw:
             # a second loss of the same outputs (mixed labels) has the same Hessian
             seen = cast(Tensor, saw), cast(Tensor, current.labels)
             if labels_matter(criterion, *seen):
@@ -371,7 +419,7 @@ class Recorder:
                     "criterion(outputs, labels); a criterion that is called in another way has "
                     "the empirical Fisher only"
                 )
-            current.criterion_saw = saw
+            current.criterion_saw = weakref.ref(saw)
             with own_pass(self.watch.model()):
                 self._send_columns(current, saw, current.labels)
 

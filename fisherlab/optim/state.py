@@ -74,8 +74,8 @@ def check_form(state: Mapping[str, Any]) -> None:
     """
     if wrong := sorted(key for key, value in state.items() if not is_finite(value)):
         raise ValueError(
-            f"this state holds NaN or inf in {', '.join(wrong)}, which every later step would "
-            "have; load one from before; nothing was loaded"
+            f"this state holds NaN or inf, or tensors without numbers, in {', '.join(wrong)}: no "
+            "later step would be right; load one from before; nothing was loaded"
         )
     if "form" not in state:  # an earlier version saved none
         return

@@ -131,6 +131,13 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave the tape of a forward that was interrupted: torch calls no hook at its end."""
+        if self._running:
+            self._running = False
+            self.tape.leave()
 
     def _begin(self, compiled: bool, model: nn.Module, args: tuple[Any, ...]) -> None:
         # a deep copy of the model carries these hooks along

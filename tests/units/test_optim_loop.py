@@ -1,5 +1,8 @@
 """EMA, intervals and momentum against a loop that anyone can check."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from optim_references import eye, gradient, kfac, pairs, perceptron, weights
 from torch import Tensor, nn
 
 import fisherlab as fl
+from fisherlab.optim.passes import Pass
 
 
 def stream(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -208,3 +212,95 @@ def test_the_second_look_of_levenberg_marquardt_leaves_no_trace() -> None:
     assert torch.equal(stream_adaptive, stream_constant)
     for one, two in zip(adaptive.buffers(), constant.buffers(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("how", ["no backward", "interrupted"])
+def test_a_forward_that_is_thrown_away_is_freed(fisher_type: str, given: bool, how: str) -> None:
+    """Its graph held the recorded pass, and the pass the graph: no collection freed the two."""
+    model, criterion = perceptron(6, 5, 4), nn.CrossEntropyLoss()
+    options = {"criterion": criterion} if given else {}
+    optimizer = fl.optim.create("kfac", model, fisher_type=fisher_type, **options)
+    ((x, y),) = stream(1)
+
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        if how == "interrupted":
+            raise KeyboardInterrupt
+
+    handle = list(model)[-1].register_forward_hook(note)
+    gc.collect()
+    before = sum(type(one) is Pass for one in gc.get_objects())
+    for _ in range(4):
+        with contextlib.suppress(KeyboardInterrupt):
+            criterion(model(x), y)
+    handle.remove()
+    gc.collect()
+    left = sum(type(one) is Pass for one in gc.get_objects()) - before
+    # the recorder lets go of an interrupted one with the next forward
+    assert left <= (how == "interrupted")
+    optimizer.remove()
+    assert not torch.overrides._len_torch_function_stack()
+
+
+@pytest.mark.parametrize("bad", ["no step", "no backward", "refused", "interrupted"])
+def test_draws_for_a_batch_without_a_step_are_taken_back(bad: str) -> None:
+    def trained(spoiled: bool) -> tuple[Tensor, Tensor]:
+        model = perceptron(6, 5, 4)
+        optimizer = fl.optim.create("kfac", model, fisher_type="mc", statistics_every=1)
+        for step, (x, y) in enumerate(stream(3)):
+            if spoiled and step == 1:
+                before = optimizer.state_dict()["fisherlab"]["preconditioner"]["generator"]
+                spoil(model, optimizer, x, y)
+                after = optimizer.state_dict()["fisherlab"]["preconditioner"]["generator"]
+                assert torch.equal(before, after)
+            # gradients are zeroed after the forward here, as many loops do
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        state = optimizer.state_dict()["fisherlab"]["preconditioner"]["generator"]
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), state
+
+    def spoil(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        loss = F.cross_entropy(model(x.flip(0)), y)
+        if bad == "no backward":
+            return
+        optimizer.zero_grad()
+        (loss * (float("nan") if bad == "refused" else 1.0)).backward()
+        if bad == "no step":
+            optimizer.zero_grad()
+        elif bad == "refused":
+            with pytest.raises(fl.optim.OptimizerError, match="NaN"):
+                optimizer.step()
+        else:
+
+            def interrupt(*args: object) -> None:
+                raise KeyboardInterrupt
+
+            handle = list(model)[-1].register_forward_hook(interrupt)
+
+            def closure() -> Tensor:
+                with contextlib.ExitStack() as stack:
+                    stack.callback(handle.remove)
+                    return model(x)
+
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(closure)  # type: ignore[arg-type]
+            assert not torch.overrides._len_torch_function_stack()
+
+    clean, spoiled = trained(False), trained(True)
+    assert torch.equal(clean[0], spoiled[0])
+    assert torch.equal(clean[1], spoiled[1])
+
+
+def test_a_generator_that_someone_else_draws_from_is_left_alone() -> None:
+    model, generator = perceptron(6, 5, 4), torch.Generator().manual_seed(3)
+    optimizer = fl.optim.create("kfac", model, fisher_type="mc", generator=generator)
+    ((x, y),) = stream(1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad()
+    torch.randn(2, generator=generator)
+    state = generator.get_state()
+    optimizer.preconditioner.recorder.undraw()
+    assert torch.equal(generator.get_state(), state)
