@@ -80,7 +80,10 @@ class Complement:
         _, level = self.at_hand
         if level is not None and self.values:
             level = function(level)
-            G, A, both = (level.expand(x.shape) for x in (self.G, self.A, self.both))
+            G, A, both = (
+                level.expand(x.shape) if k else x
+                for x, k in zip((self.G, self.A, self.both), self._counts, strict=True)
+            )
             made = Complement(G, A, both, self.missing)
             vars(made).update(level=level)
             return made

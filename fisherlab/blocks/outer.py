@@ -483,6 +483,28 @@ class OuterSum(OfColumns):
         block._hold(columns, W, d, shift, doors.flag(orthonormal, "orthonormal", error=BlockError))
         return block
 
+    @classmethod
+    def of_saved(
+        cls,
+        a: Tensor,
+        g: Tensor,
+        W: Tensor | None,
+        d: Tensor | None,
+        shift: float,
+        orthonormal: bool | None,
+        core: Tensor | None = None,
+    ) -> OuterSum:
+        """From what `saved` gave: eigenpairs that are found anew would differ by rounding."""
+        if core is not None:
+            return cls(a, g, core, shift)
+        for part, what in ((W, "W"), (d, "d")):
+            doors.tensor(part, what, error=BlockError)
+        assert W is not None and d is not None
+        return cls.over(Columns(a, g), W.double(), d.double(), shift, orthonormal)  # type: ignore[arg-type]
+
+    def saved(self, name: str) -> Any:
+        return None if name == "core" else getattr(self, name)
+
     def _hold(
         self, columns: Columns, W: Tensor, d: Tensor, shift: float, orthonormal: bool
     ) -> None:

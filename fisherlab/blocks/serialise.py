@@ -30,7 +30,8 @@ _FIELDS: dict[type[Block], tuple[str, ...]] = {
     MiniBlock: ("blocks", "bias"),
     Outer: ("a", "g", "core", "shift"),
     Powered: ("_powers", "_vectors", "shape"),
-    OuterSum: ("a", "g", "core", "shift"),
+    # the core last: an earlier version saved it in the place of its eigenpairs
+    OuterSum: ("a", "g", "W", "d", "shift", "orthonormal", "core"),
     RowBlocks: ("a", "g", "scale"),
 }
 _FORMS = {form.__name__: form for form in _FIELDS}
@@ -116,4 +117,5 @@ def from_dict(state: dict[str, Any]) -> Block:
         elif isinstance(value, list):
             value = [from_dict(part) for part in value]
         values.append(value)
-    return form(*values).look()
+    made: Callable[..., Block] = getattr(form, "of_saved", form)
+    return made(*values).look()

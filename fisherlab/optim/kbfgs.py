@@ -15,7 +15,7 @@ from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import cholesky, sum_of
 from fisherlab.extract.isolation import uncast
-from fisherlab.optim.attempt import Kept, whole
+from fisherlab.optim.attempt import Kept, calling, whole
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
 from fisherlab.optim.options import gathered
@@ -77,6 +77,10 @@ class KBFGSOptimizer(NaturalGradient):
             raise OptimizerError(
                 "K-BFGS needs step(closure): it evaluates the same batch again after the step"
             )
+        with calling(self._refused):
+            return self._evaluated(closure)
+
+    def _evaluated(self, closure: Callable[[], Tensor]) -> Tensor:
         for group in self.param_groups:
             check_group(group)
         self.coverage.check(self.model)

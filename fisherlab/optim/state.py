@@ -107,11 +107,16 @@ def check_state(state: Any, kind: str, method: str) -> None:
             f"a state is the dict that state_dict() returned, got {doors.said(state)}; nothing was "
             "loaded"
         )
-    if "method" not in state:
+    if not isinstance(state.get("method"), str):
         raise ValueError(f"this state was not saved by a FisherLab {kind}: it names no method")
     found = state.get("format", 1)
+    if not doors.is_whole(found):
+        raise ValueError(
+            f"this state is damaged: its format is a whole number, got {doors.said(found)}; "
+            "nothing was loaded"
+        )
     if found != FORMAT:
-        when = "an earlier" if isinstance(found, int) and found < FORMAT else "a later"
+        when = "an earlier" if found < FORMAT else "a later"
         raise ValueError(
             f"this state of {state['method']} has format {found}, which {when} version of "
             f"FisherLab wrote; this one reads format {FORMAT}. Resume with that version, or start "

@@ -215,6 +215,9 @@ class Woodbury(CurvatureOptimizer):
         }
         return last_steps(found, self.steps)
 
+    def _refused(self) -> None:
+        self.layers.watch.abandon()
+
     def _discard(self) -> None:
         self._taken.clear()
         self.layers.state.reached.clear()

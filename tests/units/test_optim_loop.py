@@ -294,6 +294,21 @@ def test_draws_for_a_batch_without_a_step_are_taken_back(bad: str) -> None:
     assert torch.equal(clean[1], spoiled[1])
 
 
+@pytest.mark.parametrize("name", ["tengrad", "fngd", "kbfgs", "ngd", "kfac"])
+def test_an_interrupted_step_leaves_no_mode_behind(name: str) -> None:
+    model = perceptron(6, 5, 4)
+    optimizer = fl.optim.create(name, model)
+    ((x, y),) = stream(1)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    list(model)[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert not torch.overrides._len_torch_function_stack()
+
+
 def test_a_generator_that_someone_else_draws_from_is_left_alone() -> None:
     model, generator = perceptron(6, 5, 4), torch.Generator().manual_seed(3)
     optimizer = fl.optim.create("kfac", model, fisher_type="mc", generator=generator)
