@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from weakref import WeakValueDictionary
@@ -140,8 +141,12 @@ def alive(process: int) -> bool:
     return True
 
 
+class DamagedFile(ValueError):
+    """A file that cannot be read as what it is."""
+
+
 def read(
-    path: Path, reader: Callable[[Path], T], what: str, error: type[ValueError] = ValueError
+    path: Path, reader: Callable[[Path], T], what: str, error: type[ValueError] = DamagedFile
 ) -> T:
     """The content of a file, by a reader.
 
@@ -158,7 +163,8 @@ def read(
         with ctrl_c_kept():
             return reader(path)
     except OSError as failure:
-        if failure.errno is not None:
+        # readers of formats seek to places that a damaged file names, which fails without a name
+        if failure.errno is not None and failure.filename is not None:
             raise
         raise error(_damaged(path, what, failure)) from failure
     except Exception as failure:  # readers raise what their formats raise
@@ -166,16 +172,17 @@ def read(
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as Parquet, whole or not at all."""
-    write(path, lambda stream: frame.to_parquet(stream, index=False))
+    """Write a table as Parquet, whole or not at all, its pages with checksums."""
+    write(path, lambda stream: frame.to_parquet(stream, index=False, write_page_checksum=True))
 
 
-def read_table(path: Path, error: type[ValueError] = ValueError) -> pd.DataFrame:
+def read_table(path: Path, error: type[ValueError] = DamagedFile) -> pd.DataFrame:
     """A Parquet file, or a refusal as `read` has it."""
-    return read(path, pd.read_parquet, "Parquet file", error)
+    reader = partial(pd.read_parquet, page_checksum_verification=True)
+    return read(path, reader, "Parquet file", error)
 
 
-def read_json(path: Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
+def read_json(path: Path, error: type[ValueError] = DamagedFile) -> dict[str, Any]:
     """The object of a JSON file, or a refusal as `read` has it."""
     found = read(path, lambda path: json.loads(path.read_text(encoding="utf-8")), "JSON", error)
     if not isinstance(found, dict):

@@ -9,7 +9,7 @@ import typer
 
 from fisherlab import whole
 from fisherlab.commands import options
-from fisherlab.commands.common import UserError, progress, seeds_of, words
+from fisherlab.commands.common import UserError, progress, seeds_of, told_of, words
 
 PATH = Path  # typer reads the annotation
 
@@ -48,7 +48,9 @@ def atlas(
             rows = experiment.load(folder)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-        whole.write(page, experiment.markdown(rows))
+        with told_of(folder):
+            text = experiment.markdown(rows)
+        whole.write(page, text)
         typer.echo(f"page: {page}")
         return
     try:

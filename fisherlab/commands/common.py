@@ -374,6 +374,25 @@ def _cell(value: Any, digits: int) -> str:
     return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
+@contextmanager
+def told_of(*folders: Path) -> Iterator[None]:
+    """Name the folders of whose files a page is made: one may lack what another version wrote.
+
+    Raises:
+        UserError: with what the page failed at.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if _mistake(error) is not None:
+            raise
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no page can be made of what is there "
+            f"({type(error).__name__}: {_line(error)}); a file is damaged, or of another version: "
+            "run it again"
+        ) from error
+
+
 def exists(folder: Path) -> Path:
     """A folder that is there."""
     if not folder.is_dir():

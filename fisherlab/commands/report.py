@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fisherlab.commands import options
-from fisherlab.commands.common import UserError, exists
+from fisherlab.commands.common import UserError, exists, told_of
 
 
 def report(
@@ -36,9 +36,11 @@ def report(
     for run in runs:
         _ = run.config  # a folder without a run is refused before anything is made
     if len(runs) == 1 and out is None:
-        typer.echo(write(runs[0]))
+        with told_of(*folders):
+            typer.echo(write(runs[0]))
         return
     path = out or Path(REPORT)
     if path.is_dir() or (path.exists() and not overwrite):
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another --out")
-    typer.echo(write_side_by_side(runs, path))
+    with told_of(*folders):
+        typer.echo(write_side_by_side(runs, path))

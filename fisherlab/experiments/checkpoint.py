@@ -28,9 +28,9 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     try:
         with whole.ctrl_c_kept():
             state = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch raises what its zip and pickle readers raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise CheckpointError(f"{unreadable} ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise CheckpointError(unreadable)

@@ -86,6 +86,22 @@ def test_a_file_is_written_once_and_grows_by_a_method(tmp_path, monkeypatch):
     assert "| token | digits |" in text and "tkfac" in text
 
 
+def test_a_file_that_holds_no_rows_is_named(tmp_path):
+    path, page = tmp_path / "mlp-digits-seed0.parquet", tmp_path / "page.md"
+    command = ["atlas", "--out", str(tmp_path)]
+
+    def refused(*words):
+        ended = CliRunner().invoke(cli.app, [*command, *words])
+        assert ended.exit_code == 2 and not page.exists(), ended.output
+        return ended.output
+
+    path.write_bytes(b"PAR1")
+    assert f"{path} is damaged" in refused("--page", str(page))
+    pd.DataFrame({"other": [1]}).to_parquet(path)
+    assert f"{tmp_path}: no page" in refused("--page", str(page))
+    assert f"{path} holds no rows" in refused("--models", "mlp", "--seeds", "1")
+
+
 def test_the_page_is_made_of_the_rows_in_the_repository(tmp_path):
     out = tmp_path / "atlas.md"
     done = CliRunner().invoke(cli.app, ["atlas", "--out", str(ROWS), "--page", str(out)])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -137,6 +138,27 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         report.write(RunDir(tmp_path))
     with pytest.raises(RunDirError, match="without rows"):
         list(pages.of_compare(folder(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("harm", [{"layer": None}, {"relative_error": "<b>"}])
+def test_a_table_of_another_version_is_named_with_its_folder(harm, tmp_path, table):
+    run = folder(tmp_path / "one", table)
+    frame = run.table("comparison").assign(**harm)
+    whole.write_table(run.folder / "comparison.parquet", frame.dropna(axis=1, how="all"))
+    for words in ([], [run.folder, "--out", tmp_path / "page.html"]):
+        ended = CliRunner().invoke(app, ["report", *map(str, [run.folder, *words])])
+        assert ended.exit_code == 2 and not list(tmp_path.rglob("*.part"))
+        assert f"error: {run.folder}" in ended.output and "run it again" in ended.output
+
+
+def test_a_flipped_bit_of_a_number_in_a_table_is_seen(tmp_path):
+    path = tmp_path / "table.parquet"
+    whole.write_table(path, pd.DataFrame({"error": [0.1234, 0.5678]}))
+    content, number = path.read_bytes(), struct.pack("<d", 0.5678)
+    assert content.count(number) >= 1  # once among the values, and in their range
+    path.write_bytes(content.replace(number, struct.pack("<d", 0.5679), 1))
+    with pytest.raises(whole.DamagedFile, match=r"table\.parquet is damaged"):
+        whole.read_table(path)
 
 
 def test_the_command_rebuilds_and_refuses(tmp_path, table):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -165,6 +166,7 @@ KILLED = """
 import os, signal, sys, torch
 from fisherlab.experiments.training import Settings, Watch, train
 from pathlib import Path
+from unittest.mock import Mock
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 steps, saves = 0, 0
@@ -266,11 +268,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
     s = settings("sgd", epochs=1)
     path = tmp_path / train(s, tmp_path).records[0].path
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(checkpoint.CheckpointError, match=r"sgd-seed0\.pt is not a readable"):
+        train(s, tmp_path)
+    # a place that is none, to which torch's reader seeks
+    monkeypatch.setattr(torch, "load", Mock(side_effect=OSError(22, "Invalid argument")))
+    with pytest.raises(checkpoint.CheckpointError, match=r"sgd-seed0\.pt is not a readable"):
+        train(s, tmp_path)
+    (tmp_path / "config.json").write_bytes(b'{"command": "\x80"}')
+    with pytest.raises(SettingsError, match=r"config\.json is damaged"):
         train(s, tmp_path)
 
 

@@ -159,7 +159,12 @@ def kept(folder: Path, cell: Cell, seed: int, names: Sequence[str]) -> bool:
     """
     path, there = cell_file(folder, cell, seed), list[str]()
     if path.is_file():
-        there = list(whole.read_table(path)["approximation"].unique())
+        earlier = whole.read_table(path)
+        if "approximation" not in earlier:
+            raise whole.DamagedFile(
+                f"{path} holds no rows of the atlas; move it away"
+            )
+        there = list(earlier["approximation"].unique())
         if set(names) <= set(there):
             return False
     found = pd.concat(measured(cell, seed, [*names, *there]), ignore_index=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fisherlab import datasets, doors, models
+from fisherlab import datasets, doors, models, whole
 from fisherlab.names import unknown
 
 # Factor on the learning rate from the share of the epochs that is done.
@@ -164,13 +164,13 @@ class Settings:
         """The settings of a run folder."""
         path = doors.place(folder, "folder", error=SettingsError) / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = whole.read_json(path, SettingsError)
             if (command := config.get("command", "train")) != "train":
                 raise SettingsError(
                     f"{folder} holds a run of `fisherlab {command}`; give another folder"
                 )
             return cls.from_json(config["settings"])
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError) as error:
             raise SettingsError(f"{path} is not the config of a training run: {error!r}") from None
 
 
