@@ -139,7 +139,8 @@ class Pressed(KeyboardInterrupt):
 class CtrlC:
     """Ctrl-C that cannot get lost: `KeyboardInterrupt` at once, and again at the next `check`.
 
-    Python drops an exception in a destructor or in the callback of a weak reference, this one too.
+    Python drops an exception in a destructor or in the callback of a weak reference: the signal is
+    sent once more. Other code may drop it without a word.
     SIGTERM, by which clusters and containers end a process, is Ctrl-C with an exit code of its own.
     """
 
@@ -151,9 +152,14 @@ class CtrlC:
         main = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGINT, signal.SIGTERM) if main else ()
         self._before = {number: signal.signal(number, self._raise) for number in signals}
+        self._again: threading.Timer | None = None
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._unraisable
+        if self._again is not None:
+            self._again.cancel()
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -161,6 +167,15 @@ class CtrlC:
         self.asked = True
         CtrlC.code = Code.TERMINATED if number == signal.SIGTERM else Code.INTERRUPTED
         raise Pressed
+
+    def _dropped(self, lost: Any) -> None:
+        """Send the signal again, from outside of what dropped it."""
+        if not isinstance(lost.exc_value, Pressed):
+            self._unraisable(lost)
+            return
+        self._again = threading.Timer(0.01, os.kill, (os.getpid(), CtrlC.code - 128))
+        self._again.daemon = True
+        self._again.start()
 
     def check(self) -> None:
         """Raise it if it was pressed, and whoever got it went on."""

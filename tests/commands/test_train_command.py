@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -187,6 +188,24 @@ def test_ctrl_c_is_130_and_keeps_the_results(tmp_path):
     assert "interrupted" in err and "Traceback" not in err and "interrupted" in out
     rows = pd.read_parquet(tmp_path / "rows.parquet")
     assert set(rows["optimizer"]) == {"sgd"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_that_a_destructor_dropped_comes_again(number, capfd):
+    """A `report` that SIGTERM met there printed a traceback, and went on to its end."""
+
+    class Ends:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.default_int_handler)
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), common.CtrlC():
+        Ends()
+        time.sleep(60)  # the signal ends it
+    assert common.CtrlC.code == 128 + number and sys.unraisablehook is hook
+    assert capfd.readouterr().err == ""
+    signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

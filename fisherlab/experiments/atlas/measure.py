@@ -161,9 +161,7 @@ def kept(folder: Path, cell: Cell, seed: int, names: Sequence[str]) -> bool:
     if path.is_file():
         earlier = whole.read_table(path)
         if "approximation" not in earlier:
-            raise whole.DamagedFile(
-                f"{path} holds no rows of the atlas; move it away"
-            )
+            raise whole.DamagedFile(f"{path} holds no rows of the atlas; move it away")
         there = list(earlier["approximation"].unique())
         if set(names) <= set(there):
             return False
