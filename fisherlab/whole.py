@@ -179,7 +179,17 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 def read_table(path: Path, error: type[ValueError] = DamagedFile) -> pd.DataFrame:
     """A Parquet file, or a refusal as `read` has it."""
     reader = partial(pd.read_parquet, page_checksum_verification=True)
-    return read(path, reader, "Parquet file", error)
+    return read(path, opened(reader), "Parquet file", error)
+
+
+def opened(reader: Callable[[IO[bytes]], T]) -> Callable[[Path], T]:
+    """A reader that opens the file itself: pandas takes `~/x` or `a::b` for another place."""
+
+    def read_in(path: Path) -> T:
+        with path.open("rb") as stream:
+            return reader(stream)
+
+    return read_in
 
 
 def read_json(path: Path, error: type[ValueError] = DamagedFile) -> dict[str, Any]:

@@ -184,8 +184,11 @@ def _sections(run: RunDir) -> Iterator[Section]:
 
 
 def _as_it_lies(run: RunDir) -> Iterator[Section]:
-    read = lambda path: whole.read(path, pd.read_csv, "CSV file", RunDirError)  # noqa: E731
-    tables = [Table(read(path), path.stem) for path in sorted(run.folder.glob("*.csv"))]
+    reader = whole.opened(pd.read_csv)
+    tables = [
+        Table(whole.read(path, reader, "CSV file", RunDirError), path.stem)
+        for path in sorted(run.folder.glob("*.csv"))
+    ]
     yield Section("What was measured", tables=tables, pictures=_pictures(run))
 
 

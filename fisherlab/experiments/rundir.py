@@ -54,6 +54,15 @@ class RunDir:
                 "pass --overwrite to replace it, or another --out"
             )
 
+    def check_command(self, command: str) -> None:
+        """Refuse a folder that holds a run of another command, whose config it would replace."""
+        if (self.folder / CONFIG).is_file():
+            there = self.config.get("command", command)
+            if there != command:
+                raise RunDirError(
+                    f"{self.folder} holds a run of `fisherlab {there}`; give another folder"
+                )
+
     def begin(self, config: dict[str, Any], tables: tuple[str, ...] = ()) -> None:
         """Clear what an earlier run left, and write down what this one is before it starts."""
         self._held = whole.hold(self.folder)

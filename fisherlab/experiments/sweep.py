@@ -214,9 +214,11 @@ def sweep(
 
     Raises:
         SettingsError: a setting is the user's mistake, or the database cannot be used.
+        RunDirError: the folder holds a run of another command.
     """
     watch = watch or Watch()
     planned = _planned(settings, wanted, choices, trials, storage)
+    RunDir(folder).check_command("sweep")
     settings = replace(settings, entries=tuple(planned))
     metric = Task(settings).metric
     search = Search(settings, choices, metric, [])

@@ -161,6 +161,17 @@ def test_a_flipped_bit_of_a_number_in_a_table_is_seen(tmp_path):
         whole.read_table(path)
 
 
+@pytest.mark.parametrize("name", ["~", "a::b", "http:", "*", "new\nline", "<b>x</b>"])
+def test_the_name_of_a_folder_is_no_address(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(name)
+    run.write_config({"command": "later", "title": name})
+    run.write_table("found", pd.DataFrame({"answer": [42]}))
+    assert run.table("found")["answer"].tolist() == [42]
+    text = report.write(run).read_text()
+    assert "42" in Page(text).words and "<b>x" not in text
+
+
 def test_the_command_rebuilds_and_refuses(tmp_path, table):
     def call(*words):
         return CliRunner().invoke(app, ["report", *map(str, words)])

@@ -135,6 +135,20 @@ def test_a_file_is_no_run_folder(tmp_path):
     assert result.exit_code == 2 and (tmp_path / "run").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["reproduce ang fig2", "sweep --data iris --optimizer sgd --grid sgd.lr=0.1,1 --validation 9"],
+)
+def test_no_other_command_takes_the_config_of_a_run(words, tmp_path):
+    config = json.dumps({"command": "train", "settings": Settings(data="iris").to_json()})
+    (tmp_path / "config.json").write_text(config)
+    ended = CliRunner().invoke(cli.app, [*words.split(), "--out", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "holds a run of `fisherlab train`; give another folder" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == config
+
+
 def test_another_run_in_the_folder_is_named(tmp_path):
     config = {"command": "compare", "settings": {"data": "digits"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -86,11 +86,13 @@ def reproduce(
     Raises:
         ReproduceError: The paper, the item or the scale is unknown; `jobs` is below 1.
         SettingsError: A folder holds runs of other settings.
+        RunDirError: The folder holds a run of another command.
     """
     check_scale(scale)
     jobs = doors.count(jobs, "jobs", error=ReproduceError)
     out, listener = doors.place(out, "out", error=ReproduceError), listener or Listener()
     chosen = items(paper, item)
+    RunDir(out).check_command("reproduce")
     if jobs > 1:
         _train_beforehand(chosen, scale, out, control, jobs, listener)
     found = []
