@@ -28,6 +28,7 @@ from fisherlab.blocks.numerics import (
     spectrum_power,
     symmetrise,
     turned,
+    units,
 )
 from fisherlab.blocks.work import cached, once
 
@@ -92,7 +93,10 @@ class Block(ABC):
 
     def quadratic(self, V: Tensor) -> Tensor:
         """`<V, F V>` per matrix, `[...]` in float64."""
-        return torch.linalg.vecdot(V, (self @ V).to(V)).sum(-1, dtype=torch.float64)
+        X, s = units(V)
+        Y, r = units((self @ X).to(X))
+        scale = s.double().square() * r.double()
+        return torch.linalg.vecdot(X, Y).sum(-1, dtype=torch.float64) * scale
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:
         """`<D, F D>` for every per-example gradient `D = sum_t g a^T`, `[m, n]` in float64."""

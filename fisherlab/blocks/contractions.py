@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.basis import Basis
-from fisherlab.blocks.numerics import symmetrise
+from fisherlab.blocks.numerics import symmetrise, units
 
 # Bytes one intermediate may take. Chunks are cut to it; results do not depend on it.
 WORKSPACE = 256 * 1024**2
@@ -289,7 +289,9 @@ def diagonal(a: Tensor, g: Tensor) -> Tensor:
     """`sum_{m,n} D[m,n]^2` entrywise, `[o, i]`.  t = 1: n o (m + i), otherwise formed."""
     _, _, t, o, i = _sizes(a, g)
     if t == 1:
-        return g[:, :, 0].square().sum(0).mT @ a[:, 0].square()
+        (a, s), (g, r) = units(a), units(g)
+        squares = g[:, :, 0].square().sum(0).mT @ a[:, 0].square()
+        return squares * (s * r) * (s * r)
     result = a.new_zeros(o, i)
     for _, D in per_example_chunks(a, g):
         if o * i < WIDE:
@@ -328,9 +330,10 @@ def grouped_moments(a: Tensor, g: Tensor, c: int, k: int) -> Tensor:
     o = g.shape[-1]
     a = a[..., : c * k]
     if a.shape[1] == 1:
+        (a, s), (g, r) = units(a), units(g)
         weights = g[:, :, 0].square().sum(0).mT[:, None, None]  # [o, 1, 1, n]
         rows = a[:, 0].unflatten(-1, (c, k)).transpose(0, 1)  # [c, n, k]
-        return (weights * rows.mT) @ rows
+        return ((weights * rows.mT) @ rows) * (s * r) * (s * r)
     result = a.new_zeros(o * c, k, k)
     for _, D in per_example_chunks(a, g):
         rows = D.reshape(-1, o * c, k).transpose(0, 1)
@@ -389,6 +392,15 @@ def kronecker_quadratic(a: Tensor, g: Tensor, G: Tensor, A: Tensor) -> Tensor:
     Position pairs `sum_{t,s} (g_t^T G g_s)(a_t^T A a_s)`: n t (i^2 + t i) + m n t (o^2 + t o).
     Formed: m n o i (t + o + i).
     """
+    if a.dtype != torch.float64:  # of fourth powers
+        parts, scales = zip(*map(units, (a, g, G, A)), strict=True)
+        s, r, u, v = (scale.double() for scale in scales)
+        a, g, G, A = parts
+        return _kronecker_quadratic(a, g, G, A) * (s * r).square() * (u * v)
+    return _kronecker_quadratic(a, g, G, A)
+
+
+def _kronecker_quadratic(a: Tensor, g: Tensor, G: Tensor, A: Tensor) -> Tensor:
     m, n, t, o, i = _sizes(a, g)
     result = a.new_empty(m, n, dtype=torch.float64)
     pairs = n * t * i * (i + t) + m * n * t * o * (o + t)

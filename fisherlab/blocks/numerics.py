@@ -72,6 +72,18 @@ def length_of(matrix: Tensor) -> Tensor:
     return dot(matrix, matrix).sqrt()
 
 
+def units(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x / u` and `u`, a power of two near its largest entry: products of it stay in the range.
+
+    Dividing by it rounds nothing. 1 for zeros, NaN and inf.
+    """
+    size = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+    _, exponent = torch.frexp(size)
+    fits = (size > 0) & torch.isfinite(size)
+    u = torch.where(fits, torch.ldexp(torch.ones_like(size), exponent - 1), 1)
+    return x / u, u
+
+
 def over(value: Tensor, size: Tensor, empty: float = 0.0) -> Tensor:
     """`value / size`; `empty` where the size is 0, and NaN where it is NaN."""
     none = size == 0

@@ -573,3 +573,29 @@ def test_a_small_relative_error_has_its_digits_in_float32(share):
     X = blocks.Dense(M + share * M.norm() / noise.norm() * noise, F.shape)
     expected = (X.dense().double() - M.double()).norm() / M.double().norm()
     assert metrics.relative_error(X, F).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("a_unit", "g_unit"), [(1e-15, 1), (1e15, 1), (1, 1e10), (1e-5, 1e-10)])
+def test_measures_of_float32_blocks_do_not_depend_on_the_unit(a_unit, g_unit):
+    """Fourth powers left the range of float32: KFAC's cosine was NaN or 0."""
+    a = randn(6, 1, 4, dtype=torch.float64).mul(a_unit).float()
+    g = randn(2, 6, 1, 3, seed=1, dtype=torch.float64).mul(g_unit).float()
+    G, A = (x.flatten(0, -2) for x in (g, a))
+    one = {
+        "F": blocks.Outer(a, g),
+        "kfac": blocks.Kronecker(G.mT @ G / 6, A.mT @ A / 6),
+        "rows": blocks.RowBlocks(a, g, 1 / 6),
+    }
+    two = {name: blocks.serialise.cast(block, torch.float64) for name, block in one.items()}
+    for name in ("kfac", "rows"):
+        for measure in (metrics.cosine, metrics.scaled_error, metrics.relative_error):
+            near(measure(one[name], one["F"]), measure(two[name], two["F"]), rel=1e-4)
+
+
+def test_squares_of_columns_whose_sides_are_far_apart_stay_in_the_range():
+    a = randn(5, 1, 4, dtype=torch.float64).mul(1e25).float()
+    g = randn(2, 5, 1, 3, seed=1, dtype=torch.float64).mul(1e-25).float()
+    F, exact = blocks.Outer(a, g), blocks.Outer(a.double(), g.double())
+    torch.testing.assert_close(F.diagonal().double(), exact.diagonal(), rtol=1e-5, atol=0)
+    X, rows = blocks.RowBlocks(a, g, 0.2), blocks.RowBlocks(a.double(), g.double(), 0.2)
+    torch.testing.assert_close(X.dense().double(), rows.dense(), rtol=1e-4, atol=1e-7)

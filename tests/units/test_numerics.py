@@ -1,5 +1,7 @@
 """Linear algebra that must not fail quietly."""
 
+import math
+
 import pytest
 import torch
 from block_laws import orthonormal
@@ -8,7 +10,7 @@ from references import randn
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, numerics
 from fisherlab.blocks.factor import factor_of
-from fisherlab.blocks.numerics import GIB, cholesky, eigh, rank_of, spectrum_power
+from fisherlab.blocks.numerics import GIB, cholesky, eigh, rank_of, spectrum_power, units
 from fisherlab.blocks.work import cached
 from fisherlab.testing.blocks import psd
 from fisherlab.testing.laws import near
@@ -257,3 +259,17 @@ def test_a_solve_among_columns_of_one_large_direction(unit: float) -> None:
     assert (found - expected).norm() < 2e-3 * expected.norm()
     _, Z = F.columns.gram_eigen
     torch.testing.assert_close(Z.mT @ Z, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_unit_is_a_power_of_two_that_rounds_nothing():
+    for dtype in (torch.float32, torch.float64):
+        largest = torch.finfo(dtype).max
+        for size in (1.0, 3e-38, 1e30, largest, 1e-45):
+            x = randn(4, 3).to(dtype)
+            x = x / x.abs().amax() * size
+            part, unit = units(x)
+            assert torch.equal(part * unit, x)
+            assert 0.5 <= part.abs().amax() < 2 or not x.any()
+    assert units(torch.zeros(2))[1] == 1
+    assert units(torch.tensor([math.nan, 1.0]))[1] == 1
+    assert units(torch.zeros(0))[0].numel() == 0
