@@ -309,12 +309,13 @@ def grouped_diagonal(a: Tensor, g: Tensor, Q: Tensor) -> Tensor:
     """
     o, c, k, _ = Q.shape
     if a.shape[1] == 1:
+        (a, s), (g, r) = units(a), units(g)
         rows = a[:, 0, : c * k].unflatten(-1, (c, k)).transpose(0, 1)  # [c, n, k]
         weights = g[:, :, 0].square().sum(0).mT.contiguous()  # [o, n]
         result = Q.new_empty(o, c, Q.shape[-1])
         for part in slices(o, len(a) * c * Q.shape[-1] * Q.element_size(), a):
             result[part] = (weights[part, None, None] @ (rows @ Q[part]).square())[:, :, 0]
-        return result
+        return result * (s * r) * (s * r)
     result = Q.new_zeros(o, c, Q.shape[-1])
     for _, D in per_example_chunks(a[..., : c * k], g):
         groups = D.reshape(-1, o, c, k)

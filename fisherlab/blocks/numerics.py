@@ -263,6 +263,11 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
 
 def all_finite(*tensors: Tensor) -> bool:
     """Whether no entry is NaN or inf: one pass, and one number read, where the sums are finite."""
+    # torch sums no numbers of eight bits
+    tensors = tuple(
+        tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 2 else tensor
+        for tensor in tensors
+    )
     finite = torch.stack([torch.isfinite(tensor.sum()) for tensor in tensors])
     # half precision overflows in sums of ordinary numbers, and an overflow is looked at closely
     return holds(finite.all()) or all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

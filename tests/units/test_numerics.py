@@ -261,6 +261,12 @@ def test_a_solve_among_columns_of_one_large_direction(unit: float) -> None:
     torch.testing.assert_close(Z.mT @ Z, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_numbers_of_eight_bits_are_looked_at():
+    x = torch.ones(3).to(torch.float8_e4m3fn)
+    assert numerics.all_finite(x)
+    assert not numerics.all_finite((x.float() * math.nan).to(torch.float8_e4m3fn))
+
+
 def test_a_unit_is_a_power_of_two_that_rounds_nothing():
     for dtype in (torch.float32, torch.float64):
         largest = torch.finfo(dtype).max
