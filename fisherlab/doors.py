@@ -137,7 +137,7 @@ def numbers(
 ) -> list[float]:
     """A list, an array or a tensor of numbers in one axis, as floats; NaN only without a bound."""
     if isinstance(value, Tensor):
-        plain = value.double() if _is_integer(value) else value
+        plain = value.double() if is_index(value) else value
         value = tensor(plain, what, ndim=(1,), error=error).tolist()
     elif isinstance(value, np.ndarray) and value.ndim == 1:
         value = value.tolist()
@@ -150,7 +150,8 @@ def numbers(
     return [x for x in reals if x is not None]
 
 
-def _is_integer(value: Tensor) -> bool:
+def is_index(value: Tensor) -> bool:
+    """Whether a tensor holds whole numbers; flags are none."""
     return is_strided(value) and value.dtype in _INTEGERS
 
 

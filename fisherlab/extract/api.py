@@ -219,6 +219,7 @@ def capture(
     model = unwrapped(model)
     check_model(model)
     check_batch(x, labels, model)
+    examples = _of_batch(examples, len(labels))
     mask = mask_of(mask, x, labels)
     if mask is not None:
         criterion = Masked(criterion, mask)
@@ -332,18 +333,30 @@ def _check_kinds(kinds: object, examples: object, forward: object, ranks: object
     if found is None or any(not isinstance(kind, str) or kind not in KINDS for kind in found):
         raise CaptureError(f"kinds are some of {', '.join(KINDS)}; got {doors.said(kinds)}")
     if examples is not None and not (
-        isinstance(examples, Tensor)
-        and examples.ndim == 1
-        and not (examples.is_floating_point() or examples.is_complex())
+        isinstance(examples, Tensor) and doors.is_index(examples) and examples.ndim == 1
     ):
         raise CaptureError(
-            f"examples is a tensor [rows] of the example of each row, got {doors.said(examples)}"
+            "examples is a tensor [rows] of the example of each row, whole numbers; got "
+            f"{doors.said(examples)}"
         )
     check_forward(forward)
     if ranks is not None and not isinstance(ranks, Ranks):
         raise CaptureError(
             f"ranks is a fisherlab.distributed.Ranks or None, got {doors.said(ranks)}"
         )
+
+
+def _of_batch(examples: Tensor | None, n: int) -> Tensor | None:
+    """The example of each row, each one of `n`."""
+    if examples is None:
+        return None
+    examples = examples.long()
+    if not bool(((examples >= -1) & (examples < n)).all()):
+        raise CaptureError(
+            f"examples run from {int(examples.min())} to {int(examples.max())}, and the batch has "
+            f"those from 0 to {n - 1}; -1 is a row of none"
+        )
+    return examples
 
 
 def check_forward(forward: object) -> None:

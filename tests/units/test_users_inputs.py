@@ -528,3 +528,26 @@ def test_an_input_with_a_gradient_is_not_written_into():
     before = x.detach().clone()
     fl.compare(Shifts(), CE, x, Y, approximations="kfac")
     assert torch.equal(x, before) and x.grad is None
+
+
+@pytest.mark.parametrize(
+    ("examples", "named"),
+    [
+        (
+            torch.tensor([0, 1, 99]),
+            "examples run from 0 to 99, and the batch has those from 0 to 2",
+        ),
+        (torch.tensor([0, 1, -2]), "examples run from -2 to 1"),
+        (torch.ones(3, dtype=torch.bool), "whole numbers; got a torch.bool tensor"),
+        (torch.ones(3), "whole numbers; got a torch.float32 tensor"),
+    ],
+)
+def test_examples_that_are_none_are_named(examples, named):
+    with pytest.raises(CaptureError, match=named):
+        fl.capture(net(), CE, inputs(), Y, examples=examples)
+
+
+def test_examples_may_be_short_integers():
+    plain = fl.capture(net(), CE, inputs(), Y)["0"]
+    given = fl.capture(net(), CE, inputs(), Y, examples=torch.arange(3, dtype=torch.int32))["0"]
+    torch.testing.assert_close(given.gram(), plain.gram())
