@@ -271,6 +271,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
     s = settings("sgd", epochs=1)
     path = tmp_path / train(s, tmp_path).records[0].path
+    state = checkpoint.load(path)
+    checkpoint.save(path, {key: state[key] for key in state if key not in ("rows", "settings")})
+    with pytest.raises(checkpoint.CheckpointError, match=r"sgd-seed0\.pt lacks rows, settings"):
+        train(s, tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(checkpoint.CheckpointError, match=r"sgd-seed0\.pt is not a readable"):
         train(s, tmp_path)

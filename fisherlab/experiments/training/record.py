@@ -45,6 +45,12 @@ class Record:
         if not path.exists():
             return None
         state = checkpoint.load(path, settings.device)
+        needed = {"label", "settings", "training", *(f.name for f in fields(self))} - {"entry"}
+        if missing := sorted(needed - state.keys()):
+            raise checkpoint.CheckpointError(
+                f"{path} lacks {', '.join(missing)}: it is of another version, or damaged; delete "
+                "it to start that run again"
+            )
         # a checkpoint of an earlier version has fewer settings
         there, epochs = Settings.from_json(state["settings"]).to_json(), settings.epochs
         same = {**there, "epochs": epochs} == settings.to_json() and there["epochs"] <= epochs
