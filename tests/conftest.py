@@ -46,8 +46,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"in random order: FISHERLAB_ORDER={ORDER}")
 
 
-# folders that torch and pytest itself make, once per process
-THEIRS = ("torchinductor_", "pytest-of-")
+# folders that torch, torchrun and pytest itself make
+THEIRS = ("torchinductor_", "torchelastic_", "pytest-of-")
 
 
 @pytest.fixture(scope="session", autouse=True)
