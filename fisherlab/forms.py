@@ -32,7 +32,7 @@ def is_finite(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(is_finite, value))
     if isinstance(value, Tensor):
-        if value.is_meta:
+        if type(value) is Tensor and value.is_meta:
             return False
         return not value.is_floating_point() or bool(value.isfinite().all())
     return not isinstance(value, float) or math.isfinite(value)
