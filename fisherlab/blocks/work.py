@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,12 +42,13 @@ def seconds_of(pieces: Iterable[Piece]) -> float:
 class Ledger:
     """The pieces made in this thread while it is entered, by the cache that holds each.
 
-    A cache is known by its `id`: one that took the place of another has made its piece anew.
+    A cache is known by its `id`, and by what it holds: one that takes the place of another makes
+    its piece anew, or holds what was made elsewhere.
     """
 
     def __init__(self) -> None:
         self.open: list[Piece] = []
-        self.pieces: dict[tuple[int, Hashable], Piece] = {}
+        self.pieces: dict[tuple[int, Hashable], tuple[Piece, Callable[[], Any]]] = {}
 
     def __enter__(self) -> Ledger:
         self.before = getattr(_LOCAL, "ledger", None)
@@ -72,14 +74,29 @@ class Ledger:
                 self.open[-1].parts.add(piece)
 
 
+def _first(found: Any) -> Any:
+    """What is kept, or the first part of a tuple of it."""
+    while isinstance(found, tuple) and found:
+        found = found[0]
+    return found
+
+
+def _weakly(kept: Any) -> Callable[[], Any]:
+    """A reference that keeps no tensor and no block alive; a strong one to what has none."""
+    try:
+        return weakref.ref(kept)
+    except TypeError:
+        return lambda: kept
+
+
 def once(cache: MutableMapping[K, V], key: K, make: Callable[[], V]) -> V:
     """`cache[key]`, made when it is first asked for; its cost belongs to whoever takes it."""
     found = cache.get(key)
     ledger: Ledger | None = getattr(_LOCAL, "ledger", None)
     if found is not None:
         if ledger is not None and ledger.open:
-            piece = ledger.pieces.get((id(cache), key))
-            if piece is not None:
+            piece, held = ledger.pieces.get((id(cache), key), (None, None))
+            if piece is not None and held is not None and held() is _first(found):
                 ledger.open[-1].parts.add(piece)
         return found
     if ledger is None:
@@ -87,7 +104,7 @@ def once(cache: MutableMapping[K, V], key: K, make: Callable[[], V]) -> V:
     else:
         with ledger.piece() as piece:
             found = make()
-        ledger.pieces[id(cache), key] = piece
+        ledger.pieces[id(cache), key] = piece, _weakly(_first(found))
     cache[key] = found
     return found
 

@@ -936,3 +936,19 @@ def test_a_step_that_its_inverse_makes_of_rounding_says_so():
     assert noted["ifang", 1e-3] and not noted.drop(("ifang", 1e-3)).any()
     assert (one - two).abs()[~noted].max() < 1e-3
     assert not frames[1]["note"].any()
+
+
+def test_a_cache_in_the_place_of_another_has_none_of_its_seconds():
+    with work.Ledger() as ledger:
+        with ledger.piece():
+            gone = {}
+            work.once(gone, "gram", lambda: torch.ones(3))
+        # as where Python gives a cache that was filled elsewhere the address of one that is gone
+        new = {"gram": torch.ones(3)}
+        ledger.pieces[id(new), "gram"] = ledger.pieces[id(gone), "gram"]
+        with ledger.piece() as taken:
+            work.once(new, "gram", lambda: torch.zeros(3))
+        assert not taken.parts
+        with ledger.piece() as taken:
+            work.once(gone, "gram", lambda: torch.zeros(3))
+        assert len(taken.parts) == 1
