@@ -40,6 +40,9 @@ def is_traced() -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` runs, whose tensors are those of one level of it."""
+    # the compiler, which traces the tape along, would take any answer of torch for a level
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

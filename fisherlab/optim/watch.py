@@ -166,7 +166,9 @@ class Watch:
         return frame is not None
 
     def _record(self, use: Use, output: Tensor) -> Tensor:
-        return self.record(use, output) if self._is_inside() else output
+        # the compiler traces the tape along, without frames to look at
+        inside = torch.compiler.is_compiling() or self._is_inside()
+        return self.record(use, output) if inside else output
 
     def _end(self, compiled: bool, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if model is not self.model() or is_isolated() or not self._running:

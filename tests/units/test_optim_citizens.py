@@ -322,13 +322,15 @@ def test_compiled_before_the_optimizer(name: str) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("of_compiled", [False, True], ids=["of the model", "of the compiled"])
 @pytest.mark.parametrize("name", ["kfac", "ngd", "tengrad", "fngd", "sngd"])
-def test_compiled_after_the_optimizer(name: str) -> None:
+def test_compiled_with_an_optimizer(name: str, of_compiled: bool) -> None:
     ends = []
     for compiled in (False, True):
         model = small()
-        optimizer = create(name, model)
         forward = torch.compile(model, backend="eager") if compiled else model
+        optimizer = create(name, forward if of_compiled else model)
         x, y = data()
         for _ in range(3):
             optimizer.zero_grad()
