@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 import random
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -68,25 +69,70 @@ def in_own_pass(model: nn.Module | None) -> bool:
     return id(model) in _SENT_THROUGH
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Buffers are afterwards as before, whether a pass writes into them or replaces them."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
-    ]
+    return _kept([module._buffers for module in model.modules()])
+
+
+# Containers of which a copy is kept; a module of torch is itself no more than dicts of them.
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
+
+@contextmanager
+def _kept(roots: list[dict[str, Any]]) -> Iterator[None]:
+    """Containers and tensors, and those inside them, hold afterwards what they held before."""
+    containers: dict[int, tuple[Any, Any]] = {}
+    tensors: dict[int, tuple[Tensor, Tensor, int | None]] = {}
+    waiting: list[Any] = [*roots]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if _is_state(value) and id(value) not in tensors:
+                version = None if value.is_inference() else value._version
+                tensors[id(value)] = value, value.detach().clone(), version
+        elif type(value) in _CONTAINERS and id(value) not in containers:
+            containers[id(value)] = value, copy.copy(value)
+            waiting += value.values() if isinstance(value, dict) else value
+        elif type(value) is tuple:
+            waiting += value
     try:
         yield
     finally:
-        for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer
+        for tensor, before, version in tensors.values():
             # compared by value: batch norm writes its statistics without a new version. A copy
-            # where nothing changed would break a graph that holds the buffer.
-            if not torch.equal(buffer, before):
+            # where nothing changed would break a graph that holds the tensor.
+            if not _is_equal(tensor, before, version):
                 with torch.no_grad():
-                    buffer.copy_(before)
+                    tensor.copy_(before)
+        for now, held in containers.values():
+            _refill(now, held)
+
+
+def _is_state(tensor: Tensor) -> bool:
+    """Whether a pass may move a tensor in place: no parameter and no result of a graph is such."""
+    kinds = nn.Parameter | UninitializedBuffer
+    return not isinstance(tensor, kinds) and tensor.grad_fn is None and not tensor.is_meta
+
+
+def _is_equal(now: Tensor, before: Tensor, version: int | None) -> bool:
+    """Whether a tensor is as its copy; NaN equals NaN. Sparse ones go by version."""
+    if now.layout != torch.strided or now.is_nested:
+        return version is None or now._version == version
+    if torch.equal(now, before):
+        return True
+    if not now.is_floating_point() or now.shape != before.shape:
+        return False
+    return torch.allclose(now, before, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _refill(now: Any, before: Any) -> None:
+    """Give a container what its copy holds, where that is not in it."""
+    known = [*now], [*before]
+    if isinstance(now, dict):
+        known = [*now, *now.values()], [*before, *before.values()]
+    if len(known[0]) != len(known[1]) or not all(map(operator.is_, *known)):
+        now.clear()
+        (now.update if isinstance(now, dict | set) else now.extend)(before)
 
 
 # Up to this many numbers a parameter has a copy while a pass runs that may write into it.
@@ -121,7 +167,7 @@ def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
 
     def wrote(p: Tensor, version: int) -> bool:
         before = copies.get(id(p))
-        return p._version != version if before is None else not torch.equal(p.data, before)
+        return p._version != version if before is None else not _is_equal(p.data, before, None)
 
     def written() -> list[str]:
         return [name for name, p, version, _ in every if id(p) not in bound and wrote(p, version)]
@@ -193,27 +239,25 @@ def _autocast(kinds: tuple[str, ...], on: bool) -> Iterator[None]:
 
 @contextmanager
 def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
-    """Gradients on, in inference mode too; random streams, buffers, weights and flags are put back.
+    """Gradients on, in inference mode too; random streams and all of the model are put back.
 
     Compiled modules run as the Python they were made of, so that their functions are seen. Autocast
     is left for all but the model.
 
     Args:
-        model: the model that runs inside. A forward pass may update its buffers: running
-            statistics, codebooks, the vectors of spectral normalisation.
+        model: the model that runs inside. A forward pass may update what it holds: running
+            statistics, codebooks, a cache in a dict, a hidden state.
         x: the batch, whose device has a random stream of its own.
 
     Yields:
         The names of parameters that a pass has written into so far.
     """
     devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
-    flags = [(module, module.training) for module in model.modules()]
-    # what a pass keeps for later, such as an auxiliary loss, is of the user's own passes
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     token = _ISOLATED.set(True)
     try:
         with (
-            buffers_kept(model),
+            # what a pass keeps for later, such as an auxiliary loss, is of the user's own passes
+            _kept([vars(module) for module in model.modules()]),
             parameters_kept(model) as written,
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -224,12 +268,6 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
             yield written
     finally:
         _ISOLATED.reset(token)
-        for now, before in attributes:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update(before)
-        for module, training in flags:
-            module.training = training
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

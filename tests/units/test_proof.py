@@ -1,5 +1,8 @@
 """A capture proves itself: what breaks its two laws is left out by name, never measured."""
 
+import math
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,6 +291,62 @@ def test_buffers_and_training_flags_come_back(make):
     for name, buffer in model.named_buffers():
         same, before = buffers[name]
         assert buffer is same and torch.equal(buffer, before), name
+
+
+class Stateful(nn.Module):
+    """State of every kind in attributes that are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.o = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.calls, self.seen, self.cache = 0, [], {"nested": [0]}
+        self.ema, self.hidden = torch.zeros(4), None
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.cache["nested"][0] = self.cache["last"] = self.calls
+        hidden = self.l(x)
+        self.ema.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
+        self.hidden = hidden.detach() if self.hidden is None else self.hidden + hidden.detach()
+        if self.calls == 2:
+            self.register_buffer("late", torch.zeros(2))
+            self.scale, self.act = nn.Parameter(torch.zeros(2)), nn.Tanh()
+        return self.o(hidden)
+
+    def state(self):
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        numbers = self.calls, [*self.seen], self.cache["nested"][0], self.cache["last"]
+        return numbers, self.ema.tolist(), self.hidden.tolist(), names, [*self.children()]
+
+
+def test_state_in_attributes_and_containers_comes_back():
+    model, (x, y) = made(Stateful), batch()
+    model(x)
+    before, containers = model.state(), (model.seen, model.cache, model.ema)
+    fl.capture(model, CE, x, y)
+    fl.support(model, x)
+    assert model.state() == before
+    assert all(map(operator.is_, containers, (model.seen, model.cache, model.ema)))
+
+
+def test_buffers_of_nan_and_sparse_ones_are_kept_without_a_word(recwarn):
+    class Graph(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.register_buffer("edges", torch.eye(6).to_sparse())
+            self.register_buffer("unset", torch.tensor([math.nan]))
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, super().forward(x))
+
+    model, (x, y) = made(Graph), batch()
+    assert "graph" in fl.capture(model, CE, x, y)
+    assert model.unset._version == model.edges._version == 0
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    fl.support(model, x)
+    assert not recwarn
 
 
 def test_embeddings_that_a_pass_rescales_come_back():
