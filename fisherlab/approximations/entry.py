@@ -10,7 +10,7 @@ from fisherlab import doors
 from fisherlab.approximations.damping import check_block, pairs_of
 from fisherlab.approximations.means import Means
 from fisherlab.blocks import BlockError
-from fisherlab.blocks.entry import check_shape
+from fisherlab.blocks.entry import check_shape, unchecked
 from fisherlab.blocks.numerics import check_damping
 from fisherlab.extract.joint import check_layers
 
@@ -69,4 +69,5 @@ DOORS = {
     "of_batch": _of_batch,
     "basis": _basis,
     "block": _block,
+    **dict.fromkeys(("__call__", "corrections", "carry"), unchecked),
 }

@@ -16,14 +16,23 @@ from torch import Tensor
 from fisherlab import doors
 from fisherlab.blocks.basis import Coordinates, Thin
 from fisherlab.blocks.numerics import BlockError, check_damping, check_exponent
+from fisherlab.casting import uncasting
 
 
 def guard(form: type, doors: Mapping[str, Callable[..., Any]] | None = None) -> None:
-    """Put the doors in front of the methods that a class defines itself; None: those of blocks."""
+    """Put the doors in front of the methods that a class defines itself; None: those of blocks.
+
+    Behind a door autocast is off.
+    """
     for name, door in (DOORS if doors is None else doors).items():
         method = form.__dict__.get(name)
         if callable(method) and not getattr(method, "__isabstractmethod__", False):
-            setattr(form, name, door(method))
+            setattr(form, name, uncasting(door(method)))
+
+
+def unchecked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The door of a method that takes nothing to check."""
+    return method
 
 
 def check_other(block: Any, other: object, what: str = "other") -> None:
@@ -242,4 +251,5 @@ DOORS = {
     "column_quadratics": _columns,
     "rotated_diagonal": _bases,
     "sample": _sample,
+    **dict.fromkeys(("dense", "diagonal", "trace", "squared_norm", "eigenvalues"), unchecked),
 }

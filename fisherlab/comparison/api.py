@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
+from fisherlab.casting import uncast
 from fisherlab.comparison.request import Candidates, checked
 from fisherlab.comparison.run import Progress, measured
 from fisherlab.comparison.table import Comparison
 from fisherlab.comparison.turns import in_turns
 from fisherlab.distributed import answering
 from fisherlab.extract.api import Forward
-from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 
 

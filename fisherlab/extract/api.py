@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors, extras
+from fisherlab.casting import as_cast
 from fisherlab.distributed import Ranks, unwrapped
 from fisherlab.extract import criteria, fisher
 from fisherlab.extract.broadcast import spread
@@ -23,7 +24,6 @@ from fisherlab.extract.graph import read
 from fisherlab.extract.hooks import fill
 from fisherlab.extract.inside import Inside, criterion_of
 from fisherlab.extract.isolation import (
-    as_cast,
     buffers_kept,
     copied,
     floated,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
+from fisherlab.casting import uncast
 from fisherlab.telling import warn
 
 # Whether a capture's own pass runs: an optimizer's hooks on the same model then look away.
@@ -201,40 +202,6 @@ def streams_kept(*devices: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(array)  # noqa: NPY002
-
-
-# Kinds of devices whose autocast a caller may have entered; and those that FisherLab left.
-_CASTING = ("cpu", "cuda", "mps", "xpu")
-_CAST: ContextVar[tuple[str, ...]] = ContextVar("cast", default=())
-
-
-@contextmanager
-def uncast() -> Iterator[None]:
-    """Autocast off: FisherLab's own arithmetic is in the dtypes of its tensors."""
-    kinds = tuple(kind for kind in _CASTING if torch.is_autocast_enabled(kind))
-    token = _CAST.set(kinds or _CAST.get())
-    try:
-        with _autocast(kinds, False):
-            yield
-    finally:
-        _CAST.reset(token)
-
-
-def as_cast() -> AbstractContextManager[None]:
-    """Autocast as the caller has it, for his own functions inside `uncast`."""
-    return _autocast(_CAST.get(), True)
-
-
-@contextmanager
-def _autocast(kinds: tuple[str, ...], on: bool) -> Iterator[None]:
-    before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    try:
-        for kind in kinds:
-            torch.set_autocast_enabled(kind, on)
-        yield
-    finally:
-        for kind, was in before.items():
-            torch.set_autocast_enabled(kind, was)
 
 
 @contextmanager

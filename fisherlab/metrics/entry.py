@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fisherlab import doors
 from fisherlab.blocks import Block, Outer
+from fisherlab.casting import uncasting
 
 Measure = TypeVar("Measure", bound=Callable[..., Any])
 
@@ -30,6 +31,7 @@ def entered(measure: Measure) -> Measure:
         if (door := NAMES.get(name) or KINDS.get(parameter.annotation))
     ]
 
+    @uncasting
     @wraps(measure)
     def checked(*args: Any, **named: Any) -> Any:
         given, options, found = doors.passed(checks, args, named)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
+from fisherlab.casting import uncast
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract.geometry import Geometry
-from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 from fisherlab.optim.alike import Agreement, check_alike, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept, calling

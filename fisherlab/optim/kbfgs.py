@@ -14,7 +14,7 @@ from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import cholesky, sum_of
-from fisherlab.extract.isolation import uncast
+from fisherlab.casting import uncast
 from fisherlab.optim.attempt import Kept, calling, whole
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
-from fisherlab.extract.isolation import uncast
+from fisherlab.casting import uncast
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 

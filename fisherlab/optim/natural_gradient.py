@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fisherlab.approximations import Approximation
 from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.blocks import Block
+from fisherlab.casting import uncast
 from fisherlab.distributed import answering
-from fisherlab.extract.isolation import uncast
 from fisherlab.optim.adaptive import adapting, second_look
 from fisherlab.optim.attempt import Kept
 from fisherlab.optim.base import CurvatureOptimizer

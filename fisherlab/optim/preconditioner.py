@@ -19,9 +19,9 @@ from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.reads import together
+from fisherlab.casting import uncast
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract import LayerCapture
-from fisherlab.extract.isolation import uncast
 from fisherlab.extract.select import Names
 from fisherlab.optim.alike import Agreement, groups_of, options_of
 from fisherlab.optim.attempt import Attempt, Kept, calling

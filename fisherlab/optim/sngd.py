@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.reads import Together
+from fisherlab.casting import uncast
 from fisherlab.distributed import parallel
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
-from fisherlab.extract.isolation import is_isolated, is_traced, uncast
+from fisherlab.extract.isolation import is_isolated, is_traced
 from fisherlab.extract.slopes import Slopes, slopes
 from fisherlab.names import unknown
 from fisherlab.optim.roots import Roots, by_eigh, denman_beavers, newton_schulz, nystroem

@@ -14,7 +14,7 @@ from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.energies import carried
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import eigh_each
-from fisherlab.extract.isolation import uncast
+from fisherlab.casting import uncast
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 

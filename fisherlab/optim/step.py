@@ -15,7 +15,7 @@ from torch.optim.sgd import sgd
 from fisherlab import doors
 from fisherlab.approximations.damping import as_rule
 from fisherlab.blocks.reads import numbers_of
-from fisherlab.extract.isolation import as_cast
+from fisherlab.casting import as_cast
 
 DECAY_PLACEMENTS = ("after", "before", "loss")
 

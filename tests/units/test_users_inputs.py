@@ -283,6 +283,24 @@ def test_autocast_is_the_models_alone():
     assert captured.outputs.equal(cast(model, x).float())
 
 
+@pytest.mark.parametrize("name", sorted(set(fl.approximations.names()) - {"kbfgs"}))
+def test_blocks_and_metrics_inside_autocast_are_those_outside(name):
+    layer = fl.capture(net(torch.float32), CE, inputs(torch.float32), Y)["0"]
+    maker, V = fl.approximations.get(name)(), torch.linspace(-1, 1, 25).view(5, 5)
+
+    def numbers():
+        F, exact = maker(layer), fl.Exact()(layer)
+        found = [F @ V, F.dense(), F.power(-0.5, 0.1) @ V, F.diagonal(), F.trace(), F.quadratic(V)]
+        found += [F.eigenvalues(), F.squared_norm(), F.inner(exact), F.logdet(0.1)]
+        return [*found, fl.metrics.relative_error(F, exact), fl.metrics.cosine(F, exact)]
+
+    expected = numbers()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = numbers()
+    for k, (number, right) in enumerate(zip(found, expected, strict=True)):
+        assert torch.as_tensor(number).equal(torch.as_tensor(right)), k
+
+
 @pytest.mark.parametrize("name", ["kfac", "ngd", "soap", "muon", "kbfgs"])
 def test_a_step_inside_autocast_is_the_step_outside(name):
     def trained(inside):
