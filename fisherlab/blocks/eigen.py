@@ -164,6 +164,14 @@ class Eigen(Block):
             missing,
         )
 
+    @classmethod
+    def within(cls, other: Eigen, spectrum: Tensor, complement: Complement) -> Eigen:
+        """Other eigenvalues in the bases of a block, which were looked at when it was made."""
+        block = object.__new__(cls)
+        block.Q_G, block.Q_A = other.Q_G, other.Q_A
+        block.spectrum, block.complement = spectrum, complement
+        return block
+
     @property
     def tail_G(self) -> Tensor:
         """Eigenvalues on the complement of `Q_A`, `[o']`."""
@@ -271,10 +279,7 @@ class Eigen(Block):
             return spectrum_power(values, exponent, damping, name)
 
         rest = self.complement.mapped(powered)
-        found = Eigen(self.Q_G, self.Q_A, powered(self.spectrum), rest.G, rest.A, rest.both)
-        # which knows its level
-        found.complement = rest
-        return found
+        return Eigen.within(self, powered(self.spectrum), rest)
 
     def quadratic(self, V: Tensor) -> Tensor:
         rotated = (self.Q_G.mT @ V @ self.Q_A).double().square()

@@ -92,7 +92,7 @@ def _kept(roots: list[dict[str, Any]]) -> Iterator[None]:
                 version = None if value.is_inference() else value._version
                 tensors[id(value)] = value, value.detach().clone(), version
         elif type(value) in _CONTAINERS and id(value) not in containers:
-            containers[id(value)] = value, copy.copy(value)
+            containers[id(value)] = value, value.copy()
             waiting += value.values() if isinstance(value, dict) else value
         elif type(value) is tuple:
             waiting += value
@@ -128,6 +128,8 @@ def _is_equal(now: Tensor, before: Tensor, version: int | None) -> bool:
 
 def _refill(now: Any, before: Any) -> None:
     """Give a container what its copy holds, where that is not in it."""
+    if not before and not now:
+        return
     known = [*now], [*before]
     if isinstance(now, dict):
         known = [*now, *now.values()], [*before, *before.values()]
@@ -176,10 +178,10 @@ def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     try:
         yield written
     finally:
-        trained = {name for name, p, *_ in every if p.requires_grad}
-        changed = [name for name in written() if name in trained]
-        for _, p, version, data in every:
-            if id(p) not in copies or not wrote(p, version):
+        moved = [(name, p, data) for name, p, version, data in every if wrote(p, version)]
+        changed = [name for name, p, _ in moved if p.requires_grad and id(p) not in bound]
+        for _, p, data in moved:
+            if id(p) not in copies:
                 continue
             if p.data_ptr() != data.data_ptr():
                 p.data = data
