@@ -72,23 +72,30 @@ def in_own_pass(model: nn.Module | None) -> bool:
 
 def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Buffers are afterwards as before, whether a pass writes into them or replaces them."""
-    return _kept([module._buffers for module in model.modules()])
+    return _kept(model, [module._buffers for module in model.modules()])
 
 
+# Up to this many numbers a tensor has a copy while a pass runs that may write into it.
+COPIED = 2**22
 # Containers of which a copy is kept; a module of torch is itself no more than dicts of them.
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextmanager
-def _kept(roots: list[dict[str, Any]]) -> Iterator[None]:
-    """Containers and tensors, and those inside them, hold afterwards what they held before."""
+def _kept(model: nn.Module, roots: list[dict[str, Any]]) -> Iterator[None]:
+    """Containers and tensors, and those inside them, hold afterwards what they held before.
+
+    Tensors of more than `COPIED` numbers are copied where they are buffers of the model.
+    """
+    buffers = {id(buffer) for buffer in model.buffers()}
     containers: dict[int, tuple[Any, Any]] = {}
     tensors: dict[int, tuple[Tensor, Tensor, int | None]] = {}
     waiting: list[Any] = [*roots]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            if _is_state(value) and id(value) not in tensors:
+            known = id(value) in tensors or not _is_state(value)
+            if not known and (id(value) in buffers or value.numel() <= COPIED):
                 version = None if value.is_inference() else value._version
                 tensors[id(value)] = value, value.detach().clone(), version
         elif type(value) in _CONTAINERS and id(value) not in containers:
@@ -136,10 +143,6 @@ def _refill(now: Any, before: Any) -> None:
     if len(known[0]) != len(known[1]) or not all(map(operator.is_, *known)):
         now.clear()
         (now.update if isinstance(now, dict | set) else now.extend)(before)
-
-
-# Up to this many numbers a parameter has a copy while a pass runs that may write into it.
-COPIED = 2**22
 
 
 @contextmanager
@@ -226,7 +229,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
     try:
         with (
             # what a pass keeps for later, such as an auxiliary loss, is of the user's own passes
-            _kept([vars(module) for module in model.modules()]),
+            _kept(model, [vars(module) for module in model.modules()]),
             parameters_kept(model) as written,
             torch.inference_mode(False),
             torch.enable_grad(),
