@@ -72,7 +72,7 @@ def in_own_pass(model: nn.Module | None) -> bool:
 
 def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Buffers are afterwards as before, whether a pass writes into them or replaces them."""
-    return _kept(model, [module._buffers for module in model.modules()])
+    return _kept(model, lambda module: module._buffers)
 
 
 # Up to this many numbers a tensor has a copy while a pass runs that may write into it.
@@ -82,20 +82,27 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 @contextmanager
-def _kept(model: nn.Module, roots: list[dict[str, Any]]) -> Iterator[None]:
-    """Containers and tensors, and those inside them, hold afterwards what they held before.
+def _kept(model: nn.Module, part: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """A part of each module, and what is inside it, holds afterwards what it held before.
 
-    Tensors of more than `COPIED` numbers are copied where they are buffers of the model.
+    Tensors of more than `COPIED` numbers are copied where they are buffers.
     """
-    buffers = {id(buffer) for buffer in model.buffers()}
+    # those of a scripted module are in none of its dicts
+    buffers = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    copied = {id(buffer) for *_, buffer in buffers}
     containers: dict[int, tuple[Any, Any]] = {}
     tensors: dict[int, tuple[Tensor, Tensor, int | None]] = {}
-    waiting: list[Any] = [*roots]
+    waiting = [*map(part, model.modules()), *(buffer for _, _, buffer in buffers)]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
             known = id(value) in tensors or not _is_state(value)
-            if not known and (id(value) in buffers or value.numel() <= COPIED):
+            if not known and (id(value) in copied or value.numel() <= COPIED):
                 version = None if value.is_inference() else value._version
                 tensors[id(value)] = value, value.detach().clone(), version
         elif type(value) in _CONTAINERS and id(value) not in containers:
@@ -112,6 +119,8 @@ def _kept(model: nn.Module, roots: list[dict[str, Any]]) -> Iterator[None]:
             if not _is_equal(tensor, before, version):
                 with torch.no_grad():
                     tensor.copy_(before)
+        for owned, name, buffer in buffers:
+            owned[name] = buffer
         for now, held in containers.values():
             _refill(now, held)
 
@@ -225,11 +234,12 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
         The names of parameters that a pass has written into so far.
     """
     devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
+    flags = [(module, module.training) for module in model.modules()]
     token = _ISOLATED.set(True)
     try:
         with (
             # what a pass keeps for later, such as an auxiliary loss, is of the user's own passes
-            _kept(model, [vars(module) for module in model.modules()]),
+            _kept(model, vars),
             parameters_kept(model) as written,
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -240,6 +250,8 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
             yield written
     finally:
         _ISOLATED.reset(token)
+        for module, training in flags:
+            module.training = training
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 
 import pytest
 import torch
@@ -437,3 +438,16 @@ def test_rows_whose_gradients_cancel_are_known_by_halves(mixing):
     assert ("a" in found) is not mixing
     if mixing:
         assert "not one example each" in found.report.skipped["a"]
+
+
+def test_buffers_and_flags_of_a_scripted_module_come_back():
+    with warnings.catch_warnings(action="ignore"):
+        scripted = torch.jit.script(Counting().double())
+    model, (x, _) = nn.Sequential(scripted, nn.BatchNorm1d(3)).double(), batch()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with isolated(model, x):
+        model(x)
+        assert not torch.equal(scripted.ema, before["0.ema"])
+        model.eval()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(module.training for module in model.modules())
