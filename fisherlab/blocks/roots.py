@@ -94,11 +94,13 @@ def moment_root(side: Factor) -> Factor:
 
 
 def _unseen(side: Factor) -> float:
-    """The share of `tr S^{1/2}` that its cut eigenvalues may have had, at most."""
+    """The share of `tr S^{1/2}` that is unknown, at most: what is cut, and what may be rounding."""
     if isinstance(side, Diagonal):
         return 0.0
     values = side.spectrum(NAME)[0].detach()
     noise = _noise(values)
     kept = values > noise
+    small = values <= RANK_TOLERANCE * torch.finfo(values.dtype).eps * values.abs().max()
     cut = (~kept).sum() * noise.double().sqrt()
-    return float(cut / (cut + values[kept].double().sqrt().sum()).clamp(min=1e-300))
+    doubtful = cut + values[kept & small].double().sqrt().sum()
+    return float(doubtful / (cut + values[kept].double().sqrt().sum()).clamp(min=1e-300))

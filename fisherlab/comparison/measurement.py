@@ -46,6 +46,8 @@ OVERFLOW = "numbers pass the range of the dtype: rescale inputs or targets, or m
 TRACE_BELOW_ROUNDING = 1e-3
 # The share of its step, or of the gradients themselves, that may lie there.
 UNSURE = 0.01
+# The same of its Stein loss, beside 1.
+UNSURE_STEIN = 0.02
 # The same of the eigenvalues of its block, an estimate that is rarely too low.
 UNSURE_EIGENVALUES = 0.03
 # A Stein loss is at least 0; below this it is rounding, as the other numbers at its damping.
@@ -353,6 +355,12 @@ class LayerMeasurement:
         }
         if loss < STEIN_BELOW:
             found |= {"stein_loss": math.nan, "note": BELOW_DAMPING}
+        # a trace T more in unknown eigenvalues moves log det (X + damping I) by this at most
+        hidden = near.trace_below_rounding * near.trace().item() / (damping * near.size)
+        moved = near.size * math.log1p(hidden)
+        if moved > UNSURE_STEIN * (1 + abs(loss.item())):
+            doubt = f"up to {moved:.2g} of its Stein loss {ROUNDING}"
+            found["note"] = noted(found.get("note"), doubt)
         # a root cuts eigenvalues as rounding, and 1 / damping stands for what they were
         doubt = ""
         if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE:

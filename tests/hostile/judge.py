@@ -19,6 +19,8 @@ import fisherlab as fl
 
 PACKAGE = Path(__file__).parents[2] / "fisherlab"
 HERE = Path(__file__).parent
+# Where the functions of a user's model pass through.
+TAPES = {("extract", "tape"), ("optim", "watch")}
 GOOD = ("right", "refused by name", "torch's own error")
 NAMED = (ValueError, TypeError, RuntimeError, OSError, KeyError, fl.adapters.AdapterError)
 BAD = ("wrong", "junk accepted", "internal error", "changed world")
@@ -130,8 +132,7 @@ def _of_torch(frames: traceback.StackSummary) -> bool:
         return False
     rest = [Path(frame.filename) for frame in frames[inside[-1] :]]
     return all(
-        not path.is_relative_to(PACKAGE) or (path.parent.name == "extract" and path.stem == "tape")
-        for path in rest
+        not path.is_relative_to(PACKAGE) or (path.parent.name, path.stem) in TAPES for path in rest
     )
 
 

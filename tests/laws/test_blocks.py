@@ -1,6 +1,7 @@
 """Every form of block against its dense matrix, and what the dense matrix cannot show."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from references import randn
 import fisherlab as fl
 from fisherlab import blocks
 from fisherlab.blocks import Block, BlockError, BlockTooLarge, contractions, numerics
+from fisherlab.blocks.factor import factor_of
+from fisherlab.blocks.roots import Rooted, moment_root
 from fisherlab.blocks.serialise import cast
 from fisherlab.testing import check_block
 from fisherlab.testing.blocks import LAWS, columns, matrix_power, psd
@@ -492,3 +495,12 @@ def test_a_saved_inverse_is_the_inverse_to_the_last_bit():
     saved = blocks.to_dict(thin)
     for key, value in blocks.to_dict(blocks.from_dict(saved)).items():
         assert key == "form" or torch.equal(value, saved[key])
+
+
+def test_a_root_knows_its_eigenvalues_that_may_be_rounding():
+    """2e-7 of float32 is kept, as the spectrum runs on to it, and its root moves Stein's loss."""
+    side, one = factor_of(torch.diag(torch.tensor([1.0, 1e-5, 2e-7]))), factor_of(torch.eye(2))
+    block = Rooted(side, one, moment_root(side), moment_root(one))
+    root = math.sqrt(2e-7)
+    share = root / (1 + math.sqrt(1e-5) + root)
+    assert block.trace_below_rounding == pytest.approx(share, rel=1e-4)
