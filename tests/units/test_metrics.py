@@ -166,7 +166,8 @@ def test_the_exact_block_diagonalises_itself():
     _, F, _, f, _ = measured("conv", "kfac")
     near(metrics.diagonalisation(F, F), 1)
     near(metrics.subspace_overlap(F, F, 3), 1)
-    assert metrics.principal_angles(F, F, 3).abs().max() < 1e-7
+    # the arc cosine of 1 - 50 eps, which kernels of some CPUs make, is 1.5e-7
+    assert metrics.principal_angles(F, F, 3).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
