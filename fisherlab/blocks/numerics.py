@@ -297,7 +297,7 @@ def check_orthonormal(Q: Tensor, what: str) -> None:
     """Refuse columns that are not orthonormal, by one product `Q^T Q v`: no `[k, k]` matrix."""
     v = torch.arange(1, Q.shape[1] + 1, dtype=Q.dtype, device=Q.device).cos()
     away = torch.linalg.vector_norm(Q.mT @ (Q @ v) - v)
-    # that of float32 in float64 too, into which a block may be cast; NaN is named where it is used
+    # float64 has the bound of float32, from which a block may be cast; users of NaN name it
     if not holds(~(away > ORTHONORMAL * torch.linalg.vector_norm(v))):
         raise BlockError(f"{what} must be orthonormal, as torch.linalg.qr(...)[0] is")
 

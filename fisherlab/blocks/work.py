@@ -75,7 +75,7 @@ class Ledger:
 
 
 def _first(found: Any) -> Any:
-    """What is kept, or the first part of a tuple of it."""
+    """The kept value, or the first part of a tuple."""
     while isinstance(found, tuple) and found:
         found = found[0]
     return found

@@ -87,7 +87,7 @@ def _kept(model: nn.Module, part: Callable[[nn.Module], Any]) -> Iterator[None]:
 
     Tensors of more than `COPIED` numbers are copied where they are buffers.
     """
-    # those of a scripted module are in none of its dicts
+    # a scripted module holds its buffers in none of its dicts
     buffers = [
         (module._buffers, name, buffer)
         for module in model.modules()
@@ -238,7 +238,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
     token = _ISOLATED.set(True)
     try:
         with (
-            # what a pass keeps for later, such as an auxiliary loss, is of the user's own passes
+            # the user's own passes keep things for later, such as an auxiliary loss
             _kept(model, vars),
             parameters_kept(model) as written,
             torch.inference_mode(False),

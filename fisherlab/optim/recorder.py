@@ -235,7 +235,8 @@ class Recorder:
         )
         current.calls.setdefault(use.name, []).append(call)
 
-        mark(output, self._marks, call)
+        if self.needs.columns:  # vectors will be sent back to it
+            mark(output, self._marks, call)
 
         def arrive(gradient: Tensor) -> None:
             self._arrived(current)
