@@ -285,8 +285,9 @@ def check_finite(matrix: Tensor, name: str, wanted: str) -> None:
 def check_symmetric(matrix: Tensor, what: str) -> None:
     """Refuse matrices `[..., d, d]` that differ from their transposes by more than rounding."""
     away = (matrix - matrix.mT).abs().amax() if matrix.numel() else matrix.new_zeros(())
-    # NaN is named by the decomposition
-    if not holds(~(away > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * matrix.abs().amax())):
+    # float64 has the bound of float32, from which a block may be cast; NaN is named elsewhere
+    eps = max(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
+    if not holds(~(away > 10 * eps**0.5 * matrix.abs().amax())):
         raise BlockError(
             f"{what} must be symmetric, and differs from its transpose by {float(away):.1e}; pass "
             "(S + S.mT) / 2 where that is rounding"

@@ -882,6 +882,15 @@ def test_a_gradient_in_raw_units_keeps_its_small_part_in_float32():
         assert (single.direction_cosine - double.direction_cosine).abs().max() < 1e-3
 
 
+def test_all_methods_measure_a_convnet_in_float32():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 4, 4))
+    frame = fl.compare(model, CE, torch.randn(16, 1, 8, 8), torch.arange(16) % 4).frame
+    assert set(frame.approximation) >= {"mini_block", "kfac", "shampoo"}
+    assert frame[frame.approximation == "mini_block"].condition.notna().all()
+
+
 @pytest.mark.parametrize("seed", [1750742955, 448011273])
 def test_equal_inputs_in_float32_have_the_directions_of_float64(seed):
     """Mean gradients that cancel: their rounding beside the block, divided by the damping."""
