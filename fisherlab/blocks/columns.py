@@ -37,12 +37,22 @@ class Columns:
     Everything here is a sum over columns, without any `1/M`, and is computed once. All holders of
     the same object share it: the exact block, the approximations of a layer, the metrics. `room` is
     how many bytes the gradients may take to be kept, where many products are to come. `careful`
-    columns ask whether their positions cancel.
+    columns ask whether their positions cancel. `mixed` are the axes of `[o, i]` whose features are
+    sums of a layer's own: each has the rounding of all.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, room: int = 0, careful: bool = False) -> None:
+    mixed: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        a: Tensor,
+        g: Tensor,
+        room: int = 0,
+        careful: bool = False,
+        mixed: tuple[int, ...] = (),
+    ) -> None:
         check_columns(a, g)
-        self.a, self.g, self.room, self.careful = a, g, room, careful
+        self.a, self.g, self.room, self.careful, self.mixed = a, g, room, careful, mixed
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -283,6 +293,21 @@ class Columns:
             return contractions.diagonal(self.a, self.g)
         return torch.cat([D.square().sum(0) for D in self._parts()]).view(self.shape)
 
+    @cached
+    def lengths(self) -> Tensor:
+        """`(sum D^2)^{1/2}` entrywise, `[o, i]` in float64: a sum of columns is rounded to its eps.
+
+        Larger where positions cancel.
+        """
+        if self.formed is None:
+            squares = contractions.diagonal(self.a.double(), self.g.double())
+        else:
+            parts = [D.square().sum(0) for _, D in _doubled(self.formed)]
+            squares = torch.cat(parts).view(self.shape)
+        if self.mixed:
+            squares = squares.mean(self.mixed, True).expand(self.shape)
+        return squares.sqrt() / ((self.cancellation if self.careful else 0.0) or 1.0) ** 0.5
+
     def _parts(self) -> Iterator[Tensor]:
         """`formed`, some of the parameters at a time."""
         assert self.formed is not None
@@ -401,7 +426,7 @@ class Columns:
         """The columns in the coordinates of their inputs, `D V`: other columns, equal products."""
         if self.input_span is None:
             return None
-        return Columns(self.input_span[1], self.g, self.room, self.careful)
+        return Columns(self.input_span[1], self.g, self.room, self.careful, (1,))
 
     @cached_property
     def space(self) -> Space | None:
@@ -417,8 +442,9 @@ class Columns:
         outputs = self.output_span if self.wide else None
         if outputs is None:
             return self.of_inputs
-        a = self.a if self.input_span is None else self.input_span[1]
-        return Columns(a, outputs[1], self.room, self.careful)
+        if self.input_span is None:
+            return Columns(self.a, outputs[1], self.room, self.careful, (0,))
+        return Columns(self.input_span[1], outputs[1], self.room, self.careful, (0, 1))
 
     @property
     def known_inside(self) -> Columns | None:
@@ -451,6 +477,7 @@ class Doubled(Columns):
 
     def __init__(self, single: Columns) -> None:
         self.single, self.room, self.careful = single, single.room, single.careful
+        self.mixed = single.mixed
         self.shape, self.sizes, self.device = single.shape, single.sizes, single.device
 
     @cached_property

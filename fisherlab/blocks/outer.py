@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,9 @@ from fisherlab.blocks.eigen import Eigen
 from fisherlab.blocks.entry import check_held
 from fisherlab.blocks.kronecker import Kronecker
 from fisherlab.blocks.numerics import (
+    ENTRY_EPS,
     RANK_TOLERANCE,
+    RESIDUAL_EPS,
     BlockError,
     check_alike,
     check_damping,
@@ -32,7 +35,7 @@ from fisherlab.blocks.numerics import (
     eigh,
     fits_gram,
     is_coarse,
-    is_rounding,
+    over,
     rank_of,
     spectrum_power,
     symmetrise,
@@ -170,6 +173,16 @@ class OfColumns(Block):
         return ((values + self.shift).clamp(min=0) + damping).log().sum() + rest
 
 
+@dataclass(frozen=True)
+class Split:
+    """`V = sum_k x_k u_k + d + e` over eigenvectors `u_k` of the range, `e` the rounding of `V`."""
+
+    inside: Tensor  # x, [..., r] in float64
+    rest: Tensor | None  # d, [..., o, i] in float64; None where it is 0
+    kept: Tensor  # ||d||, [...]
+    lost: Tensor  # ||e||, [...]
+
+
 class Outer(OfColumns):
     """`F = shift I + c U U^T`, the columns of `U` being `vec(sum_t g[m,n,t] a[n,t]^T)`.
 
@@ -258,20 +271,24 @@ class Outer(OfColumns):
         A gradient in float32 is such a sum up to its rounding, which 1 / damping would amplify. In
         a layer of 10^6 parameters, a damping of 1e-3 tr F / N is 1e-8 of the eigenvalues.
         """
-        w = self._combination(V) if damping else None
-        if w is None:
+        split = self._split(V) if damping else None
+        if split is None:
             return super().solve(V, damping)
-        values, W = self._range
-        return self._combined((w @ W * (values / (values + damping))) @ W.mT / self.core, V)
+        values, _ = self._range
+        step = self._lifted(split.inside / (values + damping))
+        return (step if split.rest is None else step + split.rest / damping).to(V.dtype)
 
     def without_rounding(self, V: Tensor) -> Tensor:
-        w = self._combination(V)
-        return V if w is None else self._combined(w, V)
+        split = self._split(V)
+        if split is None:
+            return V
+        inside = self._lifted(split.inside)
+        return (inside if split.rest is None else inside + split.rest).to(V.dtype)
 
-    def _combined(self, w: Tensor, like: Tensor) -> Tensor:
-        """`U w` in the dtype of `like`, summed in float64."""
-        weights = w.reshape(*like.shape[:-2], *self.columns.sizes)
-        return self.columns.combine(weights, True).to(like.dtype)
+    def _lifted(self, inside: Tensor) -> Tensor:
+        """`sum_k x_k u_k` over the eigenvectors, `[..., r] -> [..., o, i]` in float64."""
+        weights = inside @ self._range[1].mT
+        return self.columns.combine(weights.reshape(*inside.shape[:-1], *self.columns.sizes), True)
 
     def _damped_gram(self, damping: float) -> Tensor:
         """Lower `L` with `K + damping I = L L^T`."""
@@ -279,19 +296,28 @@ class Outer(OfColumns):
         damped.diagonal().add_(damping)
         return cholesky(damped, "damped Gram matrix")
 
-    def _combination(self, V: Tensor) -> Tensor | None:
-        """`w` `[..., R]` with `V = U w` up to the rounding of `V`; None where there is none.
+    def _split(self, V: Tensor) -> Split | None:
+        """`V` in the range and beside it; None in float64, and beside a shift.
 
-        Nor in float64, whose rounding a damping does not make visible, nor beside a shift.
+        An entry of a sum `U w` is rounded to eps of `||w|| (sum_n D_n^2)^{1/2}` there: parameters
+        of inputs in small units have a small rounding. That of float64 no damping makes visible.
         """
         if self.shift or not self.core > 0 or not is_coarse(V.dtype):
             return None
-        inner = self.columns.project(V, True).flatten(-2)
-        _, W = self._range
-        w = inner @ W @ W.mT
-        square = torch.linalg.vecdot(V.double(), V.double()).sum(-1)
-        beside = square - torch.linalg.vecdot(inner, w)
-        return w if is_rounding(beside, square, V.dtype) else None
+        eps, (_, W) = torch.finfo(V.dtype).eps, self._range
+        inside = self.columns.project(V, True).flatten(-2) @ W
+        rest = self._lifted(inside).neg_().add_(V)
+        every = torch.linalg.vector_norm(rest, dim=(-2, -1))
+        length = torch.linalg.vector_norm(V.double(), dim=(-2, -1))
+        # a longer rest is that of a matrix which is no sum of columns
+        sums = (every <= RESIDUAL_EPS * eps * length)[..., None, None]
+        if sums.any():
+            weights = torch.linalg.vector_norm(inside @ W.mT, dim=-1)[..., None, None]
+            floor = (weights * self.columns.lengths).add_(V.abs()).mul_(ENTRY_EPS * eps)
+            rest.masked_fill_((rest.abs() <= floor) & sums, 0)
+        kept = torch.linalg.vector_norm(rest, dim=(-2, -1))
+        lost = (every.square() - kept.square()).clamp(min=0).sqrt()
+        return Split(inside, rest if kept.any() else None, kept, lost)
 
     def rounding_of_solves(self, V: Tensor, dampings: Sequence[float]) -> list[float]:
         """The share of each `(F + damping I)^{-1} V` that may be rounding, `V` a mean of columns.
@@ -302,26 +328,43 @@ class Outer(OfColumns):
         self.check(V)
         for damping in doors.listed(dampings, "dampings", error=BlockError):
             check_damping(damping)
-        eps = torch.finfo(V.dtype).eps
-        if self.shift or not self.core > 0 or not is_coarse(V.dtype):
+        split = self._split(V)
+        if split is None:
             return [0.0] * len(dampings)
-        square = V.double().square().sum()
+        inside, rest = split.inside, split.rest
         values, W = self._range
-        inside = self.columns.project(V, True).flatten() @ W
-        beside = (square - dot(inside, inside)).clamp(min=0)
+        eps = torch.finfo(V.dtype).eps
         floor = (RANK_TOLERANCE * eps) ** 2
         unsure = values <= floor * values.amax() if len(values) else values > 0
-        # `solve` leaves out what is rounding of V alone
-        left = is_rounding(beside, square, V.dtype)
-        cancelled = eps * (self.trace() / square.clamp(min=1e-300)).sqrt()
+        cancelled = eps * over(self.trace(), dot(V, V)).sqrt()
+        # along eigenvectors whose eigenvalues are rounding, a sum of columns is as short as these
+        short = torch.linalg.vector_norm(W @ inside) * self._length_below_range
+        beside, missed = torch.minimum(split.lost, short), torch.zeros_like(short)
+        if rest is not None:
+            # a mean of columns is rounded to eps of their mean square
+            scale = RANK_TOLERANCE * eps * math.sqrt(self.core) * self.columns.lengths
+            beside = beside + rest.masked_fill(rest.abs() > scale, 0).norm()
+            # `solve` takes the eigenvalues of the rest as 0
+            missed = (self.double @ rest).norm()
         shares = []
         for damping in dampings:
             parts = (inside / (values + damping)).square()
-            rest = 0.0 if left or not damping else beside / damping**2
-            noise = parts[unsure].sum() + rest * (beside <= floor * self.trace())
-            whole = (parts.sum() + rest).clamp(min=1e-300)
-            shares.append(torch.maximum((noise / whole).sqrt(), cancelled * (square > 0)))
+            noise, square = parts[unsure].sum(), parts.sum()
+            if damping:
+                moved = beside + torch.minimum(missed / damping, split.kept)
+                noise = noise + (moved / damping).square()
+                square = square + (split.kept / damping).square()
+            shares.append(torch.maximum(over(noise, square).sqrt(), cancelled))
         return torch.stack(shares).tolist() if shares else []
+
+    @cached
+    def _length_below_range(self) -> Tensor:
+        """How long a sum `U w` with `||w|| = 1` is at most beside the range, 0-d float64."""
+        values, _ = self.columns.gram_eigen
+        below = values[: len(values) - len(self._range[0])]
+        if len(below):
+            below = below - RANK_TOLERANCE * torch.finfo(values.dtype).eps * values.amax()
+        return below.clamp(min=0).sum().sqrt()
 
     def quadratic(self, V: Tensor) -> Tensor:
         value = self.core * self.columns.project(V).double().square().sum((-2, -1))

@@ -48,8 +48,8 @@ TRACE_BELOW_ROUNDING = 1e-3
 UNSURE = 0.01
 # The same of its Stein loss, beside 1.
 UNSURE_STEIN = 0.02
-# The same of the eigenvalues of its block, an estimate that is rarely too low.
-UNSURE_EIGENVALUES = 0.03
+# The same of the eigenvalues of its block, an estimate that was up to five times too low.
+UNSURE_EIGENVALUES = 0.0067
 # A Stein loss is at least 0; below this it is rounding, as the other numbers at its damping.
 STEIN_BELOW = -1e-3
 BELOW_DAMPING = (
@@ -357,7 +357,8 @@ class LayerMeasurement:
             found |= {"stein_loss": math.nan, "note": BELOW_DAMPING}
         # a trace T more in unknown eigenvalues moves log det (X + damping I) by this at most
         hidden = near.trace_below_rounding * near.trace().item() / (damping * near.size)
-        moved = near.size * math.log1p(hidden)
+        # and the rounding of the largest eigenvalue, which smaller ones have as well, by this
+        moved = near.size * math.log1p(hidden) + at.rounding_of_eigenvalues(near) / damping
         if moved > UNSURE_STEIN * (1 + abs(loss.item())):
             doubt = f"up to {moved:.2g} of its Stein loss {ROUNDING}"
             found["note"] = noted(found.get("note"), doubt)

@@ -882,6 +882,32 @@ def test_a_gradient_in_raw_units_keeps_its_small_part_in_float32():
         assert (single.direction_cosine - double.direction_cosine).abs().max() < 1e-3
 
 
+UNITS = torch.tensor([1e-6, 1.0, 1e-4, 1e-2, 1.0])
+
+
+@pytest.mark.parametrize("method", ["eva", "ifang", "kfac", "diagonal", "mini_block", "exact"])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_inputs_in_different_units_have_the_directions_of_float64(method, rows):
+    """Entries of their gradients have different roundings: 1e-6 of its length may be real."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3), torch.randn(rows, 5) * UNITS
+    single, double = in_two_dtypes(model, CE, x, torch.arange(rows) % 2, method)
+    measured = single.note == ""
+    assert measured.any()
+    for column in ("direction_cosine", "direction_error", "quadratic_decrease_scaled"):
+        off = (single[column] - double[column]).abs() / (1 + double[column].abs())
+        assert off[measured].max() < 1e-2, column
+
+
+def test_small_inputs_beside_a_bias_have_the_cosine_of_float64():
+    torch.manual_seed(1641078069)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, y = 1e-6 * torch.randn(12, 4), torch.arange(12) % 2
+    single, double = in_two_dtypes(model, CE, x, y, "eva")
+    assert 0.93 < double.direction_cosine.iloc[0] < 0.94
+    assert np.allclose(single.direction_cosine, double.direction_cosine, atol=1e-3)
+
+
 def test_all_methods_measure_a_convnet_in_float32():
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()
@@ -889,6 +915,15 @@ def test_all_methods_measure_a_convnet_in_float32():
     frame = fl.compare(model, CE, torch.randn(16, 1, 8, 8), torch.arange(16) % 4).frame
     assert set(frame.approximation) >= {"mini_block", "kfac", "shampoo"}
     assert frame[frame.approximation == "mini_block"].condition.notna().all()
+
+
+def test_a_stein_loss_below_the_rounding_of_its_eigenvalues_says_so():
+    torch.manual_seed(67)
+    model, x = nn.Linear(4, 3), torch.randn(200, 4) * UNITS[:4]
+    y, asked = torch.arange(200) % 3, {"approximations": ["kfac", "tkfac"], "dampings": (1e-6,)}
+    frame = fl.compare(model, CE, x, y, **asked).frame
+    assert frame.note.str.contains("of its Stein loss lies in eigenvalues below").all()
+    assert (fl.compare(model.double(), CE, x.double(), y, **asked).frame.note == "").all()
 
 
 @pytest.mark.parametrize("seed", [1750742955, 448011273])
