@@ -25,6 +25,7 @@ from fisherlab.blocks.numerics import (
     dense_budget,
     eigh,
     moved_squares,
+    negative_share,
     spectrum_power,
     symmetrise,
     turned,
@@ -416,8 +417,7 @@ class Dense(Block):
 
     @property
     def clamped(self) -> float:
-        values = self._eigh[0].detach().double()
-        return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
+        return negative_share(self._eigh[0], self.dtype)
 
 
 class Powered(Dense):

@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 from fisherlab import doors
 from fisherlab.blocks.base import Block
 from fisherlab.blocks.basis import Basis
-from fisherlab.blocks.numerics import BlockError, dot, spectrum_power
+from fisherlab.blocks.numerics import BlockError, dot, negative_share, spectrum_power
 
 
 class Diagonal(Block):
@@ -85,6 +85,10 @@ class Diagonal(Block):
         sides = one_hot(flat // i, o), one_hot(flat % i, i)
         q_G, q_A = (side.mT.to(self.dtype) for side in sides)
         return q_G, q_A
+
+    @property
+    def clamped(self) -> float:
+        return negative_share(self.entries.flatten(), self.dtype)
 
     def diagonal_of(self, other: Block) -> Tensor:
         return other.diagonal().double()

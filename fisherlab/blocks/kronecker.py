@@ -25,6 +25,7 @@ from fisherlab.blocks.numerics import (
     check_exponent,
     dot,
     is_none,
+    negative_share,
     sum_of,
 )
 from fisherlab.blocks.work import cached
@@ -183,6 +184,10 @@ class Kronecker(Block):
 
     def leading_factors(self, k: int) -> tuple[Tensor, Tensor]:
         return self.eigen.leading_factors(k)
+
+    @property
+    def clamped(self) -> float:
+        return negative_share(self.eigen.spectrum.flatten(), self.dtype)
 
     def diagonal_of(self, other: Block) -> Tensor:
         return self.eigen.diagonal_of(other)

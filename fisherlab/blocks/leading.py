@@ -7,7 +7,13 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.numerics import BlockError, check_alike, check_orthonormal, spectrum_power
+from fisherlab.blocks.numerics import (
+    BlockError,
+    check_alike,
+    check_orthonormal,
+    negative_share,
+    spectrum_power,
+)
 from fisherlab.blocks.serialise import remembers
 
 
@@ -96,6 +102,10 @@ class Leading(Block):
             return super().leading(k)
         values, order = self.values.double().sort(descending=True)
         return values[:k], self.vectors[order[:k]]
+
+    @property
+    def clamped(self) -> float:
+        return negative_share(self.eigenvalues(), self.dtype)
 
     def diagonal_of(self, other: Block) -> Tensor:
         _, vectors = self.leading(self.size)

@@ -23,6 +23,7 @@ from fisherlab.blocks.numerics import (
     dense_budget,
     dot,
     eigh,
+    negative_share,
     null_of,
     spectrum_power,
 )
@@ -123,6 +124,10 @@ class MiniBlock(Block):
         if self.bias is not None:
             values = torch.cat([values, self.bias.double()])
         return values.sort(descending=True).values
+
+    @property
+    def clamped(self) -> float:
+        return negative_share(self.eigenvalues(), self.dtype)
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         values, vectors = self._eigh
@@ -227,6 +232,9 @@ class RowBlocks(MiniBlock):
         # the outputs keep their own coordinates, whose blocks these are
         inside = self.columns.inside if space is self.columns.space and space.G is None else None
         return None if inside is None else RowBlocks(inside.a, inside.g, self.scale, inside)
+
+    # sums of squares have no eigenvalue below 0
+    clamped = 0.0
 
     def squared_norm(self) -> Tensor:
         # sum_o w_o^T (a a^T)^2 w_o:      n^2 (i + o)

@@ -398,17 +398,24 @@ def chosen_squares(
     return width
 
 
-def null_of(values: Tensor) -> Tensor:
-    """Which eigenvalues, along the last axis, are rounding of the largest."""
+def null_of(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Which eigenvalues, along the last axis, are rounding of the largest; None: in their dtype."""
     if not values.numel():
         return torch.zeros_like(values, dtype=torch.bool)
-    return values.abs() <= _rounding_of(values)
+    return values.abs() <= _rounding_of(values, dtype)
 
 
-def _rounding_of(values: Tensor) -> Tensor:
+def _rounding_of(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """How far eigenvalues, along the last axis, may be wrong, `[..., 1]`."""
     multiple = max(RANK_TOLERANCE, math.sqrt(values.shape[-1]))
-    return multiple * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return multiple * torch.finfo(dtype or values.dtype).eps * values.abs().amax(-1, keepdim=True)
+
+
+def negative_share(values: Tensor, dtype: torch.dtype) -> float:
+    """Share of `sum |values|` in eigenvalues below 0; those that are rounding in `dtype` are 0."""
+    values = values.detach().double()
+    values = values.masked_fill(null_of(values, dtype), 0)
+    return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
 
 
 def moved_squares(found: Tensor, moved: Tensor) -> Tensor:
