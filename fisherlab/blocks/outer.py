@@ -35,7 +35,9 @@ from fisherlab.blocks.numerics import (
     eigh,
     fits_gram,
     is_coarse,
+    negative_share,
     over,
+    qr,
     rank_of,
     spectrum_power,
     symmetrise,
@@ -158,9 +160,13 @@ class OfColumns(Block):
         """The largest eigenpairs of the range of `U`; fewer than k where its rank is smaller."""
         values, W = self._range
         order = values.argsort(descending=True)[:k]
-        vectors = [part.to(self.dtype) for _, part in self._vectors(W[:, order])]
-        empty = torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
-        return values[order] + self.shift, torch.cat([empty, *vectors])
+        empty = W.new_zeros(0, *self.shape)
+        vectors = torch.cat([empty, *(part for _, part in self._vectors(W[:, order]))])
+        # the Gram matrix knows eigenvalues to the rounding of the largest, and the vectors of small
+        # ones are as far from orthogonal: QR keeps them, the largest first
+        Q, R = qr(vectors.flatten(1).mT, "eigenvectors of an outer block")
+        Q = torch.where(R.diagonal() < 0, -Q, Q)
+        return values[order] + self.shift, Q.mT.reshape(-1, *self.shape).to(self.dtype)
 
     def leading_values(self, k: int) -> Tensor:
         return self._range[0].sort(descending=True).values[:k] + self.shift
@@ -650,6 +656,10 @@ class OuterSum(OfColumns):
         if self.orthonormal:
             return self.d.sum()
         return ((self.gram() @ self.W) * self.W).sum(0) @ self.d
+
+    @property
+    def clamped(self) -> float:
+        return negative_share(self.eigenvalues(), self.dtype)
 
     def squared_norm(self) -> Tensor:
         if self.orthonormal:

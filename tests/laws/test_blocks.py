@@ -287,6 +287,41 @@ def test_indefinite_matrices_are_clamped_and_say_so():
     assert blocks.KroneckerSum(G, A).clamped == pytest.approx(0.75)
 
 
+def test_every_form_of_an_indefinite_matrix_states_its_share_below_zero():
+    values = torch.tensor([3.0, 1.0, -1.0], dtype=torch.float64)
+    columns = torch.eye(3).double().view(1, 3, 1, 3), torch.ones(3, 1, 1).double()
+    forms = [
+        blocks.Diagonal(values[:, None]),
+        blocks.Kronecker(values.diag(), torch.ones(1, 1).double()),
+        blocks.Kronecker(values, torch.ones(1, 1).double()),
+        blocks.KroneckerSum(values.diag()[None], torch.ones(1, 1, 1).double()),
+        blocks.MiniBlock(values.view(3, 1, 1, 1)),
+        blocks.Leading(torch.eye(3).double()[:2, :, None], values[:2], values[2]),
+        blocks.Eigen(None, None, values[:, None]),
+        blocks.OuterSum(columns[1], columns[0], values.diag()),
+    ]
+    for block in forms:
+        near(block.eigenvalues(), values, torch.float64)
+        assert block.clamped == pytest.approx(0.2), block
+    both = blocks.Kronecker(values.diag(), values.diag())
+    assert both.clamped == pytest.approx(8 / 25)
+    # eigenvalues that are rounding of the largest count as zero
+    assert blocks.Diagonal(torch.tensor([[1.0, -1e-8]])).clamped == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leading_vectors_of_columns_of_very_different_lengths_are_orthogonal(dtype):
+    sizes = torch.logspace(0, -8, 6, dtype=torch.float64)
+    a, g = randn(6, 1, 5, seed=1) * sizes[:, None, None], randn(1, 6, 1, 4, seed=2)
+    F = blocks.Outer(a.to(dtype), g.to(dtype))
+    for block in (F, F.power(0.5, 1e-9), blocks.OuterSum(a.to(dtype), g.to(dtype), psd(6, seed=3))):
+        values, vectors = block.leading(6)
+        flat = vectors.double().flatten(1)
+        near(flat @ flat.mT, torch.eye(len(values)), dtype, bound=10 * torch.finfo(dtype).eps)
+        products = (block @ vectors).double().flatten(1)
+        near(products, values[:, None] * flat, dtype, bound=1e-6)
+
+
 def test_a_diagonal_is_exact_over_a_wide_range():
     entries = torch.tensor([[1e-12, 1.0], [1e9, 1e-3]])
     assert torch.equal(blocks.Diagonal(entries).power(-1).entries, 1 / entries)
