@@ -94,9 +94,9 @@ class Block(ABC):
 
     def quadratic(self, V: Tensor) -> Tensor:
         """`<V, F V>` per matrix, `[...]` in float64."""
-        X, s = units(V)
-        Y, r = units((self @ X).to(X))
-        scale = s.double().square() * r.double()
+        X, s = units(V, (-2, -1))
+        Y, r = units((self @ X).to(X), (-2, -1))
+        scale = (s.double().square() * r.double())[..., 0, 0]
         return torch.linalg.vecdot(X, Y).sum(-1, dtype=torch.float64) * scale
 
     def column_quadratics(self, a: Tensor, g: Tensor) -> Tensor:

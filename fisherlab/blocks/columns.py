@@ -18,11 +18,13 @@ from fisherlab.blocks.numerics import (
     check_gram,
     eigh,
     qr,
+    squares,
     sum_of,
     svd,
     symmetrise,
     trace_of,
 )
+from fisherlab.blocks.reads import together
 from fisherlab.blocks.work import cached, once
 
 # Output features per output gradient from which on these are taken in the space that they span.
@@ -105,6 +107,24 @@ class Columns:
             return None
         return contractions.per_example(self.a, self.g).reshape(self.count, -1)
 
+    @property
+    def even(self) -> Columns:
+        """The same columns with inputs near 1, where their own are far from it; themselves else.
+
+        What is multiplied with one side first passes the range where the other side would take it
+        back: products in float32 would be lost.
+        """
+        # an answer that waits is not kept: it may prove wrong
+        return self._even if together() is None else self._found_even()
+
+    @cached_property
+    def _even(self) -> Columns:
+        return self._found_even()
+
+    def _found_even(self) -> Columns:
+        a, g = contractions.evened(self.a, self.g)
+        return self if a is self.a else Columns(a, g, self.room, self.careful)
+
     @cached_property
     def cancellation(self) -> float:
         """`sum ||D||^2` over `sum_{m,n} (sum_t |g| |a|)^2`; 1 at one position."""
@@ -129,10 +149,11 @@ class Columns:
         With `a = U S V^T` of each example, `D = sum_r (U^T g)_r (S V^T)_r^T`.
         """
         if not self.cancels:
-            return self
+            return self.even
         # in float64, so that what is left has all digits of what was captured
-        U, S, V = svd(self.a.double(), "inputs of an example")
-        a, g = S[..., None] * V, U.mT @ self.g.double()
+        of = self.even
+        U, S, V = svd(of.a.double(), "inputs of an example")
+        a, g = S[..., None] * V, U.mT @ of.g.double()
         return Columns(a.to(self.a), g.to(self.g), self.room)
 
     @property
@@ -249,8 +270,7 @@ class Columns:
         if self.known_inside is not None:
             return self.known_inside.energies
         if self.formed is not None:
-            squares = (torch.linalg.vecdot(D, D).double() for D in self._parts())
-            return sum_of(squares).view(self.sizes)
+            return sum_of(map(squares, self._parts())).view(self.sizes)
         return contractions.energies(self.apart.a, self.apart.g)
 
     @cached
@@ -271,13 +291,13 @@ class Columns:
     def left_diagonal(self, Q: Basis) -> Tensor:
         """`diag(Q^T left Q)`, `[o']` float64; of a thin basis without `left`, `[o, o]`."""
         if Q.shape[1] < len(Q):
-            return contractions.left_moment(self.a, self.g @ Q).diagonal().double()
+            return contractions.left_moment(self.even.a, self.even.g @ Q).diagonal().double()
         return ((self.left @ Q) * Q).sum(0, dtype=torch.float64)
 
     def right_diagonal(self, Q: Basis) -> Tensor:
         """`diag(Q^T right Q)`, `[i']` float64; of a thin basis without `right`, `[i, i]`."""
         if Q.shape[1] < len(Q):
-            return contractions.right_moment(self.a @ Q, self.g).diagonal().double()
+            return contractions.right_moment(self.even.a @ Q, self.even.g).diagonal().double()
         return ((self.right @ Q) * Q).sum(0, dtype=torch.float64)
 
     @property
@@ -290,7 +310,7 @@ class Columns:
     def squares(self) -> Tensor:
         """`sum D^2` entrywise, `[o, i]`."""
         if self.formed is None:
-            return contractions.diagonal(self.a, self.g)
+            return contractions.diagonal(self.even.a, self.even.g)
         return torch.cat([D.square().sum(0) for D in self._parts()]).view(self.shape)
 
     @cached
@@ -322,9 +342,8 @@ class Columns:
 
     def grouped_moments(self, c: int, k: int) -> Tensor:
         """`sum D D^T` of every output feature and group of k inputs, `[o, c, k, k]`."""
-        return once(
-            self.grouped, (c, k), lambda: contractions.grouped_moments(self.a, self.g, c, k)
-        )
+        of = self.even
+        return once(self.grouped, (c, k), lambda: contractions.grouped_moments(of.a, of.g, c, k))
 
     @cached_property
     def _rotated(self) -> dict[tuple[Any, ...], tuple[Basis, Basis, Tensor]]:
@@ -349,13 +368,13 @@ class Columns:
                 return inside.rotated_squares(C_G, C_A).double()
         Q_G, Q_A = (Q if isinstance(Q, Coordinates) else matrix_of(Q) for Q in (Q_G, Q_A))
         if not self.short:
-            return contractions.rotated_diagonal(self.a, self.g, Q_G, Q_A).double()
+            return contractions.rotated_diagonal(self.even.a, self.even.g, Q_G, Q_A).double()
         return contractions.rotated_squares(self.matrices, Q_G, Q_A).double()
 
     def project(self, V: Tensor, exact: bool = False) -> Tensor:
         """`U^T V`, `[..., m, n]`, in float64 where `exact`: an inverse cancels."""
         if self.formed is None:
-            a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
+            a, g = (self.a.double(), self.g.double()) if exact else (self.even.a, self.even.g)
             return contractions.project(a, g, V.to(a.dtype))
         flat = V.reshape(-1, self.formed.shape[1])
         if not exact:
@@ -369,13 +388,13 @@ class Columns:
         """`<D, q_G q_A^T>` of every column, for columns `[o, k]` and `[i, k]`: `[k, m, n]`."""
         # whichever is less to read
         if not self.short and (self.formed is None or self.formed.numel() > self.a.numel()):
-            return contractions.project_pairs(self.a, self.g, q_G, q_A)
+            return contractions.project_pairs(self.even.a, self.even.g, q_G, q_A)
         return self.project(q_G.mT[:, :, None] * q_A.mT[:, None])
 
     def combine(self, weights: Tensor, exact: bool = False) -> Tensor:
         """`U c`, `[..., m, n] -> [..., o, i]`, in float64 where `exact`."""
         if self.formed is None:
-            a, g = (self.a.double(), self.g.double()) if exact else (self.a, self.g)
+            a, g = (self.a.double(), self.g.double()) if exact else (self.even.a, self.even.g)
             return contractions.combine(a, g, weights)
         flat = weights.reshape(-1, self.count)
         if not exact:
@@ -393,7 +412,7 @@ class Columns:
         inputs are. Ascending, float64.
         """
         m, n = self.g.shape[:2]
-        a, flat = self.a[:, 0], self.g[:, :, 0].reshape(m * n, -1)
+        a, flat = self.even.a[:, 0], self.even.g[:, :, 0].reshape(m * n, -1)
         B_a = (a @ a.mT).double().square()
         B_g = (flat @ flat.mT).double().square().view(m, n, m, n).sum((0, 2))
         values, vectors = eigh(B_a, "Hadamard square")

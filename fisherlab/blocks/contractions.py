@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherlab.blocks.basis import Basis
-from fisherlab.blocks.numerics import symmetrise, units
+from fisherlab.blocks.numerics import are_near, squares, symmetrise, units
 
 # Bytes one intermediate may take. Chunks are cut to it; results do not depend on it.
 WORKSPACE = 256 * 1024**2
@@ -117,6 +117,18 @@ def symmetric_product(X: Tensor, Y: Tensor) -> Tensor:
         result[start:, start:stop] = X[:, start:].mT @ Y[:, start:stop]
         result[start:stop, stop:] = result[stop:, start:stop].mT
     return result
+
+
+def evened(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The same gradients of inputs near 1: `a / u` and `u g`, `u` a power of two per position.
+
+    `u` is 0 beside inputs that are all zero, whose `g` may be of any size. Inputs that are near 1
+    remain as they are.
+    """
+    if are_near(a, (-1,)):
+        return a, g
+    near, u = units(a, (-1,))
+    return near, g * torch.where(a.detach().any(-1, keepdim=True), u, 0)
 
 
 def per_example(a: Tensor, g: Tensor) -> Tensor:
@@ -223,12 +235,15 @@ def energies(a: Tensor, g: Tensor) -> Tensor:
         return g[:, :, 0].double().square().sum(-1) * a[:, 0].double().square().sum(-1)
     result = a.new_empty(m, n, dtype=torch.float64)
     if t * (i + m * o) <= m * o * i:
-        for part in slices(n, (m + 1) * t * t * a.element_size()):
-            aa = torch.bmm(a[part], a[part].mT)
-            result[:, part] = ((g[:, part] @ g[:, part].mT) * aa).sum((-2, -1), dtype=torch.float64)
+        for part in slices(n, ((m + 1) * t * t + t * (i + m * o)) * a.element_size()):
+            # fourth powers, in the unit of each example
+            (x, s), (y, r) = units(a[part], (-2, -1)), units(g[:, part], (-2, -1))
+            products = (y @ y.mT) * torch.bmm(x, x.mT)
+            scale = (s.double() * r.double())[..., 0, 0]
+            result[:, part] = products.sum((-2, -1), dtype=torch.float64) * scale.square()
         return result
     for part, D in per_example_chunks(a, g):
-        result[:, part] = torch.linalg.vecdot(D, D).sum(-1, dtype=torch.float64)
+        result[:, part] = squares(D.flatten(-2))
     return result
 
 

@@ -153,10 +153,11 @@ class MiniBlock(Block):
             rotated = (other.blocks @ Q * Q).sum(-2, dtype=torch.float64)
             return self._join(rotated, None if other.bias is None else other.bias.double())
         if isinstance(other, Outer):
-            rotated = contractions.grouped_diagonal(other.a, other.g, self._eigh[1])
+            of = other.columns.even
+            rotated = contractions.grouped_diagonal(of.a, of.g, self._eigh[1])
             column = None
             if self.bias is not None:
-                column = contractions.diagonal(other.a[..., -1:], other.g)[:, 0]
+                column = contractions.diagonal(of.a[..., -1:], of.g)[:, 0]
             return other.core * self._join(rotated, column).double() + other.shift
         check_dense(self.size, self.dtype, self.device, type(self).__name__)
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)

@@ -29,6 +29,8 @@ RESIDUAL_EPS = 400.0
 ENTRY_EPS = 40.0
 # How far columns may be from orthonormal, of which those of LAPACK in float32 are about 1e-6.
 ORTHONORMAL = 1e-3
+# Numbers beyond this power of a dtype's range, 2.6e6 of float32, are far from 1.
+FAR = 1 / 6
 
 
 class BlockError(ValueError):
@@ -75,16 +77,32 @@ def length_of(matrix: Tensor) -> Tensor:
     return dot(matrix, matrix).sqrt()
 
 
-def units(x: Tensor) -> tuple[Tensor, Tensor]:
+def units(x: Tensor, axes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """`x / u` and `u`, a power of two near its largest entry: products of it stay in the range.
 
-    Dividing by it rounds nothing. 1 for zeros, NaN and inf.
+    Dividing by it rounds nothing. 1 for zeros, NaN and inf. With `axes`, each slice along them has
+    its own, and `u` keeps them as axes of length 1.
     """
-    size = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+    if axes is None:
+        size = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+    else:
+        size = x.detach().abs().amax(axes, keepdim=True)
     _, exponent = torch.frexp(size)
     fits = (size > 0) & torch.isfinite(size)
     u = torch.where(fits, torch.ldexp(torch.ones_like(size), exponent - 1), 1)
     return x / u, u
+
+
+def are_near(x: Tensor, axes: tuple[int, ...]) -> bool:
+    """Whether slices along axes are zero or near 1: their largest entries."""
+    size, far = x.detach().abs().amax(axes), torch.finfo(x.dtype).max ** FAR
+    return holds(((size == 0) | ((size < far) & (size * far > 1))).all())
+
+
+def squares(x: Tensor) -> Tensor:
+    """`|x|^2` along the last axis in float64, whatever the unit."""
+    x, u = units(x, (-1,))
+    return torch.linalg.vecdot(x, x).double() * u[..., 0].double().square()
 
 
 def over(value: Tensor, size: Tensor, empty: float = 0.0) -> Tensor:

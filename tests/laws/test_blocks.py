@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from block_laws import CASES, built
+from block_laws import CASES, built, orthonormal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import randn
@@ -539,3 +539,53 @@ def test_a_root_knows_its_eigenvalues_that_may_be_rounding():
     root = math.sqrt(2e-7)
     share = root / (1 + math.sqrt(1e-5) + root)
     assert block.trace_below_rounding == pytest.approx(share, rel=1e-4)
+
+
+def far_apart(axes, t, seed=0):
+    """Columns in float32 whose inputs lie up to 1e30 apart, and whose gradients make up for it."""
+    a, g = randn(5, t, 4, seed=seed), randn(2, 5, t, 3, seed=seed + 1)
+    apart = 10 ** (30 * (torch.linspace(0, 1, 5 * t, dtype=torch.float64) - 0.5)).view(5, t, 1)
+    apart = apart if axes == "positions" else apart[:, :1]
+    a, g = a * apart, g / apart
+    a[2], g[:, 2] = 0, 1e15  # a dead example has gradients of any size
+    return a.float(), g.float()
+
+
+@pytest.mark.parametrize("axes", ["columns", "positions"])
+@pytest.mark.parametrize("t", [1, 3, 12])
+def test_columns_whose_sides_are_far_apart_are_those_of_float64(axes, t):
+    a, g = far_apart(axes, t)
+    V, c = randn(2, 3, 4, seed=2).float(), randn(2, 2, 5, seed=3).float()
+    Q_G, Q_A = orthonormal(3, 2, seed=4), orthonormal(4, 3, seed=5)
+    both = [blocks.Outer(a, g).columns, blocks.Outer(a.double(), g.double()).columns]
+    for act in (
+        lambda of: of.project(V.to(of.dtype)),
+        lambda of: of.project_pairs(Q_G.to(of.dtype), Q_A[:, :2].to(of.dtype)),
+        lambda of: of.combine(c.to(of.dtype)),
+        lambda of: of.energies,
+        lambda of: of.gram,
+        lambda of: of.squares,
+        lambda of: of.rotated_squares(Q_G.to(of.dtype), Q_A.to(of.dtype)),
+        lambda of: of.left_diagonal(Q_G.to(of.dtype)),
+        lambda of: of.right_diagonal(Q_A.to(of.dtype)),
+        lambda of: of.grouped_moments(2, 2),
+    ):
+        found, true = (act(of) for of in both)
+        assert found.isfinite().all()
+        near(found, true, torch.float32, bound=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("name", CASES)
+def test_column_quadratics_have_their_digits_at_any_size(name, size):
+    block, F = built(name, torch.float32)
+    o, i = block.shape
+    for t in (1, 3):
+        a, g = randn(4, t, i, seed=1) / size, randn(2, 4, t, o, seed=2) * size
+        # columns lie apart as well
+        g = (g * torch.logspace(-24, 0, 4, dtype=torch.float64)[:, None, None]).float()
+        U = columns(a.float(), g)
+        found, true = block.column_quadratics(a.float(), g).flatten(), (U * (F @ U)).sum(0)
+        bound = F.norm() * U.square().sum(0)
+        assert ((found - true).abs() <= 1e-5 * bound).all()
+        near(blocks.Outer(a.float(), g).energies().flatten(), U.square().sum(0), torch.float32)
