@@ -40,6 +40,7 @@ from fisherlab.blocks.numerics import (
     qr,
     rank_of,
     spectrum_power,
+    squares,
     symmetrise,
 )
 from fisherlab.blocks.work import cached
@@ -127,6 +128,9 @@ class OfColumns(Block):
         # a core of one's own may have eigenvalues below 0
         powers = spectrum_power(values + self.shift, exponent, damping, "outer block")
         rest = 0.0 if base == 0 else base**exponent
+        if len(values) == self.size:
+            # nothing is beside the range, where the power of a small base would cancel
+            rest = float(powers[values.argmin()].detach())
         return OuterSum.over(self.columns, W, powers - rest, rest, True)
 
     def diagonal_of(self, other: Block) -> Tensor:
@@ -134,8 +138,9 @@ class OfColumns(Block):
         values, W = self._range
         if other is self:
             return values.sort(descending=True).values + self.shift
+        # of unit vectors: rounding of the largest eigenvalue is in the lengths of small ones
         parts = [
-            other.quadratic(vectors.to(self.dtype))
+            other.quadratic(vectors.to(self.dtype)) / squares(vectors.flatten(1))
             for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
         ]
         return torch.cat(parts) if parts else values
@@ -609,12 +614,16 @@ class OuterSum(OfColumns):
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.orthonormal:
             return self.d, self.W
-        values, Z = self.columns.gram_eigen
+        # of columns of length 1: the core may couple a short one, rounding of the longest, to it
+        K = self.gram()
+        lengths = K.diagonal().clamp(min=0).sqrt()
+        unit = over(torch.ones_like(lengths), lengths)[:, None]
+        values, Z = eigh(unit * K * unit.mT, "Gram matrix")
         rank = rank_of(values, rounding(self.dtype))
         values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
-        root = (Z * values.sqrt()).mT @ self.W
+        root = (Z * values.sqrt()).mT @ (lengths[:, None] * self.W)
         inside, P = eigh(root * self.d @ root.mT, "core of an outer block")
-        return inside, (Z / values.sqrt()) @ P
+        return inside, unit * (Z / values.sqrt()) @ P
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent != 1:
@@ -663,9 +672,9 @@ class OuterSum(OfColumns):
 
     def squared_norm(self) -> Tensor:
         if self.orthonormal:
-            inside = self.d.square().sum()
-        else:
-            inside = self.d @ self._products.square() @ self.d
+            beside = (self.size - len(self.d)) * self.shift**2
+            return (self.d + self.shift).square().sum() + beside
+        inside = self.d @ self._products.square() @ self.d
         linear = 2 * self.shift * self._inside_trace() + self.shift**2 * self.size
         return inside + linear
 
