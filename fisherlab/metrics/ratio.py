@@ -20,6 +20,8 @@ from torch import Tensor
 
 # Standard errors on either side of 95 %.
 WIDTH = 1.959964
+# Shares of the largest value: a deviation that is rounding, and one that is no unit of an angle.
+ROUNDED, LEAST_UNIT = 1e-13, 1e-6
 # Points of a search, and how often the step around an end is searched again.
 _POINTS, _TIMES = 257, 6
 
@@ -85,8 +87,11 @@ def mean(values: Tensor) -> tuple[float, float]:
 def _ends(top: Tensor, bottom: Tensor, start: float) -> tuple[float, float]:
     """The ends of the interval of `E t / E w`, searched from the angle `start` up to infinity."""
     values = np.stack([top.double().cpu().numpy(), bottom.double().cpu().numpy()])
-    unit = values.std(axis=1)
-    unit[unit == 0] = np.abs(values).max(axis=1)[unit == 0]
+    size, spread = np.abs(values).max(axis=1), values.std(axis=1)
+    # values that differ by rounding are one, whatever the shape of that looks like
+    values = np.where((spread <= ROUNDED * size)[:, None], values.mean(axis=1)[:, None], values)
+    # in the unit of a small deviation the angle of the ratio would have no digits
+    unit = np.maximum(spread, LEAST_UNIT * size)
     if not unit.all():
         return math.nan, math.nan
     t, w = values / unit[:, None]
