@@ -196,6 +196,22 @@ class Block(ABC):
         Above 0 where `other` has energy in a null space of this block, or is no multiple of the
         identity on a space of equal eigenvalues: nothing defines a basis there.
         """
+        found, (values, vectors) = self.diagonal_of(other), self.leading(self.size)
+        if len(values) < self.size:
+            return self.nothing_chosen
+        # in the dtype whose rounding they have
+        values = values.to(self.dtype)
+
+        def again(draw: int) -> Tensor | None:
+            turn = turned(vectors.flatten(1).mT, values, draw)
+            return None if turn is None else other.quadratic(turn.mT.reshape(vectors.shape))
+
+        width = chosen_squares(found.reshape(1, -1), None, values, other.trace())
+        return width + moved_squares(found, again)
+
+    @property
+    def nothing_chosen(self) -> Tensor:
+        """The `chosen` of a basis that is given, or of a range alone."""
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
@@ -383,14 +399,6 @@ class Dense(Block):
     def diagonal_of(self, other: Block) -> Tensor:
         found = once(self._diagonals, id(other), lambda: (other, Block.diagonal_of(self, other)))
         return found[1]
-
-    def chosen(self, other: Block) -> Tensor:
-        found, (values, vectors) = self.diagonal_of(other), self.leading(self.size)
-        width = chosen_squares(found[None], None, values, other.trace())
-        turn = turned(vectors.flatten(1).mT, values.to(self.dtype))
-        if turn is None:
-            return width
-        return width + moved_squares(found, other.quadratic(turn.mT.reshape(vectors.shape)))
 
     def _inner(self, other: Block) -> Tensor | None:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

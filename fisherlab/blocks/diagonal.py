@@ -93,5 +93,8 @@ class Diagonal(Block):
     def diagonal_of(self, other: Block) -> Tensor:
         return other.diagonal().double()
 
+    def chosen(self, other: Block) -> Tensor:
+        return self.nothing_chosen
+
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         return Q_G.double().square().mT @ self.entries.double() @ Q_A.double().square()

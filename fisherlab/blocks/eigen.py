@@ -382,7 +382,7 @@ class Eigen(Block):
 
     def chosen(self, other: Block) -> Tensor:
         if self._factor_values is None:
-            return super().chosen(other)  # the bases were given, not found
+            return self.nothing_chosen  # the bases were given, not found
         values_G, values_A = (
             None if isinstance(Q, Coordinates) else values
             for values, Q in zip(self._factor_values, (self.Q_G, self.Q_A), strict=True)
@@ -390,11 +390,18 @@ class Eigen(Block):
         found = self.diagonal_of(other)
         width = chosen_squares(found, values_G, values_A, other.trace())
         sides = ((self.Q_G, values_G), (self.Q_A, values_A))
-        turns = [None if values is None else turned(matrix_of(Q), values) for Q, values in sides]
-        if all(turn is None for turn in turns):
-            return width
-        Q_G, Q_A = (Q if turn is None else turn for (Q, _), turn in zip(sides, turns, strict=True))
-        return width + moved_squares(found, other.rotated_diagonal(Q_G, Q_A))
+
+        def again(draw: int) -> Tensor | None:
+            turns = [
+                None if values is None else turned(matrix_of(Q), values, draw)
+                for Q, values in sides
+            ]
+            if all(turn is None for turn in turns):
+                return None
+            pairs = zip(sides, turns, strict=True)
+            return other.rotated_diagonal(*(Q if turn is None else turn for (Q, _), turn in pairs))
+
+        return width + moved_squares(found, again)
 
     def rotated_diagonal(self, Q_G: Basis, Q_A: Basis) -> Tensor:
         R_G = (self.Q_G.mT @ Q_G).double().square()

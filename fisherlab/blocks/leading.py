@@ -64,6 +64,11 @@ class Leading(Block):
         """The number of dimensions beside the eigenvectors."""
         return self.size - len(self.values)
 
+    @property
+    def _below(self) -> bool:
+        """Whether the eigenvalue beside the vectors is larger than one of theirs."""
+        return bool((self.values < self.level).any())
+
     def __matmul__(self, V: Tensor) -> Tensor:
         flat, Q = V.reshape(-1, self.size), self.vectors.flatten(1)
         inside = (flat @ Q.mT * (self.values - self.level)) @ Q
@@ -98,7 +103,7 @@ class Leading(Block):
 
     def leading(self, k: int) -> tuple[Tensor, Tensor]:
         """The largest eigenpairs of those that are kept; all of a block where `level` is above."""
-        if bool((self.values < self.level).any()):
+        if self._below:
             return super().leading(k)
         values, order = self.values.double().sort(descending=True)
         return values[:k], self.vectors[order[:k]]
@@ -108,5 +113,12 @@ class Leading(Block):
         return negative_share(self.eigenvalues(), self.dtype)
 
     def diagonal_of(self, other: Block) -> Tensor:
+        if self._below:
+            return super().diagonal_of(other)
         _, vectors = self.leading(self.size)
         return other.quadratic(vectors.to(other.dtype)).double()
+
+    def chosen(self, other: Block) -> Tensor:
+        if self._below:
+            return super().chosen(other)
+        return self.nothing_chosen

@@ -23,9 +23,12 @@ from fisherlab.blocks.numerics import (
     dense_budget,
     dot,
     eigh,
+    equal_of,
+    moved_squares,
     negative_share,
     null_of,
     spectrum_power,
+    turned,
 )
 from fisherlab.blocks.outer import Outer
 from fisherlab.blocks.work import cached
@@ -148,13 +151,16 @@ class MiniBlock(Block):
         return top, result
 
     def diagonal_of(self, other: Block) -> Tensor:
+        return self._rotated(other, self._eigh[1])
+
+    def _rotated(self, other: Block, Q: Tensor) -> Tensor:
+        """`diag(Q^T other Q)` for a basis `[o, c, k, k]` of each mini-block."""
         if isinstance(other, MiniBlock) and other.blocks.shape == self.blocks.shape:
-            Q = self._eigh[1]
             rotated = (other.blocks @ Q * Q).sum(-2, dtype=torch.float64)
             return self._join(rotated, None if other.bias is None else other.bias.double())
         if isinstance(other, Outer):
             of = other.columns.even
-            rotated = contractions.grouped_diagonal(of.a, of.g, self._eigh[1])
+            rotated = contractions.grouped_diagonal(of.a, of.g, Q)
             column = None
             if self.bias is not None:
                 column = contractions.diagonal(of.a[..., -1:], of.g)[:, 0]
@@ -162,14 +168,25 @@ class MiniBlock(Block):
         check_dense(self.size, self.dtype, self.device, type(self).__name__)
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
         units, column = self._split(eye.view(-1, *self.shape))
-        vectors = torch.einsum("ockl,...ocl->...ock", self._eigh[1], units)
+        vectors = torch.einsum("ockl,...ocl->...ock", Q, units)
         return other.quadratic(self._join(vectors, column).to(other.dtype)).view(self.shape)
 
     def chosen(self, other: Block) -> Tensor:
-        rotated, _ = self._split(self.diagonal_of(other).double())
-        null = null_of(self._eigh[0])
+        found, (values, vectors) = self.diagonal_of(other), self._eigh
+        rotated, _ = self._split(found.double())
+        null = null_of(values)
         sums, directions = (rotated * null).sum(-1), null.sum(-1).clamp(min=1)
-        return (sums.square() * (1 - 1 / directions)).sum()
+        width = (sums.square() * (1 - 1 / directions)).sum()
+        equal = equal_of(values).any(-1).nonzero().tolist()
+
+        def again(draw: int) -> Tensor | None:
+            Q = vectors.clone()
+            for o, c in equal:
+                turn = turned(Q[o, c], values[o, c], draw)
+                Q[o, c] = Q[o, c] if turn is None else turn
+            return self._rotated(other, Q) if equal else None
+
+        return width + moved_squares(found, again)
 
 
 class RowBlocks(MiniBlock):

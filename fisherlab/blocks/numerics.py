@@ -29,6 +29,8 @@ RESIDUAL_EPS = 400.0
 ENTRY_EPS = 40.0
 # How far columns may be from orthonormal, of which those of LAPACK in float32 are about 1e-6.
 ORTHONORMAL = 1e-3
+# Other bases in which a number is found again that might be an eigensolver's choice.
+TURNS = 3
 # Numbers beyond this power of a dtype's range, 2.6e6 of float32, are far from 1.
 FAR = 1 / 6
 
@@ -423,6 +425,12 @@ def null_of(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return values.abs() <= _rounding_of(values, dtype)
 
 
+def equal_of(values: Tensor) -> Tensor:
+    """Which of ascending eigenvalues `[..., d]` equal the next, rounding apart: `[..., d - 1]`."""
+    equal = values.diff(dim=-1) <= _rounding_of(values)
+    return equal & ~null_of(values)[..., :-1]
+
+
 def _rounding_of(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """How far eigenvalues, along the last axis, may be wrong, `[..., 1]`."""
     multiple = max(RANK_TOLERANCE, math.sqrt(values.shape[-1]))
@@ -436,9 +444,16 @@ def negative_share(values: Tensor, dtype: torch.dtype) -> float:
     return float(-values.clamp(max=0).sum() / values.abs().sum().clamp(min=1e-300))
 
 
-def moved_squares(found: Tensor, moved: Tensor) -> Tensor:
-    """`|sum moved^2 - sum found^2|`, 0-d float64."""
-    return (moved.double().square().sum() - found.double().square().sum()).abs()
+def moved_squares(found: Tensor, measure: Callable[[int], Tensor | None]) -> Tensor:
+    """How far `sum found^2` moves in a few other bases, the furthest of them; 0-d float64.
+
+    `measure(draw)` is what is found in one of them; None where there is no other. A single one may
+    agree by chance.
+    """
+    energy = found.double().square().sum()
+    others = [measured for draw in range(TURNS) if (measured := measure(draw)) is not None]
+    moved = [(other.double().square().sum() - energy).abs() for other in others]
+    return torch.stack([torch.zeros_like(energy), *moved]).amax()
 
 
 def is_coarse(dtype: torch.dtype) -> bool:
@@ -446,12 +461,13 @@ def is_coarse(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).eps ** 2 >= torch.finfo(torch.float64).eps
 
 
-def turned(Q: Tensor, values: Tensor) -> Tensor | None:
+def turned(Q: Tensor, values: Tensor, draw: int = 0) -> Tensor | None:
     """Eigenvectors with another basis of each space of equal eigenvalues, the null space apart.
 
     Args:
         Q: `[n, r]`, the eigenvectors as columns.
         values: `[r]`, their eigenvalues.
+        draw: which of many.
 
     Returns:
         An eigenbasis as good as `Q`; None where all eigenvalues are apart.
@@ -465,7 +481,7 @@ def turned(Q: Tensor, values: Tensor) -> Tensor | None:
     spaces = [order[a:b] for a, b in pairwise(starts) if b - a > 1 and not null[a]]
     if not spaces:
         return None
-    Q, draws = Q.clone(), torch.Generator().manual_seed(0)
+    Q, draws = Q.clone(), torch.Generator().manual_seed(draw)
     for space in spaces:
         turn, _ = qr(normal(draws, len(space), len(space)), "turn of a space")
         Q[:, space] = Q[:, space] @ turn.to(Q)

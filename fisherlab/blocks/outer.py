@@ -36,6 +36,7 @@ from fisherlab.blocks.numerics import (
     fits_gram,
     is_coarse,
     negative_share,
+    null_of,
     over,
     qr,
     rank_of,
@@ -144,6 +145,9 @@ class OfColumns(Block):
             for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
         ]
         return torch.cat(parts) if parts else values
+
+    def chosen(self, other: Block) -> Tensor:
+        return self.nothing_chosen
 
     @abstractmethod
     def _inside_trace(self) -> Tensor:
@@ -623,7 +627,9 @@ class OuterSum(OfColumns):
         values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
         root = (Z * values.sqrt()).mT @ (lengths[:, None] * self.W)
         inside, P = eigh(root * self.d @ root.mT, "core of an outer block")
-        return inside, unit * (Z / values.sqrt()) @ P
+        # what the core takes to zero is beside the range, in no basis
+        kept = ~null_of(inside)
+        return inside[kept], unit * (Z / values.sqrt()) @ P[:, kept]
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         if exponent != 1:

@@ -55,9 +55,9 @@ def _leading(F: Block, k: int) -> Tensor:
 def default_rank(F: Block, k: int = 10) -> int:
     """k, or the number of eigenvectors that `F` defines: eigenvalues above its rounding."""
     values = _leading(F, k) if k else torch.zeros(0, device="cpu")
-    for part in F.parts if isinstance(F, DirectSum | ColumnSum) else (F,):
-        _check_beside(part)
-    if not len(values) or values[0] <= 0:
+    _check_beside(F)
+    # beside negative ones of another size the largest is rounding
+    if not len(values) or values[0] <= _noise(F) * F.squared_norm().sqrt():
         return 0
     return int((values > _noise(F) * values[0]).sum())
 
@@ -77,6 +77,9 @@ def _defined(X: Block, F: Block, k: int) -> int:
         return 0
     share, rounding = values[k - 1] / values[0], _rounding(X)
     values = _leading(X, k + 1)
+    _check_beside(X)
+    if len(values) < k and X.eigenvalues()[len(values)] > rounding * X.eigenvalues()[0]:
+        return 0  # the following lie beside the range, where they are all equal
     if len(values) < k or values[k - 1].abs() <= rounding * values[0]:
         # directions of F are missed, or the rounding of X hides whether they are
         return k if share > rounding else 0
@@ -93,6 +96,10 @@ def _ends(values: Tensor, k: int, rounding: float) -> bool:
 
 def _check_beside(block: Block) -> None:
     """Refuse a block whose largest eigenvalues have no vectors: they lie beside its range."""
+    if isinstance(block, DirectSum | ColumnSum):
+        for part in block.parts:
+            _check_beside(part)
+        return
     shifted = isinstance(block, Outer | OuterSum) and block.shift
     if not shifted and (not isinstance(block, Eigen) or block.confined):
         return
@@ -192,8 +199,9 @@ def spectral_gap(F: Block, k: int = 10) -> Tensor:
     k = default_rank(F, k)
     if k == 0:
         return torch.zeros((), dtype=torch.float64, device=F.device)
-    # a block may have fewer vectors than eigenvalues: those beside its range are lower
-    following = values[k] if len(values) > k else F.eigenvalues()[k : k + 1].sum()
+    # a block may have fewer vectors than eigenvalues: those beside its range are 0 or lower
+    known = len(values) > k and bool(values[k] >= 0)
+    following = values[k] if known else F.eigenvalues()[k : k + 1].sum()
     return (values[k - 1] - following) / values[0]
 
 

@@ -600,3 +600,84 @@ def test_squares_of_columns_whose_sides_are_far_apart_stay_in_the_range():
     torch.testing.assert_close(F.diagonal().double(), exact.diagonal(), rtol=1e-5, atol=0)
     X, rows = blocks.RowBlocks(a, g, 0.2), blocks.RowBlocks(a.double(), g.double(), 0.2)
     torch.testing.assert_close(X.dense().double(), rows.dense(), rtol=1e-4, atol=1e-7)
+
+
+def test_no_basis_of_a_null_space_is_taken_in_float32():
+    """The eigenvalues that rounding leaves in a null space were told apart in float64."""
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(12, generator=g)
+    X = blocks.Dense(torch.outer(u, u), (3, 4))
+    F = blocks.Dense(psd(12, seed=1).float(), (3, 4))
+    assert metrics.diagonalisation(X, F).isnan()
+    inside = blocks.Dense(2 * torch.outer(u, u), (3, 4))
+    near(metrics.diagonalisation(X, inside), 1, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["leading", "column sum", "mini-block", "dense"])
+def test_no_basis_of_equal_eigenvalues_is_taken(form):
+    V = torch.linalg.qr(randn(12, 12, seed=1))[0]
+    three = torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64)
+    side = (V[:3, :3] * three) @ V[:3, :3].mT
+    X = {
+        "leading": lambda: blocks.Leading(V[:2].view(2, 3, 4), three[:2], three[0]),
+        "column sum": lambda: blocks.ColumnSum(
+            [
+                blocks.Kronecker(torch.eye(3).double(), psd(3, seed=2, rank=1)),
+                blocks.Diagonal(torch.ones(3, 1).double()),
+            ]
+        ),
+        "mini-block": lambda: blocks.MiniBlock(
+            torch.linalg.qr(randn(3, 1, 4, 4, seed=3))[0]
+            @ torch.diag(torch.tensor([3.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+            @ torch.linalg.qr(randn(3, 1, 4, 4, seed=3))[0].mT
+        ),
+        "dense": lambda: blocks.Dense(torch.block_diag(side, side, side, side), (3, 4)),
+    }[form]()
+    F = blocks.Outer(randn(9, 1, 4, seed=4), randn(2, 9, 1, 3, seed=5))
+    assert metrics.diagonalisation(X, F).isnan()
+    near(metrics.diagonalisation(X, X), 1)
+
+
+def test_a_sum_in_parts_beside_one_in_other_parts():
+    one, two = (blocks.Diagonal(randn(k, 4, seed=k).square()) for k in (1, 2))
+    X, F = blocks.DirectSum([one, two]), blocks.DirectSum([two, one])
+    near(metrics.diagonalisation(X, F), 1)
+
+
+def test_the_leading_directions_of_an_indefinite_block_are_no_rounding():
+    u = randn(6, seed=1)
+    negative = blocks.Dense(-torch.outer(u, u), (2, 3))
+    assert metrics.alignment.default_rank(negative, 3) == 0
+    mixed = torch.diag(torch.tensor([3.0, -1.0]).double())
+    F = blocks.OuterSum(torch.eye(2, 3).double()[:, None], torch.ones(1, 2, 1, 2).double(), mixed)
+    near(metrics.spectral_gap(F, 1), 1)
+
+
+def test_directions_beside_a_range_of_equal_eigenvalues_are_nobodys():
+    F = blocks.Diagonal(torch.tensor([[4.0, 3.0, 2.0, 1.0]], dtype=torch.float64))
+    a, g = torch.eye(2, 4).double()[:, None], torch.ones(1, 2, 1, 1).double()
+    X = blocks.Outer(a * torch.tensor([2.0, 1.0]).double()[:, None, None], g, 1.0)
+    near(metrics.subspace_overlap(X, F, 3), 2 / 3)
+    shifted = blocks.Outer(X.a, X.g, 1.0, shift=0.5)
+    near(metrics.subspace_overlap(shifted, F, 2), 1)
+    assert metrics.subspace_overlap(shifted, F, 3).isnan()
+
+
+@pytest.mark.parametrize("t", [1, 3])
+def test_unseen_examples_that_are_all_alike_leave_no_interval_around_another_number(t):
+    for seed in range(5):
+        a = randn(1, t, 5, seed=seed).expand(30, -1, -1).contiguous()
+        g = randn(1, 1, t, 4, seed=seed + 50).expand(-1, 30, -1, -1).contiguous()
+        X = blocks.Diagonal(1e3 * randn(4, 5, seed=seed + 90).square())
+        found = metrics.population_estimate(X, blocks.Outer(a, g))
+        true = metrics.relative_error(X, blocks.Outer(a, g))
+        for value in (found.error, found.low, found.high):
+            near(value, true, rel=1e-6)
+
+
+def test_a_block_of_float32_rounding_is_cast():
+    Q = torch.linalg.qr(randn(60, 40, seed=1))[0].float()
+    side = blocks.factor.Subspace(Q, psd(40, seed=2, rank=2).float())
+    X = blocks.Kronecker(torch.eye(2), side)
+    assert not torch.equal(X.A, X.A.mT)
+    near(blocks.serialise.cast(X, torch.float64).trace(), X.trace(), rel=1e-6)
