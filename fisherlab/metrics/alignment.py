@@ -96,20 +96,24 @@ def _ends(values: Tensor, k: int, rounding: float) -> bool:
 
 def _check_beside(block: Block) -> None:
     """Refuse a block whose largest eigenvalues have no vectors: they lie beside its range."""
-    if isinstance(block, DirectSum | ColumnSum):
-        for part in block.parts:
-            _check_beside(part)
+    parts = block.parts if isinstance(block, DirectSum | ColumnSum) else (block,)
+    if not any(map(_has_beside, parts)):
         return
-    shifted = isinstance(block, Outer | OuterSum) and block.shift
-    if not shifted and (not isinstance(block, Eigen) or block.confined):
-        return
-    beside = block.eigenvalues()
-    inside = block.leading_values(block.size)
-    if len(inside) and bool((beside[: len(inside)] > inside * (1 + 1e-6)).any()):
+    every, inside = block.eigenvalues(), block.leading_values(block.size)
+    # a range of nothing is beside all
+    first = inside if len(inside) else torch.zeros_like(every[:1])
+    if bool((every[: len(first)] > first * (1 + 1e-6)).any()):
         raise ValueError(
             f"some of the largest eigenvalues of this {block!r} lie beside its range: nothing "
             "defines their vectors; pass blocks.Dense(block.dense(), block.shape)"
         )
+
+
+def _has_beside(block: Block) -> bool:
+    """Whether there are eigenvalues above 0 beside a range."""
+    if isinstance(block, Outer | OuterSum):
+        return bool(block.shift)
+    return isinstance(block, Eigen) and not block.confined
 
 
 def _noise(block: Block) -> float:

@@ -653,6 +653,15 @@ def test_the_leading_directions_of_an_indefinite_block_are_no_rounding():
     near(metrics.spectral_gap(F, 1), 1)
 
 
+def test_a_part_that_is_a_multiple_of_the_identity_has_no_leading_directions():
+    zero = torch.zeros(2, 1, 4, dtype=torch.float64), torch.zeros(1, 2, 1, 1, dtype=torch.float64)
+    level = blocks.Outer(*zero, shift=2.0)
+    F = blocks.DirectSum([level, blocks.Diagonal(torch.tensor([[1.0, 0.5, 0.2, 0.1]]).double())])
+    for block in (level, F):
+        with pytest.raises(ValueError, match="lie beside its range"):
+            metrics.spectral_gap(block, 1)
+
+
 def test_directions_beside_a_range_of_equal_eigenvalues_are_nobodys():
     F = blocks.Diagonal(torch.tensor([[4.0, 3.0, 2.0, 1.0]], dtype=torch.float64))
     a, g = torch.eye(2, 4).double()[:, None], torch.ones(1, 2, 1, 1).double()
