@@ -12,7 +12,6 @@ import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
+_NUMBERS = (int, float, np.integer, np.floating)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # A check of one argument by its name: the argument, as what it is taken for; None: as it is.
 Door = Callable[[Any, str], Any]
@@ -40,7 +40,8 @@ def said(value: object) -> str:
         text = reprlib.repr(value)
     except Exception:  # a user's own repr may fail
         text = "an object"
-    return f"{text} ({type(value).__name__})"
+    wide = ", of more than 64 bits" if _is_wide(value) else ""
+    return f"{text} ({type(value).__name__}{wide})"
 
 
 def number(
@@ -81,7 +82,10 @@ def number(
 
 
 def real(value: object) -> float | None:
-    """The real number that a value is, a bool being none; None: it is none."""
+    """The real number that a value is, a bool being none; None: it is none.
+
+    Numbers are those that multiply a tensor: no fraction, no int of more than 64 bits.
+    """
     if isinstance(value, Tensor):
         fits = (
             not value.is_nested
@@ -92,12 +96,14 @@ def real(value: object) -> float | None:
             and value.layout == torch.strided
         )
         return float(value) if fits else None
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or _is_wide(value):
         return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
+    return float(value)
+
+
+def _is_wide(value: object) -> bool:
+    """Whether it is an int that no tensor can hold."""
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def count(value: object, what: str, least: int = 1, *, error: type[Exception] = ValueError) -> int:

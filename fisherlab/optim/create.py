@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisherlab import approximations, doors
 from fisherlab.approximations.damping import Rule, geometric, relative
@@ -91,7 +91,10 @@ def _check_like_defaults(kind: type[torch.optim.Optimizer], options: dict[str, A
             for each in value:
                 doors.number(each, f"each of {name}", least=0.0, below=1.0)
         elif isinstance(default, float | int) or name == "lr":
-            doors.number(value, name, least=0.0)
+            number = doors.number(value, name, least=0.0)
+            # torch's own take a tensor as the learning rate alone
+            if isinstance(value, Tensor) and name != "lr":
+                options[name] = number
 
 
 def _plain(kind: type[torch.optim.Optimizer], **defaults: Any) -> Maker:

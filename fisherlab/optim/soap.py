@@ -116,7 +116,7 @@ class SOAP(torch.optim.Optimizer):
 
     def _factors(self, p: Tensor, group: dict[str, Any]) -> _Factors:
         """The factors `L` and `R` after this step, and whether bases are due."""
-        state, G, (_, b2) = self.state.get(p, {}), _gradient(p), group["betas"]
+        state, G, (_, b2) = self.state.get(p, {}), _gradient(p), map(float, group["betas"])
         t = int(state.get("step", 0)) + 1
         if p.ndim < 2:
             return _Factors({}, False)
@@ -129,7 +129,7 @@ class SOAP(torch.optim.Optimizer):
 
     def _step(self, p: Tensor, group: dict[str, Any]) -> None:
         """Move a parameter and its two moments."""
-        state, G, (b1, b2) = self.state[p], _gradient(p), group["betas"]
+        state, G, (b1, b2) = self.state[p], _gradient(p), map(float, group["betas"])
         if not state:
             state["step"] = torch.zeros((), device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
@@ -139,10 +139,11 @@ class SOAP(torch.optim.Optimizer):
         M = state["exp_avg"].lerp_(G, 1 - b1)
         rotated = Q_L.mT @ (G @ Q_R)
         V = state["exp_avg_sq"].mul_(b2).addcmul_(rotated, rotated, value=1 - b2)
-        size = (V / (1 - b2**t)).sqrt_().add_(group["eps"])
+        size = (V / (1 - b2**t)).sqrt_().add_(float(group["eps"]))
         N = Q_L @ ((Q_L.mT @ (M @ Q_R)) / size) @ Q_R.mT
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(N.view(p.shape).to(p.dtype), alpha=-group["lr"] / (1 - b1**t))
+        lr = float(group["lr"])
+        p.mul_(1 - lr * float(group["weight_decay"]))
+        p.add_(N.view(p.shape).to(p.dtype), alpha=-lr / (1 - b1**t))
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,15 @@ class Clip:
 
     def __post_init__(self) -> None:
         """Refuse bounds that are none."""
-        for name, bound in self.bounds.items():
+        for name, field in (("kl_clip", "kl"), ("max_norm", "norm")):
+            bound = getattr(self, field)
+            if bound is None:
+                continue
             if (found := doors.real(bound)) is None or not found > 0:
                 raise ValueError(f"{name} must be positive or None, got {doors.said(bound)}")
-        doors.count(self.warmup, "warmup, which counts steps,", 0)
+            object.__setattr__(self, field, found)
+        steps = doors.count(self.warmup, "warmup, which counts steps,", 0)
+        object.__setattr__(self, "warmup", steps)
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -111,13 +116,13 @@ def group_options(
     Raises:
         ValueError: a number is out of its range.
     """
-    for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-        doors.number(value, name, least=0.0)
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    found = {name: doors.number(value, name, least=0.0) for name, value in numbers.items()}
     for name, value in {"nesterov": nesterov, "decoupled": decoupled}.items():
         doors.flag(value, name)
-    if not isinstance(momentum, Tensor) and momentum >= 1:
+    if found["momentum"] >= 1:
         raise ValueError(f"momentum must be below 1, where velocity dies out; got {momentum!r}")
-    if nesterov and momentum == 0:
+    if nesterov and not found["momentum"]:
         raise ValueError("Nesterov momentum needs momentum > 0")
     return {
         "lr": lr,
@@ -174,8 +179,9 @@ def decayed(p: Tensor, group: Mapping[str, Any]) -> Tensor:
 def predicted_kl(groups: list[dict[str, Any]], directions: Directions) -> Tensor:
     """`sum lr^2 <direction, gradient>`, 0-d."""
     products = [
-        group["lr"] * group["lr"] * torch.dot(directions[p].flatten(), decayed(p, group).flatten())
+        lr * lr * torch.dot(directions[p].flatten(), decayed(p, group).flatten())
         for group in groups
+        for lr in [float(group["lr"])]
         for p in group["params"]
         if p in directions
     ]
@@ -199,7 +205,8 @@ def take_step(
         if not params:
             continue
         steps = [directions[p] if p in directions else decayed(p, group) for p in params]
-        lr, decay = float(group["lr"]), group["weight_decay"]
+        # a tensor of one element is a number as well
+        lr, decay, momentum = (float(group[key]) for key in ("lr", "weight_decay", "momentum"))
         if group["decoupled"] and decay:
             torch._foreach_mul_(params, 1 - lr * decay)
         buffers = [state[p].get("momentum_buffer") for p in params]
@@ -209,7 +216,7 @@ def take_step(
             steps,
             buffers,
             weight_decay=0.0 if group["decoupled"] or placed_before(group) else decay,
-            momentum=group["momentum"],
+            momentum=momentum,
             lr=lr,
             dampening=0.0,
             nesterov=group["nesterov"],
@@ -217,7 +224,7 @@ def take_step(
             foreach=not fused,
             fused=fused,
         )
-        if group["momentum"]:
+        if momentum:
             for p, buffer in zip(params, buffers, strict=True):
                 state[p]["momentum_buffer"] = buffer
 

@@ -1,5 +1,7 @@
 """Bad input: a named error, and no parameter changed before it."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,6 +211,43 @@ def test_an_option_that_a_loop_takes_out_of_a_group_is_refused_before_any_change
             refused(model, lambda: optimizer.step(closure), ValueError, option)
             group[option] = value
     optimizer.step(closure)
+
+
+NUMBERS = ("lr", "damping", "weight_decay", "momentum", "eps", "statistics_every", "basis_every")
+
+
+@pytest.mark.parametrize("name", CURVATURE)
+@pytest.mark.parametrize("value", [10**30, -(10**30), 10**400, Fraction(1, 10)])
+def test_a_number_that_no_tensor_can_hold_is_refused_by_its_option_s_name(name, value) -> None:
+    model = small()
+    optimizer = fl.optim.create(name, model)
+    closure = closing(optimizer, model)
+    for option in sorted({*NUMBERS} & {*fl.optim.option_names(name)}):
+        with pytest.raises(ValueError, match=option):
+            fl.optim.create(name, small(), **{option: value})
+    for group in optimizer.param_groups:
+        for option in sorted({*NUMBERS} & {*group}):
+            before, group[option] = group[option], value
+            refused(model, lambda: optimizer.step(closure), ValueError, option)
+            group[option] = before
+    with pytest.raises(ValueError, match="max_norm must be positive or None, got 1000"):
+        fl.optim.Clip(norm=10**30)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ngd", "tengrad", "soap"])
+def test_a_tensor_of_one_element_is_the_number_that_it_holds(name: str) -> None:
+    wanted = {"lr": 0.5, "weight_decay": 0.25}
+    if name != "soap":
+        wanted |= {"momentum": 0.5, "kl_clip": 1.0, "max_norm": 0.125}
+    found = []
+    for make in (float, lambda x: torch.tensor([[x]])):
+        model = small()
+        optimizer = fl.optim.create(name, model, **{key: make(x) for key, x in wanted.items()})
+        for _ in range(2):
+            optimizer.step(closing(optimizer, model))
+        assert repr(optimizer)
+        found.append(weights(model))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", CURVATURE)
