@@ -8,20 +8,27 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-
-def form_of(value: object) -> str:
-    """The form of a nest of dicts and lists in 16 digits: keys, types and shapes, no numbers."""
-    return hashlib.sha256(repr(_form(value)).encode()).hexdigest()[:16]
+from fisherlab.doors import is_strided
 
 
-def _form(value: object) -> object:
-    """Keys, types and shapes; a state may be cast or moved."""
+def form_of(value: object, dtypes: bool = False) -> str:
+    """The form of a nest of dicts and lists in 16 digits: keys, types and shapes, no numbers.
+
+    Args:
+        value: the nest, which may be moved to another device.
+        dtypes: whether the dtypes of its tensors belong to its form.
+    """
+    return hashlib.sha256(repr(_form(value, dtypes)).encode()).hexdigest()[:16]
+
+
+def _form(value: object, dtypes: bool) -> object:
     if isinstance(value, Mapping):
-        return sorted((repr(key), _form(part)) for key, part in value.items())
+        return sorted((repr(key), _form(part, dtypes)) for key, part in value.items())
     if isinstance(value, list | tuple):
-        return [_form(part) for part in value]
+        return [_form(part, dtypes) for part in value]
     if isinstance(value, Tensor):
-        return "tensor", tuple(value.shape), value.is_floating_point()
+        kind = str(value.dtype) if dtypes else value.is_floating_point()
+        return "tensor", tuple(value.shape), kind
     return "number" if isinstance(value, int | float) else type(value).__name__
 
 
@@ -32,7 +39,7 @@ def is_finite(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(is_finite, value))
     if isinstance(value, Tensor):
-        if type(value) is Tensor and value.is_meta:
+        if not is_strided(value) or (type(value) is Tensor and value.is_meta):
             return False
         return not value.is_floating_point() or bool(value.isfinite().all())
     return not isinstance(value, float) or math.isfinite(value)

@@ -306,6 +306,14 @@ class Curvature:
             means.load_state_dict(there["running"][key])
         blocks = {key: from_dict(block) for key, block in there["blocks"].items()}
         inverses = {key: from_dict(block) for key, block in there["inverses"].items()}
+        dtypes = {key: of.weight.dtype for of in weights.values() for key in of.keys}
+        for key, block in [*blocks.items(), *inverses.items()]:
+            if block.dtype != dtypes[key]:
+                raise ValueError(
+                    f"this state has a block of {block.dtype} for layer {key!r}, whose weight is "
+                    f"{dtypes[key]}; cast the model to it, or make a new optimizer; nothing was "
+                    "loaded"
+                )
 
         def take() -> None:
             for weight in weights.values():

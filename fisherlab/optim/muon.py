@@ -13,8 +13,8 @@ from fisherlab.casting import uncast
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 
-# state of a parameter with a gradient, by the rule of its group
-_KEPT = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+# what a parameter with a gradient keeps in its own shape, by the rule of its group
+_KEPT = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
@@ -31,6 +31,12 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"ns_coefficients are three, got {doors.said(coefficients)}")
     for coefficient in coefficients:
         doors.number(coefficient, "each of ns_coefficients")
+
+
+def _shapes(group: Mapping[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that is kept of a parameter with a gradient."""
+    steps: dict[str, tuple[int, ...]] = {} if group["rule"] == "muon" else {"step": ()}
+    return {**steps, **dict.fromkeys(_KEPT[group["rule"]], tuple(p.shape))}
 
 
 class Muon(torch.optim.Optimizer):
@@ -118,7 +124,7 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; raises `ValueError` for one that is none, of which nothing is loaded."""
-        check_loaded(self, state_dict, _check_group, lambda group: _KEPT[group["rule"]])
+        check_loaded(self, state_dict, _check_group, _shapes)
         super().load_state_dict(state_dict)
 
     def _bind(self) -> None:

@@ -58,7 +58,8 @@ def check_loaded(
     optimizer: torch.optim.Optimizer,
     state: Any,
     check_group: Callable[[Mapping[str, Any]], None],
-    kept: Callable[[Mapping[str, Any]], Sequence[str]],
+    kept: Callable[[Mapping[str, Any], Tensor], Mapping[str, tuple[int, ...]]],
+    sides: Callable[[Tensor], Mapping[str, tuple[int, ...]]] = lambda p: {},
 ) -> None:
     """Refuse a state that the optimizer cannot go on from, before anything of it is loaded.
 
@@ -66,7 +67,8 @@ def check_loaded(
         optimizer: which would load it.
         state: what `state_dict` returned.
         check_group: refuses the options of a parameter group.
-        kept: what a parameter of a group keeps, by name.
+        kept: the shapes of what a parameter of a group keeps, by name.
+        sides: those of what it may keep besides.
 
     Raises:
         ValueError: it is no state, or of another optimizer or model, or has NaN or inf.
@@ -93,17 +95,26 @@ def check_loaded(
         if len(group["params"]) != len(ours["params"]):
             raise ValueError(f"this state is of another model than that of {name}")
         for p, index in zip(ours["params"], group["params"], strict=True):
-            _check_parameter(name, p, found.get(index, {}), kept(ours))
+            _check_parameter(name, p, found.get(index, {}), kept(ours, p), sides(p))
 
 
-def _check_parameter(name: str, p: Tensor, state: Any, kept: Sequence[str]) -> None:
+def _check_parameter(
+    name: str,
+    p: Tensor,
+    state: Any,
+    kept: Mapping[str, tuple[int, ...]],
+    sides: Mapping[str, tuple[int, ...]],
+) -> None:
     """Refuse what no parameter of this shape keeps; {} is that of one without a step."""
-    if not isinstance(state, Mapping) or (state and not set(kept) <= state.keys()):
+    if not isinstance(state, Mapping) or (state and not kept.keys() <= state.keys()):
         raise ValueError(f"this state is not of {name}, which keeps {', '.join(kept)}")
-    for key in kept if state else ():
-        value = state[key]
-        fits = isinstance(value, Tensor) and value.numel() == (1 if key == "step" else p.numel())
-        if not fits or not value.is_floating_point():
+    least = min(4, p.element_size())
+    for key, shape in {**kept, **sides}.items():
+        value = state.get(key)
+        if key not in state:
+            continue
+        fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+        if not fits or value.element_size() < least:
             raise ValueError(
                 f"this state of {name} has {doors.said(value)} as {key} of a parameter of shape "
                 f"{tuple(p.shape)}; nothing was loaded"

@@ -18,9 +18,6 @@ from fisherlab.casting import uncast
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 
-# what each parameter with a gradient keeps
-_KEPT = ("step", "exp_avg", "exp_avg_sq")
-
 
 def _check_group(group: Mapping[str, Any]) -> None:
     """Refuse options that are none; a loop may write into a group between two steps."""
@@ -33,6 +30,17 @@ def _check_group(group: Mapping[str, Any]) -> None:
         doors.number(b, "each of betas", least=0.0, below=1.0)
     doors.count(group.get("basis_every"), "basis_every, which counts steps,")
     doors.count(group.get("largest_factor"), "largest_factor", 0)
+
+
+def _shapes(_: Mapping[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that is kept of a parameter with a gradient."""
+    return {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(matrix(p).shape))}
+
+
+def _sides(p: Tensor) -> dict[str, tuple[int, ...]]:
+    """Those of the factors and eigenvectors of its sides, which large ones lack."""
+    o, i = matrix(p).shape
+    return {"L": (o, o), "Q_L": (o, o), "R": (i, i), "Q_R": (i, i)}
 
 
 class SOAP(torch.optim.Optimizer):
@@ -81,8 +89,14 @@ class SOAP(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; raises `ValueError` for one that is none, of which nothing is loaded."""
-        check_loaded(self, state_dict, _check_group, lambda group: _KEPT)
+        check_loaded(self, state_dict, _check_group, _shapes, _sides)
         super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, index in zip(ours["params"], theirs["params"], strict=True):
+                # torch casts to the dtype of the parameter, which may be half of what is kept
+                if p.element_size() < 4 and index in saved:
+                    self.state[p] |= {k: v.float().to(p.device) for k, v in saved[index].items()}
 
     @torch.no_grad()
     @uncast()
@@ -107,11 +121,11 @@ class SOAP(torch.optim.Optimizer):
         vectors = _eigenvectors(new)
         for (p, group), factors, turned in zip(found, new, vectors, strict=True):
             self._step(p, group)
-            state = self.state[p]
-            before = bases(state, matrix(p))
+            state, like = self.state[p], _gradient(p)
+            before = bases(state, like)
             state |= {**factors.sides, **turned}
             if factors.due:
-                _carry(state, before, bases(state, matrix(p)))
+                _carry(state, before, bases(state, like))
         return loss
 
     def _factors(self, p: Tensor, group: dict[str, Any]) -> _Factors:

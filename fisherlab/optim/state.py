@@ -16,8 +16,8 @@ FORMAT = 2
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with the form of each of its parts: keys, types and shapes, not the numbers."""
-    return {**state, "form": {key: form_of(value) for key, value in state.items()}}
+    """The state with the form of each of its parts: keys, shapes and dtypes, not the numbers."""
+    return {**state, "form": {key: form_of(value, True) for key, value in state.items()}}
 
 
 def generator_state(state: Mapping[str, Any]) -> Tensor:
@@ -74,20 +74,25 @@ def check_form(state: Mapping[str, Any]) -> None:
     """
     if wrong := sorted(key for key, value in state.items() if not is_finite(value)):
         raise ValueError(
-            f"this state holds NaN or inf, or tensors without numbers, in {', '.join(wrong)}: no "
-            "later step would be right; load one from before; nothing was loaded"
+            f"this state holds NaN or inf, or tensors that are sparse or without numbers, in "
+            f"{', '.join(wrong)}: no later step would be right; load one from before; nothing was "
+            "loaded"
         )
     if "form" not in state:  # an earlier version saved none
         return
     saved = state["form"]
     if not isinstance(saved, Mapping):
         raise ValueError("this state is damaged: form is no dict; nothing was loaded")
-    parts = {key: form_of(value) for key, value in state.items() if key != "form"}
-    damaged = sorted(key for key in {*saved, *parts} if saved.get(key) != parts.get(key))
+    # an earlier version saved the form without dtypes
+    parts = {
+        key: (form_of(value, True), form_of(value)) for key, value in state.items() if key != "form"
+    }
+    damaged = sorted(key for key in {*saved, *parts} if saved.get(key) not in parts.get(key, ()))
     if damaged:
         raise ValueError(
             f"this state is damaged: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} "
-            "not the form that was saved; load it from another file; nothing was loaded"
+            "not the form that was saved, with its keys, shapes and dtypes; load it as it was "
+            "saved, or from another file; nothing was loaded"
         )
 
 

@@ -267,6 +267,78 @@ def test_a_state_with_junk_in_the_place_of_its_parameters_is_refused(method, jun
     assert everything(model, optimizer) == before
 
 
+def mapped(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A nest with a function of each of its tensors."""
+    if isinstance(state, dict):
+        return {key: mapped(value, function) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(mapped(value, function) for value in state)
+    return function(state) if isinstance(state, Tensor) else state
+
+
+def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "tkfac", "exact", "fngd", "kbfgs", "tengrad"])
+@pytest.mark.parametrize(
+    "cast",
+    [to(torch.float32), to(torch.float16), to(torch.int32), to(torch.complex64), Tensor.to_sparse],
+)
+def test_a_state_whose_tensors_were_cast_is_refused_whole(method: str, cast) -> None:
+    model, optimizer = trained(method, momentum=0.5)
+    before, state = everything(model, optimizer), optimizer.state_dict()
+    with pytest.raises(ValueError, match="not the form that was saved|sparse"):
+        optimizer.load_state_dict(mapped(state, cast))
+    assert everything(model, optimizer) == before
+    optimizer.load_state_dict(state)
+    assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo", "diagonal"])
+def test_a_state_of_a_model_of_another_dtype_is_refused_whole(method: str) -> None:
+    _, theirs = trained(method)
+    model = small().float()
+    optimizer = fl.optim.create(method, model)
+    before = everything(model, optimizer)
+    with pytest.raises(
+        ValueError, match=r"block of torch.float64 .* whose weight is torch.float32"
+    ):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize("method", ["soap", "muon"])
+def test_torch_casts_what_it_keeps_itself_but_not_from_half_precision(method: str) -> None:
+    model, optimizer = trained(method)
+    before, state = everything(model, optimizer), optimizer.state_dict()
+    for cast in (to(torch.float16), to(torch.int32), Tensor.to_sparse):
+        with pytest.raises(ValueError, match="nothing was loaded"):
+            optimizer.load_state_dict(mapped(state, cast))
+    for key in ("L", "Q_L", "exp_avg") if method == "soap" else ("momentum_buffer",):
+        bad = {**state, "state": {**state["state"], 0: {**state["state"][0], key: torch.ones(3)}}}
+        with pytest.raises(ValueError, match=f"as {key} of a parameter of shape"):
+            optimizer.load_state_dict(bad)
+    assert everything(model, optimizer) == before
+
+
+def test_soap_of_half_precision_resumes() -> None:
+    found = []
+    for resumed in (False, True):
+        model = small().bfloat16()
+        optimizer = fl.optim.create("soap", model)
+        for seed in range(3):
+            if resumed and seed == 2:
+                state, optimizer = optimizer.state_dict(), fl.optim.create("soap", model)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            x, y = data(seed)
+            F.cross_entropy(model(x.bfloat16()).float(), y).backward()
+            optimizer.step()
+        found.append(everything(model, optimizer))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("method", ["exact", "ngd", "tengrad", "kfac"])
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_a_first_batch_that_overflows_demotes_no_layer(method: str, value: float) -> None:
