@@ -151,7 +151,7 @@ class Recorder:
     def refuse(self) -> None:
         """A step was refused or interrupted: the draws for it do not count."""
         self._refused = True
-        self.watch.abandon()
+        self.watch.settle()
 
     def stepped(self) -> None:
         """Keep the draws: a step was taken."""

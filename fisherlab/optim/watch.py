@@ -47,13 +47,16 @@ def _nothing(*_: Any) -> None:
 
 
 class _Tape(Tape):
-    """One that hears no pass of FisherLab's own, while it stands or after Ctrl-C."""
+    """One that hears no pass of FisherLab's own, and nothing after Ctrl-C."""
+
+    # whether the pass was broken off
+    broken: Callable[[], bool]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """The function's own result; its use of a weight is noted."""
-        if is_isolated():
+        if is_isolated() or self.broken():
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -64,8 +67,9 @@ class Watch:
     Compiled code calls no function that a tape sees, and checkpointing computes again when the tape
     is left. There the hooks of the modules tell their own products, as far as these are known.
 
-    A model that calls itself makes one pass. Where Ctrl-C breaks a pass off, torch calls no hook:
-    the tape then hears nothing more, and is left at the next pass or step.
+    A model that calls itself makes one pass. Where Ctrl-C breaks a pass off, torch calls no hook.
+    What was recorded is then let go at the next function of torch, which the tape, left at the next
+    pass or step, passes on.
 
     Args:
         model: the model.
@@ -91,7 +95,8 @@ class Watch:
         self.model = weakref.ref(model)
         self.weights, self.wanted = weights, wanted
         self.begin, self.record, self.end = begin, record, end
-        self.tape = _Tape(on_tape(weights_of(model, computed=False)), self._record)
+        self.tape = _Tape(on_tape(weights_of(model, computed=False)), record)
+        self.tape.broken = self._is_broken
         # whether the latest pass returned one tensor, or one called `logits`
         self.single = True
         # the loss that the latest pass returned beside its outputs
@@ -131,13 +136,6 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Leave the tape of a forward that was interrupted: torch calls no hook at its end."""
-        if self._running:
-            self._running = False
-            self.tape.leave()
 
     def _begin(self, compiled: bool, model: nn.Module, args: tuple[Any, ...]) -> None:
         # a deep copy of the model carries these hooks along
@@ -165,10 +163,14 @@ class Watch:
             frame = frame.f_back
         return frame is not None
 
-    def _record(self, use: Use, output: Tensor) -> Tensor:
+    def _is_broken(self) -> bool:
+        """Whether the pass was broken off; what it left is then let go."""
         # the compiler traces the tape along, without frames to look at
-        inside = torch.compiler.is_compiling() or self._is_inside()
-        return self.record(use, output) if inside else output
+        if torch.compiler.is_compiling() or self._is_inside():
+            return False
+        if self._passes.frame is not None:
+            self._let_go(None)
+        return True
 
     def _end(self, compiled: bool, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if model is not self.model() or is_isolated() or not self._running:
@@ -181,12 +183,15 @@ class Watch:
     def settle(self) -> None:
         """End a pass that Ctrl-C broke off, as one that raised."""
         if self._running:
-            self.tape.others.clear()  # they may be of later calls, by hand
             self._finish(None)
 
     def _finish(self, output: Any) -> None:
-        self._running, self._passes.frame = False, None
+        self._running = False
         self.tape.leave()
+        self._let_go(output)
+
+    def _let_go(self, output: Any) -> None:
+        self._passes.frame = None
         found, self.returned = output_of(output), output is not None
         self.single, loss = isinstance(found, Tensor), loss_of(output)
         if isinstance(loss, Tensor) and loss.requires_grad and not loss.ndim:

@@ -360,6 +360,7 @@ class WeightedLayers:
             if name in self.weights and name not in self.coverage.left_out:
                 self._say(name, f"it is used by {', '.join(sorted(functions))} as well")
         if output is None:
+            self._layers, self._asked = {}, []
             return
         n = len(output)
         if self.ended is not None:

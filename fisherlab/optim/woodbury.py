@@ -216,7 +216,7 @@ class Woodbury(CurvatureOptimizer):
         return last_steps(found, self.steps)
 
     def _refused(self) -> None:
-        self.layers.watch.abandon()
+        self.layers.watch.settle()
 
     def _discard(self) -> None:
         self._taken.clear()
