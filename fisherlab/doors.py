@@ -86,6 +86,8 @@ def real(value: object) -> float | None:
 
     Numbers are those that multiply a tensor: no fraction, no int of more than 64 bits.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         fits = (
             not value.is_nested

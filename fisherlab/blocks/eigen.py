@@ -68,6 +68,14 @@ class Complement:
         return vars(self).get("zero", False), vars(self).get("level")
 
     @classmethod
+    def of(cls, G: Tensor, A: Tensor, both: Tensor, missing: tuple[int, int]) -> Complement:
+        """The tails that there are, and zeros in the place of the others."""
+        counts = missing[1], missing[0], missing[0] * missing[1]
+        tails = zip((G, A, both), counts, strict=True)
+        G, A, both = (x if k else torch.zeros_like(x) for x, k in tails)
+        return cls(G, A, both, missing)
+
+    @classmethod
     def empty(cls, spectrum: Tensor, missing: tuple[int, int]) -> Complement:
         """Nothing but 0, and known to be."""
         G, A = (spectrum.new_zeros(length) for length in spectrum.shape)
@@ -157,10 +165,10 @@ class Eigen(Block):
         if tail_G is None and tail_A is None and tail is None:
             self.complement = Complement.empty(spectrum, missing)
             return
-        self.complement = Complement(
-            _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],), missing[1]),
-            _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],), missing[0]),
-            _tail(tail, "tail", spectrum, (), missing[0] * missing[1]),
+        self.complement = Complement.of(
+            _tail(tail_G, "tail_G", spectrum, (Q_G.shape[1],)),
+            _tail(tail_A, "tail_A", spectrum, (Q_A.shape[1],)),
+            _tail(tail, "tail", spectrum, ()),
             missing,
         )
 
@@ -421,14 +429,12 @@ class Eigen(Block):
         return float((negative / self._sum(torch.abs).clamp(min=1e-300)).detach())
 
 
-def _tail(
-    values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...], missing: int
-) -> Tensor:
-    """Eigenvalues beside a thin basis; zeros of None, and where nothing is beside it."""
+def _tail(values: Tensor | None, what: str, spectrum: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Eigenvalues beside a thin basis; zeros of None."""
     if values is None:
         return spectrum.new_zeros(shape)
     doors.tensor(values, what, error=BlockError)
     if tuple(values.shape) != shape:
         raise BlockError(f"{what} must have shape {shape}, got {tuple(values.shape)}")
     check_alike(values, spectrum)
-    return values if missing else torch.zeros_like(values)
+    return values

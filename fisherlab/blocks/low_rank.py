@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherlab import doors
 from fisherlab.blocks.base import Block
-from fisherlab.blocks.eigen import Eigen
+from fisherlab.blocks.eigen import Complement, Eigen
 from fisherlab.blocks.numerics import RESIDUAL_EPS, BlockError, check_damping, check_fits, is_none
 from fisherlab.blocks.serialise import remembers
 
@@ -52,11 +52,10 @@ class Pair(LowRank):
             )
         check_fits(damping, -2, self.dtype, name)
         along_G, along_A = damping + self.g_energies, damping + self.a_energies
-        return Eigen(
-            self.Q_G,
-            self.Q_A,
-            torch.outer(along_G, along_A).reciprocal(),
+        complement = Complement.of(
             (damping * along_G).reciprocal(),
             (damping * along_A).reciprocal(),
             torch.as_tensor(damping**-2, dtype=self.dtype, device=self.device),
+            self.complement.missing,
         )
+        return Eigen.within(self, torch.outer(along_G, along_A).reciprocal(), complement)

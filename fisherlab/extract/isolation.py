@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import random
 import sys
@@ -162,7 +163,8 @@ def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     hand, clips weights. A warning names the trained parameters that it writes into.
 
     Yields:
-        The names of all that a pass has written into so far, max-norm embeddings apart.
+        The names of all that a pass has written into, max-norm embeddings apart; for its end, as
+        the parameters are looked at once.
     """
     bound = {
         id(getattr(module, "weight", None))
@@ -184,15 +186,15 @@ def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         before = copies.get(id(p))
         return p._version != version if before is None else not _is_equal(p.data, before, None)
 
-    def written() -> list[str]:
-        return [name for name, p, version, _ in every if id(p) not in bound and wrote(p, version)]
+    @functools.cache
+    def moved() -> list[tuple[str, nn.Parameter, Tensor]]:
+        return [(name, p, data) for name, p, version, data in every if wrote(p, version)]
 
     try:
-        yield written
+        yield lambda: [name for name, p, _ in moved() if id(p) not in bound]
     finally:
-        moved = [(name, p, data) for name, p, version, data in every if wrote(p, version)]
-        changed = [name for name, p, _ in moved if p.requires_grad and id(p) not in bound]
-        for _, p, data in moved:
+        changed = [name for name, p, _ in moved() if p.requires_grad and id(p) not in bound]
+        for _, p, data in moved():
             if id(p) not in copies:
                 continue
             if p.data_ptr() != data.data_ptr():
@@ -231,7 +233,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
         x: the batch, whose device has a random stream of its own.
 
     Yields:
-        The names of parameters that a pass has written into so far.
+        The names of parameters that the pass has written into; asked at its end.
     """
     devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
     flags = [(module, module.training) for module in model.modules()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract.geometry import Geometry
 from fisherlab.extract.select import Names
@@ -204,7 +204,7 @@ class CurvatureOptimizer(Covered, torch.optim.Optimizer, ABC):
         return True
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left."""
         with answering(self.ranks, "taking a step"), calling(self._refused):

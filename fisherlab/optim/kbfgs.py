@@ -14,7 +14,7 @@ from fisherlab.approximations.kbfgs import KBFGS
 from fisherlab.blocks import FromInverse, Kronecker
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.numerics import cholesky, sum_of
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.optim.attempt import Kept, calling, whole
 from fisherlab.optim.curvature import Part
 from fisherlab.optim.natural_gradient import NaturalGradient
@@ -70,7 +70,7 @@ class KBFGSOptimizer(NaturalGradient):
         self._mean_gradient: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One step and one BFGS update; the closure runs twice, on the same batch."""
         if closure is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab import doors
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 
@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
             part.state = self.state
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step of both.
 

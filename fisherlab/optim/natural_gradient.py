@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fisherlab.approximations import Approximation
 from fisherlab.approximations.damping import Rule, as_rule
 from fisherlab.blocks import Block
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.distributed import answering
 from fisherlab.optim.adaptive import adapting, second_look
 from fisherlab.optim.attempt import Kept
@@ -120,7 +120,7 @@ class NaturalGradient(CurvatureOptimizer):
         )
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step; with `levenberg_marquardt` damping, now and then a second look at the loss."""
         if adapting(self.param_groups, self.steps) and not self.preconditioner.over:

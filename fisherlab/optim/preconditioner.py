@@ -19,7 +19,7 @@ from fisherlab.approximations.running import too_large
 from fisherlab.blocks import Block
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.reads import together
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.distributed import Ranks, answering, unwrapped
 from fisherlab.extract import LayerCapture
 from fisherlab.extract.select import Names
@@ -197,7 +197,7 @@ class Preconditioner(Covered):
     # the step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self) -> None:
         """Put the preconditioned gradient in the place of `.grad`, once per backward pass.
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from fisherlab import doors
 from fisherlab.blocks.contractions import second_moment
 from fisherlab.blocks.reads import Together
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.distributed import parallel
 from fisherlab.extract.geometry import CONVOLUTIONS, Geometry
 from fisherlab.extract.isolation import is_isolated, is_traced
@@ -520,7 +520,7 @@ class ReconstructedSGD(torch.optim.SGD):
         self.every, self.steps = every, 0
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """One step on `w'`, then new roots where they are due."""
         loss = super().step(closure)

@@ -14,7 +14,7 @@ from fisherlab.blocks.basis import Basis, Coordinates, matrix_of
 from fisherlab.blocks.energies import carried
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.blocks.numerics import eigh_each
-from fisherlab.casting import uncast
+from fisherlab.casting import uncasting
 from fisherlab.optim.plain import check_gradients, check_loaded
 from fisherlab.optim.step import evaluated
 
@@ -99,7 +99,7 @@ class SOAP(torch.optim.Optimizer):
                     self.state[p] |= {k: v.float().to(p.device) for k, v in saved[index].items()}
 
     @torch.no_grad()
-    @uncast()
+    @uncasting
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients that the last `backward()` left.
 
