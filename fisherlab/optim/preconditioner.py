@@ -306,9 +306,9 @@ class Preconditioner(Covered):
         """Record the next passes if their step needs them."""
         self.forget()
         if self.recorder is not None:
-            recorded = any(
-                self._due(w) & {"statistics", "corrections"} for w in self.weights.values()
-            )
+            due = (self._due(weight) for weight in self.weights.values())
+            # a first pass shows the weights that no module multiplies
+            recorded = not self.weights or any(d & {"statistics", "corrections"} for d in due)
             self.recorder.wanted = recorded and not self.over
 
     @contextmanager

@@ -96,6 +96,8 @@ class Recorder:
         # its state before the draws since the last step, and after them
         self._drawn: tuple[Tensor, Tensor] | None = None
         self._refused = False
+        # the gradients as the latest backward pass left them
+        self._left: dict[str, tuple[int, int]] = {}
         # a factor for each pass last captured: it turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
@@ -167,20 +169,39 @@ class Recorder:
             self.law.clear()
 
     def _drop_zeroed(self) -> None:
-        """Forget passes whose gradients were thrown away: no weight has one any more.
+        """Forget passes whose gradients were thrown away.
 
         While the backward pass that reached them runs, no weight has one yet.
         """
         running = torch._C._current_graph_task_id()
         if running != -1 and running == self._task:
             return
-        if self.passes and all(w.weight.grad is None for w in self.weights.values()):
+        if self.passes and self._is_thrown():
             latest = None if self._latest is None else self._latest()
             if any(latest is known for known in self.passes):
                 self._latest = None
             self.passes.clear()
             if self.law is not None:
                 self.law.clear()
+
+    def _is_thrown(self) -> bool:
+        """Whether no weight holds a gradient of the passes any more."""
+        found = [w.weight.grad for w in self.weights.values() if w.weight.grad is not None]
+        # untouched since a backward pass accumulated them
+        if found and self._versions() == self._left:
+            return False
+        return not any(bool(gradient.any()) for gradient in found)
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """Which tensor each gradient is, and how often it was written into."""
+        gradients = {name: w.weight.grad for name, w in self.weights.items()}
+        return {n: (id(g), g._version) for n, g in gradients.items() if g is not None}
+
+    def _note(self, before: dict[str, tuple[int, int]], known: list[Pass]) -> None:
+        """A backward pass ended: one that accumulated no gradient (`autograd.grad`) is none."""
+        self._left = self._versions()
+        if self._left == before:
+            self.passes[:] = known
 
     def _arrived(self, current: Pass) -> None:
         """A backward pass reaches `current`; `.grad` is still as it was before."""
@@ -189,8 +210,12 @@ class Recorder:
         self._drop_zeroed()
         if not self.passes and self.law is not None:
             self.law.begin()
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            note = partial(self._note, self._versions(), list(self.passes))
+            cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(note)
         self.passes.append(current)
-        self._task = torch._C._current_graph_task_id()
+        self._task = task
 
     # the forward pass -------------------------------------------------------------------------
 
@@ -288,12 +313,12 @@ class Recorder:
                 current.own_scale = _plus(current.own_scale, gradient)
 
             self.watch.loss.register_hook(self._of_others(arrive_own))
+        with own_pass(self.watch.model()):
+            self._ask(current, output)
         self._latest = weakref.ref(current)
         # on the graph's own node: a loss may be taken of what is made of an earlier output
         if output.grad_fn is not None:
-            cast(Any, output.grad_fn).metadata[self._key] = weakref.ref(current)
-        with own_pass(self.watch.model()):
-            self._ask(current, output)
+            cast(Any, output.grad_fn).metadata[self._key] = self._latest
 
     def _of_others(self, listen: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """A hook that hears every backward pass but our own."""
@@ -357,7 +382,7 @@ class Recorder:
             )
         mean = fisher.reduction_of(criterion) == "mean"
         scale = (M / rows) ** 0.5 if mean else 1.0
-        before = self.generator_state
+        before, state = self.generator_state, self.generator.get_state()
         vectors = fisher.output_vectors(
             self.needs.fisher_type,
             criterion,
@@ -369,13 +394,19 @@ class Recorder:
         )
         sources = edges_behind(output, self._marks, calls)
         reached = [edge for edge in sources if edge is not None]
-        for vector in vectors:
-            found = iter(pulled_back(output, (scale * vector).to(output.dtype), reached))
-            for call, edge in zip(calls, sources, strict=True):
-                gradient = None if edge is None else next(found)
-                if gradient is None:
-                    gradient = output.new_zeros(call.shape)
-                call.columns.append(gradient[: self.needs.examples].detach())
+        try:
+            for vector in vectors:
+                found = iter(pulled_back(output, (scale * vector).to(output.dtype), reached))
+                for call, edge in zip(calls, sources, strict=True):
+                    gradient = None if edge is None else next(found)
+                    if gradient is None:
+                        gradient = output.new_zeros(call.shape)
+                    call.columns.append(gradient[: self.needs.examples].detach())
+        except BaseException:  # a hook of the user's may raise on the way of a vector
+            self.generator.set_state(state)
+            for call in calls:
+                call.columns.clear()
+            raise
         self._drawn = before, self.generator.get_state()
 
     def _loss(
@@ -420,9 +451,9 @@ class Recorder:
                     "criterion(outputs, labels); a criterion that is called in another way has "
                     "the empirical Fisher only"
                 )
-            current.criterion_saw = weakref.ref(saw)
             with own_pass(self.watch.model()):
                 self._send_columns(current, saw, current.labels)
+            current.criterion_saw = weakref.ref(saw)
 
     # delivery -----------------------------------------------------------------------------------
 

@@ -324,6 +324,84 @@ def test_draws_for_a_batch_without_a_step_are_taken_back(bad: str) -> None:
     assert torch.equal(clean[1], spoiled[1])
 
 
+# loops that set gradients to zero in place, and where a batch may leave none
+THROWN = [
+    ("kfac", {"fisher_type": "mc"}),
+    ("kfac", {"statistics_examples": 3}),
+    ("ngd", {}),
+    ("sngd", {"momentum": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), THROWN)
+@pytest.mark.parametrize("bad", ["zeroed", "autograd.grad", "broken off", "a hook on the way"])
+@pytest.mark.parametrize("zero", ["before", "after the forward"])
+def test_a_batch_whose_gradient_was_thrown_away_does_not_count(name, options, bad, zero) -> None:
+    def trained(spoiled: bool) -> list[Tensor]:
+        model = perceptron(6, 5, 4)
+        criterion = nn.CrossEntropyLoss()
+        always = {"statistics_every": 1, "basis_every": 1} if name != "ngd" else {}
+        options_ = {"criterion": criterion, **always, **options}
+        optimizer = fl.optim.create(name, model, **options_)
+        for step, (x, y) in enumerate(stream(4)):
+            if spoiled and step == 2:
+                throw(bad, model, criterion, x.flip(0), y)
+                optimizer.zero_grad(set_to_none=False)
+            if zero == "before":
+                optimizer.zero_grad(set_to_none=False)
+            loss = criterion(model(x), y)
+            if zero != "before":
+                optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+            optimizer.step()
+        blocks = optimizer.blocks().values() if name != "ngd" else ()
+        return [weights(model), *(block.dense() for block in blocks)]
+
+    for clean, spoiled in zip(trained(False), trained(True), strict=True):
+        assert torch.equal(clean, spoiled)
+
+
+def throw(bad: str, model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A batch of which nothing is to stay."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def arm(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(interrupt)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        if bad == "a hook on the way":
+            stack.callback(next(iter(model)).register_forward_hook(arm).remove)
+        loss = criterion(model(x), y)
+        if bad == "broken off":
+            stack.callback(next(model.parameters()).register_hook(interrupt).remove)
+        if bad == "autograd.grad":
+            torch.autograd.grad(loss, list(model.parameters()))
+        else:
+            loss.backward()
+
+
+def test_an_optimizer_that_loads_the_state_of_one_without_a_step_learns_its_weights() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.eye(6, 4, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w
+
+    model = Product()
+    state = fl.optim.create("kfac", model).state_dict()
+    optimizer = fl.optim.create("kfac", model)
+    optimizer.load_state_dict(state)
+    ((x, y),) = stream(1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert list(optimizer.blocks()) == ["w"]
+
+
 @pytest.mark.parametrize("name", ["tengrad", "fngd", "kbfgs", "ngd", "kfac"])
 def test_an_interrupted_step_leaves_no_mode_behind(name: str) -> None:
     model = perceptron(6, 5, 4)
