@@ -11,24 +11,27 @@ from torch import Tensor
 from fisherlab.doors import is_strided
 
 
-def form_of(value: object, dtypes: bool = False) -> str:
-    """The form of a nest of dicts and lists in 16 digits: keys, types and shapes, no numbers.
+def form_of(value: object, *, dtypes: bool = False, exact: bool = False) -> str:
+    """The form of a nest of dicts and lists in 16 digits: keys, types and shapes.
 
     Args:
         value: the nest, which may be moved to another device.
-        dtypes: whether the dtypes of its tensors belong to its form.
+        dtypes: with the dtypes of its tensors.
+        exact: with the numbers and words outside of tensors.
     """
-    return hashlib.sha256(repr(_form(value, dtypes)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_form(value, dtypes, exact)).encode()).hexdigest()[:16]
 
 
-def _form(value: object, dtypes: bool) -> object:
+def _form(value: object, dtypes: bool, exact: bool) -> object:
     if isinstance(value, Mapping):
-        return sorted((repr(key), _form(part, dtypes)) for key, part in value.items())
+        return sorted((repr(key), _form(part, dtypes, exact)) for key, part in value.items())
     if isinstance(value, list | tuple):
-        return [_form(part, dtypes) for part in value]
+        return [_form(part, dtypes, exact) for part in value]
     if isinstance(value, Tensor):
         kind = str(value.dtype) if dtypes else value.is_floating_point()
         return "tensor", tuple(value.shape), kind
+    if exact:
+        return repr(value)
     return "number" if isinstance(value, int | float) else type(value).__name__
 
 

@@ -206,8 +206,7 @@ def load(path: str | Path) -> Case:
     Returns:
         The case.
     """
-    read = lambda path: torch.load(path, weights_only=True)  # noqa: E731
-    return whole.read(doors.place(path, "path"), read, "saved counterexample")
+    return whole.read(doors.place(path, "path"), whole.read_tensors, "saved counterexample")
 
 
 def chosen(names: str | Iterable[str] | None) -> list[str]:

@@ -82,8 +82,12 @@ class Clock:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what was timed; the first steps of this process are cold again."""
-        self.timed, self.reference = dict(state["timed"]), list(state["reference"])
-        self.split = dict(state.get("split", {}))  # not in a checkpoint of an earlier version
+        self.timed, self.reference = _numbers(state["timed"]), list(map(float, state["reference"]))
+        self.split = _numbers(state.get("split", {}))  # not in a checkpoint of an earlier version
+
+
+def _numbers(lists: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    return {name: list(map(float, found)) for name, found in lists.items()}
 
 
 def due(optimizer: torch.optim.Optimizer) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from fisherlab import doors, optim, whole
 from fisherlab.blocks import BlockError
+from fisherlab.experiments.checkpoint import CheckpointError
 from fisherlab.experiments.training.cost import SGDReference
 from fisherlab.experiments.training.divergence import Diverged, blame, finite
 from fisherlab.experiments.training.entries import lengths_in
@@ -133,6 +134,8 @@ def _train_one(
         warnings.simplefilter("always")
         try:
             _train_epochs(task, record, folder, reference, watch, caught)
+        except CheckpointError:
+            raise
         except Diverged as error:
             record.status, record.note = "diverged", str(error)
             record.stopped_at, record.layer = error.step, error.layer
@@ -162,7 +165,15 @@ def _train_epochs(
     except ValueError as error:  # the options were checked on another model: it is this one's size
         raise optim.OptimizerError(str(error)) from error
     if state is not None:
-        run.load(state)
+        try:
+            run.load(state)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch raises what it meets in a state
+            raise CheckpointError(
+                f"{folder / record.path} cannot be gone on from ({' '.join(str(error).split())}); "
+                "delete it to start that run again"
+            ) from error
     else:
         run.before()
         record.save(folder, settings, run.state())

@@ -6,11 +6,23 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fisherlab.comparison.table import READ
 from fisherlab.experiments import checkpoint
 from fisherlab.experiments.training.settings import Entry, Settings
 
 # The states in a checkpoint; a run in none of them was interrupted.
 FINAL = ("done", "diverged", "refused")
+
+# Columns of a record's rows that hold words; all others hold numbers.
+WORDS = {"optimizer", "method", "layer", "layer_type", "approximation", "fisher_type", "note"}
+WORDS |= {"reference_fisher_type", "dtype", "placement"}
+# The columns without which its tables and pictures cannot be made.
+MINE = {"optimizer", "method", "seed", "epoch", "step"}
+NEEDED = {
+    "rows": MINE | {"train_loss", "test_loss"},
+    "curve": MINE | {"train_loss", "train_seconds"},
+    "comparisons": MINE | set(READ),
+}
 
 
 @dataclass
@@ -58,6 +70,7 @@ class Record:
             raise checkpoint.CheckpointError(
                 f"{path} is of a run with other settings than config.json; delete it"
             )
+        self._check(state, path)
         for f in fields(self):
             if f.name != "entry":
                 setattr(self, f.name, state[f.name])
@@ -65,3 +78,31 @@ class Record:
         if self.status == "done" and mine(there["epochs"]) < mine(epochs):
             self.status = "interrupted"  # it goes on to the new number of epochs
         return state["training"]
+
+    def _check(self, state: dict[str, Any], path: Path) -> None:
+        """Refuse what `save` cannot have written, of which tables would fail or lie."""
+        typed: dict[str, type | tuple[type, ...]] = dict.fromkeys(("note", "layer"), str)
+        typed |= {"status": str, "traceback": str, "stopped_at": (int, type(None))}
+        wrong = [name for name, kind in typed.items() if not isinstance(state[name], kind)]
+        wrong += [name for name, needed in NEEDED.items() if not self._is_mine(state[name], needed)]
+        if state["status"] not in (*FINAL, "interrupted") or (
+            state["status"] == "done" and not state["rows"]
+        ):
+            wrong.append("status")
+        if wrong or state["seed"] != self.seed:
+            raise checkpoint.CheckpointError(
+                f"{path} is damaged: {', '.join(wrong) or 'seed'} cannot be of {self.entry.label} "
+                f"with seed {self.seed}; delete it to start that run again"
+            )
+
+    def _is_mine(self, rows: object, needed: set[str]) -> bool:
+        """Whether rows have the columns needed, each of its type, and are of this run."""
+        mine = {"optimizer": self.entry.label, "method": self.entry.name, "seed": self.seed}
+        return isinstance(rows, list) and all(
+            isinstance(row, dict)
+            and needed <= row.keys()
+            and mine == {name: row[name] for name in mine}
+            # a word that is missing is NaN
+            and all(type(v) in (float, str if k in WORDS else int) for k, v in row.items())
+            for row in rows
+        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fisherlab import comparison, optim
+from fisherlab import comparison, doors, optim
 from fisherlab.approximations.damping import LevenbergMarquardt
 from fisherlab.experiments.training.cost import (
     PARTS,
@@ -80,9 +80,15 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state, bit for bit."""
-        for name in ("epoch", "steps", "seconds", "first_loss"):
-            setattr(self, name, state[name])
+        """Go on from a state, bit for bit.
+
+        Raises:
+            ValueError: it is damaged; so do others, of torch's own checks.
+        """
+        self.epoch, self.steps = (doors.count(state[name], name, 0) for name in ("epoch", "steps"))
+        self.seconds = doors.number(state["seconds"], "seconds")
+        first = state["first_loss"]
+        self.first_loss = None if first is None else doors.number(first, "first_loss")
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
         # an earlier version did not count the processor's seconds, of which the first are lost
