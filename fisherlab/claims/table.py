@@ -252,7 +252,7 @@ def verify(
 def tried(
     names: Iterable[str], seed: int = 0, trials: int | None = None, on: str | None = None
 ) -> Iterator[Verdict]:
-    """The verdicts of `verify`, one by one."""
+    """The verdicts of `verify`, one by one; what is asked for is refused here, before the first."""
     if trials is not None:
         trials = doors.count(trials, "trials", error=ClaimError)
     doors.count(seed, "seed", -(2**63), error=ClaimError)
@@ -260,6 +260,12 @@ def tried(
         doors.name(on, "on", error=ClaimError)
     with streams_kept():
         reals = None if on is None else list(real.real_cases(on, seed))
+    return _tried(names, seed, trials, reals)
+
+
+def _tried(
+    names: Iterable[str], seed: int, trials: int | None, reals: list[Case] | None
+) -> Iterator[Verdict]:
     for name in names:
         claim = base.get(name)
         # a generator takes 32 bits of its seed

@@ -63,11 +63,13 @@ def verify(
     config = {"command": "verify", "settings": settings}
     if rundir is not None:
         rundir.check(overwrite, ("claims",))
+    verdicts = tried(wanted, seed, trials, on)
+    if rundir is not None:
         rundir.begin(config, ("claims",))
     found, status = [], "complete"
     with bar(len(wanted), "claims") as progress:
         try:
-            for row, seen in tried(wanted, seed, trials, on):
+            for row, seen in verdicts:
                 found.append((row, seen))
                 progress.update(wanted.index(row["claim"]) + 1 - progress.n)
         except KeyboardInterrupt:

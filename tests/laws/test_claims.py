@@ -567,9 +567,9 @@ def test_the_command_fails_where_a_verdict_is_not_on_record(monkeypatch):
         (["sngd", "--on", "digits"], "DATASET:MODEL"),
     ],
 )
-def test_mistakes_of_the_user_end_with_code_2(arguments, message):
-    done = run(cli.app, ["verify", *arguments])
-    assert done.exit_code == 2
+def test_mistakes_of_the_user_end_with_code_2_and_make_nothing(arguments, message, tmp_path):
+    done = run(cli.app, ["verify", *arguments, "--overwrite", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and not list(tmp_path.iterdir())
     assert message in done.output
     assert "Traceback" not in done.output
 
