@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fisherlab.commands import bench, compare, reproduce, sweep, train, verify
+from fisherlab.commands import bench, compare, options, reproduce, sweep, train, verify
 from fisherlab.commands.common import UserError, exists
 from fisherlab.experiments.rundir import RunDir, versions
 from fisherlab.experiments.typed import TYPED
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def rerun(
     folder: Annotated[PATH, typer.Argument(help="The folder of a run.")],
     out: Annotated[PATH | None, typer.Option("--out", "-o", help="Folder; FOLDER-rerun.")] = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Run again what a folder holds, with its options, into another folder.
 
@@ -48,15 +49,18 @@ def rerun(
     typed = config.get("typed", {})
     name, told = str(typed.get("command")), typed.get("options")
     if name == config.get("command") and name in COMMANDS and isinstance(told, dict):
-        options: dict[str, Any] = {**told, "out": out}
-        other = options.keys() - inspect.signature(COMMANDS[name]).parameters.keys()
+        given: dict[str, Any] = {**told, "out": out}
+        # of the folder that was written into, not of the run
+        given |= {"overwrite": overwrite} if "overwrite" in told else {}
+        given |= {"resume": False} if "resume" in told else {}
+        other = given.keys() - inspect.signature(COMMANDS[name]).parameters.keys()
         if other:
             raise UserError(
                 f"{folder} is of another version: `fisherlab {name}` takes no "
                 f"{', '.join(sorted(other))}"
             )
-        TYPED.set({"command": name, "options": options})
-        COMMANDS[name](**options)
+        TYPED.set({"command": name, "options": given})
+        COMMANDS[name](**given)
     elif config.get("command") == "train":
         TYPED.set(None)
         train.trained(train.training.Settings.load(folder), out)

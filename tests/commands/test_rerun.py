@@ -1,6 +1,7 @@
 """Options in a file, and a run again from its folder."""
 
 import json
+from shutil import copytree
 
 import pandas as pd
 import pytest
@@ -65,6 +66,31 @@ def test_a_comparison_again(tmp_path):
     one, two = (rows(tmp_path / name, "comparison") for name in ("a", "a-rerun"))
     seconds = [name for name in one if "seconds" in name]
     assert_frame_equal(one.drop(columns=seconds), two.drop(columns=seconds), check_exact=True)
+
+
+def test_a_rerun_asks_before_it_replaces_what_is_there(tmp_path):
+    words = "--approximations kfac --model mlp --hidden 4 --batch-size 32 --epochs 0"
+    # typed with --overwrite, which was of its own folder
+    done = call("compare --data digits --overwrite", words, "--out", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    copytree(tmp_path / "a", tmp_path / "a-rerun")
+    before = (tmp_path / "a-rerun" / "comparison.csv").stat().st_mtime_ns
+    refused = call("rerun", tmp_path / "a")
+    assert refused.exit_code == 2 and "pass --overwrite" in refused.output
+    assert (tmp_path / "a-rerun" / "comparison.csv").stat().st_mtime_ns == before
+    assert call("rerun", tmp_path / "a", "--overwrite").exit_code == 0
+    assert (tmp_path / "a-rerun" / "comparison.csv").stat().st_mtime_ns > before
+
+
+def test_a_bench_that_was_resumed_can_be_rerun(tmp_path, monkeypatch):
+    from fisherlab.experiments.bench import record, sizes
+
+    monkeypatch.setitem(record.PARTS, "compare", lambda setting: iter(()))
+    monkeypatch.setattr(sizes, "check", lambda: None)
+    words = "bench compare --quick --no-peers --repeats 1 --out"
+    for more in ("", "--resume"):
+        assert call(words, tmp_path / "a", more).exit_code == 0
+    assert call("rerun", tmp_path / "a").exit_code == 0
 
 
 def test_what_cannot_be_rerun_says_so(tmp_path):
