@@ -324,6 +324,7 @@ def changed(state, place, value):
         (("comparisons",), [{}], "comparisons cannot be of sgd"),
         (("note",), 3, "note cannot be of sgd"),
         (("seed",), 1, "seed cannot be of sgd with seed 0"),
+        (("settings", "dtype"), 3, "the settings of a training run"),
         (("training", "epoch"), "1", "epoch must be a whole number"),
         (("training", "clock", "timed"), {"": ["x"]}, "cannot be gone on from"),
         (("training", "model"), {}, "cannot be gone on from"),
@@ -339,9 +340,21 @@ def test_a_forged_checkpoint_is_refused_and_stays(place, value, said, tmp_path):
         changed(forged, place, value)
         (write or (lambda state, path: checkpoint.save(path, state)))(forged, path)
         before = path.read_bytes()
-        with pytest.raises(checkpoint.CheckpointError, match=rf"sgd-seed0\.pt.*{why}.*delete it"):
+        with pytest.raises(ValueError, match=rf"sgd-seed0\.pt.*{why}.*(delete|restore) it"):
             train(settings("sgd", epochs=2), tmp_path)
         assert path.read_bytes() == before
+
+
+def test_a_setting_of_another_type_is_named_with_its_file(tmp_path):
+    train(settings("sgd", epochs=1), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for settings_ in ({**config["settings"], "augment": 1e30}, [1], None):
+        path.write_text(json.dumps({**config, "settings": settings_}))
+        with pytest.raises(
+            SettingsError, match=r"config\.json.*restore it|config\.json is damaged"
+        ):
+            train(settings("sgd", epochs=1), tmp_path)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):

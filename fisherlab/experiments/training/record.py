@@ -64,7 +64,7 @@ class Record:
                 "it to start that run again"
             )
         # a checkpoint of an earlier version has fewer settings
-        there, epochs = Settings.from_json(state["settings"]).to_json(), settings.epochs
+        there, epochs = Settings.found(state, path).to_json(), settings.epochs
         same = {**there, "epochs": epochs} == settings.to_json() and there["epochs"] <= epochs
         if not same or state["label"] != self.entry.label:
             raise checkpoint.CheckpointError(

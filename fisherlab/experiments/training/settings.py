@@ -165,13 +165,28 @@ class Settings:
         path = doors.place(folder, "folder", error=SettingsError) / "config.json"
         try:
             config = whole.read_json(path, SettingsError)
-            if (command := config.get("command", "train")) != "train":
-                raise SettingsError(
-                    f"{folder} holds a run of `fisherlab {command}`; give another folder"
-                )
-            return cls.from_json(config["settings"])
-        except (OSError, KeyError, TypeError) as error:
+        except OSError as error:
             raise SettingsError(f"{path} is not the config of a training run: {error!r}") from None
+        if (command := config.get("command", "train")) != "train":
+            raise SettingsError(
+                f"{folder} holds a run of `fisherlab {command}`; give another folder"
+            )
+        return cls.found(config, path)
+
+    @classmethod
+    def found(cls, config: dict[str, Any], path: Path) -> Settings:
+        """The settings in what a file holds.
+
+        Raises:
+            SettingsError: they are none; the message names the file.
+        """
+        try:
+            return cls.from_json(config["settings"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"{path} does not hold the settings of a training run ({error}); restore it, or "
+                "give another folder"
+            ) from None
 
 
 def schedule_of(name: str) -> Callable[[float], float]:
