@@ -12,9 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
+from fisherlab import doors
 from fisherlab.names import unknown
 
 NAME = "config"
+OVERWRITE = "--overwrite"
+# In a config.json these are of the folder that it lies in, not of the run.
+OF_FOLDER = ("overwrite", "resume")
 
 
 def from_file(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,9 +51,9 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         try:
             given = _parsed(path)
-            command = given.pop("command", context.info_name)
-            if command != context.info_name:
-                raise ValueError(f"it is of `fisherlab {command}`, not of {context.info_name}")
+            command = given.pop("command", context.command.name)
+            if command != context.command.name:
+                raise ValueError(f"it is of `fisherlab {command}`, not of {context.command.name}")
             context.default_map = _defaults(context, given)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"{path}: {error}") from None
@@ -66,7 +70,8 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise ValueError(
             "it is no TOML file (name.toml), and no config.json of a run of the command line"
         )
-    return {"command": typed.get("command"), **typed["options"]}
+    told = {name: value for name, value in typed["options"].items() if name not in OF_FOLDER}
+    return {"command": typed.get("command"), **told}
 
 
 def _defaults(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,18 +88,25 @@ def _defaults(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any
             raise ValueError(unknown("option", name, list(places)))
         parameter = places[key]
         assert parameter.name is not None
-        many = getattr(parameter, "multiple", False) or parameter.nargs == -1
-        found[parameter.name] = _value(value, many)
-    return {name: value for name, value in found.items() if value is not None}
+        if value is not None:
+            found[parameter.name] = _value(name, value, parameter)
+    return found
 
 
-def _value(value: Any, many: bool) -> Any:
-    """A list of words for an option that may be repeated; else one word, commas between items."""
+def _value(name: str, value: Any, parameter: Any) -> Any:
+    """What stands for the words that a user would type: several, a flag, or one word."""
+    if getattr(parameter, "is_flag", False):
+        return doors.flag(value, name)
     if isinstance(value, Mapping):
         value = list(_assignments(value))
-    if many:
+    if getattr(parameter, "multiple", False) or parameter.nargs == -1:
         return [str(item) for item in (value if isinstance(value, list) else [value])]
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    return _word(value)
+
+
+def _word(value: Any) -> str:
+    """One word, commas between items."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _assignments(table: Mapping[str, Any], head: str = "") -> Iterator[str]:
@@ -103,4 +115,4 @@ def _assignments(table: Mapping[str, Any], head: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _assignments(value, f"{head}{name}.")
         else:
-            yield f"{head}{name}={_value(value, many=False)}"
+            yield f"{head}{name}={_word(value)}"

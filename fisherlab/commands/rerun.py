@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fisherlab.commands import bench, compare, options, reproduce, sweep, train, verify
+from fisherlab.commands import config, options, train
 from fisherlab.commands.common import UserError, exists
-from fisherlab.experiments.rundir import RunDir, versions
+from fisherlab.experiments.rundir import CONFIG, RunDir, versions
 from fisherlab.experiments.typed import TYPED
 
 PATH = Path  # typer reads the annotation
-COMMANDS: dict[str, Callable[..., None]] = {
-    "bench": bench.bench,
-    "compare": compare.compare,
-    "reproduce": reproduce.reproduce,
-    "sweep": sweep.sweep,
-    "train": train.train,
-    "verify": verify.verify,
-}
+COMMANDS = ("bench", "compare", "reproduce", "sweep", "train", "verify")
 
 
 def rerun(
@@ -40,32 +31,27 @@ def rerun(
         fisherlab rerun runs/first
         fisherlab rerun runs/first --out runs/again
     """
-    config = RunDir(exists(folder)).config
-    there = config.get("versions", {})
-    for name, now in versions().items():
-        if there.get(name, now) != now:
-            typer.echo(f"{name}: {now} here, {there[name]} in {folder}")
+    there = RunDir(exists(folder)).config
+    known = there.get("versions", {})
+    for what, now in versions().items():
+        if known.get(what, now) != now:
+            typer.echo(f"{what}: {now} here, {known[what]} in {folder}")
     out = out or folder.with_name(f"{folder.name}-rerun")
-    typed = config.get("typed", {})
-    name, told = str(typed.get("command")), typed.get("options")
-    if name == config.get("command") and name in COMMANDS and isinstance(told, dict):
-        given: dict[str, Any] = {**told, "out": out}
-        # of the folder that was written into, not of the run
-        given |= {"overwrite": overwrite} if "overwrite" in told else {}
-        given |= {"resume": False} if "resume" in told else {}
-        other = given.keys() - inspect.signature(COMMANDS[name]).parameters.keys()
-        if other:
-            raise UserError(
-                f"{folder} is of another version: `fisherlab {name}` takes no "
-                f"{', '.join(sorted(other))}"
-            )
-        TYPED.set({"command": name, "options": given})
-        COMMANDS[name](**given)
-    elif config.get("command") == "train":
+    name = there.get("command")
+    if name in COMMANDS and there.get("typed", {}).get("command") == name:
+        from fisherlab.cli import command
+
+        words = ["--config", str(folder / CONFIG), "--out", str(out)]
+        made = command(name)
+        replaces = overwrite and any(config.OVERWRITE in one.opts for one in made.params)
+        words += [config.OVERWRITE] * replaces
+        if code := made.main(words, f"fisherlab {name}", standalone_mode=False):
+            raise typer.Exit(code)
+    elif name == "train":
         TYPED.set(None)
         train.trained(train.training.Settings.load(folder), out)
     else:
         raise UserError(
             f"{folder} was not written by the command line, so its options are unknown; "
-            f"its config.json has the settings of `{config.get('command')}`"
+            f"its config.json has the settings of `{name}`"
         )

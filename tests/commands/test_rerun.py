@@ -120,6 +120,8 @@ WRONG = [
     ("a.toml", "config = 'b'", "unknown option 'config'"),
     ("a.toml", "epochs = ", "Invalid value"),
     ("a.toml", "epochs = 'two'", "unable to parse string as an integer"),
+    ("a.toml", "epochs = 2.5", "unable to parse string as an integer"),
+    ("a.toml", "control = 1", "control must be True or False, got 1 (int)"),
     ("a.json", "{}", "no config.json of a run"),
     ("a.json", json.dumps({"typed": {"command": "compare", "options": {}}}), "fisherlab compare"),
 ]
@@ -130,4 +132,31 @@ def test_a_wrong_file_is_refused(name, text, said, tmp_path):
     (tmp_path / name).write_text(text)
     refused = call("train --config", tmp_path / name, "--out", tmp_path / "x")
     assert refused.exit_code == 2 and not (tmp_path / "x").exists()
+    assert said in " ".join(refused.output.replace("│", " ").split())
+
+
+def test_an_option_that_was_not_typed_is_none_of_the_file(tmp_path):
+    told = {"command": "verify", "options": {"names": None, "trials": None, "seed": 0}}
+    (tmp_path / "config.json").write_text(json.dumps({"typed": told}))
+    done = call("verify --list --config", tmp_path / "config.json")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "said"),
+    [
+        ("compare", "lr", "fast", "'--lr'"),
+        ("compare", "layers", -1, "no layer '-1'"),
+        ("bench", "repeats", "x", "'--repeats'"),
+        ("train", "seeds", ["a", "b"], "--seeds takes whole numbers"),
+        ("verify", "trials", {}, "'--trials'"),
+        ("sweep", "later", 1, "unknown option 'later'"),
+    ],
+)
+def test_a_damaged_option_is_refused_as_if_it_was_typed(command, option, value, said, tmp_path):
+    told = {"command": command, "options": {option: value}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"command": command, "typed": told}))
+    refused = call("rerun", tmp_path / "a")
+    assert refused.exit_code == 2 and not (tmp_path / "a-rerun").exists()
     assert said in " ".join(refused.output.replace("│", " ").split())
