@@ -166,6 +166,7 @@ def read(
     """
     try:
         with ctrl_c_kept():
+            _check_ends(path)
             return reader(path)
     except OSError as failure:
         # readers of formats seek to places that a damaged file names, which fails without a name
@@ -174,6 +175,12 @@ def read(
         raise error(_damaged(path, what, failure)) from failure
     except Exception as failure:  # readers raise what their formats raise
         raise error(_damaged(path, what, failure)) from failure
+
+
+def _check_ends(path: Path) -> None:
+    """Refuse what may have no end: a pipe waits for its writer."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file; move it away", str(path))
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
@@ -213,6 +220,7 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     Raises:
         Exception: the file is damaged; torch and its zip reader have many types for it.
     """
+    _check_ends(path)
     with path.open("rb") as stream:
         with zipfile.ZipFile(stream) as archive:
             if (member := archive.testzip()) is not None:  # torch's reader compares no checksum

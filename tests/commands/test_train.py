@@ -357,6 +357,17 @@ def test_a_setting_of_another_type_is_named_with_its_file(tmp_path):
             train(settings("sgd", epochs=1), tmp_path)
 
 
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    s = settings("sgd", epochs=1)
+    record = train(s, tmp_path).records[0]
+    for name in (record.path, "config.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises((SettingsError, OSError), match="a pipe or a device") as error:
+            train(s, tmp_path)
+        assert str(tmp_path / name) in str(error.value)
+
+
 def test_a_checkpoint_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
