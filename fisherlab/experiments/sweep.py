@@ -220,6 +220,10 @@ def sweep(
     planned = _planned(settings, wanted, choices, trials, storage)
     RunDir(folder).check_command("sweep")
     settings = replace(settings, entries=tuple(planned))
+    try:  # before hours of search
+        full = replace(settings, validation=None, **final)
+    except SettingsError as error:
+        raise SettingsError(f"of the chosen points: {error}") from None
     metric = Task(settings).metric
     search = Search(settings, choices, metric, [])
     watch.planned([Record(entry, seed) for entry in planned for seed in settings.seeds])
@@ -242,8 +246,7 @@ def sweep(
         search.stopped = True
     search.chosen = _best(search)
     if search.chosen and not (search.stopped or search.elsewhere):
-        full = replace(settings, entries=search.chosen, validation=None, **final)
-        search.final = train(full, folder / "final", watch=watch)
+        search.final = train(replace(full, entries=search.chosen), folder / "final", watch=watch)
     if search.tried:
         _write(search, folder)
     return search

@@ -145,6 +145,7 @@ WRONG = {
     "--grid kfac.lr=1 --sampler tpe": "--trials goes with --sampler tpe",
     "--grid kfac.lr=1 --sampler tpa": "did you mean 'tpe'",
     "--grid kfac.lr=1..2 --sampler tpe --trials 2": "pip install 'fisherlab[sweep]'",
+    "--grid kfac.lr=1 --final-examples 0": "of the chosen points: examples is at least 1",
     "--grid kfac.lr=1,2 --storage sqlite:///x.db": "pip install 'fisherlab[sweep]'",
 }
 
