@@ -27,15 +27,16 @@ T = TypeVar("T")
 
 
 @contextmanager
-def ctrl_c_kept() -> Iterator[None]:
-    """Raise Ctrl-C that a library in C, which had called Python, reports as an error of its own.
+def cause_kept() -> Iterator[None]:
+    """Raise Ctrl-C, or what the system said, that a library in C reports as an error of its own.
 
     torch's zip code says RuntimeError of a stream that raised, and SystemError while it reads.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(inner := error.__cause__ or error.__context__, KeyboardInterrupt):
+        inner = error.__cause__ or error.__context__
+        if isinstance(inner, KeyboardInterrupt | OSError):
             raise inner from None
         raise
 
@@ -79,7 +80,7 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
         try:
             # checksums even where the process does without them: `read_tensors` compares them
             sums = config.patch("save.compute_crc32", True)  # type: ignore[attr-defined]
-            with ctrl_c_kept(), sums:
+            with cause_kept(), sums:
                 torch.save(state, stream)
         except RuntimeError as error:  # torch's zip writer says so of any write that fails
             raise OSError(errno.EIO, "cannot be written whole; is the disk full?") from error
@@ -165,7 +166,7 @@ def read(
         OSError: the file cannot be opened.
     """
     try:
-        with ctrl_c_kept():
+        with cause_kept():
             _check_ends(path)
             return reader(path)
     except OSError as failure:

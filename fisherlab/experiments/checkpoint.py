@@ -28,7 +28,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read what `save` wrote; `CheckpointError` for anything else."""
     unreadable = f"{path} is not a readable checkpoint; delete it to start that run again"
     try:
-        with whole.ctrl_c_kept():
+        with whole.cause_kept():
             state = whole.read_tensors(path, device)
     except Exception as error:  # zip and pickle readers have many types
         if isinstance(error, OSError) and error.filename is not None:

@@ -68,10 +68,10 @@ class Search:
                 "points": len(mine),
                 "validation": best.value,
             }
-            if final is not None and "final" in final:
+            if final is not None:  # without a metric where no seed came to its end
                 columns = ["seeds", "final", "final_sd", "best", "train_loss", "ratio_to_sgd"]
                 columns += ["clipped_share"]
-                row |= final.loc[entry.label, columns].to_dict()
+                row |= final.reindex(columns=columns).loc[entry.label].to_dict()
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -1,12 +1,14 @@
 """`fisherlab sweep`: the choice, its notes, and points that several processes share."""
 
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -84,6 +86,22 @@ def test_a_sweep_chooses_on_held_out_examples_and_tests_the_best(tmp_path, loop)
     (tmp_path / "sweep.json").write_text(json.dumps(found))
     said = next(iter(pages.of_sweep(RunDir(tmp_path)))).text
     assert f"{found['table'][0]['optimizer']}: defaults" in " ".join(said)
+
+
+def test_a_choice_that_diverges_at_full_length_has_no_result(tmp_path, monkeypatch, loop):
+    wild = (training.Entry("sgd", "sgd", {"lr": "1e9"}),)
+
+    def diverging(settings, folder, *, watch):
+        settings = replace(settings, entries=wild) if folder.name == "final" else settings
+        return training.train(settings, folder, watch=watch)
+
+    monkeypatch.setattr(sweep, "train", diverging)
+    result = typed(SHORT, f"--optimizer sgd --grid sgd.lr=0.1 --out {tmp_path}")
+    assert result.exit_code == 1 and "no point came to its end" in result.output
+    (row,) = json.loads((tmp_path / "sweep.json").read_text())["table"]
+    assert row["seeds"] == 0 and math.isnan(row["final"]) and row["validation"] is not None
+    assert (tmp_path / "sweep.md").read_text().rstrip().endswith("| - |")
+    assert "No optimizer came to its end" in (tmp_path / "report.html").read_text()
 
 
 def test_a_choice_at_the_end_of_its_grid_is_said():

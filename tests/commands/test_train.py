@@ -1,5 +1,6 @@
 """Training side by side: resumed runs, divergence, refusals, the table, what is measured."""
 
+import errno
 import json
 import math
 import os
@@ -98,10 +99,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
 
 
 class Interrupted:
-    """A stream in whose third write, or read, Ctrl-C comes."""
+    """A stream in whose third write, or read, Ctrl-C comes, or another error."""
 
-    def __init__(self, stream):
-        self.stream, self.calls = stream, 0
+    def __init__(self, stream, error=KeyboardInterrupt):
+        self.stream, self.error, self.calls = stream, error, 0
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -115,7 +116,7 @@ class Interrupted:
     def called(self):
         self.calls += 1
         if self.calls == 3:
-            raise KeyboardInterrupt
+            raise self.error
 
     def write(self, content):
         self.called()
@@ -148,6 +149,27 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path, monkeypa
     assert first.interrupted and len(streams) == 2
     assert [record.status for record in first.records] == ["interrupted"] * 2
     assert not first.records[1].rows and not list(tmp_path.rglob(".*.part"))
+    assert_same(train(s, tmp_path / "cut"), train(s, tmp_path / "whole"))
+
+
+def test_a_disk_that_is_full_once_is_no_bug_of_the_method(tmp_path, monkeypatch):
+    s, opened, streams = settings("sgd,kfac"), Path.open, []
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_(path, *args, **options):
+        stream = opened(path, *args, **options)
+        if "checkpoints" not in path.parts:
+            return stream
+        streams.append(path)
+        return Interrupted(stream, full) if len(streams) == 2 else stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_)
+        with pytest.raises(OSError, match=r"No space left on device.*sgd-seed0\.pt") as error:
+            train(s, tmp_path / "cut")
+    # no other optimizer was begun; the one at hand goes on from the checkpoint before
+    assert error.value.errno == errno.ENOSPC and len(streams) == 2
+    assert not list(tmp_path.rglob(".*.part"))
     assert_same(train(s, tmp_path / "cut"), train(s, tmp_path / "whole"))
 
 

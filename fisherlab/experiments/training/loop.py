@@ -134,7 +134,7 @@ def _train_one(
         warnings.simplefilter("always")
         try:
             _train_epochs(task, record, folder, reference, watch, caught)
-        except CheckpointError:
+        except (CheckpointError, OSError):  # of the folder, not of the method: a full disk
             raise
         except Diverged as error:
             record.status, record.note = "diverged", str(error)

@@ -106,7 +106,7 @@ def trained(job: dict[str, Any], watch: Watch) -> dict[str, str]:
     """The status of a folder after its training, or why it is refused."""
     try:
         results = train(Settings.from_json(job["settings"]), job["folder"], watch=watch)
-    except (SettingsError, CheckpointError) as error:
+    except (SettingsError, CheckpointError, OSError) as error:
         return {"refused": str(error)}
     return {"status": INTERRUPTED if results.interrupted else COMPLETE}
 
