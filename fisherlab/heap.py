@@ -66,3 +66,9 @@ def available() -> int:
     with named():
         import psutil
     return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch's own allocator on the CPU has no type for it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -255,7 +255,8 @@ def tried(
     """The verdicts of `verify`, one by one; what is asked for is refused here, before the first."""
     if trials is not None:
         trials = doors.count(trials, "trials", error=ClaimError)
-    doors.count(seed, "seed", -(2**63), error=ClaimError)
+    doors.number(doors.count(seed, "seed", -(2**63), error=ClaimError), "seed", below=2.0**63,
+                 error=ClaimError)  # fmt: skip
     if on is not None:
         doors.name(on, "on", error=ClaimError)
     with streams_kept():

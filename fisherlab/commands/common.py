@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fisherlab.experiments.typed import TYPED
 from fisherlab.extras import missing
+from fisherlab.heap import is_out_of_memory
 from fisherlab.names import unknown
 
 if TYPE_CHECKING:  # a command that lists needs neither
@@ -100,7 +101,7 @@ def _mistake(error: Exception) -> str | None:
         error = missing(error)
     if type(error).__module__.split(".")[0] == "fisherlab":
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+    if is_out_of_memory(error):
         return f"out of memory: {_line(error)}; take a smaller batch, model or --memory"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -231,14 +232,23 @@ def numbers(option: str, text: str, number: Callable[[str], T]) -> list[T]:
     return found
 
 
+# Above it a count was meant as a seed.
+MOST_SEEDS = 100_000
+
+
 def seeds_of(text: str, first: int = 0) -> tuple[int, ...]:
     """`--seeds 3` counts them from the first one, `--seeds 0,4,7` names them."""
     found = once(numbers("--seeds", text, int))
-    if "," in text:
-        return tuple(found)
-    if found[0] < 1:
-        raise UserError(f"--seeds is a count of at least 1, or a list such as 0,4,7; got {text!r}")
-    return tuple(range(first, first + found[0]))
+    if "," not in text:
+        if not 1 <= found[0] <= MOST_SEEDS:
+            raise UserError(
+                f"--seeds is a count from 1 to {MOST_SEEDS:,}, or a list such as 0,4,7; got "
+                f"{text!r}"
+            )
+        found = [*range(first, first + found[0])]
+    if max(map(abs, found)) >= 2**40:  # generators take 64 bits, a run's a million times its seed
+        raise UserError(f"a seed is a whole number below 2^40; got {max(found, key=abs)}")
+    return tuple(found)
 
 
 def size(text: str | None) -> int | None:

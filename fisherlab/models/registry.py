@@ -30,6 +30,10 @@ class ModelError(ValueError):
     """A model that is unknown, or arguments that make none."""
 
 
+# The most features of a hidden layer; torch fails inside far above it.
+WIDEST = 2**24
+
+
 @dataclass(frozen=True)
 class Spec:
     """The arguments that every model gets; each uses those it needs."""
@@ -43,6 +47,11 @@ class Spec:
 
     def scaled(self, features: int) -> int:
         """A number of features times the width, at least 1."""
+        if features > WIDEST or self.width * features > WIDEST:
+            raise ModelError(
+                f"{features:,} features times the width {self.width:g} are more than {WIDEST:,}; "
+                "pass fewer, or a smaller width"
+            )
         return max(1, round(self.width * features))
 
     def activate(self) -> nn.Module:

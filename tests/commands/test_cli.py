@@ -159,6 +159,9 @@ WRONG = {
     "dampings": (["--dampings", "0.1,x"], "--dampings takes numbers"),
     "negative damping": (["--dampings", "-1"], "dampings are positive"),
     "seeds": (["--seeds", "1.5"], "--seeds takes whole numbers"),
+    "count of seeds": (["--seeds", "9" * 30], "a count from 1 to 100,000"),
+    "seed": (["--seeds", f"{2**40},"], "a seed is a whole number below 2^40"),
+    "width": (["--width", "1e300"], "4 features times the width 1e+300 are more than 16,777,216"),
     "step": (["--at", "9999"], "--at 9999, but 2 epochs have"),
     "moment": (["--at", "later"], "start, middle or end; got 'later'"),
     "batch": (["--compare-examples", "500"], "training set has 120"),
@@ -204,7 +207,7 @@ def test_an_option_means_the_same_in_every_command():
 def test_seeds_are_counted_or_named():
     assert common.seeds_of("3") == (0, 1, 2) and common.seeds_of("2", 5) == (5, 6)
     assert common.seeds_of("0,4,4") == (0, 4) and common.seeds_of("7,") == (7,)
-    with pytest.raises(common.UserError, match="count of at least 1, or a list such as 0,4,7"):
+    with pytest.raises(common.UserError, match="from 1 to 100,000, or a list such as 0,4,7"):
         common.seeds_of("0")
 
 
@@ -417,6 +420,7 @@ def test_a_bug_says_its_traceback_where_no_file_can_be_made(monkeypatch):
         (common.UserError("wrong"), 2),
         (fl.CaptureError("wrong"), 2),
         (torch.OutOfMemoryError("wrong"), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: something wrong"), 2),
         (PermissionError(13, "wrong", "file"), 2),
         (KeyboardInterrupt("wrong"), 130),
         (KeyboardInterrupt(), 130),

@@ -404,6 +404,13 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 # Runs that do not end well -----------------------------------------------------------------------
 
 
+def test_too_little_memory_is_no_bug_of_the_method(tmp_path, monkeypatch):
+    said = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: ..."
+    monkeypatch.setattr(Run, "step", Mock(side_effect=RuntimeError(said)))
+    (record,) = train(settings("sgd", epochs=1), tmp_path).records
+    assert record.status == "refused" and record.note == said and not record.traceback
+
+
 def test_a_diverging_run_is_stopped_and_the_others_go_on(tmp_path):
     s = settings("wild=sgd,sgd", ["wild.lr=1e9"], seeds=(0, 1))
     results = train(s, tmp_path)

@@ -118,6 +118,8 @@ def _config(folder):
         ("--seeds 0", "--seeds"),
         ("--hidden a,b", "--hidden"),
         ("--hidden=-3", "hidden must hold positive widths"),
+        ("--hidden 16777216,16777216", "out of memory"),
+        ("--seed 1099511627776", "a seed is a whole number below 2^40"),
         ("--device nowhere", "nowhere"),
         ("--optimizer sgd --control", "--control"),
     ],

@@ -23,6 +23,7 @@ from fisherlab.experiments.training.run import Run
 from fisherlab.experiments.training.settings import Entry, Settings, SettingsError
 from fisherlab.experiments.training.task import Task
 from fisherlab.extract import CaptureError
+from fisherlab.heap import is_out_of_memory
 
 # Errors by which a method may refuse a model, a batch or a number; any other is a bug.
 REFUSALS: tuple[type[Exception], ...] = (
@@ -139,12 +140,13 @@ def _train_one(
         except Diverged as error:
             record.status, record.note = "diverged", str(error)
             record.stopped_at, record.layer = error.step, error.layer
-        except REFUSALS as error:
-            record.status, record.note = "refused", str(error)
         except Exception as error:
-            record.status = "failed"
-            record.note = f"{type(error).__name__}: {error}"
-            record.traceback = traceback.format_exc()
+            if isinstance(error, REFUSALS) or is_out_of_memory(error):
+                record.status, record.note = "refused", str(error)
+            else:
+                record.status = "failed"
+                record.note = f"{type(error).__name__}: {error}"
+                record.traceback = traceback.format_exc()
     if record.status in ("diverged", "refused"):
         record.save(folder, task.settings)
     gc.collect()  # a scheduler and its optimizer hold each other
@@ -167,9 +169,9 @@ def _train_epochs(
     if state is not None:
         try:
             run.load(state)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # torch raises what it meets in a state
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{folder / record.path} cannot be gone on from ({' '.join(str(error).split())}); "
                 "delete it to start that run again"

@@ -131,8 +131,11 @@ class Settings:
             doors.flag(self.batch_norm, "batch_norm", error=SettingsError)
         doors.number(self.width, "width", above=0.0, error=SettingsError)
         for seed in doors.listed(self.seeds, "seeds", error=SettingsError):
-            if not doors.is_whole(seed):
-                raise SettingsError(f"each of seeds is a whole number, got {doors.said(seed)}")
+            # a run's generators take a million times its seed, in 64 bits
+            if not doors.is_whole(seed) or abs(seed) >= 2**40:
+                raise SettingsError(
+                    f"each of seeds is a whole number below 2^40, got {doors.said(seed)}"
+                )
         if self.hidden is not None:
             for features in doors.listed(self.hidden, "hidden", error=SettingsError):
                 if not doors.is_whole(features) or features < 1:
