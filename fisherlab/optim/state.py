@@ -17,7 +17,7 @@ FORMAT = 2
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
     """The state with the form of each of its parts: keys, shapes and dtypes, not the numbers."""
-    return {**state, "form": {key: form_of(value, True) for key, value in state.items()}}
+    return {**state, "form": {key: form_of(value, dtypes=True) for key, value in state.items()}}
 
 
 def generator_state(state: Mapping[str, Any]) -> Tensor:
@@ -85,7 +85,7 @@ def check_form(state: Mapping[str, Any]) -> None:
         raise ValueError("this state is damaged: form is no dict; nothing was loaded")
     # an earlier version saved the form without dtypes
     parts = {
-        key: (form_of(value, True), form_of(value)) for key, value in state.items() if key != "form"
+        key: (form_of(value, dtypes=True), form_of(value)) for key, value in state.items() if key != "form"
     }
     damaged = sorted(key for key in {*saved, *parts} if saved.get(key) not in parts.get(key, ()))
     if damaged:
