@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -75,6 +76,23 @@ def parses(*functions: Callable[..., Any]) -> Callable[[Parser], Parser]:
         return parser
 
     return register
+
+
+def parsed(
+    function: Callable[..., Any], args: Sequence[Any], names: Mapping[str, Any]
+) -> Product | None:
+    """The product that a call is; None where it is none, or in a form that no parser takes."""
+    parse = PRODUCTS.get(function)
+    if parse is None:
+        return None
+    try:
+        return parse(*args, **names)
+    except TypeError:
+        try:
+            inspect.signature(parse).bind(*args, **names)
+        except TypeError:  # an argument `out`, a deprecated order
+            return None
+        raise
 
 
 def register_product(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -257,9 +275,13 @@ def _embedding(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    *_: Any,
-    **__: Any,
-) -> Product:
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Product | None:
+    if scale_grad_by_freq:  # its gradient is none of the loss, and counts words over the batch
+        return None
     skipped = -1 if padding_idx is None else padding_idx % len(weight)
     return Product(input, weight, flipped=True, lookup=skipped)
 
@@ -344,26 +366,25 @@ def _spread(input: Tensor, *sizes: Any) -> Product | None:
     return Product(input.new_empty(()).expand(size), input, scale=lambda: input.new_ones(()))
 
 
+_CASTS = frozenset("float double half bfloat16 to type type_as clone contiguous".split())
 # Functions whose result is `s W + c` of a tensor W and numbers, and s, by name.
 _AFFINE: dict[str, Callable[..., float]] = {
-    **dict.fromkeys(
-        "add __add__ __radd__ sub __sub__ float double half bfloat16 to type type_as clone "
-        "contiguous".split(),
-        lambda *_: 1.0,
-    ),
+    **dict.fromkeys((*_CASTS, *"add __add__ __radd__ sub __sub__".split()), lambda *_: 1.0),
     **dict.fromkeys("rsub __rsub__ neg __neg__".split(), lambda *_: -1.0),
     **dict.fromkeys("mul __mul__ __rmul__".split(), lambda s: s),
     **dict.fromkeys("div __truediv__ true_divide".split(), lambda s: 1 / s),
 }
 
 
-def affine_of(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Tensor, float] | None:
+def affine_of(
+    func: Callable[..., Any], args: Sequence[Any], names: Mapping[str, Any]
+) -> tuple[Tensor, float] | None:
     """The tensor W and the number s of a result `s W + c`; None where it is none."""
     factor = _AFFINE.get(getattr(func, "__name__", ""))
     if factor is None or not args or not isinstance(args[0], Tensor):
         return None
     W, *rest = args
-    if func.__name__ in ("to", "type", "type_as", "clone"):
+    if func.__name__ in _CASTS:
         return W, 1.0
-    numbers = all(isinstance(value, int | float) and value for value in rest)
+    numbers = not names and all(isinstance(value, int | float) and value for value in rest)
     return (W, factor(*rest)) if numbers else None

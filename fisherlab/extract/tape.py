@@ -26,7 +26,7 @@ from torch.overrides import (
 
 from fisherlab.extract.geometry import CaptureError, Geometry
 from fisherlab.extract.isolation import is_transformed
-from fisherlab.extract.products import PRODUCTS, Product, added, affine_of
+from fisherlab.extract.products import Product, added, affine_of, parsed
 from fisherlab.extract.slopes import Slopes, slopes
 
 # torch's own attention asks for a mode at its door only. This copy does not ask, so that the linear
@@ -204,14 +204,13 @@ class Tape(TorchFunctionMode):
             with self:
                 return _ATTENTION(*args, **kwargs)
         # an activation may overwrite what it reads, and a product is parsed before it is run
-        parse = None if is_transformed() else PRODUCTS.get(func)
-        product = None if parse is None else parse(*args, **kwargs)
+        product = None if is_transformed() else parsed(func, args, kwargs)
         uses = [] if product is None else self._uses(func, product)
         out = func(*args, **kwargs)
         # a block is one of real numbers: a complex product uses a weight in another way
         if uses and isinstance(out, Tensor) and not out.is_complex():
             return self._recorded(func, uses, out)
-        if self._is_new(out) and not self._is_computed(func, args, out):
+        if self._is_new(out) and not self._is_computed(func, args, kwargs, out):
             self._note(func, (*args, *kwargs.values()))
         return out
 
@@ -260,9 +259,11 @@ class Tape(TorchFunctionMode):
             return out.requires_grad and self.name(out) is None
         return isinstance(out, tuple | list) and any(self._is_new(item) for item in out)
 
-    def _is_computed(self, func: Callable[..., Any], args: Sequence[Any], out: object) -> bool:
+    def _is_computed(
+        self, func: Callable[..., Any], args: Sequence[Any], names: Mapping[str, Any], out: object
+    ) -> bool:
         """Whether a result is a weight, shifted, scaled or cast, which is then known as such."""
-        found = affine_of(func, args)
+        found = affine_of(func, args, names)
         known = None if found is None else self.known(found[0])
         if found is None or known is None or not isinstance(out, Tensor):
             return False

@@ -160,14 +160,28 @@ def test_a_function_of_ones_own_with_numbers_has_a_slope():
     assert layer.activation_slope == pytest.approx(slope.mean().item(), rel=1e-12)
 
 
-def test_a_backward_pass_that_torch_lacks_is_named():
-    words = nn.Embedding(5, 3, sparse=True, scale_grad_by_freq=True)
+def test_a_backward_pass_that_is_not_there_is_named():
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.tanh()
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            return Forward.apply(super().forward(x))
+
+    with pytest.raises(CaptureError, match="a backward pass of the model fails.*must implement"):
+        fl.capture(Model(3, 2), CE, randn(5, 3).float(), torch.arange(5) % 2)
+
+
+def test_an_embedding_scaled_by_frequency_has_no_block_even_without_a_proof():
+    words = nn.Embedding(5, 3, scale_grad_by_freq=True)
     model = nn.Sequential(words, nn.Flatten(), nn.Linear(6, 2))
     x = torch.tensor([[0, 1], [2, 2]])
-    with pytest.raises(
-        CaptureError, match="a backward pass of the model fails.*scale_grad_by_freq"
-    ):
-        fl.capture(model, CE, x, torch.tensor([0, 1]))
+    for check in ("full", "off"):
+        captures = fl.capture(model, CE, x, torch.tensor([0, 1]), check=check)
+        assert [*captures] == ["2"]
+        assert "used by embedding, no product" in captures.report.skipped["0"]
 
 
 def test_scores_in_the_last_axis_behind_batch_norm():

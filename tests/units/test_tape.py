@@ -334,3 +334,34 @@ def test_embeddings(tied, padding, fisher_type):
     model = Tokens(tied, padding).double()
     names = ["e", "a"] if tied else ["e", "a", "h"]
     check(model, x, torch.arange(4), names, fisher_type=fisher_type, share=1.0)
+
+
+FORMS = {
+    "an output": lambda x, w: torch.mul(x, 2.0, out=torch.empty_like(x)) @ w.t(),
+    "a row by name": lambda x, w: F.linear(x + w[:1].expand(size=x.shape), w),
+    "an old order": lambda x, w: torch.add(F.linear(x, w), 2, F.linear(x, w).detach()),
+    "a factor by name": lambda x, w: F.linear(x, torch.mul(w, other=2.0)),
+    "a factor": lambda x, w: F.linear(x, torch.rsub(w, 1.0, alpha=2)),
+    "a floor": lambda x, w: F.linear(x, torch.div(w, 2.0, rounding_mode="floor")) + x @ w.t(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:This overload of add is deprecated")
+@pytest.mark.parametrize("check", ["full", "off"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_function_called_in_another_form_fails_in_no_pass(form, check):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(4, 3).double()), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            return self.head(FORMS[form](x, self.w))
+
+    torch.manual_seed(0)
+    model, x, y = Model(), torch.randn(5, 3).double(), torch.arange(5) % 2
+    captures = fl.capture(model, CE, x, y, fisher_type="empirical", check=check)
+    assert "head" in captures
+    if "w" in captures:
+        gradient = torch.autograd.grad(CE(model(x), y), model.w)[0]
+        assert torch.allclose(captures["w"].gradient, gradient)
