@@ -31,7 +31,6 @@ from fisherlab.extract.isolation import (
     is_half,
     isolated,
     kept_by_autograd,
-    random_state,
     streams_kept,
 )
 from fisherlab.extract.layer import LayerCapture
@@ -235,7 +234,11 @@ def capture(
 
     start = time.perf_counter()
     backend, reason = _choose(backend, x if isinstance(x, Tensor) else labels)
-    with isolated(model, x), no_gradient_named(CaptureError), ExitStack() as stack:
+    with (
+        isolated(model, x, bare(criterion)) as isolation,
+        no_gradient_named(CaptureError),
+        ExitStack() as stack,
+    ):
         weights = weights_of(model)
         wanted, named = chosen(weights, layers, skip)
         half = [name for name in wanted if is_half(weights[name].tensor)]
@@ -251,7 +254,7 @@ def capture(
                 reason = f"{reason}; {kind} weights as float32"
         # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
         stack.enter_context(nn.utils.parametrize.cached())
-        before, weights = random_state(x), weights_of(model)
+        before, weights = isolation.draws(), weights_of(model)
         record = Record(on_tape(weights), wanted, kinds)
 
         def checked(outputs: Tensor) -> Tensor:
@@ -273,7 +276,7 @@ def capture(
             outputs = backpack.run(model, record, run, checked, columns)
         else:
             outputs = _by_tape(record, run, checked, columns, len(labels), check != "off")
-        if check == "full" and not torch.equal(before, random_state(x)):
+        if check == "full" and before != isolation.draws():
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
             scale = 1.0

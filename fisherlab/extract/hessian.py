@@ -189,7 +189,7 @@ def hessian_blocks(
     """
     model, criterion, batch, labels = checked(model, criterion, x, y)
     # cached: the weight of a parametrized layer that the pass uses is the one asked for
-    with isolated(model, batch) as written, nn.utils.parametrize.cached():
+    with isolated(model, batch, criterion) as isolation, nn.utils.parametrize.cached():
         weights = weights_of(model)
         names, named = chosen(weights, layers, skip)
         owners = {}
@@ -207,7 +207,7 @@ def hessian_blocks(
         if not flat:
             return {}
         found, scale = loss_gradients(model, batch, forward, criterion, labels, flat)
-        check_unwritten(written())
+        check_unwritten(isolation.written())
         gradients = dict(zip(map(id, flat), found, strict=True))
     return {
         name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, scale)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import functools
-import operator
+import pickle
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer
 
 from fisherlab.casting import uncast
+from fisherlab.extract.held import Copies, Held
 from fisherlab.telling import warn
 
 # Whether a capture's own pass runs: an optimizer's hooks on the same model then look away.
@@ -71,135 +71,70 @@ def in_own_pass(model: nn.Module | None) -> bool:
     return id(model) in _SENT_THROUGH
 
 
-def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
+def buffers_kept(model: nn.Module) -> AbstractContextManager[Held]:
     """Buffers are afterwards as before, whether a pass writes into them or replaces them."""
-    return _kept(model, lambda module: module._buffers)
-
-
-# Up to this many numbers a tensor has a copy while a pass runs that may write into it.
-COPIED = 2**22
-# Containers of which a copy is kept; a module of torch is itself no more than dicts of them.
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+    return _kept([model], lambda module: module._buffers)
 
 
 @contextmanager
-def _kept(model: nn.Module, part: Callable[[nn.Module], Any]) -> Iterator[None]:
-    """A part of each module, and what is inside it, holds afterwards what it held before.
-
-    Tensors of more than `COPIED` numbers are copied where they are buffers.
-    """
+def _kept(owners: Iterable[Any], part: Callable[[Any], Any]) -> Iterator[Held]:
+    """A part of each module, and what is inside it, holds afterwards what it held before."""
+    modules = [
+        module
+        for owner in owners
+        for module in (owner.modules() if isinstance(owner, nn.Module) else [owner])
+    ]
     # a scripted module holds its buffers in none of its dicts
     buffers = [
         (module._buffers, name, buffer)
-        for module in model.modules()
+        for module in modules
+        if isinstance(module, nn.Module)
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    copied = {id(buffer) for *_, buffer in buffers}
-    containers: dict[int, tuple[Any, Any]] = {}
-    tensors: dict[int, tuple[Tensor, Tensor, int | None]] = {}
-    waiting = [*map(part, model.modules()), *(buffer for _, _, buffer in buffers)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            known = id(value) in tensors or not _is_state(value)
-            if not known and (id(value) in copied or value.numel() <= COPIED):
-                version = None if value.is_inference() else value._version
-                tensors[id(value)] = value, value.detach().clone(), version
-        elif type(value) in _CONTAINERS and id(value) not in containers:
-            containers[id(value)] = value, value.copy()
-            waiting += value.values() if isinstance(value, dict) else value
-        elif type(value) is tuple:
-            waiting += value
+    parts = [part(module) if isinstance(module, nn.Module) else module for module in modules]
+    held = Held([*parts, *(buffer for *_, buffer in buffers)])
     try:
-        yield
+        with held.kept():
+            yield held
     finally:
-        for tensor, before, version in tensors.values():
-            # compared by value: batch norm writes its statistics without a new version. A copy
-            # where nothing changed would break a graph that holds the tensor.
-            if not _is_equal(tensor, before, version):
-                with torch.no_grad():
-                    tensor.copy_(before)
         for owned, name, buffer in buffers:
             owned[name] = buffer
-        for now, held in containers.values():
-            _refill(now, held)
-
-
-def _is_state(tensor: Tensor) -> bool:
-    """Whether a pass may move a tensor in place: no parameter and no result of a graph is such."""
-    kinds = nn.Parameter | UninitializedBuffer
-    return not isinstance(tensor, kinds) and tensor.grad_fn is None and not tensor.is_meta
-
-
-def _is_equal(now: Tensor, before: Tensor, version: int | None) -> bool:
-    """Whether a tensor is as its copy; NaN equals NaN. Sparse ones go by version."""
-    if now.layout != torch.strided or now.is_nested:
-        return version is None or now._version == version
-    if torch.equal(now, before):
-        return True
-    if not now.is_floating_point() or now.shape != before.shape:
-        return False
-    return torch.allclose(now, before, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _refill(now: Any, before: Any) -> None:
-    """Give a container what its copy holds, where that is not in it."""
-    if not before and not now:
-        return
-    known = [*now], [*before]
-    if isinstance(now, dict):
-        known = [*now, *now.values()], [*before, *before.values()]
-    if len(known[0]) != len(known[1]) or not all(map(operator.is_, *known)):
-        now.clear()
-        (now.update if isinstance(now, dict | set) else now.extend)(before)
 
 
 @contextmanager
 def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """Parameters are afterwards as before, large ones apart, which no copy is made of.
+    """Parameters are afterwards as before.
 
     A pass rescales embeddings with `max_norm`, moves the vectors of a spectral norm written by
     hand, clips weights. A warning names the trained parameters that it writes into.
 
     Yields:
-        The names of all that a pass has written into, max-norm embeddings apart; for its end, as
-        the parameters are looked at once.
+        The names of all that a pass has written into so far, max-norm embeddings apart.
     """
     bound = {
         id(getattr(module, "weight", None))
         for module in model.modules()
         if getattr(module, "max_norm", None) is not None
     }
-    every = [
-        (name, p, p._version, p.data)
+    every = {
+        name: p
         for name, p in model.named_parameters()
-        if type(p) is nn.Parameter and not p.is_inference()
-    ]
-    copies = {
-        id(p): data.clone()
-        for _, p, _, data in every
-        if p.layout == torch.strided and not p.is_meta and (id(p) in bound or p.numel() <= COPIED)
+        if type(p) is nn.Parameter and not p.is_inference() and not p.is_meta
     }
+    copies = Copies()
+    for p in every.values():
+        copies.add(p, whole=id(p) in bound)
 
-    def wrote(p: Tensor, version: int) -> bool:
-        before = copies.get(id(p))
-        return p._version != version if before is None else not _is_equal(p.data, before, None)
-
-    @functools.cache
-    def moved() -> list[tuple[str, nn.Parameter, Tensor]]:
-        return [(name, p, data) for name, p, version, data in every if wrote(p, version)]
+    def written() -> list[str]:
+        return [name for name, p in every.items() if id(p) not in bound and copies.wrote(p)]
 
     try:
-        yield lambda: [name for name, p, _ in moved() if id(p) not in bound]
+        with copies.watched():
+            yield written
     finally:
-        changed = [name for name, p, _ in moved() if p.requires_grad and id(p) not in bound]
-        for _, p, data in moved():
-            if id(p) not in copies:
-                continue
-            if p.data_ptr() != data.data_ptr():
-                p.data = data
-            data.copy_(copies[id(p)])  # no new version: a live graph may hold the parameter
+        changed = [name for name in written() if every[name].requires_grad]
+        copies.put_back()
         if changed:
             warn(
                 f"the forward pass writes into the parameter{'s' * (len(changed) > 1)} "
@@ -220,8 +155,21 @@ def streams_kept(*devices: torch.device) -> Iterator[None]:
         np.random.set_state(array)  # noqa: NPY002
 
 
+@dataclass(frozen=True)
+class Isolation:
+    """What is known of the passes that ran inside.
+
+    Args:
+        written: the names of the parameters that a pass has written into so far.
+        draws: the states of all random streams that a pass may draw from.
+    """
+
+    written: Callable[[], list[str]]
+    draws: Callable[[], bytes]
+
+
 @contextmanager
-def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
+def isolated(model: nn.Module, x: object, criterion: object = None) -> Iterator[Isolation]:
     """Gradients on, in inference mode too; random streams and all of the model are put back.
 
     Compiled modules run as the Python they were made of, so that their functions are seen. Autocast
@@ -231,9 +179,10 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
         model: the model that runs inside. A forward pass may update what it holds: running
             statistics, codebooks, a cache in a dict, a hidden state.
         x: the batch, whose device has a random stream of its own.
+        criterion: the loss that is called inside, which may hold as much.
 
     Yields:
-        The names of parameters that the pass has written into; asked at its end.
+        What its passes write and draw.
     """
     devices = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
     flags = [(module, module.training) for module in model.modules()]
@@ -241,7 +190,7 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
     try:
         with (
             # the user's own passes keep things for later, such as an auxiliary loss
-            _kept(model, vars),
+            _kept([model, criterion], vars) as held,
             parameters_kept(model) as written,
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -249,11 +198,18 @@ def isolated(model: nn.Module, x: object) -> Iterator[Callable[[], list[str]]]:
             _uncompiled(),
             uncast(),
         ):
-            yield written
+            yield Isolation(written, lambda: _draws(devices) + held.draws())
     finally:
         _ISOLATED.reset(token)
         for module, training in flags:
             module.training = training
+
+
+def _draws(devices: Iterable[torch.device]) -> bytes:
+    """The states of the process's own random streams."""
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
+    return pickle.dumps(([state.tolist() for state in states], python, array))
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -322,10 +278,3 @@ def kept_by_autograd(y: Any) -> Any:
         return y
     with torch.inference_mode(False):
         return y.clone()
-
-
-def random_state(x: object) -> Tensor:
-    """The state of the global random stream that a forward pass of `x` would draw from."""
-    if isinstance(x, Tensor) and x.is_cuda:
-        return torch.cuda.get_rng_state(x.device)
-    return torch.get_rng_state()

@@ -55,11 +55,11 @@ class NetworkHessian(NetworkMatrix):
         self.shapes = {name: tuple(p.shape) for name, p in leaves.items()}
         ((self.dtype, self.device),) = kinds
         self._leaves = tuple(leaves.values())
-        with isolated(model, batch) as written:
+        with isolated(model, batch, criterion) as isolation:
             self._gradients, self._scale = loss_gradients(
                 model, batch, forward, criterion, labels, self._leaves
             )
-            check_unwritten(written())
+            check_unwritten(isolation.written())
 
     def __matmul__(self, V: Mapping[str, Tensor]) -> Weights:
         self.check(V)
