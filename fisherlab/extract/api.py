@@ -297,9 +297,9 @@ def capture(
             mask,
             left_out,
         )
-    found = captured.values(), record.mask_fits
+    found = captured.values(), bool(record.use_masked)
     fits = mask is None or masks(criterion, outputs, *found)
-    _check_captured(captured, skipped, named, outputs, None if fits else mask)
+    _check_captured(captured, skipped, named, outputs, None if fits else mask, record.use_masked)
     seconds, counts = time.perf_counter() - start, coverage(weights, captured)
     report = Report(backend, reason, seconds, skipped, *counts)
     return Captures(captured, report, outputs.detach(), labels)
@@ -374,6 +374,7 @@ def _check_captured(
     named: Collection[str],
     outputs: Tensor,
     unfit: Tensor | None,
+    use_masked: Collection[str],
 ) -> None:
     """Refuse a layer that was named and has no block, a mask that fits nothing, no layer at all."""
     for name in sorted(named):
@@ -381,9 +382,11 @@ def _check_captured(
             raise CaptureError(f"layer {name!r}: {skipped[name]}")
     if unfit is not None and captured:
         shapes = {layer.name: tuple(layer.raw_inputs[0].shape) for layer in captured.values()}
+        gradient = ", ".join(map(repr, use_masked))
         raise CaptureError(
             f"mask of shape {tuple(unfit.shape)} fits the positions of no layer (inputs {shapes}) "
             f"and not the outputs {tuple(outputs.shape)}"
+            + (f"; where it fits, masked positions have a gradient ({gradient})" * bool(gradient))
         )
     if captured:
         return

@@ -106,7 +106,8 @@ def collect(
         try:
             counts = _counted(next(iter(layers.values())), parts, mask, outputs, record.labels)
         except CaptureError as masked:
-            failures[name], record.mask_fits = str(masked), True
+            failures[name] = str(masked)
+            record.use_masked.append(name)
             continue
         captured |= {key: replace(layer, counted=counts) for key, layer in layers.items()}
         covered |= {id(weights[name].tensor), id(form.bias)}

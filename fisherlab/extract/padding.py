@@ -106,7 +106,9 @@ class Masked(WithRules):
             return terms
         if terms.shape == self.mask.shape:
             return torch.where(self.mask, terms, 0)
-        if terms.ndim == outputs.ndim:
+        if terms.ndim == outputs.ndim and all(
+            real in (1, size) for real, size in zip(spread.shape, terms.shape, strict=True)
+        ):
             return torch.where(spread, terms, 0)
         raise CaptureError(
             f"mask {tuple(self.mask.shape)} fits no axes of the loss terms of {self.__name__}, "
@@ -227,19 +229,21 @@ def masks(
         criterion: a `Masked` one.
         outputs: of the model.
         layers: those captured.
-        known: whether a layer that is left out was found to have these positions.
+        known: whether a layer has these positions and is left out, since the model uses them.
     """
     assert isinstance(criterion, Masked)
     if criterion.spread(outputs) is not None:
         return True
-    axes = criterion.mask.shape[1:]
-    if math.prod(axes) == 1:  # as many positions as a bias has, or a layer behind a mean
-        return bool(criterion.mask.all())
-    return known or any(
-        positions_of(geometry, raw) == axes
-        for layer in layers
+    # sums and unit vectors have no positions, and no outputs
+    found = [layer for layer in layers if layer.raw_outputs is not None]
+    if any(
+        positions_of(geometry, raw) == criterion.mask.shape[1:]
+        for layer in found
         for geometry, raw in layer.calls(layer.raw_output_gradients or ())
-    )
+    ):
+        return True
+    # a layer that uses masked positions may have as many by chance, beside those that are meant
+    return known and all(layer.positions == 1 for layer in found)
 
 
 def positions_of(geometry: Geometry, raw: Tensor) -> tuple[int, ...]:

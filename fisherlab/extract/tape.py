@@ -451,8 +451,8 @@ class Record:
         self.proven: set[str] = set()
         # why weights have no block, found while vectors were sent back
         self.unfit: dict[str, str] = {}
-        # whether a mask was found to fit a layer that is left out
-        self.mask_fits = False
+        # the weights whose masked positions have a gradient
+        self.use_masked: list[str] = []
 
     def _add(self, use: Use, output: Tensor) -> Tensor:
         if use.name not in self.calls:

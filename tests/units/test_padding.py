@@ -358,3 +358,57 @@ def test_dead_positions_count_and_padding_behind_a_rectifier_does_not(method):
         opt.zero_grad()
         opt.remove()
     assert all(relative(found, blocks[0]) < 1e-10 for found in blocks)
+
+
+class Heads(nn.Module):
+    """A layer with three positions of its own, which are no tokens; scores of tokens, or of all."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.a, self.h, self.o = nn.Linear(D, 6), nn.Linear(2, 2), nn.Linear(6, C)
+        self.tokens = tokens
+        self.double()
+
+    def forward(self, x):
+        a = torch.tanh(self.a(x))
+        s = self.h(a.mean(1).unflatten(1, (3, 2))).flatten(1)
+        return self.o(a + s[:, None]).mT if self.tokens else self.o(a.mean(1) + s)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_mask_of_another_length_fits_no_layer_by_chance(tokens):
+    model, mask = Heads(tokens), torch.tensor([[True, True, False]] * M)
+    x, y = randn(M, T, D), torch.arange(M * T).view(M, T) % C
+    with pytest.raises(CaptureError, match=r"of no layer .* have a gradient \('h'\)"):
+        capture(model, CE, x, y if tokens else y[:, 0], mask=mask)
+
+
+def test_a_mask_as_wide_as_a_transposed_role_fits_nothing():
+    # its unit vectors are six, one per column of the tied weight, and no positions
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(C, 6).double()
+
+        def forward(self, x):
+            return F.linear(self.words(x).cumsum(1), self.words.weight).mT
+
+    x, mask = torch.arange(M * T).view(M, T) % C, torch.tensor([[True] * 5 + [False]] * M)
+    with pytest.raises(CaptureError, match=r"\(6, 6\) fits the positions of no layer"):
+        capture(Tied(), CE, x, x, mask=mask)
+
+
+def test_a_mask_of_means_and_variances_is_refused():
+    model = nn.Sequential(nn.Linear(D, 4), nn.Softplus()).double()
+    x, y = randn(M, 2, D), randn(M, 1, 4)
+    mask = torch.tensor([[True, False]] * M)
+    with pytest.raises(CaptureError, match="fits no axes of the loss terms of GaussianNLLLoss"):
+        capture(model, nn.GaussianNLLLoss(), x, y, mask=mask)
+    pixels = torch.arange(4) < torch.tensor([4, 1, 2, 4, 2, 1])[:, None]
+    found = capture(model, nn.GaussianNLLLoss(), x, y, mask=pixels, fisher_type="empirical")
+    f = model(x).detach().requires_grad_()
+    mean, variance = f.chunk(2, 1)
+    loss = 0.5 * (variance.log() + (mean - y) ** 2 / variance) * pixels[:, None]
+    (expected,) = torch.autograd.grad(loss.sum() * M / pixels.sum(), f)
+    slope = 1 - torch.exp(-model(x).detach())
+    assert relative(found["0"].label_gradients, expected * slope) < 1e-12
