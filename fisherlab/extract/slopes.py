@@ -483,8 +483,13 @@ def _ones(edge: Edge) -> Tensor:
 
 def _call(node: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The node's gradients of its inputs; straight from the node, so that no hook runs."""
+    made = node._input_metadata
     # nothing was made of a second output, such as the buffer of a log-sigmoid
-    gradients += (None,) * (len(node._input_metadata) - len(gradients))
+    gradients += (None,) * (len(made) - len(gradients))
+    # in autocast a node may be of another dtype than its neighbours
+    gradients = tuple(
+        None if g is None else g.to(of.dtype) for g, of in zip(gradients, made, strict=True)
+    )
     if isinstance(node, BackwardCFunction):
         return _of_tensors(node, node.apply(*gradients))
     found = node(*gradients)

@@ -545,3 +545,14 @@ def test_the_residual_network_of_the_paper_agrees_layer_by_layer():
     for name, layer in captured.items():
         assert network[name] == pytest.approx(float(layer.activation_slope), rel=1e-12)
         assert (network[name] < 1) == (name != "14")
+
+
+def test_in_autocast_a_node_is_asked_in_its_own_dtype():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten())
+    model.append(nn.Linear(2, 3))
+    x, y = torch.randn(4, 1, 4, 4), torch.arange(4) % 3
+    expected = fl.capture(model, CE, x, y)["0"].activation_slope
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fl.capture(model, CE, x, y)["0"].activation_slope
+    assert found == pytest.approx(expected.item(), rel=2e-2)
