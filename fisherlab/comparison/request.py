@@ -22,7 +22,7 @@ from fisherlab.comparison.measurement import Candidate
 from fisherlab.comparison.samples import Samples, by_layer
 from fisherlab.distributed import RankError, Ranks, answering, in_words, jointly, unwrapped
 from fisherlab.extract import CaptureError, Captures
-from fisherlab.extract.api import Forward, _forward, check_forward, split_batches
+from fisherlab.extract.api import Forward, _forward, check_forward, check_generator, split_batches
 from fisherlab.extract.criteria import arranged, as_module, rules_of
 from fisherlab.extract.fisher import FISHER_TYPES, default_type
 from fisherlab.extract.geometry import NoBlock
@@ -77,7 +77,7 @@ class Request:
         return {
             "fisher_type": self.fisher_type,
             "reference_fisher_type": self.reference if named else self.fisher_type,
-            "seed": generator.initial_seed() if generator else 0,
+            "seed": generator.initial_seed(),
             "step": self.step,
         }
 
@@ -95,7 +95,9 @@ class Request:
         if self.reference == "hessian":
             hessians = self._hessians(captures[0])
         elif isinstance(self.reference, str):
-            target = self._captured(self.batches, FISHER_OF.get(self.reference, self.reference))
+            kind = FISHER_OF.get(self.reference, self.reference)
+            if kind != self.fisher_type:
+                target = self._captured(self.batches, kind)
         elif isinstance(self.reference, Captures):
             _check_layers(captures[0], self.reference)
             held_out = [copy(self.reference)]  # ranks give parts of theirs away
@@ -220,6 +222,7 @@ def checked(
         criterion = criterion_of(criterion, loss_scale)
         batches = split_batches(x, y, isinstance(criterion, Inside))
         check_model(model)
+        check_generator(options["generator"])
         for batch in batches:
             check_batch(*batch, model)
         shares = _shares(dampings)
@@ -246,6 +249,8 @@ def checked(
         ranks.check_same({"fisher_type": fisher_type}, DIFFERENT, "name it")
     # the approximations are of linear maps; others are compared where they are named
     options |= {"kinds": ("map",) if layers is None else KINDS}
+    if options["generator"] is None:  # one for all batches: none repeats another's draws
+        options["generator"] = torch.Generator().manual_seed(0)
     return Request(
         model=model,
         criterion=criterion,

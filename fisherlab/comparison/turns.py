@@ -27,7 +27,7 @@ def in_turns(request: Request, layers_at_once: int, progress: Progress | None) -
     names, _ = chosen(weights_of(request.model), options["layers"], options["skip"])
     given = options["skip"]
     skip = [] if given is None else [given] if isinstance(given, str) else list(given)
-    state = end = None if generator is None else generator.get_state()
+    state = end = generator.get_state()
     # a bias is captured with its weight, in one block or in two
     units: dict[str, list[str]] = {}
     for name in names:
@@ -40,17 +40,15 @@ def in_turns(request: Request, layers_at_once: int, progress: Progress | None) -
         ours = {name for unit in layers[start : start + layers_at_once] for name in unit}
         others = [name for name in names if name not in ours]
         turn = replace(request, options={**options, "skip": [*skip, *others] or None})
-        if generator is not None:
-            generator.set_state(state)
+        generator.set_state(state)
         try:
             tables.append(measured(turn, turn.samples(), progress))
-            end = None if generator is None else generator.get_state()
+            end = generator.get_state()
         except NoBlock as error:
             refused |= {name: why for name, why in error.reasons.items() if name in ours}
         except Interrupted as stop:
             raise Interrupted(_joined([*tables, stop.comparison], refused)) from None
-    if generator is not None:
-        generator.set_state(end)
+    generator.set_state(end)
     if not tables:
         raise NoBlock(refused)
     return _joined(tables, refused)

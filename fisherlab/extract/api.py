@@ -321,6 +321,11 @@ def _check_options(fisher_type: str, backend: str, check: str, generator: object
     }
     for option, (value, known) in choices.items():
         doors.choice(value, option, known, error=CaptureError)
+    check_generator(generator)
+
+
+def check_generator(generator: object) -> None:
+    """Refuse what draws no labels."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise CaptureError(
             f"generator is {doors.said(generator)}; pass torch.Generator().manual_seed(...) or None"

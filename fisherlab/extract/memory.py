@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherlab.extract import fisher
-from fisherlab.extract.api import Captures, capture, split_batch
+from fisherlab.extract.api import Captures, capture, check_generator, split_batch
 from fisherlab.extract.criteria import rules_of
 from fisherlab.extract.geometry import CaptureError
 from fisherlab.extract.inside import Inside, criterion_of, rows_of
@@ -59,7 +59,10 @@ def captures_in_parts(
     inside = isinstance(criterion, Inside)
     x, y = split_batch(x, y, inside)
     generator = options.get("generator")
-    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    if generator is None:  # one for all halves: none repeats another's draws
+        generator = options["generator"] = torch.Generator().manual_seed(0)
+    check_generator(generator)
+    state = generator.get_state()
     try:
         return [capture(model, criterion, x, None if inside else y, **options)]
     except torch.OutOfMemoryError as error:
@@ -82,8 +85,7 @@ def captures_in_parts(
             f"capturing a batch of {n} examples ran out of memory and cannot be done in halves; "
             f"pass a loader of smaller batches ({message})"
         )
-    if generator is not None:
-        generator.set_state(state)
+    generator.set_state(state)
     return [
         part
         for rows in (slice(0, cut), slice(cut, n))

@@ -18,7 +18,7 @@ from fisherlab.comparison import Interrupted, pool
 from fisherlab.comparison.measurement import LayerMeasurement
 from fisherlab.statistics import GroupedMoment, InputMoment, LeftMoment
 
-CE = nn.CrossEntropyLoss()
+CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 COLUMNS = """layer layer_type n_parameters approximation fisher_type examples reference_examples
 reference_fisher_type seed step dtype damping damping_relative placement relative_error
 population_error population_error_se population_error_low population_error_high
@@ -996,3 +996,30 @@ def test_a_cache_in_the_place_of_another_has_none_of_its_seconds():
         with ledger.piece() as taken:
             work.once(gone, "gram", lambda: torch.zeros(3))
         assert len(taken.parts) == 1
+
+
+def test_no_batch_repeats_the_draws_of_another():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 1).double(), randn(8, 3), randn(8, 1)
+    options = {"fisher_type": "mc", "approximations": ["diagonal"], "dampings": 1.0}
+    # noise is drawn example by example
+    singles = [(x[k:][:1], y[k:][:1]) for k in range(8)]
+    same(fl.compare(model, MSE, x, y, **options), fl.compare(model, MSE, singles, **options))
+    # and a reference goes on where the batch ends
+    draws = torch.Generator().manual_seed(0)
+    _, rest = (
+        fl.capture(model, MSE, x[s], y[s], fisher_type="mc", generator=draws)
+        for s in (slice(0, 4), slice(4, 8))
+    )
+    tables = [
+        fl.compare(model, MSE, x[:4], y[:4], reference=reference, **options)
+        for reference in ((x[4:], y[4:]), rest)
+    ]
+    same(*tables)
+    assert tables[0].frame.diagonal_share.notna().all()  # that of the reference
+
+
+def test_a_reference_of_the_tables_own_fisher_type_is_its_own_block():
+    options = {"fisher_type": "mc", "approximations": ["kfac"]}
+    table = fl.compare(net(), CE, *batch(), reference="mc", **options)
+    same(fl.compare(net(), CE, *batch(), **options), table)
