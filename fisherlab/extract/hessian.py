@@ -141,7 +141,8 @@ def loss_gradients(
     outputs = outputs.float() if is_half(outputs) else outputs
     outputs = criteria.arranged(criterion, outputs, labels)
     _check_outputs(outputs, criterion, labels, None)
-    loss = criterion(outputs, labels)
+    rules = criteria.rules_of(criterion) or criteria.Rules()
+    loss = rules.call(criterion, outputs, labels)
     with no_gradient_named(CaptureError):
         found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
     return found, 1 / len(labels) if criteria.reduction_of(criterion) == "sum" else 1.0

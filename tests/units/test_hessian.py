@@ -87,6 +87,17 @@ def test_the_block_is_that_of_torch_func():
         assert relative(block.dense(), expected) < 1e-9
 
 
+def test_a_criterion_of_means_and_variances_has_a_hessian():
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Softplus()).double(), randn(6, 3), randn(6, 2)
+
+    def by_halves(outputs, y):
+        return nn.GaussianNLLLoss()(outputs[:, :2], y, outputs[:, 2:])
+
+    by_halves.reduction = "mean"
+    block = hessian_blocks(model, nn.GaussianNLLLoss(), x, y)["0"]
+    assert relative(block.dense(), dense(model, by_halves, x, y, "0")) < 1e-9
+
+
 def test_nothing_moves():
     model, x = problem("conv")
     model[0].weight.grad = randn(*model[0].weight.shape)
