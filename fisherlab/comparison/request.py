@@ -6,7 +6,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ class Request:
                 another model, or the budget holds no example.
         """
         captures = self._captured(self.batches, self.fisher_type)
+        _left_out(captures, captures)
         target: list[Captures] | None = None
         held_out: list[Captures] | None = None
         hessians: dict[str, Dense] | None = None
@@ -98,6 +99,7 @@ class Request:
             kind = FISHER_OF.get(self.reference, self.reference)
             if kind != self.fisher_type:
                 target = self._captured(self.batches, kind)
+                _left_out(captures, target)
         elif isinstance(self.reference, Captures):
             _check_layers(captures[0], self.reference)
             held_out = [copy(self.reference)]  # ranks give parts of theirs away
@@ -110,6 +112,7 @@ class Request:
                 raise
             except CaptureError as error:
                 raise CaptureError(f"the examples of reference: {error}") from error
+            _left_out(captures, held_out)
         _check_blocks(self.makers, captures[0])
         check_memory(captures[0], self.memory)
         return Samples(captures, target, held_out, hessians)
@@ -153,7 +156,7 @@ class Request:
             "approximations": {name: repr(maker) for name, maker in self.makers.items()},
             "backend": report.backend,
             "fisher_type_asked": self.asked,
-            "skipped": {k: v for batch in captures for k, v in batch.report.skipped.items()},
+            "skipped": dict(report.skipped),
             "parameters": {"trained": report.trained, "covered": report.covered},
             "model": type(self.model).__name__,
             "layers": {layer.name: described(layer) for layer in captures[0].values()},
@@ -381,6 +384,25 @@ def _checked_reference(
         raise CaptureError(f"the examples of reference: {error}") from error
     _check_held_out(batches, others)
     return others
+
+
+def _left_out(captures: list[Captures], others: Sequence[Captures]) -> None:
+    """Leave out layers that have no block in some batch, and say so where the first one does."""
+    first = captures[0]
+    reasons: dict[str, str] = {}
+    gone = 0
+    for other in others:
+        for key in [key for key in first if key not in other]:
+            layer = first.pop(key)
+            gone += layer.shape[0] * layer.shape[1]
+            why = other.report.skipped.get(layer.name, "it was not captured")
+            reasons[layer.name] = f"in another batch, {why}"
+    if reasons:
+        skipped = first.report.skipped | reasons
+        covered = max(0, first.report.covered - gone)
+        first.report = replace(first.report, skipped=skipped, covered=covered)
+        if not first:
+            raise NoBlock(skipped)
 
 
 def _check_layers(captures: Captures, reference: Captures) -> None:

@@ -14,7 +14,7 @@ from fisherlab.blocks.numerics import check_dense, symmetrise
 from fisherlab.distributed import unwrapped
 from fisherlab.extract import criteria
 from fisherlab.extract.api import Forward, _check_outputs, _forward, split_batch
-from fisherlab.extract.fisher import as_module
+from fisherlab.extract.fisher import as_module, divisor
 from fisherlab.extract.geometry import CONVOLUTIONS, CaptureError
 from fisherlab.extract.isolation import is_half, isolated
 from fisherlab.extract.no_gradient import no_gradient_named
@@ -31,12 +31,18 @@ class HessianBlock(Block):
         gradients: gradients of `L` for the weight and the bias, with a graph.
         leaves: the weight and, if it has one, the bias.
         scale: `L` over the loss of which the gradients are.
+        count: what the mean divides by: examples, or loss terms and their weights.
     """
 
     def __init__(
-        self, gradients: tuple[Tensor, ...], leaves: tuple[Tensor, ...], scale: float = 1.0
+        self,
+        gradients: tuple[Tensor, ...],
+        leaves: tuple[Tensor, ...],
+        scale: float = 1.0,
+        count: float = 1.0,
     ) -> None:
         self._gradients, self._leaves, self._scale = gradients, leaves, scale
+        self.count = count
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -133,8 +139,12 @@ def loss_gradients(
     criterion: Callable[..., Any],
     labels: Tensor,
     leaves: Sequence[Tensor],
-) -> tuple[tuple[Tensor, ...], float]:
-    """The gradients of the loss, with their graph, and the mean per-example loss over the loss."""
+) -> tuple[tuple[Tensor, ...], float, float]:
+    """The gradients of the loss, with their graph.
+
+    Returns:
+        The gradients, the mean per-example loss over the loss, and what that mean divides by.
+    """
     # the other kernels of torch's attention have no second derivative
     with sdpa_kernel(SDPBackend.MATH):
         outputs = _forward(model, batch, forward)
@@ -145,7 +155,9 @@ def loss_gradients(
     loss = rules.call(criterion, outputs, labels)
     with no_gradient_named(CaptureError):
         found = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-    return found, 1 / len(labels) if criteria.reduction_of(criterion) == "sum" else 1.0
+    if criteria.reduction_of(criterion) == "sum":
+        return found, 1 / len(labels), len(labels)
+    return found, 1.0, divisor(criterion, outputs, labels)
 
 
 def check_unwritten(names: Sequence[str]) -> None:
@@ -207,11 +219,11 @@ def hessian_blocks(
         flat = [leaf for parts in leaves.values() for leaf in parts]
         if not flat:
             return {}
-        found, scale = loss_gradients(model, batch, forward, criterion, labels, flat)
+        found, *share = loss_gradients(model, batch, forward, criterion, labels, flat)
         check_unwritten(isolation.written())
         gradients = dict(zip(map(id, flat), found, strict=True))
     return {
-        name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, scale)
+        name: HessianBlock(tuple(gradients[id(leaf)] for leaf in parts), parts, *share)
         for name, parts in leaves.items()
     }
 
@@ -237,7 +249,7 @@ def mean_hessians(
         BlockTooLarge: one is past the memory budget.
     """
     total: dict[str, Tensor] = {}
-    count = 0
+    count = 0.0
     for x, y in batches:
         found = hessian_blocks(model, criterion, x, y, layers=layers, skip=skip, forward=forward)
         for name, shape in wanted.items():
@@ -246,7 +258,8 @@ def mean_hessians(
                     f"the Hessian's block of layer {name!r} is not known: it is no linear layer or "
                     "convolution of torch's own; leave it out with skip="
                 )
-            part = len(y) * found[name].formed().matrix
+            block = found[name]
+            part = block.count * block.formed().matrix
             total[name] = total[name] + part if name in total else part
-        count += len(y)
+        count += block.count
     return {name: Dense(matrix / count, wanted[name]) for name, matrix in total.items()}

@@ -56,7 +56,7 @@ class NetworkHessian(NetworkMatrix):
         ((self.dtype, self.device),) = kinds
         self._leaves = tuple(leaves.values())
         with isolated(model, batch, criterion) as isolation:
-            self._gradients, self._scale = loss_gradients(
+            self._gradients, self._scale, _ = loss_gradients(
                 model, batch, forward, criterion, labels, self._leaves
             )
             check_unwritten(isolation.written())

@@ -1019,6 +1019,34 @@ def test_no_batch_repeats_the_draws_of_another():
     assert tables[0].frame.diagonal_share.notna().all()  # that of the reference
 
 
+class Centred(nn.Module):
+    """The first layer's examples interact, unless there is one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x):
+        a = self.a(x)
+        return self.o(torch.tanh(a - a.mean(0) if len(x) > 1 else a))
+
+
+@pytest.mark.parametrize("where", ["a batch", "the reference"])
+def test_a_layer_that_some_batch_has_no_block_of_is_left_out_by_name(where):
+    model, x, y = Centred(), randn(5, 3), torch.arange(5) % 2
+    one, rest = (x[:1], y[:1]), (x[1:], y[1:])
+    if where == "a batch":
+        table = fl.compare(model, CE, [one, rest], approximations=["kfac"])
+    else:
+        table = fl.compare(model, CE, *one, reference=rest, approximations=["kfac"])
+    assert set(table.frame.layer) == {"o"}
+    assert "in another batch, its rows are not one example each" in table.config["skipped"]["a"]
+    assert table.config["parameters"]["covered"] == 10
+    with pytest.raises(fl.CaptureError, match="layer 'a'.*one example each"):
+        fl.compare(model, CE, [one, rest], layers="a")
+
+
 def test_a_reference_of_the_tables_own_fisher_type_is_its_own_block():
     options = {"fisher_type": "mc", "approximations": ["kfac"]}
     table = fl.compare(net(), CE, *batch(), reference="mc", **options)

@@ -1,5 +1,6 @@
 """The Hessian's block of a layer, and how far the Fisher blocks are from it."""
 
+import numpy as np
 import pytest
 import torch
 from references import randn, relative
@@ -133,6 +134,17 @@ def test_compare_measures_against_it():
     parts = fl.compare(model, criterion, halves, reference="hessian", approximations=["kfac"])
     whole = frame.frame.query("approximation == 'kfac'")
     assert parts.frame.relative_error.to_numpy() == pytest.approx(whole.relative_error.to_numpy())
+
+
+def test_batches_of_other_weights_have_the_hessian_of_their_joint_mean():
+    (model, x), y = problem("sequence"), torch.tensor([0, 1, -100, 2, -100, -100])
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.1, 3.0]).double())
+    parts = [(x[:2], y[:2]), (x[2:], y[2:])]
+    options = {"reference": "hessian", "approximations": ["kfac"]}
+    whole = fl.compare(model, criterion, x, y, **options).frame
+    table = fl.compare(model, criterion, parts, **options).frame
+    for column in ("relative_error", "trace_ratio", "cosine"):
+        assert np.allclose(whole[column], table[column], rtol=1e-9)
 
 
 def test_ggn_is_the_exact_fisher_block():
