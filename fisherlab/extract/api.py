@@ -182,7 +182,7 @@ def capture(
         loss_scale: "mean" or "sum" states how a loss inside the model combines the losses of its
             examples. `criterion` is then None, `x` the whole batch with its labels, and
             `forward(model, x)` the loss or the losses `[n]` (default: `.loss`). The Fisher is the
-            empirical one; `check="full"` proves the statement on half of the batch.
+            empirical one; `check="full"` proves the statement on halves of the batch.
 
     Returns:
         `Captures`, a dict from layer name to `LayerCapture` with the outputs, labels and `report`.
@@ -281,8 +281,8 @@ def capture(
         if isinstance(criterion, Inside):
             scale = 1.0
             if check == "full" and not outputs.ndim:
-                again = Record(on_tape(weights), wanted, kinds)
-                left_out |= criterion.prove(record, again, returned, x, len(labels))
+                empty = partial(Record, on_tape(weights), wanted, kinds)
+                left_out |= criterion.prove(record, empty, returned, x, len(labels))
         else:
             scale = fisher.term_scale(criterion, outputs, labels, ranks)
         captured, skipped = collect(

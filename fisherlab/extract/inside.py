@@ -3,7 +3,7 @@
     L = (1/M) sum_n l_n  ("mean")  or  L = sum_n l_n  ("sum")       both give  g_n = d l_n / d s_n
 
 Such a loss has no known distribution, so its Fisher is the empirical one. The statement of its
-scale is proven on half of the batch, whose examples must keep their gradients.
+scale is proven on two halves of the batch, whose examples must keep their gradients.
 """
 
 from __future__ import annotations
@@ -66,13 +66,18 @@ class Inside(WithRules):
         return torch.full_like(losses, float(n if mean else 1)).detach()
 
     def prove(
-        self, record: Record, again: Record, run: Callable[[object], Tensor], x: object, n: int
+        self,
+        record: Record,
+        empty: Callable[[], Record],
+        run: Callable[[object], Tensor],
+        x: object,
+        n: int,
     ) -> dict[str, str]:
-        """Why weights have no examples by the loss of half the batch, by name.
+        """Why weights have no examples by the losses of two halves of the batch, by name.
 
         Args:
             record: of the whole batch, gradients included.
-            again: an empty record of the same weights.
+            empty: makes an empty record of the same weights.
             run: makes the loss of some examples.
             x: the batch.
             n: its number of examples.
@@ -80,38 +85,52 @@ class Inside(WithRules):
         Raises:
             CaptureError: the loss has another scale than the stated one.
         """
-        m, scale = n // 2, self.reduction
         if n < 2:
             return {}
         generator = torch.Generator().manual_seed(0)
-        half = torch.randperm(n, generator=generator, device="cpu")[: n // 2].sort().values
-        with again.tape:
-            loss = run(rows_of(x, n, half))
-        again.labels = self.gradient(loss, m, None)
-        fill(loss, again, again.labels, None)
+        order = torch.randperm(n, generator=generator, device="cpu")
         failures: dict[str, str] = {}
-        ratios: list[tuple[float, float]] = []
-        for name, calls in record.calls.items():
-            others = again.calls[name]
-            found = [_ratio(one, two, half) for one, two in zip(calls, others, strict=False)]
-            if len(calls) != len(others) or None in found:
-                failures[name] = (
-                    "its rows are not the batch's examples, or examples interact: the loss of "
-                    "half the batch gives them other gradients; return the loss of every example"
-                )
-            ratios += [pair for pair in found if pair is not None and pair[1]]
-        if ratios:
-            # a mean over tokens has a factor of its own in each batch
-            ratio, _ = max(ratios, key=lambda pair: pair[1])
-            expected = {"mean": m / n, "sum": n / m}[scale]
-            off = abs(ratio / expected - 1) < SLACK or (scale == "sum" and abs(ratio - 1) > SLACK)
-            if off or any(abs(other - ratio) > SLACK * abs(ratio) for other, _ in ratios):
-                raise CaptureError(
-                    f"the model's own loss is no {scale} over examples: half of the batch has "
-                    f"{ratio:.3g} x the gradients; loss_scale is 'mean' or 'sum', or return the "
-                    "loss of every example"
-                )
+        # the factor of the gradients in each half that has some, and its share of the examples
+        factors: list[tuple[float, float]] = []
+        for half in (order[: n // 2].sort().values, order[n // 2 :].sort().values):
+            again = empty()
+            with again.tape:
+                loss = run(rows_of(x, n, half))
+            if not torch.isfinite(loss).all():  # a mean of no term
+                continue
+            again.labels = self.gradient(loss, len(half), None)
+            fill(loss, again, again.labels, None)
+            ratios: list[tuple[float, float]] = []
+            for name, calls in record.calls.items():
+                others = again.calls[name]
+                found = [_ratio(one, two, half) for one, two in zip(calls, others, strict=False)]
+                if len(calls) != len(others) or None in found:
+                    failures[name] = (
+                        "its rows are not the batch's examples, or examples interact: the loss of "
+                        "half the batch gives them other gradients; return the loss of every "
+                        "example"
+                    )
+                ratios += [pair for pair in found if pair is not None and pair[1]]
+            if ratios:
+                ratio, _ = max(ratios, key=lambda pair: pair[1])
+                if any(abs(other - ratio) > SLACK * abs(ratio) for other, _ in ratios):
+                    raise self._of_another_scale(ratio)
+                factors.append((ratio, len(half) / n))
+        if self.reduction == "sum":
+            for ratio, _ in factors:
+                if abs(ratio - 1) > SLACK:
+                    raise self._of_another_scale(ratio)
+        # a mean over tokens has a factor of its own in each batch
+        elif factors and all(abs(ratio / share - 1) < SLACK for ratio, share in factors):
+            raise self._of_another_scale(factors[0][0])
         return failures
+
+    def _of_another_scale(self, ratio: float) -> CaptureError:
+        return CaptureError(
+            f"the model's own loss is no {self.reduction} over examples: half of the batch has "
+            f"{ratio:.3g} x the gradients; loss_scale is 'mean' or 'sum', or return the loss of "
+            "every example"
+        )
 
 
 def criterion_of(criterion: Any, loss_scale: str | None) -> Any:

@@ -281,6 +281,32 @@ def test_a_wrong_statement_of_the_scale_is_refused(reduction, scale):
         capture(Own(reduction), None, BATCH, loss_scale=scale)
 
 
+@pytest.mark.parametrize("alone", range(N))
+def test_a_scale_is_proven_by_the_examples_that_have_a_gradient(alone):
+    """All labels but one are ignored; either half of the batch may hold that one."""
+    batch = BATCH | {"labels": torch.where(torch.arange(N) == alone, Y, -100)}
+
+    def losses(m, b):
+        return F.cross_entropy(m.net(b["x"]), b["labels"], reduction="none")
+
+    with pytest.raises(CaptureError, match="no mean over examples: half of the batch"):
+        capture(Own(), None, batch, loss_scale="mean", forward=lambda m, b: losses(m, b).sum())
+    with pytest.raises(CaptureError, match="no sum over examples: half of the batch"):
+        capture(Own(), None, batch, loss_scale="sum", forward=lambda m, b: losses(m, b).mean())
+    model, options = Own(), {"loss_scale": "mean", "forward": lambda m, b: losses(m, b).mean()}
+    layers = capture(model, None, batch, **options)
+    (gradient,) = torch.autograd.grad(losses(model, batch).mean(), model.net[0].weight)
+    assert torch.allclose(layers["net.0"].gradient[:, :-1], gradient)
+
+
+def test_the_largest_loss_of_a_batch_is_no_sum():
+    def forward(m, b):
+        return F.cross_entropy(m.net(b["x"]), b["labels"], reduction="none").max()
+
+    with pytest.raises(CaptureError, match="half the batch gives them other gradients"):
+        capture(Own(), None, BATCH, loss_scale="sum", forward=forward)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
