@@ -487,5 +487,7 @@ def _check_blocks(makers: dict[str, Candidate], captures: Captures) -> None:
             raise ValueError(
                 f"the blocks of {name!r} are named {sorted(maker)}, the layers {sorted(known)}"
             )
+        for layer, block in maker.items() if isinstance(maker, Mapping) else ():
+            doors.instance(block, f"{name}[{layer!r}]", Block, "a block of fl.blocks")
         if isinstance(maker, Block) and maker.shape not in {c.shape for c in captures.values()}:
             raise BlockError(f"block {name!r} of shape {maker.shape} fits no layer of this model")

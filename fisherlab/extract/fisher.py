@@ -95,6 +95,8 @@ def label_vectors(
     if not isinstance(loss, Tensor) or loss.ndim:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise CaptureError(f"{name_of(criterion)} returned {got}, not a number")
+    if loss.is_complex():
+        raise CaptureError(f"{name_of(criterion)} returned {loss.dtype}; return a real number")
     for tensor, role in zip(given, ("outputs", "labels"), strict=True):
         if tensor._version:
             raise CaptureError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fisherlab import doors
 from fisherlab.blocks.factor import LARGEST_FACTOR
 from fisherlab.distributed import unwrapped
 from fisherlab.extract.api import Forward, call, check_forward
@@ -92,18 +94,18 @@ def support(model: nn.Module, x: object, *, forward: Forward | None = None) -> p
 
     with isolated(model, x), nn.utils.parametrize.cached():
         weights = weights_of(model)
-        model.eval()
+        with suppress(NotImplementedError):  # an exported program has one mode alone
+            model.eval()
         tape = Tape(on_tape(weights), note)
         with tape:
             outputs = output_of(call(model, x, forward))
-        many = False
-        if isinstance(outputs, Tensor) and outputs.ndim:
-            many = exact_columns(outputs) > EXACT_UP_TO
+        examples, many = 0, False
+        if isinstance(outputs, Tensor) and doors.is_strided(outputs) and outputs.ndim:
+            examples, many = len(outputs), exact_columns(outputs) > EXACT_UP_TO
         elif not refused:
-            refused = "refused: not one tensor of outputs; pass forward="
+            refused = "refused: not one dense tensor of outputs; pass forward="
         kind = f"mc, 1 draw (more than {EXACT_UP_TO} outputs)" if many else "exact"
         rate = _multiplications_per_second(x)
-        examples = len(outputs) if isinstance(outputs, Tensor) and outputs.ndim else 0
         biases = {id(used.use.bias) for found in uses.values() for used in found}
         rows = []
         for name, weight in weights.items():

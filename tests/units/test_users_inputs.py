@@ -406,6 +406,7 @@ def test_a_real_factor_of_a_complex_product_has_no_block():
     ("loss", "named"),
     [
         (lambda f, y: (f - y).square().mean(1), r"returned shape \(3,\), not a number"),
+        (lambda f, y: (f - y).square().mean() * 1j, "returned torch.complex128; return a real"),
         (lambda f, y: (f - y).square().mean().detach(), "does not depend on the outputs"),
         (lambda f, y: nn.Parameter(torch.ones(())), "does not depend on the outputs"),
         (lambda f, y: (f - y).square().sum() / f.sum(), "is not a mean of per-example losses"),
@@ -569,3 +570,18 @@ def test_examples_may_be_short_integers():
     plain = fl.capture(net(), CE, inputs(), Y)["0"]
     given = fl.capture(net(), CE, inputs(), Y, examples=torch.arange(3, dtype=torch.int32))["0"]
     torch.testing.assert_close(given.gram(), plain.gram())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_support_takes_an_exported_program_and_outputs_that_a_capture_refuses():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    exported = torch.export.export(model, (x,)).module()
+    assert len(fl.support(exported, x)) == 2
+    nested = {"forward": lambda m, x: torch.nested.as_nested_tensor(list(m(x)))}
+    for options in (nested, {"forward": lambda m, x: m(x).to_sparse()}):
+        assert "not one dense tensor" in fl.support(model, x, **options)["compare"][0]
+
+
+def test_a_dict_of_layers_holds_blocks():
+    with pytest.raises(TypeError, match=r"opt\['0'\] must be a block of fl.blocks, got 3"):
+        fl.compare(net(), CE, inputs(), Y, approximations={"opt": {"0": 3}})
