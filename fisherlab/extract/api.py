@@ -254,7 +254,8 @@ def capture(
                 reason = f"{reason}; {kind} weights as float32"
         # cached: one weight per parametrized layer, whose gradient can be asked for after the pass
         stack.enter_context(nn.utils.parametrize.cached())
-        before, weights = isolation.draws(), weights_of(model)
+        before = isolation.draws() if check == "full" else None
+        weights = weights_of(model)
         record = Record(on_tape(weights), wanted, kinds)
 
         def checked(outputs: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def capture(
             outputs = backpack.run(model, record, run, checked, columns)
         else:
             outputs = _by_tape(record, run, checked, columns, len(labels), check != "off")
-        if check == "full" and before != isolation.draws():
+        if before is not None and before != isolation.draws():
             _check_repeatable(run, outputs)
         if isinstance(criterion, Inside):
             scale = 1.0

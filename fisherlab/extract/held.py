@@ -27,6 +27,8 @@ COPIED = 2**22
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 _NUMBERS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
+# Most of what a module holds; these have nothing inside.
+_PLAIN = frozenset((*_NUMBERS, bool))
 _IN_PLACE = frozenset(
     f"__{name}__"
     for name in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()
@@ -121,7 +123,7 @@ class Held:
         self._seen: dict[int, Any] = {}
         while waiting:
             value = waiting.pop()
-            if not isinstance(value, _NUMBERS) and id(value) not in self._seen:
+            if type(value) not in _PLAIN and id(value) not in self._seen:
                 self._seen[id(value)] = value
                 waiting += self._inside(value)
 
@@ -134,7 +136,7 @@ class Held:
         """
         try:
             for kind, now, held in self._containers:
-                if kind is not set:
+                if held and kind is not set:
                     for key, value in held if issubclass(kind, dict) else enumerate(held):
                         other = self._stand_in(value)
                         if other is not value:
@@ -153,10 +155,14 @@ class Held:
 
     def draws(self) -> bytes:
         """The states of the random streams that the model holds."""
-        return pickle.dumps([get() for get, _, _ in self._streams])
+        return pickle.dumps([get() for get, _, _ in self._streams]) if self._streams else b""
 
     def _inside(self, value: Any) -> Iterable[Any]:
         """Note a value; returns what it holds."""
+        if type(value) in (dict, OrderedDict):
+            return self._contained(type(value), value)
+        if isinstance(value, nn.Module):
+            return ()
         if isinstance(value, Tensor):
             if _is_state(value):
                 self.copies.add(value, id(value) in self._whole)
@@ -172,10 +178,13 @@ class Held:
         found: list[Any] = [vars(value)] if _is_record(value) else []
         kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)
         if kind is not None:
-            held = _items(kind, value)
-            self._containers.append((kind, value, held))
-            return [*found, *(each for _, each in held)] if issubclass(kind, dict) else found + held
+            return [*found, *self._contained(kind, value)]
         return [*found, *value] if isinstance(value, tuple) else found
+
+    def _contained(self, kind: Any, value: Any) -> Iterable[Any]:
+        held = _items(kind, value)
+        self._containers.append((kind, value, held))
+        return [each for _, each in held] if issubclass(kind, dict) else held
 
     def _stand_in(self, value: Any) -> Any:
         """A copy of a tensor with a graph; any other value itself."""
@@ -184,10 +193,9 @@ class Held:
             if all(map(operator.is_, found, value)):
                 return value
             return value._make(found) if hasattr(value, "_make") else type(value)(found)
-        # a view of a parameter is that parameter
         if type(value) is not Tensor or value.grad_fn is None or value.numel() > COPIED:
             return value
-        if isinstance(value._base, nn.Parameter):
+        if isinstance(value._base, nn.Parameter):  # a view of it, and known as such
             return value
         if id(value) not in self._stand_ins:
             with torch.inference_mode(False), torch.enable_grad():
@@ -201,6 +209,8 @@ def _items(kind: Any, value: Any) -> list[Any]:
 
 def _refill(kind: Any, now: Any, held: list[Any]) -> None:
     """Give a container what it held, where that is not in it."""
+    if not held and not now:
+        return
     mapping = issubclass(kind, dict)
     found, wanted = (
         [part for item in items for part in item] if mapping else items

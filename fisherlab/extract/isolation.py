@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import sys
 from collections import Counter
@@ -165,7 +164,7 @@ class Isolation:
     """
 
     written: Callable[[], list[str]]
-    draws: Callable[[], bytes]
+    draws: Callable[[], tuple[object, ...]]
 
 
 @contextmanager
@@ -198,18 +197,19 @@ def isolated(model: nn.Module, x: object, criterion: object = None) -> Iterator[
             _uncompiled(),
             uncast(),
         ):
-            yield Isolation(written, lambda: _draws(devices) + held.draws())
+            yield Isolation(written, lambda: (*_draws(devices), held.draws()))
     finally:
         _ISOLATED.reset(token)
         for module, training in flags:
             module.training = training
 
 
-def _draws(devices: Iterable[torch.device]) -> bytes:
+def _draws(devices: Iterable[torch.device]) -> tuple[object, ...]:
     """The states of the process's own random streams."""
     states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
-    return pickle.dumps(([state.tolist() for state in states], python, array))
+    array: Any = np.random.get_state()  # noqa: NPY002
+    found = [state.numpy().tobytes() for state in states]
+    return random.getstate(), array[1].tobytes(), array[2:], *found
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

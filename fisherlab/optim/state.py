@@ -85,7 +85,9 @@ def check_form(state: Mapping[str, Any]) -> None:
         raise ValueError("this state is damaged: form is no dict; nothing was loaded")
     # an earlier version saved the form without dtypes
     parts = {
-        key: (form_of(value, dtypes=True), form_of(value)) for key, value in state.items() if key != "form"
+        key: (form_of(value, dtypes=True), form_of(value))
+        for key, value in state.items()
+        if key != "form"
     }
     damaged = sorted(key for key in {*saved, *parts} if saved.get(key) not in parts.get(key, ()))
     if damaged:
