@@ -222,7 +222,7 @@ class Outer(OfColumns):
         return super().__new__(cls)
 
     def __init__(self, a: Tensor, g: Tensor, core: float | None = None, shift: float = 0.0) -> None:
-        self._hold(Columns(a, g), core, shift)
+        self._hold(Columns(a, g, careful=True), core, shift)
 
     @classmethod
     def over(cls, columns: Columns, core: float | None = None, shift: float = 0.0) -> Outer:
@@ -508,7 +508,7 @@ class OuterSum(OfColumns):
     """
 
     def __init__(self, a: Tensor, g: Tensor, core: Tensor, shift: float = 0.0) -> None:
-        columns = Columns(a, g)
+        columns = Columns(a, g, careful=True)
         doors.tensor(core, "core", ndim=(2,), error=BlockError)
         if core.shape != (columns.count, columns.count):
             raise BlockError(
@@ -558,7 +558,7 @@ class OuterSum(OfColumns):
         for part, what in ((W, "W"), (d, "d")):
             doors.tensor(part, what, error=BlockError)
         assert W is not None and d is not None
-        return cls.over(Columns(a, g), W.double(), d.double(), shift, orthonormal)  # type: ignore[arg-type]
+        return cls.over(Columns(a, g, careful=True), W.double(), d.double(), shift, orthonormal)  # type: ignore[arg-type]
 
     def saved(self, name: str) -> Any:
         return None if name == "core" else getattr(self, name)

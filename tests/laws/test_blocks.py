@@ -606,3 +606,18 @@ def test_the_inverse_of_a_block_of_full_rank_does_not_cancel_at_a_small_damping(
     near(inverse.dense(), expected, dtype, bound=bound)
     near(inverse.squared_norm(), expected.square().sum(), dtype, bound=bound)
     near(inverse.trace(), expected.trace(), dtype, bound=bound)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4])
+def test_a_block_of_positions_that_cancel_has_the_digits_of_what_it_is_made_of(share):
+    a, g = randn(6, 1, 5, seed=1), randn(2, 6, 1, 9, seed=2)
+    a = torch.cat([a, a + share * randn(6, 1, 5, seed=3)], 1).float()
+    g = torch.cat([g, -g], 2).float()
+    U = columns(a, g)
+    sums = (U.square().sum(), (U.mT @ U).square().sum())
+    core = torch.eye(12, dtype=torch.float64)
+    for block in (blocks.Outer(a, g, 1.0), blocks.OuterSum(a, g, core)):
+        loaded = blocks.from_dict(blocks.to_dict(block))
+        for found in (block, loaded, block.power(1, 0.0)):
+            near(found.trace(), sums[0], torch.float32, bound=1e-6 / share)
+            near(found.squared_norm(), sums[1], torch.float32, bound=1e-6 / share)
