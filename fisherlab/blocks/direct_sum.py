@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeGuard, TypeVar
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,14 +100,14 @@ class Parted(Block):
             [part.column_quadratics(a.contiguous(), g) for part, a, g in triples]
         ).sum(0)
 
-    def _parted_as(self, other: Block) -> TypeGuard[Parted]:
+    def parted_as(self, other: Block) -> TypeGuard[Self]:
         """Whether the other block has parts of the same shapes."""
         return isinstance(other, type(self)) and [part.shape for part in self.parts] == [
             part.shape for part in other.parts
         ]
 
     def _inner(self, other: Block) -> Tensor | None:
-        if not self._parted_as(other):
+        if not self.parted_as(other):
             return None
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.stack([one.inner(two) for one, two in pairs]).sum()
@@ -192,13 +192,13 @@ class DirectSum(Parted):
         return torch.stack([part.gram() for part in outers]).sum(0)
 
     def diagonal_of(self, other: Block) -> Tensor:
-        if not self._parted_as(other):
+        if not self.parted_as(other):
             return super().diagonal_of(other)
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.cat([one.diagonal_of(two).flatten() for one, two in pairs])
 
     def chosen(self, other: Block) -> Tensor:
-        if not self._parted_as(other):
+        if not self.parted_as(other):
             return super().chosen(other)
         pairs = zip(self.parts, other.parts, strict=True)
         return torch.stack([one.chosen(two) for one, two in pairs]).sum()

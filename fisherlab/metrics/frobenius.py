@@ -96,7 +96,7 @@ def relative_error(X: Block, F: Block) -> Tensor:
 
 def same(X: Block, F: Block) -> bool:
     """Whether they are one block, or direct sums of the same."""
-    if isinstance(X, DirectSum) and isinstance(F, DirectSum):
+    if isinstance(X, DirectSum) and X.parted_as(F):
         return all(x is f for x, f in zip(X.parts, F.parts, strict=True))
     return X is F
 

@@ -110,7 +110,7 @@ def conditions(
     Returns:
         `[dampings, blocks]` float64; NaN as in `condition`.
     """
-    by_part = [isinstance(X, DirectSum) and isinstance(F, DirectSum) for X in blocks]
+    by_part = [isinstance(X, DirectSum) and X.parted_as(F) for X in blocks]
     if len(set(by_part)) > 1:
         return torch.cat([conditions([X], F, dampings, beside) for X in blocks], 1)
     exact = parts_of(F) if by_part[0] else (F,)

@@ -261,8 +261,9 @@ def _pair_sums(reference: Block) -> tuple[Tensor, Tensor]:
 
 def _example_products(X: Block, reference: Block) -> Tensor:
     """`<F_n, X>`, `[n]` float64."""
-    if isinstance(X, DirectSum) != isinstance(reference, DirectSum):
-        raise TypeError("a layer in groups needs an approximation in groups")
+    grouped = [isinstance(block, DirectSum) for block in (X, reference)]
+    if any(grouped) and not (isinstance(X, DirectSum) and X.parted_as(reference)):
+        raise TypeError("a layer in groups needs an approximation in the same groups")
     products = [
         x.column_quadratics(f.a, f.g).sum(0)
         for x, f in zip(parts_of(X), _columns(reference), strict=True)

@@ -478,7 +478,7 @@ def test_what_no_population_error_exists_for():
         assert math.isnan(value)
     with pytest.raises(TypeError, match="the reference must be an exact block"):
         metrics.population_error(X, X)
-    with pytest.raises(TypeError, match="groups needs an approximation in groups"):
+    with pytest.raises(TypeError, match="groups needs an approximation in the same groups"):
         metrics.population_error(X, blocks.DirectSum([blocks.Outer(a, g[..., :1])] * 2))
 
 
@@ -642,6 +642,15 @@ def test_a_sum_in_parts_beside_one_in_other_parts():
     one, two = (blocks.Diagonal(randn(k, 4, seed=k).square()) for k in (1, 2))
     X, F = blocks.DirectSum([one, two]), blocks.DirectSum([two, one])
     near(metrics.diagonalisation(X, F), 1)
+    dense = [blocks.Dense(block.dense(), block.shape) for block in (X, F)]
+    for measure in (metrics.relative_error, metrics.cosine):
+        near(measure(X, F), measure(*dense))
+    for measure in (metrics.condition, metrics.stein_loss, metrics.von_neumann_divergence):
+        near(measure(X, F, 0.1), measure(*dense, 0.1), rel=1e-8)
+    a, g = randn(12, 1, 4, seed=5), randn(1, 12, 1, 3, seed=6)
+    exact = blocks.DirectSum([blocks.Outer(a, g[..., :2]), blocks.Outer(a, g[..., 2:])])
+    with pytest.raises(TypeError, match="in the same groups"):
+        metrics.population_error(X, exact)
 
 
 def test_the_leading_directions_of_an_indefinite_block_are_no_rounding():
