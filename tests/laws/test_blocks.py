@@ -317,7 +317,7 @@ def test_leading_vectors_of_columns_of_very_different_lengths_are_orthogonal(dty
     for block in (F, F.power(0.5, 1e-9), blocks.OuterSum(a.to(dtype), g.to(dtype), psd(6, seed=3))):
         values, vectors = block.leading(6)
         flat = vectors.double().flatten(1)
-        near(flat @ flat.mT, torch.eye(len(values)), dtype, bound=10 * torch.finfo(dtype).eps)
+        near(flat @ flat.mT, torch.eye(len(values)), dtype, bound=100 * torch.finfo(dtype).eps)
         products = (block @ vectors).double().flatten(1)
         near(products, values[:, None] * flat, dtype)
 
@@ -602,7 +602,7 @@ def test_the_inverse_of_a_block_of_full_rank_does_not_cancel_at_a_small_damping(
         block.power(-1, damping),
         torch.linalg.inv(F + damping * torch.eye(6).double()),
     )
-    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    bound = 1e-10 if dtype == torch.float64 else 1e-5
     near(inverse.dense(), expected, dtype, bound=bound)
     near(inverse.squared_norm(), expected.square().sum(), dtype, bound=bound)
     near(inverse.trace(), expected.trace(), dtype, bound=bound)
