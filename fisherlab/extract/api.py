@@ -244,7 +244,8 @@ def capture(
         half = [name for name in wanted if is_half(weights[name].tensor)]
         left_out: dict[str, str] = {}
         if half:
-            kind, why = weights[half[0]].tensor.dtype, _float32(stack, model, returned, x)
+            kind, loss = weights[half[0]].tensor.dtype, bare(criterion)
+            why = _float32(stack, model, loss, returned, x)
             if why:
                 why = f"its weight is {kind}, and the model does not run in float32: {why}"
                 left_out = dict.fromkeys(half, why)
@@ -546,11 +547,15 @@ def _forward(
 
 
 def _float32(
-    stack: ExitStack, model: nn.Module, returned: Callable[[object], Tensor], x: object
+    stack: ExitStack,
+    model: nn.Module,
+    criterion: object,
+    returned: Callable[[object], Tensor],
+    x: object,
 ) -> str:
-    """Make the model's half-precision tensors float32; why it does not run so, or ""."""
+    """Make half-precision tensors, class weights too, float32; why it does not run so, or ""."""
     with ExitStack() as trial:
-        trial.enter_context(in_float32(model))
+        trial.enter_context(in_float32(model, criterion))
         try:
             # the pass that counts starts from the same buffers and draws
             with buffers_kept(model), streams_kept(), torch.no_grad():

@@ -220,14 +220,16 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
+def in_float32(*owners: object) -> Iterator[None]:
     """Parameters and buffers of half precision are float32 inside; afterwards as before.
 
     Every value is kept. The arithmetic that a capture needs is that of float32.
     """
     halves = [
         (tensor, tensor.data)
-        for tensor in (*model.parameters(), *model.buffers())
+        for owner in owners
+        if isinstance(owner, nn.Module)
+        for tensor in (*owner.parameters(), *owner.buffers())
         if is_half(tensor)
     ]
     try:

@@ -234,10 +234,13 @@ def masks(
     assert isinstance(criterion, Masked)
     if criterion.spread(outputs) is not None:
         return True
+    axes = criterion.mask.shape[1:]
+    if math.prod(axes) == 1:  # as many positions as a bias has, or a layer behind a mean
+        return bool(criterion.mask.all())
     # sums and unit vectors have no positions, and no outputs
     found = [layer for layer in layers if layer.raw_outputs is not None]
     if any(
-        positions_of(geometry, raw) == criterion.mask.shape[1:]
+        positions_of(geometry, raw) == axes and bool(raw.any())
         for layer in found
         for geometry, raw in layer.calls(layer.raw_output_gradients or ())
     ):

@@ -96,6 +96,10 @@ def test_half_precision_weights_are_captured_in_float32(kind, fisher_type):
         assert torch.equal(
             captured[name].per_example_gradients(), expected[name].per_example_gradients()
         )
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3).to(kind))
+    again = capture(model, weighted, X.to(kind), Y, fisher_type=fisher_type)
+    assert torch.equal(again["0"].gradient, captured["0"].gradient)
+    assert weighted.weight.dtype == kind
     # the model, and a graph that was made before, are as they were
     assert same(before, state(model)) and model[0].weight.grad is grad
     assert all(a is b for a, b in zip(kept, model.parameters(), strict=True))

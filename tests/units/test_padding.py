@@ -398,6 +398,18 @@ def test_a_mask_as_wide_as_a_transposed_role_fits_nothing():
         capture(Tied(), CE, x, x, mask=mask)
 
 
+def test_a_layer_without_any_gradient_proves_no_mask():
+    model, mask = Heads(True), torch.tensor([[True, True, False]] * M)
+    x, y = randn(M, T, D), torch.arange(M * T).view(M, T) % C
+
+    def forward(model, x):
+        a = torch.tanh(model.a(x))
+        return model.o(a + 0 * model.h(a.mean(1).unflatten(1, (3, 2))).flatten(1)[:, None]).mT
+
+    with pytest.raises(CaptureError, match="fits the positions of no layer"):
+        capture(model, CE, x, y, mask=mask, forward=forward)
+
+
 def test_a_mask_of_means_and_variances_is_refused():
     model = nn.Sequential(nn.Linear(D, 4), nn.Softplus()).double()
     x, y = randn(M, 2, D), randn(M, 1, 4)
