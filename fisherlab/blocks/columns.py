@@ -123,7 +123,7 @@ class Columns:
 
     def _found_even(self) -> Columns:
         a, g = contractions.evened(self.a, self.g)
-        return self if a is self.a else Columns(a, g, self.room, self.careful)
+        return self if a is self.a else Columns(a, g, self.room, self.careful, self.mixed)
 
     @cached_property
     def cancellation(self) -> float:
@@ -154,7 +154,7 @@ class Columns:
         of = self.even
         U, S, V = svd(of.a.double(), "inputs of an example")
         a, g = S[..., None] * V, U.mT @ of.g.double()
-        return Columns(a.to(self.a), g.to(self.g), self.room)
+        return Columns(a.to(self.a), g.to(self.g), self.room, mixed=self.mixed)
 
     @property
     def matrices(self) -> Tensor:
