@@ -54,6 +54,8 @@ class Pass:
     twice: bool = False
     # layers that this pass could not tell to have a block, each with the reason
     untold: dict[str, str] = field(default_factory=dict)
+    # those that it shows to have none, which counts once it takes part in a step
+    lost: dict[str, str] = field(default_factory=dict)
     # the tensor whose columns were sent back; held, it would keep a graph that is thrown away
     criterion_saw: weakref.ref[Tensor] | None = None
 

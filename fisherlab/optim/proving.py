@@ -45,7 +45,7 @@ class Proof:
 
     @no_gradient_named(OptimizerError)
     def prove(self, current: Pass, output: Tensor) -> None:
-        """Leave out layers without a proof, and give rows back to their examples.
+        """Find layers without a proof, and give rows back to their examples.
 
         Args:
             current: the pass, with the calls of its layers.
@@ -55,7 +55,7 @@ class Proof:
             OptimizerError: a checkpoint that works within one backward pass only hides the graph.
         """
         n = len(output)
-        fresh = {name for name in current.calls if name not in self._proven}
+        fresh = current.calls.keys() - self._proven - self.coverage.left_out.keys()
         doubtful = [
             (name, call)
             for name, calls in current.calls.items()
@@ -65,9 +65,9 @@ class Proof:
         if doubtful:
             self._find_rows(current, output, doubtful)
         if fresh:
-            self._find_products(current, output, fresh - set(self.coverage.left_out))
+            self._find_products(current, output, fresh - current.lost.keys())
             whole = {n for n in fresh if not _frozen_bias(self.weights[n])}
-            self._proven |= whole - current.untold.keys()
+            self._proven |= whole - current.untold.keys() - current.lost.keys()
 
     @no_gradient_named(OptimizerError)
     def count_positions(self, current: Pass, output: Tensor) -> None:
@@ -102,7 +102,7 @@ class Proof:
                 call.positions = len(examples) // n
             if why:
                 new[name] = why
-        self.coverage.leave_out(new)
+        current.lost |= new
 
     def _find_rows(self, current: Pass, output: Tensor, doubtful: list[tuple[str, Call]]) -> None:
         n = len(output)
@@ -119,7 +119,7 @@ class Proof:
                     new[name] = why
             else:
                 self._coded.add(name)
-        self.coverage.leave_out(new)
+        current.lost |= new
 
     def _find_products(self, current: Pass, output: Tensor, names: set[str]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ class Proof:
                 others = self.coverage.others.get(name)
                 extra = [f"it is used by {', '.join(sorted(others))} as well"] if others else []
                 new[name] = not_a_product(error, *extra)
-        self.coverage.leave_out(new)
+        current.lost |= new
 
 
 def _frozen_bias(weight: Weight) -> bool:

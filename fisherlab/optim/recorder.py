@@ -348,7 +348,7 @@ class Recorder:
             self._send_columns(current, output, None)
 
     def _leave_out(self, current: Pass) -> None:
-        """Name the layers without a call, or with a use that is no product of this weight's own."""
+        """Find the layers without a call, or with a use that is no product of its own."""
         others = self.watch.tape.others
         new: dict[str, str] = {}
         for name in self.weights:
@@ -357,7 +357,7 @@ class Recorder:
             lost = name not in current.calls or not self.needs.rows
             if functions and lost:
                 new[name] = f"it is used by {functions}, not by a product FisherLab knows"
-        self.coverage.leave_out(new)
+        current.lost |= new
 
     @no_gradient_named(OptimizerError)
     def _send_columns(self, current: Pass, output: Tensor, labels: Tensor | None) -> None:
@@ -464,6 +464,8 @@ class Recorder:
             at: the step, and what it captures for; ranks that are elsewhere are refused.
         """
         arrived = [p for p in self.passes if p.arrived]
+        for one in arrived:
+            self.coverage.leave_out(one.lost)
         with jointly(self.ranks, "reading its batch"):
             self.factors = [self._factor(p) for p in arrived]
         if self.ranks is not None:

@@ -45,6 +45,8 @@ Rows = Callable[[Weight, Calls, float], tuple[Tensor, Tensor | None]]
 class _State:
     """The parts that all layers of an optimizer share."""
 
+    # leaves layers out for good, each with its reason
+    leave_out: Callable[[dict[str, str]], None]
     # layers whose backward came through since the last step
     reached: set[str] = field(default_factory=set)
 
@@ -61,6 +63,8 @@ class _Layer:
     # whether the weight keeps its plain gradient; because this batch tells nothing of its rows
     plain: bool = False
     untold: bool = False
+    # why it has no block, as this pass shows
+    lost: str = ""
     # whether inputs are kept by hand: what no hook of a module computes again, checkpointing would
     # miss among the saved tensors
     kept: bool = False
@@ -151,6 +155,8 @@ class _Weighted(torch.autograd.Function):
         weight, needs = layer.weight, ctx.needs_input_grad[:3]
         if not own and not layer.untold:
             layer.state.reached.add(weight.name)
+            if layer.lost:
+                layer.state.leave_out({weight.name: layer.lost})
         rows = found = None
         if layer.plain or own:
             grads = list(_gradients(weight, x.to(g.dtype), kernel.to(g.dtype), g, None, needs))
@@ -296,7 +302,7 @@ class WeightedLayers:
         self.coverage, self.weights, self.rows = coverage, coverage.weights, rows
         # told the examples of each backward pass when its last layer is through
         self.ended = ended
-        self.state = _State()
+        self.state = _State(coverage.leave_out)
         # layers whose rows were proven to be examples, or their positions one after another
         self._proven: set[str] = set()
         self._layouts: dict[str, str] = {}
@@ -392,19 +398,22 @@ class WeightedLayers:
                 layer = self._layers[name][0]
                 layer.plain = layer.untold = True
                 continue
-            self._proven.add(name)
             same = len(cast(Tensor, call.output)) == n == len(call.raw_input)
             if same and (why or in_order(call, n)):
                 continue
             layout = None if why else _layout(call, n)
             if layout is None or self._layouts.setdefault(name, layout) != layout:
                 self._say(name, why or "its rows are not in the order of the examples")
+        names = {name for name, *_ in asked}
+        self._proven |= {n for n in names if not (x := self._layers[n][0]).untold and not x.lost}
 
     def _say(self, name: str, reason: str) -> None:
-        """Leave a layer out, this pass included; said once."""
-        if name in self._layers:
-            self._layers[name][0].plain = True
-        self.coverage.leave_out({name: reason})
+        """Leave a layer out of this pass, and for good with its backward pass."""
+        if name not in self._layers:
+            self.coverage.leave_out({name: reason})
+            return
+        layer = self._layers[name][0]
+        layer.plain, layer.lost = True, layer.lost or reason
 
     def remove(self) -> None:
         """Take the hooks off the model."""

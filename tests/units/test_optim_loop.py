@@ -383,6 +383,42 @@ def throw(bad: str, model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor
             loss.backward()
 
 
+class Spread(nn.Module):
+    """One row for three examples, where there is no axis of examples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.ndim > 1 else x.tanh().expand(3, -1)
+
+
+@pytest.mark.parametrize("name", ["kfac", "kfac_reduce", "ngd", "tengrad", "kbfgs"])
+def test_a_forward_without_a_step_costs_no_layer_its_block(name: str) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def trained(spoiled: bool) -> tuple[Tensor, dict[str, str]]:
+        model = perceptron(6, 5, 4)
+        model = nn.Sequential(model[0], Spread(), model[2])
+        optimizer = fl.optim.create(name, model)
+        for x, y in stream(2):
+            if spoiled:
+                model(x[0])
+            step(model, optimizer, x, y)
+        return weights(model), optimizer.left_out
+
+    clean, spoiled = trained(False), trained(True)
+    assert torch.equal(clean[0], spoiled[0]) and not spoiled[1]
+    model = nn.Sequential(nn.Linear(6, 5), Spread(), nn.Linear(5, 12)).double()
+    ((x, y),) = stream(1)
+    with pytest.warns(UserWarning, match="layer '0' has no block"):
+        step(model, fl.optim.create(name, model), x[0], y[:3])
+
+
 def test_an_optimizer_that_loads_the_state_of_one_without_a_step_learns_its_weights() -> None:
     class Product(nn.Module):
         def __init__(self) -> None:
