@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from fisherlab.extract.isolation import is_isolated, is_traced
 from fisherlab.extract.outputs import loss_of, output_of
@@ -30,8 +31,9 @@ class Hook:
         """The function, told whether the caller is compiled: its graph has a break here."""
         if torch.compiler.is_exporting():  # a program of the model has no optimizer in it
             return None
-        # the break itself costs an uncompiled model 15 us a call
-        compiled = torch.compiler.is_compiling()
+        # the break itself costs an uncompiled model 15 us a call. Past its limit of recompilations
+        # the compiler runs a hook as it is, and goes on to compile what that calls
+        compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         return self._breaking(True, *args) if compiled else self.function(False, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -380,3 +380,18 @@ def test_steps_that_a_bound_shortened_are_counted_and_said():
     assert again.clipped == 3
     with pytest.raises(ValueError, match="below 1"):
         fl.optim.create("kfac", one.model, momentum=2.0)
+
+
+def test_a_hook_that_the_compiler_runs_as_it_is_enters_no_tape() -> None:
+    """Past its limit of recompilations: what the hook left was compiled, and failed inside."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = fl.optim.create("kfac", model)
+    inside: list[int] = []
+    model[1].register_forward_hook(
+        lambda *_: inside.append(torch.overrides._len_torch_function_stack())
+    )
+    forward = torch._dynamo.run(lambda x: model(x))
+    nn.functional.cross_entropy(forward(torch.randn(8, 6)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    assert inside == [0] and set(optimizer.blocks()) == {"0", "2"}
