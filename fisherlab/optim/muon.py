@@ -20,9 +20,17 @@ _KEPT = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 def _check_group(group: Mapping[str, Any]) -> None:
     """Refuse options that are none; a loop may write into a group between two steps."""
     muon = doors.choice(group.get("rule"), "rule", _KEPT) == "muon"
-    for name in ("lr", "weight_decay", *(("momentum", "eps") if muon else ())):
+    for name in ("lr", "weight_decay", "eps", *(("momentum",) if muon else ())):
         doors.number(group.get(name), name, least=0.0)
     if not muon:
+        betas = group.get("betas")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas are two weights of the past, got {doors.said(betas)}")
+        for b in betas:
+            doors.number(b, "each of betas", least=0.0, below=1.0)
+        # torch looks at the others as AdamW steps, when Muon has moved its matrices
+        for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+            doors.flag(group.get(name), name)
         return
     doors.flag(group.get("nesterov"), "nesterov")
     doors.count(group.get("ns_steps"), "ns_steps")

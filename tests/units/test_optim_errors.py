@@ -363,3 +363,16 @@ def test_reconstruct_refuses_a_number_out_of_range_and_leaves_the_model(options,
     with pytest.raises(ValueError, match=said):
         fl.optim.reconstruct(model, **options)
     assert not fl.optim.sngd.local_fishers(model) and not model._forward_hooks
+
+
+@pytest.mark.parametrize("value", [-1, "junk", None, 10**30])
+def test_muon_refuses_an_option_of_adamw_before_its_matrices_move(value: object) -> None:
+    model = small()
+    optimizer = fl.optim.create("muon", model)
+    step = closing(optimizer, model)
+    (group,) = (g for g in optimizer.param_groups if g["rule"] == "adamw")
+    for option in ("lr", "weight_decay", "eps", "betas", "amsgrad", "maximize", "capturable"):
+        before, group[option] = group[option], value
+        refused(model, lambda: optimizer.step(step), ValueError, option)
+        group[option] = before
+    optimizer.step(step)
