@@ -1,5 +1,6 @@
 """`python -m fisherlab`, and `torchrun -m fisherlab`."""
 
+import io
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ def main() -> None:
     # a shell may have closed them: `fisherlab ... >&-`
     sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")
     sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack × and ─, a name be no text
+        sys.stdout.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     try:

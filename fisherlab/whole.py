@@ -71,7 +71,9 @@ def write(path: Path, content: str | bytes | Callable[[IO[bytes]], Any]) -> None
         if callable(content):
             content(stream)
         else:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            # a file's name that is no text has surrogates
+            text = content.encode(errors="replace") if isinstance(content, str) else content
+            stream.write(text)
 
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:

@@ -575,3 +575,10 @@ def test_options_of_a_method_by_name(tmp_path):
         given = ["--set", wrong, "-a", "kfac,tekfac", "--out", tmp_path / "no"]
         assert said in refused("compare", *TINY, *given)
     assert not (tmp_path / "no").exists()
+
+
+def test_an_output_that_lacks_letters_is_no_internal_error():
+    words = [sys.executable, "-m", "fisherlab", "reproduce", "--list"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    assert "ngm" in done.stdout and "?" in done.stdout and not done.stderr

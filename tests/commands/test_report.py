@@ -170,7 +170,9 @@ def test_no_flipped_bit_of_a_table_is_read_as_another_table(tmp_path):
     assert 3 * refused > 0.98 * len(content)  # all but those of the mark itself
 
 
-@pytest.mark.parametrize("name", ["~", "a::b", "http:", "*", "new\nline", "<b>x</b>"])
+@pytest.mark.parametrize(
+    "name", ["~", "a::b", "http:", "*", "new\nline", "<b>x</b>", "no\udcfftext"]
+)
 def test_the_name_of_a_folder_is_no_address(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = RunDir(name)
