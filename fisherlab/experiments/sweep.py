@@ -231,6 +231,7 @@ def sweep(
     def run(entry: Entry, report: Callable[[float, int], None] | None = None) -> Point:
         mine = replace(settings, entries=(entry,))
         watching = _Point(watch, metric, report)
+        _write_config(search, folder, "running")  # no other command takes the folder meanwhile
         results = train(mine, folder / "search" / entry.label, watch=watching)
         if results.interrupted:
             raise KeyboardInterrupt
@@ -314,13 +315,9 @@ def _best(search: Search) -> tuple[Entry, ...]:
 
 def _write(search: Search, folder: Path) -> None:
     """`sweep.md`, the table, and `sweep.json`: the same, what was tried, and on what."""
-    asked = {
-        name: {o: str(v) if isinstance(v, Range) else v for o, v in space.items()}
-        for name, space in search.grid.items()
-    }
     content = {
         "search": search.settings.to_json(),
-        "grid": asked,
+        "grid": _asked(search),
         "metric": search.metric,
         "final": None if search.final is None else search.final.settings.to_json(),
         "table": search.table.to_dict("records"),
@@ -330,13 +327,19 @@ def _write(search: Search, folder: Path) -> None:
         "versions": versions(),
     }
     status = "running elsewhere" if search.elsewhere else "complete"
-    RunDir(folder).write_config(
-        {
-            "command": "sweep",
-            "status": "interrupted" if search.interrupted else status,
-            "settings": search.settings.to_json(),
-            "grid": asked,
-        }
-    )
+    _write_config(search, folder, "interrupted" if search.interrupted else status)
     whole.write(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
     whole.write(folder / "sweep.md", search.markdown())
+
+
+def _write_config(search: Search, folder: Path, status: str) -> None:
+    told = {"settings": search.settings.to_json(), "grid": _asked(search)}
+    RunDir(folder).write_config({"command": "sweep", "status": status, **told})
+
+
+def _asked(search: Search) -> dict[str, dict[str, Any]]:
+    """The spaces as JSON."""
+    return {
+        name: {o: str(v) if isinstance(v, Range) else v for o, v in space.items()}
+        for name, space in search.grid.items()
+    }

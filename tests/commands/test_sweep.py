@@ -104,6 +104,24 @@ def test_a_choice_that_diverges_at_full_length_has_no_result(tmp_path, monkeypat
     assert "No optimizer came to its end" in (tmp_path / "report.html").read_text()
 
 
+def test_no_other_command_takes_the_folder_of_a_running_search(tmp_path, monkeypatch, loop):
+    options = {"hidden": (4,), "examples": 64, "validation": 50, "epochs": 1}
+    other = Settings(**{**options, "validation": None})
+    tried = []
+
+    def train(settings, folder, *, watch):
+        if not tried:
+            with pytest.raises(SettingsError, match="holds a run of `fisherlab sweep`"):
+                training.train(other, tmp_path)
+        tried.append(folder.name)
+        return training.train(settings, folder, watch=watch)
+
+    monkeypatch.setattr(sweep, "train", train)
+    found = sweep.grid(["sgd.lr=0.1"], "sgd")
+    sweep.sweep(Settings(**options), "sgd", found, tmp_path, final={"seeds": (0,)})
+    assert tried == ["sgd-1", "final"] and RunDir(tmp_path).config["status"] == "complete"
+
+
 def test_a_choice_at_the_end_of_its_grid_is_said():
     grid = {"sgd": {"lr": ["0.1", "0.2", "0.3"], "momentum": ["0", "0.9"]}}
     entry = training.Entry("sgd", "sgd", {"lr": "0.3", "momentum": "0.9"})
