@@ -330,14 +330,13 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     folder = rundir.RunDir(tmp_path)
     folder.begin({"command": "compare"}, ("comparison",))
 
-    def fails(self, stream, **options):
-        stream.write(b"PAR1 half")
+    def fails(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="No space"):
         folder.write_table("comparison", pd.DataFrame({"a": [1]}))
-    assert folder.table("comparison") is None and not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # The other commands ------------------------------------------------------------------------------
