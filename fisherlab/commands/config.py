@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fisherlab import doors
 from fisherlab.names import unknown
 
 NAME = "config"
@@ -96,7 +95,10 @@ def _defaults(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any
 def _value(name: str, value: Any, parameter: Any) -> Any:
     """What stands for the words that a user would type: several, a flag, or one word."""
     if getattr(parameter, "is_flag", False):
-        return doors.flag(value, name)
+        if not isinstance(value, bool):  # no door of the library, which imports torch
+            got = f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"{name} must be True or False, got {got}")
+        return value
     if isinstance(value, Mapping):
         value = list(_assignments(value))
     if getattr(parameter, "multiple", False) or parameter.nargs == -1:
