@@ -17,6 +17,7 @@ COMMANDS = ("bench", "compare", "reproduce", "sweep", "train", "verify")
 
 
 def rerun(
+    context: typer.Context,
     folder: Annotated[PATH, typer.Argument(help="The folder of a run.")],
     out: Annotated[PATH | None, typer.Option("--out", "-o", help="Folder; FOLDER-rerun.")] = None,
     overwrite: options.Overwrite = False,
@@ -39,10 +40,8 @@ def rerun(
     out = out or folder.with_name(f"{folder.name}-rerun")
     name = there.get("command")
     if name in COMMANDS and there.get("typed", {}).get("command") == name:
-        from fisherlab.cli import command
-
         words = ["--config", str(folder / CONFIG), "--out", str(out)]
-        made = command(name)
+        made = context.find_root().command.get_command(context, name)  # type: ignore[attr-defined]
         replaces = overwrite and any(config.OVERWRITE in one.opts for one in made.params)
         words += [config.OVERWRITE] * replaces
         if code := made.main(words, f"fisherlab {name}", standalone_mode=False):
