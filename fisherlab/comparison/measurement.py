@@ -368,6 +368,8 @@ class LayerMeasurement:
             doubt = ROUNDING
         elif plain and (share := at.hidden_share(product, P, near, damping)) > UNSURE_EIGENVALUES:
             doubt = ROUNDING
+        elif (share := at.share_left_out(product, P, damping)) > UNSURE:
+            doubt = STEP_ROUNDING
         elif (share := at.rounding_of(product, P, most)) > UNSURE:
             doubt = STEP_ROUNDING
         if doubt:

@@ -48,15 +48,19 @@ class RotatedGradient:
 
     def product(self, P: Eigen, damping: float) -> Tensor:
         """`P g`. If the part of `g` where `P` is 1 / damping is rounding, it counts as zero."""
-        spectrum, rotated = P.spectrum.to(P.dtype), self.rotated
-        beside = rotated.masked_fill(spectrum * damping < 0.5, 0)
-        # the rounding of few numbers is small: more than it is the gradient's own, in raw units
-        share = min(1.0, ROUNDING_OF_FEW * math.sqrt(rotated.numel()) / RESIDUAL_EPS)
-        if is_rounding(dot(beside, beside), share**2 * dot(rotated, rotated), rotated.dtype):
-            rotated = rotated - beside
-        product = P.from_bases(spectrum * rotated)
+        spectrum, left = P.spectrum.to(P.dtype), self.left_out(P, damping)
+        product = P.from_bases(spectrum * (self.rotated if left is None else self.rotated - left))
         # apart, since 1 / damping would amplify the rounding of a product with both
         return product if self.rest is None else product + P @ self.rest
+
+    def left_out(self, P: Eigen, damping: float) -> Tensor | None:
+        """The part of `g` where `P` is 1 / damping, in the basis; None if more than rounding."""
+        rotated = self.rotated
+        left = rotated.masked_fill(P.spectrum.to(P.dtype) * damping < 0.5, 0)
+        # the rounding of few numbers is small: more than it is the gradient's own, in raw units
+        share = min(1.0, ROUNDING_OF_FEW * math.sqrt(rotated.numel()) / RESIDUAL_EPS)
+        square = share**2 * dot(rotated, rotated)
+        return left if is_rounding(dot(left, left), square, rotated.dtype) else None
 
     def share_at_zero(self, P: Eigen, damping: float) -> float:
         """The share of `P g`, rounding included, in directions where the block is zero."""
@@ -145,6 +149,19 @@ class ExactReference:
             return 0.0
         key = id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()
         return self._bases[key].share_at_zero(P, damping) if key in self._bases else 0.0
+
+    def share_left_out(self, product: Tensor, P: Block, damping: float) -> float:
+        """`||d|| / (damping ||P g||)`, `d` what counts as rounding of `g` where `X` is 0.
+
+        In the smallest eigenvalues of inputs in raw units it may be real. 0 in float64.
+        """
+        if not isinstance(P, Eigen) or not is_coarse(self.F.dtype):
+            return 0.0
+        known = self._bases.get((id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()))
+        left = None if known is None else known.left_out(P, damping)
+        if left is None:
+            return 0.0
+        return float(left.double().norm() / damping / product.double().norm().clamp(min=1e-300))
 
     def hidden_share(self, product: Tensor, P: Block, X: Block, damping: float) -> float:
         """`eps lambda_1 ||P P g|| / ||P g||`: how far the rounding of `X` turns its step.

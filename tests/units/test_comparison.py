@@ -908,6 +908,19 @@ def test_small_inputs_beside_a_bias_have_the_cosine_of_float64():
     assert np.allclose(single.direction_cosine, double.direction_cosine, atol=1e-3)
 
 
+def test_what_an_eigensolver_may_have_lost_of_a_gradient_says_so():
+    """Inputs of 1e-7 in a moment in float32: their eigenvalues are rounding of the others."""
+    torch.manual_seed(4)
+    x, y = torch.randn(12, 5) * torch.tensor([1.0, 1.0, 1e-7, 1e-7, 1.0]), torch.arange(12) % 2
+    model, frames = nn.Linear(5, 10), []
+    for dtype in (torch.float32, torch.float64):
+        asked = {"approximations": ["sngd"], "fisher_type": "empirical", "dampings": (1e-6,)}
+        frames.append(fl.compare(model.to(dtype), CE, x.to(dtype), y, **asked).frame)
+    assert (frames[0].direction_cosine - frames[1].direction_cosine).abs()[0] > 0.1
+    assert "of its step may be the rounding" in frames[0].note[0]
+    assert not frames[1].note[0]
+
+
 def test_all_methods_measure_a_convnet_in_float32():
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()
