@@ -244,7 +244,7 @@ def _plain(value: Any) -> Any:
         return {
             key: _plain(each)
             for key, each in value.items()
-            if key not in ("clock", "cpu") and not any(word in str(key) for word in CLOCKS)
+            if key not in ("clock", "cpu", "seal") and not any(word in str(key) for word in CLOCKS)
         }
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
