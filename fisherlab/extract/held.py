@@ -119,6 +119,7 @@ class Held:
         self._arrays: list[tuple[Any, Any]] = []
         self._streams: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._stand_ins: dict[int, Tensor] = {}
+        self._records: set[int] = set()
         # every value by id, so that none is let go and its id taken by another
         self._seen: dict[int, Any] = {}
         while waiting:
@@ -175,7 +176,7 @@ class Held:
             get, put = stream
             self._streams.append((get, put, get()))
             return ()
-        found: list[Any] = [vars(value)] if _is_record(value) else []
+        found: list[Any] = [vars(value)] if _is_record(value, self._records) else []
         kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)
         if kind is not None:
             return [*found, *self._contained(kind, value)]
@@ -259,20 +260,24 @@ def _stream(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None
     return None
 
 
-def _is_record(value: Any, inside: tuple[int, ...] = ()) -> bool:
-    """Whether an object is no more than its data.
+def _is_record(value: Any, records: set[int]) -> bool:
+    """Whether an object is no more than its data, and that of the objects which it refers to.
 
-    An owner of modules, files, locks or threads, such as a trainer or a logger, is none.
+    An owner of modules, files, locks or threads, such as a trainer or a logger, is none. All that
+    a record refers to are records, and join those that are known.
     """
-    if isinstance(value, (*_NUMBERS, *_CODE, nn.Module, torch.optim.Optimizer)):
-        return False
-    own = getattr(value, "__dict__", None)
-    if type(own) is not dict or id(value) in inside:
-        return False
-
-    def is_data(part: Any) -> bool:
-        known = (*_NUMBERS, *_CODE, *_CONTAINERS, tuple, Tensor, np.ndarray)
-        plain = isinstance(part, known) or id(part) in inside or _stream(part) is not None
-        return plain or _is_record(part, (*inside, id(value)))
-
-    return all(map(is_data, own.values()))
+    known = (*_NUMBERS, *_CODE, *_CONTAINERS, tuple, Tensor, np.ndarray)
+    seen, waiting = set[int](), [value]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or id(each) in records:
+            continue
+        seen.add(id(each))
+        own = getattr(each, "__dict__", None)
+        none = (*_NUMBERS, *_CODE, nn.Module, torch.optim.Optimizer)
+        if isinstance(each, none) or type(own) is not dict:
+            return False
+        parts = (part for part in own.values() if not isinstance(part, known))
+        waiting += [part for part in parts if _stream(part) is None]
+    records |= seen
+    return True

@@ -163,3 +163,22 @@ def test_an_owner_of_the_model_is_no_state_of_it():
 
     fl.capture(model, CE, x, y, forward=forward)
     assert model.trainer.steps == 1
+
+
+def test_objects_that_refer_to_each_other_in_many_ways_are_looked_at_once() -> None:
+    side, model = 30, nn.Sequential(nn.Linear(3, 2))
+    cells = {(i, j): SimpleNamespace(seen=0) for i in range(side) for j in range(side)}
+    for (i, j), cell in cells.items():
+        cell.beside = SimpleNamespace(
+            right=cells.get((i + 1, j)), left=cells.get((i - 1, j)), up=cells.get((i, j + 1))
+        )
+        cell.down = cells.get((i, j - 1))
+    model.world = cells[0, 0]
+
+    def forward(model, x):
+        cells[side - 1, side - 1].seen += 1
+        return model(x)
+
+    x, y = torch.randn(4, 3), torch.arange(4) % 2
+    assert list(fl.capture(model, nn.CrossEntropyLoss(), x, y, forward=forward)) == ["0"]
+    assert cells[side - 1, side - 1].seen == 0
