@@ -56,6 +56,8 @@ class Pass:
     untold: dict[str, str] = field(default_factory=dict)
     # those that it shows to have none, which counts once it takes part in a step
     lost: dict[str, str] = field(default_factory=dict)
+    # whether its gradients were put into `.grad` by the loop, after `autograd.grad`
+    by_hand: bool = False
     # the tensor whose columns were sent back; held, it would keep a graph that is thrown away
     criterion_saw: weakref.ref[Tensor] | None = None
 

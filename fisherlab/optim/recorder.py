@@ -56,6 +56,18 @@ from fisherlab.telling import warn
 PENALTY = 1e-3
 
 
+# Each gradient by its weight's name: which tensor it is, and how often it was written into.
+Versions = dict[str, tuple["weakref.ref[Tensor]", int]]
+
+
+def _is_untouched(now: Versions, before: Versions) -> bool:
+    """Whether gradients are the same tensors with the same numbers; a dead one is none of them."""
+    return now.keys() == before.keys() and all(
+        found() is before[name][0]() and version == before[name][1]
+        for name, (found, version) in now.items()
+    )
+
+
 class Recorder:
     """Delivers `LayerCapture`s of each step's own passes.
 
@@ -97,7 +109,9 @@ class Recorder:
         self._drawn: tuple[Tensor, Tensor] | None = None
         self._refused = False
         # the gradients as the latest backward pass left them
-        self._left: dict[str, tuple[int, int]] = {}
+        self._left: Versions = {}
+        # passes of a backward pass that accumulated nothing
+        self._unclaimed: list[Pass] = []
         # a factor for each pass last captured: it turned dL/ds into per-example gradients
         self.factors: list[float] = []
         self.wanted = False
@@ -162,6 +176,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget the passes since the last step."""
         self.passes.clear()
+        self._unclaimed = []
         if self._open is not None:
             self._open.release()
         self._open = self._latest = None
@@ -183,25 +198,48 @@ class Recorder:
             self.passes.clear()
             if self.law is not None:
                 self.law.clear()
+        self._settle()
 
     def _is_thrown(self) -> bool:
         """Whether no weight holds a gradient of the passes any more."""
         found = [w.weight.grad for w in self.weights.values() if w.weight.grad is not None]
         # untouched since a backward pass accumulated them
-        if found and self._versions() == self._left:
+        if found and _is_untouched(self._versions(), self._left):
             return False
         return not any(bool(gradient.any()) for gradient in found)
 
-    def _versions(self) -> dict[str, tuple[int, int]]:
+    def _versions(self) -> Versions:
         """Which tensor each gradient is, and how often it was written into."""
         gradients = {name: w.weight.grad for name, w in self.weights.items()}
-        return {n: (id(g), g._version) for n, g in gradients.items() if g is not None}
+        return {n: (weakref.ref(g), g._version) for n, g in gradients.items() if g is not None}
 
-    def _note(self, before: dict[str, tuple[int, int]], known: list[Pass]) -> None:
-        """A backward pass ended: one that accumulated no gradient (`autograd.grad`) is none."""
+    def _note(self, before: Versions, known: list[Pass]) -> None:
+        """A backward pass ended: `autograd.grad` accumulates no gradient."""
         self._left = self._versions()
-        if self._left == before:
-            self.passes[:] = known
+        new = [p for p in self.passes if not any(p is each for each in known)]
+        self._unclaimed = new if _is_untouched(self._left, before) else []
+
+    def _settle(self) -> None:
+        """Forget what `autograd.grad` reached, unless its gradients were put into `.grad` since.
+
+        They are other tensors there then, or all that was written into the old ones: a norm that
+        is clipped after a batch which accumulated claims nothing.
+        """
+        if not self._unclaimed:
+            return
+        now, new = self._versions(), self._unclaimed
+        others = [p for p in self.passes if not any(p is each for each in new)]
+        replaced = any(
+            n not in self._left or self._left[n][0]() is not r() for n, (r, _) in now.items()
+        )
+        written = not _is_untouched(now, self._left) and all(p.by_hand for p in others)
+        if replaced or (written and not self._is_thrown()):
+            for one in new:
+                one.by_hand = True
+            self._left = now
+        else:
+            self.passes[:] = others
+        self._unclaimed = []
 
     def _arrived(self, current: Pass) -> None:
         """A backward pass reaches `current`; `.grad` is still as it was before."""
@@ -463,6 +501,7 @@ class Recorder:
         Args:
             at: the step, and what it captures for; ranks that are elsewhere are refused.
         """
+        self._settle()
         arrived = [p for p in self.passes if p.arrived]
         for one in arrived:
             self.coverage.leave_out(one.lost)

@@ -463,3 +463,56 @@ def test_a_generator_that_someone_else_draws_from_is_left_alone() -> None:
     state = generator.get_state()
     optimizer.preconditioner.recorder.undraw()
     assert torch.equal(generator.get_state(), state)
+
+
+def by_hand(model: nn.Module, loss: Tensor, way: str) -> None:
+    """Accumulate a gradient as loops do that call no `backward()`, or keep its graph."""
+    if way == "create_graph":
+        loss.backward(create_graph=True)
+        return
+    parameters = list(model.parameters())
+    for p, found in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        if p.grad is None:
+            p.grad = found
+        elif way == "a new tensor":
+            p.grad = p.grad + found
+        else:
+            p.grad += found
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize(("name", "options"), [*THROWN, ("kfac", {})])
+@pytest.mark.parametrize("way", ["a new tensor", "in place", "create_graph"])
+@pytest.mark.parametrize("none", [True, False])
+def test_gradients_that_a_loop_puts_there_itself_count(name, options, way, none) -> None:
+    def trained(accumulate) -> Tensor:
+        model = perceptron(6, 5, 4)
+        criterion = nn.CrossEntropyLoss()
+        optimizer = fl.optim.create(name, model, **{"criterion": criterion, **options})
+        for x, y in stream(3):
+            optimizer.zero_grad(set_to_none=none)
+            for half in (slice(0, len(x) // 2), slice(len(x) // 2, len(x))):
+                accumulate(model, criterion(model(x[half]), y[half]) / 2)
+            optimizer.step()
+        return weights(model)
+
+    plain = trained(lambda model, loss: loss.backward())
+    assert torch.equal(trained(lambda model, loss: by_hand(model, loss, way)), plain)
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_an_attack_before_gradients_are_clipped_does_not_count(none) -> None:
+    def trained(attacks: bool) -> Tensor:
+        model = perceptron(6, 5, 4)
+        optimizer = fl.optim.create("sngd", model, momentum=0.0)
+        for x, y in stream(3):
+            optimizer.zero_grad(set_to_none=none)
+            F.cross_entropy(model(x), y).backward()
+            if attacks:
+                z = (5 * x).requires_grad_()
+                torch.autograd.grad(F.cross_entropy(model(z), y), z)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+            optimizer.step()
+        return weights(model)
+
+    assert torch.equal(trained(True), trained(False))
