@@ -42,11 +42,14 @@ def rerun(
     if name in COMMANDS and there.get("typed", {}).get("command") == name:
         words = ["--config", str(folder / CONFIG), "--out", str(out)]
         made = context.find_root().command.get_command(context, name)  # type: ignore[attr-defined]
-        replaces = overwrite and any(config.OVERWRITE in one.opts for one in made.params)
-        words += [config.OVERWRITE] * replaces
+        if overwrite and not any(config.OVERWRITE in one.opts for one in made.params):
+            raise UserError(_goes_on(name, out))
+        words += [config.OVERWRITE] * overwrite
         if code := made.main(words, f"fisherlab {name}", standalone_mode=False):
             raise typer.Exit(code)
     elif name == "train":
+        if overwrite:
+            raise UserError(_goes_on(name, out))
         TYPED.set(None)
         train.trained(train.training.Settings.load(folder), out)
     else:
@@ -54,3 +57,11 @@ def rerun(
             f"{folder} was not written by the command line, so its options are unknown; "
             f"its config.json has the settings of `{name}`"
         )
+
+
+def _goes_on(name: str, out: PATH) -> str:
+    """Why a command has no `--overwrite`."""
+    return (
+        f"`{name}` goes on with what it finds in {out} and replaces nothing: leave --overwrite "
+        "out, or name another --out"
+    )

@@ -82,6 +82,17 @@ def test_a_rerun_asks_before_it_replaces_what_is_there(tmp_path):
     assert (tmp_path / "a-rerun" / "comparison.csv").stat().st_mtime_ns > before
 
 
+def test_a_run_that_goes_on_with_its_folder_is_not_said_to_be_replaced(tmp_path):
+    options = {"hidden": (4,), "examples": 64, "test_examples": 20, "batch_size": 32, "epochs": 1}
+    train(Settings(entries=entries("sgd"), **options), tmp_path / "hand")
+    words = "train --data digits --optimizer sgd --hidden 4 --examples 64 --epochs 1 --out"
+    assert call(words, tmp_path / "typed").exit_code == 0
+    for name in ("hand", "typed"):
+        refused = call("rerun", tmp_path / name, "--overwrite")
+        assert refused.exit_code == 2 and "name another --out" in refused.output
+        assert not (tmp_path / f"{name}-rerun").exists()
+
+
 def test_a_bench_that_was_resumed_can_be_rerun(tmp_path, monkeypatch):
     from fisherlab.experiments.bench import record, sizes
 
