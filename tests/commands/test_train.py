@@ -708,6 +708,12 @@ def test_the_run_folder_holds_config_and_tables(tmp_path):
         )
 
 
+def test_settings_of_lists_are_those_of_tuples():
+    listed = Settings(**TINY | {"seeds": [1, 2], "hidden": [8], "entries": [*entries("sgd")]})
+    paired = Settings(**TINY | {"seeds": (1, 2), "hidden": (8,), "entries": entries("sgd")})
+    assert listed == paired and hash(listed.seeds) == hash((1, 2))
+
+
 def test_a_checkpoint_of_an_earlier_version_has_fewer_settings(tmp_path):
     of = settings("sgd", epochs=1)
     train(of, tmp_path)

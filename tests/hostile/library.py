@@ -307,7 +307,7 @@ CALLS: dict[str, Call] = {
     "Settings": (
         lambda **given: training.Settings(**given),
         {},
-        {"epochs": count, "width": positive, "seeds": but(), "schedule": other("constant")},
+        {"epochs": count, "width": positive, "seeds": other([1, 2]), "schedule": other("constant")},
     ),
     "hessian_blocks": (
         lambda **given: _hessian(given),

@@ -107,6 +107,9 @@ class Settings:
             if value < 1:
                 raise SettingsError(f"{name} is at least 1, got {value}")
         self._check_types()
+        for name in ("seeds", "hidden", "entries"):
+            if isinstance(listed := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(listed))
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise SettingsError(f"seeds are different numbers, at least one; got {self.seeds}")
         schedule_of(self.schedule)
@@ -156,9 +159,6 @@ class Settings:
         if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
             raise SettingsError(f"config must be what to_json wrote, got {doors.said(config)}")
         known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
-        for name in ("seeds", "hidden"):
-            listed = known.get(name)
-            known[name] = tuple(listed) if isinstance(listed, list) else listed
         known["entries"] = tuple(Entry(**entry) for entry in config["entries"])
         return cls(**known)
 
