@@ -31,7 +31,15 @@ from fisherlab.comparison.orders import NORMS, VALUES
 from fisherlab.comparison.pool import Stopped, Work
 from fisherlab.comparison.reference import ExactReference
 from fisherlab.comparison.samples import Samples, by_layer
-from fisherlab.comparison.table import CHOSEN, MEASURES, NO_GAP, ROUNDING, STEP_ROUNDING, noted
+from fisherlab.comparison.table import (
+    CHOSEN,
+    MEASURES,
+    NO_GAP,
+    OVERFLOW,
+    ROUNDING,
+    STEP_ROUNDING,
+    noted,
+)
 from fisherlab.doors import said
 from fisherlab.extract import Captures, LayerCapture
 from fisherlab.extract.memory import form_bytes, least_bytes
@@ -41,7 +49,6 @@ Candidate = Approximation | Block | Callable[[LayerCapture], Block] | Mapping[st
 
 # Measures that are finite wherever the blocks are, and how a row says that they are not.
 FINITE = ("relative_error", "trace_ratio", "cosine", "scaled_error", "direction_cosine")
-OVERFLOW = "numbers pass the range of the dtype: rescale inputs or targets, or measure in float64"
 # The share of a block's trace that rounding may hide before a row says so.
 TRACE_BELOW_ROUNDING = 1e-3
 # The share of its step, or of the gradients themselves, that may lie there.

@@ -15,9 +15,11 @@ from fisherlab.blocks import Block, DirectSum, Eigen, Outer, contractions
 from fisherlab.blocks.basis import Coordinates, Space, matrix_of
 from fisherlab.blocks.direct_sum import parts_of
 from fisherlab.blocks.numerics import ENTRY_EPS, RESIDUAL_EPS, dot, is_coarse, is_rounding, normal
-from fisherlab.comparison.table import STEP_ROUNDING, noted
+from fisherlab.comparison.table import OVERFLOW, STEP_ROUNDING, noted
 from fisherlab.metrics.direction import Step
 
+# What a row says of a step.
+STEPS = ("direction_cosine", "direction_error", "quadratic_decrease", "quadratic_decrease_scaled")
 # The share of the exact step that rounding may make before a row says so.
 STEP_BELOW_ROUNDING = 0.01
 # The roundings of a gradient, and of the eigenvectors that it is taken to, in eps of its length.
@@ -233,13 +235,13 @@ class ExactReference:
         quadratics = self.F.quadratic(torch.stack([ours for _, ours, _ in self._added]))
         doubts = self._doubts(sorted({damping for *_, damping in self._added}))
         for (row, ours, damping), quadratic in zip(self._added, quadratics, strict=True):
+            if self.gradient.any() and ours.abs().amax() < torch.finfo(ours.dtype).tiny:
+                # below the range, a step has no direction
+                row |= dict.fromkeys(STEPS, math.nan) | {"note": noted(row.get("note"), OVERFLOW)}
+                continue
             step = Step.of(ours, self.step(damping), self.gradient, quadratic, damping, self.beside)
-            row |= {
-                "direction_cosine": step.cosine.item(),
-                "direction_error": step.error.item(),
-                "quadratic_decrease": step.decrease.item(),
-                "quadratic_decrease_scaled": step.decrease_scaled.item(),
-            }
+            numbers = (step.cosine, step.error, step.decrease, step.decrease_scaled)
+            row |= {name: number.item() for name, number in zip(STEPS, numbers, strict=True)}
             if doubts[damping] > STEP_BELOW_ROUNDING:
                 doubt = f"up to {min(doubts[damping], 1.0):.1%} of the exact step {STEP_ROUNDING}"
                 row["note"] = noted(row.get("note"), doubt)

@@ -55,6 +55,8 @@ CHOSEN = (
 )
 # How it says that a subspace of F or of its own is none.
 NO_GAP = "no gap beyond rounding behind its leading eigenvalues or those of F: no subspace_overlap"
+# How a row says that it has no numbers.
+OVERFLOW = "numbers pass the range of the dtype: rescale inputs or targets, or measure in float64"
 # How a row says that its numbers need float64.
 ROUNDING = "lies in eigenvalues below float32 rounding: measure a float64 model"
 # And how the worth of its step does.

@@ -22,12 +22,12 @@ Draw = random.Random
 Junk = Callable[[Draw], object]
 
 
-def other(*right: object) -> Junk:
-    """Anything that is none of the names that are right."""
+def other(*right: object, of: Junk = junk.anything) -> Junk:
+    """Anything that is nothing of what is right."""
 
     def found(draw: Draw) -> object:
         while True:
-            bad = junk.anything(draw)
+            bad = of(draw)
             if not any(bad is one or (type(bad) is type(one) and bad == one) for one in right):
                 return bad
 
@@ -233,7 +233,7 @@ CALLS: dict[str, Call] = {
             "name": but(),
             "num_classes": count,
             "in_channels": count,
-            "input_size": but(type(None), int),
+            "input_size": other([1, 2], of=but(type(None), int)),
             "width": positive,
             "batch_norm": optional(flag),
             "activation": other(),

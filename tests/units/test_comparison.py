@@ -959,6 +959,16 @@ def test_numbers_beyond_the_range_of_float32_are_left_out_with_the_reason():
     assert double.relative_error.notna().all() and (double.note == "").all()
 
 
+def test_a_step_below_the_range_of_float32_has_no_direction():
+    """IFANG divides by `1 / damping^2`, here 1e-68: its step was 0, and its cosine 1."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), 1e-9 * torch.randn(12, 4)
+    y = 1e18 * torch.randn(12, 2)
+    single, double = in_two_dtypes(model, nn.MSELoss(), x, y, "ifang")
+    assert single.direction_cosine.isna().all() and single.note.str.contains("pass the range").all()
+    assert double.direction_cosine.notna().all()
+
+
 def test_a_step_in_eigenvalues_that_a_root_cut_says_so(monkeypatch):
     model, x = nn.Linear(12, 12).double(), torch.randn(40, 12).double()
     x, y = x * torch.logspace(0, -4, 12), torch.zeros(40, 12).double()
