@@ -320,13 +320,15 @@ class Columns:
         Larger where positions cancel.
         """
         if self.formed is None:
-            squares = contractions.diagonal(self.a.double(), self.g.double())
+            found = contractions.diagonal(self.a.double(), self.g.double())
         else:
             parts = [D.square().sum(0) for _, D in _doubled(self.formed)]
-            squares = torch.cat(parts).view(self.shape)
+            found = torch.cat(parts).view(self.shape)
         if self.mixed:
-            squares = squares.mean(self.mixed, True).expand(self.shape)
-        return squares.sqrt() / ((self.cancellation if self.careful else 0.0) or 1.0) ** 0.5
+            found = found.mean(self.mixed, True).expand(self.shape)
+        if self.careful and self.cancellation:
+            found = found / self.cancellation
+        return found.sqrt()
 
     def _parts(self) -> Iterator[Tensor]:
         """`formed`, some of the parameters at a time."""

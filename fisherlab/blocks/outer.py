@@ -114,7 +114,12 @@ class OfColumns(Block):
     def _vectors(self, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`(part, U W[:, part])` as weights `[part, o, i]`, a workspace of them at a time."""
         for part in contractions.slices(W.shape[1], 8 * self.size):
-            yield part, self.columns.combine(W[:, part].mT.reshape(-1, *self.columns.sizes), True)
+            yield part, self._of_columns(W[:, part].mT)
+
+    def _of_columns(self, weights: Tensor) -> Tensor:
+        """`U w`, `[..., R] -> [..., o, i]`, in float64."""
+        sizes = *weights.shape[:-1], *self.columns.sizes
+        return self.columns.combine(weights.reshape(sizes), True)
 
     def power(self, exponent: float, damping: float = 0.0) -> Block:
         base = self.shift + damping
@@ -139,7 +144,7 @@ class OfColumns(Block):
         values, W = self._range
         if other is self:
             return values.sort(descending=True).values + self.shift
-        # of unit vectors: rounding of the largest eigenvalue is in the lengths of small ones
+        # the vectors of small eigenvalues have lengths with the rounding of the largest one
         parts = [
             other.quadratic(vectors.to(self.dtype)) / squares(vectors.flatten(1))
             for _, vectors in self._vectors(W[:, values.argsort(descending=True)])
@@ -302,8 +307,7 @@ class Outer(OfColumns):
 
     def _lifted(self, inside: Tensor) -> Tensor:
         """`sum_k x_k u_k` over the eigenvectors, `[..., r] -> [..., o, i]` in float64."""
-        weights = inside @ self._range[1].mT
-        return self.columns.combine(weights.reshape(*inside.shape[:-1], *self.columns.sizes), True)
+        return self._of_columns(inside @ self._range[1].mT)
 
     def _damped_gram(self, damping: float) -> Tensor:
         """Lower `L` with `K + damping I = L L^T`."""
@@ -603,10 +607,7 @@ class OuterSum(OfColumns):
     def _combined(self, weights: Tensor) -> Tensor:
         """`sum_k w_k v_k`, `[..., r] -> [..., o, i]` in float64."""
         if self._directions is None:
-            columns = weights @ self.W.mT
-            return self.columns.combine(
-                columns.reshape(*weights.shape[:-1], *self.columns.sizes), True
-            )
+            return self._of_columns(weights @ self.W.mT)
         return (weights @ self._directions).view(*weights.shape[:-1], *self.shape)
 
     @property
@@ -618,7 +619,7 @@ class OuterSum(OfColumns):
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.orthonormal:
             return self.d, self.W
-        # of columns of length 1: the core may couple a short one, rounding of the longest, to it
+        # columns get length 1: the core may couple one that is rounding of the longest to it
         K = self.gram()
         lengths = K.diagonal().clamp(min=0).sqrt()
         unit = over(torch.ones_like(lengths), lengths)[:, None]
@@ -627,7 +628,7 @@ class OuterSum(OfColumns):
         values, Z = values[len(values) - rank :], Z[:, len(values) - rank :]
         root = (Z * values.sqrt()).mT @ (lengths[:, None] * self.W)
         inside, P = eigh(root * self.d @ root.mT, "core of an outer block")
-        # what the core takes to zero is beside the range, in no basis
+        # directions that the core takes to zero lie beside the range, in no basis
         kept = ~null_of(inside)
         return inside[kept], unit * (Z / values.sqrt()) @ P[:, kept]
 

@@ -93,7 +93,7 @@ def _defaults(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any
 
 
 def _value(name: str, value: Any, parameter: Any) -> Any:
-    """What stands for the words that a user would type: several, a flag, or one word."""
+    """Give the words that a user would type: several, a flag, or one word."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):  # no door of the library, which imports torch
             got = f"{value!r} ({type(value).__name__})"

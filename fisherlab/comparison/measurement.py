@@ -365,7 +365,8 @@ class LayerMeasurement:
         # a trace T more in unknown eigenvalues moves log det (X + damping I) by this at most
         hidden = near.trace_below_rounding * near.trace().item() / (damping * near.size)
         # and the rounding of the largest eigenvalue, which smaller ones have as well, by this
-        moved = near.size * math.log1p(hidden) + at.rounding_of_eigenvalues(near) / damping
+        rounding = at.rounding_of_eigenvalues(near)
+        moved = near.size * math.log1p(hidden) + rounding / damping
         if moved > UNSURE_STEIN * (1 + abs(loss.item())):
             doubt = f"up to {moved:.2g} of its Stein loss {ROUNDING}"
             found["note"] = noted(found.get("note"), doubt)
@@ -373,7 +374,9 @@ class LayerMeasurement:
         doubt = ""
         if near.trace_below_rounding and (share := at.share_at_zero(P, damping)) > UNSURE:
             doubt = ROUNDING
-        elif plain and (share := at.hidden_share(product, P, near, damping)) > UNSURE_EIGENVALUES:
+        elif (
+            plain and (share := at.hidden_share(product, P, rounding, damping)) > UNSURE_EIGENVALUES
+        ):
             doubt = ROUNDING
         elif (share := at.share_left_out(product, P, damping)) > UNSURE:
             doubt = STEP_ROUNDING

@@ -87,6 +87,11 @@ def _beside(block: Eigen, V: Tensor) -> Tensor | None:
     return rest.to(V) if rest.any() else None
 
 
+def _basis_of(P: Eigen, gradient: Tensor) -> tuple[Any, ...]:
+    """What a part of the gradient in the basis of a block is known by."""
+    return id(P.Q_G), id(P.Q_A), gradient.storage_offset()
+
+
 class ExactReference:
     """The exact block, its gradient and its natural-gradient steps."""
 
@@ -97,6 +102,7 @@ class ExactReference:
         self._added: list[tuple[dict[str, Any], Tensor, float]] = []
         # the square length of what the gradient has beside the space of all blocks here
         self.beside = 0.0
+        self._doubted: dict[float, float] = {}
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -131,7 +137,7 @@ class ExactReference:
     ) -> tuple[Tensor, float]:
         start, shared = time.perf_counter(), 0.0
         if isinstance(P, Eigen):
-            key = id(P.Q_G), id(P.Q_A), gradient.storage_offset()
+            key = _basis_of(P, gradient)
             if key not in self._bases:
                 self._bases[key] = RotatedGradient.of(P, gradient)
                 start = time.perf_counter()
@@ -149,8 +155,8 @@ class ExactReference:
         """The share of a product that was made, where its block is zero; 0 where not known."""
         if not isinstance(P, Eigen):
             return 0.0
-        key = id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()
-        return self._bases[key].share_at_zero(P, damping) if key in self._bases else 0.0
+        known = self._bases.get(_basis_of(P, self.gradient))
+        return 0.0 if known is None else known.share_at_zero(P, damping)
 
     def share_left_out(self, product: Tensor, P: Block, damping: float) -> float:
         """`||d|| / (damping ||P g||)`, `d` what counts as rounding of `g` where `X` is 0.
@@ -159,13 +165,13 @@ class ExactReference:
         """
         if not isinstance(P, Eigen) or not is_coarse(self.F.dtype):
             return 0.0
-        known = self._bases.get((id(P.Q_G), id(P.Q_A), self.gradient.storage_offset()))
+        known = self._bases.get(_basis_of(P, self.gradient))
         left = None if known is None else known.left_out(P, damping)
         if left is None:
             return 0.0
         return float(left.double().norm() / damping / product.double().norm().clamp(min=1e-300))
 
-    def hidden_share(self, product: Tensor, P: Block, X: Block, damping: float) -> float:
+    def hidden_share(self, product: Tensor, P: Block, rounding: float, damping: float) -> float:
         """`eps lambda_1 ||P P g|| / ||P g||`: how far the rounding of `X` turns its step.
 
         A rounding `D` of `X` moves `P g` by `P D P g` to first order, and `D` has about eps of the
@@ -175,13 +181,12 @@ class ExactReference:
         Args:
             product: `P g`.
             P: `(X + damping I)^{-1}`.
-            X: the block.
+            rounding: `eps lambda_1` of `X`.
             damping: the damping.
 
         Returns:
             The share, or a bound of it that is below 1 %; 0 in float64.
         """
-        rounding = self.rounding_of_eigenvalues(X)
         if rounding / damping < STEP_BELOW_ROUNDING:
             return rounding / damping
         moved = (P @ product.to(P.dtype)).double().norm()
@@ -248,7 +253,12 @@ class ExactReference:
         self._added.clear()
 
     def _doubts(self, dampings: list[float]) -> dict[float, float]:
-        """The share of each step that may be rounding."""
+        """The share of each step that may be rounding, found once for each damping."""
+        if new := [damping for damping in dampings if damping not in self._doubted]:
+            self._doubted |= self._found_doubts(new)
+        return self._doubted
+
+    def _found_doubts(self, dampings: list[float]) -> dict[float, float]:
         parts = parts_of(self.F)
         pieces = self.given.split([part.shape[0] for part in parts])
         shares = [
@@ -295,8 +305,8 @@ class InsideReference(ExactReference):
             self._steps[damping] = self.space.coordinates(self.outer.step(damping))
         return self._steps[damping]
 
-    def _doubts(self, dampings: list[float]) -> dict[float, float]:
-        own, outer = super()._doubts(dampings), self.outer._doubts(dampings)
+    def _found_doubts(self, dampings: list[float]) -> dict[float, float]:
+        own, outer = super()._found_doubts(dampings), self.outer._doubts(dampings)
         return {damping: max(own[damping], outer[damping]) for damping in dampings}
 
     def _rounded_entries(self) -> Tensor:

@@ -25,6 +25,11 @@ from fisherlab.extract.tape import Record, Recorded
 SCALES = ("mean", "sum")
 # Relative. The scale of the other half of a batch differs by the number of its examples.
 SLACK = 1e-2
+# Why a weight has no examples where half of the batch gives them other gradients.
+INTERACT = (
+    "its rows are not the batch's examples, or examples interact: the loss of half the batch gives "
+    "them other gradients; return the loss of every example"
+)
 
 
 class Inside(WithRules):
@@ -100,17 +105,8 @@ class Inside(WithRules):
                 continue
             again.labels = self.gradient(loss, len(half), None)
             fill(loss, again, again.labels, None)
-            ratios: list[tuple[float, float]] = []
-            for name, calls in record.calls.items():
-                others = again.calls[name]
-                found = [_ratio(one, two, half) for one, two in zip(calls, others, strict=False)]
-                if len(calls) != len(others) or None in found:
-                    failures[name] = (
-                        "its rows are not the batch's examples, or examples interact: the loss of "
-                        "half the batch gives them other gradients; return the loss of every "
-                        "example"
-                    )
-                ratios += [pair for pair in found if pair is not None and pair[1]]
+            ratios, wrong = _ratios(record, again, half)
+            failures |= dict.fromkeys(wrong, INTERACT)
             if ratios:
                 ratio, _ = max(ratios, key=lambda pair: pair[1])
                 if any(abs(other - ratio) > SLACK * abs(ratio) for other, _ in ratios):
@@ -131,6 +127,21 @@ class Inside(WithRules):
             f"{ratio:.3g} x the gradients; loss_scale is 'mean' or 'sum', or return the loss of "
             "every example"
         )
+
+
+def _ratios(
+    record: Record, again: Record, half: Tensor
+) -> tuple[list[tuple[float, float]], list[str]]:
+    """What half of the batch makes of the gradients of each call, and the weights that it loses."""
+    ratios: list[tuple[float, float]] = []
+    wrong = []
+    for name, calls in record.calls.items():
+        others = again.calls[name]
+        found = [_ratio(one, two, half) for one, two in zip(calls, others, strict=False)]
+        if len(calls) != len(others) or None in found:
+            wrong.append(name)
+        ratios += [pair for pair in found if pair is not None and pair[1]]
+    return ratios, wrong
 
 
 def criterion_of(criterion: Any, loss_scale: str | None) -> Any:

@@ -111,11 +111,12 @@ def parameters_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     Yields:
         The names of all that a pass has written into so far, max-norm embeddings apart.
     """
-    bound = {
-        id(getattr(module, "weight", None))
+    rescaled = [
+        getattr(module, "weight", None)
         for module in model.modules()
         if getattr(module, "max_norm", None) is not None
-    }
+    ]
+    bound = set(map(id, rescaled))
     every = {
         name: p
         for name, p in model.named_parameters()
